@@ -1,0 +1,78 @@
+"""The shapes in which examples travel: tokenised, then packed into rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One tokenised example.
+
+    Attributes:
+        ids_T: int32 token ids.
+        target_T: bool; True where the token is predicted and counts in the loss. Never True at 0:
+            nothing stands before the first token.
+        source: where the example came from, for messages: "train.jsonl:17".
+        references: every acceptable target text, for evaluation.
+        prompt: the text before the target, as it was rendered, for generation.
+    """
+
+    ids_T: np.ndarray
+    target_T: np.ndarray
+    source: str
+    references: Sequence[str] = ()
+    prompt: str = ""
+
+    @property
+    def source_length(self) -> int:
+        """The number of tokens before the first target: what several targets may share."""
+        return int(np.argmax(self.target_T)) if self.target_T.any() else len(self.ids_T)
+
+
+@flax.struct.dataclass
+class Tokens:
+    """Where each token stands; the attention mask follows from it alone.
+
+    A token sees keys of its own group whose branch is 0 or its own, at positions up to its own,
+    and the whole prefix. So several examples pack into a row (groups), and several targets share
+    one source (branch 0 is the source, branches 1, 2, … its targets).
+
+    Attributes:
+        group_BT: int32, from 1; 0 marks padding.
+        branch_BT: int32.
+        position_BT: int32, from 0 at the first token of each example's text.
+    """
+
+    group_BT: jax.Array
+    branch_BT: jax.Array
+    position_BT: jax.Array
+
+
+@flax.struct.dataclass
+class Batch:
+    """Packed rows with their targets listed, so that logits are asked only where one is.
+
+    Attributes:
+        ids_BT: int32 token ids.
+        tokens: where each token stands.
+        index_BM: int32, for every target the column in its row whose hidden state predicts it.
+            Several targets may name one column: the last source token predicts the first token
+            of every target that shares the source.
+        label_BM: int32, the token to predict.
+        weight_BM: float32, 1 for a target and 0 for padding.
+        examples: float32 scalar, the number of examples in the batch: what a summed loss is
+            divided by.
+    """
+
+    ids_BT: jax.Array
+    tokens: Tokens
+    index_BM: jax.Array
+    label_BM: jax.Array
+    weight_BM: jax.Array
+    examples: jax.Array

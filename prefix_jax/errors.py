@@ -1,0 +1,41 @@
+"""Errors that a user can act on. The CLI prints their message and nothing else.
+
+Each message says what was wrong, where, and what to do. Anything that is not a `PrefixJaxError` is
+a bug in this package.
+"""
+
+
+class PrefixJaxError(Exception):
+    """Base of every error that is the input's fault and not this package's."""
+
+
+class ConfigError(PrefixJaxError):
+    """A configuration is unknown, ill-typed or contradicts itself."""
+
+
+class DataError(PrefixJaxError):
+    """A record, file or template cannot become training examples."""
+
+
+class BackboneError(PrefixJaxError):
+    """A pretrained model is unsupported, incomplete or unreadable."""
+
+
+class PrefixError(PrefixJaxError):
+    """A stored prefix is unreadable or does not fit the backbone at hand."""
+
+
+class ContextError(PrefixJaxError):
+    """Prefix and text together do not fit the model's positions."""
+
+
+class MeshError(PrefixJaxError):
+    """The devices, the mesh and the batch do not divide."""
+
+
+class CheckpointError(PrefixJaxError):
+    """A checkpoint could not be written or read."""
+
+
+class NonFiniteError(PrefixJaxError):
+    """The loss or its gradient became NaN or infinite."""
