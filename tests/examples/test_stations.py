@@ -1,4 +1,4 @@
-"""The stations data set says what its facts say, and the committed files are what make.py writes."""
+"""The stations texts say what their facts say, and the files are what make.py writes."""
 
 import importlib.util
 import json
