@@ -64,6 +64,11 @@ class Prefix:
     offset: int = flax.struct.field(pytree_node=False, default=0)
     pinned: bool = flax.struct.field(pytree_node=False, default=False)
 
+    @property
+    def length(self) -> int:
+        """P, the number of slots at the decoder's self-attention."""
+        return 0 if self.decoder.join is None else self.decoder.join.length
+
 
 @flax.struct.dataclass
 class Hidden:

@@ -9,6 +9,8 @@ import flax.struct
 import jax
 import numpy as np
 
+from prefix_jax.nn.mask import Tokens
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -33,25 +35,6 @@ class Example:
     def source_length(self) -> int:
         """The number of tokens before the first target: what several targets may share."""
         return int(np.argmax(self.target_T)) if self.target_T.any() else len(self.ids_T)
-
-
-@flax.struct.dataclass
-class Tokens:
-    """Where each token stands; the attention mask follows from it alone.
-
-    A token sees keys of its own group whose branch is 0 or its own, at positions up to its own,
-    and the whole prefix. So several examples pack into a row (groups), and several targets share
-    one source (branch 0 is the source, branches 1, 2, … its targets).
-
-    Attributes:
-        group_BT: int32, from 1; 0 marks padding.
-        branch_BT: int32.
-        position_BT: int32, from 0 at the first token of each example's text.
-    """
-
-    group_BT: jax.Array
-    branch_BT: jax.Array
-    position_BT: jax.Array
 
 
 @flax.struct.dataclass

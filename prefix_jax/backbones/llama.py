@@ -1,0 +1,113 @@
+"""The Llama family: rotary positions, RMS norms, gated feed-forward, grouped queries.
+
+Llama 1 to 3 (Touvron et al. 2023) and SmolLM, Mistral (sliding window), Qwen 2 (biases) and Qwen 3
+(normalised queries and keys).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from prefix_jax.backbones.architecture import Architecture
+from prefix_jax.errors import BackboneError
+from prefix_jax.nn.rotary import Rotary
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """Reads a Hugging Face `config.json` of the Llama family.
+
+    Raises:
+        BackboneError: the config asks for a variant that is not computed here.
+    """
+    model_type = config["model_type"]
+    L, D, N = config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"]
+    attention_bias = model_type == "qwen2" or config.get("attention_bias", False)
+    window, sliding = _windows(config, L)
+    return Architecture(
+        family="llama",
+        model_type=model_type,
+        layers=L,
+        d_model=D,
+        heads=N,
+        kv_heads=config.get("num_key_value_heads") or N,
+        head_dim=config.get("head_dim") or (128 if model_type == "qwen3" else D // N),
+        d_ff=config["intermediate_size"],
+        vocab=config["vocab_size"],
+        max_positions=config.get("max_position_embeddings", 2048),
+        norm="rms",
+        epsilon=config.get("rms_norm_eps", 1e-6),
+        activation=config.get("hidden_act", "silu"),
+        gated=True,
+        rotary=_rotary(config),
+        qkv_bias=attention_bias,
+        out_bias=attention_bias and model_type != "qwen2",
+        mlp_bias=config.get("mlp_bias", False),
+        qk_norm=model_type == "qwen3",
+        window=window,
+        sliding=sliding,
+        tied=config.get("tie_word_embeddings", False),
+    )
+
+
+def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """The width of the sliding window, and which layers use it."""
+    window = config.get("sliding_window")
+    if config["model_type"] in ("qwen2", "qwen3") and not config.get("use_sliding_window"):
+        window = None
+    if window is None:
+        return None, ()
+    if kinds := config.get("layer_types"):
+        return window, tuple(kind == "sliding_attention" for kind in kinds)
+    first = config.get("max_window_layers", 28) if config["model_type"] != "mistral" else 0
+    return window, tuple(layer >= first for layer in range(layers))
+
+
+def _rotary(config: Mapping[str, Any]) -> Rotary:
+    """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    rope = config.get("rope_parameters") or {}
+    rope = {"rope_theta": config.get("rope_theta", 10000.0), **rope}
+    rope |= config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta, factor = rope["rope_theta"], rope.get("factor", 1.0)
+    original = rope.get("original_max_position_embeddings") or config.get(
+        "max_position_embeddings", 2048
+    )
+    if kind == "default":
+        return Rotary(theta)
+    if kind == "linear":
+        return Rotary(theta, "linear", factor)
+    if kind == "llama3":
+        return Rotary(
+            theta, "llama3", factor, original, rope["low_freq_factor"], rope["high_freq_factor"]
+        )
+    if kind == "yarn":
+        return Rotary(
+            theta,
+            "yarn",
+            factor,
+            original,
+            low=rope.get("beta_slow") or 1.0,
+            high=rope.get("beta_fast") or 32.0,
+            attention=_yarn_attention(rope, factor),
+            truncate=rope.get("truncate", True),
+        )
+    raise BackboneError(
+        f"rope scaling {kind!r} is not supported; supported: default, linear, llama3, yarn"
+    )
+
+
+def _yarn_attention(rope: Mapping[str, Any], factor: float) -> float:
+    """Yarn's temperature on the logits, as a factor of cos and sin."""
+
+    def temperature(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return temperature(rope["mscale"]) / temperature(rope["mscale_all_dim"])
+    return temperature(1.0)

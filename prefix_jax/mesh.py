@@ -1,0 +1,121 @@
+"""The device mesh and how arrays lie on it.
+
+A parameter's name ends in its axes (`q_DNH`), so one table from axis letters to mesh axes shards
+every backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from prefix_jax.errors import MeshError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Which mesh axis splits an axis of weights. A letter that is missing here is never split.
+WEIGHT_AXES = {"D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
+
+# Rows of a batch are split over both, as fsdp devices hold different data.
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A `data` × `fsdp` × `tensor` mesh; one size may be -1 and takes what is left.
+
+    Raises:
+        MeshError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    asked = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise MeshError(f"mesh {asked}: sizes must be positive, and only one may be -1")
+    fixed = int(np.prod([size for size in sizes if size != -1]))
+    if -1 in sizes and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if int(np.prod(sizes)) != len(devices):
+        raise MeshError(
+            f"mesh {asked} does not fit {len(devices)} devices; "
+            "choose sizes whose product is the number of devices, or -1 for one of them"
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def check_rows(mesh: Mesh, rows: int, what: str) -> None:
+    """Raises MeshError if `rows` rows do not divide over the mesh."""
+    shards = batch_shards(mesh)
+    if rows % shards:
+        raise MeshError(
+            f"{what} {rows} does not divide over {shards} batch shards "
+            f"(data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}); "
+            f"choose a multiple of {shards}"
+        )
+
+
+def weight_spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """How a parameter is split, from the letters at the end of its name.
+
+    Vectors are replicated, and so is an axis that its mesh axis does not divide (3 key/value heads
+    over 2 devices, say).
+    """
+    names = [str(getattr(entry, "key", entry)) for entry in path]
+    letters = names[-1].rsplit("_", 1)[-1]
+    if len(letters) == len(shape) - 1:
+        letters = "L" + letters
+    if len(letters.removeprefix("L")) < 2:
+        return PartitionSpec()
+    split = [WEIGHT_AXES.get(letter) for letter in letters]
+    return PartitionSpec(
+        *(
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(split, shape, strict=True)
+        )
+    )
+
+
+def weight_shardings(params: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of a backbone's (abstract) parameters."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, weight_spec(path, leaf.shape, mesh)), params
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device: prefixes and optimizer state, which are small."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def rows_sharding(mesh: Mesh, ndim: int, leading: int = 0) -> NamedSharding:
+    """Rows over the batch axes; `leading` axes (micro-batches) stand before the rows."""
+    if ndim <= leading:
+        return replicated(mesh)
+    spec = [None] * leading + [BATCH_AXES] + [None] * (ndim - leading - 1)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Keeps rows over the batch axes inside a jitted function that runs under `jax.set_mesh`;
+    does nothing outside of a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(
+        x, PartitionSpec(BATCH_AXES, *(None for _ in x.shape[1:]))
+    )
+
+
+def describe(mesh: Mesh | Mapping[str, int]) -> str:
+    """For messages: "data=4 x fsdp=2 x tensor=1"."""
+    shape = mesh.shape if isinstance(mesh, Mesh) else mesh
+    return " x ".join(f"{axis}={size}" for axis, size in shape.items())

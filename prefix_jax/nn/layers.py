@@ -1,0 +1,179 @@
+"""The parts that transformer layers are made of.
+
+Parameter names end in their axes (`q_DNH`). The mesh shards by these letters, and the name tables
+of checkpoints aim at them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from prefix_jax.nn.attend import attend
+from prefix_jax.nn.rotary import rotate
+from prefix_jax.prefix import KVPrefix
+
+_weights = nn.initializers.normal(0.02)
+_ones, _zeros = nn.initializers.ones, nn.initializers.zeros
+
+
+@flax.struct.dataclass
+class View:
+    """What attention needs to know about where tokens stand, equal for all layers of one kind.
+
+    Attributes:
+        mask_BTS: True where a query sees a key.
+        mask_BTP: True where a query sees a prefix slot; None if all see all.
+        cos_BTH, sin_BTH: rotary angles of the queries; None where positions are learned.
+        column: int32 scalar, where a cache writes the keys of the queries; None without a cache.
+    """
+
+    mask_BTS: jax.Array
+    mask_BTP: jax.Array | None = None
+    cos_BTH: jax.Array | None = None
+    sin_BTH: jax.Array | None = None
+    column: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class KeysValues:
+    """The keys and values of tokens that a layer has read: k_BSKH and v_BSKH."""
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+
+    def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array, column: jax.Array) -> KeysValues:
+        """The same with T columns replaced, from `column` on."""
+        start = (0, column, 0, 0)
+        return KeysValues(
+            jax.lax.dynamic_update_slice(self.k_BSKH, k_BTKH.astype(self.k_BSKH.dtype), start),
+            jax.lax.dynamic_update_slice(self.v_BSKH, v_BTKH.astype(self.v_BSKH.dtype), start),
+        )
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation over the last axis, in float32 (Zhang & Sennrich 2019)."""
+
+    epsilon: float
+    axis: str = "D"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param(f"scale_{self.axis}", _ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        return (y * scale).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, in float32."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        scale_D = self.param("scale_D", _ones, (x_BTD.shape[-1],))
+        bias_D = self.param("bias_D", _zeros, (x_BTD.shape[-1],))
+        y = x_BTD.astype(jnp.float32)
+        y = y - y.mean(axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        return (y * scale_D + bias_D).astype(x_BTD.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with a prefix in its softmax.
+
+    Attributes:
+        heads, kv_heads, head_dim: N, K and H.
+        qkv_bias, out_bias: whether the projections add biases.
+        qk_norm: epsilon of an RMSNorm over H on queries and keys (Qwen 3), or None.
+    """
+
+    d_model: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: float | None = None
+
+    def setup(self) -> None:
+        D, N, K, H = self.d_model, self.heads, self.kv_heads, self.head_dim
+        self.q_DNH = self.param("q_DNH", _weights, (D, N, H))
+        self.k_DKH = self.param("k_DKH", _weights, (D, K, H))
+        self.v_DKH = self.param("v_DKH", _weights, (D, K, H))
+        self.o_NHD = self.param("o_NHD", _weights, (N, H, D))
+        if self.qkv_bias:
+            self.q_bias_NH = self.param("q_bias_NH", _zeros, (N, H))
+            self.k_bias_KH = self.param("k_bias_KH", _zeros, (K, H))
+            self.v_bias_KH = self.param("v_bias_KH", _zeros, (K, H))
+        if self.out_bias:
+            self.o_bias_D = self.param("o_bias_D", _zeros, (D,))
+        if self.qk_norm is not None:
+            self.q_norm = RMSNorm(self.qk_norm, axis="H")
+            self.k_norm = RMSNorm(self.qk_norm, axis="H")
+
+    def keys_values(self, x_BTD: jax.Array, view: View) -> tuple[jax.Array, jax.Array]:
+        """k_BTKH as attention reads them (normalised, rotated), and v_BTKH."""
+        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k_DKH)
+        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v_DKH)
+        if self.qkv_bias:
+            k_BTKH, v_BTKH = k_BTKH + self.k_bias_KH, v_BTKH + self.v_bias_KH
+        if self.qk_norm is not None:
+            k_BTKH = self.k_norm(k_BTKH)
+        if view.cos_BTH is not None:
+            k_BTKH = rotate(k_BTKH, view.cos_BTH, view.sin_BTH)
+        return k_BTKH, v_BTKH
+
+    def __call__(
+        self, x_BTD: jax.Array, view: View, join: KVPrefix | None, cache: KeysValues | None
+    ) -> tuple[jax.Array, KeysValues | None]:
+        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_DNH)
+        if self.qkv_bias:
+            q_BTNH = q_BTNH + self.q_bias_NH
+        if self.qk_norm is not None:
+            q_BTNH = self.q_norm(q_BTNH)
+        if view.cos_BTH is not None:
+            q_BTNH = rotate(q_BTNH, view.cos_BTH, view.sin_BTH)
+        k_BSKH, v_BSKH = self.keys_values(x_BTD, view)
+        if cache is not None:
+            cache = cache.write(k_BSKH, v_BSKH, view.column)
+            k_BSKH, v_BSKH = cache.k_BSKH, cache.v_BSKH
+        scale = self.head_dim**-0.5
+        y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, view.mask_BTS, join, view.mask_BTP, scale)
+        y_BTD = jnp.einsum("BTNH,NHD->BTD", y_BTNH, self.o_NHD)
+        if self.out_bias:
+            y_BTD = y_BTD + self.o_bias_D
+        return y_BTD, cache
+
+
+class MLP(nn.Module):
+    """Feed-forward, with or without a gate (Shazeer 2020) and biases."""
+
+    d_model: int
+    d_ff: int
+    activation: Callable[[jax.Array], jax.Array]
+    gated: bool
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        D, F = self.d_model, self.d_ff
+
+        def project(x: jax.Array, name: str, shape: tuple[int, int]) -> jax.Array:
+            y = x @ self.param(name, _weights, shape)
+            if self.bias:
+                kind, axes = name.rsplit("_", 1)
+                y = y + self.param(f"{kind}_bias_{axes[1]}", _zeros, (shape[1],))
+            return y
+
+        y_BTF = project(x_BTD, "up_DF", (D, F))
+        if self.gated:
+            y_BTF = self.activation(project(x_BTD, "gate_DF", (D, F))) * y_BTF
+        else:
+            y_BTF = self.activation(y_BTF)
+        return project(y_BTF, "down_FD", (F, D))

@@ -1,0 +1,81 @@
+"""Rotary position embeddings (Su et al. 2021) and the scalings that checkpoints ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """The frequencies of a rotary embedding.
+
+    Attributes:
+        theta: the base of the wavelengths.
+        scaling: "none", "linear" (positions divided by `factor`), "llama3" (Llama 3.1: long
+            wavelengths divided, short ones kept) or "yarn" (Peng et al. 2023).
+        factor: how much longer the context became.
+        original_length: the context length before scaling (llama3 and yarn).
+        low: llama3's low_freq_factor, or yarn's beta_slow.
+        high: llama3's high_freq_factor, or yarn's beta_fast.
+        attention: multiplies cos and sin; yarn's attention_factor.
+        truncate: whether yarn rounds the bounds of its ramp to whole dimensions.
+    """
+
+    theta: float
+    scaling: str = "none"
+    factor: float = 1.0
+    original_length: int = 0
+    low: float = 1.0
+    high: float = 1.0
+    attention: float = 1.0
+    truncate: bool = True
+
+    def frequencies(self, head_dim: int) -> np.ndarray:
+        """Radians per position, float32 [H / 2]."""
+        plain = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        if self.scaling == "none":
+            scaled = plain
+        elif self.scaling == "linear":
+            scaled = plain / self.factor
+        elif self.scaling == "llama3":
+            wavelength = 2 * math.pi / plain
+            keep = (self.original_length / wavelength - self.low) / (self.high - self.low)
+            keep = np.clip(keep, 0, 1)
+            scaled = keep * plain + (1 - keep) * plain / self.factor
+        elif self.scaling == "yarn":
+            scaled = self._yarn(plain, head_dim)
+        else:
+            raise ValueError(f"unknown rotary scaling {self.scaling!r}")
+        return scaled.astype(np.float32)
+
+    def _yarn(self, plain: np.ndarray, head_dim: int) -> np.ndarray:
+        def dimension(rotations: float) -> float:
+            turns = self.original_length / (rotations * 2 * math.pi)
+            return head_dim * math.log(turns) / (2 * math.log(self.theta))
+
+        first, last = dimension(self.high), dimension(self.low)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        ramp = (np.arange(head_dim // 2) - first) / max(last - first, 1e-3)
+        keep = 1 - np.clip(ramp, 0, 1)
+        return keep * plain + (1 - keep) * plain / self.factor
+
+    def angles(self, position_BT: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
+        """cos_BTH and sin_BTH in float32 (the second half of H repeats the first)."""
+        angle = position_BT[..., None].astype(jnp.float32) * self.frequencies(head_dim)
+        angle = jnp.concatenate([angle, angle], axis=-1)
+        return jnp.cos(angle) * self.attention, jnp.sin(angle) * self.attention
+
+
+def rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
+    """Turns each head's two halves by the angles of their positions."""
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    out = x_BTNH * cos_BTH[:, :, None] + turned * sin_BTH[:, :, None]
+    return out.astype(x_BTNH.dtype)
