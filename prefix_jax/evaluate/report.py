@@ -1,0 +1,99 @@
+"""What an evaluation leaves behind: results as JSON, predictions as JSON lines, a table to read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from prefix_jax.errors import PrefixJaxError
+from prefix_jax.evaluate.metrics import METRICS
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The results of an evaluation.
+
+    Attributes:
+        metrics: values by name: token loss in nats, perplexity, and those of `METRICS`.
+        signatures: how each was computed, where its library says so.
+        examples: the number of inputs.
+    """
+
+    metrics: Mapping[str, float]
+    signatures: Mapping[str, str]
+    examples: int
+
+    def save(self, path: str | Path) -> None:
+        """Writes the report as JSON. What is not finite becomes null: JSON has no word for it.
+
+        Raises:
+            PrefixJaxError: the file cannot be written.
+        """
+        content = {
+            "metrics": {
+                name: value if math.isfinite(value) else None
+                for name, value in self.metrics.items()
+            },
+            "signatures": dict(self.signatures),
+            "examples": self.examples,
+        }
+        _write(path, [json.dumps(content, indent=2, ensure_ascii=False)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What was generated for one input.
+
+    Attributes:
+        source: where the input came from: "test.jsonl:17".
+        prompt: the input as the model read it.
+        prediction: what the model wrote.
+        references: what it should have written.
+    """
+
+    source: str
+    prompt: str
+    prediction: str
+    references: Sequence[str]
+
+
+def save_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:
+    """Writes one JSON record a line, with the fields of `Prediction`.
+
+    Raises:
+        PrefixJaxError: the file cannot be written.
+    """
+    _write(path, (json.dumps(dataclasses.asdict(p), ensure_ascii=False) for p in predictions))
+
+
+def table(columns: Mapping[str, Mapping[str, float]], title: str | None = None) -> Table:
+    """Metrics as rows, and a column for each set of them: {"before": …, "after": …}."""
+    names = dict.fromkeys(name for values in columns.values() for name in values)
+    grid = Table(title=title)
+    grid.add_column("metric")
+    for column in columns:
+        grid.add_column(column, justify="right")
+    for name in names:
+        grid.add_row(name, *(_cell(name, values.get(name)) for values in columns.values()))
+    return grid
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if name in METRICS else f"{value:.4f}"
+
+
+def _write(path: str | Path, lines: Iterable[str]) -> None:
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    except OSError as error:
+        raise PrefixJaxError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,131 @@
+"""Metrics equal their libraries and hand-made sums, however many references each input has."""
+
+import pytest
+import sacrebleu
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+
+from prefix_jax.errors import ConfigError, DataError
+from prefix_jax.evaluate.metrics import METRICS, measure, score
+
+PREDICTIONS = [
+    "Wren Hill serves the town of Millbeck.",
+    "It has three platforms, all step-free, and a café.",
+    "",
+]
+REFERENCES = [
+    ["Wren Hill is the station for Millbeck.", "Wren Hill serves Millbeck."],
+    ["All three platforms are step-free, and there is a café."],
+    ["There is no parking.", "It has no parking.", "No parking."],
+]
+ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+
+def test_bleu_and_chrf_are_sacrebleus_over_none_padded_streams():
+    streams = [
+        [REFERENCES[0][0], REFERENCES[1][0], REFERENCES[2][0]],
+        [REFERENCES[0][1], None, REFERENCES[2][1]],
+        [None, None, REFERENCES[2][2]],
+    ]
+    assert score(["bleu", "chrf"], PREDICTIONS, REFERENCES) == {
+        "bleu": sacrebleu.corpus_bleu(PREDICTIONS, streams).score,
+        "chrf": sacrebleu.corpus_chrf(PREDICTIONS, streams).score,
+    }
+
+
+def test_rouge_is_rouge_scores_best_reference_averaged_over_inputs():
+    scorer = RougeScorer(ROUGE, use_stemmer=True)
+    for kind, value in score(ROUGE, PREDICTIONS, REFERENCES).items():
+        best = [
+            max(scorer.score(text, prediction)[kind].fmeasure for text in texts)
+            for prediction, texts in zip(PREDICTIONS, REFERENCES, strict=True)
+        ]
+        assert value == pytest.approx(100 * sum(best) / 3)
+
+
+def test_bleu_by_hand():
+    # n-gram precisions 5/6, 3/5, 2/4 and 1/3; equal lengths, so no brevity penalty.
+    found = score(["bleu"], ["the cat sat on the mat"], [["the cat sat on a mat"]])
+    assert found["bleu"] == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
+
+
+def test_chrf_by_hand():
+    # Precision and recall agree: 2/3 of the letters, 1/2 of the pairs, none of the one triple.
+    found = score(["chrf"], ["abc"], [["abd"]])
+    assert found["chrf"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
+
+
+def test_rouge_by_hand_with_stems():
+    # cat(s) and sat are shared: precision 2/3, recall 2/4; of the pairs 1/2 and 1/3.
+    found = score(ROUGE, ["the cats sat"], [["a cat sat down"]])
+    assert found["rouge1"] == pytest.approx(100 * 4 / 7)
+    assert found["rouge2"] == pytest.approx(100 * 2 / 5)
+    assert found["rougeL"] == pytest.approx(100 * 4 / 7)
+
+
+def test_rouge_l_sum_takes_lines_for_sentences():
+    found = score(["rougeL", "rougeLsum"], ["red fox\nblue sea"], [["blue sea\nred fox"]])
+    assert found == {"rougeL": pytest.approx(50), "rougeLsum": pytest.approx(100)}
+
+
+def test_exact_match_overlooks_whitespace_and_accepts_any_reference():
+    predictions = [" a  b\n", "A b", "ab", "c"]
+    references = [["x", "a b"], ["a b"], ["a b"], ["c"]]
+    assert score(["exact_match"], predictions, references) == {"exact_match": 50.0}
+
+
+def test_accuracy_compares_labels_to_the_letter():
+    labels = [["positive"], ["negative"], ["negative"], ["negative"]]
+    predicted = ["positive", "positive", "negative", " negative"]
+    assert score(["accuracy"], predicted, labels) == {"accuracy": 50.0}
+
+
+def test_a_perfect_prediction_scores_100_and_an_empty_one_0():
+    texts = ["All three platforms are step-free, and there is a café."]
+    assert score(METRICS, texts, [texts]) == {name: pytest.approx(100) for name in METRICS}
+    assert score(METRICS, [""], [texts]) == dict.fromkeys(METRICS, 0.0)
+
+
+TEXT = st.text(st.sampled_from("ab é.\n"), max_size=12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(TEXT, st.lists(TEXT, min_size=1, max_size=3)), min_size=1, max_size=3))
+def test_a_repeated_reference_changes_nothing_and_scores_are_percentages(inputs):
+    predictions = [prediction for prediction, _ in inputs]
+    references = [texts for _, texts in inputs]
+    once = score(METRICS, predictions, references)
+    assert all(0 <= value <= 100 + 1e-9 for value in once.values())
+    repeated = [[*references[0], references[0][0]], *references[1:]]
+    assert score(METRICS, predictions, repeated) == once
+
+
+def test_signatures_state_options_and_versions():
+    scores = measure(METRICS, PREDICTIONS, REFERENCES)
+    assert scores["bleu"].signature == (
+        f"nrefs:var|case:mixed|eff:no|tok:13a|smooth:exp|version:{sacrebleu.__version__}"
+    )
+    assert scores["rouge2"].signature.startswith("rouge2|refs:best-f1|stem:porter|")
+    assert all(found.signature for found in scores.values())
+
+
+def test_an_unknown_metric_is_refused_with_the_nearest_one():
+    with pytest.raises(ConfigError, match="unknown metric 'blue': did you mean 'bleu'"):
+        score(["blue"], ["a"], [["a"]])
+    with pytest.raises(ConfigError, match="'zzz': there are bleu, chrf, rouge1"):
+        score(["zzz"], ["a"], [["a"]])
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "message"),
+    [
+        ([], [], "no predictions"),
+        (["a", "b"], [["a"]], "2 predictions came with 1 sets of references"),
+        (["a", "b"], [["a"], []], r"references\[1\] is \[\]"),
+        (["a"], ["a"], r"references\[0\] is 'a'"),
+    ],
+)
+def test_inputs_that_do_not_pair_up_are_refused(predictions, references, message):
+    with pytest.raises(DataError, match=message):
+        score(["exact_match"], predictions, references)

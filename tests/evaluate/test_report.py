@@ -1,0 +1,74 @@
+"""A report is strict JSON and a readable table; predictions are JSON lines."""
+
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from prefix_jax.errors import PrefixJaxError
+from prefix_jax.evaluate.report import Prediction, Report, save_predictions, table
+
+
+def test_a_report_is_saved_as_json(tmp_path):
+    path = tmp_path / "run" / "test.json"
+    Report({"loss": 1.5, "bleu": 41.25}, {"bleu": "tok:13a|version:2.6.0"}, 40).save(path)
+    assert json.loads(path.read_text()) == {
+        "metrics": {"loss": 1.5, "bleu": 41.25},
+        "signatures": {"bleu": "tok:13a|version:2.6.0"},
+        "examples": 40,
+    }
+
+
+def test_values_that_json_does_not_know_become_null(tmp_path):
+    Report({"loss": math.nan, "perplexity": math.inf}, {}, 1).save(tmp_path / "test.json")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    content = json.loads((tmp_path / "test.json").read_text(), parse_constant=refuse)
+    assert content["metrics"] == {"loss": None, "perplexity": None}
+
+
+def test_predictions_are_saved_one_record_a_line(tmp_path):
+    made = [
+        Prediction(
+            "test.jsonl:1", "café[yes]\n", "There is a café.", ("A café.", "One\u2028café.")
+        ),
+        Prediction("test.jsonl:2", "", "", ("No.",)),
+    ]
+    save_predictions(tmp_path / "predictions.jsonl", iter(made))
+    content = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
+    assert "café[yes]" in content
+    first, second = map(json.loads, content.rstrip("\n").split("\n"))
+    assert first == {
+        "source": "test.jsonl:1",
+        "prompt": "café[yes]\n",
+        "prediction": "There is a café.",
+        "references": ["A café.", "One\u2028café."],
+    }
+    assert second["references"] == ["No."]
+
+
+def test_the_table_sets_columns_side_by_side():
+    grid = table(
+        {
+            "before": {"loss": 3.25, "bleu": 4.0},
+            "after": {"loss": 0.5, "bleu": 72.125, "chrf": 81.0},
+        },
+        title="test, 40 inputs",
+    )
+    console = Console(file=io.StringIO(), width=60)
+    console.print(grid)
+    rows = [line.replace("│", " ").split() for line in console.file.getvalue().splitlines()]
+    assert ["test,", "40", "inputs"] in rows
+    assert ["loss", "3.2500", "0.5000"] in rows
+    assert ["bleu", "4.00", "72.12"] in rows
+    assert ["chrf", "-", "81.00"] in rows
+
+
+def test_a_file_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "run").write_text("a file where a folder should be")
+    with pytest.raises(PrefixJaxError, match=r"cannot write .*test\.json"):
+        Report({}, {}, 0).save(tmp_path / "run" / "test.json")
