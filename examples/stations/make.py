@@ -40,6 +40,8 @@ LINES = (
 BY_STEPS = "reached by steps"
 NUMBERS = {1: "a single", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
+Record = dict[str, str | list[str]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Station:
@@ -204,21 +206,22 @@ def stations(rng: random.Random) -> Iterator[Station]:
         yield dataclasses.replace(station, **unknown)
 
 
-def records() -> dict[str, list[dict[str, str]]]:
+def records() -> dict[str, list[Record]]:
     """The records of every split, in the order of the files."""
     rng = random.Random(SEED)
     supply = stations(rng)
-    splits: dict[str, list[dict[str, str]]] = {}
+    splits: dict[str, list[Record]] = {}
     for split, count in STATIONS.items():
         splits[split] = []
         for i in range(count):
             station = next(supply)
             manners = "AB" if i < TOLD_TWICE[split] else rng.choice("AB")
-            splits[split] += [{"facts": station.facts(), "text": station.text(m)} for m in manners]
+            texts = [station.text(manner) for manner in manners]
+            splits[split].append({"facts": station.facts(), "text": texts})
     return splits
 
 
-def render(split: list[dict[str, str]]) -> str:
+def render(split: list[Record]) -> str:
     """The content of a file: one JSON record a line."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in split)
 
