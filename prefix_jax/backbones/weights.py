@@ -1,0 +1,166 @@
+"""Streams a checkpoint's tensors into sharded parameters, one parameter at a time.
+
+Host memory never holds more than the parameters that are placed already, the one that is being
+stacked, and one tensor of the checkpoint. Files are mapped tensor by tensor, so that their pages
+leave memory with the tensor, and only the slices that this host's devices hold are read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+
+from prefix_jax.backbones.names import Parameter, Shape
+from prefix_jax.errors import BackboneError
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class TensorSource(Protocol):
+    """A checkpoint of named tensors."""
+
+    shapes: Mapping[str, Shape]
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, of any floating dtype; the caller does not write to it."""
+        ...
+
+
+class Safetensors:
+    """The `model.safetensors` of a directory, in one file or in shards with an index."""
+
+    def __init__(self, directory: Path):
+        self.shapes: dict[str, Shape] = {}
+        self._where: dict[str, tuple[Path, np.dtype, int]] = {}
+        for file in _safetensors_files(directory):
+            for name, (dtype, shape, offset) in _header(file).items():
+                self.shapes[name] = shape
+                self._where[name] = (file, dtype, offset)
+
+    def read(self, name: str) -> np.ndarray:
+        file, dtype, offset = self._where[name]
+        return map_tensor(file, dtype, offset, self.shapes[name])
+
+
+def map_tensor(file: Path, dtype: np.dtype, offset: int, shape: Shape) -> np.ndarray:
+    """A read-only view of one tensor in a file, whose pages are released with it."""
+    return np.memmap(file, dtype, mode="r", offset=offset, shape=shape)
+
+
+def _safetensors_files(directory: Path) -> list[Path]:
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise BackboneError(f"{index} is not a safetensors index: {error!r}") from None
+        if absent := [name for name in names if not (directory / name).is_file()]:
+            raise BackboneError(f"{index} names files that are not there: {', '.join(absent)}")
+        return [directory / name for name in names]
+    if pickles := sorted(directory.glob("*.bin")):
+        raise BackboneError(
+            f"{directory} has its weights in {pickles[0].name}, a pickle, which is never read: "
+            "loading one can run any code. Convert it where you trust it, with transformers: "
+            "AutoModelForCausalLM.from_pretrained(directory).save_pretrained(directory)"
+        )
+    raise BackboneError(f"{directory} has no model.safetensors and no {index.name}")
+
+
+def _header(file: Path) -> dict[str, tuple[np.dtype, Shape, int]]:
+    """Dtype, shape and offset in the file of each tensor."""
+    try:
+        with safe_open(file, framework="numpy"):
+            pass  # Opening checks the header and that the file is complete.
+    except SafetensorError as error:
+        raise BackboneError(f"{file} is truncated or corrupt: {error}") from None
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise BackboneError(
+                f"{file}: {name} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}"
+            )
+        offset = 8 + length + entry["data_offsets"][0]
+        tensors[name] = (_DTYPES[entry["dtype"]], tuple(entry["shape"]), offset)
+    return tensors
+
+
+def stream(
+    parameters: Iterable[Parameter],
+    source: TensorSource,
+    dtype: jax.typing.DTypeLike,
+    shardings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Reads parameters into the devices' memory.
+
+    Args:
+        parameters: where each comes from, of `names.match`.
+        source: the checkpoint.
+        dtype: to convert every tensor to.
+        shardings: a tree of shardings of the parameters' structure.
+
+    Returns:
+        The parameter tree, of committed arrays.
+    """
+    shardings = flatten_dict(dict(shardings))
+    leaves = {}
+    # Large ones first: the peak is then early, while little else is in memory.
+    for parameter in sorted(parameters, key=lambda p: math.prod(p.shape), reverse=True):
+        leaves[parameter.path] = _place(
+            parameter, source, np.dtype(dtype), shardings[parameter.path]
+        )
+    return unflatten_dict(leaves)
+
+
+def _place(
+    parameter: Parameter, source: TensorSource, dtype: np.dtype, sharding: jax.sharding.Sharding
+) -> jax.Array:
+    shape = parameter.shape
+
+    def bounds(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+        return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+
+    shards = {
+        key: _aligned(tuple(stop - start for start, stop in key), dtype)
+        for key in map(bounds, sharding.addressable_devices_indices_map(shape).values())
+    }
+    for layer, name in enumerate(parameter.names):
+        stored = source.read(name)
+        for key, shard in shards.items():
+            if parameter.stacked:
+                (first, end), *rest = key
+                if first <= layer < end:
+                    view = parameter.storage(stored, shape[1:])
+                    shard[layer - first] = view[tuple(slice(*b) for b in rest)]
+            else:
+                shard[...] = parameter.storage(stored, shape)[tuple(slice(*b) for b in key)]
+    return jax.make_array_from_callback(shape, sharding, lambda index: shards[bounds(index)])
+
+
+def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array on a 64-byte boundary, which the CPU backend adopts uncopied."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
