@@ -1,0 +1,85 @@
+"""Where a backbone and a method meet: method → lift → hidden → head."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prefix_jax.backbones.decoder import Backbone
+from prefix_jax.data.batch import Batch
+from prefix_jax.errors import ContextError
+from prefix_jax.methods.base import Method
+from prefix_jax.nn.loss import frozen_head_loss, gather_targets, training_head_loss
+from prefix_jax.prefix import Embeds, Hidden, Prefix, Produced
+
+# {"backbone": …, "prefix": …}: one plain tree, so that one label function partitions it.
+Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixModel:
+    """A frozen backbone and the method that steers it.
+
+    Attributes:
+        backbone: the computation of the pretrained model.
+        method: what trains; None is full fine-tuning without a prefix, the baseline.
+    """
+
+    backbone: Backbone
+    method: Method | None
+
+    def produced(self, params: Params, rng: jax.Array | None = None) -> Produced | None:
+        """What the method makes of its parameters; with `rng`, under dropout."""
+        return None if self.method is None else self.method(params["prefix"], rng)
+
+    def prefix(self, params: Params, rng: jax.Array | None = None) -> Prefix | None:
+        """The prefix that attention reads, differentiable in `params["prefix"]`."""
+        return self.backbone.lift(params["backbone"], self.produced(params, rng))
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
+        """The summed negative log-likelihood of the batch's targets, in nats.
+
+        Args:
+            params: {"backbone": …, "prefix": …}.
+            batch: packed rows.
+            rng: for dropout; None evaluates.
+        """
+        prefix = self.prefix(params, rng)
+        h_BTD, _ = self.backbone.hidden(params["backbone"], batch.ids_BT, batch.tokens, prefix)
+        h_BMD = gather_targets(h_BTD, batch.index_BM)
+        head_loss = training_head_loss if self.method is None else frozen_head_loss
+        return head_loss(
+            self.backbone.unembed, params["backbone"], h_BMD, batch.label_BM, batch.weight_BM
+        )
+
+    def check_context(self, tokens: int) -> None:
+        """Raises ContextError if a prefix and `tokens` tokens do not fit the model's positions."""
+        taken = 0 if self.method is None else self.method.length
+        room = self.backbone.arch.max_positions - taken
+        if tokens > room:
+            raise ContextError(
+                f"{tokens} tokens after a prefix of {taken} exceed the model's "
+                f"{self.backbone.arch.max_positions} positions; "
+                f"shorten the text to {room} tokens (data.max_length) or the prefix"
+            )
+
+
+def start_from_ids(
+    backbone: Backbone, params: Any, kind: type[Produced], ids: np.ndarray, length: int
+) -> Produced:
+    """What a prefix is at first if it starts as a text under the frozen model.
+
+    Args:
+        backbone, params: the frozen model and its weights.
+        kind: the type that the method produces.
+        ids: the text's token ids; repeated or cut to `length` tokens.
+        length: P.
+    """
+    ids_P = jnp.asarray(np.resize(np.asarray(ids, np.int32), length))
+    embeds, hidden, prefix = jax.jit(backbone.read)(params, ids_P)
+    return {Embeds: embeds, Hidden: hidden, Prefix: prefix}[kind]

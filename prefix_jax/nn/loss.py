@@ -1,0 +1,101 @@
+"""Cross-entropy of listed targets, without ever holding the logits of a whole batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Unembed = Callable[[Any, jax.Array], jax.Array]
+
+# How many targets one chunk of logits holds: 512 x 128k float32 logits are 256 MiB.
+CHUNK_TARGETS = 512
+
+
+def gather_targets(h_BTD: jax.Array, index_BM: jax.Array) -> jax.Array:
+    """The hidden states h_BMD that predict the targets."""
+    return jnp.take_along_axis(h_BTD, index_BM[..., None], axis=1)
+
+
+def token_losses(logits_BMV: jax.Array, label_BM: jax.Array) -> jax.Array:
+    """Negative log-likelihood of every target, in nats, [B, M]."""
+    picked_BM = jnp.take_along_axis(logits_BMV, label_BM[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BMV, axis=-1) - picked_BM
+
+
+def _chunks(array: jax.Array, size: int) -> jax.Array:
+    """[B, M, …] as [M / size, B, size, …], zeros filling the last chunk."""
+    B, M = array.shape[:2]
+    array = jnp.pad(array, [(0, 0), (0, -M % size)] + [(0, 0)] * (array.ndim - 2))
+    return jnp.moveaxis(array.reshape(B, -1, size, *array.shape[2:]), 1, 0)
+
+
+def _chunk_loss(
+    unembed: Unembed, params: Any, h_BCD: jax.Array, label_BC: jax.Array, weight_BC: jax.Array
+) -> jax.Array:
+    return jnp.sum(token_losses(unembed(params, h_BCD), label_BC) * weight_BC)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def frozen_head_loss(
+    unembed: Unembed, params: Any, h_BMD: jax.Array, label_BM: jax.Array, weight_BM: jax.Array
+) -> jax.Array:
+    """The summed loss under a head that does not train.
+
+    The gradient of each chunk's logits is taken back to its hidden states while the chunk is at
+    hand, so the backward pass neither keeps logits nor computes them again.
+
+    Args:
+        unembed: (params, h_BCD) → float32 logits_BCV.
+        params: what `unembed` reads. Gets no gradient.
+        h_BMD: hidden states that predict the targets.
+        label_BM: the targets.
+        weight_BM: float32 weight of each; 0 for padding.
+
+    Returns:
+        The weighted sum of negative log-likelihoods, in nats.
+    """
+    size = _chunk_size(h_BMD)
+    parts = tuple(_chunks(array, size) for array in (h_BMD, label_BM, weight_BM))
+    return jax.lax.map(lambda part: _chunk_loss(unembed, params, *part), parts).sum()
+
+
+def _chunk_size(h_BMD: jax.Array) -> int:
+    B, M = h_BMD.shape[:2]
+    return min(M, max(1, CHUNK_TARGETS // B))
+
+
+def _forward(
+    unembed: Unembed, params: Any, h_BMD: jax.Array, label_BM: jax.Array, weight_BM: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    parts = tuple(_chunks(array, _chunk_size(h_BMD)) for array in (h_BMD, label_BM, weight_BM))
+
+    def chunk(part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        h_BCD, label_BC, weight_BC = part
+        return jax.value_and_grad(
+            lambda h_BCD: _chunk_loss(unembed, params, h_BCD, label_BC, weight_BC)
+        )(h_BCD)
+
+    loss_C, dh_CBCD = jax.lax.map(chunk, parts)
+    dh_BMD = jnp.moveaxis(dh_CBCD, 0, 1).reshape(h_BMD.shape[0], -1, h_BMD.shape[2])
+    return loss_C.sum(), dh_BMD[:, : h_BMD.shape[1]]
+
+
+def _backward(unembed: Unembed, dh_BMD: jax.Array, cotangent: jax.Array) -> tuple[Any, ...]:
+    return None, (cotangent * dh_BMD).astype(dh_BMD.dtype), None, None
+
+
+frozen_head_loss.defvjp(_forward, _backward)
+
+
+def training_head_loss(
+    unembed: Unembed, params: Any, h_BMD: jax.Array, label_BM: jax.Array, weight_BM: jax.Array
+) -> jax.Array:
+    """As `frozen_head_loss`, for a head that trains: each chunk's logits are computed again in
+    the backward pass."""
+    parts = tuple(_chunks(array, _chunk_size(h_BMD)) for array in (h_BMD, label_BM, weight_BM))
+    chunk = jax.checkpoint(lambda part: _chunk_loss(unembed, params, *part))
+    return jax.lax.map(chunk, parts).sum()

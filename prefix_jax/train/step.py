@@ -1,0 +1,140 @@
+"""The training step: one jitted function that reads the backbone and moves the prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from prefix_jax.data.batch import Batch
+from prefix_jax.model import PrefixModel
+from prefix_jax.train.partition import merge
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes, and all that a checkpoint holds.
+
+    Attributes:
+        step: int32, optimizer steps taken.
+        train: the trained leaves; None where the tree is frozen.
+        optimizer: the optimizer's state, of the trained leaves alone.
+    """
+
+    step: jax.Array
+    train: Any
+    optimizer: optax.OptState
+
+
+@flax.struct.dataclass
+class StepMetrics:
+    """What a step reports, float32 scalars.
+
+    Attributes:
+        loss: as it is minimised: nats per target token, or per example under that reduction.
+        targets: how many tokens were predicted.
+        tokens: how many tokens were read, padding not counted.
+        grad_norm: of the trained part, before clipping.
+        param_norm: of the trained part, before the update.
+        finite: 0 where loss or gradient was not finite; the step then changed nothing.
+    """
+
+    loss: jax.Array
+    targets: jax.Array
+    tokens: jax.Array
+    grad_norm: jax.Array
+    param_norm: jax.Array
+    finite: jax.Array
+
+
+Step = Callable[[TrainState, Any, Batch], tuple[TrainState, StepMetrics]]
+
+
+def init_state(train: Any, frozen: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step. The frozen part is only looked at for its shape."""
+    # The optimizer may alias what it starts from; donation needs buffers of its own.
+    state = jax.jit(optimizer.init)(merge(train, frozen))
+    return TrainState(jnp.zeros((), jnp.int32), train, state)
+
+
+def make_step(
+    model: PrefixModel,
+    optimizer: optax.GradientTransformation,
+    *,
+    reduction: Literal["token", "example"] = "token",
+    seed: int = 0,
+) -> Step:
+    """Builds (state, frozen, micro) → (state, metrics), to be jitted with `state` donated.
+
+    `micro` is a batch whose leaves have a leading axis of micro-batches. Their summed losses and
+    gradients are added up and divided once, by all targets (or examples), so that the result does
+    not depend on how a step is split.
+
+    Args:
+        model: backbone and method.
+        optimizer: of the whole tree, see `make_optimizer`.
+        reduction: mean per target "token", or sum per "example" averaged over examples.
+        seed: of dropout.
+    """
+    dropout = model.method is not None and model.method.dropout > 0
+
+    def micro_loss(train: Any, frozen: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
+        return model.loss(merge(train, frozen), batch, rng)
+
+    def summed(state: TrainState, frozen: Any, micro: Batch) -> tuple[jax.Array, Any]:
+        value_and_grad = jax.value_and_grad(micro_loss)
+        step_rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        count = micro.ids_BT.shape[0]
+        rngs = jax.random.split(step_rng, count) if dropout else None
+
+        def pick(index: int) -> tuple[Batch, jax.Array | None]:
+            return jax.tree.map(lambda leaf: leaf[index], (micro, rngs))
+
+        if count == 1:
+            batch, rng = pick(0)
+            return value_and_grad(state.train, frozen, batch, rng)
+
+        def add(total: Any, part: tuple[Batch, jax.Array | None]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, value_and_grad(state.train, frozen, *part)), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.train))
+        return jax.lax.scan(add, zero, (micro, rngs))[0]
+
+    def step(state: TrainState, frozen: Any, micro: Batch) -> tuple[TrainState, StepMetrics]:
+        loss, grads = summed(state, frozen, micro)
+        targets = micro.weight_BM.sum()
+        count = targets if reduction == "token" else micro.examples.sum()
+        loss, grads = loss / count, jax.tree.map(lambda leaf: leaf / count, grads)
+        grad_norm = optax.global_norm(grads)
+
+        # The transform sees the whole tree, with zeros where it is frozen. Its zero updates of
+        # the backbone are never applied, so XLA drops them.
+        whole = merge(grads, jax.tree.map(jnp.zeros_like, frozen))
+        updates, optimizer_state = optimizer.update(
+            whole, state.optimizer, merge(state.train, frozen)
+        )
+        updates = jax.tree.map(
+            lambda leaf, update: None if leaf is None else update,
+            state.train,
+            updates,
+            is_leaf=lambda leaf: leaf is None,
+        )
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        moved = TrainState(
+            state.step + 1, optax.apply_updates(state.train, updates), optimizer_state
+        )
+        metrics = StepMetrics(
+            loss=loss,
+            targets=targets,
+            tokens=jnp.sum(micro.tokens.group_BT > 0).astype(jnp.float32),
+            grad_norm=grad_norm,
+            param_norm=optax.global_norm(state.train),
+            finite=finite.astype(jnp.float32),
+        )
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state), metrics
+
+    return step
