@@ -1,0 +1,326 @@
+"""Examples → rows with little padding, in few shapes.
+
+XLA compiles each shape of a batch anew, and every padded token costs as much as a real one. So a
+layout has one of a few `Shape`s, which `choose_shapes` picks once for a dataset, and examples are
+spread over its rows by longest-processing-time-first scheduling (Graham 1969).
+
+Targets that answer the same source share its tokens: they become branches of one group. An example
+is laid without its last token, which predicts nothing.
+
+A layout follows from the lengths of the batch's examples and the options, never from earlier
+batches, so that every host finds the same one and a resumed run repeats it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from prefix_jax.data.batch import Batch, Example
+from prefix_jax.errors import DataError
+from prefix_jax.nn.mask import Tokens
+
+# What a batch costs, in tokens through the layers: a token's attention to a row of T, and a
+# target's logits. Shares of the FLOPs of a 135M model (SmolLM2); larger models have smaller ones.
+ATTENTION_COST = 1 / 3000
+TARGET_COST = 1 / 4
+
+
+class Shape(NamedTuple):
+    """The shape of a micro-batch: rows R, tokens in a row T, targets in a row M."""
+
+    rows: int
+    columns: int
+    targets: int
+
+    @property
+    def cost(self) -> float:
+        """In tokens through the layers."""
+        token = 1 + ATTENTION_COST * self.columns
+        return self.rows * (self.columns * token + self.targets * TARGET_COST)
+
+
+class Item(NamedTuple):
+    """What packing needs to know of an example.
+
+    `shared` tokens stand before the first target, `own` tokens after them up to the last target;
+    items of equal `source` have the same shared tokens.
+    """
+
+    source: int
+    shared: int
+    own: int
+    targets: int
+
+
+class Block(NamedTuple):
+    """Examples that share one source in one row, by their place in the batch."""
+
+    members: tuple[int, ...]
+    columns: int
+    targets: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the examples of a batch stand.
+
+    Attributes:
+        shape: of a micro-batch.
+        rows: the blocks of each row, micro-batch after micro-batch.
+        items: the examples as they were measured.
+    """
+
+    shape: Shape
+    rows: tuple[tuple[Block, ...], ...]
+    items: tuple[Item, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Options of a layout.
+
+    Attributes:
+        pack: put several examples into a row. Otherwise row i is example i, padded on the right.
+        rows_multiple: each micro-batch has a multiple of so many rows (a mesh's batch shards).
+        accumulate: micro-batches in a batch, all of one shape.
+        shapes: shapes to prefer, as `choose_shapes` finds them. A batch that fits none of them
+            gets a shape from a coarse ladder.
+    """
+
+    pack: bool = True
+    rows_multiple: int = 1
+    accumulate: int = 1
+    shapes: tuple[Shape, ...] = ()
+
+
+def measure(examples: Sequence[Example]) -> list[Item]:
+    """Measures examples, numbering their sources.
+
+    Raises:
+        DataError: an example has no target, or one at its first token.
+    """
+    sources: dict[bytes, int] = {}
+    items = []
+    for example in examples:
+        places = np.flatnonzero(example.target_T)
+        if not len(places) or places[0] == 0:
+            raise DataError(
+                f"{example.source}: {'a target at' if len(places) else 'no target after'} its "
+                "first token; each example needs a token to predict from and one to predict"
+            )
+        shared, last = int(places[0]), int(places[-1])
+        source = sources.setdefault(example.ids_T[:shared].tobytes(), len(sources))
+        items.append(Item(source, shared, last - shared, len(places)))
+    return items
+
+
+def arrange(items: Sequence[Item], packing: Packing) -> Layout:
+    """Finds the cheapest layout of a batch."""
+    rows_of: dict[int, list[list[Block]]] = {}
+
+    def layout(shape: Shape) -> Layout:
+        return Layout(shape, tuple(map(tuple, rows_of[shape.rows])), tuple(items))
+
+    for shape in sorted(packing.shapes, key=lambda shape: (shape.cost, shape)):
+        if not packing.pack and shape.rows * packing.accumulate < len(items):
+            continue
+        if shape.rows not in rows_of:
+            rows_of[shape.rows] = _spread(items, shape.rows, packing)
+        columns, targets = _extent(rows_of[shape.rows])
+        if columns <= shape.columns and targets <= shape.targets:
+            return layout(shape)
+    shapes = []
+    for rows in _row_counts(len(items), packing):
+        rows_of[rows] = _spread(items, rows, packing)
+        columns, targets = _extent(rows_of[rows])
+        shapes.append(Shape(rows, _round_up(columns, 4), _round_up(targets, 4)))
+    return layout(min(shapes, key=lambda shape: (shape.cost, shape)))
+
+
+def choose_shapes(
+    batches: Sequence[Sequence[Item]], packing: Packing, *, limit: int = 16, gain: float = 0.003
+) -> tuple[Shape, ...]:
+    """Chooses shapes that together make these batches cheap.
+
+    Greedily adds the shape that lowers the cost of all batches most.
+
+    Args:
+        batches: a sample of what will be arranged.
+        packing: the options; its `shapes` are not looked at.
+        limit: shapes at most.
+        gain: the share of the cost that a further shape must save to be worth its compilation.
+    """
+    counts = _row_counts(max(map(len, batches)), packing)
+    extent_NC2 = np.array(
+        [[_extent(_spread(items, rows, packing)) for rows in counts] for items in batches]
+    )
+    options = sorted(
+        {
+            (i, Shape(rows, _round_up(int(columns), 16), _round_up(int(targets), 16)))
+            for extent_C2 in extent_NC2
+            for i, (rows, (columns, targets)) in enumerate(zip(counts, extent_C2, strict=True))
+        }
+    )
+    at = [i for i, _ in options]
+    room_S2 = np.array([(shape.columns, shape.targets) for _, shape in options])
+    cost_S = np.array([shape.cost for _, shape in options])
+    fits_NS = (extent_NC2[:, at] <= room_S2).all(-1)
+    # What fits none costs more than anything that does: the first shapes are to cover everything.
+    none = 2 * cost_S.max()
+    cost_NS = np.where(fits_NS, cost_S, none)
+    chosen: list[int] = []
+    cost_N = np.full(len(batches), none)
+    while len(chosen) < limit:
+        total_S = np.minimum(cost_NS, cost_N[:, None]).sum(0)
+        best = int(total_S.argmin())
+        if chosen and cost_N.sum() - total_S[best] < gain * total_S[best]:
+            break
+        chosen.append(best)
+        cost_N = np.minimum(cost_N, cost_NS[:, best])
+    return tuple(options[i][1] for i in chosen)
+
+
+def materialise(
+    layout: Layout,
+    examples: Sequence[Example],
+    *,
+    part: tuple[int, int] = (0, 1),
+) -> Batch:
+    """Writes a layout's rows as numpy arrays, [R, T], or [A, R, T] for A > 1 micro-batches.
+
+    Args:
+        layout: what `arrange` found for the whole batch.
+        examples: the whole batch.
+        part: (i, n) takes the i-th of n equal parts of each micro-batch's rows: those of host i.
+            The count of examples stays the whole batch's.
+    """
+    shape = layout.shape
+    accumulate = len(layout.rows) // shape.rows
+    index, count = part
+    size = shape.rows // count
+    ids, group, branch, position = (_zeros(accumulate, size, shape.columns) for _ in range(4))
+    column, label = (_zeros(accumulate, size, shape.targets) for _ in range(2))
+    weight = _zeros(accumulate, size, shape.targets, dtype=np.float32)
+    counts = _zeros(accumulate, dtype=np.float32)
+    for number, blocks in enumerate(layout.rows):
+        micro, row = divmod(number, shape.rows)
+        counts[micro] += sum(len(block.members) for block in blocks)
+        row -= index * size
+        if not 0 <= row < size:
+            continue
+        start = slot = 0
+        for g, block in enumerate(blocks, 1):
+            shared = layout.items[block.members[0]].shared
+            end = start + shared
+            ids[micro, row, start:end] = examples[block.members[0]].ids_T[:shared]
+            position[micro, row, start:end] = np.arange(shared)
+            for b, member in enumerate(block.members, 1):
+                example, own = examples[member], layout.items[member].own
+                stretch = micro, row, slice(end, end + own)
+                ids[stretch] = example.ids_T[shared : shared + own]
+                branch[stretch] = b
+                position[stretch] = np.arange(shared, shared + own)
+                # The token before a target predicts it; before the first stands the source's last.
+                before = np.flatnonzero(example.target_T) - 1
+                slots = micro, row, slice(slot, slot + len(before))
+                column[slots] = np.where(before < shared, start, end - shared) + before
+                label[slots] = example.ids_T[before + 1]
+                weight[slots] = 1
+                end, slot = end + own, slot + len(before)
+            group[micro, row, start:end] = g
+            start = end
+    batch: Batch = Batch(
+        ids_BT=ids,
+        tokens=Tokens(group, branch, position),
+        index_BM=column,
+        label_BM=label,
+        weight_BM=weight,
+        examples=counts,
+    )
+    return batch if accumulate > 1 else jax.tree.map(lambda leaf: leaf[0], batch)
+
+
+def _zeros(*shape: int, dtype: Any = np.int32) -> Any:
+    # Any: the fields of a batch are typed as the arrays that they become on the device.
+    return np.zeros(shape, dtype)
+
+
+def _spread(items: Sequence[Item], rows: int, packing: Packing) -> list[list[Block]]:
+    """Spreads the items over the rows of every micro-batch, as evenly as it can."""
+    rows *= packing.accumulate
+    spread: list[list[Block]] = [[] for _ in range(rows)]
+    if not packing.pack:
+        for i in range(len(items)):
+            spread[i].append(_block(items, [i]))
+        return spread
+    free = [(0, row) for row in range(rows)]
+    for block in sorted(_blocks(items, rows), key=lambda block: (-block.columns, block.members)):
+        filled, row = free[0]
+        spread[row].append(block)
+        heapq.heapreplace(free, (filled + block.columns, row))
+    return spread
+
+
+def _blocks(items: Sequence[Item], rows: int) -> list[Block]:
+    """One block a source, or several where a single one would outgrow its share of the rows."""
+    groups: dict[int, list[int]] = {}
+    for i, item in enumerate(items):
+        groups.setdefault(item.source, []).append(i)
+    whole = [_block(items, members) for members in groups.values()]
+    share = max(
+        -(-sum(block.columns for block in whole) // rows),
+        max(item.shared + item.own for item in items),
+    )
+    blocks = []
+    for block in whole:
+        shared = items[block.members[0]].shared
+        if block.columns <= share:
+            blocks.append(block)
+            continue
+        pieces: list[list[int]] = [
+            [] for _ in range(-(-(block.columns - shared) // (share - shared)))
+        ]
+        filled = [(0, piece) for piece in range(len(pieces))]
+        for member in sorted(block.members, key=lambda i: (-items[i].own, i)):
+            length, piece = filled[0]
+            pieces[piece].append(member)
+            heapq.heapreplace(filled, (length + items[member].own, piece))
+        blocks += [_block(items, piece) for piece in pieces if piece]
+    return blocks
+
+
+def _block(items: Sequence[Item], members: Sequence[int]) -> Block:
+    return Block(
+        members=tuple(members),
+        columns=items[members[0]].shared + sum(items[i].own for i in members),
+        targets=sum(items[i].targets for i in members),
+    )
+
+
+def _extent(spread: Sequence[Sequence[Block]]) -> tuple[int, int]:
+    """The most columns and the most targets of a row."""
+    columns = max(sum(block.columns for block in row) for row in spread)
+    targets = max(sum(block.targets for block in row) for row in spread)
+    return columns, targets
+
+
+def _row_counts(examples: int, packing: Packing) -> list[int]:
+    """Numbers of rows of a micro-batch to try: from one to one an example, steps of 1.3 to 1.5."""
+    unit = packing.rows_multiple
+    most = -(-examples // (unit * packing.accumulate)) * unit
+    if not packing.pack:
+        return [most]
+    steps = [1, *(k << j for k in (2, 3) for j in range(most.bit_length()))]
+    return sorted({min(unit * step, most) for step in steps})
+
+
+def _round_up(length: int, steps: int) -> int:
+    """The next value of a ladder: multiples of 8 at first, then `steps` (or more) an octave."""
+    step = max(8, (1 << max(length - 1, 1).bit_length() - 1) // steps)
+    return -(-length // step) * step

@@ -1,0 +1,221 @@
+"""Records → text: `{field}` templates for an input and a target, and chats.
+
+What is rendered is a list of segments, each either given or learnt. Segments are tokenised apart
+(`tokens.py`), so that what is given has the same tokens whatever follows it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from prefix_jax.data.source import Record
+from prefix_jax.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A piece of text, and whether its tokens are targets."""
+
+    text: str
+    target: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """One example as text.
+
+    Attributes:
+        segments: in order; a target segment is one answer.
+        source: where the record came from.
+        references: every acceptable text of the last target.
+        chat: whether a chat template made the segments. It then writes the special tokens, which
+            are otherwise added around the text.
+    """
+
+    segments: tuple[Segment, ...]
+    source: str
+    references: tuple[str, ...]
+    chat: bool = False
+
+    @property
+    def prompt(self) -> str:
+        """The text before the last target."""
+        last = max(i for i, segment in enumerate(self.segments) if segment.target)
+        return "".join(segment.text for segment in self.segments[:last])
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """Text with fields in braces: "{mr} => ". A literal brace is doubled.
+
+    A field is a name and nothing else: no index, attribute, conversion or format is looked at, so
+    that "{a.b}" means the field called "a.b".
+
+    Raises:
+        DataError: an unbalanced brace, or braces that hold anything but a name.
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        self._parts()
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names in braces, in order."""
+        return tuple(name for _, name in self._parts() if name is not None)
+
+    def render(self, record: Record) -> list[str]:
+        """The text for a record; several texts where a field holds a list of alternatives.
+
+        Raises:
+            DataError: a field is missing, null, NaN or not text, or two fields hold lists.
+        """
+        texts, listed = [""], None
+        for literal, name in self._parts():
+            values = [""] if name is None else _texts(record, name)
+            if name is not None and isinstance(record.value(name), list):
+                if listed is not None:
+                    raise DataError(
+                        f"{record.source}: fields {listed!r} and {name!r} both hold lists; "
+                        f"the template {self.text!r} may use one"
+                    )
+                listed = name
+            texts = [text + literal + value for text in texts for value in values]
+        return texts
+
+    def _parts(self) -> list[tuple[str, str | None]]:
+        """Pairs of literal text and the name of the field that follows it, if one does."""
+        try:
+            parts = list(string.Formatter().parse(self.text))
+        except ValueError as error:
+            raise DataError(
+                f"template {self.text!r}: {error}; write a literal brace twice"
+            ) from error
+        for _, name, spec, conversion in parts:
+            if name is not None and (not name or spec or conversion):
+                raise DataError(
+                    f"template {self.text!r}: braces hold the name of a field and nothing else; "
+                    "write a literal brace twice"
+                )
+        return [(literal, name) for literal, name, _, _ in parts]
+
+
+def _texts(record: Record, name: str) -> list[str]:
+    value = record.value(name)
+    values = value if isinstance(value, list) else [value]
+    for item in values:
+        if not isinstance(item, str | int | float):
+            raise DataError(
+                f"{record.source}: field {name!r} holds a {type(item).__name__}; "
+                "templates take text and numbers"
+            )
+    if not values:
+        raise DataError(f"{record.source}: field {name!r} is an empty list")
+    return [str(item) for item in values]
+
+
+def render(
+    record: Record, *, input: Template | None, target: Template, references: str | None = None
+) -> list[Rendered]:
+    """Renders input and target: one example, or one for each alternative of the target.
+
+    Args:
+        record: what fills the templates.
+        input: the text that is given; None gives nothing.
+        target: the text to learn.
+        references: the field that holds the acceptable texts; None takes the rendered targets.
+
+    Raises:
+        DataError: a field is missing or unusable, or a target is empty.
+    """
+    given = [""] if input is None else input.render(record)
+    if input is not None and len(given) > 1:
+        raise DataError(
+            f"{record.source}: the input {input.text!r} has {len(given)} alternatives; "
+            "only a target may hold a list"
+        )
+    answers = target.render(record)
+    if not all(answer.strip() for answer in answers):
+        raise DataError(f"{record.source}: the target {target.text!r} is empty")
+    accepted = tuple(answers if references is None else _texts(record, references))
+    segments = [Segment(text, False) for text in given if text]
+    return [
+        Rendered((*segments, Segment(answer, True)), record.source, accepted) for answer in answers
+    ]
+
+
+def render_chat(record: Record, field: str, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """Renders a chat through the tokenizer's template; the assistant's turns are targets.
+
+    The template is asked for the conversation before and after each assistant's turn. The turn is
+    the difference, so it holds its end-of-turn token, and no knowledge of a template is needed.
+
+    Raises:
+        DataError: the field is not a list of {"role", "content"} with an assistant's turn; the
+            tokenizer has no chat template, or its template refuses the chat or rewrites earlier
+            turns when later ones follow.
+    """
+    turns = _turns(record, field)
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{record.source}: the tokenizer has no chat template for field {field!r}; "
+            "take an instruction-tuned model, or templates for input and target"
+        )
+
+    def text(turns: Sequence[Mapping[str, Any]], answer_follows: bool) -> str:
+        try:
+            rendered = tokenizer.apply_chat_template(
+                [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=answer_follows
+            )
+        except jinja2.TemplateError as error:
+            raise DataError(
+                f"{record.source}: the tokenizer's chat template refuses the chat: {error}"
+            ) from error
+        return str(rendered)
+
+    segments, done = [], ""
+    for i, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        before, after = text(turns[:i], True), text(turns[: i + 1], False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise DataError(
+                f"{record.source}: the tokenizer's chat template rewrites earlier turns at turn "
+                f"{i + 1}, so what the model sees in training would differ from generation; "
+                "split the chat into records that end at one assistant's turn each"
+            )
+        segments += [Segment(before[len(done) :], False), Segment(after[len(before) :], True)]
+        done = after
+    answer = next(turn["content"] for turn in reversed(turns) if turn["role"] == "assistant")
+    return Rendered(tuple(segments), record.source, (answer,), chat=True)
+
+
+def _turns(record: Record, field: str) -> list[Mapping[str, Any]]:
+    turns = record.value(field)
+    if not isinstance(turns, list):
+        raise DataError(f"{record.source}: field {field!r} must hold a list of turns")
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, Mapping) or not all(
+            isinstance(turn.get(key), str) for key in ("role", "content")
+        ):
+            raise DataError(
+                f'{record.source}: turn {number} of {field!r} must be {{"role": …, "content": …}} '
+                "with text in both"
+            )
+        if turn["role"] == "assistant" and not turn["content"].strip():
+            raise DataError(f"{record.source}: the assistant's turn {number} is empty")
+    if turns and turns[0]["role"] == "assistant":
+        raise DataError(
+            f"{record.source}: the chat in {field!r} opens with the assistant, who has nothing to "
+            "answer; begin it with a user's turn"
+        )
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise DataError(f"{record.source}: field {field!r} has no assistant's turn to learn from")
+    return turns

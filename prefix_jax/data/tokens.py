@@ -1,0 +1,158 @@
+"""Text → tokens: what is given, what is learnt, and what happens when it is too long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from prefix_jax.data.batch import Example
+from prefix_jax.data.template import Rendered
+from prefix_jax.errors import DataError
+
+if TYPE_CHECKING:  # its import takes seconds
+    from transformers import PreTrainedTokenizerBase
+
+
+class Examples(list[Example]):
+    """Tokenised examples, and what the length limit did to the others.
+
+    Attributes:
+        truncated: sources of the examples whose input was cut.
+        dropped: sources of the examples that were left out.
+    """
+
+    def __init__(
+        self,
+        examples: Iterable[Example] = (),
+        truncated: Sequence[str] = (),
+        dropped: Sequence[str] = (),
+    ):
+        super().__init__(examples)
+        self.truncated = tuple(truncated)
+        self.dropped = tuple(dropped)
+
+
+def tokenize(
+    rendered: Sequence[Rendered],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    loss: Literal["target", "all"] = "target",
+    max_length: int | None = None,
+    truncate: Literal["left", "right"] = "left",
+    on_overflow: Literal["error", "drop"] = "error",
+) -> Examples:
+    """Tokenises each segment apart and joins them.
+
+    Text from templates gets the beginning-of-sequence token that the tokenizer itself would write,
+    if any, and an end-of-sequence token as the last target. In a chat, a turn's targets end with
+    its last special token: the line break that templates put after it is never generated.
+
+    Args:
+        rendered: the examples as text.
+        tokenizer: of Hugging Face transformers.
+        loss: which tokens are targets, those of target segments or "all". The first token of an
+            example never is one.
+        max_length: tokens of an example at most; None sets no limit.
+        truncate: the side at which the input (what stands before the first target segment) is cut
+            to fit. Targets are never cut.
+        on_overflow: what to do with an example that does not fit with one token of its input.
+
+    Raises:
+        DataError: an example does not fit, or no target is left of it; the tokenizer has no
+            end-of-sequence token.
+    """
+    ids_of = _ids(rendered, tokenizer)
+    bos = _bos(tokenizer)
+    special = _special(tokenizer)
+    examples, truncated, dropped = [], [], []
+    for item in rendered:
+        ids: list[int] = [] if item.chat else list(bos)
+        learnt = [False] * len(ids)
+        for segment in item.segments:
+            tokens = ids_of[segment.text]
+            if segment.target and not tokens:
+                raise DataError(f"{item.source}: the tokenizer makes no token of {segment.text!r}")
+            if segment.target and not item.chat:
+                tokens = [*tokens, tokenizer.eos_token_id]
+            ends = [i + 1 for i, token in enumerate(tokens) if token in special]
+            end = ends[-1] if item.chat and ends else len(tokens)
+            ids += tokens
+            learnt += [segment.target and i < end for i in range(len(tokens))]
+
+        start = learnt.index(True)
+        kept = 0 if item.chat else len(bos)
+        if max_length is not None and len(ids) > max_length:
+            room = max_length - (len(ids) - start) - kept
+            if room < min(1, start - kept):
+                if on_overflow == "drop":
+                    dropped.append(item.source)
+                    continue
+                raise DataError(
+                    f"{item.source}: {start} tokens of input and {len(ids) - start} from the first "
+                    f"target on do not fit max_length {max_length}, even with the input cut to one "
+                    "token; raise max_length, or set on_overflow: drop to leave such examples out"
+                )
+            truncated.append(item.source)
+            cut = slice(kept, start - room) if truncate == "left" else slice(kept + room, start)
+            del ids[cut], learnt[cut]
+
+        target_T = np.array(learnt) if loss == "target" else np.ones(len(ids), bool)
+        target_T[0] = False
+        if not target_T.any():
+            raise DataError(
+                f"{item.source}: its one token cannot be a target, as nothing stands before it; "
+                "give it an input"
+            )
+        examples.append(
+            Example(
+                ids_T=np.array(ids, np.int32),
+                target_T=target_T,
+                source=item.source,
+                references=item.references,
+                prompt=item.prompt,
+            )
+        )
+    if not examples:
+        raise DataError(f"none of {len(rendered)} examples fits max_length {max_length}; raise it")
+    return Examples(examples, truncated, dropped)
+
+
+def group_references(examples: Sequence[Example]) -> list[Example]:
+    """One example for each prompt, with the references of all: what generation is scored on."""
+    grouped: dict[str, list[Example]] = {}
+    for example in examples:
+        grouped.setdefault(example.prompt, []).append(example)
+    return [
+        Example(
+            ids_T=same[0].ids_T,
+            target_T=same[0].target_T,
+            source=same[0].source,
+            references=tuple(dict.fromkeys(text for one in same for text in one.references)),
+            prompt=prompt,
+        )
+        for prompt, same in grouped.items()
+    ]
+
+
+def _ids(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """Text of a segment → its tokens, each text once and all in one call."""
+    if tokenizer.eos_token_id is None and not all(item.chat for item in rendered):
+        raise DataError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
+    texts = list(dict.fromkeys(segment.text for item in rendered for segment in item.segments))
+    # verbose: no warning about the length of a segment; max_length is what decides.
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return dict(zip(texts, encoded, strict=True))
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-sequence token, if the tokenizer puts one before text (Llama does)."""
+    if tokenizer.bos_token_id in tokenizer("")["input_ids"][:1]:
+        return [tokenizer.bos_token_id]
+    return []
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}

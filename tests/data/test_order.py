@@ -1,0 +1,53 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefix_jax.data.order import Order
+from prefix_jax.errors import ConfigError
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 5), st.booleans())
+def test_every_epoch_holds_every_example_once_though_steps_run_across(count, size, seed, grouped):
+    groups = [i % 3 for i in range(count)] if grouped else None
+    order = Order(count, size, seed=seed, groups=groups)
+    flat = np.concatenate([order.step(s) for s in range(3 * order.steps_per_epoch)])
+    for epoch in range(3 * order.steps_per_epoch * size // count):
+        held = flat[epoch * count : (epoch + 1) * count]
+        assert sorted(held.tolist()) == list(range(count))
+
+
+def test_a_step_depends_on_seed_and_step_alone():
+    one, two = Order(100, 8, seed=3), Order(100, 8, seed=3)
+    steps = [one.step(s).tolist() for s in range(50)]
+    assert [two.step(s).tolist() for s in reversed(range(50))] == steps[::-1]
+    assert Order(100, 8, seed=4).step(0).tolist() != steps[0]
+
+
+def test_epochs_differ():
+    order = Order(64, 64)
+    assert order.step(0).tolist() != order.step(1).tolist()
+
+
+def test_equal_groups_stay_adjacent_and_both_they_and_their_members_are_shuffled():
+    groups = [0, 1, 2, 3, 4] * 6
+    order = Order(30, 30, groups=groups)
+    epochs = [order.step(s) for s in range(8)]
+    for held in epochs:
+        names = [groups[i] for i in held]
+        assert sum(a != b for a, b in itertools.pairwise(names)) == 4
+    assert len({tuple(groups[i] for i in held) for held in epochs}) > 1
+    assert len({tuple(i for i in held if groups[i] == 0) for held in epochs}) > 1
+
+
+def test_steps_per_epoch_counts_the_step_that_runs_over():
+    assert Order(16, 8).steps_per_epoch == 2
+    assert Order(17, 8).steps_per_epoch == 3
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, 8), (8, 0)])
+def test_nothing_to_order_is_an_error(count, size):
+    with pytest.raises(ConfigError, match="must be at least 1"):
+        Order(count, size)

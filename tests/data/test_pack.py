@@ -1,0 +1,199 @@
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefix_jax.data.batch import Example
+from prefix_jax.data.pack import Packing, Shape, arrange, choose_shapes, materialise, measure
+from prefix_jax.errors import DataError
+
+
+def example(source, target_T, start=0, name="x"):
+    """An example with the given source and a target of which some tokens count."""
+    ids = [*source, *range(1000 + start, 1000 + start + len(target_T))]
+    return Example(np.array(ids, np.int32), np.array([False] * len(source) + list(target_T)), name)
+
+
+@st.composite
+def batches(draw):
+    """Examples with few sources, so that some are shared, and targets with gaps, as chats have."""
+    sources = draw(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=12), min_size=1))
+    targets = st.lists(st.booleans(), max_size=12).map(lambda rest: [True, *rest])
+    return [
+        example(draw(st.sampled_from(sources)), draw(targets), start=20 * i, name=str(i))
+        for i in range(draw(st.integers(1, 14)))
+    ]
+
+
+packings = st.builds(
+    Packing, pack=st.booleans(), rows_multiple=st.integers(1, 3), accumulate=st.integers(1, 3)
+)
+
+
+def micro_batches(batch):
+    if batch.ids_BT.ndim == 2:
+        return [batch]
+    return [jax.tree.map(lambda leaf: leaf[a], batch) for a in range(len(batch.ids_BT))]  # noqa: B023
+
+
+def predictions(batch):
+    """For every target: what its column sees, in order of position, and the label."""
+    found = []
+    for micro in micro_batches(batch):
+        at = micro.tokens
+        for row, (columns, labels, weights) in enumerate(
+            zip(micro.index_BM, micro.label_BM, micro.weight_BM, strict=True)
+        ):
+            group, branch = at.group_BT[row], at.branch_BT[row]
+            position, ids = at.position_BT[row], micro.ids_BT[row]
+            for q, label in zip(columns[weights > 0], labels[weights > 0], strict=True):
+                assert group[q] > 0
+                sees = (group == group[q]) & (position <= position[q])
+                sees &= (branch == 0) | (branch == branch[q])
+                seen = ids[sees][np.argsort(position[sees])]
+                assert sorted(position[sees]) == list(range(len(seen)))
+                found.append((*seen.tolist(), int(label)))
+    return sorted(found)
+
+
+@settings(deadline=None)
+@given(batches(), packings)
+def test_each_target_is_predicted_once_from_exactly_the_tokens_before_it(examples, packing):
+    items = measure(examples)
+    batch = materialise(arrange(items, packing), examples)
+    expected = sorted(
+        tuple(one.ids_T[: i + 1].tolist()) for one in examples for i in np.flatnonzero(one.target_T)
+    )
+    assert predictions(batch) == expected
+    assert batch.weight_BM.sum() == len(expected)
+    assert set(np.unique(batch.weight_BM)) <= {0, 1}
+    assert np.sum(batch.examples) == len(examples)
+
+
+@settings(deadline=None)
+@given(batches(), packings)
+def test_rows_hold_sources_once_and_targets_without_their_last_token(examples, packing):
+    layout = arrange(measure(examples), packing)
+    batch = materialise(layout, examples)
+    laid = sum(
+        layout.items[block.members[0]].shared + sum(layout.items[i].own for i in block.members)
+        for row in layout.rows
+        for block in row
+    )
+    assert (batch.tokens.group_BT > 0).sum() == laid
+    padding = batch.tokens.group_BT == 0
+    for leaf in (batch.ids_BT, batch.tokens.branch_BT, batch.tokens.position_BT):
+        assert not leaf[padding].any()
+    assert sorted(i for row in layout.rows for block in row for i in block.members) == list(
+        range(len(examples))
+    )
+
+
+@settings(deadline=None)
+@given(batches(), packings)
+def test_the_shape_is_the_layouts_and_the_rows_divide(examples, packing):
+    layout = arrange(measure(examples), packing)
+    batch = materialise(layout, examples)
+    lead = (packing.accumulate,) if packing.accumulate > 1 else ()
+    assert batch.ids_BT.shape == (*lead, layout.shape.rows, layout.shape.columns)
+    assert batch.index_BM.shape == (*lead, layout.shape.rows, layout.shape.targets)
+    assert batch.examples.shape == lead
+    assert layout.shape.rows % packing.rows_multiple == 0
+    assert layout.shape.columns % 8 == 0
+
+
+@settings(deadline=None)
+@given(batches(), packings)
+def test_hosts_get_parts_that_make_the_whole(examples, packing):
+    layout = arrange(measure(examples), packing)
+    whole = materialise(layout, examples)
+    n = packing.rows_multiple
+    parts = [materialise(layout, examples, part=(i, n)) for i in range(n)]
+    axis = int(packing.accumulate > 1)
+    joined = jax.tree.map(
+        lambda *leaves: np.concatenate(leaves, axis) if leaves[0].ndim > axis else leaves[0], *parts
+    )
+    jax.tree.map(np.testing.assert_array_equal, joined, whole)
+
+
+@settings(deadline=None)
+@given(batches(), packings, st.integers(0, 10**6))
+def test_a_layout_does_not_depend_on_how_sources_are_numbered(examples, packing, shift):
+    items = measure(examples)
+    renumbered = [item._replace(source=shift - item.source) for item in items]
+    assert arrange(items, packing).rows == arrange(renumbered, packing).rows
+
+
+def test_targets_of_one_source_share_its_tokens_as_branches():
+    examples = [example([7, 8, 9], [True] * 3, start=10 * i) for i in range(3)]
+    batch = materialise(arrange(measure(examples), Packing()), examples)
+    assert batch.ids_BT.shape[0] == 1
+    # 3 of the source and 2 of each target: the last token of each predicts nothing.
+    assert batch.tokens.branch_BT[0, :9].tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3]
+    assert batch.tokens.position_BT[0, :9].tolist() == [0, 1, 2, 3, 4, 3, 4, 3, 4]
+    assert (batch.tokens.group_BT[0] > 0).sum() == 9
+    assert batch.index_BM[0, :9].tolist() == [2, 3, 4, 2, 5, 6, 2, 7, 8]
+
+
+def test_a_long_group_is_split_over_rows_and_repeats_its_source():
+    examples = [example([5] * 10, [True] * 400, start=400 * i) for i in range(8)]
+    layout = arrange(measure(examples), Packing(rows_multiple=4))
+    assert layout.shape.rows >= 4
+    assert layout.shape.columns < 1000
+    assert all(row and len(row) == 1 for row in layout.rows)
+    batch = materialise(layout, examples)
+    assert (batch.ids_BT[:, :10] == 5).all()
+
+
+def test_without_packing_row_i_is_example_i():
+    examples = [example([i + 1], [True] * (i + 1)) for i in range(5)]
+    batch = materialise(arrange(measure(examples), Packing(pack=False, rows_multiple=2)), examples)
+    assert batch.ids_BT.shape[0] == 6
+    assert batch.ids_BT[:, 0].tolist() == [1, 2, 3, 4, 5, 0]
+    assert batch.weight_BM.sum(1).tolist() == [1, 2, 3, 4, 5, 0]
+
+
+def lengths(count, seed):
+    """Batches of 8 examples with lengths as data-to-text sets have them."""
+    rng = np.random.default_rng(seed)
+    examples = [
+        example([n] * int(rng.integers(20, 50)), [True] * int(rng.integers(15, 45)))
+        for n in range(8 * count)
+    ]
+    items = measure(examples)
+    return [items[i : i + 8] for i in range(0, len(items), 8)]
+
+
+def test_few_chosen_shapes_fit_batches_with_little_padding():
+    packing = Packing(shapes=choose_shapes(lengths(256, seed=0), Packing()))
+    assert len(packing.shapes) <= 16
+    layouts = [arrange(items, packing) for items in lengths(256, seed=1)]
+    used = {layout.shape for layout in layouts}
+    assert len(used - set(packing.shapes)) <= 2
+    laid = sum(block.columns for layout in layouts for row in layout.rows for block in row)
+    area = sum(layout.shape.rows * layout.shape.columns for layout in layouts)
+    assert area / laid < 1.06
+
+
+def test_a_further_shape_must_be_worth_its_compilation():
+    sample = lengths(64, seed=0)
+    few, many = (choose_shapes(sample, Packing(), gain=gain) for gain in (0.02, 0.001))
+    assert few == many[: len(few)]
+    assert len(few) < len(many)
+    assert len(choose_shapes(sample, Packing(), gain=0, limit=3)) == 3
+
+
+def test_a_batch_takes_the_cheapest_shape_that_it_fits_or_one_of_a_ladder():
+    items = measure([example([1] * 20, [True] * 10), example([2] * 20, [True] * 10)])
+    small, large = Shape(1, 64, 24), Shape(1, 128, 64)
+    assert arrange(items, Packing(shapes=(large, small))).shape == small
+    assert arrange(items, Packing(shapes=(large,))).shape == large
+    assert arrange(items, Packing(shapes=(Shape(1, 8, 8),))).shape.columns >= 29
+
+
+@pytest.mark.parametrize("target_T", [[False, False], [True, False]])
+def test_an_example_without_a_target_to_predict_is_an_error(target_T):
+    bad = Example(np.array([1, 2], np.int32), np.array(target_T), "a.jsonl:9")
+    with pytest.raises(DataError, match=r"a\.jsonl:9: "):
+        measure([bad])

@@ -1,0 +1,179 @@
+import itertools
+import json
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from prefix_jax.data.batch import Example
+from prefix_jax.data.pipeline import Pipeline, evaluation_batches, load_examples
+from prefix_jax.errors import ConfigError, DataError, MeshError
+
+
+def make_examples(count=37, sources=9):
+    rng = np.random.default_rng(0)
+    starts = [rng.integers(1, 50, rng.integers(3, 20)).tolist() for _ in range(sources)]
+    examples = []
+    for n in range(count):
+        source = starts[n % sources]
+        target = rng.integers(100, 200, rng.integers(1, 15)).tolist()
+        ids = np.array([*source, *target], np.int32)
+        learnt = np.arange(len(ids)) >= len(source)
+        examples.append(Example(ids, learnt, f"a.jsonl:{n + 1}"))
+    return examples
+
+
+def equal(one, two):
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def targets(batch):
+    """The labels that count, sorted."""
+    return np.sort(batch.label_BM[batch.weight_BM > 0]).tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"group_by_source": True}, {"pack": False}])
+def test_a_step_gives_the_same_batch_in_any_order_and_any_process(options):
+    one = Pipeline(make_examples(), batch_size=8, seed=1, **options)
+    two = Pipeline(make_examples(), batch_size=8, seed=1, **options)
+    steps = [one.batch(step) for step in range(12)]
+    for step in reversed(range(12)):
+        equal(two.batch(step), steps[step])
+
+
+def test_iteration_resumes_at_any_step_with_the_same_bytes():
+    pipeline = Pipeline(make_examples(), batch_size=8)
+    whole = list(pipeline.iterate(0, 10))
+    assert len(whole) == 10
+    for resumed, batch in zip(pipeline.iterate(6), whole[6:], strict=False):
+        equal(resumed, batch)
+
+
+def test_iteration_runs_ahead_in_a_thread():
+    made = []
+
+    class Watched(Pipeline):
+        def batch(self, step):
+            made.append(step)
+            return super().batch(step)
+
+    batches = Watched(make_examples(), batch_size=8).iterate()
+    next(batches)
+    for _ in range(200):
+        if len(made) > 2:
+            break
+        time.sleep(0.01)
+    assert made[:3] == [0, 1, 2]
+
+
+def test_an_epoch_trains_on_every_target_once():
+    examples = make_examples(40)
+    pipeline = Pipeline(examples, batch_size=8, group_by_source=True)
+    assert pipeline.steps_per_epoch == 5
+    seen = sorted(itertools.chain(*(targets(pipeline.batch(step)) for step in range(5))))
+    assert seen == sorted(int(i) for one in examples for i in one.ids_T[one.target_T])
+
+
+def test_grouping_by_source_lays_fewer_tokens():
+    laid = [
+        sum((pipeline.batch(step).tokens.group_BT > 0).sum() for step in range(9))
+        for pipeline in (
+            Pipeline(make_examples(72), batch_size=8, group_by_source=grouped)
+            for grouped in (True, False)
+        )
+    ]
+    assert laid[0] < 0.8 * laid[1]
+
+
+def test_sources_name_the_examples_of_a_batch():
+    examples = make_examples()
+    pipeline = Pipeline(examples, batch_size=8)
+    names = pipeline.batch_sources(3)
+    assert len(names) == 8
+    labels = [i for one in examples if one.source in names for i in one.ids_T[one.target_T]]
+    assert targets(pipeline.batch(3)) == sorted(labels)
+
+
+def test_hosts_agree_on_the_shape_and_share_the_rows():
+    parts = [
+        Pipeline(make_examples(), batch_size=8, rows_multiple=4, part=(i, 2)).batch(5)
+        for i in range(2)
+    ]
+    whole = Pipeline(make_examples(), batch_size=8, rows_multiple=4).batch(5)
+    assert parts[0].ids_BT.shape == parts[1].ids_BT.shape
+    np.testing.assert_array_equal(np.concatenate([p.ids_BT for p in parts]), whole.ids_BT)
+    assert parts[0].examples == parts[1].examples == 8
+
+
+def test_micro_batches_together_hold_the_step():
+    apart = Pipeline(make_examples(), batch_size=8, accumulate=4).batch(2)
+    whole = Pipeline(make_examples(), batch_size=8).batch(2)
+    assert apart.ids_BT.shape[0] == apart.examples.shape[0] == 4
+    assert targets(apart) == targets(whole)
+
+
+@pytest.mark.parametrize("options", [{"rows_multiple": 3}, {"accumulate": 16}])
+def test_a_batch_that_does_not_divide_is_an_error(options):
+    with pytest.raises(MeshError, match="batch_size 8 does not divide"):
+        Pipeline(make_examples(), batch_size=8, **options)
+    with pytest.raises(MeshError, match="2 batch shards do not divide over 4 hosts"):
+        Pipeline(make_examples(), batch_size=8, rows_multiple=2, part=(0, 4))
+    with pytest.raises(MeshError, match="2 batch shards do not divide over 4 hosts"):
+        evaluation_batches(make_examples(), 8, rows_multiple=2, part=(0, 4))
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("count", [1, 8, 37])
+def test_evaluation_sees_every_example_once_in_few_shapes(pack, count):
+    examples = make_examples(count)
+    batches = list(evaluation_batches(examples, 8, pack=pack, rows_multiple=2))
+    assert sum(batch.examples for batch in batches) == count
+    assert sorted(itertools.chain(*map(targets, batches))) == sorted(
+        int(i) for one in examples for i in one.ids_T[one.target_T]
+    )
+    assert len({(batch.ids_BT.shape, batch.index_BM.shape) for batch in batches}) <= 4
+
+
+def test_unpacked_evaluation_keeps_the_order():
+    examples = make_examples(11)
+    batches = list(evaluation_batches(examples, 4, pack=False))
+    rows = [row for batch in batches for row in batch.weight_BM.sum(1)]
+    assert rows[:11] == [one.target_T.sum() for one in examples]
+
+
+def test_nothing_to_evaluate_gives_no_batches():
+    assert list(evaluation_batches([], 8)) == []
+
+
+def test_examples_are_loaded_in_one_call(tmp_path, tokenizer):
+    path = tmp_path / "train.jsonl"
+    rows = [{"mr": "name", "ref": ["one", "two"]}, {"mr": "area", "ref": "three"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = load_examples(path, tokenizer, input="{mr} => ", target="{ref}")
+    assert [one.prompt for one in examples] == ["name => ", "name => ", "area => "]
+    assert [one.source for one in examples] == ["train.jsonl:1"] * 2 + ["train.jsonl:2"]
+    assert examples[0].references == ("one", "two")
+    batch = Pipeline(examples, batch_size=3).batch(0)
+    assert batch.examples == 3
+
+
+def test_chats_are_loaded_in_one_call(tokenizer):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    (example,) = load_examples([{"chat": turns}], tokenizer, messages="chat")
+    assert tokenizer.decode(example.ids_T[example.target_T]) == "ho<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"target": "{y}", "messages": "m"}, {"input": "{x}", "messages": "m"}]
+)
+def test_either_a_target_or_messages_must_be_given(tokenizer, options):
+    with pytest.raises(ConfigError, match="give either"):
+        load_examples([{"x": "a", "y": "b"}], tokenizer, **options)
+
+
+def test_a_label_with_nan_is_named_by_file_row_and_column(tmp_path, tokenizer):
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\ngood,1\nbad,nan\n")
+    with pytest.raises(DataError, match=r"train\.csv:3: field 'label'"):
+        load_examples(path, tokenizer, input="{text}", target="{label}")

@@ -1,0 +1,168 @@
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from prefix_jax.data.source import Record, read_records
+from prefix_jax.errors import DataError
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_jsonl_records_know_their_line_and_blank_lines_are_skipped(tmp_path):
+    records = read_records(write(tmp_path / "a.jsonl", '{"x": "é"}\n\n{"x": 2}\n'))
+    assert [(r.value("x"), r.source) for r in records] == [("é", "a.jsonl:1"), (2, "a.jsonl:3")]
+
+
+@pytest.mark.parametrize("line", ['{"x": 1', "nonsense", '["x"]'])
+def test_a_malformed_json_line_is_named(tmp_path, line):
+    path = write(tmp_path / "a.jsonl", f'{{"x": 1}}\n{line}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: .*(JSON|list)"):
+        read_records(path)
+
+
+def test_csv_cells_keep_commas_quotes_and_line_breaks(tmp_path):
+    path = write(tmp_path / "a.csv", 'x,y\n"one, ""two""","three\nfour"\nfive,six\n')
+    records = read_records(path)
+    assert records[0].fields == {"x": 'one, "two"', "y": "three\nfour"}
+    assert [r.source for r in records] == ["a.csv:2", "a.csv:4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x,y\n1,2\n1,2,3\n", r"a\.csv:3: 3 cells under 2 columns"),
+        ("x,y\n1\n", r"a\.csv:2: 1 cells under 2 columns"),
+        ("x,x\n1,2\n", "names a column twice"),
+        ('x\n"1" 2\n', r"a\.csv:2: malformed CSV"),
+    ],
+)
+def test_a_malformed_csv_row_is_named(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        read_records(write(tmp_path / "a.csv", text))
+
+
+@pytest.mark.parametrize("cell", ["", "NaN", "nan"])
+def test_a_missing_csv_label_is_an_error_once_it_is_used(tmp_path, cell):
+    records = read_records(write(tmp_path / "a.csv", f"text,label\nfine,1\nbad,{cell}\n"))
+    assert records[1].value("text") == "bad"
+    with pytest.raises(DataError, match=r"a\.csv:3: field 'label' is missing"):
+        records[1].value("label")
+
+
+def test_parquet_rows_are_numbered_and_nan_is_an_error_once_it_is_used(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": ["a", "b"], "label": [1.0, float("nan")], "none": ["x", None]})
+    pyarrow.parquet.write_table(table, path)
+    records = read_records(path)
+    assert records[0].value("label") == 1.0
+    with pytest.raises(DataError, match=r"a\.parquet:2: field 'label' is NaN"):
+        records[1].value("label")
+    with pytest.raises(DataError, match=r"a\.parquet:2: field 'none' is missing"):
+        records[1].value("none")
+
+
+def test_a_file_that_is_not_parquet_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        read_records(write(tmp_path / "a.parquet", "text"))
+
+
+def test_python_mappings_are_numbered():
+    assert [r.source for r in read_records({"x": i} for i in range(2))] == ["record 1", "record 2"]
+    with pytest.raises(DataError, match="record 2 is a str"):
+        read_records([{"x": 1}, "x"])
+
+
+def test_an_unknown_field_names_the_fields_there_are_and_the_nearest():
+    record = Record({"name": "a", "area": "b"}, "a.jsonl:7")
+    with pytest.raises(DataError, match=r"a\.jsonl:7: no field 'nane' \(did you mean 'name'\?\)"):
+        record.value("nane")
+    with pytest.raises(DataError, match="the fields are 'name', 'area'"):
+        record.value("zzz")
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", "\n"), ("a.csv", "x\n"), ("b.csv", "")])
+def test_empty_data_is_an_error(tmp_path, name, text):
+    with pytest.raises(DataError, match="no records"):
+        read_records(write(tmp_path / name, text))
+    with pytest.raises(DataError, match="no records"):
+        read_records([])
+
+
+def test_a_missing_file_suggests_its_neighbour(tmp_path):
+    write(tmp_path / "train.jsonl", "{}")
+    with pytest.raises(DataError, match=r"no such file \(did you mean 'train.jsonl'\?\)"):
+        read_records(tmp_path / "trian.jsonl")
+    with pytest.raises(DataError, match="there is no directory"):
+        read_records(tmp_path / "nowhere" / "train.jsonl")
+
+
+def test_an_unknown_kind_of_file_lists_the_known_ones(tmp_path):
+    with pytest.raises(DataError, match=r"'\.txt'.*\.jsonl, \.csv, \.parquet, or tfds:"):
+        read_records(write(tmp_path / "a.txt", "x"))
+
+
+def test_bytes_that_are_not_text_are_an_error(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"x": "\xff"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl: not UTF-8"):
+        read_records(tmp_path / "a.jsonl")
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    """A dataset on disk as array_record, unknown to TFDS' registry when it is read."""
+    import tensorflow_datasets as tfds
+
+    class TinyPairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        # TFDS looks for the code of builders inside packages; a folder of tests is none.
+        __module__ = "__main__"
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            text = tfds.features.Text()
+            features = {
+                "text": text,
+                "label": tfds.features.ClassLabel(num_classes=2),
+                "refs": tfds.features.Sequence(text),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(4):
+                yield i, {"text": f"é{i}", "label": i % 2, "refs": ["a", "b"]}
+
+    path = tmp_path_factory.mktemp("tfds")
+    TinyPairs(data_dir=path, file_format="array_record").download_and_prepare()
+    return path
+
+
+def test_tfds_is_read_as_text_without_tensorflow(tfds_dir):
+    records = read_records("tfds:tiny_pairs/train[:3]", tfds_dir=tfds_dir)
+    assert len(records) == 3
+    row = records[0].fields
+    assert row == {"text": row["text"], "label": int(row["text"][1]) % 2, "refs": ["a", "b"]}
+    assert records[2].source == "tfds:tiny_pairs/train[:3]:2"
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("tfds:no_such_set/train", "no_such_set not found"),
+        ("tfds:tiny_pairs/test", "Unknown split 'test'"),
+        ("tfds:tiny_pairs", "write tfds:NAME/SPLIT"),
+    ],
+)
+def test_tfds_errors_are_one_line(tfds_dir, spec, message):
+    with pytest.raises(DataError, match=message) as error:
+        read_records(spec, tfds_dir=tfds_dir)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,137 @@
+import pytest
+
+from prefix_jax.data.source import Record
+from prefix_jax.data.template import Segment, Template, render, render_chat
+from prefix_jax.errors import DataError
+
+
+def record(**fields):
+    return Record(fields, "a.jsonl:3")
+
+
+def chat(*turns):
+    return record(messages=[{"role": role, "content": content} for role, content in turns])
+
+
+def test_fields_are_filled_and_doubled_braces_are_literal():
+    template = Template("{{{x}}} is {y}, {x}")
+    assert template.render(record(x="one", y=2)) == ["{one} is 2, one"]
+    assert template.fields == ("x", "y", "x")
+
+
+def test_values_are_inserted_as_they_are():
+    assert Template("{x}").render(record(x="{y} {{")) == ["{y} {{"]
+
+
+def test_nothing_is_looked_up_inside_a_value():
+    assert Template("{a.b}").render(Record({"a.b": "plain", "a": "no"}, "r")) == ["plain"]
+    with pytest.raises(DataError, match=r"no field 'x\.__class__'"):
+        Template("{x.__class__}").render(record(x="one"))
+    with pytest.raises(DataError, match=r"no field 'x\[0\]'"):
+        Template("{x[0]}").render(record(x="one"))
+
+
+@pytest.mark.parametrize("text", ["{", "a } b", "{}", "{x!r}", "{x:>9}", "{x:{y}}"])
+def test_braces_that_are_not_a_field_are_an_error(text):
+    with pytest.raises(DataError, match="write a literal brace twice"):
+        Template(text)
+
+
+def test_a_missing_field_is_an_error_that_names_the_record():
+    with pytest.raises(DataError, match=r"a\.jsonl:3: no field 'mr'"):
+        render(record(rm="x", ref="y"), input=Template("{mr}"), target=Template("{ref}"))
+
+
+def test_a_list_in_the_target_gives_an_example_each_and_all_are_references():
+    rendered = render(
+        record(mr="m", refs=["a", "b"]), input=Template("{mr}: "), target=Template("{refs}.")
+    )
+    assert [one.segments for one in rendered] == [
+        (Segment("m: ", False), Segment("a.", True)),
+        (Segment("m: ", False), Segment("b.", True)),
+    ]
+    assert all(one.references == ("a.", "b.") and one.prompt == "m: " for one in rendered)
+
+
+def test_references_come_from_their_own_field_if_one_is_named():
+    (one,) = render(
+        record(y="a", all=["a", "b"]), input=None, target=Template("{y}"), references="all"
+    )
+    assert one.references == ("a", "b")
+    assert one.prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"x": ["a", "b"], "y": "c"}, "only a target may hold a list"),
+        ({"x": "a", "y": {"z": 1}}, "field 'y' holds a dict"),
+        ({"x": "a", "y": b"\xff"}, "field 'y' holds a bytes"),
+        ({"x": "a", "y": []}, "field 'y' is an empty list"),
+        ({"x": "a", "y": ["b", None]}, "field 'y' holds a NoneType"),
+        ({"x": "a", "y": " "}, "the target '{y}' is empty"),
+        ({"x": "a", "y": float("nan")}, "field 'y' is NaN"),
+    ],
+)
+def test_values_that_are_no_text_are_errors(fields, message):
+    with pytest.raises(DataError, match=f"a.jsonl:3: .*{message}"):
+        render(record(**fields), input=Template("{x}"), target=Template("{y}"))
+
+
+def test_two_lists_in_one_template_are_an_error():
+    with pytest.raises(DataError, match="both hold lists"):
+        Template("{x} {y}").render(record(x=["a", "b"], y=["c"]))
+
+
+def test_every_turn_of_the_assistant_is_a_target_with_its_end(tokenizer):
+    turns = [("system", "be"), ("user", "1"), ("assistant", "one"), ("user", "2")]
+    rendered = render_chat(chat(*turns, ("assistant", "2!")), "messages", tokenizer)
+    assert [segment.text for segment in rendered.segments if segment.target] == [
+        "one<|im_end|>\n",
+        "2!<|im_end|>\n",
+    ]
+    # What stands before the last answer is what generation will be given.
+    assert rendered.prompt == tokenizer.apply_chat_template(
+        chat(*turns).value("messages"), tokenize=False, add_generation_prompt=True
+    )
+    assert rendered.references == ("2!",)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_an_error(tokenizer, monkeypatch):
+    # As templates do that drop the reasoning of every answer but the last.
+    monkeypatch.setattr(
+        tokenizer,
+        "chat_template",
+        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] if loop.last else '' }};"
+        "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
+    )
+    with pytest.raises(DataError, match="rewrites earlier turns at turn"):
+        render_chat(chat(("user", "1"), ("assistant", "a")), "messages", tokenizer)
+
+
+def test_a_chat_that_the_template_refuses_is_an_error(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(DataError, match=r"a\.jsonl:3: .*refuses the chat: roles must alternate"):
+        render_chat(chat(("user", "1"), ("assistant", "a")), "messages", tokenizer)
+
+
+def test_a_tokenizer_without_chat_template_is_an_error(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(DataError, match="no chat template"):
+        render_chat(chat(("user", "1"), ("assistant", "a")), "messages", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hello", "must hold a list"),
+        ([{"role": "user"}], "turn 1 of 'messages' must be"),
+        ([{"role": "user", "content": "x"}], "no assistant's turn"),
+        ([], "no assistant's turn"),
+        ([{"role": "assistant", "content": "x"}], "opens with the assistant"),
+        ([{"role": "assistant", "content": " "}], "the assistant's turn 1 is empty"),
+    ],
+)
+def test_what_is_no_chat_is_an_error(tokenizer, messages, message):
+    with pytest.raises(DataError, match=f"a.jsonl:3: .*{message}"):
+        render_chat(record(messages=messages), "messages", tokenizer)

@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+
+from prefix_jax.data.source import Record
+from prefix_jax.data.template import Template, render, render_chat
+from prefix_jax.data.tokens import group_references, tokenize
+from prefix_jax.errors import DataError
+
+
+def pairs(*texts):
+    input, target = Template("{x}"), Template("{y}")
+    return [
+        one
+        for n, (x, y) in enumerate(texts, 1)
+        for one in render(Record({"x": x, "y": y}, f"a.jsonl:{n}"), input=input, target=target)
+    ]
+
+
+def chat(tokenizer, *turns):
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return render_chat(Record({"messages": messages}, "a.jsonl:1"), "messages", tokenizer)
+
+
+def test_the_source_has_the_same_tokens_whatever_target_follows(tokenizer):
+    # Joined, "the c" + "at" would merge into one token across the border.
+    whole = tokenizer("the cat", add_special_tokens=False)["input_ids"]
+    one, two = tokenize(pairs(("the c", "at"), ("the c", "entre")), tokenizer)
+    assert one.ids_T[:-1].tolist() != whole
+    assert one.source_length == two.source_length
+    assert (one.ids_T[: one.source_length] == two.ids_T[: two.source_length]).all()
+
+
+def test_the_loss_is_on_the_target_and_its_end(tokenizer):
+    (example,) = tokenize(pairs(("the cat", " sat")), tokenizer)
+    assert tokenizer.decode(example.ids_T[~example.target_T]) == "the cat"
+    assert tokenizer.decode(example.ids_T[example.target_T]) == " sat<|im_end|>"
+    assert example.prompt == "the cat"
+    assert example.source == "a.jsonl:1"
+    assert example.ids_T.dtype == np.int32
+
+
+def test_the_loss_may_be_on_all_tokens_but_the_first(tokenizer):
+    (example,) = tokenize(pairs(("the cat", " sat")), tokenizer, loss="all")
+    assert example.target_T.tolist() == [False] + [True] * (len(example.ids_T) - 1)
+
+
+def test_text_starts_as_the_tokenizer_itself_would_start_it(bos_tokenizer):
+    (example,) = tokenize(pairs(("the cat", " sat")), bos_tokenizer)
+    prompt = bos_tokenizer("the cat")["input_ids"]
+    assert example.ids_T[: example.source_length].tolist() == prompt
+    (cut,) = tokenize(pairs(("the cat", " sat")), bos_tokenizer, max_length=len(example.ids_T) - 1)
+    assert cut.ids_T[: cut.source_length].tolist() == [prompt[0], *prompt[2:]]
+
+
+def test_without_input_the_first_token_is_no_target(tokenizer):
+    (example,) = tokenize(pairs(("", "the cat")), tokenizer)
+    assert not example.target_T[0]
+    assert example.target_T[1:].all()
+    assert example.source_length == 1
+
+
+@pytest.mark.parametrize(("side", "kept"), [("left", "cdef"), ("right", "abcd")])
+def test_an_input_that_is_too_long_is_cut_and_the_target_is_not(tokenizer, side, kept):
+    examples = tokenize(pairs(("abcdef", "xy"), ("a", "b")), tokenizer, max_length=7, truncate=side)
+    assert tokenizer.decode(examples[0].ids_T) == kept + "xy<|im_end|>"
+    assert len(examples[0].ids_T) == 7
+    assert examples.truncated == ("a.jsonl:1",)
+    assert examples.dropped == ()
+
+
+def test_a_target_that_is_too_long_is_an_error_that_names_lengths(tokenizer):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: 2 tokens of input and 4 .* max_length 4"):
+        tokenize(pairs(("ab", "xyz")), tokenizer, max_length=4)
+    (example,) = tokenize(pairs(("ab", "xyz")), tokenizer, max_length=5)
+    assert example.source_length == 1
+    (example,) = tokenize(pairs(("", "xyz")), tokenizer, max_length=4)
+    assert len(example.ids_T) == 4
+
+
+def test_dropped_examples_are_reported(tokenizer):
+    rendered = pairs(("ab", "xyz"), ("a", "b"))
+    examples = tokenize(rendered, tokenizer, max_length=4, on_overflow="drop")
+    assert [example.source for example in examples] == ["a.jsonl:2"]
+    assert examples.dropped == ("a.jsonl:1",)
+    with pytest.raises(DataError, match="none of 2 examples fits max_length 2"):
+        tokenize(rendered, tokenizer, max_length=2, on_overflow="drop")
+
+
+def test_a_target_that_makes_no_tokens_is_an_error(tokenizer, monkeypatch):
+    from tokenizers import normalizers
+
+    silent = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
+    silent.backend_tokenizer.normalizer = normalizers.Replace("#", "")
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the tokenizer makes no token of '#'"):
+        tokenize(pairs(("a", "#")), silent)
+
+
+def test_a_tokenizer_without_end_token_is_an_error(tokenizer):
+    endless = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(DataError, match="no end-of-sequence token"):
+        tokenize(pairs(("a", "b")), endless)
+
+
+def test_in_a_chat_the_assistants_turns_and_their_ends_are_learnt(tokenizer):
+    turns = [("user", "1"), ("assistant", "one"), ("user", "2"), ("assistant", "two")]
+    (example,) = tokenize([chat(tokenizer, *turns)], tokenizer)
+    learnt = tokenizer.decode(example.ids_T[example.target_T])
+    assert learnt == "one<|im_end|>two<|im_end|>"
+    assert tokenizer.decode(example.ids_T).endswith("two<|im_end|>\n")
+    prompt = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
+    assert example.prompt.endswith("<|im_start|>assistant\n")
+    assert example.ids_T[: len(prompt)].tolist() == prompt
+
+
+def test_a_chat_gets_no_special_tokens_beside_its_templates(bos_tokenizer):
+    (example,) = tokenize([chat(bos_tokenizer, ("user", "1"), ("assistant", "x"))], bos_tokenizer)
+    text = "<|im_start|>user\n1<|im_end|>\n<|im_start|>assistant\nx<|im_end|>\n"
+    assert bos_tokenizer.decode(example.ids_T) == text
+
+
+def test_equal_prompts_become_one_example_with_all_references(tokenizer):
+    examples = tokenize(
+        pairs(("a", "one"), ("b", ["two", "three"]), ("a", "four"), ("a", "one")), tokenizer
+    )
+    grouped = group_references(examples)
+    assert [(example.prompt, example.references) for example in grouped] == [
+        ("a", ("one", "four")),
+        ("b", ("two", "three")),
+    ]
+    assert grouped[0].source == "a.jsonl:1"
