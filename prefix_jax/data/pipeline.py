@@ -197,7 +197,9 @@ def evaluation_batches(
     packing = Packing(pack=pack, rows_multiple=rows_multiple)
     measured = [[items[i] for i in chunk] for chunk in chunks]
     if measured:
-        packing = dataclasses.replace(packing, shapes=choose_shapes(measured, packing))
+        # These batches are all there are: a shape that saves less than one is not worth compiling.
+        shapes = choose_shapes(measured, packing, gain=1 / len(measured))
+        packing = dataclasses.replace(packing, shapes=shapes)
     return (
         materialise(arrange(batch, packing), [examples[i] for i in chunk], part=part)
         for chunk, batch in zip(chunks, measured, strict=True)
