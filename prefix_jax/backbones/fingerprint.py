@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 _SCHEME = b"prefix_jax fingerprint 1"
@@ -32,7 +33,7 @@ def fingerprint(params: Mapping[str, Any]) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = sorted(flatten_dict(dict(params), sep="/").items())
     sharding = leaves[0][1].sharding
     replicated = None
     if isinstance(sharding, NamedSharding):  # Other processes of a mesh must read the sums, too.
@@ -40,7 +41,7 @@ def fingerprint(params: Mapping[str, Any]) -> str:
     sums = jax.jit(_checksums, out_shardings=replicated)([leaf for _, leaf in leaves])
     digest = hashlib.sha256(_SCHEME)
     for (path, leaf), checksum in zip(leaves, jax.device_get(sums), strict=True):
-        digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}{checksum}".encode())
+        digest.update(f"{path} {leaf.shape} {checksum}\n".encode())
     return digest.hexdigest()[:32]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
-from prefix_jax.backbones.names import GGUF_GPT2, GGUF_LLAMA, GGUF_QWEN, NameTable, Shape
+from prefix_jax.backbones.names import GGUF_GPT2, GGUF_LLAMA, GGUF_QWEN, NameTable
 from prefix_jax.backbones.weights import map_tensor
 from prefix_jax.errors import BackboneError
 from prefix_jax.nn.rotary import Rotary
@@ -34,7 +34,8 @@ _CHUNK = 1 << 22  # values dequantised at a time
 
 def open_gguf(path: Path) -> GGUF:
     """Reads a file's header. The last one is kept: parsing a vocabulary takes seconds, and
-    configuration, weights and tokenizer all ask for it."""
+    configuration, weights and tokenizer all ask for it.
+    """
     return _open(path, path.stat().st_mtime_ns)
 
 
@@ -98,6 +99,8 @@ class GGUF:
         Raises:
             BackboneError: a key is missing, or the rotary frequencies follow no known scaling.
         """
+        if self.architecture not in TABLES:
+            return {"model_type": self.architecture}  # For its reader to refuse.
         get = _Keys(self.metadata, self.architecture, self.path)
         tokens = self.shapes.get("token_embd.weight")
         if tokens is None:
@@ -151,16 +154,18 @@ class GGUF:
 
     def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
         """llama.cpp stores what each frequency is divided by; every Llama 3.1 to 3.3 differs in
-        the largest divisor alone, and the other constants are checked against the rest."""
+        the largest divisor alone, and the other constants are checked against the rest.
+        """
         divisors = self.read("rope_freqs.weight")
+        factor = float(divisors.max())
         scaling = {
             "rope_type": "llama3",
-            "factor": float(divisors.max()),
+            "factor": factor,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-        llama3 = Rotary(theta, "llama3", scaling["factor"], 8192, low=1.0, high=4.0)
+        llama3 = Rotary(theta, "llama3", factor, 8192, low=1.0, high=4.0)
         expected = Rotary(theta).frequencies(head_dim) / llama3.frequencies(head_dim)
         if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
             raise BackboneError(f"{self.path}: rope_freqs.weight is not the scaling of Llama 3")

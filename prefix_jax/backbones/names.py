@@ -61,9 +61,11 @@ class Vector:
     interleaved: bool = False
 
     def stored(self, shape: Shape) -> Shape:
+        """The shape in the checkpoint of a parameter of this shape."""
         return (math.prod(shape) * self.parts,)
 
     def __call__(self, x: np.ndarray, shape: Shape) -> np.ndarray:
+        """The parameter, from the stored tensor."""
         x = x.reshape(self.parts, -1)[self.part]
         return _split_halves(x, shape) if self.interleaved else x.reshape(shape)
 

@@ -26,7 +26,7 @@ def _split(pattern: str) -> list[pre.PreTokenizer]:
 
 
 # What the `tokenizer.ggml.pre` of each byte-level tokenizer stands for in its `tokenizer.json`.
-_PRE_TOKENIZERS = {
+_PRE_TOKENIZERS: dict[str, list[pre.PreTokenizer]] = {
     "gpt-2": [pre.ByteLevel(add_prefix_space=False)],
     "smollm": [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)],
     "llama-bpe": _split(rf"{_CONTRACTIONS}|\p{{N}}{{1,3}}|{_REST}"),
@@ -115,14 +115,13 @@ def _sentencepiece(get: _Metadata, vocab: dict[str, int]) -> Tokenizer:
     merges = generate_merges(vocab, dict(zip(get["tokens"], get["scores"], strict=True)))
     unknown = get["tokens"][get["unknown_token_id"]]
     tokenizer = Tokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    space = get.optional("add_space_prefix", True)
-    replace = normalizers.Replace(" ", "▁")
-    tokenizer.normalizer = (
-        normalizers.Sequence([normalizers.Prepend("▁"), replace]) if space else replace
-    )
+    before: list[normalizers.Normalizer] = []
+    after: list[decoders.Decoder] = []
+    if get.optional("add_space_prefix", True):
+        before, after = [normalizers.Prepend("▁")], [decoders.Strip(" ", 1, 0)]
+    tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        + ([decoders.Strip(" ", 1, 0)] if space else [])
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *after]
     )
     return tokenizer
 

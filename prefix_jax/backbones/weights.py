@@ -34,7 +34,10 @@ _DTYPES = {
 class TensorSource(Protocol):
     """A checkpoint of named tensors."""
 
-    shapes: Mapping[str, Shape]
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """The shape of every tensor, by name."""
+        ...
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, of any floating dtype; the caller does not write to it."""
@@ -42,7 +45,11 @@ class TensorSource(Protocol):
 
 
 class Safetensors:
-    """The `model.safetensors` of a directory, in one file or in shards with an index."""
+    """The `model.safetensors` of a directory, in one file or in shards with an index.
+
+    Raises:
+        BackboneError: a file is absent, truncated or corrupt, or the weights are a pickle.
+    """
 
     def __init__(self, directory: Path):
         self.shapes: dict[str, Shape] = {}
@@ -53,6 +60,7 @@ class Safetensors:
                 self._where[name] = (file, dtype, offset)
 
     def read(self, name: str) -> np.ndarray:
+        """One tensor, mapped from its file."""
         file, dtype, offset = self._where[name]
         return map_tensor(file, dtype, offset, self.shapes[name])
 
@@ -123,12 +131,12 @@ def stream(
     Returns:
         The parameter tree, of committed arrays.
     """
-    shardings = flatten_dict(dict(shardings))
+    sharding_of = flatten_dict(dict(shardings))
     leaves = {}
     # Large ones first: the peak is then early, while little else is in memory.
     for parameter in sorted(parameters, key=lambda p: math.prod(p.shape), reverse=True):
         leaves[parameter.path] = _place(
-            parameter, source, np.dtype(dtype), shardings[parameter.path]
+            parameter, source, np.dtype(dtype), sharding_of[parameter.path]
         )
     return unflatten_dict(leaves)
 
@@ -138,8 +146,8 @@ def _place(
 ) -> jax.Array:
     shape = parameter.shape
 
-    def bounds(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
-        return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+    def bounds(index: tuple[slice, ...] | None) -> tuple[tuple[int, int], ...]:
+        return tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
 
     shards = {
         key: _aligned(tuple(stop - start for start, stop in key), dtype)

