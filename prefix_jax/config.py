@@ -1,0 +1,517 @@
+"""Typed configuration: a YAML file plus `key.path=value` overrides become frozen dataclasses.
+
+`load` reads, `dump` writes the resolved form, and `load(dump(c)) == c`. The `method` section stays
+a plain mapping: the methods registry knows which dataclass its name stands for, and calls `build`
+for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from prefix_jax.errors import ConfigError
+from prefix_jax.typed import Problem, build, construct, hint_at, takes_text
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "DecodeConfig",
+    "EvaluateConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "TrainConfig",
+    "build",
+    "dump",
+    "load",
+]
+
+Metric = Literal["loss", "bleu", "chrf", "rouge", "exact_match", "accuracy"]
+
+
+def _require(*checks: tuple[bool, str]) -> None:
+    """Raises one `ConfigError` that lists every check that does not hold."""
+    broken = [message for holds, message in checks if not holds]
+    if broken:
+        raise ConfigError("; ".join(broken))
+
+
+def _at_least(config: object, low: float, *names: str) -> Iterator[tuple[bool, str]]:
+    """Checks that each named field is `low` or more; None (absent) passes, NaN does not."""
+    for name in names:
+        value = getattr(config, name)
+        yield value is None or value >= low, f"{name} must be at least {low}, not {value}"
+
+
+def _fraction(config: object, *names: str) -> Iterator[tuple[bool, str]]:
+    """Checks that each named field lies in [0, 1); None (absent) passes."""
+    for name in names:
+        value = getattr(config, name)
+        yield value is None or 0 <= value < 1, f"{name} must lie in [0, 1), not {value}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The frozen backbone.
+
+    Attributes:
+        path: a directory in Hugging Face layout, a GGUF file, or a hub id.
+        dtype: the backbone's weights and activations; "auto" is bfloat16 on TPU and GPU and
+            float32 on CPU. What trains is float32 whatever stands here.
+        remat: what the backward pass computes again instead of keeping: "none", every layer
+            ("full"), or all but the matrix products ("dots").
+    """
+
+    path: str
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: Literal["none", "full", "dots"] = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where examples come from and how they become tokens.
+
+    Relative paths are relative to the working directory. An example is either an input and a
+    target, rendered from templates with `{field}`, or a chat.
+
+    Attributes:
+        train: a .jsonl, .csv or .parquet file, or `tfds:name/config:version#split`. None when the
+            records come from Python.
+        dev: like `train`, for evaluation during training; None does without.
+        test: like `train`, for the evaluation after training; None does without.
+        input: template of the text that is given; None gives nothing (plain text modelling).
+        target: template of the text to learn.
+        messages: the field that holds a chat, a list of {"role": …, "content": …}. Excludes
+            `input` and `target`.
+        references: the field that holds every acceptable target, for evaluation; None takes the
+            rendered target.
+        loss: learn "target" tokens only (of a chat, the assistant's turns) or "all" tokens.
+        reduction: the loss of a step is the mean over its target "token"s, or the sum over each
+            "example"'s targets, averaged over examples (Li & Liang 2021).
+        max_length: tokens of an example at most, the prefix not counted; None allows what the
+            backbone's positions allow.
+        truncate: the side on which an example that is too long loses tokens of its input. The
+            target is never cut.
+        on_overflow: what happens to an example whose target alone is too long.
+        pack: put several examples into one row; each still sees itself and the prefix only.
+        group_by_source: let targets that share their input meet in one row and share its tokens.
+        batch_size: examples per optimizer step, over all hosts and micro-batches.
+        tfds_dir: the data directory of TensorFlow Datasets; None takes its default.
+    """
+
+    train: str | None = None
+    dev: str | None = None
+    test: str | None = None
+    input: str | None = None
+    target: str | None = None
+    messages: str | None = None
+    references: str | None = None
+    loss: Literal["target", "all"] = "target"
+    reduction: Literal["token", "example"] = "token"
+    max_length: int | None = None
+    truncate: Literal["left", "right"] = "left"
+    on_overflow: Literal["error", "drop"] = "error"
+    pack: bool = True
+    group_by_source: bool = False
+    batch_size: int = 8
+    tfds_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        templates = self.input is not None or self.target is not None
+        _require(
+            (
+                self.target is not None or self.messages is not None,
+                "give target (a template such as '{text}') or messages (the field of a chat)",
+            ),
+            (
+                not (templates and self.messages is not None),
+                "messages excludes input and target: a chat has its own turns",
+            ),
+            (
+                not self.group_by_source or self.pack,
+                "group_by_source shares tokens inside packed rows: it needs pack: true",
+            ),
+            *_at_least(self, 1, "batch_size"),
+            *_at_least(self, 2, "max_length"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """How what trains is updated.
+
+    Attributes:
+        name: "adamw" (Loshchilov & Hutter 2019) or "adafactor" (Shazeer & Stern 2018, without
+            parameter scaling, as prompt tuning uses it).
+        learning_rate: the peak. What works follows the parameterisation: about 1e-2 for raw keys
+            and values, 5e-5 under the paper's MLP, 0.3 for soft prompts with Adafactor.
+        schedule: after the warmup, "constant", or "linear" or "cosine" down to 0 at the last step.
+        warmup: optimizer steps of linear growth from 0.
+        weight_decay: decoupled, times the learning rate.
+        clip: the global norm at which gradients of the trained part are clipped; None is off.
+        b1: decay of the first moment, AdamW only.
+        b2: decay of the second moment, AdamW only.
+        eps: added to the root of the second moment, AdamW only.
+        accumulate: micro-batches per optimizer step; divides `data.batch_size`.
+    """
+
+    name: Literal["adamw", "adafactor"] = "adamw"
+    learning_rate: float = 1e-2
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.learning_rate > 0, f"learning_rate must be positive, not {self.learning_rate}"),
+            (self.eps > 0, f"eps must be positive, not {self.eps}"),
+            (
+                self.clip is None or self.clip > 0,
+                f"clip must be positive, or null for no clipping, not {self.clip}",
+            ),
+            *_at_least(self, 0, "warmup", "weight_decay"),
+            *_at_least(self, 1, "accumulate"),
+            *_fraction(self, "b1", "b2"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long training runs, and what it does on the way.
+
+    Attributes:
+        steps: optimizer steps; exactly one of this and `epochs`.
+        epochs: passes over the training data, fractions allowed.
+        seed: of the initial values, the order of the data and dropout.
+        eval_every: optimizer steps between evaluations on `data.dev`; None evaluates at the end.
+        checkpoint_every: optimizer steps between checkpoints.
+        keep: how many of the latest checkpoints stay on disk; the best one stays besides.
+        patience: evaluations without improvement after which training stops; None never does.
+        log_every: optimizer steps between lines of metrics.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    seed: int = 0
+    eval_every: int | None = None
+    checkpoint_every: int = 100
+    keep: int = 2
+    patience: int | None = None
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        _require(
+            (
+                (self.steps is None) != (self.epochs is None),
+                "give exactly one of steps (optimizer steps) and epochs (passes over the data)",
+            ),
+            (
+                self.epochs is None or self.epochs > 0,
+                f"epochs must be positive, not {self.epochs}",
+            ),
+            (
+                self.patience is None or self.eval_every is not None,
+                "patience counts evaluations: it needs eval_every",
+            ),
+            *_at_least(self, 0, "seed"),
+            *_at_least(
+                self, 1, "steps", "eval_every", "checkpoint_every", "keep", "patience", "log_every"
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices are laid out, as `data × fsdp × tensor`; -1 takes the devices that remain.
+
+    Attributes:
+        data: copies of the backbone, each with its share of the batch.
+        fsdp: shares of every weight, gathered for use; the batch is split here too.
+        tensor: shares of every layer's heads and features.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        _require(
+            *(
+                (size == -1 or size >= 1, f"{axis} must be -1 or at least 1, not {size}")
+                for axis, size in sizes.items()
+            ),
+            (
+                list(sizes.values()).count(-1) <= 1,
+                "only one of data, fsdp and tensor can be -1 (the devices that remain)",
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How text is generated.
+
+    Attributes:
+        max_new_tokens: tokens generated at most.
+        min_new_tokens: tokens before the end of text becomes possible.
+        beams: hypotheses kept by beam search; 1 is none.
+        length_penalty: a finished beam's score is its log-probability over length to this power.
+        early_stopping: stop a beam search as soon as `beams` hypotheses have finished.
+        temperature: divides the logits before sampling; 0 is greedy.
+        top_k: sample among so many of the likeliest tokens; None is off.
+        top_p: sample among the likeliest tokens that reach this probability together (nucleus
+            sampling, Holtzman et al. 2020); None is off.
+        min_p: drop tokens below this share of the likeliest token's probability; None is off.
+        repetition_penalty: divides (positive) or multiplies (negative) the logits of tokens that
+            have occurred (Keskar et al. 2019); 1 is off.
+        no_repeat_ngram: the length of n-grams that may not occur twice; 0 is off.
+        banned_words: texts that are never generated.
+        stop: texts that end the generation, and are cut from it.
+        samples: continuations per prompt.
+        seed: of the sampling.
+    """
+
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    banned_words: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()
+    samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        sampling = self.temperature > 0
+        _require(
+            (
+                self.min_new_tokens <= self.max_new_tokens,
+                f"min_new_tokens {self.min_new_tokens} exceeds "
+                f"max_new_tokens {self.max_new_tokens}",
+            ),
+            (
+                not (sampling and self.beams > 1),
+                "beam search does not sample: give beams or a temperature",
+            ),
+            (
+                sampling or self.samples <= self.beams,
+                f"samples {self.samples} would be equal to each other: give a temperature, "
+                "or as many beams",
+            ),
+            (
+                self.top_p is None or 0 < self.top_p <= 1,
+                f"top_p must lie in (0, 1], not {self.top_p}",
+            ),
+            (
+                self.repetition_penalty > 0,
+                f"repetition_penalty must be positive, not {self.repetition_penalty}",
+            ),
+            (
+                not any(text == "" for text in (*self.stop, *self.banned_words)),
+                "stop and banned_words hold no empty text",
+            ),
+            *_fraction(self, "min_p"),
+            *_at_least(self, 0, "min_new_tokens", "temperature", "no_repeat_ngram", "seed"),
+            *_at_least(self, 1, "max_new_tokens", "beams", "top_k", "samples"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured on held-out examples.
+
+    Attributes:
+        metrics: any of loss, bleu, chrf, rouge, exact_match, accuracy. The first one selects the
+            best checkpoint.
+        labels: the answers among which accuracy chooses the likeliest.
+        batch_size: examples at a time.
+        limit: examples at most; None takes all.
+    """
+
+    metrics: tuple[Metric, ...] = ("loss",)
+    labels: tuple[str, ...] | None = None
+    batch_size: int = 16
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            (bool(self.metrics), "metrics must name at least one"),
+            (
+                "accuracy" not in self.metrics or len(self.labels or ()) >= 2,
+                "accuracy chooses among labels: give at least two",
+            ),
+            *_at_least(self, 1, "batch_size", "limit"),
+        )
+
+
+def _default_method() -> dict[str, Any]:
+    return {"name": "prefix", "length": 16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One training run.
+
+    Attributes:
+        model: the frozen backbone.
+        data: examples.
+        train: length of the run, evaluation and checkpoints.
+        output: the run directory.
+        method: what trains, by `name`, with the fields of that method; a bare name in YAML
+            (`method: full`) stands for `{name: full}`.
+        optim: optimizer and schedule.
+        mesh: layout of the devices.
+        decode: generation, for evaluation and for the use of the prefix afterwards.
+        evaluate: metrics.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    output: str
+    method: dict[str, Any] = dataclasses.field(default_factory=_default_method)
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    decode: DecodeConfig = DecodeConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def __post_init__(self) -> None:
+        _require(
+            (isinstance(self.method.get("name"), str), "method.name must name a method"),
+            (
+                self.data.batch_size % self.optim.accumulate == 0,
+                f"data.batch_size {self.data.batch_size} does not divide into "
+                f"optim.accumulate {self.optim.accumulate} micro-batches",
+            ),
+        )
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a configuration.
+
+    Args:
+        path: a YAML file; None starts from nothing.
+        overrides: `key.path=value`, applied in order; values are YAML.
+
+    Raises:
+        ConfigError: every problem found, one a line.
+    """
+    values = _name_method({} if path is None else _read(Path(path)))
+    given: dict[str, str] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"override {override!r}: expected key.path=value")
+        _put(values, key, _override_value(key, text), override)
+        _name_method(values)
+        given[key] = f"override {override}"
+
+    problems: list[Problem] = []
+    config = construct(Config, values, "", problems)
+    if config is None:
+        source = "overrides" if path is None else str(path)
+        raise ConfigError(
+            "\n".join(f"{given.get(problem.key, source)}: {problem}" for problem in problems)
+        )
+    return config
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, defaults included; `load` gives it back."""
+    return yaml.dump(
+        dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key that stands twice in one section is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(None, None, f"{key.value!r} twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which quotes what `_Loader` would otherwise read differently."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        # Line breaks written out: folded ones lose what kind of break they were (U+0085, U+2028).
+        style = '"' if text.splitlines() not in ([text], []) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+for _cls in (_Loader, _Dumper):
+    # YAML 1.2 reads 1e-3 as a number, and PyYAML, which follows 1.1, as text.
+    _cls.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{path}: expected sections such as model: and data:, got {values!r:.80}")
+    return values or {}
+
+
+def _name_method(values: dict[str, Any]) -> dict[str, Any]:
+    """Spells out `method: full` as `method: {name: full}`."""
+    if isinstance(values.get("method"), str):
+        values["method"] = {"name": values["method"]}
+    return values
+
+
+def _override_value(key: str, text: str) -> Any:
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
+    # model.path=7 and data.input=[{x}] mean the text as it stands, although YAML sees more in it.
+    as_it_stands = takes_text(hint_at(Config, key)) and not isinstance(value, str | None)
+    return text if as_it_stands else value
+
+
+def _put(values: dict[str, Any], key: str, value: Any, override: str) -> None:
+    """Sets a dotted key, making sections on the way."""
+    *sections, name = key.split(".")
+    if sections and sections[0] == "method":
+        values.setdefault("method", _default_method())
+    for depth, section in enumerate(sections, 1):
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"override {override}: {'.'.join(sections[:depth])} is {values!r}, not a section"
+            )
+    values[name] = value

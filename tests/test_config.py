@@ -1,0 +1,314 @@
+import dataclasses
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefix_jax.config import (
+    Config,
+    DataConfig,
+    DecodeConfig,
+    EvaluateConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    build,
+    dump,
+    load,
+)
+from prefix_jax.errors import ConfigError
+
+MINIMAL = """
+model:
+  path: models/tiny
+data:
+  train: train.jsonl
+  input: "{meaning} ->"
+  target: " {text}"
+train:
+  steps: 10
+output: runs/tiny
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def refused(path, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides)
+    return str(caught.value)
+
+
+def test_a_file_becomes_typed_sections_with_defaults_for_what_it_leaves_out(minimal):
+    config = load(minimal)
+    assert config.model == ModelConfig(path="models/tiny")
+    assert config.data.input == "{meaning} ->"
+    assert config.train.steps == 10
+    assert config.method == {"name": "prefix", "length": 16}
+    assert config.optim == OptimConfig()
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("optim.learning_rate=1e-3", 0.001),
+        ("optim.clip=null", None),
+        ("optim.clip=2", 2.0),
+        ("data.pack=false", False),
+        ("data.input={a} and: {b}", "{a} and: {b}"),
+        ("data.input={a}", "{a}"),
+        ("data.input='{a} '", "{a} "),
+        ("data.input=[{a}]", "[{a}]"),
+        ("data.input=a=b", "a=b"),
+        ("model.path=7", "7"),
+        ("decode.stop=['\\n', null_]", ("\\n", "null_")),
+        ("evaluate.metrics=[loss, bleu]", ("loss", "bleu")),
+        ("method.init.text=Summarize", "Summarize"),
+    ],
+)
+def test_an_override_replaces_one_value(minimal, override, value):
+    node = dataclasses.asdict(load(minimal, [override]))
+    for name in override.partition("=")[0].split("."):
+        node = node[name]
+    assert node == value
+
+
+def test_the_last_of_two_overrides_wins(minimal):
+    assert load(minimal, ["train.seed=1", "train.seed=2"]).train.seed == 2
+
+
+def test_overrides_alone_make_a_config():
+    config = load(None, ["model.path=m", "data.target={text}", "train.epochs=1.5", "output=runs/a"])
+    assert config.train.epochs == 1.5
+
+
+def test_an_override_of_one_method_field_keeps_the_default_method(minimal):
+    assert load(minimal, ["method.length=4"]).method == {"name": "prefix", "length": 4}
+
+
+def test_a_bare_method_name_stands_for_its_defaults(minimal):
+    assert load(minimal, ["method=full"]).method == {"name": "full"}
+
+
+def test_an_override_reaches_into_a_bare_method_name(minimal):
+    assert load(minimal, ["method=prompt", "method.length=3"]).method == {
+        "name": "prompt",
+        "length": 3,
+    }
+
+
+def test_an_empty_section_is_its_defaults(minimal):
+    minimal.write_text(MINIMAL + "optim:\n")
+    assert load(minimal).optim == OptimConfig()
+
+
+def test_an_unknown_key_names_the_nearest_key_of_any_section(minimal):
+    message = refused(minimal, "train.learning_rat=1")
+    assert "train.learning_rat: unknown key" in message
+    assert "did you mean optim.learning_rate?" in message
+    assert "known keys here: steps, epochs" in message
+
+
+def test_a_misspelt_key_prefers_the_nearest_in_its_own_section(minimal):
+    assert "did you mean evaluate.batch_size?" in refused(minimal, "evaluate.batchsize=1")
+
+
+def test_a_misspelt_section_is_recognised(minimal):
+    assert "optm: unknown key; did you mean optim?" in refused(minimal, "optm.clip=1")
+
+
+def test_an_unknown_key_that_resembles_nothing_gets_no_guess(minimal):
+    assert "did you mean" not in refused(minimal, "train.zzz=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.learning_rate=fast", "optim.learning_rate: expected float; got 'fast'"),
+        ("optim.warmup=1.5", "optim.warmup: expected int; got 1.5"),
+        ("optim.warmup=true", "optim.warmup: expected int; got True"),
+        ("train.steps=ten", "train.steps: expected int or null; got 'ten'"),
+        ("data.pack=2", "data.pack: expected bool; got 2"),
+        ("model.dtype=int8", "model.dtype: expected one of auto, float32, bfloat16; got 'int8'"),
+        ("model.path=null", "model.path: expected str; got None"),
+        ("decode.stop=a", "decode.stop: expected list of str; got 'a'"),
+        ("evaluate.metrics=[blue]", "evaluate.metrics: expected list of one of loss, bleu"),
+        ("optim=5", "optim: expected a section with keys name, learning_rate"),
+        ("optim.clip.x=5", "optim.clip: expected float or null; got {'x': 5}"),
+    ],
+)
+def test_an_ill_typed_value_names_key_value_and_type(minimal, override, expected):
+    message = refused(minimal, override)
+    assert expected in message
+    assert f"override {override}" in message or ".clip" in message or override == "optim=5"
+
+
+def test_a_problem_of_the_file_names_the_file(minimal):
+    minimal.write_text(MINIMAL.replace("steps: 10", "steps: many"))
+    assert refused(minimal).startswith(f"{minimal}: train.steps: expected int")
+
+
+def test_all_problems_are_told_at_once(minimal):
+    lines = refused(minimal, "train.sed=1", "optim.b1=x", "modle.path=1").splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["train.sed", "optim.b1", "modle"]
+
+
+def test_missing_values_are_named_with_their_type():
+    message = refused(None, "train.steps=1")
+    assert "model: missing; expected a section with keys path" in message
+    assert "output: missing; expected str" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["train.epochs=1"], "exactly one of steps"),
+        (["train.steps=null"], "exactly one of steps"),
+        (["train.patience=2"], "patience counts evaluations: it needs eval_every"),
+        (["train.steps=0"], "steps must be at least 1, not 0"),
+        (["data.messages=chat"], "messages excludes input and target"),
+        (["data.target=null"], "give target"),
+        (["data.group_by_source=true", "data.pack=false"], "needs pack: true"),
+        (["optim.learning_rate=.nan"], "learning_rate must be positive, not nan"),
+        (["optim.b2=1"], "b2 must lie in [0, 1), not 1"),
+        (["optim.clip=0"], "clip must be positive"),
+        (["optim.accumulate=3"], "data.batch_size 8 does not divide"),
+        (["mesh.fsdp=-1"], "only one of data, fsdp and tensor"),
+        (["mesh.tensor=0"], "tensor must be -1 or at least 1"),
+        (["decode.beams=2", "decode.temperature=1"], "beam search does not sample"),
+        (["decode.samples=2"], "samples 2 would be equal"),
+        (["decode.min_new_tokens=65"], "exceeds max_new_tokens 64"),
+        (["decode.stop=['']"], "no empty text"),
+        (["evaluate.metrics=[accuracy]"], "accuracy chooses among labels"),
+        (["evaluate.metrics=[]"], "metrics must name at least one"),
+        (["method.name=null"], "method.name must name a method"),
+    ],
+)
+def test_a_contradiction_is_refused(minimal, overrides, part):
+    assert part in refused(minimal, *overrides)
+
+
+def test_a_contradiction_within_a_section_names_the_section(minimal):
+    assert refused(minimal, "mesh.tensor=0").startswith(f"{minimal}: mesh: tensor must be")
+
+
+@pytest.mark.parametrize("override", ["train.seed", "=3", "train.=3", "train..seed=3"])
+def test_an_override_without_key_or_value_is_refused(minimal, override):
+    assert "expected key.path=value" in refused(minimal, override)
+
+
+def test_an_override_below_a_plain_value_is_refused(minimal):
+    assert "model.path is 'models/tiny', not a section" in refused(minimal, "model.path.x=1")
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"model: [", "not valid YAML"),
+        (b"- a\n", "expected sections"),
+        (b"train:\n  seed: 1\n  seed: 2\n", "'seed' twice"),
+        (b"\xff\xfe\x00", "cannot read"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(minimal, content, part):
+    minimal.write_bytes(content)
+    message = refused(minimal)
+    assert str(minimal) in message
+    assert part in message
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert "nowhere.yaml: cannot read" in refused(tmp_path / "nowhere.yaml")
+
+
+def test_an_empty_file_lacks_what_is_required(minimal):
+    minimal.write_text("")
+    assert "model: missing" in refused(minimal)
+
+
+def test_invalid_sections_built_in_python_are_refused_too():
+    with pytest.raises(ConfigError, match="exactly one of steps"):
+        TrainConfig(steps=1, epochs=1.0)
+
+
+text = st.text(max_size=12) | st.sampled_from(
+    ["null", "~", "yes", "1e3", "1.5E-3", "a\x85b", "{a}: b", "- x", " \n"]
+)
+positive = st.floats(1e-9, 1e6)
+free_form = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=6,
+)
+configs = st.builds(
+    Config,
+    model=st.builds(ModelConfig, path=text, dtype=st.sampled_from(["auto", "bfloat16"])),
+    data=st.builds(DataConfig, target=text, input=st.none() | text, references=st.none() | text),
+    train=st.builds(TrainConfig, epochs=positive, seed=st.integers(0)),
+    output=text,
+    method=st.fixed_dictionaries({"name": text}, optional={"init": free_form}),
+    optim=st.builds(OptimConfig, learning_rate=positive, clip=st.none() | positive),
+    mesh=st.builds(MeshConfig, fsdp=st.integers(1, 64)),
+    decode=st.builds(DecodeConfig, stop=st.lists(text.filter(bool), max_size=3).map(tuple)),
+    evaluate=st.builds(
+        EvaluateConfig, labels=st.none() | st.lists(text, min_size=2, max_size=3).map(tuple)
+    ),
+)
+
+
+@settings(max_examples=50)
+@given(config=configs)
+def test_a_dumped_config_loads_as_itself(config, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    path.write_text(dump(config), encoding="utf-8")
+    assert load(path) == config
+
+
+def test_a_dumped_config_says_everything(minimal):
+    assert set(yaml.safe_load(dump(load(minimal)))["decode"]) == {
+        field.name for field in dataclasses.fields(DecodeConfig)
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    kind: str = "text"
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    length: int
+    init: Init = Init()
+    hidden: int | None = None
+    extra: Init | None = None
+
+
+def test_build_makes_any_dataclass_from_a_mapping():
+    assert build(Method, {"length": 3, "init": {"scale": "1e-3"}, "extra": {"kind": "k"}}) == (
+        Method(length=3, init=Init(scale=0.001), extra=Init(kind="k"))
+    )
+
+
+def test_build_leaves_an_optional_section_absent():
+    assert build(Method, {"length": 3, "extra": None}).extra is None
+
+
+def test_build_names_keys_from_where_the_mapping_stands():
+    with pytest.raises(ConfigError) as caught:
+        build(Method, {"lenght": 3, "init": {"scal": 1, "kind": 2}}, "method")
+    assert str(caught.value).splitlines() == [
+        "method.lenght: unknown key; did you mean method.length? "
+        "known keys here: length, init, hidden, extra",
+        "method.init.scal: unknown key; did you mean method.init.scale? "
+        "known keys here: kind, scale",
+        "method.init.kind: expected str; got 2",
+        "method.length: missing; expected int",
+    ]
