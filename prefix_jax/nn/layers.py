@@ -172,8 +172,16 @@ class MLP(nn.Module):
             return y
 
         y_BTF = project(x_BTD, "up_DF", (D, F))
+        # The backward pass computes the activation again: it is cheap, and what it would keep
+        # (the sigmoid, its complement, the product, each F wide) is most of a layer's memory.
         if self.gated:
-            y_BTF = self.activation(project(x_BTD, "gate_DF", (D, F))) * y_BTF
+            gate_BTF = project(x_BTD, "gate_DF", (D, F))
+            y_BTF = _recomputed(lambda gate, up: self.activation(gate) * up)(gate_BTF, y_BTF)
         else:
-            y_BTF = self.activation(y_BTF)
+            y_BTF = _recomputed(self.activation)(y_BTF)
         return project(y_BTF, "down_FD", (F, D))
+
+
+def _recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    # Layers run inside a scan, where XLA cannot merge the second computation with the first.
+    return jax.checkpoint(function, prevent_cse=False)

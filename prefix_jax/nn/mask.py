@@ -33,19 +33,28 @@ class Tokens:
         return cls(group_BT, jnp.zeros_like(group_BT), position_BT)
 
 
-def visible(queries: Tokens, keys: Tokens, window: int | None = None) -> jax.Array:
+def visible(
+    queries: Tokens,
+    keys: Tokens,
+    window: int | None = None,
+    lineage_BTS: jax.Array | None = None,
+) -> jax.Array:
     """The mask of causal attention among tokens, bool [B, T, S].
 
     Args:
         queries: where the queries stand, [B, T].
         keys: where the keys stand, [B, S].
         window: how many positions back a token sees, its own included; None for all.
+        lineage_BTS: True where a query descends from a key. Takes the place of branches where
+            they fork again and again, as in beam search.
     """
     group_BT1, group_B1S = queries.group_BT[:, :, None], keys.group_BT[:, None, :]
-    branch_BT1, branch_B1S = queries.branch_BT[:, :, None], keys.branch_BT[:, None, :]
     distance_BTS = queries.position_BT[:, :, None] - keys.position_BT[:, None, :]
     mask_BTS = (group_BT1 == group_B1S) & (group_B1S > 0) & (distance_BTS >= 0)
-    mask_BTS &= (branch_B1S == 0) | (branch_BT1 == branch_B1S)
+    if lineage_BTS is None:
+        branch_BT1, branch_B1S = queries.branch_BT[:, :, None], keys.branch_BT[:, None, :]
+        lineage_BTS = (branch_B1S == 0) | (branch_BT1 == branch_B1S)
+    mask_BTS &= lineage_BTS
     if window is not None:
         mask_BTS &= distance_BTS < window
     return mask_BTS
