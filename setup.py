@@ -1,0 +1,70 @@
+"""Packaging. The ranges below are tested at both ends: `requirements/` pins what `make` installs,
+Python 3.11 with the lower end of JAX and Python 3.13 with the upper end.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="prefix-jax",
+    version="0.1.0",
+    description="Prefix tuning of pretrained language models in JAX",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["prefix_jax", "prefix_jax.*"]),
+    package_data={"prefix_jax": ["py.typed"]},
+    install_requires=[
+        # JAX
+        "jax>=0.10.2,<0.13",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "numpy>=2.4.6,<3",
+        # Models and tokenizers; chat templates are Jinja
+        "transformers>=5.23,<6",
+        "huggingface_hub>=2.4,<3",
+        "safetensors>=0.8,<1",
+        "gguf>=0.19,<1",
+        "jinja2>=3.1.6,<4",
+        # Data; without h5py many text sets of TFDS are missing
+        "grain>=0.2.18,<0.3",
+        "tensorflow-datasets>=4.9.10,<5",
+        "array_record>=0.8.6,<0.9",
+        "h5py>=3.16,<4",
+        "pyarrow>=26",
+        # Metrics
+        "sacrebleu>=2.6,<3",
+        "rouge-score>=0.1.2,<0.2",
+        # Configuration and reports; rich draws bars and tables alike and knows when it is piped
+        "jsonargparse>=4.53,<5",
+        "pyyaml>=6.0.3,<7",
+        "rich>=15",
+        "matplotlib>=3.11.2,<4",
+        "tensorboardX>=2.6.5,<3",
+        "packaging>=26",
+        "psutil>=7.2.2,<8",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "nbclient",
+            "nbformat",
+            "ipykernel",
+            "ruff",
+            "import-linter",
+            "mypy",
+            "types-PyYAML",
+        ],
+    },
+    entry_points={"console_scripts": ["prefix-jax = prefix_jax.cli.main:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
