@@ -1,0 +1,75 @@
+import argparse
+import importlib.metadata
+import types
+
+import jax
+import pytest
+
+from prefix_jax.cli import doctor
+
+
+@pytest.fixture
+def report(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(doctor, "_ACCELERATORS", {})
+
+    def run(requires=("jax",)):
+        ourselves = types.SimpleNamespace(version="1.0", requires=requires)
+        monkeypatch.setattr(importlib.metadata, "distribution", lambda name: ourselves)
+        code = doctor.run(argparse.Namespace())
+        return code, capsys.readouterr().out
+
+    return run
+
+
+def test_a_healthy_machine_is_well(report):
+    code, out = report()
+    assert "all is well" in out
+    assert code == 0
+    assert out.count("yes") == len(jax.devices())
+    assert importlib.metadata.version("jax") in out
+    assert jax.config.values["jax_compilation_cache_dir"] in out
+
+
+def test_an_untested_version_is_a_problem_with_its_remedy(report):
+    code, out = report(["jax<0.1"])
+    assert code == 1
+    assert "problem: jax" in out
+    assert "pip install 'jax<0.1'" in out
+
+
+def test_a_missing_package_is_a_problem(report):
+    code, out = report(["no-such-thing>=1"])
+    assert code == 1
+    assert "no-such-thing is not installed" in out
+
+
+def test_packages_of_extras_are_not_demanded(report):
+    assert report(['no-such-thing; extra == "tpu"'])[0] == 0
+
+
+def test_an_idle_accelerator_is_a_problem(report, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "_ACCELERATORS", {str(tmp_path): ("gpu", "cuda")})
+    code, out = report()
+    assert code == 1
+    assert "pip install 'prefix-jax[cuda]'" in out
+
+
+def test_a_backend_that_does_not_start_is_a_problem(report, monkeypatch):
+    def devices():
+        raise RuntimeError("no TPU here")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    code, out = report()
+    assert code == 1
+    assert "JAX finds no device: no TPU here" in out
+
+
+def test_a_source_tree_that_is_not_installed_is_a_problem(monkeypatch):
+    def distribution(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    problems = []
+    doctor._packages(problems)
+    assert problems == ["prefix-jax runs from its source alone: pip install --editable ."]

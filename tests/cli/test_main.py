@@ -1,0 +1,89 @@
+import subprocess
+import sys
+import types
+
+import pytest
+
+from prefix_jax.cli import main as cli
+from prefix_jax.errors import ConfigError
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """Makes `prefix-jax probe` the only verb; its `run` is what the test gives it."""
+    module = types.ModuleType("prefix_jax.cli.probe", "Probe the command line.\n\nAt length.")
+    module.add_arguments = lambda parser: parser.add_argument("--word", default="none")
+    monkeypatch.setitem(sys.modules, "prefix_jax.cli.probe", module)
+    found = [types.SimpleNamespace(name=name) for name in ("main", "_shared", "probe")]
+    monkeypatch.setattr(cli.pkgutil, "iter_modules", lambda path: found)
+    return module
+
+
+def raising(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+def test_a_verb_gets_its_arguments_and_gives_the_exit_code(verb):
+    verb.run = lambda args: 7 if args.word == "seven" else 0
+    assert cli.main(["probe", "--word", "seven"]) == 7
+
+
+def test_an_error_of_the_user_is_one_line_on_stderr(verb, capsys):
+    verb.run = raising(ConfigError("optim.clip: expected float"))
+    assert cli.main(["probe"]) == 2
+    assert capsys.readouterr() == ("", "error: optim.clip: expected float\n")
+
+
+def test_an_error_of_ours_keeps_its_traceback(verb):
+    verb.run = raising(ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["probe"])
+
+
+def test_an_interrupt_is_no_traceback(verb, capsys):
+    verb.run = raising(KeyboardInterrupt())
+    assert cli.main(["probe"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_help_lists_the_verbs_by_the_first_line_of_their_docstring(verb, capsys):
+    verb.run = raising(AssertionError())
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    assert "probe" in (out := capsys.readouterr().out)
+    assert "Probe the command line\n" in out
+
+
+def test_no_verb_is_a_usage_error(verb, capsys):
+    verb.run = raising(AssertionError())
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([])
+    assert "VERB" in capsys.readouterr().err
+
+
+def test_the_command_line_is_read_without_importing_jax():
+    script = (
+        "import sys; from prefix_jax.cli.main import _parser; _parser();"
+        "print({'jax', 'transformers', 'numpy', 'rich'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    script = (
+        "import sys, types; from prefix_jax.cli import doctor, main;"
+        "doctor.run = lambda args: [print('x' * 99) for _ in range(9999)] and 0;"
+        "sys.exit(main.main(['doctor']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()
