@@ -11,7 +11,7 @@ Layer weights come in one of two forms, and every method takes either:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax.struct
@@ -48,6 +48,17 @@ class Cache:
     layers: KeysValues | tuple[KeysValues, ...]
     tokens: Tokens
     length: jax.Array
+
+    def grow(self, columns: int) -> Cache:
+        """The same with room for so many more columns."""
+
+        def pad(axis: int) -> Callable[[jax.Array], jax.Array]:
+            return lambda x: jnp.pad(
+                x, [(0, columns if i == x.ndim + axis else 0) for i in range(x.ndim)]
+            )
+
+        layers, tokens = jax.tree.map(pad(-3), self.layers), jax.tree.map(pad(-1), self.tokens)
+        return Cache(layers, tokens, self.length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +205,7 @@ class Backbone:
         tokens: Tokens,
         prefix: Prefix | None = None,
         cache: Cache | None = None,
+        lineage_BTS: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs tokens through the model.
 
@@ -203,6 +215,7 @@ class Backbone:
             tokens: where each stands; positions count from 0, the prefix's offset is added here.
             prefix: what every layer attends to besides; None is the bare model.
             cache: keys and values of earlier tokens, with room for T more columns.
+            lineage_BTS: which keys each token descends from, in place of its branch.
 
         Returns:
             h_BTD after the final norm, and the cache with these tokens in it.
@@ -210,7 +223,7 @@ class Backbone:
         offset = 0 if prefix is None else prefix.offset
         x_BTD = params["embed"]["tokens_VD"][ids_BT]
         x_BTD = self._place(params, x_BTD, tokens.position_BT + offset)
-        h_BTD, cache, _ = self._run(params, x_BTD, tokens, prefix, cache)
+        h_BTD, cache, _ = self._run(params, x_BTD, tokens, prefix, cache, lineage_BTS)
         norm = NORMS[self.arch.norm](self.arch.epsilon)
         return norm.apply({"params": params["final_norm"]}, h_BTD), cache
 
@@ -235,6 +248,7 @@ class Backbone:
         tokens: Tokens,
         prefix: Prefix | None,
         cache: Cache | None,
+        lineage_BTS: jax.Array | None = None,
         entries: bool = False,
     ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
         """All layers. With `entries`, also the states that entered each of them, h_LBTD."""
@@ -249,7 +263,9 @@ class Backbone:
             )
         join = None if prefix is None else prefix.decoder.join
         views = {
-            sliding: self._view(tokens, keys, prefix, column, a.window if sliding else None)
+            sliding: self._view(
+                tokens, keys, prefix, column, a.window if sliding else None, lineage_BTS
+            )
             for sliding in set(a.sliding) or {False}
         }
 
@@ -307,6 +323,7 @@ class Backbone:
         prefix: Prefix | None,
         column: jax.Array | None,
         window: int | None,
+        lineage_BTS: jax.Array | None = None,
     ) -> View:
         """What layers with this window see."""
         position_BT = queries.position_BT + (0 if prefix is None else prefix.offset)
@@ -315,7 +332,8 @@ class Backbone:
             mask_BTP = visible_prefix(position_BT, prefix.length, window)
         if self.arch.rotary is not None:
             cos_BTH, sin_BTH = self.arch.rotary.angles(position_BT, self.arch.head_dim)
-        return View(visible(queries, keys, window), mask_BTP, cos_BTH, sin_BTH, column)
+        mask_BTS = visible(queries, keys, window, lineage_BTS)
+        return View(mask_BTS, mask_BTP, cos_BTH, sin_BTH, column)
 
 
 def _dtype(params: Params) -> jax.typing.DTypeLike:

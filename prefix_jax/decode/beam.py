@@ -1,0 +1,136 @@
+"""Beam search, hypothesis for hypothesis that of transformers 5."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from prefix_jax.decode.processors import Constraints, constrain
+from prefix_jax.decode.state import Beams, State
+from prefix_jax.decode.topk import top_k
+
+# Takes something out of a choice but, unlike minus infinity, keeps the order among such things.
+_OUT = -1e9
+
+
+@flax.struct.dataclass
+class Beam:
+    """Keeps the M likeliest continuations of a prompt, and the M best finished ones.
+
+    A finished hypothesis scores its summed log-probability over its length (end-of-text token
+    included) to the power of `length_penalty`. A search ends when M hypotheses have finished and
+    the best running one would not beat the worst of them if it ended here; with
+    `early_stopping`, as soon as M have finished.
+
+    Attributes:
+        constraints: what may come next.
+        length_penalty: above 0 favours long texts.
+        width: M.
+    """
+
+    constraints: Constraints
+    length_penalty: jax.Array
+    width: int = flax.struct.field(pytree_node=False)
+    early_stopping: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def start(self, ids_BMW: jax.Array, real_B: jax.Array, capacity: int) -> Beams:
+        """All beams are equal at first, so that only the first of them may go on."""
+        B, M, _ = ids_BMW.shape
+        none_BM = jnp.full((B, M), _OUT)
+        return Beams(
+            score_BM=none_BM.at[:, 0].set(0),
+            logprob_BMU=jnp.zeros((B, M, capacity)),
+            lineage_BMU=jnp.zeros((B, M, capacity), jnp.int32),
+            final_score_BM=none_BM,
+            final_ids_BMW=ids_BMW,
+            final_logprob_BMU=jnp.zeros((B, M, capacity)),
+            final_count_BM=jnp.zeros((B, M), jnp.int32),
+            final_BM=jnp.broadcast_to(~real_B[:, None], (B, M)),
+            open_B=real_B,
+        )
+
+    def running(self, state: State) -> jax.Array:
+        """Whether any prompt's search may still find better hypotheses."""
+        return self._running_B(state.found).any()
+
+    def _running_B(self, found: Beams) -> jax.Array:
+        full_B = found.final_BM.all(axis=1)
+        return found.open_B & ~full_B if self.early_stopping else found.open_B
+
+    def lineage(self, state: State) -> jax.Array:
+        """Which cached columns each beam descends from, bool [B, M, S]."""
+        M = self.width
+        lineage_BMU = state.found.lineage_BMU
+        generated_BMUM = lineage_BMU[..., None] == jnp.arange(M)
+        generated_BMS = generated_BMUM.reshape(*lineage_BMU.shape[:2], -1)
+        prompt = state.cache.tokens.group_BT.shape[1] - generated_BMS.shape[2]
+        return jnp.pad(generated_BMS, ((0, 0), (0, 0), (prompt, 0)), constant_values=True)
+
+    def choose(self, state: State, logits_BMV: jax.Array, end: jax.Array) -> State:
+        """Extends the beams by a token, and files those that end."""
+        found: Beams = state.found
+        B, M, V = logits_BMV.shape
+        logprobs_RV = jax.nn.log_softmax(logits_BMV.reshape(B * M, V), axis=-1)
+        length_R = jnp.repeat(state.prompt_B + state.step, M)
+        ids_RW = state.ids_BMW.reshape(B * M, -1)
+        scores_RV = constrain(logprobs_RV, ids_RW, length_R, state.step, self.constraints)
+
+        # As many candidates as leave M running if each of M beams ends in every possible way.
+        n = max(2, 1 + len(self.constraints.eos_E)) * M
+        score_Rn, token_Rn = top_k(scores_RV, min(n, V))
+        logprob_Rn = jnp.take_along_axis(logprobs_RV, token_Rn, axis=1)
+        score_Bn = (score_Rn.reshape(B, M, -1) + found.score_BM[:, :, None]).reshape(B, -1)
+        score_Bn, place_Bn = jax.lax.top_k(score_Bn, n)
+        parent_Bn = place_Bn // token_Rn.shape[1]
+        token_Bn = jnp.take_along_axis(token_Rn.reshape(B, -1), place_Bn, axis=1)
+        logprob_Bn = jnp.take_along_axis(logprob_Rn.reshape(B, -1), place_Bn, axis=1)
+        ids_BnW = state.append(_pick(state.ids_BMW, parent_Bn), token_Bn)
+        logprob_BnU = _pick(found.logprob_BMU, parent_Bn).at[:, :, state.step].set(logprob_Bn)
+        ends_Bn = jnp.isin(token_Bn, self.constraints.eos_E) | (state.step + 1 >= end)
+
+        # The M best candidates that go on. Their keys and values stay where they are.
+        score_BM, next_BM = jax.lax.top_k(score_Bn + ends_Bn * _OUT, M)
+        parent_BM = _pick(parent_Bn, next_BM)
+        lineage_BMU = _pick(found.lineage_BMU, parent_BM).at[:, :, state.step].set(jnp.arange(M))
+
+        # The M best of the hypotheses that had finished and the candidates that end. Candidates
+        # beyond the first M only stand in for others that end.
+        ends_Bn &= jnp.arange(n) < M
+        length = (state.step + 1).astype(jnp.float32)
+        worth_Bn = score_Bn / length**self.length_penalty
+        worth_Bn += ~(ends_Bn & self._running_B(found)[:, None]) * _OUT
+
+        def merge(old_BM: jax.Array, new_Bn: jax.Array) -> jax.Array:
+            return _pick(jnp.concatenate([old_BM, new_Bn], axis=1), best_BM)
+
+        final_score_BM, best_BM = jax.lax.top_k(
+            jnp.concatenate([found.final_score_BM, worth_Bn], axis=1), M
+        )
+        count_Bn = jnp.broadcast_to(state.step + 1, (B, n))
+        final_BM = merge(found.final_BM, ends_Bn)
+        hope_B = score_BM[:, 0] / length**self.length_penalty
+        worst_BM = jnp.where(final_BM, final_score_BM.min(axis=1, keepdims=True), _OUT)
+        return dataclasses.replace(
+            state,
+            ids_BMW=_pick(ids_BnW, next_BM),
+            step=state.step + 1,
+            found=Beams(
+                score_BM=score_BM,
+                logprob_BMU=_pick(logprob_BnU, next_BM),
+                lineage_BMU=lineage_BMU,
+                final_score_BM=final_score_BM,
+                final_ids_BMW=merge(found.final_ids_BMW, ids_BnW),
+                final_logprob_BMU=merge(found.final_logprob_BMU, logprob_BnU),
+                final_count_BM=merge(found.final_count_BM, count_Bn),
+                final_BM=final_BM,
+                open_B=found.open_B & (hope_B[:, None] > worst_BM).any(axis=1),
+            ),
+        )
+
+
+def _pick(x: jax.Array, index_Bn: jax.Array) -> jax.Array:
+    """Rows of axis 1, for each prompt its own."""
+    return jnp.take_along_axis(x, index_Bn.reshape(*index_Bn.shape, *[1] * (x.ndim - 2)), axis=1)

@@ -1,0 +1,76 @@
+"""Greedy decoding and sampling."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from prefix_jax.decode.processors import Constraints, Sampling, constrain, warp
+from prefix_jax.decode.state import Draws, State
+
+
+@flax.struct.dataclass
+class Draw:
+    """Chooses the next token of every continuation for itself.
+
+    Attributes:
+        constraints: what may come next.
+        sampling: what to draw from; None takes the likeliest token.
+        key_BM: a random key for every continuation, so that what is drawn does not depend on
+            the other rows of the batch.
+        width: M.
+    """
+
+    constraints: Constraints
+    sampling: Sampling | None
+    key_BM: jax.Array | None
+    width: int = flax.struct.field(pytree_node=False, default=1)
+
+    def start(self, ids_BMW: jax.Array, real_B: jax.Array, capacity: int) -> Draws:
+        """Nothing drawn yet; rows that only fill the batch have ended."""
+        B, M, _ = ids_BMW.shape
+        return Draws(
+            logprob_BMU=jnp.zeros((B, M, capacity)),
+            count_BM=jnp.zeros((B, M), jnp.int32),
+            done_BM=jnp.broadcast_to(~real_B[:, None], (B, M)),
+        )
+
+    def running(self, state: State) -> jax.Array:
+        """Whether any continuation has not ended."""
+        return ~state.found.done_BM.all()
+
+    def lineage(self, state: State) -> None:
+        """Continuations are branches of their prompt: the ordinary mask."""
+        return None
+
+    def choose(self, state: State, logits_BMV: jax.Array, end: jax.Array) -> State:
+        """Appends a token to every continuation."""
+        found: Draws = state.found
+        B, M, V = logits_BMV.shape
+        logits_RV = logits_BMV.reshape(B * M, V)
+        length_R = jnp.repeat(state.prompt_B + state.step, M)
+        ids_RW = state.ids_BMW.reshape(B * M, -1)
+        scores_RV = constrain(logits_RV, ids_RW, length_R, state.step, self.constraints)
+        if self.sampling is None:
+            token_R = jnp.argmax(scores_RV, axis=-1)
+        else:
+            key_R = jax.vmap(jax.random.fold_in, (0, None))(self.key_BM.reshape(-1), state.step)
+            token_R = jax.vmap(jax.random.categorical)(key_R, warp(scores_RV, self.sampling))
+        logprob_R = jnp.take_along_axis(logits_RV, token_R[:, None], axis=1)[:, 0]
+        logprob_R -= jax.nn.logsumexp(logits_RV, axis=-1)
+
+        token_BM = token_R.reshape(B, M).astype(jnp.int32)
+        ended_BM = jnp.isin(token_BM, self.constraints.eos_E)
+        return dataclasses.replace(
+            state,
+            ids_BMW=state.append(state.ids_BMW, token_BM),
+            step=state.step + 1,
+            found=Draws(
+                logprob_BMU=found.logprob_BMU.at[:, :, state.step].set(logprob_R.reshape(B, M)),
+                count_BM=found.count_BM + ~found.done_BM,
+                done_BM=found.done_BM | ended_BM | (state.step + 1 >= end),
+            ),
+        )

@@ -1,0 +1,212 @@
+"""Text generation behind a prefix."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from prefix_jax.backbones.decoder import Backbone, Params
+from prefix_jax.config import DecodeConfig
+from prefix_jax.decode.continuation import Continuation, Generation, Writer
+from prefix_jax.decode.loop import Search, advance, read
+from prefix_jax.decode.options import make_search
+from prefix_jax.decode.state import Beams, State
+from prefix_jax.decode.text import TextStream
+from prefix_jax.errors import ContextError, DataError
+from prefix_jax.prefix import Prefix
+
+OnText = Callable[[int, int, str], None]
+
+# Tokens between two looks at the text, where a stop text may end it.
+_STOP_INTERVAL = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """Generates text after prompts.
+
+    Programs are compiled for a short list of sizes (rows, prompt width, room for new tokens) and
+    kept for as long as the process lives.
+
+    Attributes:
+        backbone: the computation.
+        params: its weights; `backbone.listed(params)` is the faster form here.
+        tokenizer: a fast one of Hugging Face transformers.
+        prefix: stands before every prompt; None is the bare model.
+        eos: the tokens that end a text; None takes the tokenizer's.
+    """
+
+    backbone: Backbone
+    params: Params
+    tokenizer: PreTrainedTokenizerFast
+    prefix: Prefix | None = None
+    eos: tuple[int, ...] | None = None
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        config: DecodeConfig = DecodeConfig(),  # noqa: B008
+        *,
+        batch_size: int = 16,
+        on_text: OnText | None = None,
+        on_done: Callable[[int, Generation], None] | None = None,
+    ) -> list[Generation]:
+        """Generates `config.samples` continuations of every prompt.
+
+        Neither the batch size nor the other prompts change what is generated; sampling depends on
+        the seed and on the place of a prompt in the list.
+
+        Args:
+            prompts: texts, or token ids that are taken as they are.
+            config: how to generate.
+            batch_size: prompts at a time; those of similar length share a batch.
+            on_text: called with the index of a prompt, of a sample, and the next piece of its
+                text as soon as that is certain: token by token, or at the end of a beam search.
+            on_done: called with the index of a prompt and what was generated for it.
+
+        Returns:
+            a Generation for every prompt, in their order.
+
+        Raises:
+            DataError: a prompt is empty.
+            ContextError: a prompt does not fit the model with the prefix and what is generated.
+        """
+        encoded = [self._encode(prompt) for prompt in prompts]
+        self._check(encoded, config)
+        generations: dict[int, Generation] = {}
+        by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+        for start in range(0, len(by_length), batch_size):
+            batch = {index: encoded[index] for index in by_length[start : start + batch_size]}
+            continuations = self._continue(batch, config, on_text)
+            for index, samples in zip(batch, continuations, strict=True):
+                generations[index] = Generation(samples)
+                if on_done is not None:
+                    on_done(index, generations[index])
+        return [generations[index] for index in range(len(encoded))]
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        # Chat templates write the beginning-of-sequence token themselves.
+        bos = self.tokenizer.bos_token
+        begun = bos is not None and prompt.startswith(bos)
+        return self.tokenizer(prompt, add_special_tokens=not begun, verbose=False)["input_ids"]
+
+    def _check(self, prompts: Sequence[Sequence[int]], config: DecodeConfig) -> None:
+        positions = self.backbone.arch.max_positions
+        offset = 0 if self.prefix is None else self.prefix.offset
+        for index, ids in enumerate(prompts):
+            if len(ids) == 0:
+                raise DataError(f"prompt {index} is empty: give it one token at least")
+            if offset + len(ids) + config.max_new_tokens > positions:
+                raise ContextError(
+                    f"prompt {index}: {len(ids)} tokens after a prefix of {offset}, and "
+                    f"{config.max_new_tokens} new ones, exceed the model's {positions} positions; "
+                    "shorten the prompt or max_new_tokens"
+                )
+
+    def _continue(
+        self,
+        prompts: dict[int, list[int]],
+        config: DecodeConfig,
+        on_text: OnText | None,
+    ) -> list[tuple[Continuation, ...]]:
+        """The continuations of one batch.
+
+        Args:
+            prompts: the index and the tokens of each prompt.
+            config: how to generate.
+            on_text: as in `generate`.
+        """
+        eos = self.eos
+        if eos is None:
+            eos = () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
+        B, filling = bucket(len(prompts), 1), bucket(len(prompts), 1) - len(prompts)
+        ids_BS = np.zeros((B, bucket(max(map(len, prompts.values())))), np.int32)
+        for row, ids in enumerate(prompts.values()):
+            ids_BS[row, : len(ids)] = ids
+        search = make_search(config, self.tokenizer, eos, [*prompts, *[0] * filling])
+        state = read(
+            self.backbone,
+            self.params,
+            self.prefix,
+            search,
+            ids_BS,
+            np.array([*map(len, prompts.values()), *[1] * filling], np.int32),
+            np.arange(B) < len(prompts),
+            np.int32(config.max_new_tokens),
+            capacity=bucket(config.max_new_tokens),
+        )
+
+        def writer(index: int, sample: int) -> Writer:
+            stream = TextStream(self.tokenizer.backend_tokenizer, prompts[index], config.stop)
+            return Writer(stream, eos, on_text and functools.partial(on_text, index, sample))
+
+        writers = [[writer(index, m) for m in range(config.samples)] for index in prompts]
+        if config.beams > 1:
+            return self._finish_beams(search, state, config, writers)
+        interval = 1 if on_text else _STOP_INTERVAL if config.stop else config.max_new_tokens
+        return self._finish_draws(search, state, config, writers, interval)
+
+    def _finish_draws(
+        self,
+        search: Search,
+        state: State,
+        config: DecodeConfig,
+        writers: list[list[Writer]],
+        interval: int,
+    ) -> list[tuple[Continuation, ...]]:
+        while True:
+            # Everything but the cache, which stays on the device.
+            now = jax.device_get(dataclasses.replace(state, cache=None))
+            done_BM = now.found.done_BM.copy()
+            for row, samples in enumerate(writers):
+                ids_MU = now.ids_BMW[row, :, now.prompt_B[row] :]
+                for m, writer in enumerate(samples):
+                    new = slice(len(writer), now.found.count_BM[row, m])
+                    writer.extend(ids_MU[m, new], now.found.logprob_BMU[row, m, new])
+                    done_BM[row, m] |= writer.finish is not None
+            if done_BM.all():
+                return [tuple(writer.close() for writer in samples) for samples in writers]
+            found = dataclasses.replace(state.found, done_BM=jax.device_put(done_BM))
+            state = dataclasses.replace(state, found=found)
+            state = self._advance(search, state, int(now.step) + interval, config)
+
+    def _finish_beams(
+        self, search: Search, state: State, config: DecodeConfig, writers: list[list[Writer]]
+    ) -> list[tuple[Continuation, ...]]:
+        state = self._advance(search, state, config.max_new_tokens, config)
+        now = jax.device_get(dataclasses.replace(state, cache=None))
+        found: Beams = now.found
+        continuations = []
+        for row, samples in enumerate(writers):
+            ids_MU = found.final_ids_BMW[row, :, now.prompt_B[row] :]
+            for m, writer in enumerate(samples):
+                count = found.final_count_BM[row, m]
+                writer.extend(ids_MU[m, :count], found.final_logprob_BMU[row, m, :count])
+            scores = found.final_score_BM[row]
+            continuations.append(
+                tuple(w.close(score) for w, score in zip(samples, scores, strict=False))
+            )
+        return continuations
+
+    def _advance(self, search: Search, state: State, until: int, config: DecodeConfig) -> State:
+        return advance(
+            self.backbone,
+            self.params,
+            self.prefix,
+            search,
+            state,
+            np.int32(until),
+            np.int32(config.max_new_tokens),
+        )
+
+
+def bucket(size: int, smallest: int = 16) -> int:
+    """The size that stands for `size` in compiled programs: the next power of two."""
+    return max(smallest, 1 << (size - 1).bit_length())

@@ -1,0 +1,93 @@
+"""The two programs of decoding: read the prompts, then go on token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from prefix_jax.backbones.decoder import Backbone, Params
+from prefix_jax.decode.beam import Beam
+from prefix_jax.decode.draw import Draw
+from prefix_jax.decode.state import State
+from prefix_jax.nn.mask import Tokens
+from prefix_jax.prefix import Prefix
+
+Search = Draw | Beam
+
+
+@functools.partial(jax.jit, static_argnames=("backbone", "capacity"))
+def read(
+    backbone: Backbone,
+    params: Params,
+    prefix: Prefix | None,
+    search: Search,
+    ids_BS: jax.Array,
+    prompt_B: jax.Array,
+    real_B: jax.Array,
+    end: jax.Array,
+    *,
+    capacity: int,
+) -> State:
+    """Reads the prompts and chooses the first token of every continuation.
+
+    Args:
+        backbone: the computation.
+        params: its weights, stacked or listed.
+        prefix: stands before every prompt.
+        search: how tokens are chosen.
+        ids_BS: the prompts, padded on the right.
+        prompt_B: their lengths, 1 at least.
+        real_B: False for rows that only fill the batch.
+        end: tokens to generate at most.
+        capacity: U, tokens that there is room for; `end` at least.
+    """
+    B, S = ids_BS.shape
+    M = search.width
+    tokens = Tokens.plain(jnp.arange(S) < prompt_B[:, None])
+    cache = backbone.empty_cache(params, B, S)
+    h_BSD, cache = backbone.hidden(params, ids_BS, tokens, prefix, cache)
+    h_B1D = jnp.take_along_axis(h_BSD, prompt_B[:, None, None] - 1, axis=1)
+    logits_B1V = backbone.unembed(params, h_B1D)
+    ids_BMW = jnp.pad(jnp.repeat(ids_BS[:, None], M, axis=1), ((0, 0), (0, 0), (0, capacity)))
+    state = State(
+        cache=cache.grow(M * capacity),
+        ids_BMW=ids_BMW,
+        prompt_B=prompt_B,
+        step=jnp.zeros((), jnp.int32),
+        found=search.start(ids_BMW, real_B, capacity),
+    )
+    return search.choose(state, jnp.broadcast_to(logits_B1V, (B, M, logits_B1V.shape[2])), end)
+
+
+@functools.partial(jax.jit, static_argnames="backbone", donate_argnames="state")
+def advance(
+    backbone: Backbone,
+    params: Params,
+    prefix: Prefix | None,
+    search: Search,
+    state: State,
+    until: jax.Array,
+    end: jax.Array,
+) -> State:
+    """Generates up to step `until`, or until everything has ended. Uses up `state`."""
+
+    def step(state: State) -> State:
+        B, M, _ = state.ids_BMW.shape
+        position_B = state.prompt_B + state.step - 1
+        tokens = Tokens(
+            group_BT=jnp.ones((B, M), jnp.int32),
+            branch_BT=jnp.broadcast_to(jnp.arange(1, M + 1), (B, M)),
+            position_BT=jnp.broadcast_to(position_B[:, None], (B, M)),
+        )
+        h_BMD, cache = backbone.hidden(
+            params, state.last_BM, tokens, prefix, state.cache, search.lineage(state)
+        )
+        state = dataclasses.replace(state, cache=cache)
+        return search.choose(state, backbone.unembed(params, h_BMD), end)
+
+    return jax.lax.while_loop(
+        lambda state: (state.step < until) & search.running(state), step, state
+    )

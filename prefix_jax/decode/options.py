@@ -1,0 +1,78 @@
+"""Configuration → how tokens are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from prefix_jax.config import DecodeConfig
+from prefix_jax.decode.beam import Beam
+from prefix_jax.decode.draw import Draw
+from prefix_jax.decode.loop import Search
+from prefix_jax.decode.processors import Constraints, Sampling
+
+
+def make_search(
+    config: DecodeConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    eos: Sequence[int],
+    prompts: Sequence[int],
+) -> Search:
+    """The search that a configuration asks for.
+
+    Args:
+        config: what is asked for.
+        tokenizer: encodes banned words.
+        eos: the tokens that end a text.
+        prompts: the number of the prompt in each row of the batch, which sampling depends on.
+    """
+    constraints = Constraints(
+        eos_E=np.array(eos, np.int32),
+        min_new=_unless(0, config.min_new_tokens, np.int32),
+        repetition_penalty=_unless(1, config.repetition_penalty),
+        banned=banned_sequences(config.banned_words, tokenizer, eos),
+        no_repeat_ngram=config.no_repeat_ngram or None,
+    )
+    if config.beams > 1:
+        penalty = np.float32(config.length_penalty)
+        return Beam(constraints, penalty, config.beams, config.early_stopping)
+    if config.temperature == 0:
+        return Draw(constraints, None, None)
+    sampling = Sampling(
+        temperature=np.float32(config.temperature),
+        top_p=_unless(1, config.top_p),
+        min_p=_unless(0, config.min_p),
+        top_k=config.top_k,
+    )
+    numbers = np.array(prompts, np.int32)
+    return Draw(constraints, sampling, _keys(config.seed, numbers, config.samples), config.samples)
+
+
+def banned_sequences(
+    words: Sequence[str], tokenizer: PreTrainedTokenizerBase, eos: Sequence[int]
+) -> tuple[np.ndarray, ...]:
+    """The tokens of words, as a text begins with them and as they stand after a space; one array
+    [words, length] for every length. An end-of-text token by itself is never banned."""
+    if not words:
+        return ()
+    forms = [form for word in words for form in (word, f" {word}")]
+    encoded = tokenizer(forms, add_special_tokens=False, verbose=False)["input_ids"]
+    sequences = sorted({tuple(ids) for ids in encoded} - {(token,) for token in eos})
+    return tuple(
+        np.array([ids for ids in sequences if len(ids) == length], np.int32)
+        for length in sorted({len(ids) for ids in sequences})
+    )
+
+
+def _unless(off: float, value: float | None, dtype: type[np.number] = np.float32) -> np.number | None:
+    return None if value is None or value == off else dtype(value)
+
+
+def _keys(seed: int, prompt_B: np.ndarray, samples: int) -> jax.Array:
+    """A random key for each sample of each prompt, [B, M]."""
+    fold = jax.vmap(jax.random.fold_in, (0, None))
+    key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), prompt_B)
+    return jax.vmap(fold, (None, 0), out_axes=1)(key_B, np.arange(samples))

@@ -1,0 +1,169 @@
+"""What changes the scores of the next token before one is chosen.
+
+Each function maps scores [R, V] to scores [R, V] and means what the logits processor of the same
+purpose means in transformers; `constrain` and `warp` apply them in transformers' order. What a
+configuration does not ask for is None and never traced.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from prefix_jax.decode.topk import top_k
+
+NEVER = -jnp.inf
+
+
+@flax.struct.dataclass
+class Constraints:
+    """What may come next, given what stands before. Numbers are arrays, so that other values of
+    them need no other program.
+
+    Attributes:
+        eos_E: the tokens that end a text.
+        min_new: tokens before one of them may come.
+        repetition_penalty: divides (positive) or multiplies (negative) the scores of tokens that
+            have occurred, in the prompt too.
+        banned: sequences of tokens that may not be completed, one array [words, length] for
+            every length.
+        no_repeat_ngram: the length of n-grams that may not occur twice, the prompt included.
+    """
+
+    eos_E: jax.Array
+    min_new: jax.Array | None = None
+    repetition_penalty: jax.Array | None = None
+    banned: tuple[jax.Array, ...] = ()
+    no_repeat_ngram: int | None = flax.struct.field(pytree_node=False, default=None)
+
+
+@flax.struct.dataclass
+class Sampling:
+    """The distribution that tokens are drawn from.
+
+    Attributes:
+        temperature: divides the scores.
+        top_p: the smallest set of likeliest tokens with this probability stays.
+        min_p: tokens below this share of the likeliest one's probability go.
+        top_k: so many of the likeliest tokens stay.
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array | None = None
+    min_p: jax.Array | None = None
+    top_k: int | None = flax.struct.field(pytree_node=False, default=None)
+
+
+def constrain(
+    scores_RV: jax.Array,
+    ids_RW: jax.Array,
+    length_R: jax.Array,
+    step: jax.Array,
+    constraints: Constraints,
+) -> jax.Array:
+    """Applies every constraint.
+
+    Args:
+        scores_RV: logits or log-probabilities.
+        ids_RW: prompt and generated tokens of each row, from column 0 on.
+        length_R: how many of them there are.
+        step: how many of them were generated.
+        constraints: what to apply.
+    """
+    c = constraints
+    if c.repetition_penalty is not None:
+        scores_RV = penalise_repetition(scores_RV, ids_RW, length_R, c.repetition_penalty)
+    if c.no_repeat_ngram is not None:
+        scores_RV = forbid_ngrams(scores_RV, ids_RW, length_R, c.no_repeat_ngram)
+    for banned_XY in c.banned:
+        scores_RV = forbid_words(scores_RV, ids_RW, length_R, banned_XY)
+    if c.min_new is not None:
+        early_RV = scores_RV.at[:, c.eos_E].set(NEVER)
+        scores_RV = jnp.where(step < c.min_new, early_RV, scores_RV)
+    return scores_RV
+
+
+def warp(logits_RV: jax.Array, sampling: Sampling) -> jax.Array:
+    """The logits of the distribution that tokens are drawn from."""
+    logits_RV = logits_RV / sampling.temperature
+    if sampling.top_k is not None:
+        logits_RV = keep_top_k(logits_RV, sampling.top_k)
+    if sampling.top_p is not None:
+        logits_RV = keep_top_p(logits_RV, sampling.top_p)
+    if sampling.min_p is not None:
+        logits_RV = keep_min_p(logits_RV, sampling.min_p)
+    return logits_RV
+
+
+def penalise_repetition(
+    scores_RV: jax.Array, ids_RW: jax.Array, length_R: jax.Array, penalty: jax.Array
+) -> jax.Array:
+    """Makes tokens that have occurred less likely (Keskar et al. 2019)."""
+    score_RW = jnp.take_along_axis(scores_RV, ids_RW, axis=1)
+    score_RW = jnp.where(score_RW < 0, score_RW * penalty, score_RW / penalty)
+    present_RW = jnp.arange(ids_RW.shape[1]) < length_R[:, None]
+    return _set(scores_RV, ids_RW, present_RW, score_RW)
+
+
+def forbid_ngrams(
+    scores_RV: jax.Array, ids_RW: jax.Array, length_R: jax.Array, n: int
+) -> jax.Array:
+    """Forbids every token that would complete an n-gram for the second time."""
+    if n > ids_RW.shape[1]:
+        return scores_RV
+    windows = ids_RW.shape[1] - n + 1
+    suffix_RN = _last(ids_RW, length_R, n - 1)
+    match_RW = jnp.arange(windows) + n <= length_R[:, None]
+    for i in range(n - 1):
+        match_RW &= ids_RW[:, i : i + windows] == suffix_RN[:, i, None]
+    return _set(scores_RV, ids_RW[:, n - 1 :], match_RW, NEVER)
+
+
+def forbid_words(
+    scores_RV: jax.Array, ids_RW: jax.Array, length_R: jax.Array, banned_XY: jax.Array
+) -> jax.Array:
+    """Forbids the last token of each banned sequence where the others have just occurred."""
+    before = banned_XY.shape[1] - 1
+    suffix_RY = _last(ids_RW, length_R, before)
+    match_RX = (suffix_RY[:, None] == banned_XY[:, :-1]).all(axis=-1)
+    match_RX &= length_R[:, None] >= before
+    last_RX = jnp.broadcast_to(banned_XY[:, -1], match_RX.shape)
+    return _set(scores_RV, last_RX, match_RX, NEVER)
+
+
+def keep_top_k(logits_RV: jax.Array, k: int) -> jax.Array:
+    """Keeps the k likeliest tokens, and those as likely as the last of them."""
+    least_R = top_k(logits_RV, min(k, logits_RV.shape[1]))[0][:, -1]
+    return jnp.where(logits_RV < least_R[:, None], NEVER, logits_RV)
+
+
+def keep_top_p(logits_RV: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Nucleus sampling (Holtzman et al. 2020): drops the least likely tokens that have a
+    probability of at most 1 - top_p together, never the likeliest one."""
+    ascending_RV = jnp.sort(logits_RV, axis=1)
+    drop_RV = jnp.cumsum(jax.nn.softmax(ascending_RV, axis=1), axis=1) <= 1 - top_p
+    first_R = jnp.minimum(drop_RV.sum(axis=1), logits_RV.shape[1] - 1)
+    least_R1 = jnp.take_along_axis(ascending_RV, first_R[:, None], axis=1)
+    return jnp.where(logits_RV < least_R1, NEVER, logits_RV)
+
+
+def keep_min_p(logits_RV: jax.Array, min_p: jax.Array) -> jax.Array:
+    """Drops tokens below a share of the likeliest one's probability."""
+    least_R1 = logits_RV.max(axis=1, keepdims=True) + jnp.log(min_p)
+    return jnp.where(logits_RV < least_R1, NEVER, logits_RV)
+
+
+def _last(ids_RW: jax.Array, length_R: jax.Array, count: int) -> jax.Array:
+    """The last `count` tokens of each row; meaningless where there are fewer."""
+    column_RC = jnp.maximum(length_R[:, None] - count + jnp.arange(count), 0)
+    return jnp.take_along_axis(ids_RW, column_RC, axis=1)
+
+
+def _set(
+    scores_RV: jax.Array, ids_RX: jax.Array, where_RX: jax.Array, values: jax.Array | float
+) -> jax.Array:
+    """Scores with those of some tokens replaced."""
+    rows_R1 = jnp.arange(scores_RV.shape[0])[:, None]
+    nowhere = scores_RV.shape[1]
+    return scores_RV.at[rows_R1, jnp.where(where_RX, ids_RX, nowhere)].set(values, mode="drop")
