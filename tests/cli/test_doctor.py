@@ -13,9 +13,15 @@ def report(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(doctor, "_ACCELERATORS", {})
 
+    real = importlib.metadata.distribution
+
     def run(requires=("jax",)):
         ourselves = types.SimpleNamespace(version="1.0", requires=requires)
-        monkeypatch.setattr(importlib.metadata, "distribution", lambda name: ourselves)
+        monkeypatch.setattr(
+            importlib.metadata,
+            "distribution",
+            lambda name: ourselves if name == "prefix-jax" else real(name),
+        )
         code = doctor.run(argparse.Namespace())
         return code, capsys.readouterr().out
 
