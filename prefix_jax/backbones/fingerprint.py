@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 _SCHEME = b"prefix_jax fingerprint 1"
 _TINY = 2.0**-126  # the smallest normal number; some backends flush what is smaller to zero
-_PRIMES = (2654435761, 2246822519, 3266489917, 668265263)
+_FACTORS = (40503, 31337, 52711, 60493)
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:
-    """Hashes the path, the shape and a checksum of all values of every parameter.
+    """Hashes the path, the shape and checksums of all values of every parameter.
 
     The checksums are integer sums over the values' bits, each multiplied by a hash of its
-    position. Integer sums are exact in any order, so the result does not depend on the mesh; they
-    run where the weights are, in one pass, and only one number a parameter leaves the devices.
+    position. Integer sums are exact in any order, so the result does not depend on the mesh. They
+    are computed where the weights are, and only one number for each entry of a parameter's first
+    axis leaves the devices.
 
     Values are rounded to bfloat16 first, so that one checkpoint has one fingerprint whether it was
     loaded in float32 or in bfloat16, from one file or from shards. A quantised copy has other
@@ -33,28 +36,29 @@ def fingerprint(params: Mapping[str, Any]) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    leaves = sorted(flatten_dict(dict(params), sep="/").items())
-    sharding = leaves[0][1].sharding
-    replicated = None
-    if isinstance(sharding, NamedSharding):  # Other processes of a mesh must read the sums, too.
-        replicated = NamedSharding(sharding.mesh, PartitionSpec())
-    sums = jax.jit(_checksums, out_shardings=replicated)([leaf for _, leaf in leaves])
     digest = hashlib.sha256(_SCHEME)
-    for (path, leaf), checksum in zip(leaves, jax.device_get(sums), strict=True):
-        digest.update(f"{path} {leaf.shape} {checksum}\n".encode())
+    for path, leaf in sorted(flatten_dict(dict(params), sep="/").items()):
+        # One by one: XLA on CPU writes out what it sums, half a float32 parameter.
+        checksums = np.asarray(_compiled(leaf.sharding)(leaf), "<u2")
+        digest.update(f"{path} {leaf.shape}\n".encode())
+        digest.update(checksums.tobytes())
     return digest.hexdigest()[:32]
 
 
-def _checksums(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([_checksum(x) for x in arrays])
+@functools.cache
+def _compiled(sharding: jax.sharding.Sharding) -> Any:
+    """The checksums, replicated on a mesh so that each of its processes can read them."""
+    if isinstance(sharding, NamedSharding):
+        return jax.jit(_checksums, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
+    return jax.jit(_checksums)
 
 
-def _checksum(x: jax.Array) -> jax.Array:
-    """A uint32 that depends on every value and its position."""
+def _checksums(x: jax.Array) -> jax.Array:
+    """A uint16 for every entry of the first axis, which depends on each value and its place."""
     rounded = jnp.where(jnp.abs(x) < _TINY, 0, x).astype(jnp.bfloat16)
-    bits = jax.lax.bitcast_convert_type(rounded, jnp.uint16).astype(jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis, prime in zip(range(x.ndim), _PRIMES, strict=False):
-        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(prime)
-    place = (place ^ (place >> 15)) * jnp.uint32(_PRIMES[1]) | 1
-    return jnp.sum((bits + 1) * place, dtype=jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(rounded, jnp.uint16)
+    place = jnp.zeros(x.shape, jnp.uint16)
+    for axis, factor in zip(range(x.ndim), _FACTORS, strict=False):
+        place += jax.lax.broadcasted_iota(jnp.uint16, x.shape, axis) * jnp.uint16(factor)
+    place = (place ^ (place >> 7)) * jnp.uint16(_FACTORS[0]) | jnp.uint16(1)
+    return jnp.sum((bits + 1) * place, axis=tuple(range(1, x.ndim)), dtype=jnp.uint16)

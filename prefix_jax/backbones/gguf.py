@@ -12,16 +12,17 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
-from prefix_jax.backbones.names import GGUF_GPT2, GGUF_LLAMA, GGUF_QWEN, NameTable
+from prefix_jax.backbones import gpt2, llama
+from prefix_jax.backbones.names import NameTable
 from prefix_jax.backbones.weights import map_tensor
 from prefix_jax.errors import BackboneError
 from prefix_jax.nn.rotary import Rotary
 
 TABLES: dict[str, NameTable] = {
-    "gpt2": GGUF_GPT2,
-    "llama": GGUF_LLAMA,
-    "qwen2": GGUF_QWEN,
-    "qwen3": GGUF_QWEN,
+    "gpt2": gpt2.GGUF_NAMES,
+    "llama": llama.GGUF_NAMES,
+    "qwen2": llama.QWEN_GGUF_NAMES,
+    "qwen3": llama.QWEN_GGUF_NAMES,
 }
 _PLAIN = {
     GGMLQuantizationType.F64: np.dtype(np.float64),

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefix_jax.backbones.architecture import Architecture
+from prefix_jax.backbones.names import LINEAR, STORED, VECTOR, Matrix, NameTable, Row, Vector
 from prefix_jax.errors import BackboneError
 from prefix_jax.nn.rotary import Rotary
 
@@ -111,3 +112,69 @@ def _yarn_attention(rope: Mapping[str, Any], factor: float) -> float:
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         return temperature(rope["mscale"]) / temperature(rope["mscale_all_dim"])
     return temperature(1.0)
+
+
+HF_NAMES = NameTable(
+    prefix="model.",
+    rows=(
+        Row("embed_tokens.weight", "embed/tokens_VD", STORED),
+        Row("layers.{l}.input_layernorm.weight", "layers/attn_norm/scale_D", VECTOR),
+        Row("layers.{l}.self_attn.q_proj.weight", "layers/attn/q_DNH", LINEAR),
+        Row("layers.{l}.self_attn.k_proj.weight", "layers/attn/k_DKH", LINEAR),
+        Row("layers.{l}.self_attn.v_proj.weight", "layers/attn/v_DKH", LINEAR),
+        Row("layers.{l}.self_attn.o_proj.weight", "layers/attn/o_NHD", Matrix(2)),
+        Row("layers.{l}.self_attn.q_proj.bias", "layers/attn/q_bias_NH", VECTOR),
+        Row("layers.{l}.self_attn.k_proj.bias", "layers/attn/k_bias_KH", VECTOR),
+        Row("layers.{l}.self_attn.v_proj.bias", "layers/attn/v_bias_KH", VECTOR),
+        Row("layers.{l}.self_attn.o_proj.bias", "layers/attn/o_bias_D", VECTOR),
+        Row("layers.{l}.self_attn.q_norm.weight", "layers/attn/q_norm/scale_H", VECTOR),
+        Row("layers.{l}.self_attn.k_norm.weight", "layers/attn/k_norm/scale_H", VECTOR),
+        Row("layers.{l}.post_attention_layernorm.weight", "layers/mlp_norm/scale_D", VECTOR),
+        Row("layers.{l}.mlp.gate_proj.weight", "layers/mlp/gate_DF", LINEAR),
+        Row("layers.{l}.mlp.up_proj.weight", "layers/mlp/up_DF", LINEAR),
+        Row("layers.{l}.mlp.down_proj.weight", "layers/mlp/down_FD", LINEAR),
+        Row("layers.{l}.mlp.gate_proj.bias", "layers/mlp/gate_bias_F", VECTOR),
+        Row("layers.{l}.mlp.up_proj.bias", "layers/mlp/up_bias_F", VECTOR),
+        Row("layers.{l}.mlp.down_proj.bias", "layers/mlp/down_bias_D", VECTOR),
+        Row("norm.weight", "final_norm/scale_D", VECTOR),
+        Row("lm_head.weight", "head/unembed_DV", LINEAR),
+    ),
+    # Frequencies follow from the configuration, and a tied head is saved by some writers.
+    ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight"),
+)
+
+
+def _gguf_names(interleaved: bool) -> NameTable:
+    rotary, rotary_bias = Matrix(interleaved=interleaved), Vector(interleaved=interleaved)
+    return NameTable(
+        rows=(
+            Row("token_embd.weight", "embed/tokens_VD", STORED),
+            Row("blk.{l}.attn_norm.weight", "layers/attn_norm/scale_D", VECTOR),
+            Row("blk.{l}.attn_q.weight", "layers/attn/q_DNH", rotary),
+            Row("blk.{l}.attn_k.weight", "layers/attn/k_DKH", rotary),
+            Row("blk.{l}.attn_v.weight", "layers/attn/v_DKH", LINEAR),
+            Row("blk.{l}.attn_output.weight", "layers/attn/o_NHD", Matrix(2)),
+            Row("blk.{l}.attn_q.bias", "layers/attn/q_bias_NH", rotary_bias),
+            Row("blk.{l}.attn_k.bias", "layers/attn/k_bias_KH", rotary_bias),
+            Row("blk.{l}.attn_v.bias", "layers/attn/v_bias_KH", VECTOR),
+            Row("blk.{l}.attn_output.bias", "layers/attn/o_bias_D", VECTOR),
+            Row("blk.{l}.attn_q_norm.weight", "layers/attn/q_norm/scale_H", VECTOR),
+            Row("blk.{l}.attn_k_norm.weight", "layers/attn/k_norm/scale_H", VECTOR),
+            Row("blk.{l}.ffn_norm.weight", "layers/mlp_norm/scale_D", VECTOR),
+            Row("blk.{l}.ffn_gate.weight", "layers/mlp/gate_DF", LINEAR),
+            Row("blk.{l}.ffn_up.weight", "layers/mlp/up_DF", LINEAR),
+            Row("blk.{l}.ffn_down.weight", "layers/mlp/down_FD", LINEAR),
+            Row("blk.{l}.ffn_gate.bias", "layers/mlp/gate_bias_F", VECTOR),
+            Row("blk.{l}.ffn_up.bias", "layers/mlp/up_bias_F", VECTOR),
+            Row("blk.{l}.ffn_down.bias", "layers/mlp/down_bias_D", VECTOR),
+            Row("output_norm.weight", "final_norm/scale_D", VECTOR),
+            Row("output.weight", "head/unembed_DV", LINEAR),
+        ),
+        # Read with the configuration, as rotary scaling.
+        ignored=(r"rope_freqs\.weight",),
+    )
+
+
+GGUF_NAMES = _gguf_names(interleaved=True)
+# llama.cpp rotates the halves of Qwen as they are.
+QWEN_GGUF_NAMES = _gguf_names(interleaved=False)

@@ -21,7 +21,7 @@ from prefix_jax.backbones import gguf, gpt2, llama
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.decoder import Backbone, Params
 from prefix_jax.backbones.fingerprint import fingerprint
-from prefix_jax.backbones.names import HF_GPT2, HF_LLAMA, match
+from prefix_jax.backbones.names import match
 from prefix_jax.backbones.tokenizer import load_tokenizer
 from prefix_jax.backbones.weights import Safetensors, TensorSource, stream
 from prefix_jax.errors import BackboneError
@@ -31,20 +31,23 @@ _ARCHITECTURES = {
     **dict.fromkeys(gpt2.MODEL_TYPES, gpt2.architecture),
     **dict.fromkeys(llama.MODEL_TYPES, llama.architecture),
 }
-_HF_TABLES = {"gpt2": HF_GPT2, "llama": HF_LLAMA}
+_HF_TABLES = {"gpt2": gpt2.HF_NAMES, "llama": llama.HF_NAMES}
 _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Some repositories hold the weights twice more, as pickles and as "consolidated" files.
 _HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Pretrained:
     """A backbone with its weights.
 
+    Training wants the layers stacked, decoding wants them listed (see `Backbone`). Memory never
+    holds both: `stacked` and `listed` convert in place, and what they returned before is freed.
+
     Attributes:
         backbone: the computation.
-        params: its weights, layers stacked.
+        params: its weights, in the form that was asked for last; stacked at first.
         source: what was asked for: a path, a hub id or a package.
         path: where it was found: a directory or a GGUF file.
         fingerprint: of the weights.
@@ -55,6 +58,16 @@ class Pretrained:
     source: str
     path: Path
     fingerprint: str
+
+    def stacked(self) -> Params:
+        """The weights with their layers stacked: for training and likelihoods."""
+        self.params = self.backbone.stacked(self.params)
+        return self.params
+
+    def listed(self) -> Params:
+        """The weights with their layers in a tuple: for decoding."""
+        self.params = self.backbone.listed(self.params)
+        return self.params
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

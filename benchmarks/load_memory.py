@@ -1,0 +1,154 @@
+"""Peak host memory of loading a backbone.
+
+    python benchmarks/load_memory.py [--source PATH] [--output runs/benchmarks/load_memory.json]
+
+Goal: the size of the model in its target dtype plus the largest stacked parameter. Each load runs
+in a process of its own, which first loads a tiny model, so that most of what JAX and its compiler
+need is in the baseline. The peak is the kernel's (VmHWM, reset before the load): Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+MB = 2**20
+CASES = (("float32", 1), ("float32", 4), ("bfloat16", 1), ("bfloat16", 4))
+
+
+def write_llama(directory: Path, *, L: int, D: int, F: int, V: int, dtype: str) -> Path:
+    """Random weights of a Llama in Hugging Face layout."""
+    directory.mkdir(parents=True)
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": L,
+        "hidden_size": D,
+        "intermediate_size": F,
+        "num_attention_heads": D // 64,
+        "num_key_value_heads": D // 64,
+        "vocab_size": V,
+        "tie_word_embeddings": True,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(0)
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+
+    def weight(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32).astype(kind)
+
+    tensors = {"model.embed_tokens.weight": weight(V, D), "model.norm.weight": weight(D)}
+    for layer in range(L):
+        name = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{name}.{norm}.weight"] = weight(D)
+        for part in "qkvo":
+            tensors[f"{name}.self_attn.{part}_proj.weight"] = weight(D, D)
+        tensors[f"{name}.mlp.gate_proj.weight"] = weight(F, D)
+        tensors[f"{name}.mlp.up_proj.weight"] = weight(F, D)
+        tensors[f"{name}.mlp.down_proj.weight"] = weight(D, F)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def _status(key: str) -> int:
+    """A figure of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def _child(tiny: str, source: str, dtype: str, devices: int) -> None:
+    """Loads and prints the figures; runs in a process of its own."""
+    import jax
+
+    from prefix_jax.backbones.load import load
+    from prefix_jax.mesh import make_mesh
+
+    mesh = make_mesh(1, devices, 1) if devices > 1 else None
+    load(tiny, dtype=dtype, mesh=mesh)
+    gc.collect()
+    baseline = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    start = time.perf_counter()
+    params = jax.block_until_ready(load(source, dtype=dtype, mesh=mesh).params)
+    seconds = time.perf_counter() - start
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
+    figures = {
+        "dtype": dtype,
+        "devices": devices,
+        "model_mb": sum(sizes) / MB,
+        "bound_mb": (sum(sizes) + max(sizes)) / MB,
+        "peak_mb": (_status("VmHWM") - baseline) / MB,
+        "seconds": seconds,
+    }
+    print(json.dumps(figures))
+
+
+def measure(tiny: Path, source: str, dtype: str, devices: int) -> dict[str, float]:
+    """The peak of one load, in a process of its own."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": "",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, __file__, "--child", str(tiny), source, dtype, str(devices)]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", help="a model of your own, besides the random ones")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/load_memory.json"))
+    arguments = parser.parse_args()
+    results = []
+    titles = ("    file", "in memory", "devices", "model MB", "+ largest", "peak MB", "seconds")
+    print(f"{'source':24}  " + "  ".join(titles))
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        tiny = write_llama(root / "tiny", L=2, D=64, F=64, V=16, dtype="float32")
+        runs = []
+        for stored in ("bfloat16", "float32"):
+            model = write_llama(root / stored, L=12, D=512, F=2048, V=8000, dtype=stored)
+            runs += [("random", stored, str(model), dtype, n) for dtype, n in CASES]
+        if arguments.source:
+            runs += [(arguments.source, "", arguments.source, dtype, n) for dtype, n in CASES]
+        for name, stored, source, dtype, devices in runs:
+            result = {"source": name, "stored": stored} | measure(tiny, source, dtype, devices)
+            results.append(result)
+            print(
+                f"{name:24}  {stored or '-':>8}  {dtype:9}  {devices:7}  {result['model_mb']:8.0f}"
+                f"  {result['bound_mb']:9.0f}  {result['peak_mb']:7.0f}  {result['seconds']:7.1f}"
+            )
+    machine = {
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+    versions = {name: metadata.version(name) for name in ("jax", "safetensors", "gguf", "numpy")}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    report = {"machine": machine, "versions": versions, "results": results}
+    arguments.output.write_text(json.dumps(report, indent=2))
+    print(f"{machine['platform']}, {versions}\nwritten to {arguments.output}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        _child(*sys.argv[2:5], int(sys.argv[5]))
+    else:
+        main()
