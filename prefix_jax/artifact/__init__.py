@@ -1,0 +1,39 @@
+"""A prefix on disk: a directory with `prefix.json`, for people and programs, and its arrays.
+
+    prefix.json            a `Card`: what the prefix is and which backbone it belongs to
+    arrays/                the arrays, float32, in Orbax's format
+    prefix.safetensors     or these, if asked for
+
+What is stored is what the method produces without dropout, so nothing of the method is needed to
+use it: an MLP that computed keys and values in training is gone. `docs/export.md` says how to read
+a prefix without this package.
+"""
+
+from __future__ import annotations
+
+from prefix_jax.artifact.card import (
+    FORMAT_VERSION,
+    BackboneCard,
+    Card,
+    Kind,
+    TemplateCard,
+    TokenizerCard,
+    check,
+    make_card,
+)
+from prefix_jax.artifact.store import Container, find, load, save
+
+__all__ = [
+    "FORMAT_VERSION",
+    "BackboneCard",
+    "Card",
+    "Container",
+    "Kind",
+    "TemplateCard",
+    "TokenizerCard",
+    "check",
+    "find",
+    "load",
+    "make_card",
+    "save",
+]

@@ -1,0 +1,242 @@
+"""Writes and reads the directory of a prefix."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from orbax.checkpoint import v1 as ocp
+
+from prefix_jax.artifact.card import FORMAT_VERSION, Card, facts
+from prefix_jax.artifact.replace import replaced, replacing
+from prefix_jax.errors import CheckpointError, ConfigError, PrefixError
+from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Produced, Site
+from prefix_jax.typed import build
+
+Container = Literal["orbax", "safetensors"]
+
+_CARD = "prefix.json"
+_CONTAINERS: dict[Container, str] = {"orbax": "arrays", "safetensors": "prefix.safetensors"}
+# Under a run directory.
+_INNER = "prefix"
+_REMEDY = "copy it again from where it came from, or train it again"
+
+
+def save(path: str | Path, produced: Produced, card: Card, arrays: Container = "orbax") -> None:
+    """Writes a prefix. What stood at `path` is replaced once the new one is safely on disk.
+
+    In a run of several processes every one calls this, for Orbax's saving is collective; the
+    first one writes, and the prefix is complete when its call returns.
+
+    Args:
+        path: the directory; an existing one must be a prefix.
+        produced: what the method produces, without dropout.
+        card: of `make_card`.
+        arrays: the container of the arrays.
+
+    Raises:
+        PrefixError: the prefix contradicts its card or holds NaN, or `path` is something else.
+        CheckpointError: it could not be written; `path` is as it was.
+    """
+    # Renaming a link would leave the directory behind.
+    path = Path(path).expanduser().resolve()
+    if facts(produced) != (card.kind, card.length, card.offset, card.pinned):
+        raise PrefixError(f"{path}: the card describes another prefix; make it with make_card")
+    content = _arrays(produced)
+    if problems := _problems(content, card):
+        raise PrefixError(f"a prefix like this is not saved to {path}: {'; '.join(problems)}")
+    if path.exists() and not _replaceable(path):
+        raise PrefixError(
+            f"{path} exists and is not a prefix; choose another place for the new one"
+        )
+
+    first = jax.process_index() == 0
+    try:
+        with replacing(path, acts=first) as new:
+            _write_arrays(new / _CONTAINERS[arrays], content, arrays)
+            if first:
+                (new / _CARD).write_text(_to_json(card, content, arrays), encoding="utf-8")
+    # A full disk is an OSError, or whatever Orbax and TensorStore make of it: a ValueError, today.
+    except Exception as error:
+        before = "the prefix that was there is unharmed" if path.exists() else "nothing was there"
+        raise CheckpointError(
+            f"cannot write the prefix to {path} ({before}): {_reason(error)}; "
+            "make room or choose another place, and save again"
+        ) from error
+
+
+def load(path: str | Path) -> tuple[Produced, Card]:
+    """Reads a prefix.
+
+    Args:
+        path: its directory, or a run directory that holds one.
+
+    Raises:
+        PrefixError: there is none, or it is damaged or of a newer format.
+    """
+    path = find(path)
+    card, stored = _read_card(path / _CARD)
+    content = _read_arrays(path / _CONTAINERS[stored.container], stored.container)
+    problems = _problems(content, card)
+    if not problems and {name: _sha256(x) for name, x in content.items()} != stored.sha256:
+        problems = [f"its arrays are not those that {_CARD} was written for"]
+    if problems:
+        raise PrefixError(f"{path} is damaged: {'; '.join(problems)}; {_REMEDY}")
+    return _produced(card, {name: jnp.asarray(x) for name, x in content.items()}), card
+
+
+def find(path: str | Path) -> Path:
+    """The directory of a prefix, given it or a run directory that holds it.
+
+    Raises:
+        PrefixError: there is none.
+    """
+    path = Path(path).expanduser()
+    for place in (path, path / _INNER):
+        if (place / _CARD).is_file():
+            return place
+    for place in (path, path / _INNER):
+        if not place.exists() and replaced(place).is_dir():
+            raise PrefixError(
+                f"saving to {place} was interrupted; the prefix that was there before is "
+                f"{replaced(place)}: rename it to {place}"
+            )
+    if not path.is_dir():
+        raise PrefixError(f"there is no directory {path}; give that of a prefix or of a run")
+    raise PrefixError(
+        f"{path} holds no prefix: neither {_CARD} nor {_INNER}/{_CARD} is there; "
+        "give the directory of a prefix, or of a run that has ended"
+    )
+
+
+def _arrays(produced: Produced) -> dict[str, np.ndarray]:
+    """The arrays by name, float32: wider than what any backbone computes in."""
+    owner: Any = produced.decoder.join if isinstance(produced, Prefix) else produced
+    fields = {f.name: getattr(owner, f.name) for f in dataclasses.fields(owner)}
+    return {name: np.array(x, np.float32, order="C") for name, x in fields.items() if x is not None}
+
+
+def _produced(card: Card, arrays: Mapping[str, jax.Array]) -> Produced:
+    if card.kind == "embeds":
+        return Embeds(**arrays)
+    if card.kind == "hidden":
+        return Hidden(**arrays)
+    return Prefix(Site(KVPrefix(**arrays)), card.offset, card.pinned)
+
+
+def _shapes(card: Card) -> dict[str, tuple[int, ...]]:
+    g, P = card.geometry, card.length
+    if card.kind == "embeds":
+        return {"x_PD": (P, g.d_model)}
+    if card.kind == "hidden":
+        return {"h_LPD": (g.layers, P, g.d_model)}
+    pair = (g.layers, P, g.kv_heads, g.head_dim)
+    return {"k_LPKH": pair, "v_LPKH": pair, "bias_LPN": (g.layers, P, g.query_heads)}
+
+
+def _problems(arrays: Mapping[str, np.ndarray], card: Card) -> list[str]:
+    """Where the arrays are not those that the card promises, or not finite."""
+    problems = []
+    for name, shape in _shapes(card).items():
+        x = arrays.get(name)
+        if x is None:
+            if name != "bias_LPN":
+                problems.append(f"{name} is missing")
+        elif x.shape != shape or x.dtype != np.float32:
+            problems.append(f"{name} is {x.dtype} {x.shape} instead of float32 {shape}")
+        else:
+            # A bias of minus infinity makes a slot absent.
+            broken = ~np.isfinite(x) & ~((name == "bias_LPN") & np.isneginf(x))
+            if broken.any():
+                problems.append(f"{name} has {broken.sum()} values that are NaN or infinite")
+    return problems + [f"{name} is unknown" for name in arrays if name not in _shapes(card)]
+
+
+# Reading and writing.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """The entry "arrays" of `prefix.json`."""
+
+    container: Container
+    sha256: dict[str, Any]
+
+
+def _to_json(card: Card, arrays: Mapping[str, np.ndarray], container: Container) -> str:
+    """One field a line: as readable as it is small."""
+    stored = _Stored(container, {name: _sha256(x) for name, x in arrays.items()})
+    # JSON has no word for what is not finite.
+    metrics = {k: v if v is None or math.isfinite(v) else None for k, v in card.metrics.items()}
+    fields = dataclasses.asdict(dataclasses.replace(card, metrics=metrics))
+    fields["arrays"] = dataclasses.asdict(stored)
+    lines = (
+        f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
+        for name, value in fields.items()
+    )
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _read_card(file: Path) -> tuple[Card, _Stored]:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PrefixError(f"{file} cannot be read: {_reason(error)}; {_REMEDY}") from None
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    if not isinstance(version, int):
+        raise PrefixError(f"{file} is not the card of a prefix: it has no format_version")
+    if version > FORMAT_VERSION:
+        raise PrefixError(
+            f"{file} has format {version}, written by prefix_jax {fields.get('package')}; this "
+            f"version reads formats up to {FORMAT_VERSION}: pip install --upgrade prefix-jax"
+        )
+    try:
+        stored = build(_Stored, fields.pop("arrays", {}), "arrays")
+        return build(Card, fields), stored
+    except ConfigError as error:
+        raise PrefixError(f"{file} is damaged:\n{error}\n{_REMEDY}") from None
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray], container: Container) -> None:
+    if container == "orbax":
+        ocp.save(path, arrays)
+    elif jax.process_index() == 0:
+        path.write_bytes(safetensors.numpy.save(arrays))
+
+
+def _read_arrays(path: Path, container: Container) -> dict[str, np.ndarray]:
+    try:
+        if container == "orbax":
+            return {name: np.asarray(x) for name, x in ocp.load(path).items()}
+        return safetensors.numpy.load(path.read_bytes())
+    # Damage shows as whatever the reader trips over.
+    except Exception as error:
+        raise PrefixError(f"{path} is missing or damaged: {_reason(error)}; {_REMEDY}") from error
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether nothing but a prefix stands there, so that a new one may take its place."""
+    if not path.is_dir():
+        return False
+    names = {entry.name for entry in path.iterdir()}
+    return not names or (_CARD in names and names <= {_CARD, *_CONTAINERS.values()})
+
+
+def _sha256(x: np.ndarray) -> str:
+    return hashlib.sha256(x.astype("<f4").tobytes()).hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,58 @@
+"""A prefix fits the backbone that it was made for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+
+from prefix_jax.artifact import BackboneCard, TokenizerCard, check, make_card
+from prefix_jax.errors import PrefixError
+from prefix_jax.prefix import Embeds, Geometry
+
+GEOMETRY = Geometry(layers=30, query_heads=9, kv_heads=3, head_dim=64, d_model=576, vocab=49152)
+CARD = make_card(
+    Embeds(jnp.zeros((4, 576))),
+    GEOMETRY,
+    BackboneCard(source="smol", model_type="llama", fingerprint="aaa", dtype="float32"),
+)
+
+
+def test_its_own_backbone_fits() -> None:
+    check(CARD, GEOMETRY, "aaa")
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_a_backbone_of_another_shape_is_refused_and_both_are_named(allow: bool) -> None:
+    other = dataclasses.replace(GEOMETRY, layers=32, d_model=960)
+    with pytest.raises(PrefixError) as error:
+        check(CARD, other, "aaa", allow_other_weights=allow)
+    lines = str(error.value).splitlines()
+    assert "smol (llama)" in lines[0]
+    assert lines[1:-1] == [
+        "    layers: 30 in the prefix, 32 in the backbone (differs)",
+        "    query_heads: 9 in the prefix, 9 in the backbone",
+        "    kv_heads: 3 in the prefix, 3 in the backbone",
+        "    head_dim: 64 in the prefix, 64 in the backbone",
+        "    d_model: 576 in the prefix, 960 in the backbone (differs)",
+        "    vocab: 49152 in the prefix, 49152 in the backbone",
+    ]
+
+
+def test_other_weights_are_refused_unless_the_user_accepts_them() -> None:
+    with pytest.raises(PrefixError, match=r"weights aaa, and this .* bbb.*--allow-other-weights"):
+        check(CARD, GEOMETRY, "bbb")
+    check(CARD, GEOMETRY, "bbb", allow_other_weights=True)
+
+
+def test_a_card_states_what_follows_from_the_prefix() -> None:
+    assert (CARD.kind, CARD.length, CARD.offset, CARD.pinned) == ("embeds", 4, 4, False)
+    assert CARD.positions == (0, 1, 2, 3)
+
+
+def test_a_tokenizer_is_known_by_its_vocabulary_in_any_order() -> None:
+    a = TokenizerCard.of("BPE", {"a": 0, "b": 1})
+    assert a == TokenizerCard.of("BPE", {"b": 1, "a": 0})
+    assert a.sha256 != TokenizerCard.of("BPE", {"a": 1, "b": 0}).sha256
+    assert a.size == 2

@@ -1,0 +1,422 @@
+"""A stored prefix comes back as it was, and nothing else passes for one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from prefix_jax import artifact
+from prefix_jax.artifact import BackboneCard, Card, TemplateCard, TokenizerCard, make_card, store
+from prefix_jax.errors import CheckpointError, PrefixError
+from prefix_jax.prefix import Embeds, Geometry, Hidden, KVPrefix, Prefix, Produced, Site
+
+GEOMETRY = Geometry(layers=3, query_heads=4, kv_heads=2, head_dim=8, d_model=32, vocab=96)
+BACKBONE = BackboneCard(source="some/model", model_type="llama", fingerprint="f00", dtype="float32")
+CONTAINERS = ["orbax", "safetensors"]
+
+
+def random(*shape: int, seed: int = 0) -> jnp.ndarray:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def keys_values(length: int = 5, seed: int = 0, **fields: Any) -> Prefix:
+    k_LPKH, v_LPKH = random(2, 3, length, 2, 8, seed=seed)
+    return Prefix(Site(KVPrefix(k_LPKH, v_LPKH)), **{"offset": length} | fields)
+
+
+def with_absent_slots() -> Prefix:
+    bias_LPN = random(3, 5, 4).at[1, 2].set(-jnp.inf)
+    return Prefix(Site(KVPrefix(random(3, 5, 2, 8), random(3, 5, 2, 8), bias_LPN)), offset=5)
+
+
+PREFIXES: dict[str, Produced] = {
+    "embeds": Embeds(random(5, 32)),
+    "hidden": Hidden(random(3, 5, 32)),
+    "kv": keys_values(),
+    "kv without a shift": keys_values(offset=0),
+    "kv pinned": keys_values(pinned=True),
+    "kv with a bias": with_absent_slots(),
+}
+
+
+def card_of(produced: Produced) -> Card:
+    return make_card(
+        produced,
+        GEOMETRY,
+        BACKBONE,
+        method={"name": "prefix", "length": 5, "mid": None, "dropout": 0.1},
+        init="text: the café",
+        steps=300,
+        template=TemplateCard(input="{name} →", target=" {text}"),
+        tokenizer=TokenizerCard.of("GPT2Tokenizer", {"a": 0, "b": 1}),
+        metrics={"loss": 1.25},
+    )
+
+
+@pytest.fixture
+def stored(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A directory with a prefix of keys and values; its container may be a parameter."""
+    produced = keys_values()
+    artifact.save(tmp_path / "p", produced, card_of(produced), getattr(request, "param", "orbax"))
+    return tmp_path / "p"
+
+
+in_both_containers = pytest.mark.parametrize("stored", CONTAINERS, indirect=True)
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+
+
+def assert_equal(a: Produced, b: Produced) -> None:
+    arrays_a, arrays_b = store._arrays(a), store._arrays(b)
+    assert arrays_a.keys() == arrays_b.keys()
+    assert all(np.array_equal(arrays_a[name], arrays_b[name]) for name in arrays_a)
+
+
+# What is stored comes back.
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("name", PREFIXES)
+def test_a_prefix_and_its_card_come_back_as_they_were(
+    name: str, container: artifact.Container, tmp_path: Path
+) -> None:
+    produced = PREFIXES[name]
+    card = card_of(produced)
+    artifact.save(tmp_path / "p", produced, card, container)
+    loaded, loaded_card = artifact.load(tmp_path / "p")
+    assert_equal(loaded, produced)
+    assert type(loaded) is type(produced)
+    assert loaded_card == card
+    if isinstance(produced, Prefix):
+        assert isinstance(loaded, Prefix)
+        assert (loaded.offset, loaded.pinned) == (produced.offset, produced.pinned)
+
+
+def test_saving_what_was_loaded_gives_the_same_bytes(tmp_path: Path) -> None:
+    produced = with_absent_slots()
+    artifact.save(tmp_path / "a", produced, card_of(produced), "safetensors")
+    artifact.save(tmp_path / "b", *artifact.load(tmp_path / "a"), "safetensors")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_a_prefix_survives_the_way_through_both_containers(tmp_path: Path) -> None:
+    produced = with_absent_slots()
+    artifact.save(tmp_path / "a", produced, card_of(produced), "safetensors")
+    artifact.save(tmp_path / "b", *artifact.load(tmp_path / "a"), "orbax")
+    artifact.save(tmp_path / "c", *artifact.load(tmp_path / "b"), "safetensors")
+    assert files(tmp_path / "a") == files(tmp_path / "c")
+
+
+def test_narrow_keys_and_values_are_stored_without_loss(tmp_path: Path) -> None:
+    k = random(3, 5, 2, 8).astype(jnp.bfloat16)
+    produced = Prefix(Site(KVPrefix(k, k)), offset=5)
+    artifact.save(tmp_path / "p", produced, card_of(produced))
+    loaded, _ = artifact.load(tmp_path / "p")
+    assert isinstance(loaded, Prefix)
+    assert loaded.decoder.join is not None
+    assert loaded.decoder.join.k_LPKH.dtype == jnp.float32
+    assert np.array_equal(loaded.decoder.join.k_LPKH, k.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_sixteen_slots_of_a_135m_model_take_less_than_a_megabyte(
+    container: artifact.Container, tmp_path: Path
+) -> None:
+    k_LPKH, v_LPKH = random(2, 30, 16, 3, 64)
+    produced = Prefix(Site(KVPrefix(k_LPKH, v_LPKH)), offset=16)
+    card = make_card(produced, Geometry(30, 9, 3, 64, 576, 49152), BACKBONE)
+    artifact.save(tmp_path / "p", produced, card, container)
+    arrays_alone = 2 * 30 * 16 * 3 * 64 * 4
+    assert sum(map(len, files(tmp_path / "p").values())) < arrays_alone + 8_000
+
+
+def test_the_card_is_readable_text_with_one_field_a_line(stored: Path) -> None:
+    lines = (stored / "prefix.json").read_text().splitlines()
+    assert lines[1] == '  "format_version": 1,'
+    assert '  "positions": [0, 1, 2, 3, 4],' in lines
+    assert '  "init": "text: the café",' in lines
+
+
+def test_a_metric_that_is_not_finite_is_stored_as_null(tmp_path: Path) -> None:
+    card = dataclasses.replace(card_of(PREFIXES["kv"]), metrics={"loss": 1.5, "bleu": np.nan})
+    artifact.save(tmp_path / "p", PREFIXES["kv"], card)
+    assert artifact.load(tmp_path / "p")[1].metrics == {"loss": 1.5, "bleu": None}
+
+
+def test_a_run_directory_stands_for_its_prefix(tmp_path: Path) -> None:
+    produced = keys_values()
+    artifact.save(tmp_path / "run" / "prefix", produced, card_of(produced))
+    assert artifact.find(tmp_path / "run") == tmp_path / "run" / "prefix"
+    assert_equal(artifact.load(tmp_path / "run")[0], produced)
+
+
+# Saving is all or nothing.
+
+
+@contextlib.contextmanager
+def full_disk(*, files_up_to: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes: writes fail half-way, in C++ and in Python alike."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (files_up_to, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the compilation cache cannot write either
+def test_a_full_disk_loses_nothing_and_says_so(container: artifact.Container, stored: Path) -> None:
+    before = files(stored)
+    larger = keys_values(length=400)
+    with (
+        full_disk(files_up_to=20_000),
+        pytest.raises(
+            CheckpointError, match=r"p \(the prefix that was there is unharmed\): .*large"
+        ),
+    ):
+        artifact.save(stored, larger, card_of(larger), container)
+    assert files(stored) == before
+    assert [entry.name for entry in stored.parent.iterdir()] == ["p"]
+
+
+@pytest.mark.parametrize("step", ["_to_json", "_write_arrays"])
+def test_a_failure_at_any_step_leaves_no_trace(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, step, fail)
+    with pytest.raises(CheckpointError, match=r"\(nothing was there\): No space left on device"):
+        artifact.save(tmp_path / "p", PREFIXES["kv"], card_of(PREFIXES["kv"]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_leaves_the_old_prefix(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = files(stored)
+    monkeypatch.setattr(store, "_to_json", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        artifact.save(stored, PREFIXES["embeds"], card_of(PREFIXES["embeds"]))
+    assert files(stored) == before
+
+
+def test_if_the_last_rename_fails_the_old_prefix_is_put_back(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, rename = files(stored), Path.rename
+
+    def fail_once(self: Path, target: Path) -> Path:
+        if self.name == ".p.unfinished":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(CheckpointError, match="unharmed"):
+        artifact.save(stored, PREFIXES["embeds"], card_of(PREFIXES["embeds"]))
+    assert files(stored) == before
+
+
+def test_a_run_killed_between_the_renames_is_told_where_its_prefix_is(stored: Path) -> None:
+    stored.rename(stored.with_name(".p.replaced"))
+    with pytest.raises(PrefixError, match=r"\.p\.replaced: rename it to .*p"):
+        artifact.load(stored)
+
+
+def test_what_a_killed_run_left_behind_does_not_hinder_the_next(stored: Path) -> None:
+    shutil.copytree(stored, stored.with_name(".p.replaced"))
+    shutil.copytree(stored, stored.with_name(".p.unfinished"))
+    produced = PREFIXES["embeds"]
+    artifact.save(stored, produced, card_of(produced))
+    assert_equal(artifact.load(stored)[0], produced)
+    assert [entry.name for entry in stored.parent.iterdir()] == ["p"]
+
+
+def test_a_prefix_replaces_another_and_an_empty_directory(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    for name, container in (("kv", "orbax"), ("embeds", "safetensors"), ("hidden", "orbax")):
+        artifact.save(tmp_path / "p", PREFIXES[name], card_of(PREFIXES[name]), container)  # type: ignore[arg-type]
+        assert_equal(artifact.load(tmp_path / "p")[0], PREFIXES[name])
+    assert {entry.name for entry in (tmp_path / "p").iterdir()} == {"prefix.json", "arrays"}
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "prefix.json/../notes"])
+def test_what_is_not_a_prefix_is_never_replaced(name: str, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / Path(name).name).write_text("years of work")
+    with pytest.raises(PrefixError, match="exists and is not a prefix"):
+        artifact.save(tmp_path / "work", PREFIXES["kv"], card_of(PREFIXES["kv"]))
+    assert (tmp_path / "work" / Path(name).name).read_text() == "years of work"
+
+
+def test_a_prefix_with_other_files_beside_it_is_not_replaced(stored: Path) -> None:
+    (stored / "notes.txt").write_text("mine")
+    with pytest.raises(PrefixError, match="exists and is not a prefix"):
+        artifact.save(stored, PREFIXES["kv"], card_of(PREFIXES["kv"]))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_keys_that_are_not_finite_are_not_saved(value: float, tmp_path: Path) -> None:
+    produced = keys_values()
+    join = produced.decoder.join
+    assert join is not None
+    join = dataclasses.replace(join, k_LPKH=join.k_LPKH.at[0, 0, 0, 0].set(value))
+    produced = Prefix(Site(join), offset=5)
+    with pytest.raises(PrefixError, match="k_LPKH has 1 values that are NaN or infinite"):
+        artifact.save(tmp_path / "p", produced, card_of(produced))
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_prefix_that_contradicts_its_card_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(PrefixError, match="the card describes another prefix"):
+        artifact.save(tmp_path / "p", keys_values(offset=0), card_of(keys_values()))
+    wrong = dataclasses.replace(
+        card_of(keys_values()), geometry=dataclasses.replace(GEOMETRY, layers=4)
+    )
+    with pytest.raises(
+        PrefixError, match=r"k_LPKH is float32 \(3, 5, 2, 8\) instead of float32 \(4, 5"
+    ):
+        artifact.save(tmp_path / "p", keys_values(), wrong)
+
+
+def test_a_prefix_without_slots_has_no_card() -> None:
+    with pytest.raises(PrefixError, match="no slots"):
+        make_card(Prefix(Site()), GEOMETRY, BACKBONE)
+
+
+# Damage is found and named.
+
+
+def edit_card(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    fields = json.loads((path / "prefix.json").read_text())
+    change(fields)
+    (path / "prefix.json").write_text(json.dumps(fields))
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PrefixError, match=r"there is no directory .*nowhere"):
+        artifact.load(tmp_path / "nowhere")
+
+
+def test_a_directory_without_a_card_is_no_prefix(stored: Path) -> None:
+    (stored / "prefix.json").unlink()
+    with pytest.raises(PrefixError, match=r"holds no prefix: .* a run that has ended"):
+        artifact.load(stored)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"format_version": 1'])
+def test_a_half_written_card_is_named(content: bytes, stored: Path) -> None:
+    (stored / "prefix.json").write_bytes(content)
+    with pytest.raises(PrefixError, match=r"prefix\.json cannot be read: "):
+        artifact.load(stored)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"format_version": "1"}'])
+def test_json_that_is_no_card_is_named(content: str, stored: Path) -> None:
+    (stored / "prefix.json").write_text(content)
+    with pytest.raises(PrefixError, match="not the card of a prefix"):
+        artifact.load(stored)
+
+
+def test_a_newer_format_asks_for_an_upgrade(stored: Path) -> None:
+    edit_card(stored, lambda card: card.update(format_version=2, package="3.0", kind="gated"))
+    with pytest.raises(PrefixError, match=r"format 2, written by prefix_jax 3\.0.*--upgrade"):
+        artifact.load(stored)
+
+
+def test_every_wrong_field_of_a_card_is_named_at_once(stored: Path) -> None:
+    def change(card: dict[str, Any]) -> None:
+        card["kind"] = "gated"
+        card["geometry"]["layers"] = "three"
+        del card["offset"]
+
+    edit_card(stored, change)
+    with pytest.raises(PrefixError) as error:
+        artifact.load(stored)
+    for part in (
+        "kind: expected one of embeds",
+        "geometry.layers: expected int",
+        "offset: missing",
+    ):
+        assert part in str(error.value)
+
+
+@in_both_containers
+def test_missing_arrays_are_named(stored: Path) -> None:
+    for place in (stored / "arrays", stored / "prefix.safetensors"):
+        if place.is_dir():
+            shutil.rmtree(place)
+        elif place.exists():
+            place.unlink()
+    with pytest.raises(PrefixError, match=r"(arrays|prefix\.safetensors) is missing or damaged"):
+        artifact.load(stored)
+
+
+def array_files(path: Path) -> list[Path]:
+    """Where the numbers are; Orbax keeps small ones twice."""
+    return [
+        file for file in path.rglob("*") if file.parent.name == "d" or file.suffix == ".safetensors"
+    ]
+
+
+@in_both_containers
+@pytest.mark.parametrize("keep", [0, 0.3, 0.99])
+def test_truncated_arrays_are_found(keep: float, stored: Path) -> None:
+    for file in array_files(stored):
+        content = file.read_bytes()
+        file.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(PrefixError, match="damaged"):
+        artifact.load(stored)
+
+
+@in_both_containers
+def test_a_flipped_bit_is_found(stored: Path) -> None:
+    for file in array_files(stored):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(PrefixError, match="damaged"):
+        artifact.load(stored)
+
+
+@pytest.mark.parametrize("stored", ["safetensors"], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("v_LPKH", None, "v_LPKH is missing"),
+        ("v_LPKH", lambda v: v[:, :4], r"v_LPKH is float32 \(3, 4, 2, 8\) instead of"),
+        ("v_LPKH", lambda v: v.astype(np.float16), "v_LPKH is float16"),
+        ("v_LPKH", lambda v: v * np.nan, "v_LPKH has 240 values that are NaN"),
+        ("x_PD", lambda _: np.zeros(3, np.float32), "x_PD is unknown"),
+        ("v_LPKH", lambda v: v + 1, r"its arrays are not those that prefix\.json"),
+    ],
+)
+def test_arrays_that_do_not_fit_the_card_are_named(
+    name: str, change: Callable[[Any], np.ndarray] | None, message: str, stored: Path
+) -> None:
+    file = stored / "prefix.safetensors"
+    arrays = safetensors.numpy.load(file.read_bytes())
+    if change is None:
+        del arrays[name]
+    else:
+        arrays[name] = np.ascontiguousarray(change(arrays.get(name)))
+    file.write_bytes(safetensors.numpy.save(arrays))
+    with pytest.raises(PrefixError, match=f"is damaged: {message}"):
+        artifact.load(stored)
