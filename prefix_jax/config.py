@@ -23,6 +23,7 @@ __all__ = [
     "DataConfig",
     "DecodeConfig",
     "EvaluateConfig",
+    "InitConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",
@@ -32,7 +33,17 @@ __all__ = [
     "load",
 ]
 
-Metric = Literal["loss", "bleu", "chrf", "rouge", "exact_match", "accuracy"]
+Metric = Literal[
+    "loss",
+    "accuracy",
+    "bleu",
+    "chrf",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "rougeLsum",
+    "exact_match",
+]
 
 
 def _require(*checks: tuple[bool, str]) -> None:
@@ -74,6 +85,39 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """What the prefix is before the first step.
+
+    Attributes:
+        start: "text", what a text leaves under the frozen model (the best start on modern models);
+            "vocab", the same of tokens drawn at random; "zeros"; "normal"; "random", the random
+            initialisation of the method's own paper; or "prefix", one that was stored before.
+        text: for "text", the text, repeated or cut to the prefix's length; None takes the first
+            training examples as they are rendered.
+        std: for "normal".
+        path: for "prefix", the directory of a stored prefix or of a run.
+    """
+
+    start: Literal["text", "vocab", "zeros", "normal", "random", "prefix"] = "text"
+    text: str | None = None
+    std: float = 0.02
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            (
+                self.text is None or (self.start == "text" and self.text != ""),
+                "text is what start: text begins with; it is not empty",
+            ),
+            (
+                (self.path is not None) == (self.start == "prefix"),
+                "start: prefix needs path, the directory of a stored prefix; nothing else does",
+            ),
+            *_at_least(self, 0, "std"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where examples come from and how they become tokens.
 
@@ -81,8 +125,8 @@ class DataConfig:
     target, rendered from templates with `{field}`, or a chat.
 
     Attributes:
-        train: a .jsonl, .csv or .parquet file, or `tfds:name/config:version#split`. None when the
-            records come from Python.
+        train: a .jsonl, .csv or .parquet file, or `tfds:NAME/SPLIT`. None when the records come
+            from Python.
         dev: like `train`, for evaluation during training; None does without.
         test: like `train`, for the evaluation after training; None does without.
         input: template of the text that is given; None gives nothing (plain text modelling).
@@ -339,15 +383,19 @@ class EvaluateConfig:
     """What is measured on held-out examples.
 
     Attributes:
-        metrics: any of loss, bleu, chrf, rouge, exact_match, accuracy. The first one selects the
-            best checkpoint.
-        labels: the answers among which accuracy chooses the likeliest.
+        metrics: "loss" (token loss, with its perplexity), "accuracy" (the likeliest of `labels`),
+            and of generated text "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum" and
+            "exact_match". During training the first one alone is measured, and selects the best
+            checkpoint.
+        labels: the answers among which accuracy chooses.
+        before: measure the bare model on the test data too, for comparison.
         batch_size: examples at a time.
         limit: examples at most; None takes all.
     """
 
     metrics: tuple[Metric, ...] = ("loss",)
     labels: tuple[str, ...] | None = None
+    before: bool = False
     batch_size: int = 16
     limit: int | None = None
 
@@ -377,6 +425,7 @@ class Config:
         output: the run directory.
         method: what trains, by `name`, with the fields of that method; a bare name in YAML
             (`method: full`) stands for `{name: full}`.
+        init: what the prefix is at first.
         optim: optimizer and schedule.
         mesh: layout of the devices.
         decode: generation, for evaluation and for the use of the prefix afterwards.
@@ -388,6 +437,7 @@ class Config:
     train: TrainConfig
     output: str
     method: dict[str, Any] = dataclasses.field(default_factory=_default_method)
+    init: InitConfig = InitConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     decode: DecodeConfig = DecodeConfig()

@@ -105,6 +105,19 @@ def rows_sharding(mesh: Mesh, ndim: int, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
+def place_rows(batch: Any, mesh: Mesh, leading: int = 0) -> Any:
+    """Puts a batch of numpy arrays on the mesh, rows over the batch axes.
+
+    On several hosts each one brings its own rows; scalars are equal on all of them.
+    """
+
+    def place(leaf: np.ndarray) -> jax.Array:
+        sharding = rows_sharding(mesh, np.ndim(leaf), leading)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+
+    return jax.tree.map(place, batch)
+
+
 def constrain_rows(x: jax.Array) -> jax.Array:
     """Keeps rows over the batch axes inside a jitted function that runs under `jax.set_mesh`;
     does nothing outside of a mesh."""

@@ -14,7 +14,12 @@ from prefix_jax.backbones.decoder import Backbone
 from prefix_jax.data.batch import Batch
 from prefix_jax.errors import ContextError
 from prefix_jax.methods.base import Method
-from prefix_jax.nn.loss import frozen_head_loss, gather_targets, training_head_loss
+from prefix_jax.nn.loss import (
+    frozen_head_loss,
+    gather_targets,
+    row_losses,
+    training_head_loss,
+)
 from prefix_jax.prefix import Embeds, Hidden, Prefix, Produced
 
 # {"backbone": …, "prefix": …}: one plain tree, so that one label function partitions it.
@@ -42,30 +47,51 @@ class PrefixModel:
         return self.backbone.lift(params["backbone"], self.produced(params, rng))
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
-        """The summed negative log-likelihood of the batch's targets, in nats.
+        """The summed negative log-likelihood of the batch's targets, in nats. Differentiable.
 
         Args:
             params: {"backbone": …, "prefix": …}.
             batch: packed rows.
             rng: for dropout; None evaluates.
         """
-        prefix = self.prefix(params, rng)
-        h_BTD, _ = self.backbone.hidden(params["backbone"], batch.ids_BT, batch.tokens, prefix)
-        h_BMD = gather_targets(h_BTD, batch.index_BM)
+        h_BMD = self._predicting(params["backbone"], self.prefix(params, rng), batch)
         head_loss = training_head_loss if self.method is None else frozen_head_loss
         return head_loss(
             self.backbone.unembed, params["backbone"], h_BMD, batch.label_BM, batch.weight_BM
         )
 
+    def score(self, backbone: Any, prefix: Prefix | None, batch: Batch) -> jax.Array:
+        """The summed negative log-likelihood of each row's targets, [B], in nats.
+
+        Args:
+            backbone: the weights of the backbone alone.
+            prefix: a lifted prefix; None scores the bare model.
+            batch: packed rows.
+        """
+        h_BMD = self._predicting(backbone, prefix, batch)
+        return row_losses(
+            self.backbone.unembed, backbone, h_BMD, batch.label_BM, batch.weight_BM
+        )
+
+    def _predicting(self, backbone: Any, prefix: Prefix | None, batch: Batch) -> jax.Array:
+        """The hidden states that predict the targets, h_BMD."""
+        h_BTD, _ = self.backbone.hidden(backbone, batch.ids_BT, batch.tokens, prefix)
+        return gather_targets(h_BTD, batch.index_BM)
+
+    @property
+    def room(self) -> int:
+        """How many tokens of text the model's positions leave beside the prefix."""
+        taken = 0 if self.method is None else self.method.length
+        return self.backbone.arch.max_positions - taken
+
     def check_context(self, tokens: int) -> None:
         """Raises ContextError if a prefix and `tokens` tokens do not fit the model's positions."""
-        taken = 0 if self.method is None else self.method.length
-        room = self.backbone.arch.max_positions - taken
-        if tokens > room:
+        positions = self.backbone.arch.max_positions
+        if tokens > self.room:
             raise ContextError(
-                f"{tokens} tokens after a prefix of {taken} exceed the model's "
-                f"{self.backbone.arch.max_positions} positions; "
-                f"shorten the text to {room} tokens (data.max_length) or the prefix"
+                f"{tokens} tokens (data.max_length) beside a prefix of {positions - self.room} "
+                f"exceed the model's {positions} positions; "
+                f"at most {self.room} fit, or take a shorter prefix"
             )
 
 

@@ -108,8 +108,8 @@ class Backbone:
     def listed(self, params: Params) -> Params:
         """The weights with their layers in a tuple.
 
-        Leaf by leaf, each stacked leaf freed once it is split, so that no machine holds a large
-        model twice: `params["layers"]` cannot be used afterwards.
+        Leaf by leaf, each one freed once it is converted, so that no machine holds a large model
+        twice: `params["layers"]` cannot be used afterwards.
         """
         if isinstance(params["layers"], tuple):
             return params
@@ -121,6 +121,20 @@ class Backbone:
             leaf.delete()
         layers = tuple(treedef.unflatten(leaves) for leaves in zip(*columns, strict=True))
         return {**params, "layers": layers}
+
+    def stacked(self, params: Params) -> Params:
+        """The weights with their layers stacked: undoes `listed`, in the same way."""
+        if not isinstance(params["layers"], tuple):
+            return params
+        treedef = jax.tree.structure(params["layers"][0])
+        columns = zip(*(jax.tree.leaves(layer) for layer in params["layers"]), strict=True)
+        stack = jax.jit(lambda *leaves: jnp.stack(leaves))
+        stacked = []
+        for leaves in columns:
+            stacked.append(jax.block_until_ready(stack(*leaves)))
+            for leaf in leaves:
+                leaf.delete()
+        return {**params, "layers": treedef.unflatten(stacked)}
 
     # Prefixes.
 

@@ -22,7 +22,9 @@ class Example:
             nothing stands before the first token.
         source: where the example came from, for messages: "train.jsonl:17".
         references: every acceptable target text, for evaluation.
-        prompt: the text before the target, as it was rendered, for generation.
+        prompt: the text before the target (of a chat, before its last answer), as it was rendered.
+        prompt_length: how many tokens stand before the target, or before a chat's last answer:
+            what generation starts from.
     """
 
     ids_T: np.ndarray
@@ -30,6 +32,7 @@ class Example:
     source: str
     references: Sequence[str] = ()
     prompt: str = ""
+    prompt_length: int = 0
 
     @property
     def source_length(self) -> int:

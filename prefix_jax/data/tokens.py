@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -70,12 +71,15 @@ def tokenize(
     for item in rendered:
         ids: list[int] = [] if item.chat else list(bos)
         learnt = [False] * len(ids)
+        prompt_length = 0
         for segment in item.segments:
             tokens = ids_of[segment.text]
             if segment.target and not tokens:
                 raise DataError(f"{item.source}: the tokenizer makes no token of {segment.text!r}")
             if segment.target and not item.chat:
                 tokens = [*tokens, tokenizer.eos_token_id]
+            if segment.target:
+                prompt_length = len(ids)
             ends = [i + 1 for i, token in enumerate(tokens) if token in special]
             end = ends[-1] if item.chat and ends else len(tokens)
             ids += tokens
@@ -96,6 +100,7 @@ def tokenize(
                 )
             truncated.append(item.source)
             cut = slice(kept, start - room) if truncate == "left" else slice(kept + room, start)
+            prompt_length -= len(ids[cut])
             del ids[cut], learnt[cut]
 
         target_T = np.array(learnt) if loss == "target" else np.ones(len(ids), bool)
@@ -112,6 +117,7 @@ def tokenize(
                 source=item.source,
                 references=item.references,
                 prompt=item.prompt,
+                prompt_length=prompt_length,
             )
         )
     if not examples:
@@ -125,14 +131,11 @@ def group_references(examples: Sequence[Example]) -> list[Example]:
     for example in examples:
         grouped.setdefault(example.prompt, []).append(example)
     return [
-        Example(
-            ids_T=same[0].ids_T,
-            target_T=same[0].target_T,
-            source=same[0].source,
+        dataclasses.replace(
+            same[0],
             references=tuple(dict.fromkeys(text for one in same for text in one.references)),
-            prompt=prompt,
         )
-        for prompt, same in grouped.items()
+        for same in grouped.values()
     ]
 
 

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -34,7 +35,11 @@ class Report:
         Raises:
             PrefixJaxError: the file cannot be written.
         """
-        content = {
+        _write(path, [json.dumps(self.as_dict(), indent=2, ensure_ascii=False)])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of its JSON."""
+        return {
             "metrics": {
                 name: value if math.isfinite(value) else None
                 for name, value in self.metrics.items()
@@ -42,7 +47,6 @@ class Report:
             "signatures": dict(self.signatures),
             "examples": self.examples,
         }
-        _write(path, [json.dumps(content, indent=2, ensure_ascii=False)])
 
 
 @dataclasses.dataclass(frozen=True)

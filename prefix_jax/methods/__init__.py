@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from prefix_jax.config import build
+from prefix_jax.errors import ConfigError
 from prefix_jax.methods.base import Method
 from prefix_jax.methods.hidden import HiddenPrefixTuning
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.methods.prompt import PromptTuning
 
-# By the name that a config gives them. "full" is fine-tuning without a prefix: no method at all.
-METHODS: dict[str, type[Method] | None] = {
+# By the names that configs use.
+METHODS: dict[str, type[Method]] = {
     "prefix": PrefixTuning,
     "hidden": HiddenPrefixTuning,
     "prompt": PromptTuning,
-    "full": None,
 }
+
+# Full fine-tuning, the baseline: no method, the backbone itself trains.
+FULL = "full"
+
+
+def make_method(section: Mapping[str, Any]) -> Method | None:
+    """The method that the `method` section of a config describes; None for "full".
+
+    Raises:
+        ConfigError: the name or a field is unknown, or a value is out of range.
+    """
+    fields = dict(section)
+    name = fields.pop("name")
+    if name == FULL:
+        if fields:
+            raise ConfigError(f"method: full takes no fields, got {', '.join(fields)}")
+        return None
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, [*METHODS, FULL], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"method.name: unknown method {name!r}{hint} there are {', '.join([*METHODS, FULL])}"
+        )
+    return build(METHODS[name], fields, where="method")
+
+
+def name_of(method: Method | None) -> str:
+    """The name under which a method is registered."""
+    if method is None:
+        return FULL
+    return next(name for name, cls in METHODS.items() if type(method) is cls)

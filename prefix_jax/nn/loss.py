@@ -33,53 +33,62 @@ def _chunks(array: jax.Array, size: int) -> jax.Array:
     return jnp.moveaxis(array.reshape(B, -1, size, *array.shape[2:]), 1, 0)
 
 
-def _chunk_loss(
+def _chunk_size(h_BMD: jax.Array) -> int:
+    B, M = h_BMD.shape[:2]
+    return min(M, max(1, CHUNK_TARGETS // B))
+
+
+def _parts(h_BMD: jax.Array, label_BM: jax.Array, weight_BM: jax.Array) -> tuple[jax.Array, ...]:
+    size = _chunk_size(h_BMD)
+    return tuple(_chunks(array, size) for array in (h_BMD, label_BM, weight_BM))
+
+
+def _chunk_losses(
     unembed: Unembed, params: Any, h_BCD: jax.Array, label_BC: jax.Array, weight_BC: jax.Array
 ) -> jax.Array:
-    return jnp.sum(token_losses(unembed(params, h_BCD), label_BC) * weight_BC)
+    """The weighted sum of each row's losses, [B]."""
+    return jnp.sum(token_losses(unembed(params, h_BCD), label_BC) * weight_BC, axis=1)
+
+
+def row_losses(
+    unembed: Unembed, params: Any, h_BMD: jax.Array, label_BM: jax.Array, weight_BM: jax.Array
+) -> jax.Array:
+    """The weighted sum of each row's losses, [B]: for evaluation.
+
+    Args:
+        unembed: (params, h_BCD) → float32 logits_BCV.
+        params: what `unembed` reads.
+        h_BMD: hidden states that predict the targets.
+        label_BM: the targets.
+        weight_BM: float32 weight of each; 0 for padding.
+    """
+    parts = _parts(h_BMD, label_BM, weight_BM)
+    return jax.lax.map(lambda part: _chunk_losses(unembed, params, *part), parts).sum(axis=0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def frozen_head_loss(
     unembed: Unembed, params: Any, h_BMD: jax.Array, label_BM: jax.Array, weight_BM: jax.Array
 ) -> jax.Array:
-    """The summed loss under a head that does not train.
+    """The summed loss under a head that does not train: `row_losses`, all rows together.
 
     The gradient of each chunk's logits is taken back to its hidden states while the chunk is at
-    hand, so the backward pass neither keeps logits nor computes them again.
-
-    Args:
-        unembed: (params, h_BCD) → float32 logits_BCV.
-        params: what `unembed` reads. Gets no gradient.
-        h_BMD: hidden states that predict the targets.
-        label_BM: the targets.
-        weight_BM: float32 weight of each; 0 for padding.
-
-    Returns:
-        The weighted sum of negative log-likelihoods, in nats.
+    hand, so the backward pass neither keeps logits nor computes them again. `params` gets no
+    gradient.
     """
-    size = _chunk_size(h_BMD)
-    parts = tuple(_chunks(array, size) for array in (h_BMD, label_BM, weight_BM))
-    return jax.lax.map(lambda part: _chunk_loss(unembed, params, *part), parts).sum()
-
-
-def _chunk_size(h_BMD: jax.Array) -> int:
-    B, M = h_BMD.shape[:2]
-    return min(M, max(1, CHUNK_TARGETS // B))
+    return row_losses(unembed, params, h_BMD, label_BM, weight_BM).sum()
 
 
 def _forward(
     unembed: Unembed, params: Any, h_BMD: jax.Array, label_BM: jax.Array, weight_BM: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    parts = tuple(_chunks(array, _chunk_size(h_BMD)) for array in (h_BMD, label_BM, weight_BM))
-
     def chunk(part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        h_BCD, label_BC, weight_BC = part
+        h_BCD, *targets = part
         return jax.value_and_grad(
-            lambda h_BCD: _chunk_loss(unembed, params, h_BCD, label_BC, weight_BC)
+            lambda h_BCD: _chunk_losses(unembed, params, h_BCD, *targets).sum()
         )(h_BCD)
 
-    loss_C, dh_CBCD = jax.lax.map(chunk, parts)
+    loss_C, dh_CBCD = jax.lax.map(chunk, _parts(h_BMD, label_BM, weight_BM))
     dh_BMD = jnp.moveaxis(dh_CBCD, 0, 1).reshape(h_BMD.shape[0], -1, h_BMD.shape[2])
     return loss_C.sum(), dh_BMD[:, : h_BMD.shape[1]]
 
@@ -96,6 +105,5 @@ def training_head_loss(
 ) -> jax.Array:
     """As `frozen_head_loss`, for a head that trains: each chunk's logits are computed again in
     the backward pass."""
-    parts = tuple(_chunks(array, _chunk_size(h_BMD)) for array in (h_BMD, label_BM, weight_BM))
-    chunk = jax.checkpoint(lambda part: _chunk_loss(unembed, params, *part))
-    return jax.lax.map(chunk, parts).sum()
+    chunk = jax.checkpoint(lambda part: _chunk_losses(unembed, params, *part).sum())
+    return jax.lax.map(chunk, _parts(h_BMD, label_BM, weight_BM)).sum()

@@ -9,8 +9,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from prefix_jax.data.batch import Batch
+from prefix_jax.mesh import replicated
 from prefix_jax.model import PrefixModel
 from prefix_jax.train.partition import merge
 
@@ -54,11 +56,28 @@ class StepMetrics:
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, StepMetrics]]
 
 
-def init_state(train: Any, frozen: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step. The frozen part is only looked at for its shape."""
-    # The optimizer may alias what it starts from; donation needs buffers of its own.
-    state = jax.jit(optimizer.init)(merge(train, frozen))
-    return TrainState(jnp.zeros((), jnp.int32), train, state)
+def init_state(
+    train: Any, frozen: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state before the first step. The frozen part is only looked at for its shape.
+
+    The trained leaves are copied: steps donate their state, and must not eat what it came from.
+    """
+    whole = merge(train, frozen)
+    # Moments lie where their parameters lie; counters and the like are on every device.
+    shardings = optax.tree_map_params(
+        optimizer,
+        lambda moment, leaf: moment if isinstance(moment, optax.MaskedNode) else leaf.sharding,
+        jax.eval_shape(optimizer.init, whole),
+        whole,
+        transform_non_params=lambda _: replicated(mesh),
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+    )
+    return TrainState(
+        jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)),
+        jax.tree.map(jnp.copy, train),
+        jax.jit(optimizer.init, out_shardings=shardings)(whole),
+    )
 
 
 def make_step(

@@ -1,0 +1,210 @@
+"""Evaluates prefixes on held-out examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from prefix_jax.backbones.decoder import Params
+from prefix_jax.config import DecodeConfig, EvaluateConfig
+from prefix_jax.data.batch import Batch, Example
+from prefix_jax.data.pipeline import evaluation_batches
+from prefix_jax.data.tokens import group_references
+from prefix_jax.decode.generate import Generator
+from prefix_jax.evaluate.metrics import measure
+from prefix_jax.evaluate.report import Prediction, Report
+from prefix_jax.mesh import batch_shards, place_rows
+from prefix_jax.model import PrefixModel
+from prefix_jax.prefix import Prefix
+
+OnProgress = Callable[[int, int], None]
+
+# Metrics that need no generated text.
+LIKELIHOOD_METRICS = ("loss", "accuracy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What one prefix achieved.
+
+    Attributes:
+        report: values and signatures.
+        predictions: generated texts, or chosen labels; empty if only the loss was asked for.
+    """
+
+    report: Report
+    predictions: Sequence[Prediction]
+
+
+class Evaluator:
+    """Scores prefixes. Keep one: its compiled functions stay with it.
+
+    Args:
+        model: backbone and method.
+        tokenizer: of the backbone.
+        mesh: where its weights lie.
+        config: metrics, labels, batch size and limit.
+        decode: how text is generated.
+    """
+
+    def __init__(
+        self,
+        model: PrefixModel,
+        tokenizer: PreTrainedTokenizerBase,
+        mesh: Mesh,
+        config: EvaluateConfig = EvaluateConfig(),  # noqa: B008
+        decode: DecodeConfig = DecodeConfig(),  # noqa: B008
+    ):
+        self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
+        self._config, self._decode = config, decode
+        self._score = jax.jit(model.score)
+
+    def __call__(
+        self,
+        params: Params,
+        prefix: Prefix | None,
+        examples: Sequence[Example],
+        metrics: Iterable[str] | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Evaluation:
+        """Measures `metrics`, those of the config by default.
+
+        Args:
+            params: the backbone's weights, stacked or listed (quicker where text is generated).
+            prefix: what stands before every example; None is the bare model.
+            examples: with their references.
+            metrics: names, see `EvaluateConfig`.
+            on_progress: called with the examples done and all of them, while text is generated.
+        """
+        names = list(self._config.metrics if metrics is None else metrics)
+        examples = examples[: self._config.limit]
+        values: dict[str, float] = {}
+        signatures: dict[str, str] = {}
+        predictions: list[Prediction] = []
+        if "loss" in names:
+            values["loss"] = self.loss(params, prefix, examples)
+            values["perplexity"] = _exp(values["loss"])
+        written = [name for name in names if name not in LIKELIHOOD_METRICS]
+        inputs = group_references(examples)
+        for wanted, predict in (
+            (["accuracy"] if "accuracy" in names else [], self._choose),
+            (written, self._generate),
+        ):
+            if not wanted:
+                continue
+            texts = predict(params, prefix, inputs, on_progress)
+            scores = measure(wanted, texts, [example.references for example in inputs])
+            values |= {name: score.value for name, score in scores.items()}
+            signatures |= {name: score.signature for name, score in scores.items()}
+            predictions = [
+                Prediction(example.source, example.prompt, text, tuple(example.references))
+                for example, text in zip(inputs, texts, strict=True)
+            ]
+        return Evaluation(Report(values, signatures, len(inputs)), predictions)
+
+    def loss(self, params: Params, prefix: Prefix | None, examples: Sequence[Example]) -> float:
+        """Mean negative log-likelihood of the target tokens, in nats."""
+        total = targets = 0.0
+        for batch in self._batches(examples, pack=True):
+            total += float(self._scores(params, prefix, batch).sum())
+            targets += float(batch.weight_BM.sum())
+        return total / targets
+
+    def _batches(self, examples: Sequence[Example], pack: bool) -> Iterable[Batch]:
+        shards = batch_shards(self._mesh)
+        part = (jax.process_index(), jax.process_count())
+        return evaluation_batches(
+            examples, self._config.batch_size, pack=pack, rows_multiple=shards, part=part
+        )
+
+    def _scores(self, params: Params, prefix: Prefix | None, batch: Batch) -> jax.Array:
+        with jax.set_mesh(self._mesh):
+            return self._score(params, prefix, place_rows(batch, self._mesh))
+
+    def _choose(
+        self,
+        params: Params,
+        prefix: Prefix | None,
+        examples: Sequence[Example],
+        on_progress: OnProgress | None,
+    ) -> list[str]:
+        """The likeliest label of each example, by the summed log-probability of its tokens."""
+        labels = self._config.labels or ()
+        ends = [self._tokenizer.eos_token_id]
+        ids = [self._tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
+        candidates = [
+            _with_target(example, [*label_ids, *ends]) for example in examples for label_ids in ids
+        ]
+        rows = [
+            np.asarray(self._scores(params, prefix, batch))
+            for batch in self._batches(candidates, pack=False)
+        ]
+        # The last batch may end in rows of padding.
+        losses = np.concatenate(rows)[: len(candidates)].reshape(len(examples), len(labels))
+        if on_progress is not None:
+            on_progress(len(examples), len(examples))
+        return [labels[best] for best in losses.argmin(axis=1)]
+
+    def _generate(
+        self,
+        params: Params,
+        prefix: Prefix | None,
+        examples: Sequence[Example],
+        on_progress: OnProgress | None,
+    ) -> list[str]:
+        """What the model writes after each example's prompt."""
+        generator = Generator(self._model.backbone, params, self._tokenizer, prefix)
+        done = 0
+
+        def count(*_: object) -> None:
+            nonlocal done
+            done += 1
+            if on_progress is not None:
+                on_progress(done, len(examples))
+
+        prompts = [example.ids_T[: example.prompt_length].tolist() for example in examples]
+        generations = generator.generate(
+            prompts, self._decode, batch_size=self._config.batch_size, on_done=count
+        )
+        return [generation.text.strip() for generation in generations]
+
+
+def _with_target(example: Example, target: Sequence[int]) -> Example:
+    """The same prompt with other tokens to score."""
+    prompt = example.ids_T[: example.prompt_length]
+    return dataclasses.replace(
+        example,
+        ids_T=np.concatenate([prompt, np.asarray(target, np.int32)]),
+        target_T=np.arange(len(prompt) + len(target)) >= max(len(prompt), 1),
+    )
+
+
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def better(metric: str, value: float, than: float | None) -> bool:
+    """Whether a value of `metric` beats another one: losses fall, scores rise."""
+    if than is None or math.isnan(than):
+        return True
+    return value < than if metric == "loss" else value > than
+
+
+def merged(parts: Sequence[Evaluation]) -> Evaluation:
+    """Evaluations of one prefix on the same examples, by different metrics, as one."""
+    metrics: dict[str, float] = {}
+    signatures: Mapping[str, str] = {}
+    for part in parts:
+        metrics |= part.report.metrics
+        signatures = {**signatures, **part.report.signatures}
+    predictions = next((part.predictions for part in parts if part.predictions), ())
+    return Evaluation(Report(metrics, signatures, parts[0].report.examples), predictions)

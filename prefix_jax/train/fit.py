@@ -1,0 +1,306 @@
+"""A whole training run, from a config to a stored prefix."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+from rich.console import Console
+
+from prefix_jax import artifact
+from prefix_jax import config as configs
+from prefix_jax.artifact import Card
+from prefix_jax.backbones.load import Pretrained
+from prefix_jax.config import Config
+from prefix_jax.errors import CheckpointError, ConfigError
+from prefix_jax.evaluate.report import save_predictions
+from prefix_jax.evaluate.run import LIKELIHOOD_METRICS, Evaluation, Evaluator, merged
+from prefix_jax.methods import name_of
+from prefix_jax.prefix import Prefix, Produced
+from prefix_jax.train.checkpoint import Checkpoints
+from prefix_jax.train.loop import Progress, stop_signal, train
+from prefix_jax.train.report import Report
+from prefix_jax.train.setup import Records, Setup, prepare
+from prefix_jax.train.step import TrainState
+
+# What a run that goes on may be told otherwise than before. The rest decides its numbers.
+_FREE = ("output", "mesh", "evaluate", "decode") + tuple(
+    f"train.{name}" for name in ("eval_every", "checkpoint_every", "keep", "log_every")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run leaves.
+
+    Attributes:
+        directory: where everything lies.
+        pretrained: the backbone; the fine-tuned one after `method: full`.
+        produced: the trained prefix as its method produces it; None after `method: full`.
+        card: what is known about it; None after `method: full`.
+        step: the step that `produced` comes from: the best one on the dev split, or the last.
+        evaluations: of the test split, by name: "after", and "before" where it was asked for.
+        interrupted: a signal ended the run early; the same command continues it.
+    """
+
+    directory: Path
+    pretrained: Pretrained
+    produced: Produced | None
+    card: Card | None
+    step: int
+    evaluations: Mapping[str, Evaluation]
+    interrupted: bool = False
+
+
+def fit(
+    config: Config,
+    *,
+    pretrained: Pretrained | None = None,
+    records: Records | None = None,
+    console: Console | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Trains what `config` describes, or continues where it was interrupted.
+
+    The run directory gets `config.yaml`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`,
+    `loss.png`, and at the end `prefix/`, `results.json` and `predictions.jsonl`.
+
+    Args:
+        config: the run.
+        pretrained: a backbone that is loaded already; None loads `config.model`.
+        records: examples from Python, by split ("train", "dev", "test").
+        console: where progress is shown; None is the terminal.
+        quiet: show nothing.
+
+    Raises:
+        PrefixJaxError: something in the config, the data or the backbone does not fit, a disk is
+            full, or the loss is not finite. What was saved before stays.
+    """
+    directory = Path(config.output)
+    _claim(directory, config)
+    setup = prepare(config, pretrained=pretrained, records=records)
+    evaluator = Evaluator(
+        setup.model, setup.pretrained.tokenizer, setup.mesh, config.evaluate, config.decode
+    )
+    warnings: list[str] = []
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(directory / "checkpoints", config.train.keep, warnings.append)
+        )
+        state, progress = _restore(setup, checkpoints)
+        report = stack.enter_context(
+            Report(
+                directory,
+                total_steps=setup.steps,
+                start_step=int(state.step),
+                log_every=config.train.log_every,
+                console=console,
+                quiet=quiet,
+                primary=jax.process_index() == 0,
+            )
+        )
+        for warning in warnings:
+            report.warning(warning)
+        _announce(setup, state, report)
+        stop = stack.enter_context(stop_signal())
+        state = train(
+            setup,
+            state,
+            progress,
+            checkpoints=checkpoints,
+            report=report,
+            evaluator=evaluator,
+            metadata={"fingerprint": setup.pretrained.fingerprint},
+            stop=stop,
+        )
+        report.plot(reduction=config.data.reduction)
+        step = int(state.step)
+        if stop.is_set() and step < setup.steps:
+            report.message(f"interrupted after step {step}, which is saved: run the same again")
+            return Run(directory, setup.pretrained, None, None, step, {}, interrupted=True)
+        if progress.best_step not in (None, step):
+            step = progress.best_step
+            state = checkpoints.restore(step, state)[0]
+        return _finish(setup, state, step, evaluator, report, directory)
+
+
+def _claim(directory: Path, config: Config) -> None:
+    """Writes the config into the run directory, or makes sure that it is the same run's.
+
+    Raises:
+        ConfigError: the directory holds another run.
+        CheckpointError: it cannot be written.
+    """
+    path, text = directory / "config.yaml", configs.dump(config)
+    if path.exists():
+        differing = _differences(yaml.safe_load(path.read_text(encoding="utf-8")), text)
+        if differing:
+            raise ConfigError(
+                f"{directory} holds a run with another {', '.join(differing)}; "
+                "choose another output, or remove that directory to start anew"
+            )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _differences(stored: Any, text: str) -> list[str]:
+    """The keys that make two configs different runs."""
+    before, now = _flat(stored), _flat(yaml.safe_load(text))
+    return [
+        key
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+    ]
+
+
+def _flat(values: Any, where: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {where: values}
+    return {
+        key: leaf
+        for name, value in values.items()
+        for key, leaf in _flat(value, f"{where}.{name}" if where else name).items()
+    }
+
+
+def _restore(setup: Setup, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
+    """The latest state of an interrupted run, or the first one."""
+    found = checkpoints.restore_latest(setup.state)
+    if found is None:
+        return setup.state, Progress()
+    state, metadata = found
+    if metadata["fingerprint"] != setup.pretrained.fingerprint:
+        raise CheckpointError(
+            f"the checkpoints in {checkpoints.directory} belong to another backbone "
+            f"(fingerprint {metadata['fingerprint']}, not {setup.pretrained.fingerprint}); "
+            "choose another output, or the backbone that the run began with"
+        )
+    return state, Progress(**metadata["progress"])
+
+
+def _announce(setup: Setup, state: TrainState, report: Report) -> None:
+    """Says what is about to happen, and what happened to the data."""
+    trained = sum(leaf.size for leaf in jax.tree.leaves(state.train))
+    frozen = sum(leaf.size for leaf in jax.tree.leaves(setup.frozen))
+    train_examples = setup.splits["train"]
+    report.message(
+        f"{setup.pretrained.source}: {frozen:,} parameters frozen, {trained:,} trained "
+        f"({name_of(setup.model.method)}); {len(train_examples):,} training examples, "
+        f"{setup.steps} steps of {setup.config.data.batch_size}"
+    )
+    for name, examples in setup.splits.items():
+        for what, sources in (("cut to fit", examples.truncated), ("dropped", examples.dropped)):
+            if sources:
+                report.warning(
+                    f"{name}: {len(sources)} of {len(examples) + len(examples.dropped)} examples "
+                    f"were {what} (first: {sources[0]}); see data.max_length"
+                )
+    if int(state.step):
+        report.message(f"continuing after step {int(state.step)}")
+
+
+def _finish(
+    setup: Setup,
+    state: TrainState,
+    step: int,
+    evaluator: Evaluator,
+    report: Report,
+    directory: Path,
+) -> Run:
+    """Stores what was trained, and measures it on the test split."""
+    params = setup.params(state)
+    model, pretrained = setup.model, setup.pretrained
+    with jax.set_mesh(setup.mesh):
+        produced = jax.jit(model.produced)(params)
+        prefix = jax.jit(model.prefix)(params)
+    card = None
+    if produced is None:
+        pretrained = dataclasses.replace(pretrained, params=params["backbone"])
+    else:
+        card = _card(setup, produced, step)
+        artifact.save(directory / "prefix", produced, card)
+
+    evaluations: dict[str, Evaluation] = {}
+    if "test" in setup.splits:
+        prefixes = {"after": prefix}
+        if setup.config.evaluate.before and produced is not None:
+            prefixes = {"before": None, **prefixes}
+        evaluations = _evaluate(setup, pretrained, prefixes, evaluator, report)
+        report.evaluation(step, evaluations["after"].report.metrics, kind="test")
+        _save_results(directory, step, evaluations)
+    if card is not None and evaluations:
+        metrics = {f"test_{k}": v for k, v in evaluations["after"].report.metrics.items()}
+        card = dataclasses.replace(card, metrics={**card.metrics, **metrics})
+        artifact.save(directory / "prefix", produced, card)
+    return Run(directory, pretrained, produced, card, step, evaluations)
+
+
+def _evaluate(
+    setup: Setup,
+    pretrained: Pretrained,
+    prefixes: Mapping[str, Prefix | None],
+    evaluator: Evaluator,
+    report: Report,
+) -> dict[str, Evaluation]:
+    """All metrics of the test split: likelihoods under the weights as they were trained on, then
+    generated text, which wants them listed."""
+    metrics, test = setup.config.evaluate.metrics, setup.splits["test"]
+    parts: dict[str, list[Evaluation]] = {name: [] for name in prefixes}
+    likelihoods = [metric for metric in metrics if metric in LIKELIHOOD_METRICS]
+    generated = [metric for metric in metrics if metric not in LIKELIHOOD_METRICS]
+    for wanted, weights in ((likelihoods, pretrained.stacked), (generated, pretrained.listed)):
+        if not wanted:
+            continue
+        for name, prefix in prefixes.items():
+            with report.phase(f"testing {name}"):
+                parts[name].append(evaluator(weights(), prefix, test, wanted))
+    return {name: merged(found) for name, found in parts.items()}
+
+
+def _save_results(directory: Path, step: int, evaluations: Mapping[str, Evaluation]) -> None:
+    results = {
+        "step": step,
+        "test": {name: found.report.as_dict() for name, found in evaluations.items()},
+    }
+    path = directory / "results.json"
+    try:
+        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+    for name, found in evaluations.items():
+        if found.predictions:
+            suffix = "" if name == "after" else f"-{name}"
+            save_predictions(directory / f"predictions{suffix}.jsonl", found.predictions)
+
+
+def _card(setup: Setup, produced: Produced, step: int) -> Card:
+    config, pretrained = setup.config, setup.pretrained
+    vocabulary = pretrained.tokenizer.get_vocab()
+    data = config.data
+    return artifact.make_card(
+        produced,
+        pretrained.backbone.geometry,
+        artifact.BackboneCard(
+            source=pretrained.source,
+            model_type=pretrained.backbone.arch.model_type,
+            fingerprint=pretrained.fingerprint,
+            dtype=str(pretrained.params["embed"]["tokens_VD"].dtype),
+        ),
+        method=config.method,
+        init=config.init.start if config.init.text is None else f"text: {config.init.text}",
+        steps=step,
+        template=artifact.TemplateCard(
+            input=data.input, target=data.target, messages=data.messages, loss=data.loss
+        ),
+        tokenizer=artifact.TokenizerCard.of(type(pretrained.tokenizer).__name__, vocabulary),
+    )

@@ -1,0 +1,177 @@
+"""The training loop: steps, evaluations, checkpoints, and a stop at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from prefix_jax.errors import NonFiniteError
+from prefix_jax.evaluate.run import Evaluator, better
+from prefix_jax.mesh import describe, place_rows
+from prefix_jax.train.checkpoint import Checkpoints
+from prefix_jax.train.report import Report
+from prefix_jax.train.setup import Setup
+from prefix_jax.train.step import StepMetrics, TrainState
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is, besides its state. Checkpoints carry it.
+
+    Attributes:
+        best_step: the step whose evaluation was the best so far; None before the first one.
+        best_value: its value.
+        stale: evaluations since then.
+        stopped: whether the run ended before its last step, for want of improvement.
+    """
+
+    best_step: int | None = None
+    best_value: float | None = None
+    stale: int = 0
+    stopped: bool = False
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM or Ctrl-C sets, so that the run can save before it ends. A second
+    signal acts as usual. Outside of the main thread, where no handler can stand, never set."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(number: int, _: Any) -> None:
+        event.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(
+    setup: Setup,
+    state: TrainState,
+    progress: Progress,
+    *,
+    checkpoints: Checkpoints,
+    report: Report,
+    evaluator: Evaluator,
+    metadata: dict[str, Any],
+    stop: threading.Event,
+) -> TrainState:
+    """Runs the steps that are left.
+
+    Args:
+        setup: of the run.
+        state: where to start from; consumed.
+        progress: belongs to `state`; updated in place.
+        checkpoints: where states are saved.
+        report: what is shown and recorded.
+        evaluator: of the dev split.
+        metadata: what every checkpoint says about the run.
+        stop: set it to save and return after the step at hand.
+
+    Returns:
+        The state after the last step that was run.
+
+    Raises:
+        NonFiniteError: the loss or its gradient is not finite; the message names the batch. The
+            state before that step has been saved.
+        CheckpointError: a checkpoint could not be written.
+    """
+    config, train_config = setup.config, setup.config.train
+    metric = config.evaluate.metrics[0]
+    lift = jax.jit(setup.model.prefix)
+    done = int(state.step)
+    batches = setup.pipeline.iterate(done, setup.steps)
+    pending: tuple[int, StepMetrics] | None = None
+    clock = time.perf_counter()
+
+    def save(step: int) -> None:
+        content = {**metadata, "mesh": describe(setup.mesh), "progress": vars(progress).copy()}
+        checkpoints.save(step, state, content, best=progress.best_step)
+
+    def settle() -> None:
+        """Waits for the metrics of the pending step, and records them."""
+        nonlocal pending, clock
+        if pending is None:
+            return
+        step, metrics = pending
+        pending = None
+        values = {name: float(value) for name, value in vars(jax.device_get(metrics)).items()}
+        now = time.perf_counter()
+        if not values.pop("finite"):
+            save(step - 1)
+            checkpoints.wait()
+            sources = ", ".join(setup.pipeline.batch_sources(step - 1))
+            raise NonFiniteError(
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; "
+                f"its batch holds {sources}. The state before it is saved; look at these "
+                "examples, or lower optim.learning_rate and start anew"
+            )
+        values["learning_rate"] = float(setup.schedule(step - 1))
+        report.step(step, values, now - clock)
+        clock = now
+
+    def evaluate(step: int) -> bool:
+        """Measures the dev split; True if it is the best so far."""
+        params = setup.params(state)
+        with jax.set_mesh(setup.mesh):
+            prefix = lift(params)
+        found = evaluator(params["backbone"], prefix, setup.splits["dev"], [metric])
+        report.evaluation(step, found.report.metrics)
+        improved = better(metric, found.report.metrics[metric], progress.best_value)
+        if improved:
+            progress.best_step, progress.best_value = step, found.report.metrics[metric]
+        progress.stale = 0 if improved else progress.stale + 1
+        return improved
+
+    while done < setup.steps and not progress.stopped:
+        micro = next(batches)
+        if config.optim.accumulate == 1:
+            micro = jax.tree.map(lambda leaf: leaf[None], micro)
+        with jax.set_mesh(setup.mesh):
+            placed = place_rows(micro, setup.mesh, leading=1)
+            state, metrics = setup.step(state, setup.frozen, placed)
+        done += 1
+        # The metrics of the step before: this one is running already.
+        settle()
+        pending = (done, metrics)
+
+        last = done == setup.steps or stop.is_set()
+        every = train_config.eval_every
+        must_evaluate = "dev" in setup.splits and (
+            done == setup.steps or (every is not None and done % every == 0)
+        )
+        must_save = last or done % train_config.checkpoint_every == 0
+        if not (must_evaluate or must_save):
+            continue
+        settle()
+        if must_evaluate:
+            must_save |= evaluate(done)
+            if train_config.patience is not None and progress.stale >= train_config.patience:
+                progress.stopped = must_save = True
+                report.message(
+                    f"stopped early: {metric} on dev has not improved for "
+                    f"{progress.stale} evaluations (best at step {progress.best_step})"
+                )
+        if must_save:
+            save(done)
+        clock = time.perf_counter()
+        if stop.is_set():
+            break
+    checkpoints.wait()
+    return state

@@ -1,0 +1,147 @@
+"""From a config to everything that a training run needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from prefix_jax.backbones.decoder import Params
+from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.config import Config
+from prefix_jax.data.pipeline import Pipeline, load_examples
+from prefix_jax.data.tokens import Examples
+from prefix_jax.errors import ConfigError
+from prefix_jax.mesh import batch_shards, make_mesh, replicated
+from prefix_jax.methods import make_method
+from prefix_jax.model import PrefixModel
+from prefix_jax.train.optimizer import make_optimizer, make_schedule
+from prefix_jax.train.partition import labels, merge, split
+from prefix_jax.train.start import init_prefix
+from prefix_jax.train.step import Step, TrainState, init_state, make_step
+
+Records = Mapping[str, Iterable[Mapping[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run that is ready to start.
+
+    Attributes:
+        config: as it was given.
+        mesh: the devices.
+        pretrained: the backbone; its weights are frozen, unless `model.method` is None.
+        model: backbone and method.
+        pipeline: the batch of every step.
+        splits: examples by "train", "dev" and "test", where there are any.
+        steps: of the whole run.
+        schedule: the learning rate by step.
+        frozen: the frozen leaves of {"backbone": …, "prefix": …}.
+        state: before the first step. The first step consumes it.
+        step: the compiled training step.
+    """
+
+    config: Config
+    mesh: Mesh
+    pretrained: Pretrained
+    model: PrefixModel
+    pipeline: Pipeline
+    splits: Mapping[str, Examples]
+    steps: int
+    schedule: optax.Schedule
+    frozen: Any
+    state: TrainState
+    step: Step
+
+    def params(self, state: TrainState) -> Params:
+        """The whole tree, {"backbone": …, "prefix": …}, at a state."""
+        return merge(state.train, self.frozen)
+
+
+def prepare(
+    config: Config, *, pretrained: Pretrained | None = None, records: Records | None = None
+) -> Setup:
+    """Loads what a run needs and builds its step.
+
+    Args:
+        config: the run.
+        pretrained: a backbone that is loaded already; it must lie on the mesh of the config.
+        records: examples from Python, by split, in place of the config's files.
+
+    Raises:
+        PrefixJaxError: something in the config, the data or the backbone does not fit.
+    """
+    method = make_method(config.method)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    if pretrained is None:
+        pretrained = load(config.model.path, dtype=config.model.dtype, mesh=mesh)
+    backbone = dataclasses.replace(pretrained.backbone, remat=config.model.remat)
+    model = PrefixModel(backbone, method)
+
+    splits = load_splits(config, model, pretrained, records)
+    if "train" not in splits:
+        raise ConfigError("data.train: give a file, a TFDS name, or records from Python")
+    pipeline = Pipeline(
+        splits["train"],
+        batch_size=config.data.batch_size,
+        seed=config.train.seed,
+        pack=config.data.pack,
+        group_by_source=config.data.group_by_source,
+        rows_multiple=batch_shards(mesh),
+        accumulate=config.optim.accumulate,
+        part=(jax.process_index(), jax.process_count()),
+    )
+    steps = config.train.steps
+    if steps is None:
+        assert config.train.epochs is not None  # as TrainConfig checks
+        steps = math.ceil(config.train.epochs * pipeline.steps_per_epoch)
+
+    params: dict[str, Any] = {"backbone": pretrained.stacked()}
+    if method is not None:
+        prefix = init_prefix(method, config.init, pretrained, splits["train"], config.train.seed)
+        params["prefix"] = jax.device_put(prefix, replicated(mesh))
+    partition = labels(params, full=method is None)
+    train, frozen = split(params, partition)
+    schedule = make_schedule(config.optim, steps)
+    optimizer = make_optimizer(config.optim, schedule, partition)
+    state = init_state(train, frozen, optimizer, mesh)
+    step = jax.jit(
+        make_step(model, optimizer, reduction=config.data.reduction, seed=config.train.seed),
+        donate_argnums=0,
+        # What comes out lies where it came from, so that every step runs one program.
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)),
+    )
+    return Setup(
+        config, mesh, pretrained, model, pipeline, splits, steps, schedule, frozen, state, step
+    )
+
+
+def load_splits(
+    config: Config, model: PrefixModel, pretrained: Pretrained, records: Records | None = None
+) -> dict[str, Examples]:
+    """The examples of every split that the config or `records` names."""
+    data = config.data
+    if data.max_length is not None:
+        model.check_context(data.max_length)
+    sources: dict[str, Any] = {"train": data.train, "dev": data.dev, "test": data.test}
+    sources |= records or {}
+    read = functools.partial(
+        load_examples,
+        tokenizer=pretrained.tokenizer,
+        input=data.input,
+        target=data.target,
+        messages=data.messages,
+        references=data.references,
+        loss=data.loss,
+        max_length=model.room if data.max_length is None else data.max_length,
+        truncate=data.truncate,
+        on_overflow=data.on_overflow,
+        tfds_dir=data.tfds_dir,
+    )
+    return {name: read(source) for name, source in sources.items() if source is not None}

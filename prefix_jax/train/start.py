@@ -1,0 +1,92 @@
+"""What a prefix is before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prefix_jax import artifact
+from prefix_jax.backbones.decoder import Params
+from prefix_jax.backbones.load import Pretrained
+from prefix_jax.config import InitConfig
+from prefix_jax.data.batch import Example
+from prefix_jax.errors import ConfigError, PrefixError
+from prefix_jax.methods.base import Method, constant, normal
+from prefix_jax.model import start_from_ids
+from prefix_jax.prefix import Produced
+
+
+def init_prefix(
+    method: Method,
+    config: InitConfig,
+    pretrained: Pretrained,
+    examples: Sequence[Example],
+    seed: int,
+) -> Params:
+    """The method's parameters before the first step, float32.
+
+    Args:
+        method: what trains.
+        config: what it starts as.
+        pretrained: the frozen model.
+        examples: training examples; the first tokens of them are the default text.
+        seed: of what is random.
+
+    Raises:
+        PrefixError: the stored prefix to start from is of another kind, length or backbone.
+    """
+    start_rng, method_rng = jax.random.split(jax.random.key(seed))
+    start = make_start(method, config, pretrained, examples, start_rng)
+    return method.init(method_rng, pretrained.backbone.geometry, start)
+
+
+def make_start(
+    method: Method,
+    config: InitConfig,
+    pretrained: Pretrained,
+    examples: Sequence[Example],
+    rng: jax.Array,
+) -> Produced | None:
+    """What the method is to produce at first; None leaves it to the method's own randomness."""
+    geometry, kind, P = pretrained.backbone.geometry, method.produces, method.length
+    if config.start == "random":
+        return None
+    if config.start == "zeros":
+        return constant(kind, geometry, P)
+    if config.start == "normal":
+        return normal(kind, geometry, P, rng, config.std)
+    if config.start == "prefix":
+        return _stored(config.path, method, pretrained)
+    if config.start == "vocab":
+        ids = np.asarray(jax.random.randint(rng, (P,), 0, geometry.vocab, jnp.int32))
+    else:
+        ids = _text_ids(config.text, pretrained, examples, P)
+    return start_from_ids(pretrained.backbone, pretrained.params, kind, ids, P)
+
+
+def _text_ids(
+    text: str | None, pretrained: Pretrained, examples: Sequence[Example], length: int
+) -> np.ndarray:
+    """The tokens of a text, or the first ones of the training examples as they are rendered."""
+    if text is not None:
+        ids = pretrained.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ConfigError(f"init.text {text!r} has no tokens")
+        return np.asarray(ids, np.int32)
+    return np.concatenate([example.ids_T for example in examples[:length]])
+
+
+def _stored(path: str | None, method: Method, pretrained: Pretrained) -> Produced:
+    assert path is not None  # as InitConfig checks
+    produced, card = artifact.load(path)
+    artifact.check(card, pretrained.backbone.geometry, pretrained.fingerprint)
+    if not isinstance(produced, method.produces) or card.length != method.length:
+        raise PrefixError(
+            f"{path} holds a prefix of kind {card.kind!r} and length {card.length}; "
+            f"{type(method).__name__} starts from {method.produces.__name__} of length "
+            f"{method.length}"
+        )
+    return produced
