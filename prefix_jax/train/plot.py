@@ -1,0 +1,121 @@
+"""The loss curve as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from prefix_jax.errors import CheckpointError
+
+_TRAIN, _DEV, _INK = "#3b6fb6", "#d1495b", "#444444"
+
+
+def plot_loss(
+    records: Iterable[Mapping[str, Any]],
+    path: Path,
+    *,
+    title: str,
+    reduction: Literal["token", "example"] = "token",
+) -> None:
+    """Draws training loss, raw and smoothed, and dev loss with its best evaluation marked.
+
+    Args:
+        records: lines of `metrics.jsonl`, see `read_metrics`.
+        path: the PNG to write, 1000 × 600 pixels.
+        title: stands above the curve.
+        reduction: of the training loss. Dev loss is per token always, and gets an axis of its own
+            where the two cannot be compared.
+
+    Raises:
+        CheckpointError: the picture cannot be written.
+    """
+    # Imported here because it takes a second, at the end of a run. pyplot is not touched: the
+    # caller's backend and figures stay as they are.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    records = list(records)
+    steps, losses = _series(records, "train")
+    dev_steps, dev_losses = _series(records, "dev")
+
+    figure = Figure(figsize=(10, 6), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=14, pad=12, color=_INK, parse_math=False)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(f"loss (nats per {reduction})")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(axis="y", color="#e4e4e4")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    dev_axes = axes
+    if reduction == "example" and len(dev_steps):
+        dev_axes = axes.twinx()
+        dev_axes.set_ylabel("dev loss (nats per token)", color=_DEV)
+        dev_axes.spines["top"].set_visible(False)
+
+    drawn = []
+    if len(steps):
+        smooth = smoothed(losses)
+        raw: dict[str, Any] = {"color": _TRAIN, "alpha": 0.4, "linewidth": 0.8}
+        raw["marker"] = "o" if len(steps) == 1 else None
+        drawn += axes.plot(steps, losses, **raw, label="training")
+        drawn += axes.plot(steps, smooth, color=_TRAIN, linewidth=2, label="training, smoothed")
+        # A single spike leaves the picture rather than flattening everything else.
+        shared = dev_losses if dev_axes is axes else dev_losses[:0]
+        inside = np.concatenate([smooth, shared, np.quantile(losses, [0.0, 0.99])])
+        bottom, top = inside.min(), inside.max()
+        pad = 0.05 * (top - bottom) or 0.05
+        axes.set_ylim(bottom - pad, top + pad)
+    if len(dev_steps):
+        style: dict[str, Any] = {"color": _DEV, "marker": "o", "markersize": 5, "linewidth": 1.2}
+        drawn += dev_axes.plot(dev_steps, dev_losses, **style, label="dev")
+        best = int(np.argmin(dev_losses))
+        drawn += dev_axes.plot(
+            dev_steps[best],
+            dev_losses[best],
+            color=_DEV,
+            linestyle="none",
+            marker="*",
+            markersize=17,
+            markeredgecolor="white",
+            label=f"best dev: {dev_losses[best]:.3f} at step {dev_steps[best]}",
+        )
+    if drawn:
+        dev_axes.legend(handles=drawn, frameon=False, loc="upper right")
+
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Means over a centred window of a fifteenth of the values.
+
+    Taken twice, since the mean over a window jumps with every outlier that enters or leaves it.
+    The window stays symmetric at the start, where a loss falls steeply, and narrows down to the
+    first value. At the end, where only noise is left, it is cut off.
+    """
+    index = np.arange(len(values))
+    reach = np.minimum(max(1, len(values) // 30), index)
+    low, high = index - reach, np.minimum(index + reach + 1, len(values))
+    for _ in range(2):
+        total = np.concatenate([[0.0], np.cumsum(values)])
+        values = (total[high] - total[low]) / (high - low)
+    return values
+
+
+def _series(records: Iterable[Mapping[str, Any]], kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and losses of one kind, those that were not finite left out."""
+    points = {
+        record["step"]: record["loss"]
+        for record in records
+        if record["kind"] == kind and math.isfinite(record.get("loss") or math.nan)
+    }
+    return np.array(list(points), int), np.array(list(points.values()), float)

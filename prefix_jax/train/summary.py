@@ -1,0 +1,135 @@
+"""What stands at the end of a run: scores and texts before and after, files, the next command."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from prefix_jax.evaluate.metrics import METRICS
+
+_TITLES = {
+    "loss": "token loss (nats)",
+    "perplexity": "perplexity",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "rougeLsum": "ROUGE-Lsum",
+    "exact_match": "exact match (%)",
+    "accuracy": "accuracy (%)",
+}
+_LOWER_IS_BETTER = {"loss", "perplexity"}
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What was generated for one held-out input.
+
+    Attributes:
+        input: what the model was given.
+        reference: what it should write.
+        before: what it wrote without the prefix.
+        after: what it writes with the prefix.
+    """
+
+    input: str
+    reference: str
+    before: str
+    after: str
+
+
+def number(metric: str, value: float) -> str:
+    """A metric's value with as many digits as mean something."""
+    return f"{value:.2f}" if metric in METRICS or metric == "perplexity" else f"{value:.4f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 0:07, 12:34 or 1:02:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+    """A table of the metrics that were measured both times: before, after, change."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("")
+    for column in ("before", "after", "change"):
+        table.add_column(column, justify="right")
+    for name in before:
+        if name not in after:
+            continue
+        change = after[name] - before[name]
+        better = change < 0 if name in _LOWER_IS_BETTER else change > 0
+        style = "" if change == 0 or math.isnan(change) else "green" if better else "red"
+        sign = "+" if change > 0 else ""
+        table.add_row(
+            _TITLES.get(name, name),
+            number(name, before[name]),
+            Text(number(name, after[name]), style="bold"),
+            Text(sign + number(name, change), style=style),
+        )
+    return table
+
+
+def generations(samples: Sequence[Sample]) -> RenderableType:
+    """One panel a sample: input and reference, and below them before beside after."""
+    return Group(*(_generation(sample) for sample in samples))
+
+
+def _generation(sample: Sample) -> Panel:
+    given = Table.grid(padding=(0, 2))
+    given.add_column(style="dim")
+    given.add_column(ratio=1)
+    given.add_row("input", _plain(sample.input))
+    given.add_row("reference", _plain(sample.reference))
+
+    sides = Table(box=box.SIMPLE_HEAD, expand=True, show_edge=False, pad_edge=False)
+    sides.add_column("before", ratio=1)
+    sides.add_column("after", ratio=1, style="bold")
+    sides.add_row(_plain(sample.before), _plain(sample.after))
+    return Panel(Group(given, "", sides))
+
+
+def print_closing(
+    console: Console,
+    *,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    samples: Sequence[Sample],
+    written: Mapping[str, object],
+    command: str,
+) -> None:
+    """Prints how a run ended.
+
+    Args:
+        console: where to.
+        before: held-out metrics without the prefix.
+        after: the same metrics with it.
+        samples: a few held-out generations.
+        written: where things are, by what they are: {"prefix": path, …}.
+        command: the exact one that uses the prefix.
+    """
+    console.print(generations(samples))
+    console.print("", comparison(before, after), "", sep="\n")
+    width = max(map(len, written), default=0)
+    # Unboxed and unwrapped, so that paths and command can be copied in one go.
+    for what, path in written.items():
+        console.print(Text(f"{what:<{width}}  {path}"), soft_wrap=True)
+    console.print(Text.assemble("\nUse it:\n  ", (command, "bold")), soft_wrap=True)
+
+
+def _plain(text: str) -> Text:
+    """Text that cannot steer the terminal, whatever a model wrote."""
+    shown = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.strip())
+    return Text(shown) if shown else Text("(nothing)", style="dim italic")
