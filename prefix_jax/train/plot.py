@@ -118,4 +118,5 @@ def _series(records: Iterable[Mapping[str, Any]], kind: str) -> tuple[np.ndarray
         for record in records
         if record["kind"] == kind and math.isfinite(record.get("loss") or math.nan)
     }
-    return np.array(list(points), int), np.array(list(points.values()), float)
+    steps = sorted(points)
+    return np.array(steps, int), np.array([points[step] for step in steps], float)
