@@ -7,6 +7,7 @@ for it.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ __all__ = [
     "build",
     "dump",
     "load",
+    "parse",
 ]
 
 Metric = Literal[
@@ -464,7 +466,23 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: every problem found, one a line.
     """
-    values = _name_method({} if path is None else _read(Path(path)))
+    if path is None:
+        return parse({}, overrides, source="overrides")
+    return parse(_read(Path(path)), overrides, source=str(path))
+
+
+def parse(values: dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> Config:
+    """Makes a configuration from nested mappings, as `load` does from a file.
+
+    Args:
+        values: by section.
+        overrides: as for `load`.
+        source: of the values, for messages.
+
+    Raises:
+        ConfigError: every problem found, one a line.
+    """
+    values = _name_method(copy.deepcopy(values))
     given: dict[str, str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -477,7 +495,6 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     problems: list[Problem] = []
     config = construct(Config, values, "", problems)
     if config is None:
-        source = "overrides" if path is None else str(path)
         raise ConfigError(
             "\n".join(f"{given.get(problem.key, source)}: {problem}" for problem in problems)
         )

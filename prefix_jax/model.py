@@ -69,9 +69,7 @@ class PrefixModel:
             batch: packed rows.
         """
         h_BMD = self._predicting(backbone, prefix, batch)
-        return row_losses(
-            self.backbone.unembed, backbone, h_BMD, batch.label_BM, batch.weight_BM
-        )
+        return row_losses(self.backbone.unembed, backbone, h_BMD, batch.label_BM, batch.weight_BM)
 
     def _predicting(self, backbone: Any, prefix: Prefix | None, batch: Batch) -> jax.Array:
         """The hidden states that predict the targets, h_BMD."""

@@ -175,9 +175,7 @@ class Backbone:
         and values: the three forms from which a prefix can start. All float32."""
         tokens = Tokens.plain(jnp.ones((1, len(ids_P)), bool))
         x_BTD = params["embed"]["tokens_VD"][ids_P][None]
-        layers, h_LBTD = self._read(
-            params, self._place(params, x_BTD, tokens.position_BT), tokens
-        )
+        layers, h_LBTD = self._read(params, self._place(params, x_BTD, tokens.position_BT), tokens)
         prefix = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), _as_prefix(layers))
         return (
             Embeds(x_BTD[0].astype(jnp.float32)),

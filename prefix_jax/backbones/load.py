@@ -14,7 +14,7 @@ from typing import Any, Literal
 import huggingface_hub
 import jax
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from prefix_jax.backbones import gguf, gpt2, llama
@@ -25,7 +25,7 @@ from prefix_jax.backbones.names import match
 from prefix_jax.backbones.tokenizer import load_tokenizer
 from prefix_jax.backbones.weights import Safetensors, TensorSource, stream
 from prefix_jax.errors import BackboneError
-from prefix_jax.mesh import weight_shardings
+from prefix_jax.mesh import make_mesh, weight_shardings
 
 _ARCHITECTURES = {
     **dict.fromkeys(gpt2.MODEL_TYPES, gpt2.architecture),
@@ -48,6 +48,7 @@ class Pretrained:
     Attributes:
         backbone: the computation.
         params: its weights, in the form that was asked for last; stacked at first.
+        mesh: where its weights lie.
         source: what was asked for: a path, a hub id or a package.
         path: where it was found: a directory or a GGUF file.
         fingerprint: of the weights.
@@ -55,6 +56,7 @@ class Pretrained:
 
     backbone: Backbone
     params: Params
+    mesh: Mesh
     source: str
     path: Path
     fingerprint: str
@@ -90,7 +92,7 @@ def load(
     Args:
         source: a directory, a GGUF file, a package or a hub id: see `find`.
         dtype: of the weights; "auto" is float32 on CPU, where bfloat16 is slow, else bfloat16.
-        mesh: the devices to shard over; None puts everything on the first one.
+        mesh: the devices to shard over; None copies the weights to every device there is.
 
     Raises:
         BackboneError: the source is absent, unreadable, incomplete or of an unsupported
@@ -107,16 +109,12 @@ def load(
     backbone = Backbone(arch)
     abstract = jax.eval_shape(backbone.init, jax.random.key(0))
     parameters = match(table, abstract, checkpoint.shapes, str(path))
-    if mesh is None:
-        device = jax.local_devices()[0]
-        shardings = jax.tree.map(lambda _: SingleDeviceSharding(device), abstract)
-    else:
-        device = mesh.devices.flat[0]
-        shardings = weight_shardings(abstract, mesh)
+    mesh = make_mesh() if mesh is None else mesh
     if dtype == "auto":
-        dtype = "float32" if device.platform == "cpu" else "bfloat16"
-    params = stream(parameters, checkpoint, dtype, shardings)
-    return Pretrained(backbone, params, str(source), path, fingerprint(params))
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        dtype = "float32" if on_cpu else "bfloat16"
+    params = stream(parameters, checkpoint, dtype, weight_shardings(abstract, mesh))
+    return Pretrained(backbone, params, mesh, str(source), path, fingerprint(params))
 
 
 def find(source: str | Path) -> Path:

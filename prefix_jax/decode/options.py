@@ -67,7 +67,9 @@ def banned_sequences(
     )
 
 
-def _unless(off: float, value: float | None, dtype: type[np.number] = np.float32) -> np.number | None:
+def _unless(
+    off: float, value: float | None, dtype: type[np.number] = np.float32
+) -> np.number | None:
     return None if value is None or value == off else dtype(value)
 
 

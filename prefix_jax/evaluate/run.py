@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from prefix_jax.backbones.decoder import Params
+from prefix_jax.backbones.load import Pretrained
 from prefix_jax.config import DecodeConfig, EvaluateConfig
 from prefix_jax.data.batch import Batch, Example
 from prefix_jax.data.pipeline import evaluation_batches
@@ -22,8 +25,6 @@ from prefix_jax.evaluate.report import Prediction, Report
 from prefix_jax.mesh import batch_shards, place_rows
 from prefix_jax.model import PrefixModel
 from prefix_jax.prefix import Prefix
-
-OnProgress = Callable[[int, int], None]
 
 # Metrics that need no generated text.
 LIKELIHOOD_METRICS = ("loss", "accuracy")
@@ -65,24 +66,52 @@ class Evaluator:
         self._config, self._decode = config, decode
         self._score = jax.jit(model.score)
 
+    def compare(
+        self,
+        pretrained: Pretrained,
+        prefixes: Mapping[str, Prefix | None],
+        examples: Sequence[Example],
+        phase: Callable[[str], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> dict[str, Evaluation]:
+        """Measures several prefixes on the same examples, by all metrics of the config.
+
+        Likelihoods come first, under stacked weights, then generated text, which wants them
+        listed: the backbone is converted once, and stays listed.
+
+        Args:
+            pretrained: the backbone.
+            prefixes: by name; None is the bare model.
+            examples: with their references.
+            phase: a context for what goes on at the moment, for a display.
+        """
+        metrics = self._config.metrics
+        parts: dict[str, list[Evaluation]] = {name: [] for name in prefixes}
+        likelihoods = [metric for metric in metrics if metric in LIKELIHOOD_METRICS]
+        written = [metric for metric in metrics if metric not in LIKELIHOOD_METRICS]
+        for wanted, weights in ((likelihoods, pretrained.stacked), (written, pretrained.listed)):
+            if not wanted:
+                continue
+            for name, prefix in prefixes.items():
+                with phase(f"{', '.join(wanted)} {name}".rstrip()):
+                    parts[name].append(self(weights(), prefix, examples, wanted))
+        return {name: _merged(found) for name, found in parts.items()}
+
     def __call__(
         self,
         params: Params,
         prefix: Prefix | None,
         examples: Sequence[Example],
-        metrics: Iterable[str] | None = None,
-        on_progress: OnProgress | None = None,
+        metrics: Iterable[str],
     ) -> Evaluation:
-        """Measures `metrics`, those of the config by default.
+        """Measures one prefix by the named metrics.
 
         Args:
             params: the backbone's weights, stacked or listed (quicker where text is generated).
             prefix: what stands before every example; None is the bare model.
             examples: with their references.
             metrics: names, see `EvaluateConfig`.
-            on_progress: called with the examples done and all of them, while text is generated.
         """
-        names = list(self._config.metrics if metrics is None else metrics)
+        names = list(metrics)
         examples = examples[: self._config.limit]
         values: dict[str, float] = {}
         signatures: dict[str, str] = {}
@@ -98,7 +127,7 @@ class Evaluator:
         ):
             if not wanted:
                 continue
-            texts = predict(params, prefix, inputs, on_progress)
+            texts = predict(params, prefix, inputs)
             scores = measure(wanted, texts, [example.references for example in inputs])
             values |= {name: score.value for name, score in scores.items()}
             signatures |= {name: score.signature for name, score in scores.items()}
@@ -128,11 +157,7 @@ class Evaluator:
             return self._score(params, prefix, place_rows(batch, self._mesh))
 
     def _choose(
-        self,
-        params: Params,
-        prefix: Prefix | None,
-        examples: Sequence[Example],
-        on_progress: OnProgress | None,
+        self, params: Params, prefix: Prefix | None, examples: Sequence[Example]
     ) -> list[str]:
         """The likeliest label of each example, by the summed log-probability of its tokens."""
         labels = self._config.labels or ()
@@ -147,31 +172,15 @@ class Evaluator:
         ]
         # The last batch may end in rows of padding.
         losses = np.concatenate(rows)[: len(candidates)].reshape(len(examples), len(labels))
-        if on_progress is not None:
-            on_progress(len(examples), len(examples))
         return [labels[best] for best in losses.argmin(axis=1)]
 
     def _generate(
-        self,
-        params: Params,
-        prefix: Prefix | None,
-        examples: Sequence[Example],
-        on_progress: OnProgress | None,
+        self, params: Params, prefix: Prefix | None, examples: Sequence[Example]
     ) -> list[str]:
         """What the model writes after each example's prompt."""
         generator = Generator(self._model.backbone, params, self._tokenizer, prefix)
-        done = 0
-
-        def count(*_: object) -> None:
-            nonlocal done
-            done += 1
-            if on_progress is not None:
-                on_progress(done, len(examples))
-
         prompts = [example.ids_T[: example.prompt_length].tolist() for example in examples]
-        generations = generator.generate(
-            prompts, self._decode, batch_size=self._config.batch_size, on_done=count
-        )
+        generations = generator.generate(prompts, self._decode, batch_size=self._config.batch_size)
         return [generation.text.strip() for generation in generations]
 
 
@@ -199,7 +208,7 @@ def better(metric: str, value: float, than: float | None) -> bool:
     return value < than if metric == "loss" else value > than
 
 
-def merged(parts: Sequence[Evaluation]) -> Evaluation:
+def _merged(parts: Sequence[Evaluation]) -> Evaluation:
     """Evaluations of one prefix on the same examples, by different metrics, as one."""
     metrics: dict[str, float] = {}
     signatures: Mapping[str, str] = {}

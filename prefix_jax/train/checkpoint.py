@@ -123,7 +123,11 @@ class Checkpoints:
         """
         self.wait()
         new = self.directory / f"{step}.new"
-        with self._failures(step):
+        context = ocp.Context()
+        # Replicas share the writing of large arrays only: cutting up small ones would take XLA
+        # seconds to compile, at the first save.
+        context.array.saving.min_slice_bytes_for_replica_parallel = 2**24
+        with self._failures(step), context:
             response = ocp.save_async(new, state, custom_metadata=dict(metadata))
         self._pending = self._thread.submit(self._finish, response, step, best)
 

@@ -20,9 +20,9 @@ from prefix_jax.backbones.load import Pretrained
 from prefix_jax.config import Config
 from prefix_jax.errors import CheckpointError, ConfigError
 from prefix_jax.evaluate.report import save_predictions
-from prefix_jax.evaluate.run import LIKELIHOOD_METRICS, Evaluation, Evaluator, merged
+from prefix_jax.evaluate.run import Evaluation, Evaluator
 from prefix_jax.methods import name_of
-from prefix_jax.prefix import Prefix, Produced
+from prefix_jax.prefix import Produced
 from prefix_jax.train.checkpoint import Checkpoints
 from prefix_jax.train.loop import Progress, stop_signal, train
 from prefix_jax.train.report import Report
@@ -218,11 +218,10 @@ def _finish(
     directory: Path,
 ) -> Run:
     """Stores what was trained, and measures it on the test split."""
-    params = setup.params(state)
-    model, pretrained = setup.model, setup.pretrained
+    params, pretrained = setup.params(state), setup.pretrained
     with jax.set_mesh(setup.mesh):
-        produced = jax.jit(model.produced)(params)
-        prefix = jax.jit(model.prefix)(params)
+        produced = jax.jit(setup.model.produced)(params)
+        prefix = jax.jit(setup.model.prefix)(params)
     card = None
     if produced is None:
         pretrained = dataclasses.replace(pretrained, params=params["backbone"])
@@ -235,7 +234,7 @@ def _finish(
         prefixes = {"after": prefix}
         if setup.config.evaluate.before and produced is not None:
             prefixes = {"before": None, **prefixes}
-        evaluations = _evaluate(setup, pretrained, prefixes, evaluator, report)
+        evaluations = evaluator.compare(pretrained, prefixes, setup.splits["test"], report.phase)
         report.evaluation(step, evaluations["after"].report.metrics, kind="test")
         _save_results(directory, step, evaluations)
     if card is not None and evaluations:
@@ -243,28 +242,6 @@ def _finish(
         card = dataclasses.replace(card, metrics={**card.metrics, **metrics})
         artifact.save(directory / "prefix", produced, card)
     return Run(directory, pretrained, produced, card, step, evaluations)
-
-
-def _evaluate(
-    setup: Setup,
-    pretrained: Pretrained,
-    prefixes: Mapping[str, Prefix | None],
-    evaluator: Evaluator,
-    report: Report,
-) -> dict[str, Evaluation]:
-    """All metrics of the test split: likelihoods under the weights as they were trained on, then
-    generated text, which wants them listed."""
-    metrics, test = setup.config.evaluate.metrics, setup.splits["test"]
-    parts: dict[str, list[Evaluation]] = {name: [] for name in prefixes}
-    likelihoods = [metric for metric in metrics if metric in LIKELIHOOD_METRICS]
-    generated = [metric for metric in metrics if metric not in LIKELIHOOD_METRICS]
-    for wanted, weights in ((likelihoods, pretrained.stacked), (generated, pretrained.listed)):
-        if not wanted:
-            continue
-        for name, prefix in prefixes.items():
-            with report.phase(f"testing {name}"):
-                parts[name].append(evaluator(weights(), prefix, test, wanted))
-    return {name: merged(found) for name, found in parts.items()}
 
 
 def _save_results(directory: Path, step: int, evaluations: Mapping[str, Evaluation]) -> None:

@@ -71,16 +71,17 @@ def prepare(
 
     Args:
         config: the run.
-        pretrained: a backbone that is loaded already; it must lie on the mesh of the config.
+        pretrained: a backbone that is loaded already; its mesh is the run's.
         records: examples from Python, by split, in place of the config's files.
 
     Raises:
         PrefixJaxError: something in the config, the data or the backbone does not fit.
     """
     method = make_method(config.method)
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
     if pretrained is None:
+        mesh = make_mesh(**dataclasses.asdict(config.mesh))
         pretrained = load(config.model.path, dtype=config.model.dtype, mesh=mesh)
+    mesh = pretrained.mesh
     backbone = dataclasses.replace(pretrained.backbone, remat=config.model.remat)
     model = PrefixModel(backbone, method)
 

@@ -1,0 +1,56 @@
+"""Copy a prefix into another container, or bake it into plain keys and values.
+
+What is written can be read without prefix_jax: docs/export.md shows how, in five lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The source, the copy, and what becomes of the prefix on the way."""
+    parser.add_argument("prefix", help="the directory of a prefix or of a run")
+    parser.add_argument("output", help="the directory to write")
+    parser.add_argument(
+        "--to",
+        choices=("orbax", "safetensors"),
+        default="safetensors",
+        help="the container of the arrays (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bake",
+        action="store_true",
+        help="turn soft tokens or hidden states into the keys and values that they stand for",
+    )
+    parser.add_argument(
+        "--model", help="the backbone, for --bake (default: the one of the training)"
+    )
+    parser.add_argument(
+        "--allow-other-weights",
+        action="store_true",
+        help="accept a backbone of the same shape with other weights, such as a quantised copy",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the copy and says what is in it."""
+    from rich.console import Console
+
+    from prefix_jax.interop.export import export
+
+    card = export(
+        args.prefix,
+        args.output,
+        args.to,
+        bake=args.bake,
+        model=args.model,
+        allow_other_weights=args.allow_other_weights,
+    )
+    size = sum(file.stat().st_size for file in Path(args.output).rglob("*") if file.is_file())
+    Console(soft_wrap=True, highlight=False, markup=False).print(
+        f"{args.output}: {card.length} slots of kind {card.kind!r} as {args.to}, {size:,} bytes; "
+        f"text starts at position {card.offset}"
+    )
+    return 0

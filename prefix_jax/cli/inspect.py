@@ -1,0 +1,132 @@
+"""Show what a prefix is: where it is from, its size and norms, and words near its soft tokens."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from prefix_jax.interop.inspect import Inspection, Norms
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The prefix, and what to show of it."""
+    parser.add_argument("prefix", help="the directory of a prefix or of a run")
+    parser.add_argument(
+        "--model",
+        help="the backbone, for the nearest words of soft tokens (default: that of the training)",
+    )
+    parser.add_argument(
+        "--words", type=int, default=5, help="how many nearest words (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--allow-other-weights",
+        action="store_true",
+        help="accept a backbone of the same shape with other weights, such as a quantised copy",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the tables, or all of it as JSON."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from prefix_jax.interop.inspect import inspect
+
+    found = inspect(
+        args.prefix,
+        args.model,
+        words=args.words,
+        allow_other_weights=args.allow_other_weights,
+    )
+    if args.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False, default=str))
+        return 0
+    console = Console()
+    console.print(_facts(found))
+    for name in dict.fromkeys(norms.of for norms in found.norms):
+        console.print(_norms(name, [norms for norms in found.norms if norms.of == name]))
+    if found.nearest is not None:
+        console.print(_words(found))
+    if found.note is not None:
+        console.print(escape(found.note), highlight=False)
+    return 0
+
+
+def _facts(found: Inspection) -> Table:
+    card, g = found.card, found.card.geometry
+    rows = {
+        "method": _fields(card.method),
+        "started as": card.init,
+        "trained": None if card.steps is None else f"{card.steps:,} steps",
+        "prefix": f"{card.length} slots at positions {card.positions[0]} to {card.positions[-1]}, "
+        f"text from {card.offset}" + (", pinned" if card.pinned else ""),
+        "size": f"{found.parameters:,} parameters, {found.bytes:,} bytes on disk",
+        "backbone": f"{card.backbone.source} ({card.backbone.model_type}, {card.backbone.dtype})",
+        "weights": card.backbone.fingerprint,
+        "shape": f"{g.layers} layers, {g.query_heads} query and {g.kv_heads} key/value heads of "
+        f"{g.head_dim}, width {g.d_model}, vocabulary {g.vocab:,}",
+        "tokenizer": card.tokenizer and f"{card.tokenizer.name}, {card.tokenizer.size:,} tokens",
+        "metrics": _fields(card.metrics),
+        "made": f"{card.created} by prefix_jax {card.package}",
+    }
+    for name, value in dataclasses.asdict(card.template).items() if card.template else ():
+        rows[f"template: {name}"] = None if value is None else repr(value)
+    return _grid(f"{found.path}", rows)
+
+
+def _fields(values: dict[str, object]) -> str:
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in values.items()
+        if value is not None
+    )
+
+
+def _grid(title: str, rows: dict[str, str | None]) -> Table:
+    from rich.text import Text
+
+    table = _table(title, "", "")
+    table.show_header = False
+    for name, value in rows.items():
+        if value:
+            table.add_row(Text(name, "bold"), Text(value))
+    return table
+
+
+def _norms(name: str, norms: list[Norms]) -> Table:
+    from rich.bar import Bar
+
+    table = _table(f"Lengths of {name}", "layer", "min", "mean", "max", "mean, drawn")
+    longest = max(entry.mean for entry in norms) or 1.0
+    for entry in norms:
+        numbers = (f"{x:.3g}" for x in (entry.min, entry.mean, entry.max))
+        layer = "-" if entry.layer is None else str(entry.layer)
+        table.add_row(layer, *numbers, Bar(longest, 0, entry.mean, width=24))
+    return table
+
+
+def _words(found: Inspection) -> Table:
+    from rich.text import Text
+
+    table = _table("Words nearest to each soft token, by cosine", "slot", "words")
+    for slot, neighbours in enumerate(found.nearest or ()):
+        words = "  ".join(f"{word.text!r} {word.cosine:.2f}" for word in neighbours)
+        table.add_row(str(slot), Text(words))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column)
+    return table

@@ -1,0 +1,64 @@
+"""A prefix for other software: other containers, and plain keys and values."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from prefix_jax import artifact
+from prefix_jax.artifact import Card, Container
+from prefix_jax.backbones.load import Pretrained
+from prefix_jax.interop.backbone import backbone_of
+from prefix_jax.prefix import Prefix, Produced
+
+
+def export(
+    source: str | Path,
+    output: str | Path,
+    to: Container = "safetensors",
+    *,
+    bake: bool = False,
+    model: Pretrained | str | Path | None = None,
+    allow_other_weights: bool = False,
+) -> Card:
+    """Copies a stored prefix; `docs/export.md` says how to use the copy without this package.
+
+    Args:
+        source: a stored prefix, or a run.
+        output: the directory to write; a prefix that is there is replaced.
+        to: the container of the arrays.
+        bake: turn hidden states and soft tokens into the keys and values that they stand for. It
+            takes the backbone; keys and values stay what they are, and take none.
+        model: for `bake`, see `backbone_of`.
+        allow_other_weights: for `bake`, see `backbone_of`.
+
+    Returns:
+        The card of the copy.
+
+    Raises:
+        PrefixError: the source is no prefix, or does not fit the backbone.
+        BackboneError: the backbone cannot be loaded.
+        CheckpointError: the copy cannot be written.
+    """
+    produced, card = artifact.load(source)
+    if bake and not isinstance(produced, Prefix):
+        pretrained = backbone_of(card, model, allow_other_weights=allow_other_weights)
+        produced, card = baked(produced, card, pretrained)
+    artifact.save(output, produced, card, to)
+    return card
+
+
+def baked(produced: Produced, card: Card, pretrained: Pretrained) -> tuple[Prefix, Card]:
+    """The keys and values that a prefix stands for, and their card.
+
+    Args:
+        produced: of the method.
+        card: of `produced`.
+        pretrained: the backbone that it was made for.
+    """
+    prefix = jax.jit(pretrained.backbone.lift)(pretrained.params, produced)
+    return prefix, dataclasses.replace(
+        card, kind="kv", length=prefix.length, offset=prefix.offset, pinned=prefix.pinned
+    )

@@ -1,0 +1,1 @@
+"""What a computation costs, known before it runs."""

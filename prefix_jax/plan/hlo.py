@@ -1,0 +1,178 @@
+"""Reads optimised HLO, the text of a compiled program (`compiled.as_text()`).
+
+Only text is read, so the program of any backend will do, compiled on any machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of a program: its element type as HLO names it ("f32", "bf16"), and its axes."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.dims)
+
+    @property
+    def nbytes(self) -> int:
+        """Its size, without the padding of a device's layout."""
+        bits = re.search(r"\d+", self.dtype)
+        return math.ceil(self.elements * (int(bits[0]) if bits else 8) / 8)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+        name: unique in its computation.
+        results: the arrays that it returns, several if it returns a tuple.
+        opcode: "dot", "fusion", …
+        operands: names of instructions of the same computation; of a constant, its value.
+        attributes: the rest of the line.
+        root: whether this is what the computation returns.
+    """
+
+    name: str
+    results: tuple[Array, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    root: bool
+
+    def word(self, key: str) -> str | None:
+        """The value of `key=value`, without quotes; None if the attribute is missing."""
+        found = re.search(rf'\b{key}="?%?([^\s,"]+)', self.attributes)
+        return found[1] if found else None
+
+    def listed(self, key: str) -> tuple[str, ...]:
+        """The values of `key={a,b}`; none if the attribute is missing."""
+        found = re.search(rf"\b{key}={{([^}}]*)}}", self.attributes)
+        return tuple(re.findall(r"[^\s,%]+", found[1])) if found else ()
+
+    @property
+    def op_name(self) -> str:
+        """Where in the traced Python program it comes from; empty if the compiler made it."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+
+Computation = Mapping[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A program: its computations by name, and the name of the one that it starts with."""
+
+    computations: Mapping[str, Computation]
+    entry: str
+
+
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_BRACES = re.compile(r"\{[^{}]*\}")
+_COMMENT = re.compile(r"/\*.*?\*/")
+
+# Instructions that pass arrays on and fill none of their own.
+_NO_BUFFER = frozenset(
+    ["parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier"]
+)
+
+
+def parse(text: str) -> Module:
+    """Reads a compiled program.
+
+    Raises:
+        ValueError: the text is not HLO, or a line of it is not understood.
+    """
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, inside = None, None
+    for line in text.splitlines():
+        if line.startswith("}"):
+            inside = None
+        elif inside is not None:
+            instruction = _instruction(line)
+            inside[instruction.name] = instruction
+        elif found := _COMPUTATION.match(line):
+            inside = computations.setdefault(found[2], {})
+            entry = found[2] if found[1] else entry
+    if entry is None:
+        raise ValueError("this is not the text of an HLO module: it has no ENTRY computation")
+    return Module(computations, entry)
+
+
+def temporaries(module: Module) -> list[Array]:
+    """The arrays that the program fills on its way, each once by type, the largest first.
+
+    What happens inside a fusion never reaches memory and is not listed. Arrays that are updated
+    in place (the stacked results of a scan) are.
+    """
+    fused = {
+        instruction.word("calls")
+        for computation in module.computations.values()
+        for instruction in computation.values()
+        if instruction.opcode == "fusion"
+    }
+    arrays = {
+        array
+        for name, computation in module.computations.items()
+        if name not in fused
+        for instruction in computation.values()
+        if instruction.opcode not in _NO_BUFFER
+        for array in instruction.results
+    }
+    return sorted(arrays, key=lambda array: (-array.nbytes, str(array)))
+
+
+def _instruction(line: str) -> Instruction:
+    found = _INSTRUCTION.match(line)
+    if not found:
+        raise ValueError(f"not an HLO instruction: {line!r:.200}")
+    root, name, rest = found.groups()
+    # A tuple of results stands in parentheses; a single one contains no space.
+    cut = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
+    start = rest.index("(", cut)
+    end = _closing(rest, start)
+    return Instruction(
+        name,
+        _arrays(rest[:cut]),
+        rest[cut:start].strip(),
+        _operands(rest[start + 1 : end - 1]),
+        rest[end:],
+        root is not None,
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """The index behind the parenthesis that closes the one at `start`; quotes are skipped."""
+    depth = 0
+    for found in re.compile(r'"(?:[^"\\]|\\.)*"|[()]').finditer(text, start):
+        depth += {"(": 1, ")": -1}.get(found[0], 0)
+        if depth == 0:
+            return found.end()
+    raise ValueError(f"unbalanced parentheses: {text!r:.200}")
+
+
+def _arrays(text: str) -> tuple[Array, ...]:
+    found = _ARRAY.findall(_BRACES.sub("", text))
+    return tuple(Array(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in found)
+
+
+def _operands(text: str) -> tuple[str, ...]:
+    """The names in "%a, f32[2,3]{1,0} %b, /*index=2*/%c"; a type may stand before each."""
+    bare = _ARRAY.sub("", _BRACES.sub("", _COMMENT.sub("", text)))
+    return tuple(re.findall(r"([\w.\-]+)\s*(?:,|$)", bare))

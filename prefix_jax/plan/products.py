@@ -1,0 +1,209 @@
+"""Counts the matrix products of a compiled program: nearly all that a transformer computes.
+
+`compiled.cost_analysis()` counts the body of a loop once, and nothing inside a library call. Here
+the program is walked from its entry, each loop body as often as it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from prefix_jax.plan.hlo import Array, Computation, Instruction, Module
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A matrix product.
+
+    Attributes:
+        op_name: where in the traced Python program it comes from; empty if the compiler made it.
+        out: the array that one of them returns.
+        inputs: the two arrays that it multiplies.
+        count: how many times the program computes it.
+        flops: of all of them; a multiplication and an addition are two.
+    """
+
+    op_name: str
+    out: Array
+    inputs: tuple[Array, Array]
+    count: int
+    flops: int
+
+
+# Library calls that are products: oneDNN's and cuBLAS's names.
+_LIBRARY = re.compile(r"gemm|matmul|\bdot\b", re.IGNORECASE)
+
+
+def products(module: Module) -> list[Product]:
+    """Every matrix product that the program computes, the costliest first.
+
+    Products inside fusions and library calls count, those of a loop as often as it runs, and of a
+    conditional those of its costliest branch. Convolutions are products too: the TPU compiler
+    turns `dot` into them.
+
+    Raises:
+        ValueError: a loop holds products, and the text does not tell how often it runs.
+    """
+    return sorted(_walk(module, module.entry), key=lambda product: -product.flops)
+
+
+def flops(module: Module) -> int:
+    """Floating-point operations of all matrix products."""
+    return sum(product.flops for product in products(module))
+
+
+def opaque(module: Module) -> tuple[str, ...]:
+    """Targets of custom calls, in which `products` sees nothing: Pallas kernels, say."""
+    targets = {
+        instruction.word("custom_call_target") or ""
+        for computation in module.computations.values()
+        for instruction in computation.values()
+        if instruction.opcode == "custom-call"
+    }
+    return tuple(sorted(target for target in targets if not _LIBRARY.search(target)))
+
+
+def _walk(module: Module, name: str) -> Iterator[Product]:
+    """The products of one run of a computation."""
+    computation = module.computations[name]
+    for instruction in computation.values():
+        if cost := _cost(computation, instruction):
+            inputs = _inputs(computation, instruction)
+            yield Product(instruction.op_name, instruction.results[0], inputs, 1, cost)
+        elif instruction.opcode == "while":
+            # The condition runs once more than the body, and holds no products worth a thought.
+            inside = list(_walk(module, _called(instruction, "body")))
+            trips = _trips(module, computation, instruction) if inside else 0
+            for product in inside:
+                yield dataclasses.replace(
+                    product, count=product.count * trips, flops=product.flops * trips
+                )
+        elif instruction.opcode == "conditional":
+            names = instruction.listed("branch_computations") or (
+                _called(instruction, "true_computation"),
+                _called(instruction, "false_computation"),
+            )
+            branches = [list(_walk(module, branch)) for branch in names]
+            yield from max(branches, key=lambda branch: sum(product.flops for product in branch))
+        elif instruction.opcode in ("fusion", "async-start"):
+            yield from _walk(module, _called(instruction, "calls"))
+        elif instruction.opcode == "call":
+            yield from _walk(module, _called(instruction, "to_apply"))
+
+
+def _called(instruction: Instruction, key: str) -> str:
+    name = instruction.word(key)
+    if name is None:
+        raise ValueError(f"the {instruction.opcode} {instruction.name} names no {key}")
+    return name
+
+
+def _trips(module: Module, computation: Computation, loop: Instruction) -> int:
+    """How often the body of a loop runs.
+
+    CPU and GPU programs say so. TPU programs do not, but a scan is known by its looks: it counts
+    from 0, by 1, up to a constant.
+    """
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    if known:
+        return int(known[1])
+
+    def producer(computation: Computation, name: str) -> Instruction:
+        while computation[name].opcode in ("copy", "bitcast"):
+            (name,) = computation[name].operands
+        return computation[name]
+
+    def constant(computation: Computation, name: str) -> str | None:
+        made = producer(computation, name)
+        return made.operands[0] if made.opcode == "constant" else None
+
+    condition = module.computations[_called(loop, "condition")]
+    body = module.computations[_called(loop, "body")]
+    test, result = (
+        next(instruction for instruction in inside.values() if instruction.root)
+        for inside in (condition, body)
+    )
+    start = producer(computation, loop.operands[0])
+    if test.opcode == "compare" and test.word("direction") == "LT" and start.opcode == "tuple":
+        counter = producer(condition, test.operands[0])
+        limit = constant(condition, test.operands[1])
+        if counter.opcode == "get-tuple-element" and limit is not None:
+            index = int(counter.word("index") or 0)
+            step = producer(body, result.operands[index])
+            if (
+                constant(computation, start.operands[index]) == "0"
+                and step.opcode == "add"
+                and "1" in (constant(body, operand) for operand in step.operands)
+            ):
+                return int(limit)
+    raise ValueError(f"the text does not tell how often the loop {loop.name} runs")
+
+
+def _inputs(computation: Computation, instruction: Instruction) -> tuple[Array, Array]:
+    left, right = (computation[operand].results[0] for operand in instruction.operands[:2])
+    return left, right
+
+
+def _cost(computation: Computation, instruction: Instruction) -> int:
+    """Operations of one run of the instruction itself; 0 if it is no product."""
+    if instruction.opcode == "dot":
+        left, _ = _inputs(computation, instruction)
+        contracted = [int(axis) for axis in instruction.listed("lhs_contracting_dims")]
+        size = math.prod(left.dims[axis] for axis in contracted)
+        return 2 * instruction.results[0].elements * size
+    if instruction.opcode == "convolution":
+        return _convolution_cost(instruction, *_inputs(computation, instruction))
+    target = instruction.word("custom_call_target")
+    if instruction.opcode == "custom-call" and target and _LIBRARY.search(target):
+        # [b, m, k] x [b, k, n] or [b, m, k] x [k, n], either side transposed or not.
+        left, right = _inputs(computation, instruction)
+        out = instruction.results[0]
+        batch = math.prod(out.dims[:-2]) if len(right.dims) > 2 else 1
+        contracted_size = math.isqrt(left.elements * right.elements // (out.elements * batch))
+        return 2 * out.elements * contracted_size
+    return 0
+
+
+def _convolution_cost(instruction: Instruction, left: Array, right: Array) -> int:
+    """Taps that fall on padding, or between the elements of a dilated input, cost nothing.
+
+    The TPU compiler writes batch and head axes of a product as spatial axes, of whose taps a
+    single one hits.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if not labels:
+        raise ValueError(f"the convolution {instruction.name} has no dim_labels")
+    left_labels, right_labels, out_labels = labels.groups()
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    fields = dict(field.split("=") for field in window[1].split()) if window else {}
+
+    def numbers(key: str, default: int) -> list[int]:
+        axes = len(left_labels) - 2
+        # A padding is "low_high"; low decides where taps fall.
+        each = fields[key].split("x") if key in fields else [str(default)] * axes
+        return [int(value.split("_")[0]) for value in each]
+
+    groups = int(instruction.word("feature_group_count") or 1)
+    groups *= int(instruction.word("batch_group_count") or 1)
+    products = left.dims[left_labels.index("b")] * left.dims[left_labels.index("f")]
+    products = products * right.dims[right_labels.index("o")] // groups
+    spatial = zip(
+        numbers("size", 1),
+        numbers("stride", 1),
+        numbers("pad", 0),
+        numbers("lhs_dilate", 1),
+        numbers("rhs_dilate", 1),
+        strict=True,
+    )
+    for axis, (size, stride, low, left_step, right_step) in enumerate(spatial):
+        out_size = instruction.results[0].dims[out_labels.index(str(axis))]
+        left_size = left.dims[left_labels.index(str(axis))]
+        at = np.arange(out_size)[:, None] * stride + np.arange(size) * right_step - low
+        hit = (at >= 0) & (at % left_step == 0) & (at // left_step < left_size)
+        products *= int(hit.sum())
+    return 2 * products
