@@ -30,8 +30,15 @@ from prefix_jax.train.setup import Records, Setup, prepare
 from prefix_jax.train.step import TrainState
 
 # What a run that goes on may be told otherwise than before. The rest decides its numbers.
-_FREE = ("output", "mesh", "evaluate", "decode") + tuple(
-    f"train.{name}" for name in ("eval_every", "checkpoint_every", "keep", "log_every")
+_FREE = (
+    "output",
+    "mesh",
+    "evaluate",
+    "decode",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.log_every",
 )
 
 
