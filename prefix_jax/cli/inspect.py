@@ -60,12 +60,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _facts(found: Inspection) -> Table:
     card, g = found.card, found.card.geometry
-    rows = {
+    rows: dict[str, str | None] = {
         "method": _fields(card.method),
         "started as": card.init,
         "trained": None if card.steps is None else f"{card.steps:,} steps",
-        "prefix": f"{card.length} slots at positions {card.positions[0]} to {card.positions[-1]}, "
-        f"text from {card.offset}" + (", pinned" if card.pinned else ""),
+        "prefix": f"{card.length} slots of kind {card.kind}",
+        "positions": f"{card.positions[0]} to {card.positions[-1]}, text from {card.offset}"
+        + (", pinned" if card.pinned else ""),
         "size": f"{found.parameters:,} parameters, {found.bytes:,} bytes on disk",
         "backbone": f"{card.backbone.source} ({card.backbone.model_type}, {card.backbone.dtype})",
         "weights": card.backbone.fingerprint,
@@ -105,7 +106,7 @@ def _norms(name: str, norms: list[Norms]) -> Table:
     table = _table(f"Lengths of {name}", "layer", "min", "mean", "max", "mean, drawn")
     longest = max(entry.mean for entry in norms) or 1.0
     for entry in norms:
-        numbers = (f"{x:.3g}" for x in (entry.min, entry.mean, entry.max))
+        numbers = (f"{x:,.2f}" for x in (entry.min, entry.mean, entry.max))
         layer = "-" if entry.layer is None else str(entry.layer)
         table.add_row(layer, *numbers, Bar(longest, 0, entry.mean, width=24))
     return table

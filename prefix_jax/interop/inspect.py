@@ -13,7 +13,7 @@ import numpy as np
 from prefix_jax import artifact
 from prefix_jax.artifact import Card
 from prefix_jax.backbones.load import Pretrained
-from prefix_jax.errors import BackboneError
+from prefix_jax.errors import BackboneError, ConfigError
 from prefix_jax.interop.backbone import backbone_of
 from prefix_jax.prefix import Embeds, Hidden, Produced
 
@@ -96,7 +96,10 @@ def inspect(
     Raises:
         PrefixError: there is no prefix, or it does not fit the backbone.
         BackboneError: `model` cannot be loaded.
+        ConfigError: `words` is negative.
     """
+    if words < 0:
+        raise ConfigError(f"words is {words}; ask for 0 or more")
     path = artifact.find(path)
     produced, card = artifact.load(path)
     nearest, note = None, None

@@ -1,0 +1,43 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefix_jax import artifact
+from prefix_jax.cli.main import main
+from prefix_jax.prefix import Geometry, KVPrefix, Prefix, Site
+
+
+@pytest.fixture
+def stored(tmp_path):
+    k_LPKH, v_LPKH = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 3, 1, 4)))
+    produced = Prefix(Site(KVPrefix(k_LPKH, v_LPKH)), offset=3)
+    backbone = artifact.BackboneCard(
+        source="/gone", model_type="gpt2", fingerprint="0", dtype="float32"
+    )
+    card = artifact.make_card(produced, Geometry(2, 2, 1, 4, 8, 16), backbone)
+    artifact.save(tmp_path / "stored", produced, card)
+    return tmp_path / "stored"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "container", "file"),
+    [
+        ([], "safetensors", "prefix.safetensors"),
+        (["--to", "orbax"], "orbax", "arrays"),
+        (["--bake"], "safetensors", "prefix.safetensors"),
+    ],
+)
+def test_it_writes_a_copy_and_says_so(arguments, container, file, stored, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    assert main(["export", str(stored), str(copy), *arguments]) == 0
+    out = capsys.readouterr().out
+    assert f"{copy}: 3 slots of kind 'kv' as {container}, " in out
+    assert "text starts at position 3" in out
+    assert (copy / file).exists()
+    assert artifact.load(copy)[1] == artifact.load(stored)[1]
+
+
+def test_a_missing_prefix_is_one_line_and_no_copy(tmp_path, capsys):
+    assert main(["export", str(tmp_path / "none"), str(tmp_path / "copy")]) == 2
+    assert capsys.readouterr().err.startswith("error: there is no directory")
+    assert not (tmp_path / "copy").exists()

@@ -1,0 +1,103 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from prefix_jax import artifact
+from prefix_jax.backbones.load import load
+from prefix_jax.cli.main import main
+from prefix_jax.prefix import Embeds
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "backbones"
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A small model with a tokenizer whose words are numbered."""
+    path = Path(shutil.copytree(FIXTURES / "smollm", tmp_path / "model"))
+    words = Tokenizer(WordLevel({f"[w{i}]": i for i in range(96)}, unk_token="[w0]"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def stored(tmp_path, model):
+    """Soft tokens that are words 7, 8 and 9."""
+    pretrained = load(model, dtype="float32")
+    produced = Embeds(pretrained.params["embed"]["tokens_VD"][7:10])
+    backbone = artifact.BackboneCard(
+        source=str(model), model_type="llama", fingerprint=pretrained.fingerprint, dtype="float32"
+    )
+    card = artifact.make_card(
+        produced,
+        pretrained.backbone.geometry,
+        backbone,
+        method={"name": "prompt", "length": 3, "mid": None},
+        init="text",
+        steps=1200,
+        template=artifact.TemplateCard(input="[bold]{name}[/] ->\n", target=" {text}"),
+        metrics={"loss": 1.25},
+    )
+    artifact.save(tmp_path / "stored", produced, card)
+    return tmp_path / "stored"
+
+
+@pytest.fixture
+def show(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def show(*arguments):
+        code = main(["inspect", *map(str, arguments)])
+        return code, capsys.readouterr()
+
+    return show
+
+
+def test_it_shows_what_the_prefix_is(stored, model, show):
+    code, (out, _) = show(stored)
+    assert code == 0
+    for part in (
+        "name prompt, length 3",
+        "1,200 steps",
+        "3 slots of kind embeds",
+        "0 to 2, text from 3",
+        "96 parameters, ",
+        f"{model} (llama, float32)",
+        r"'[bold]{name}[/] ->\n'",  # markup of the user's is text
+        "loss 1.25",
+        "Lengths of soft tokens",
+        "'[w7]' 1.00",
+        "'[w9]' 1.00",
+    ):
+        assert part in out
+
+
+def test_another_place_of_the_backbone_can_be_named(stored, model, show):
+    moved = model.rename(model.with_name("moved"))
+    _, (out, _) = show(stored)
+    assert "say where it is now (--model)" in out
+    assert "'[w7]'" not in out
+    _, (out, _) = show(stored, "--model", moved)
+    assert "'[w7]' 1.00" in out
+
+
+def test_json_holds_everything(stored, show):
+    code, (out, _) = show(stored, "--json", "--words", 1)
+    found = json.loads(out)
+    assert code == 0
+    assert found["card"]["kind"] == "embeds"
+    assert found["parameters"] == 96
+    assert [[word["id"] for word in words] for words in found["nearest"]] == [[7], [8], [9]]
+    assert found["norms"][0].keys() == {"of", "layer", "min", "mean", "max"}
+
+
+def test_a_damaged_prefix_is_one_line(stored, show):
+    (stored / "prefix.json").write_text("{")
+    code, (out, err) = show(stored)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert "prefix.json cannot be read" in err

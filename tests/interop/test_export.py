@@ -1,0 +1,153 @@
+"""An exported prefix is the same prefix, and readable without this package."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefix_jax import artifact
+from prefix_jax.artifact import Container
+from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.errors import BackboneError, PrefixError
+from prefix_jax.interop.export import export
+from prefix_jax.nn.attend import attend
+from prefix_jax.prefix import KVPrefix, Prefix, Produced, Site
+
+Forms = dict[str, Produced]
+CONTAINERS = ["orbax", "safetensors"]
+DOCUMENT = Path(__file__).parents[2] / "docs" / "export.md"
+SNIPPETS = dict(re.findall(r"```python\n# (.*?)\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL))
+
+
+def leaves(produced: Produced) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(produced)]
+
+
+@pytest.mark.parametrize("to", CONTAINERS)
+@pytest.mark.parametrize("kind", ["embeds", "hidden", "kv"])
+def test_a_copy_holds_the_same_numbers_and_the_same_card(
+    kind: str, to: Container, forms: Forms, save, tmp_path: Path
+) -> None:
+    source = save(forms[kind])
+    card = export(source, tmp_path / "copy", to)
+    copy, copied_card = artifact.load(tmp_path / "copy")
+    assert copied_card == card == artifact.load(source)[1]
+    for ours, theirs in zip(leaves(forms[kind]), leaves(copy), strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["embeds", "hidden"])
+def test_baking_gives_the_keys_and_values_that_a_prefix_stands_for(
+    kind: str, forms: Forms, save, pretrained: Pretrained, tmp_path: Path
+) -> None:
+    card = export(save(forms[kind]), tmp_path / "baked", bake=True, model=pretrained)
+    baked, loaded_card = artifact.load(tmp_path / "baked")
+    assert isinstance(baked, Prefix)
+    assert card == loaded_card
+    assert (card.kind, card.length, card.offset) == ("kv", 6, 6)
+    for ours, expected in zip(leaves(baked), leaves(forms["kv"]), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_baking_loads_the_backbone_of_the_training_by_itself(
+    forms: Forms, save, tmp_path: Path
+) -> None:
+    assert export(save(forms["embeds"]), tmp_path / "baked", bake=True).kind == "kv"
+
+
+def test_keys_and_values_are_baked_already_and_need_no_backbone(
+    forms: Forms, save, tmp_path: Path
+) -> None:
+    source = save(forms["kv"], source="/gone")
+    assert export(source, tmp_path / "baked", bake=True).kind == "kv"
+
+
+def test_a_backbone_that_moved_is_an_error_that_asks_for_it(
+    forms: Forms, save, tmp_path: Path
+) -> None:
+    source = save(forms["embeds"], source="/gone/model")
+    with pytest.raises(BackboneError, match=r"belongs to /gone/model.*--model"):
+        export(source, tmp_path / "baked", bake=True)
+
+
+def test_baking_with_another_backbone_is_refused(forms: Forms, save, tmp_path: Path) -> None:
+    fixtures = Path(__file__).parents[1] / "fixtures" / "backbones"
+    source, out = save(forms["embeds"]), tmp_path / "baked"
+    with pytest.raises(PrefixError, match="has another shape"):
+        export(source, out, bake=True, model=fixtures / "llama", allow_other_weights=True)
+    other = load(fixtures / "llama_grouped")
+    other = dataclasses.replace(other, fingerprint="other")
+    with pytest.raises(PrefixError, match="weights other"):
+        export(source, out, bake=True, model=other)
+    assert not out.exists()
+    export(source, out, bake=True, model=other, allow_other_weights=True)
+    assert out.exists()
+
+
+def run_without_the_package(code: str, folder: Path) -> None:
+    """Runs code in a Python in which importing prefix_jax fails."""
+    blocked = "import sys; sys.modules['prefix_jax'] = None\n"
+    done = subprocess.run(
+        [sys.executable, "-c", blocked + code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("to", CONTAINERS)
+def test_the_documented_five_lines_read_an_export_without_this_package(
+    to: Container, forms: Forms, save, tmp_path: Path
+) -> None:
+    export(save(forms["kv"]), tmp_path / "my-prefix", to)
+    assert len(SNIPPETS[f"read: {to}"].splitlines()) == 5
+    store = "import numpy as np; np.savez('read.npz', offset=card['offset'], **arrays)"
+    run_without_the_package(SNIPPETS[f"read: {to}"] + store, tmp_path)
+    read = np.load(tmp_path / "read.npz")
+    assert read["offset"] == 6
+    for name, array in zip(("k_LPKH", "v_LPKH"), leaves(forms["kv"]), strict=True):
+        assert read[name].dtype == np.float32
+        assert np.array_equal(read[name], array)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_documented_attention_is_ours(
+    with_bias: bool, forms: Forms, save, pretrained: Pretrained, tmp_path: Path
+) -> None:
+    g, rng = pretrained.backbone.geometry, np.random.default_rng(0)
+    T, N, K, H = 5, g.query_heads, g.kv_heads, g.head_dim
+    stored = forms["kv"]
+    assert isinstance(stored, Prefix)
+    assert stored.decoder.join is not None
+    join: KVPrefix = stored.decoder.join
+    if with_bias:
+        bias_LPN = rng.normal(size=(g.layers, 6, N)).astype(np.float32)
+        bias_LPN[1, 2, 0] = -np.inf
+        join = dataclasses.replace(join, bias_LPN=jnp.asarray(bias_LPN))
+    export(save(Prefix(Site(join), offset=6)), tmp_path / "my-prefix")
+
+    q_TNH, k_TKH, v_TKH = (rng.normal(size=(T, n, H)).astype(np.float32) for n in (N, K, K))
+    np.savez(tmp_path / "text.npz", q=q_TNH, k=k_TKH, v=v_TKH)
+    use = "t = np.load('text.npz'); np.save('out', attend(t['q'], t['k'], t['v'], 1, 0.3))"
+    run_without_the_package(SNIPPETS["read: safetensors"] + SNIPPETS["attend"] + use, tmp_path)
+
+    expected = attend(
+        q_TNH[None],
+        k_TKH[None],
+        v_TKH[None],
+        np.tri(T, dtype=bool)[None],
+        jax.tree.map(lambda leaf: leaf[1], join),
+        None,
+        0.3,
+    )
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected[0], atol=1e-5)

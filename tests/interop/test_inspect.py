@@ -1,0 +1,116 @@
+"""An inspection tells what a prefix is."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefix_jax.backbones.load import Pretrained
+from prefix_jax.errors import BackboneError, ConfigError, PrefixError
+from prefix_jax.interop.inspect import Norms, inspect, nearest_words, norms
+from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Produced, Site
+
+Forms = dict[str, Produced]
+# The small models have no tokenizer.
+WORDS = SimpleNamespace(decode=lambda ids: f"word{ids[0]}")
+
+
+@pytest.fixture
+def spelling(pretrained: Pretrained) -> Pretrained:
+    """The backbone, with a tokenizer whose words are numbered."""
+    model = dataclasses.replace(pretrained)
+    model.tokenizer = WORDS  # a cached property: set before it is asked for
+    return model
+
+
+def test_sizes_and_card(forms: Forms, save) -> None:
+    path = save(forms["kv"])
+    found = inspect(path)
+    assert found.parameters == 2 * 2 * 6 * 2 * 8
+    assert found.bytes == sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    assert (found.path, found.card.steps) == (path, 12)
+
+
+def test_norms_of_keys_and_values_are_per_layer_over_slots_and_heads() -> None:
+    k_LPKH = jnp.zeros((2, 3, 2, 4)).at[1].set(2.0).at[1, 0, 0].set(jnp.array([3.0, 4.0, 0, 0]))
+    found = norms(Prefix(Site(KVPrefix(k_LPKH, k_LPKH + 1)), offset=3))
+    assert found[0] == Norms("keys", 0, 0.0, 0.0, 0.0)
+    assert found[1] == Norms("keys", 1, 4.0, pytest.approx(25 / 6), 5.0)
+    assert found[2] == Norms("values", 0, 2.0, 2.0, 2.0)
+    assert [entry.of for entry in found] == ["keys", "keys", "values", "values"]
+
+
+def test_norms_of_hidden_states_and_of_soft_tokens() -> None:
+    rows = jnp.array([[3.0, 4.0], [0.0, 1.0]])
+    assert norms(Hidden(rows[None])) == (Norms("hidden states", 0, 1.0, 3.0, 5.0),)
+    assert norms(Embeds(rows)) == (Norms("soft tokens", None, 1.0, 3.0, 5.0),)
+
+
+def test_the_nearest_words_are_those_of_the_largest_cosine(spelling: Pretrained) -> None:
+    table_VD = np.zeros((5, 3), np.float32)  # word 0 is a row that fills up the table
+    table_VD[1:] = [[1, 0, 0], [0, 9, 0], [0, 1, 1], [-1, 0, 0]]
+    params = {**spelling.params, "embed": {"tokens_VD": jnp.asarray(table_VD)}}
+    model = dataclasses.replace(spelling, params=params)
+    model.tokenizer = WORDS
+
+    first, second = nearest_words(Embeds(jnp.array([[0.0, 0.3, 0.1], [-5.0, 0.1, 0.0]])), model, 3)
+    assert [(word.text, word.id) for word in first[:2]] == [("word2", 2), ("word3", 3)]
+    assert first[0].cosine == pytest.approx(0.3 / np.sqrt(0.1), abs=1e-6)
+    assert first[1].cosine == pytest.approx(0.4 / np.sqrt(0.2), abs=1e-6)
+    assert first[2].cosine == 0.0
+    assert second[0].text == "word4"
+    assert len(nearest_words(Embeds(jnp.ones((1, 3))), model, 99)[0]) == 5
+
+
+def test_soft_tokens_that_start_as_words_are_nearest_to_them(
+    forms: Forms, save, spelling: Pretrained
+) -> None:
+    found = inspect(save(forms["embeds"]), spelling, words=2)
+    assert found.nearest is not None
+    assert [words[0].text for words in found.nearest] == [f"word{i}" for i in range(3, 9)]
+    assert all(words[0].cosine == pytest.approx(1.0, abs=1e-5) for words in found.nearest)
+    assert found.note is None
+
+
+@pytest.mark.parametrize(("kind", "name"), [("kv", "keys and values"), ("hidden", "hidden states")])
+def test_only_soft_tokens_have_nearest_words(kind: str, name: str, forms: Forms, save) -> None:
+    found = inspect(save(forms[kind], source="/gone"))
+    assert found.nearest is None
+    assert found.note == f"nearest words: none, for {name} do not stand where words do"
+
+
+def test_a_backbone_that_moved_hides_the_words_and_nothing_else(forms: Forms, save) -> None:
+    found = inspect(save(forms["embeds"], source="/gone/model"))
+    assert found.nearest is None
+    assert found.note is not None
+    assert "belongs to /gone/model" in found.note
+    assert "--model" in found.note
+    assert found.norms
+
+
+def test_a_backbone_that_was_named_must_be_there_and_fit(
+    forms: Forms, save, pretrained: Pretrained
+) -> None:
+    path = save(forms["embeds"])
+    with pytest.raises(BackboneError, match="/gone/model"):
+        inspect(path, "/gone/model")
+    with pytest.raises(PrefixError, match="weights other"):
+        inspect(path, dataclasses.replace(pretrained, fingerprint="other"))
+
+
+def test_no_words_need_no_backbone(forms: Forms, save) -> None:
+    found = inspect(save(forms["embeds"], source="/gone"), words=0)
+    assert (found.nearest, found.note) == (None, None)
+    with pytest.raises(ConfigError, match="words is -1"):
+        inspect(save(forms["embeds"]), words=-1)
+
+
+def test_a_run_directory_will_do(forms: Forms, save, tmp_path: Path) -> None:
+    shutil.copytree(save(forms["kv"]), tmp_path / "run" / "prefix")
+    assert inspect(tmp_path / "run").path == tmp_path / "run" / "prefix"
