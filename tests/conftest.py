@@ -1,8 +1,10 @@
 """What every test shares; it must run before JAX is imported, for it sets JAX's environment."""
 
 import os
+import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -19,3 +21,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Compilation makes the first example slow. The same examples on every run: CI never surprises.
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
+
+# Helpers of the tests, such as `tiny`, are modules of this folder.
+sys.path.append(str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of random weights in Hugging Face layout, with its tokenizer: see `tiny`."""
+    import tiny
+
+    return tiny.write_model(tmp_path_factory.mktemp("tiny") / "model")
