@@ -54,17 +54,18 @@ def save(path: str | Path, produced: Produced, card: Card, arrays: Container = "
     content = _arrays(produced)
     if problems := _problems(content, card):
         raise PrefixError(f"a prefix like this is not saved to {path}: {'; '.join(problems)}")
-    if path.exists() and not _replaceable(path):
+    text = _to_json(card, content, arrays)
+    first = jax.process_index() == 0
+    if first and path.exists() and not _replaceable(path):
         raise PrefixError(
             f"{path} exists and is not a prefix; choose another place for the new one"
         )
 
-    first = jax.process_index() == 0
     try:
         with replacing(path, acts=first) as new:
             _write_arrays(new / _CONTAINERS[arrays], content, arrays)
             if first:
-                (new / _CARD).write_text(_to_json(card, content, arrays), encoding="utf-8")
+                (new / _CARD).write_text(text, encoding="utf-8")
     # A full disk is an OSError, or whatever Orbax and TensorStore make of it: a ValueError, today.
     except Exception as error:
         before = "the prefix that was there is unharmed" if path.exists() else "nothing was there"

@@ -72,7 +72,9 @@ def _facts(found: Inspection) -> Table:
         "weights": card.backbone.fingerprint,
         "shape": f"{g.layers} layers, {g.query_heads} query and {g.kv_heads} key/value heads of "
         f"{g.head_dim}, width {g.d_model}, vocabulary {g.vocab:,}",
-        "tokenizer": card.tokenizer and f"{card.tokenizer.name}, {card.tokenizer.size:,} tokens",
+        "tokenizer": None
+        if card.tokenizer is None
+        else f"{card.tokenizer.name}, {card.tokenizer.size:,} tokens",
         "metrics": _fields(card.metrics),
         "made": f"{card.created} by prefix_jax {card.package}",
     }

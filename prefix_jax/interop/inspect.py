@@ -158,7 +158,7 @@ def nearest_words(
     )
     return tuple(
         tuple(
-            Neighbour(pretrained.tokenizer.decode([int(i)]), int(i), float(cosine))
+            Neighbour(str(pretrained.tokenizer.decode([int(i)])), int(i), float(cosine))
             for i, cosine in zip(ids_C, cosines_C, strict=True)
         )
         for ids_C, cosines_C in zip(ids_PC, cosines_PC, strict=True)

@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import errno
 import json
+import os
 import resource
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
 
 from prefix_jax import artifact
 from prefix_jax.artifact import BackboneCard, Card, TemplateCard, TokenizerCard, make_card, store
@@ -194,14 +198,16 @@ def test_a_full_disk_loses_nothing_and_says_so(container: artifact.Container, st
     assert [entry.name for entry in stored.parent.iterdir()] == ["p"]
 
 
-@pytest.mark.parametrize("step", ["_to_json", "_write_arrays"])
+@pytest.mark.parametrize(
+    ("owner", "step"), [(store, "_write_arrays"), (Path, "write_text"), (os, "fsync")]
+)
 def test_a_failure_at_any_step_leaves_no_trace(
-    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: object, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store, step, fail)
+    monkeypatch.setattr(owner, step, fail)
     with pytest.raises(CheckpointError, match=r"\(nothing was there\): No space left on device"):
         artifact.save(tmp_path / "p", PREFIXES["kv"], card_of(PREFIXES["kv"]))
     assert list(tmp_path.iterdir()) == []
@@ -212,7 +218,7 @@ def test_an_interrupt_leaves_the_old_prefix(stored: Path, monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     before = files(stored)
-    monkeypatch.setattr(store, "_to_json", interrupt)
+    monkeypatch.setattr(store, "_write_arrays", interrupt)
     with pytest.raises(KeyboardInterrupt):
         artifact.save(stored, PREFIXES["embeds"], card_of(PREFIXES["embeds"]))
     assert files(stored) == before
@@ -420,3 +426,26 @@ def test_arrays_that_do_not_fit_the_card_are_named(
     file.write_bytes(safetensors.numpy.save(arrays))
     with pytest.raises(PrefixError, match=f"is damaged: {message}"):
         artifact.load(stored)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    path = tmp_path_factory.mktemp("whole") / "p"
+    artifact.save(path, PREFIXES["kv"], card_of(PREFIXES["kv"]), "safetensors")
+    return files(path)
+
+
+@given(data=st.data())
+def test_any_damage_is_a_prefix_error_or_leaves_the_numbers_alone(
+    data: st.DataObject, whole: dict[str, bytes]
+) -> None:
+    damaged = data.draw(st.sampled_from(sorted(whole)))
+    content = bytearray(whole[damaged])
+    start = data.draw(st.integers(0, len(content)))
+    stop = data.draw(st.integers(start, min(start + 8, len(content))))
+    content[start:stop] = data.draw(st.binary(max_size=8) | st.from_regex(rb"[0-9\[{:,\"]{1,8}"))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, intact in whole.items():
+            Path(folder, name).write_bytes(content if name == damaged else intact)
+        with contextlib.suppress(PrefixError):
+            assert_equal(artifact.load(folder)[0], PREFIXES["kv"])
