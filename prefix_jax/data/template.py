@@ -163,22 +163,11 @@ def render_chat(record: Record, field: str, tokenizer: PreTrainedTokenizerBase) 
             turns when later ones follow.
     """
     turns = _turns(record, field)
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"{record.source}: the tokenizer has no chat template for field {field!r}; "
-            "take an instruction-tuned model, or templates for input and target"
-        )
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise DataError(f"{record.source}: field {field!r} has no assistant's turn to learn from")
 
     def text(turns: Sequence[Mapping[str, Any]], answer_follows: bool) -> str:
-        try:
-            rendered = tokenizer.apply_chat_template(
-                [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=answer_follows
-            )
-        except jinja2.TemplateError as error:
-            raise DataError(
-                f"{record.source}: the tokenizer's chat template refuses the chat: {error}"
-            ) from error
-        return str(rendered)
+        return _chat_text(record, field, turns, tokenizer, answer_follows)
 
     segments, done = [], ""
     for i, turn in enumerate(turns):
@@ -195,6 +184,20 @@ def render_chat(record: Record, field: str, tokenizer: PreTrainedTokenizerBase) 
         done = after
     answer = next(turn["content"] for turn in reversed(turns) if turn["role"] == "assistant")
     return Rendered(tuple(segments), record.source, (answer,), chat=True)
+
+
+def render_chat_prompt(record: Record, field: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Renders a chat up to where the assistant answers; a last answer that is there is left out.
+
+    Raises:
+        DataError: as `render_chat`, or nothing is left to answer.
+    """
+    turns = list(_turns(record, field))
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns:
+        raise DataError(f"{record.source}: the chat in {field!r} has no turn to answer")
+    return _chat_text(record, field, turns, tokenizer, answer_follows=True)
 
 
 def _turns(record: Record, field: str) -> list[Mapping[str, Any]]:
@@ -216,6 +219,27 @@ def _turns(record: Record, field: str) -> list[Mapping[str, Any]]:
             f"{record.source}: the chat in {field!r} opens with the assistant, who has nothing to "
             "answer; begin it with a user's turn"
         )
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise DataError(f"{record.source}: field {field!r} has no assistant's turn to learn from")
     return turns
+
+
+def _chat_text(
+    record: Record,
+    field: str,
+    turns: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    answer_follows: bool,
+) -> str:
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{record.source}: the tokenizer has no chat template for field {field!r}; "
+            "take an instruction-tuned model, or templates for input and target"
+        )
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=answer_follows
+        )
+    except jinja2.TemplateError as error:
+        raise DataError(
+            f"{record.source}: the tokenizer's chat template refuses the chat: {error}"
+        ) from error
+    return str(rendered)
