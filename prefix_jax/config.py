@@ -12,7 +12,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -33,7 +33,10 @@ __all__ = [
     "dump",
     "load",
     "parse",
+    "sections",
 ]
+
+T = TypeVar("T")
 
 Metric = Literal[
     "loss",
@@ -482,18 +485,35 @@ def parse(values: dict[str, Any], overrides: Sequence[str] = (), source: str = "
     Raises:
         ConfigError: every problem found, one a line.
     """
+    return sections(Config, values, overrides, source)
+
+
+def sections(
+    cls: type[T], values: dict[str, Any], overrides: Sequence[str] = (), source: str = "config"
+) -> T:
+    """Makes some sections of a configuration, as `parse` makes all of them.
+
+    Args:
+        cls: a dataclass of sections: `Config`, or one with some of its fields.
+        values: by section.
+        overrides: as for `load`.
+        source: of the values, for messages.
+
+    Raises:
+        ConfigError: every problem found, one a line.
+    """
     values = _name_method(copy.deepcopy(values))
     given: dict[str, str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
             raise ConfigError(f"override {override!r}: expected key.path=value")
-        _put(values, key, _override_value(key, text), override)
+        _put(values, key, _override_value(cls, key, text), override)
         _name_method(values)
         given[key] = f"override {override}"
 
     problems: list[Problem] = []
-    config = construct(Config, values, "", problems)
+    config = construct(cls, values, "", problems)
     if config is None:
         raise ConfigError(
             "\n".join(f"{given.get(problem.key, source)}: {problem}" for problem in problems)
@@ -558,13 +578,13 @@ def _name_method(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _override_value(key: str, text: str) -> Any:
+def _override_value(cls: type, key: str, text: str) -> Any:
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
     # model.path=7 and data.input=[{x}] mean the text as it stands, although YAML sees more in it.
-    as_it_stands = takes_text(hint_at(Config, key)) and not isinstance(value, str | None)
+    as_it_stands = takes_text(hint_at(cls, key)) and not isinstance(value, str | None)
     return text if as_it_stands else value
 
 

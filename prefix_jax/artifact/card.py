@@ -58,18 +58,26 @@ class TokenizerCard:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TemplateCard:
-    """How records became the text that the prefix was trained on.
+    """How records became the tokens that the prefix was trained on.
 
     Attributes:
         input, target: templates with `{field}`.
         messages: the field that held a chat.
+        references: the field that held every acceptable target.
         loss: which tokens were learnt: "target" or "all".
+        max_length: tokens of an example at most; None allowed what the backbone allows.
+        truncate: the side on which longer inputs were cut: "left" or "right".
+        on_overflow: what happened to longer targets: "error" or "drop".
     """
 
     input: str | None = None
     target: str | None = None
     messages: str | None = None
-    loss: str = "target"
+    references: str | None = None
+    loss: Literal["target", "all"] = "target"
+    max_length: int | None = None
+    truncate: Literal["left", "right"] = "left"
+    on_overflow: Literal["error", "drop"] = "error"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +97,7 @@ class Card:
         init: what it was before training.
         steps: optimizer steps of training.
         template: of the training data.
+        decode: how text is generated unless one says otherwise: fields of `DecodeConfig`.
         tokenizer: of the training data.
         metrics: results on held-out data; what is not finite is stored as None.
         package: the version of prefix_jax that made it.
@@ -107,6 +116,7 @@ class Card:
     init: str | None
     steps: int | None
     template: TemplateCard | None
+    decode: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: TokenizerCard | None
     metrics: dict[str, Any]
     package: str
@@ -122,6 +132,7 @@ def make_card(
     init: str | None = None,
     steps: int | None = None,
     template: TemplateCard | None = None,
+    decode: Mapping[str, Any] | None = None,
     tokenizer: TokenizerCard | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Card:
@@ -143,6 +154,7 @@ def make_card(
         init=init,
         steps=steps,
         template=template,
+        decode=dict(decode or {}),
         tokenizer=tokenizer,
         metrics=dict(metrics or {}),
         package=_package_version(),
