@@ -130,6 +130,7 @@ class Tuned:
         data: Source,
         metrics: Sequence[str] = ("loss",),
         *,
+        references: str | None = None,
         decode: DecodeConfig = DecodeConfig(),  # noqa: B008
         **options: Any,
     ) -> Evaluation:
@@ -138,6 +139,7 @@ class Tuned:
         Args:
             data: a file, `tfds:NAME/SPLIT`, or records.
             metrics: "loss", "accuracy", "bleu", …: see `EvaluateConfig`.
+            references: the field of acceptable texts; None takes the rendered targets.
             decode: how text is generated.
             options: further fields of `EvaluateConfig`.
         """
@@ -146,7 +148,14 @@ class Tuned:
             raise PrefixError("this prefix has no template: nothing says how to render records")
         model = PrefixModel(self.pretrained.backbone, None)
         evaluate = config.build(EvaluateConfig, {"metrics": tuple(metrics), **options})
-        examples = load_examples(data, self.pretrained.tokenizer, **dataclasses.asdict(template))
+        start = 0 if self.prefix is None else self.prefix.offset
+        examples = load_examples(
+            data,
+            self.pretrained.tokenizer,
+            references=references,
+            max_length=self.pretrained.backbone.arch.max_positions - start,
+            **dataclasses.asdict(template),
+        )
         evaluator = Evaluator(
             model, self.pretrained.tokenizer, self.pretrained.mesh, evaluate, decode
         )

@@ -79,17 +79,29 @@ class PrefixModel:
     @property
     def room(self) -> int:
         """How many tokens of text the model's positions leave beside the prefix."""
-        taken = 0 if self.method is None else self.method.length
-        return self.backbone.arch.max_positions - taken
+        return self.backbone.arch.max_positions - self._start
 
-    def check_context(self, tokens: int) -> None:
-        """Raises ContextError if a prefix and `tokens` tokens do not fit the model's positions."""
+    @property
+    def _start(self) -> int:
+        return 0 if self.method is None else self.method.text_start
+
+    def check_context(self, max_length: int | None) -> None:
+        """Raises ContextError if prefix and text do not fit the model's positions.
+
+        Args:
+            max_length: tokens of text at most; None for as many as fit.
+        """
         positions = self.backbone.arch.max_positions
-        if tokens > self.room:
+        if self.room < 2:
             raise ContextError(
-                f"{tokens} tokens (data.max_length) beside a prefix of {positions - self.room} "
-                f"exceed the model's {positions} positions; "
-                f"at most {self.room} fit, or take a shorter prefix"
+                f"a prefix after which text starts at position {self._start} leaves no room for it "
+                f"in the model's {positions} positions; take a shorter prefix"
+            )
+        if max_length is not None and max_length > self.room:
+            raise ContextError(
+                f"data.max_length {max_length} and text that starts at position {self._start}, "
+                f"after the prefix, exceed the model's {positions} positions; "
+                f"at most {self.room} tokens fit, or take a shorter prefix"
             )
 
 

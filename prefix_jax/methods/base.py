@@ -36,6 +36,11 @@ class Method:
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"method.dropout is {self.dropout}; it must be in [0, 1)")
 
+    @property
+    def text_start(self) -> int:
+        """The position of the first token of text after the prefix."""
+        return self.length
+
     def init(self, rng: jax.Array, geometry: Geometry, start: Produced | None) -> Params:
         """The initial parameters, float32.
 

@@ -36,6 +36,12 @@ class PrefixTuning(Method):
         super().__post_init__()
         if self.mid is not None and self.mid < 1:
             raise ConfigError(f"method.mid is {self.mid}; the MLP needs at least 1 unit")
+        if self.text_start < 0:
+            raise ConfigError(f"method.offset is {self.offset}; positions start at 0")
+
+    @property
+    def text_start(self) -> int:
+        return self.length if self.offset is None else self.offset
 
     def init(self, rng: jax.Array, geometry: Geometry, start: Produced | None) -> Params:
         if self.mid is None:
@@ -73,8 +79,7 @@ class PrefixTuning(Method):
         if rng is not None:
             k_rng, v_rng = jax.random.split(rng)
             k_LPKH, v_LPKH = self.drop(k_LPKH, k_rng), self.drop(v_LPKH, v_rng)
-        offset = self.length if self.offset is None else self.offset
-        return Prefix(Site(KVPrefix(k_LPKH, v_LPKH)), offset, self.pinned)
+        return Prefix(Site(KVPrefix(k_LPKH, v_LPKH)), self.text_start, self.pinned)
 
     def _features(self, params: Params) -> jax.Array:
         return jnp.tanh(params["embedding_PD"] @ params["in_DX"] + params["in_bias_X"])

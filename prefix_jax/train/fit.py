@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import yaml
 from rich.console import Console
 
 from prefix_jax import artifact
 from prefix_jax import config as configs
 from prefix_jax.artifact import Card
+from prefix_jax.backbones.fingerprint import fingerprint
 from prefix_jax.backbones.load import Pretrained
 from prefix_jax.config import Config
+from prefix_jax.data.batch import Example
 from prefix_jax.errors import CheckpointError, ConfigError
 from prefix_jax.evaluate.report import save_predictions
 from prefix_jax.evaluate.run import Evaluation, Evaluator
@@ -90,8 +94,14 @@ def fit(
             full, or the loss is not finite. What was saved before stays.
     """
     directory = Path(config.output)
-    _claim(directory, config)
+    _refuse_another_run(directory, config)
     setup = prepare(config, pretrained=pretrained, records=records)
+    if jax.process_index() == 0:
+        _write(directory / "config.yaml", configs.dump(config))
+    identity = {
+        "fingerprint": setup.pretrained.fingerprint,
+        "examples": _digest(setup.splits["train"]),
+    }
     evaluator = Evaluator(
         setup.model, setup.pretrained.tokenizer, setup.mesh, config.evaluate, config.decode
     )
@@ -100,7 +110,7 @@ def fit(
         checkpoints = stack.enter_context(
             Checkpoints(directory / "checkpoints", config.train.keep, warnings.append)
         )
-        state, progress = _restore(setup, checkpoints)
+        state, progress = _restore(setup, checkpoints, identity)
         report = stack.enter_context(
             Report(
                 directory,
@@ -115,20 +125,20 @@ def fit(
         for warning in warnings:
             report.warning(warning)
         _announce(setup, state, report)
-        stop = stack.enter_context(stop_signal())
-        state = train(
-            setup,
-            state,
-            progress,
-            checkpoints=checkpoints,
-            report=report,
-            evaluator=evaluator,
-            metadata={"fingerprint": setup.pretrained.fingerprint},
-            stop=stop,
-        )
+        with stop_signal() as stop:
+            state = train(
+                setup,
+                state,
+                progress,
+                checkpoints=checkpoints,
+                report=report,
+                evaluator=evaluator,
+                metadata=identity,
+                stop=stop,
+            )
         report.plot(reduction=config.data.reduction)
         step = int(state.step)
-        if stop.is_set() and step < setup.steps:
+        if step < setup.steps and not progress.stopped:
             report.message(f"interrupted after step {step}, which is saved: run the same again")
             return Run(directory, setup.pretrained, None, None, step, {}, interrupted=True)
         if progress.best_step not in (None, step):
@@ -137,61 +147,68 @@ def fit(
         return _finish(setup, state, step, evaluator, report, directory)
 
 
-def _claim(directory: Path, config: Config) -> None:
-    """Writes the config into the run directory, or makes sure that it is the same run's.
+def _refuse_another_run(directory: Path, config: Config) -> None:
+    """Makes sure that a directory is free, or holds the run that is to go on.
 
     Raises:
-        ConfigError: the directory holds another run.
-        CheckpointError: it cannot be written.
+        ConfigError: it holds another run.
     """
-    path, text = directory / "config.yaml", configs.dump(config)
-    if path.exists():
-        differing = _differences(yaml.safe_load(path.read_text(encoding="utf-8")), text)
-        if differing:
-            raise ConfigError(
-                f"{directory} holds a run with another {', '.join(differing)}; "
-                "choose another output, or remove that directory to start anew"
-            )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _differences(stored: Any, text: str) -> list[str]:
-    """The keys that make two configs different runs."""
-    before, now = _flat(stored), _flat(yaml.safe_load(text))
-    return [
-        key
+    path = directory / "config.yaml"
+    if not path.exists():
+        return
+    before, now = _flat(dataclasses.asdict(configs.load(path))), _flat(dataclasses.asdict(config))
+    differing = [
+        f"{key} ({before.get(key)}, not {now.get(key)})"
         for key in {**before, **now}
         if before.get(key) != now.get(key)
         and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
     ]
+    if differing:
+        raise ConfigError(
+            f"{directory} holds a run with another {', '.join(differing)}; "
+            "choose another output, or remove that directory to start anew"
+        )
 
 
-def _flat(values: Any, where: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {where: values}
-    return {
-        key: leaf
-        for name, value in values.items()
-        for key, leaf in _flat(value, f"{where}.{name}" if where else name).items()
-    }
+def _flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested sections by dotted keys. Of the metrics the first one is named: it selects."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{where}{name}"
+        found |= _flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+    if "evaluate.metrics" in found:
+        found["first of evaluate.metrics"] = found["evaluate.metrics"][0]
+    return found
 
 
-def _restore(setup: Setup, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
-    """The latest state of an interrupted run, or the first one."""
+def _digest(examples: Sequence[Example]) -> str:
+    """Tells whether the examples are those that a run began with."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example.ids_T).to_bytes(4, "little"))
+        digest.update(example.ids_T.tobytes() + example.target_T.tobytes())
+    return digest.hexdigest()
+
+
+def _restore(
+    setup: Setup, checkpoints: Checkpoints, identity: Mapping[str, str]
+) -> tuple[TrainState, Progress]:
+    """The latest state of an interrupted run, or the first one.
+
+    Raises:
+        CheckpointError: it began with another backbone or other examples.
+    """
     found = checkpoints.restore_latest(setup.state)
     if found is None:
         return setup.state, Progress()
     state, metadata = found
-    if metadata["fingerprint"] != setup.pretrained.fingerprint:
-        raise CheckpointError(
-            f"the checkpoints in {checkpoints.directory} belong to another backbone "
-            f"(fingerprint {metadata['fingerprint']}, not {setup.pretrained.fingerprint}); "
-            "choose another output, or the backbone that the run began with"
-        )
+    for key, what in (("fingerprint", "another backbone"), ("examples", "other training examples")):
+        if metadata[key] != identity[key]:
+            raise CheckpointError(
+                f"the run in {checkpoints.directory.parent} began with {what} "
+                f"({key} {metadata[key][:12]}…, not {identity[key][:12]}…); "
+                "choose another output, or put back what it began with"
+            )
     return state, Progress(**metadata["progress"])
 
 
@@ -231,19 +248,25 @@ def _finish(
         prefix = jax.jit(setup.model.prefix)(params)
     card = None
     if produced is None:
-        pretrained = dataclasses.replace(pretrained, params=params["backbone"])
+        pretrained = copy.copy(pretrained)
+        pretrained.params = params["backbone"]
+        pretrained.fingerprint = fingerprint(pretrained.params)
     else:
         card = _card(setup, produced, step)
         artifact.save(directory / "prefix", produced, card)
 
     evaluations: dict[str, Evaluation] = {}
     if "test" in setup.splits:
-        prefixes = {"after": prefix}
-        if setup.config.evaluate.before and produced is not None:
-            prefixes = {"before": None, **prefixes}
-        evaluations = evaluator.compare(pretrained, prefixes, setup.splits["test"], report.phase)
+        bare = {"before": None} if setup.config.evaluate.before else {}
+        tuned = {"after": prefix}
+        weights = [(pretrained, bare | tuned)]
+        if produced is None:
+            weights = [(setup.pretrained, bare), (pretrained, tuned)]
+        for backbone, prefixes in weights:
+            evaluations |= evaluator.compare(backbone, prefixes, setup.splits["test"], report.phase)
         report.evaluation(step, evaluations["after"].report.metrics, kind="test")
-        _save_results(directory, step, evaluations)
+        if jax.process_index() == 0:
+            _save_results(directory, step, evaluations)
     if card is not None and evaluations:
         metrics = {f"test_{k}": v for k, v in evaluations["after"].report.metrics.items()}
         card = dataclasses.replace(card, metrics={**card.metrics, **metrics})
@@ -256,15 +279,22 @@ def _save_results(directory: Path, step: int, evaluations: Mapping[str, Evaluati
         "step": step,
         "test": {name: found.report.as_dict() for name, found in evaluations.items()},
     }
-    path = directory / "results.json"
-    try:
-        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+    _write(directory / "results.json", json.dumps(results, indent=2) + "\n")
     for name, found in evaluations.items():
         if found.predictions:
             suffix = "" if name == "after" else f"-{name}"
             save_predictions(directory / f"predictions{suffix}.jsonl", found.predictions)
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    new = path.with_name(f"{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _card(setup: Setup, produced: Produced, step: int) -> Card:

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from prefix_jax.errors import NonFiniteError
 from prefix_jax.evaluate.run import Evaluator, better
-from prefix_jax.mesh import describe, place_rows
+from prefix_jax.mesh import describe, place_rows, replicated
 from prefix_jax.train.checkpoint import Checkpoints
 from prefix_jax.train.report import Report
 from prefix_jax.train.setup import Setup
@@ -97,6 +98,7 @@ def train(
     lift = jax.jit(setup.model.prefix)
     done = int(state.step)
     batches = setup.pipeline.iterate(done, setup.steps)
+    go = jax.device_put(np.bool_(True), replicated(setup.mesh))
     pending: tuple[int, StepMetrics] | None = None
     clock = time.perf_counter()
 
@@ -145,8 +147,8 @@ def train(
             micro = jax.tree.map(lambda leaf: leaf[None], micro)
         with jax.set_mesh(setup.mesh):
             placed = place_rows(micro, setup.mesh, leading=1)
-            state, metrics = setup.step(state, setup.frozen, placed)
-        done += 1
+            state, metrics = setup.step(state, setup.frozen, placed, go)
+        done, go = done + 1, metrics.finite
         # The metrics of the step before: this one is running already.
         settle()
         pending = (done, metrics)
@@ -156,22 +158,23 @@ def train(
         must_evaluate = "dev" in setup.splits and (
             done == setup.steps or (every is not None and done % every == 0)
         )
-        must_save = last or done % train_config.checkpoint_every == 0
-        if not (must_evaluate or must_save):
+        must_save = done % train_config.checkpoint_every == 0
+        if not (must_evaluate or must_save or last):
             continue
         settle()
         if must_evaluate:
             must_save |= evaluate(done)
+            last |= stop.is_set()
             if train_config.patience is not None and progress.stale >= train_config.patience:
-                progress.stopped = must_save = True
+                progress.stopped = last = True
                 report.message(
                     f"stopped early: {metric} on dev has not improved for "
                     f"{progress.stale} evaluations (best at step {progress.best_step})"
                 )
-        if must_save:
+        if must_save or last:
             save(done)
         clock = time.perf_counter()
-        if stop.is_set():
+        if last:
             break
     checkpoints.wait()
     return state

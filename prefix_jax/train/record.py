@@ -30,7 +30,8 @@ class Record:
     killed process loses at most the line that it was writing.
 
     A run that starts at step 0 starts both anew. One that resumes at step s drops what lies
-    beyond s, so that they read as if nothing had happened.
+    beyond s, and the results on the test split, which are the last thing of a run: they read as if
+    nothing had happened.
 
     Args:
         directory: of the run; made where it is missing.
@@ -138,13 +139,14 @@ def _parse(text: bytes, where: str) -> dict[str, Any]:
 
 
 def _drop_beyond(path: Path, step: int) -> None:
-    """Cuts the file where the first line beyond `step` starts; at step 0 nothing stays."""
+    """Cuts the file where the first line beyond `step`, or of the test split, starts; at step 0
+    nothing stays."""
     if not path.exists():
         return
     end = 0
     if step > 0:
         for line_end, line in _lines(path):
-            if line["step"] > step:
+            if line["step"] > step or line.get("kind") == "test":
                 break
             end = line_end
     os.truncate(path, end)

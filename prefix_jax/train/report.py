@@ -84,7 +84,7 @@ class Report:
             bar.add_task("compiling", total=self._total, completed=self._start, numbers="", left="")
             self._show(bar.start)
             self._bar = bar
-        else:
+        elif self._start < self._total:
             self.message(
                 f"training: steps {self._start + 1} to {self._total}, the first of which compiles"
             )

@@ -128,8 +128,7 @@ def load_splits(
 ) -> dict[str, Examples]:
     """The examples of every split that the config or `records` names."""
     data = config.data
-    if data.max_length is not None:
-        model.check_context(data.max_length)
+    model.check_context(data.max_length)
     sources: dict[str, Any] = {"train": data.train, "dev": data.dev, "test": data.test}
     sources |= records or {}
     read = functools.partial(

@@ -34,7 +34,7 @@ class TrainState:
 
 @flax.struct.dataclass
 class StepMetrics:
-    """What a step reports, float32 scalars.
+    """What a step reports, float32 scalars if nothing else is said.
 
     Attributes:
         loss: as it is minimised: nats per target token, or per example under that reduction.
@@ -42,7 +42,8 @@ class StepMetrics:
         tokens: how many tokens were read, padding not counted.
         grad_norm: of the trained part, before clipping.
         param_norm: of the trained part, before the update.
-        finite: 0 where loss or gradient was not finite; the step then changed nothing.
+        finite: bool, False where loss or gradient was not finite, or the step was told not to go.
+            It then changed nothing.
     """
 
     loss: jax.Array
@@ -53,7 +54,7 @@ class StepMetrics:
     finite: jax.Array
 
 
-Step = Callable[[TrainState, Any, Batch], tuple[TrainState, StepMetrics]]
+Step = Callable[..., tuple[TrainState, StepMetrics]]
 
 
 def init_state(
@@ -87,11 +88,14 @@ def make_step(
     reduction: Literal["token", "example"] = "token",
     seed: int = 0,
 ) -> Step:
-    """Builds (state, frozen, micro) → (state, metrics), to be jitted with `state` donated.
+    """Builds (state, frozen, micro, go=True) → (state, metrics), to be jitted, `state` donated.
 
     `micro` is a batch whose leaves have a leading axis of micro-batches. Their summed losses and
     gradients are added up and divided once, by all targets (or examples), so that the result does
     not depend on how a step is split.
+
+    With `go` False a step changes nothing. A loop that passes the `finite` of the step before may
+    start a step ahead of knowing how that one went, and still stops in the state where it failed.
 
     Args:
         model: backbone and method.
@@ -123,7 +127,9 @@ def make_step(
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.train))
         return jax.lax.scan(add, zero, (micro, rngs))[0]
 
-    def step(state: TrainState, frozen: Any, micro: Batch) -> tuple[TrainState, StepMetrics]:
+    def step(
+        state: TrainState, frozen: Any, micro: Batch, go: bool | jax.Array = True
+    ) -> tuple[TrainState, StepMetrics]:
         loss, grads = summed(state, frozen, micro)
         targets = micro.weight_BM.sum()
         count = targets if reduction == "token" else micro.examples.sum()
@@ -142,7 +148,7 @@ def make_step(
             updates,
             is_leaf=lambda leaf: leaf is None,
         )
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = go & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         moved = TrainState(
             state.step + 1, optax.apply_updates(state.train, updates), optimizer_state
         )
@@ -152,7 +158,7 @@ def make_step(
             tokens=jnp.sum(micro.tokens.group_BT > 0).astype(jnp.float32),
             grad_norm=grad_norm,
             param_norm=optax.global_norm(state.train),
-            finite=finite.astype(jnp.float32),
+            finite=finite,
         )
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state), metrics
 
