@@ -24,6 +24,8 @@ OnText = Callable[[int, int, str], None]
 
 # Tokens between two looks at the text, where a stop text may end it.
 _STOP_INTERVAL = 8
+# So many batches are sorted by length together: all would finish the first prompt last.
+_WINDOW = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Generator:
         config: DecodeConfig = DecodeConfig(),  # noqa: B008
         *,
         batch_size: int = 16,
+        names: Sequence[str] | None = None,
         on_text: OnText | None = None,
         on_done: Callable[[int, Generation], None] | None = None,
     ) -> list[Generation]:
@@ -65,6 +68,7 @@ class Generator:
             prompts: texts, or token ids that are taken as they are.
             config: how to generate.
             batch_size: prompts at a time; those of similar length share a batch.
+            names: what errors call the prompts: "test.jsonl:17"; None numbers them.
             on_text: called with the index of a prompt, of a sample, and the next piece of its
                 text as soon as that is certain: token by token, or at the end of a beam search.
             on_done: called with the index of a prompt and what was generated for it.
@@ -77,9 +81,12 @@ class Generator:
             ContextError: a prompt does not fit the model with the prefix and what is generated.
         """
         encoded = [self._encode(prompt) for prompt in prompts]
-        self._check(encoded, config)
+        self._check(encoded, names or [f"prompt {i}" for i in range(len(encoded))], config)
         generations: dict[int, Generation] = {}
-        by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+        by_length: list[int] = []
+        for start in range(0, len(encoded), _WINDOW * batch_size):
+            window = range(start, min(start + _WINDOW * batch_size, len(encoded)))
+            by_length += sorted(window, key=lambda index: len(encoded[index]))
         for start in range(0, len(by_length), batch_size):
             batch = {index: encoded[index] for index in by_length[start : start + batch_size]}
             continuations = self._continue(batch, config, on_text)
@@ -97,15 +104,17 @@ class Generator:
         begun = bos is not None and prompt.startswith(bos)
         return self.tokenizer(prompt, add_special_tokens=not begun, verbose=False)["input_ids"]
 
-    def _check(self, prompts: Sequence[Sequence[int]], config: DecodeConfig) -> None:
+    def _check(
+        self, prompts: Sequence[Sequence[int]], names: Sequence[str], config: DecodeConfig
+    ) -> None:
         positions = self.backbone.arch.max_positions
         offset = 0 if self.prefix is None else self.prefix.offset
-        for index, ids in enumerate(prompts):
+        for name, ids in zip(names, prompts, strict=True):
             if len(ids) == 0:
-                raise DataError(f"prompt {index} is empty: give it one token at least")
+                raise DataError(f"{name} is empty: give it one token at least")
             if offset + len(ids) + config.max_new_tokens > positions:
                 raise ContextError(
-                    f"prompt {index}: {len(ids)} tokens after a prefix of {offset}, and "
+                    f"{name}: {len(ids)} tokens after a prefix of {offset}, and "
                     f"{config.max_new_tokens} new ones, exceed the model's {positions} positions; "
                     "shorten the prompt or max_new_tokens"
                 )
