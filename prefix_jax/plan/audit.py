@@ -51,11 +51,16 @@ def audit(compiled: jax.stages.Compiled, backbone: Mapping[str, Any], state: Any
         compiled: the step.
         backbone: the (abstract) weights, stacked.
         state: the (abstract) `TrainState`.
+
+    Raises:
+        ValueError: the backend shows neither text nor memory of what it compiled.
     """
-    module = parse(compiled.as_text())
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    if text is None or memory is None:
+        raise ValueError("this backend does not show what it compiled")
+    module = parse(text)
     found, arrays = products(module), temporaries(module)
     layer, stored = _matrices(backbone)
-    memory = compiled.memory_analysis()
     return Audit(
         flops=sum(product.flops for product in found),
         opaque=opaque(module),

@@ -88,9 +88,17 @@ _BRACES = re.compile(r"\{[^{}]*\}")
 _COMMENT = re.compile(r"/\*.*?\*/")
 
 # Instructions that pass arrays on and fill none of their own.
-_NO_BUFFER = frozenset(
-    ["parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier"]
-)
+_NO_BUFFER = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "opt-barrier",
+}
 
 
 def parse(text: str) -> Module:

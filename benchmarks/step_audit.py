@@ -1,0 +1,246 @@
+"""What one training step computes and stores, against what it has to.
+
+    python benchmarks/step_audit.py [--output benchmarks/results/step_audit.json]
+
+Steps are compiled for this machine from abstract weights: nothing is allocated and nothing runs.
+Goals, without remat: at most 1.05 times the floor (`prefix_jax.plan.floor`), no product that makes
+a frozen weight's gradient, no array as large as a parameter of the backbone, and an optimizer that
+knows the trained leaves alone. The rows "full" train the whole backbone and are there for contrast.
+
+XLA's CPU compiler computes bfloat16 products in float32 and converts whole stacks of weights for
+it: those copies, in the rows in bfloat16, are its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from prefix_jax.backbones import llama
+from prefix_jax.backbones.decoder import Backbone, Remat
+from prefix_jax.config import OptimConfig
+from prefix_jax.data.batch import Batch
+from prefix_jax.methods import METHODS
+from prefix_jax.model import PrefixModel
+from prefix_jax.nn.mask import Tokens
+from prefix_jax.plan.audit import Audit, audit
+from prefix_jax.plan.floor import floor
+from prefix_jax.prefix import Prefix
+from prefix_jax.train.optimizer import make_optimizer, make_schedule
+from prefix_jax.train.partition import labels, merge, split
+from prefix_jax.train.step import TrainState, make_step
+
+MIB = 2**20
+
+# Hugging Face configs.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "model_type": "llama",
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 160,
+        "vocab_size": 512,
+        "tie_word_embeddings": True,
+    },
+    "SmolLM2-135M": {
+        "model_type": "llama",
+        "num_hidden_layers": 30,
+        "hidden_size": 576,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "Llama-3-8B": {
+        "model_type": "llama",
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One step: a model, a method, and the shape of a batch of one row.
+
+    Attributes:
+        model: a name in `CONFIGS`.
+        method: a name in `METHODS`, or "full": the backbone trains, and there is no prefix.
+        tokens, targets, length: T, M and P.
+    """
+
+    model: str
+    method: str
+    tokens: int
+    targets: int
+    length: int
+    dtype: str = "float32"
+    remat: Remat = "none"
+
+
+# Sizes that make no activation as large as a weight; see `audit`.
+TINY = Case("tiny", "prefix", tokens=72, targets=24, length=8)
+SMOLLM2 = Case("SmolLM2-135M", "prefix", tokens=512, targets=224, length=16)
+LLAMA = Case("Llama-3-8B", "prefix", tokens=1920, targets=840, length=32)
+
+CASES = (
+    *(
+        dataclasses.replace(case, method=method)
+        for case in (TINY, SMOLLM2, LLAMA)
+        for method in ("prefix", "hidden", "prompt", "full")
+    ),
+    dataclasses.replace(SMOLLM2, tokens=40, targets=24),
+    dataclasses.replace(SMOLLM2, remat="full"),
+    dataclasses.replace(LLAMA, dtype="bfloat16"),
+)
+
+
+def model_of(case: Case) -> PrefixModel:
+    backbone = Backbone(llama.architecture(CONFIGS[case.model]), case.remat)
+    method = METHODS.get(case.method)
+    return PrefixModel(backbone, method and method(case.length))
+
+
+def compile_step(
+    case: Case, make: Callable[..., Any] = make_step
+) -> tuple[jax.stages.Compiled, Mapping[str, Any], TrainState]:
+    """The compiled step, the abstract backbone and the abstract state.
+
+    Args:
+        case: what to compile.
+        make: as `make_step`; (model, optimizer) → step.
+    """
+    model = model_of(case)
+
+    def init() -> dict[str, Any]:
+        params: dict[str, Any] = {"backbone": model.backbone.init(jax.random.key(0), case.dtype)}
+        if model.method is not None:
+            params["prefix"] = model.method.init(jax.random.key(1), model.backbone.geometry, None)
+        return params
+
+    params = jax.eval_shape(init)
+    partition = labels(params, full=model.method is None)
+    config = OptimConfig()
+    optimizer = make_optimizer(config, make_schedule(config, 100), partition)
+    train, frozen = split(params, partition)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(step, train, jax.eval_shape(optimizer.init, merge(train, frozen)))
+
+    def integers(size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, 1, size), jnp.int32)
+
+    T, M = case.tokens, case.targets
+    batch = Batch(
+        ids_BT=integers(T),
+        tokens=Tokens(integers(T), integers(T), integers(T)),
+        index_BM=integers(M),
+        label_BM=integers(M),
+        weight_BM=jax.ShapeDtypeStruct((1, 1, M), jnp.float32),
+        examples=jax.ShapeDtypeStruct((1,), jnp.float32),
+    )
+    lowered = jax.jit(make(model, optimizer), donate_argnums=0).lower(state, frozen, batch)
+    # Nothing runs: optimise the program, but spare LLVM the work on its machine code.
+    compiled = lowered.compile({"xla_backend_optimization_level": 0})
+    return compiled, params["backbone"], state
+
+
+def floor_of(case: Case) -> int:
+    """The floor of a case. For "full", of a frozen backbone without a prefix."""
+    model = model_of(case)
+    return floor(
+        model.backbone.arch,
+        rows=1,
+        tokens=case.tokens,
+        targets=case.targets,
+        length=0 if model.method is None else case.length,
+        produces=Prefix if model.method is None else model.method.produces,
+    ).total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/step_audit.json"))
+    output = parser.parse_args().output
+
+    print(" ".join(f"{title:>{width}}" for title, width, _ in COLUMNS))
+    rows = []
+    for case in CASES:
+        compiled, backbone, state = compile_step(case)
+        row = figures(case, audit(compiled, backbone, state))
+        print(" ".join(f"{form(row):>{width}}" for _, width, form in COLUMNS), flush=True)
+        rows.append(row)
+
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("jax", "jaxlib", "flax", "optax")},
+        "compiled_for": jax.devices()[0].device_kind,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+def figures(case: Case, found: Audit) -> dict[str, Any]:
+    """One row of the table, as JSON."""
+    least = floor_of(case)
+    return {
+        **dataclasses.asdict(case),
+        "flops": found.flops,
+        "floor": least,
+        "ratio": found.flops / least,
+        "weight_gradients": sum(product.count for product in found.weight_gradients),
+        "weight_copies": [str(array) for array in found.weight_copies],
+        "temp_bytes": found.temp_bytes,
+        "backbone_bytes": found.backbone_bytes,
+        "largest_array": str(found.largest),
+        "train_elements": found.train_elements,
+        "optimizer_elements": found.optimizer_elements,
+        "not_counted": found.opaque,
+    }
+
+
+Row = dict[str, Any]
+COLUMNS: tuple[tuple[str, int, Callable[[Row], str]], ...] = (
+    ("model", 12, lambda row: row["model"]),
+    ("method", 6, lambda row: row["method"]),
+    ("dtype", 8, lambda row: row["dtype"]),
+    ("remat", 5, lambda row: row["remat"]),
+    ("T", 4, lambda row: str(row["tokens"])),
+    ("M", 3, lambda row: str(row["targets"])),
+    ("P", 2, lambda row: str(row["length"])),
+    ("GFLOP", 9, lambda row: f"{row['flops'] / 1e9:.4g}"),
+    ("floor", 9, lambda row: f"{row['floor'] / 1e9:.4g}"),
+    ("ratio", 5, lambda row: f"{row['ratio']:.3f}"),
+    ("temp MiB", 8, lambda row: f"{row['temp_bytes'] / MIB:.1f}"),
+    ("backbone MiB", 12, lambda row: f"{row['backbone_bytes'] / MIB:.1f}"),
+    ("weight grads", 12, lambda row: str(row["weight_gradients"])),
+    ("copies", 6, lambda row: str(len(row["weight_copies"]))),
+    ("trained", 10, lambda row: str(row["train_elements"])),
+    ("optimizer", 11, lambda row: str(row["optimizer_elements"])),
+    ("largest array", 20, lambda row: row["largest_array"]),
+)
+
+
+if __name__ == "__main__":
+    main()

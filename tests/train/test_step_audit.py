@@ -1,0 +1,124 @@
+"""The compiled step does no work, and holds no memory, that a frozen backbone spares.
+
+The steps are those of `benchmarks/step_audit.py`. Each check is shown to fail on a step that breaks
+its rule.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from prefix_jax.data.batch import Batch
+from prefix_jax.model import PrefixModel
+from prefix_jax.plan.audit import Audit, audit
+from prefix_jax.train.partition import merge
+from prefix_jax.train.step import TrainState, make_step
+
+
+def _benchmark() -> ModuleType:
+    script = Path(__file__).parents[2] / "benchmarks" / "step_audit.py"
+    spec = importlib.util.spec_from_file_location("step_audit", script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+step_audit = _benchmark()
+compile_step = functools.cache(step_audit.compile_step)
+LIMIT = 1.05
+
+
+def ratio(case: Any, found: Audit) -> float:
+    return found.flops / step_audit.floor_of(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        step_audit.TINY,
+        dataclasses.replace(step_audit.TINY, method="hidden"),
+        dataclasses.replace(step_audit.TINY, method="prompt"),
+        step_audit.SMOLLM2,
+        step_audit.LLAMA,
+    ],
+    ids=lambda case: f"{case.model}-{case.method}",
+)
+def test_a_step_computes_and_stores_what_it_must(case: Any) -> None:
+    found = audit(*compile_step(case))
+    assert found.opaque == ()
+    assert 1 <= ratio(case, found) <= LIMIT
+    assert found.weight_gradients == ()
+    assert found.weight_copies == ()
+    assert found.optimizer_elements == 2 * found.train_elements
+    assert found.train_elements < found.backbone_bytes / 100
+
+
+def test_what_a_step_needs_besides_the_backbone_goes_with_its_tokens() -> None:
+    few = dataclasses.replace(step_audit.SMOLLM2, tokens=40, targets=24)
+    found = audit(*compile_step(few))
+    assert found.temp_bytes < found.backbone_bytes / 10
+    assert ratio(few, found) <= LIMIT
+
+
+def test_a_norm_over_all_gradients_would_be_noticed() -> None:
+    def make(model: PrefixModel, optimizer: optax.GradientTransformation) -> Any:
+        def step(state: TrainState, frozen: Any, micro: Batch) -> tuple[TrainState, jax.Array]:
+            batch = jax.tree.map(lambda leaf: leaf[0], micro)
+            params = merge(state.train, frozen)
+            grads = jax.grad(lambda params: trained_head_loss(model, params, batch))(params)
+            scale = 1 / jnp.maximum(optax.global_norm(grads), 1)
+            train = jax.tree.map(
+                lambda leaf, grad: leaf - scale * grad, state.train["prefix"], grads["prefix"]
+            )
+            return dataclasses.replace(state, train={**state.train, "prefix": train}), scale
+
+        return step
+
+    found = audit(*compile_step(step_audit.TINY, make))
+    assert ratio(step_audit.TINY, found) > 1.3
+    # Seven matrices a layer, and the head.
+    assert sum(product.count for product in found.weight_gradients) == 7 * 4 + 1
+    assert found.weight_copies != ()
+
+
+def trained_head_loss(model: PrefixModel, params: Any, batch: Batch) -> jax.Array:
+    """The loss as one would write it: every parameter gets a gradient."""
+    h_BTD, _ = model.backbone.hidden(
+        params["backbone"], batch.ids_BT, batch.tokens, model.prefix(params)
+    )
+    h_BMD = jnp.take_along_axis(h_BTD, batch.index_BM[..., None], axis=1)
+    logits_BMV = model.backbone.unembed(params["backbone"], h_BMD)
+    losses_BM = optax.softmax_cross_entropy_with_integer_labels(logits_BMV, batch.label_BM)
+    return jnp.sum(losses_BM * batch.weight_BM)
+
+
+def test_a_copy_of_the_backbone_would_be_noticed() -> None:
+    def make(model: PrefixModel, optimizer: optax.GradientTransformation) -> Any:
+        step = make_step(model, optimizer)
+
+        def noisy(state: TrainState, frozen: Any, micro: Batch) -> Any:
+            return step(state, jax.tree.map(lambda leaf: 1.001 * leaf, frozen), micro)
+
+        return noisy
+
+    found = audit(*compile_step(step_audit.TINY, make))
+    assert found.weight_gradients == ()
+    assert found.weight_copies != ()
+
+
+def test_an_optimizer_of_all_parameters_would_be_noticed() -> None:
+    compiled, backbone, state = compile_step(step_audit.TINY)
+    whole = {"backbone": backbone, "prefix": state.train["prefix"]}
+    state = dataclasses.replace(state, optimizer=jax.eval_shape(optax.adam(1e-3).init, whole))
+    found = audit(compiled, backbone, state)
+    assert found.optimizer_elements > 2 * found.train_elements
