@@ -28,13 +28,14 @@ class Beam:
     Attributes:
         constraints: what may come next.
         length_penalty: above 0 favours long texts.
+        early_stopping: whether M finished hypotheses are enough.
         width: M.
     """
 
     constraints: Constraints
     length_penalty: jax.Array
+    early_stopping: jax.Array
     width: int = flax.struct.field(pytree_node=False)
-    early_stopping: bool = flax.struct.field(pytree_node=False, default=False)
 
     def start(self, ids_BMW: jax.Array, real_B: jax.Array, capacity: int) -> Beams:
         """All beams are equal at first, so that only the first of them may go on."""
@@ -58,7 +59,7 @@ class Beam:
 
     def _running_B(self, found: Beams) -> jax.Array:
         full_B = found.final_BM.all(axis=1)
-        return found.open_B & ~full_B if self.early_stopping else found.open_B
+        return found.open_B & ~(full_B & self.early_stopping)
 
     def lineage(self, state: State) -> jax.Array:
         """Which cached columns each beam descends from, bool [B, M, S]."""

@@ -38,7 +38,7 @@ def make_search(
     )
     if config.beams > 1:
         penalty = np.float32(config.length_penalty)
-        return Beam(constraints, penalty, config.beams, config.early_stopping)
+        return Beam(constraints, penalty, np.bool_(config.early_stopping), config.beams)
     if config.temperature == 0:
         return Draw(constraints, None, None)
     sampling = Sampling(

@@ -1,0 +1,85 @@
+"""Greedy decoding and beam search equal those of transformers, token for token, with PEFT's
+prefix and without; `tests/fixtures/make_decode.py` wrote what they give."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from prefix_jax.backbones.decoder import Backbone
+from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.config import DecodeConfig
+from prefix_jax.decode import Generator
+from prefix_jax.prefix import KVPrefix, Prefix, Site
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+RUNS = json.loads((FIXTURES / "decode.json").read_text(encoding="utf-8"))
+P = 5
+
+
+def letter(token: int) -> str:
+    """The text of a token: a letter each, but for the space."""
+    return " " if token == 5 else chr(0x400 + token)
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of 96 letters, so that banned words are what their tokens are."""
+    tokenizer = Tokenizer(models.WordLevel({letter(t): t for t in range(96)}, unk_token=letter(0)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@functools.cache
+def model(name: str) -> Pretrained:
+    return load(FIXTURES / "backbones" / name, dtype="float32")
+
+
+def peft_prefix(backbone: Backbone, seed: int) -> Prefix:
+    """The prefix of `make_decode.random_prefix`."""
+    a = backbone.arch
+    shape = (P, a.layers, 2, a.kv_heads, a.head_dim)
+    flat = np.random.default_rng(seed).normal(size=(P, int(np.prod(shape[1:]))))
+    k_LPKH, v_LPKH = flat.astype(np.float32).reshape(shape).transpose(2, 1, 0, 3, 4)
+    return Prefix(Site(KVPrefix(jnp.asarray(k_LPKH), jnp.asarray(v_LPKH))), offset=P)
+
+
+def check(run: dict[str, Any], pretrained: Pretrained) -> None:
+    """All prompts of a run in one ragged batch give what each gave transformers alone."""
+    options = dict(run["options"])
+    banned = options.pop("banned_words", [])
+    config = DecodeConfig(
+        **options, banned_words=tuple("".join(map(letter, word)) for word in banned)
+    )
+    seed = run["prefix_seed"]
+    generator = Generator(
+        pretrained.backbone,
+        pretrained.params,
+        tokenizer(),
+        None if seed is None else peft_prefix(pretrained.backbone, seed),
+        eos=tuple(run["eos"]),
+    )
+    generations = generator.generate(run["prompts"], config)
+    for generation, ids, scores in zip(generations, run["ids"], run["scores"], strict=True):
+        assert [list(sample.ids) for sample in generation.samples] == ids
+        np.testing.assert_allclose(
+            [sample.score for sample in generation.samples], scores, rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["bare", "prefix"])
+@pytest.mark.parametrize("name", ["gpt2", "mistral_window"])
+def test_decoding_equals_that_of_transformers(name: str, behind: bool) -> None:
+    runs = [r for r in RUNS if r["model"] == name and (r["prefix_seed"] is not None) == behind]
+    assert len(runs) >= 6
+    for run in runs:
+        check(run, model(name))
