@@ -379,6 +379,7 @@ def test_what_ended_the_run_comes_before_a_failed_checkpoint(tmp_path, told, mon
     with pytest.raises(KeyboardInterrupt):
         run(KeyboardInterrupt())
     assert "No space left" in told[0]
+    assert names(tmp_path) == []
     with pytest.raises(CheckpointError, match="No space left"):
         run(None)
 
@@ -396,30 +397,31 @@ def test_a_full_disk_is_an_error_and_costs_no_earlier_checkpoint(tmp_path):
         assert "MB free there" in message
         assert "File too large" in message
         assert "the run goes on from step 1" in message
+    with Checkpoints(tmp_path, keep=1, warn=pytest.fail) as checkpoints:
+        assert names(tmp_path) == ["2"]
+        assert bits(checkpoints.restore_latest(state_of(0))[0]) == bits(content(2))
 
 
 def fill_disk(directory: Path) -> None:
     """The process of the test above: its files may only grow to a limit, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    checkpoints = Checkpoints(directory, keep=1, warn=print)
-    checkpoints.save(1, state_of(1), {})
-    checkpoints.wait()
+    with Checkpoints(directory, keep=1, warn=sys.exit) as checkpoints:
+        checkpoints.save(1, state_of(1), {})
     messages = []
     # The limits are hit in the arrays, in Orbax's own records, and at the very first byte.
     for limit in (5000, 300, 0):
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            checkpoints.save(2, state_of(2), {})
-            checkpoints.wait()
+            with Checkpoints(directory, keep=1, warn=sys.exit) as checkpoints:
+                checkpoints.save(2, state_of(2), {})
         except CheckpointError as error:
             messages.append(str(error))
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        assert names(directory) == ["1"], names(directory)
-        assert bits(checkpoints.restore_latest(state_of(0))[0]) == bits(content(1))
-    checkpoints.save(2, state_of(2), {})
-    checkpoints.close()
-    assert bits(checkpoints.restore_latest(state_of(0))[0]) == bits(content(2))
+        with Checkpoints(directory, keep=1, warn=sys.exit) as checkpoints:
+            assert bits(checkpoints.restore_latest(state_of(0))[0]) == bits(content(1))
+    with Checkpoints(directory, keep=1, warn=sys.exit) as checkpoints:
+        checkpoints.save(2, state_of(2), {})
     sys.stdout.write(json.dumps(messages))
 
 
@@ -491,7 +493,7 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path):
 
 def save_until_killed(directory: Path) -> None:
     """The process of the test above."""
-    checkpoints = Checkpoints(directory, keep=2, warn=lambda text: sys.exit(text))
+    checkpoints = Checkpoints(directory, keep=2, warn=sys.exit)
     step = 0
     if found := checkpoints.restore_latest(state_of(0)):
         state, metadata = found
