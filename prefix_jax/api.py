@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ from rich.console import Console
 
 from prefix_jax import artifact, config
 from prefix_jax.artifact import Card, Container
-from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.backbones.load import Pretrained
 from prefix_jax.config import DecodeConfig, EvaluateConfig
 from prefix_jax.data.pipeline import load_examples
-from prefix_jax.data.source import Record
-from prefix_jax.data.template import Template
+from prefix_jax.data.source import Record, read_records
+from prefix_jax.data.template import Template, render_chat_prompt
+from prefix_jax.data.tokens import Examples
 from prefix_jax.decode.generate import Generation, Generator, OnText
 from prefix_jax.errors import DataError, PrefixError
+from prefix_jax.evaluate.report import Prediction, writing_predictions
 from prefix_jax.evaluate.run import Evaluation, Evaluator
+from prefix_jax.interop.backbone import backbone_of
 from prefix_jax.methods import name_of
 from prefix_jax.methods.base import Method
 from prefix_jax.model import PrefixModel
@@ -54,6 +58,15 @@ class Tuned:
         """The prefix as plain keys and values, float32: `bake`d once, whatever the method."""
         return bake(self.pretrained, self.produced)
 
+    @functools.cached_property
+    def decode(self) -> DecodeConfig:
+        """How text is generated unless one says otherwise: as in the training run."""
+        return config.build(DecodeConfig, {} if self.card is None else self.card.decode)
+
+    def without_prefix(self) -> Tuned:
+        """The bare backbone, which reads prompts and decodes as the prefix was trained to."""
+        return dataclasses.replace(self, produced=None)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -67,14 +80,15 @@ class Tuned:
             prompts: a prompt or several: texts that are taken as they are, or records that the
                 template of the training data renders.
             on_text: called with (index of the prompt, of the sample, the next piece of its text).
-            options: fields of `DecodeConfig`: max_new_tokens=100, beams=5, temperature=0.7, …
+            options: fields of `DecodeConfig`: max_new_tokens=100, beams=5, temperature=0.7, …; the
+                others are `decode`'s.
 
         Returns:
             A text for one prompt, a list for several; with `samples` above 1, a list of texts in
             place of each text.
         """
         single = isinstance(prompts, str | Mapping)
-        decode = config.build(DecodeConfig, options)
+        decode = config.build(DecodeConfig, dataclasses.asdict(self.decode) | options)
         found = self.generations([prompts] if single else prompts, decode, on_text=on_text)
         texts = [
             generation.text
@@ -85,81 +99,179 @@ class Tuned:
         return texts[0] if single else texts
 
     def generations(
-        self,
-        prompts: Sequence[Prompt],
-        decode: DecodeConfig = DecodeConfig(),  # noqa: B008
-        **options: Any,
+        self, prompts: Sequence[Prompt], decode: DecodeConfig | None = None, **options: Any
     ) -> list[Generation]:
-        """Generates with token ids, log-probabilities and reasons: see `Generator.generate`."""
+        """Generates with token ids, log-probabilities and reasons: see `Generator.generate`.
+
+        Args:
+            prompts: as for `generate`.
+            decode: None takes `decode` of this object.
+            options: further arguments of `Generator.generate`.
+        """
         generator = Generator(
             self.pretrained.backbone,
             self.pretrained.listed(),
             self.pretrained.tokenizer,
             self.prefix,
         )
-        return generator.generate([self.render(prompt) for prompt in prompts], decode, **options)
+        encoded = [self._encode(prompt) for prompt in prompts]
+        return generator.generate(encoded, self.decode if decode is None else decode, **options)
+
+    def predict(
+        self,
+        data: Source,
+        *,
+        decode: DecodeConfig | None = None,
+        batch_size: int = 16,
+        output: str | Path | None = None,
+        on_prediction: Callable[[Prediction], None] | None = None,
+    ) -> list[Prediction]:
+        """Generates for every record of a file.
+
+        Args:
+            data: a file, `tfds:NAME/SPLIT`, or records; the template of the training data renders
+                them, and what it does not name plays no part.
+            decode: None takes `decode` of this object.
+            batch_size: prompts at a time.
+            output: a file of JSON lines, one a prediction in the order of the data. It grows as
+                OUTPUT.unfinished while predictions come, and gets its name with the last one.
+            on_prediction: called with each, in the order of the data.
+
+        Returns:
+            The predictions, in the order of the data: one for every sample of every record.
+
+        Raises:
+            DataError, ContextError: a record does not make a prompt; nothing was generated.
+        """
+        read = read_records(data)
+        prompts = [self._render(record) for record in read]
+        waiting: dict[int, Generation] = {}
+        predictions: list[Prediction] = []
+        done = 0
+
+        def on_done(index: int, generation: Generation) -> None:
+            nonlocal done
+            waiting[index] = generation
+            while done in waiting:
+                for sample in waiting.pop(done).samples:
+                    made = Prediction(read[done].source, prompts[done], sample.text.strip(), ())
+                    predictions.append(made)
+                    for tell in listeners:
+                        tell(made)
+                done += 1
+
+        with contextlib.ExitStack() as stack:
+            listeners = [] if on_prediction is None else [on_prediction]
+            if output is not None:
+                listeners.append(stack.enter_context(writing_predictions(output)))
+            self.generations(
+                [record.fields for record in read],
+                decode,
+                batch_size=batch_size,
+                names=[record.source for record in read],
+                on_done=on_done,
+            )
+        return predictions
+
+    @property
+    def fields(self) -> tuple[str, ...] | None:
+        """The fields of a record from which its prompt is made; None where only text will do."""
+        template = None if self.card is None else self.card.template
+        if template is None or template.input is template.messages is None:
+            return None
+        if template.messages is not None:
+            return (template.messages,)
+        return Template(template.input or "").fields
 
     def render(self, prompt: Prompt) -> str:
         """The prompt of a record, by the template that the prefix was trained with.
 
         Raises:
             DataError: the template needs a field that the record lacks.
-            PrefixError: the prefix was stored without its template.
+            PrefixError: the prefix was stored without a template for inputs.
         """
-        if isinstance(prompt, str):
-            return prompt
+        return prompt if isinstance(prompt, str) else self._render(Record(prompt, "the record"))
+
+    def _render(self, record: Record) -> str:
         template = None if self.card is None else self.card.template
         if template is None:
             raise PrefixError("this prefix has no template: give prompts as text, not as records")
         if template.messages is not None:
-            if template.messages not in prompt:
-                raise DataError(f"the record has no field {template.messages!r} with a chat")
-            turns = prompt[template.messages]
-            return str(
-                self.pretrained.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=True
-                )
-            )
+            return render_chat_prompt(record, template.messages, self.pretrained.tokenizer)
         if template.input is None:
             raise PrefixError("this prefix was trained without inputs: give the text to continue")
-        (text,) = Template(template.input).render(Record(prompt, "the prompt"))
-        return text
+        texts = Template(template.input).render(record)
+        if len(texts) > 1:
+            raise DataError(f"{record.source}: the input holds a list of {len(texts)} texts")
+        return texts[0]
+
+    def _encode(self, prompt: Prompt) -> str | list[int]:
+        """What `Generator.generate` takes: a chat's text holds its special tokens already."""
+        text = self.render(prompt)
+        template = None if self.card is None else self.card.template
+        if isinstance(prompt, str) or template is None or template.messages is None:
+            return text
+        ids: list[int] = self.pretrained.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def examples(self, data: Source) -> Examples:
+        """Held-out examples, rendered, cut and tokenised as the training data was.
+
+        Args:
+            data: a file, `tfds:NAME/SPLIT`, or records.
+
+        Raises:
+            DataError: a record cannot become an example.
+            PrefixError: the prefix was stored without its template.
+        """
+        template = None if self.card is None else self.card.template
+        if template is None:
+            raise PrefixError("this prefix has no template: nothing says how to render records")
+        room = self.pretrained.backbone.arch.max_positions
+        room -= 0 if self.card is None else self.card.offset
+        how = dataclasses.asdict(template)
+        how["max_length"] = room if template.max_length is None else template.max_length
+        return load_examples(data, self.pretrained.tokenizer, **how)
 
     def evaluate(
         self,
         data: Source,
         metrics: Sequence[str] = ("loss",),
         *,
-        references: str | None = None,
-        decode: DecodeConfig = DecodeConfig(),  # noqa: B008
+        decode: DecodeConfig | None = None,
         **options: Any,
     ) -> Evaluation:
-        """Measures the prefix on held-out records, rendered as the training data was.
+        """Measures the prefix on held-out records.
 
         Args:
-            data: a file, `tfds:NAME/SPLIT`, or records.
+            data: a file, `tfds:NAME/SPLIT`, or records, or what `examples` made of them.
             metrics: "loss", "accuracy", "bleu", …: see `EvaluateConfig`.
-            references: the field of acceptable texts; None takes the rendered targets.
-            decode: how text is generated.
+            decode: how text is generated; None takes `decode` of this object.
             options: further fields of `EvaluateConfig`.
         """
-        template = None if self.card is None else self.card.template
-        if template is None:
-            raise PrefixError("this prefix has no template: nothing says how to render records")
-        model = PrefixModel(self.pretrained.backbone, None)
-        evaluate = config.build(EvaluateConfig, {"metrics": tuple(metrics), **options})
-        start = 0 if self.prefix is None else self.prefix.offset
-        examples = load_examples(
-            data,
-            self.pretrained.tokenizer,
-            references=references,
-            max_length=self.pretrained.backbone.arch.max_positions - start,
-            **dataclasses.asdict(template),
-        )
+        settings = config.build(EvaluateConfig, {"metrics": tuple(metrics), **options})
+        return self.compare(data, dataclasses.replace(settings, before=False), decode)["after"]
+
+    def compare(
+        self, data: Source, settings: EvaluateConfig, decode: DecodeConfig | None = None
+    ) -> dict[str, Evaluation]:
+        """Measures the prefix, as "after", and with `settings.before` the bare model as "before".
+
+        Args:
+            data: as for `evaluate`.
+            settings: metrics, labels, batch size and limit.
+            decode: how text is generated; None takes `decode` of this object.
+        """
         evaluator = Evaluator(
-            model, self.pretrained.tokenizer, self.pretrained.mesh, evaluate, decode
+            PrefixModel(self.pretrained.backbone, None),
+            self.pretrained.tokenizer,
+            self.pretrained.mesh,
+            settings,
+            self.decode if decode is None else decode,
         )
-        return evaluator.compare(self.pretrained, {"": self.prefix}, examples)[""]
+        examples = data if isinstance(data, Examples) else self.examples(data)
+        bare: dict[str, Prefix | None] = {"before": None} if settings.before else {}
+        return evaluator.compare(self.pretrained, {**bare, "after": self.prefix}, examples)
 
     def save(self, path: str | Path, arrays: Container = "orbax") -> None:
         """Writes the prefix, without the backbone: see `artifact.save`."""
@@ -240,13 +352,16 @@ def fit(
 
 
 def load_prefix(
-    path: str | Path, pretrained: Pretrained | None = None, *, allow_other_weights: bool = False
+    path: str | Path,
+    model: Pretrained | str | Path | None = None,
+    *,
+    allow_other_weights: bool = False,
 ) -> Tuned:
     """Loads a stored prefix together with its backbone.
 
     Args:
         path: the directory of a prefix, or of a run that has ended.
-        pretrained: its backbone; None loads the one that the prefix names.
+        model: its backbone, or where to load it from; None loads the one that the prefix names.
         allow_other_weights: accept a backbone of the same shape with other weights.
 
     Raises:
@@ -254,14 +369,7 @@ def load_prefix(
         BackboneError: the backbone cannot be loaded.
     """
     produced, card = artifact.load(path)
-    if pretrained is None:
-        pretrained = load(card.backbone.source)
-    artifact.check(
-        card,
-        pretrained.backbone.geometry,
-        pretrained.fingerprint,
-        allow_other_weights=allow_other_weights,
-    )
+    pretrained = backbone_of(card, model, allow_other_weights=allow_other_weights)
     return Tuned(pretrained, produced, card)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ class Report:
             "examples": self.examples,
         }
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Report:
+        """From the content of its JSON. What was not finite is NaN."""
+        metrics = {
+            name: math.nan if value is None else value for name, value in content["metrics"].items()
+        }
+        return cls(metrics, content["signatures"], content["examples"])
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
@@ -72,7 +81,38 @@ def save_predictions(path: str | Path, predictions: Iterable[Prediction]) -> Non
     Raises:
         PrefixJaxError: the file cannot be written.
     """
-    _write(path, (json.dumps(dataclasses.asdict(p), ensure_ascii=False) for p in predictions))
+    with writing_predictions(path) as write:
+        for prediction in predictions:
+            write(prediction)
+
+
+@contextlib.contextmanager
+def writing_predictions(path: str | Path) -> Iterator[Callable[[Prediction], None]]:
+    """Yields a function that appends a prediction to `path` + ".unfinished", where it can be read
+    at once. The file gets its name when all of them are written.
+
+    Raises:
+        PrefixJaxError: the file cannot be written.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("w", encoding="utf-8", newline="\n", buffering=1) as file:
+            yield lambda prediction: print(_line(prediction), file=file)
+        unfinished.replace(path)
+    except OSError as error:
+        raise PrefixJaxError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_predictions(path: str | Path) -> list[Prediction]:
+    """Reads what `save_predictions` wrote.
+
+    Raises:
+        OSError, ValueError, TypeError: it is not there, or something else.
+    """
+    with Path(path).open(encoding="utf-8") as lines:
+        return [Prediction(**json.loads(line)) for line in lines]
 
 
 def table(columns: Mapping[str, Mapping[str, float]], title: str | None = None) -> Table:
@@ -85,6 +125,10 @@ def table(columns: Mapping[str, Mapping[str, float]], title: str | None = None) 
     for name in names:
         grid.add_row(name, *(_cell(name, values.get(name)) for values in columns.values()))
     return grid
+
+
+def _line(prediction: Prediction) -> str:
+    return json.dumps(dataclasses.asdict(prediction), ensure_ascii=False)
 
 
 def _cell(name: str, value: float | None) -> str:

@@ -6,8 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-import json
-import os
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,13 @@ from prefix_jax.backbones.load import Pretrained
 from prefix_jax.config import Config
 from prefix_jax.data.batch import Example
 from prefix_jax.errors import CheckpointError, ConfigError
-from prefix_jax.evaluate.report import save_predictions
 from prefix_jax.evaluate.run import Evaluation, Evaluator
 from prefix_jax.methods import name_of
 from prefix_jax.prefix import Produced
 from prefix_jax.train.checkpoint import Checkpoints
 from prefix_jax.train.loop import Progress, stop_signal, train
 from prefix_jax.train.report import Report
+from prefix_jax.train.results import Results, save_results, write_whole
 from prefix_jax.train.setup import Records, Setup, prepare
 from prefix_jax.train.step import TrainState
 
@@ -57,7 +56,7 @@ class Run:
         card: what is known about it; None after `method: full`.
         step: the step that `produced` comes from: the best one on the dev split, or the last.
         evaluations: of the test split, by name: "after", and "before" where it was asked for.
-        interrupted: a signal ended the run early; the same command continues it.
+        interrupted: the signal that ended the run early, if one did; the same command continues it.
     """
 
     directory: Path
@@ -66,7 +65,7 @@ class Run:
     card: Card | None
     step: int
     evaluations: Mapping[str, Evaluation]
-    interrupted: bool = False
+    interrupted: signal.Signals | None = None
 
 
 def fit(
@@ -80,7 +79,7 @@ def fit(
     """Trains what `config` describes, or continues where it was interrupted.
 
     The run directory gets `config.yaml`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`,
-    `loss.png`, and at the end `prefix/`, `results.json` and `predictions.jsonl`.
+    `loss.png`, and at the end `prefix/`, `predictions.jsonl` and `results.json`.
 
     Args:
         config: the run.
@@ -97,7 +96,7 @@ def fit(
     _refuse_another_run(directory, config)
     setup = prepare(config, pretrained=pretrained, records=records)
     if jax.process_index() == 0:
-        _write(directory / "config.yaml", configs.dump(config))
+        write_whole(directory / "config.yaml", configs.dump(config))
     identity = {
         "fingerprint": setup.pretrained.fingerprint,
         "examples": _digest(setup.splits["train"]),
@@ -140,7 +139,7 @@ def fit(
         step = int(state.step)
         if step < setup.steps and not progress.stopped:
             report.message(f"interrupted after step {step}, which is saved: run the same again")
-            return Run(directory, setup.pretrained, None, None, step, {}, interrupted=True)
+            return Run(directory, setup.pretrained, None, None, step, {}, interrupted=stop.cause)
         if progress.best_step not in (None, step):
             step = progress.best_step
             state = checkpoints.restore(step, state)[0]
@@ -265,36 +264,13 @@ def _finish(
         for backbone, prefixes in weights:
             evaluations |= evaluator.compare(backbone, prefixes, setup.splits["test"], report.phase)
         report.evaluation(step, evaluations["after"].report.metrics, kind="test")
-        if jax.process_index() == 0:
-            _save_results(directory, step, evaluations)
     if card is not None and evaluations:
         metrics = {f"test_{k}": v for k, v in evaluations["after"].report.metrics.items()}
         card = dataclasses.replace(card, metrics={**card.metrics, **metrics})
         artifact.save(directory / "prefix", produced, card)
+    if jax.process_index() == 0:
+        save_results(setup.config, Results(step, evaluations))
     return Run(directory, pretrained, produced, card, step, evaluations)
-
-
-def _save_results(directory: Path, step: int, evaluations: Mapping[str, Evaluation]) -> None:
-    results = {
-        "step": step,
-        "test": {name: found.report.as_dict() for name, found in evaluations.items()},
-    }
-    _write(directory / "results.json", json.dumps(results, indent=2) + "\n")
-    for name, found in evaluations.items():
-        if found.predictions:
-            suffix = "" if name == "after" else f"-{name}"
-            save_predictions(directory / f"predictions{suffix}.jsonl", found.predictions)
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    new = path.with_name(f"{path.name}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _card(setup: Setup, produced: Produced, step: int) -> Card:
@@ -314,7 +290,8 @@ def _card(setup: Setup, produced: Produced, step: int) -> Card:
         init=config.init.start if config.init.text is None else f"text: {config.init.text}",
         steps=step,
         template=artifact.TemplateCard(
-            input=data.input, target=data.target, messages=data.messages, loss=data.loss
+            **{f.name: getattr(data, f.name) for f in dataclasses.fields(artifact.TemplateCard)}
         ),
+        decode=dataclasses.asdict(config.decode),
         tokenizer=artifact.TokenizerCard.of(type(pretrained.tokenizer).__name__, vocabulary),
     )

@@ -39,19 +39,30 @@ class Progress:
     stopped: bool = False
 
 
+class Stop(threading.Event):
+    """Asks a run to save and end.
+
+    Attributes:
+        cause: the signal that asked, if one did.
+    """
+
+    cause: signal.Signals | None = None
+
+
 @contextlib.contextmanager
-def stop_signal() -> Iterator[threading.Event]:
+def stop_signal() -> Iterator[Stop]:
     """An event that SIGTERM or Ctrl-C sets, so that the run can save before it ends. A second
     signal acts as usual. Outside of the main thread, where no handler can stand, never set."""
-    event = threading.Event()
+    event = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def handle(number: int, _: Any) -> None:
+        event.cause = signal.Signals(number)
         event.set()
-        signal.signal(number, before[signal.Signals(number)])
+        signal.signal(number, before[event.cause])
 
     for number in before:
         signal.signal(number, handle)
