@@ -1,0 +1,347 @@
+"""What holds for every decoder, whatever its family."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoders import V, decoder, hidden, lift, present, read, token_ids, weights
+
+from prefix_jax.backbones.decoder import Backbone
+from prefix_jax.nn.mask import Tokens
+from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Site
+
+NAMES = ("gpt2", "llama", "qwen3")
+B, P, T = 2, 5, 6
+close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
+
+
+@functools.cache
+def params_of(name: str):
+    return weights(decoder(name))
+
+
+@functools.cache
+def texts() -> tuple[jax.Array, jax.Array]:
+    """A text of P tokens, and two rows of T tokens that follow it."""
+    return token_ids(P, seed=1), token_ids(B, T, seed=2)
+
+
+@functools.cache
+def three_forms(name: str) -> tuple[Embeds, Hidden, Prefix]:
+    return read(decoder(name), params_of(name), texts()[0])
+
+
+@functools.cache
+def prepended(name: str) -> jax.Array:
+    """Hidden states of the rows with the text truly before them."""
+    text_P, ids_BT = texts()
+    ids = jnp.concatenate([jnp.tile(text_P, (B, 1)), ids_BT], axis=1)
+    return hidden(decoder(name), params_of(name), ids, present(B, P + T))[0][:, P:]
+
+
+@functools.cache
+def random_prefix(name: str, **fields) -> Prefix:
+    g = decoder(name).geometry
+    k, v = jax.random.normal(jax.random.key(3), (2, g.layers, P, g.kv_heads, g.head_dim))
+    return Prefix(Site(KVPrefix(k, v)), **{"offset": P, **fields})
+
+
+def behind(name: str, prefix: Prefix | None, ids_BT: jax.Array | None = None) -> jax.Array:
+    ids_BT = texts()[1] if ids_BT is None else ids_BT
+    return hidden(decoder(name), params_of(name), ids_BT, present(*ids_BT.shape), prefix)[0]
+
+
+# A prefix is a text that was read before.
+
+
+@pytest.mark.parametrize("form", [0, 1, 2], ids=["embeds", "hidden", "prefix"])
+@pytest.mark.parametrize("name", NAMES)
+def test_starting_from_a_text_equals_prepending_it(name, form):
+    prefix = lift(decoder(name), params_of(name), three_forms(name)[form])
+    close(behind(name, prefix), prepended(name))
+    assert float(jnp.abs(behind(name, None) - prepended(name)).max()) > 0.01
+
+
+def test_read_gives_the_embeddings_the_layers_inputs_and_the_keys_and_values():
+    backbone, params = decoder("gpt2"), params_of("gpt2")
+    embeds, states, prefix = three_forms("gpt2")
+    g = backbone.geometry
+    table = params["embed"]
+    close(embeds.x_PD, table["tokens_VD"][texts()[0]])
+    # What enters the first layer stands at its position already; soft tokens get theirs in lift.
+    close(states.h_LPD[0], embeds.x_PD + table["positions_TD"][:P])
+    assert states.h_LPD.shape == (g.layers, P, g.d_model)
+    assert prefix.decoder.join.k_LPKH.shape == (g.layers, P, g.kv_heads, g.head_dim)
+    assert prefix.offset == P
+    assert {leaf.dtype for leaf in jax.tree.leaves((embeds, states, prefix))} == {
+        jnp.dtype("float32")
+    }
+
+
+def test_read_is_float32_from_a_bfloat16_model_too():
+    backbone = decoder("llama")
+    forms = read(backbone, weights(backbone, dtype=jnp.bfloat16), texts()[0])
+    assert {leaf.dtype for leaf in jax.tree.leaves(forms)} == {jnp.dtype("float32")}
+
+
+def test_lift_leaves_a_prefix_and_nothing_at_all_as_they_are():
+    backbone, prefix = decoder("llama"), random_prefix("llama")
+    assert backbone.lift(params_of("llama"), prefix) is prefix
+    assert backbone.lift(params_of("llama"), None) is None
+
+
+def test_gradients_through_lift_equal_those_of_prepended_soft_tokens():
+    """One read of P soft tokens stands for prepending them to every row: same loss, same slope."""
+    backbone, params = decoder("llama"), params_of("llama")
+    ids_BT = texts()[1]
+    weight_BTD = jax.random.normal(jax.random.key(4), (B, T, 32))
+
+    @jax.jit
+    @jax.value_and_grad
+    def lifted(x_PD):
+        prefix = backbone.lift(params, Embeds(x_PD))
+        return jnp.sum(weight_BTD * backbone.hidden(params, ids_BT, present(B, T), prefix)[0])
+
+    @jax.jit
+    @jax.value_and_grad
+    def joined(x_PD):
+        # New entries at the end of the embedding table are soft tokens before every row.
+        table = jnp.concatenate([params["embed"]["tokens_VD"], x_PD])
+        soft = {**params, "embed": {"tokens_VD": table}}
+        ids = jnp.concatenate([jnp.tile(V + jnp.arange(P), (B, 1)), ids_BT], axis=1)
+        h_BTD, _ = backbone.hidden(soft, ids, present(B, P + T))
+        return jnp.sum(weight_BTD * h_BTD[:, P:])
+
+    x_PD = jax.random.normal(jax.random.key(5), (P, 32))
+    (loss, grad), (expected, expected_grad) = lifted(x_PD), joined(x_PD)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(grad, expected_grad, rtol=1e-3, atol=1e-4)
+    assert float(jnp.abs(grad).max()) > 0.1
+
+
+# No prefix is the bare model.
+
+
+def test_no_prefix_is_the_bare_model_bit_for_bit():
+    backbone, params, ids = decoder("llama"), params_of("llama"), texts()[1]
+    lowered = [
+        jax.jit(lambda params, ids: backbone.hidden(params, ids, present(B, T), *prefix)[0])
+        .lower(params, ids)
+        .as_text()
+        for prefix in ((), (None,), (backbone.lift(params, None),))
+    ]
+    assert lowered[0] == lowered[1] == lowered[2]
+
+
+def test_absent_slots_leave_the_bare_model():
+    """Every slot switched off and no offset: nothing remains of a prefix."""
+    prefix = random_prefix("llama", offset=0)
+    bias = jnp.full((3, P, 4), -jnp.inf)
+    off = dataclasses.replace(prefix, decoder=Site(prefix.decoder.join.replace(bias_LPN=bias)))
+    close(behind("llama", off), behind("llama", None), rtol=1e-5, atol=1e-6)
+
+
+# Rows: packing, sharing, padding.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_examples_are_what_they_are_alone(name):
+    ids_BT = texts()[1]
+    prefix = random_prefix(name)
+    alone = behind(name, prefix)
+    # Row 1 comes first and is cut to 4 tokens; padding at the end.
+    ids = jnp.concatenate([ids_BT[1, :4], ids_BT[0], jnp.zeros(2, jnp.int32)])[None]
+    tokens = Tokens(
+        jnp.array([[1] * 4 + [2] * T + [0] * 2]),
+        jnp.zeros((1, 12), jnp.int32),
+        jnp.array([[*range(4), *range(T), 0, 0]]),
+    )
+    packed = hidden(decoder(name), params_of(name), ids, tokens, prefix)[0][0]
+    close(packed[:4], alone[1, :4])
+    close(packed[4 : 4 + T], alone[0])
+    assert jnp.isfinite(packed).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_targets_that_share_a_source_are_what_they_are_alone(name):
+    source, first, second = (token_ids(n, seed=n) for n in (5, 3, 4))
+    prefix = random_prefix(name)
+    ids = jnp.concatenate([source, first, second])[None]
+    tokens = Tokens(
+        jnp.ones((1, 12), jnp.int32),
+        jnp.array([[0] * 5 + [1] * 3 + [2] * 4]),
+        jnp.array([[*range(5), *range(5, 8), *range(5, 9)]]),
+    )
+    shared = hidden(decoder(name), params_of(name), ids, tokens, prefix)[0][0]
+    for target, start in ((first, 5), (second, 8)):
+        alone = behind(name, prefix, jnp.concatenate([source, target])[None])[0]
+        close(shared[:5], alone[:5])
+        close(shared[start : start + len(target)], alone[5:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_changes_nothing_on_real_tokens(name):
+    ids_BT, prefix = texts()[1], random_prefix(name)
+    expected = behind(name, prefix)
+    for left, right in ((3, 0), (0, 3), (1, 2)):
+        ids = jnp.pad(ids_BT, ((0, 0), (left, right)), constant_values=7)
+        real = jnp.pad(jnp.ones((B, T), bool), ((0, 0), (left, right)))
+        for behind_prefix, want in ((prefix, expected), (None, behind(name, None))):
+            out, _ = hidden(
+                decoder(name), params_of(name), ids, Tokens.plain(real), behind_prefix
+            )
+            close(out[:, left : left + T], want)
+            assert jnp.isfinite(out).all()
+
+
+# Caches and the two forms of weights.
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "listed"])
+@pytest.mark.parametrize("name", NAMES)
+def test_reading_step_by_step_equals_reading_at_once(name, listed):
+    backbone, ids_BT, prefix = decoder(name), texts()[1], random_prefix(name)
+    params = weights(backbone)
+    if listed:
+        params = backbone.listed(params)
+    cache = backbone.empty_cache(params, B, 4)
+    out, cache = hidden(backbone, params, ids_BT[:, :3], present(B, 3), prefix, cache)
+    steps = [out]
+    cache = cache.grow(4)
+    for t in range(3, T):
+        ones = jnp.ones((B, 1), jnp.int32)
+        tokens = Tokens(ones, 0 * ones, t * ones)
+        out, cache = hidden(backbone, params, ids_BT[:, t : t + 1], tokens, prefix, cache)
+        steps.append(out)
+    close(jnp.concatenate(steps, axis=1), behind(name, prefix))
+    assert int(cache.length) == T
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_listed_layers_compute_what_stacked_ones_do(name):
+    backbone, ids_BT = decoder(name), texts()[1]
+    params = backbone.listed(weights(backbone))
+    for produced in three_forms(name):
+        prefix = lift(backbone, params, produced)
+        close(hidden(backbone, params, ids_BT, present(B, T), prefix)[0], prepended(name))
+    for ours, theirs in zip(read(backbone, params, texts()[0]), three_forms(name), strict=True):
+        jax.tree.map(close, ours, theirs)
+
+
+def test_conversion_keeps_every_bit_and_frees_what_it_converted():
+    backbone = decoder("llama")
+    params = weights(backbone)
+    before = jax.tree.map(np.asarray, params)
+    listed = backbone.listed(params)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params["layers"]))
+    assert backbone.listed(listed) is listed
+    again = backbone.stacked(listed)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(listed["layers"]))
+    assert backbone.stacked(again) is again
+    jax.tree.map(np.testing.assert_array_equal, again, before)
+
+
+@pytest.mark.parametrize("mode", ["dots", "full"])
+def test_recomputing_gives_equal_gradients(mode):
+    ids_BT = texts()[1]
+
+    def grad(remat):
+        backbone = decoder("qwen3", remat)
+
+        @jax.jit
+        @jax.grad
+        def scalar(h_LPD):
+            prefix = backbone.lift(params_of("qwen3"), Hidden(h_LPD))
+            h_BTD, _ = backbone.hidden(params_of("qwen3"), ids_BT, present(B, T), prefix)
+            return jnp.sum(jnp.sin(h_BTD))
+
+        return scalar(three_forms("qwen3")[1].h_LPD)
+
+    close(grad(mode), grad("none"), rtol=1e-3, atol=1e-5)
+
+
+# Positions and windows.
+
+
+def test_the_offset_is_the_position_of_the_first_token_of_text():
+    """Without a prefix's slots, an offset is nothing but a shift of positions."""
+    backbone, params, ids_BT = decoder("gpt2"), params_of("gpt2"), texts()[1]
+    prefix = random_prefix("gpt2", offset=9)
+    off = prefix.decoder.join.replace(bias_LPN=jnp.full((3, P, 4), -jnp.inf))
+    shifted = present(B, T)
+    shifted = dataclasses.replace(shifted, position_BT=shifted.position_BT + 9)
+    close(
+        behind("gpt2", dataclasses.replace(prefix, decoder=Site(off))),
+        hidden(backbone, params, ids_BT, shifted)[0],
+    )
+
+
+def test_rotary_attention_to_a_prefix_depends_on_the_offset():
+    near, far = (behind("llama", random_prefix("llama", offset=n)) for n in (P, P + 20))
+    assert float(jnp.abs(near - far).max()) > 1e-3
+
+
+def test_a_sliding_window_lets_a_prefix_fall_out():
+    """Window 4 in all 3 layers: token 0 stands at position 5 and sees slots 2 to 4, token 3 none.
+    What slots 0 and 1 hold reaches nobody."""
+    prefix = random_prefix("mistral")
+    changed = jax.tree.map(lambda leaf: leaf.at[:, :2].add(3.0), prefix)
+    np.testing.assert_array_equal(behind("mistral", prefix), behind("mistral", changed))
+    seen = jax.tree.map(lambda leaf: leaf.at[:, 2].add(3.0), prefix)
+    assert float(jnp.abs(behind("mistral", prefix) - behind("mistral", seen))[:, 0].max()) > 1e-3
+
+
+def test_a_pinned_prefix_stays_in_sight():
+    prefix = random_prefix("mistral", pinned=True)
+    changed = jax.tree.map(lambda leaf: leaf.at[2, :2].add(3.0), prefix)
+    # In the last layer nothing but the prefix itself can carry the change to the last token.
+    moved = jnp.abs(behind("mistral", prefix) - behind("mistral", changed))
+    assert float(moved[:, -1].max()) > 1e-3
+
+
+def test_pinning_means_nothing_without_a_window():
+    np.testing.assert_array_equal(
+        behind("llama", random_prefix("llama")),
+        behind("llama", random_prefix("llama", pinned=True)),
+    )
+
+
+# Heads and types.
+
+
+def test_an_untied_head_is_used_and_a_tied_one_is_the_embedding():
+    h_BTD = jax.random.normal(jax.random.key(0), (1, 2, 32))
+    tied, untied = params_of("llama"), params_of("qwen3")
+    assert "head" not in tied
+    close(decoder("llama").unembed(tied, h_BTD), h_BTD @ tied["embed"]["tokens_VD"].T)
+    close(decoder("qwen3").unembed(untied, h_BTD), h_BTD @ untied["head"]["unembed_DV"])
+
+
+def test_bfloat16_weights_give_bfloat16_states_and_float32_logits():
+    backbone = decoder("qwen3")
+    params = weights(backbone, dtype=jnp.bfloat16)
+    h_BTD, _ = hidden(backbone, params, texts()[1], present(B, T), random_prefix("qwen3"))
+    assert h_BTD.dtype == jnp.bfloat16
+    assert backbone.unembed(params, h_BTD).dtype == jnp.float32
+    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    expected, _ = hidden(backbone, exact, texts()[1], present(B, T), random_prefix("qwen3"))
+    error = jnp.linalg.norm(h_BTD.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+    assert error < 0.05
+
+
+def test_abstract_weights_have_the_shapes_of_real_ones():
+    for name in NAMES:
+        backbone = decoder(name)
+        abstract = jax.eval_shape(backbone.init, jax.random.key(0))
+        shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params_of(name))
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract) == shapes
+
+
+def test_a_backbone_may_be_a_static_argument():
+    assert hash(decoder("llama")) == hash(dataclasses.replace(decoder("llama")))
+    assert isinstance(decoder("llama"), Backbone)

@@ -1,0 +1,71 @@
+"""Small random decoders of every kind, and their methods compiled once for all tests."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from prefix_jax.backbones import gpt2, llama
+from prefix_jax.backbones.decoder import Backbone, Params, Remat
+from prefix_jax.nn.mask import Tokens
+
+V = 50
+
+_LLAMA = {
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": V,
+    "max_position_embeddings": 64,
+}
+_CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gpt2": (gpt2, {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": V}),
+    "llama": (llama, {"model_type": "llama", "tie_word_embeddings": True} | _LLAMA),
+    # Untied, grouped, q/k norms, and a window in all layers but the first.
+    "qwen3": (
+        llama,
+        {
+            "model_type": "qwen3",
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 1,
+        }
+        | _LLAMA,
+    ),
+    "mistral": (llama, {"model_type": "mistral", "sliding_window": 4} | _LLAMA),
+}
+
+
+@functools.cache
+def decoder(name: str, remat: Remat = "none") -> Backbone:
+    """A decoder of 3 layers, D = 32 and V = 50."""
+    family, config = _CONFIGS[name]
+    return Backbone(family.architecture(config), remat)
+
+
+def weights(backbone: Backbone, seed: int = 0, dtype: Any = jnp.float32) -> Params:
+    """Random weights, large enough that attention is far from uniform. A new copy each time."""
+    params = _init(backbone, jax.random.key(seed))
+    return jax.tree.map(lambda x: (x * 5 if x.ndim > 1 else x).astype(dtype), params)
+
+
+_init = jax.jit(Backbone.init, static_argnums=0)
+hidden = jax.jit(Backbone.hidden, static_argnums=0)
+lift = jax.jit(Backbone.lift, static_argnums=0)
+read = jax.jit(Backbone.read, static_argnums=0)
+
+
+def token_ids(*shape: int, seed: int = 0) -> jax.Array:
+    """Random token ids."""
+    return jax.random.randint(jax.random.key(seed), shape, 0, V)
+
+
+def present(rows: int, columns: int) -> Tokens:
+    """Rows without padding."""
+    return Tokens.plain(jnp.ones((rows, columns), bool))

@@ -1,0 +1,104 @@
+"""The chunked losses equal plain cross-entropy, in values and in gradients."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefix_jax.nn import loss as losses
+
+B, M, D, V = 3, 7, 5, 11
+
+
+def unembed(params: jax.Array, h_BTD: jax.Array) -> jax.Array:
+    return h_BTD.astype(jnp.float32) @ params
+
+
+@pytest.fixture
+def arrays() -> tuple[jax.Array, ...]:
+    keys = jax.random.split(jax.random.key(0), 4)
+    return (
+        jax.random.normal(keys[0], (D, V)),
+        jax.random.normal(keys[1], (B, M, D)),
+        jax.random.randint(keys[2], (B, M), 0, V),
+        jax.random.uniform(keys[3], (B, M)).at[0, 2].set(0.0).at[2].set(0.0),
+    )
+
+
+def plain(params, h_BMD, label_BM, weight_BM):
+    logp_BMV = jax.nn.log_softmax(unembed(params, h_BMD))
+    picked_BM = (logp_BMV * jax.nn.one_hot(label_BM, V)).sum(-1)
+    return -(picked_BM * weight_BM).sum()
+
+
+# 2 targets a chunk leave a last chunk that is half empty; 1 is the least; 99 is one chunk.
+@pytest.fixture(params=[1, 2 * B, 99 * B], ids=["single", "ragged", "whole"])
+def chunked(request, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_TARGETS", request.param)
+
+
+@pytest.mark.usefixtures("chunked")
+def test_a_frozen_head_passes_the_exact_gradient_to_hidden_states(arrays):
+    value, grad = jax.value_and_grad(losses.frozen_head_loss, argnums=2)(unembed, *arrays)
+    expected, expected_grad = jax.value_and_grad(plain, argnums=1)(*arrays)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(grad, expected_grad, rtol=1e-4, atol=1e-6)
+    assert (grad[2] == 0).all()
+    assert (grad[0, 2] == 0).all()
+
+
+@pytest.mark.usefixtures("chunked")
+def test_a_training_head_gets_its_gradient_too(arrays):
+    value, grads = jax.value_and_grad(losses.training_head_loss, argnums=(1, 2))(unembed, *arrays)
+    expected, expected_grads = jax.value_and_grad(plain, argnums=(0, 1))(*arrays)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("chunked")
+def test_row_losses_are_those_of_each_row_alone(arrays):
+    params, *rows = arrays
+    loss_B = losses.row_losses(unembed, params, *rows)
+    expected = [plain(params, *(x[row] for x in rows)) for row in range(B)]
+    np.testing.assert_allclose(loss_B, expected, rtol=1e-5)
+    assert loss_B[2] == 0
+
+
+def test_the_gradient_of_a_frozen_head_scales_with_the_cotangent(arrays):
+    params, h_BMD, *targets = arrays
+    value = lambda h: losses.frozen_head_loss(unembed, params, h, *targets)  # noqa: E731
+    tripled = jax.grad(lambda h: 3 * value(h))(h_BMD)
+    np.testing.assert_allclose(tripled, 3 * jax.grad(value)(h_BMD), rtol=1e-5)
+
+
+def test_a_frozen_head_gets_no_gradient(arrays):
+    assert (jax.grad(losses.frozen_head_loss, argnums=1)(unembed, *arrays) == 0).all()
+
+
+def test_hidden_states_in_bfloat16_get_bfloat16_gradients(arrays):
+    params, h_BMD, *targets = arrays
+    grad = jax.grad(losses.frozen_head_loss, argnums=2)(
+        unembed, params, h_BMD.astype(jnp.bfloat16), *targets
+    )
+    assert grad.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        grad.astype(jnp.float32), jax.grad(plain, argnums=1)(*arrays), atol=0.02
+    )
+
+
+def test_targets_that_share_a_column_add_their_gradients():
+    h_BTD = jax.random.normal(jax.random.key(0), (1, 3, D))
+    index_BM = jnp.array([[1, 1, 2]])
+    gathered = losses.gather_targets(h_BTD, index_BM)
+    np.testing.assert_array_equal(gathered[0], h_BTD[0, jnp.array([1, 1, 2])])
+    grad = jax.grad(lambda h: losses.gather_targets(h, index_BM).sum())(h_BTD)
+    np.testing.assert_array_equal(grad[0, :, 0], [0, 2, 1])
+
+
+def test_confident_and_hopeless_logits_stay_finite():
+    logits = jnp.array([[[1e4, 0.0], [0.0, 1e4]]])
+    loss_BM = losses.token_losses(logits, jnp.array([[0, 0]]))
+    np.testing.assert_allclose(loss_BM, [[0.0, 1e4]])
