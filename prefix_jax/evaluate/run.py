@@ -215,5 +215,6 @@ def _merged(parts: Sequence[Evaluation]) -> Evaluation:
     for part in parts:
         metrics |= part.report.metrics
         signatures = {**signatures, **part.report.signatures}
-    predictions = next((part.predictions for part in parts if part.predictions), ())
+    # Where there are both, generated text says more than chosen labels, which come first.
+    predictions = next((part.predictions for part in reversed(parts) if part.predictions), ())
     return Evaluation(Report(metrics, signatures, parts[0].report.examples), predictions)
