@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 Unembed = Callable[[Any, jax.Array], jax.Array]
 
-# How many targets one chunk of logits holds: 512 x 128k float32 logits are 256 MiB.
-CHUNK_TARGETS = 512
+# How many targets one chunk of logits holds, at most. More would cost memory (256 x 128k float32
+# logits are 128 MiB); fewer would read the head's weights more often than their products pay for.
+CHUNK_TARGETS = 256
 
 
 def gather_targets(h_BTD: jax.Array, index_BM: jax.Array) -> jax.Array:
@@ -34,8 +35,10 @@ def _chunks(array: jax.Array, size: int) -> jax.Array:
 
 
 def _chunk_size(h_BMD: jax.Array) -> int:
+    """Columns of a chunk: M in equal parts, so that hardly any padding is computed."""
     B, M = h_BMD.shape[:2]
-    return min(M, max(1, CHUNK_TARGETS // B))
+    parts = -(-M // max(1, CHUNK_TARGETS // B))
+    return -(-M // parts)
 
 
 def _parts(h_BMD: jax.Array, label_BM: jax.Array, weight_BM: jax.Array) -> tuple[jax.Array, ...]:

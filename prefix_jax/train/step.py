@@ -134,7 +134,7 @@ def make_step(
         targets = micro.weight_BM.sum()
         count = targets if reduction == "token" else micro.examples.sum()
         loss, grads = loss / count, jax.tree.map(lambda leaf: leaf / count, grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
 
         # The transform sees the whole tree, with zeros where it is frozen. Its zero updates of
         # the backbone are never applied, so XLA drops them.
@@ -157,7 +157,7 @@ def make_step(
             targets=targets,
             tokens=jnp.sum(micro.tokens.group_BT > 0).astype(jnp.float32),
             grad_norm=grad_norm,
-            param_norm=optax.global_norm(state.train),
+            param_norm=optax.tree.norm(state.train),
             finite=finite,
         )
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state), metrics

@@ -49,9 +49,10 @@ def ratio(case: Any, found: Audit) -> float:
         dataclasses.replace(step_audit.TINY, method="hidden"),
         dataclasses.replace(step_audit.TINY, method="prompt"),
         step_audit.SMOLLM2,
+        dataclasses.replace(step_audit.SMOLLM2, targets=300),  # not whole chunks of the loss
         step_audit.LLAMA,
     ],
-    ids=lambda case: f"{case.model}-{case.method}",
+    ids=lambda case: f"{case.model}-{case.method}-{case.targets}",
 )
 def test_a_step_computes_and_stores_what_it_must(case: Any) -> None:
     found = audit(*compile_step(case))

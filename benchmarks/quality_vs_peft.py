@@ -1,0 +1,173 @@
+"""Quality against Hugging Face PEFT on PyTorch at an equal budget.
+
+    make bench NAME=quality_vs_peft
+
+SmolLM2-135M, float32, prefix length 16, 300 steps of 8 examples of the cleaned E2E data, AdamW with
+a linear schedule. Both libraries get the same examples in the same order. PEFT runs from each of
+its initialisations: random (its default), zero, and the keys and values of a text, which are the
+ones that ours starts from. Measured on the held-out inputs of dev.csv: the mean loss of a target
+token, and BLEU of greedy decoding against all references of an input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+
+LENGTH, BATCH, RATE, NEW_TOKENS, ROWS = 16, 8, 1e-2, 64, 16
+
+
+def ours(steps: int, exchange: Path) -> dict[str, Any]:
+    """Trains and measures ours, and leaves PEFT its examples and the start of its prefix."""
+    from prefix_jax.config import parse
+    from prefix_jax.data.tokens import group_references
+    from prefix_jax.train.fit import fit
+    from prefix_jax.train.setup import prepare
+
+    values = {
+        "model": {"path": common.MODEL, "dtype": "float32"},
+        "method": {"name": "prefix", "length": LENGTH},
+        "data": {
+            "train": str(common.e2e("train.csv")),
+            "test": str(common.e2e("dev.csv")),
+            "input": common.INPUT,
+            "target": common.TARGET,
+            "batch_size": BATCH,
+        },
+        "optim": {"learning_rate": RATE, "schedule": "linear"},
+        "train": {"steps": steps, "checkpoint_every": steps},
+        "evaluate": {"metrics": ["loss", "bleu"], "batch_size": ROWS},
+        "decode": {"max_new_tokens": NEW_TOKENS},
+        "output": str(exchange / "run"),
+    }
+    config = parse(values)
+    setup = prepare(config)
+    train, dev = setup.splits["train"], setup.splits["test"]
+    order = [i for step in range(steps) for i in setup.pipeline.order.step(step)]
+    inputs = group_references(dev)
+    prefix = {name: np.asarray(leaf) for name, leaf in setup.state.train["prefix"].items()}
+    np.savez(exchange / "prefix.npz", **prefix)
+    exchanged = {
+        "train": [[train[i].ids_T.tolist(), train[i].target_T.tolist()] for i in order],
+        "dev": [[one.ids_T.tolist(), one.target_T.tolist()] for one in dev],
+        "prompts": [one.ids_T[: one.prompt_length].tolist() for one in inputs],
+        "references": [list(one.references) for one in inputs],
+        "eos": setup.pretrained.tokenizer.eos_token_id,
+    }
+    (exchange / "data.json").write_text(json.dumps(exchanged))
+    run = fit(config, pretrained=setup.pretrained, quiet=True)
+    metrics = run.evaluations["after"].report.metrics
+    return {"loss": metrics["loss"], "bleu": metrics["bleu"]}
+
+
+def peft(init: str, steps: int, exchange: Path) -> dict[str, Any]:
+    """Trains and measures PEFT from one initialisation."""
+    import torch
+    from transformers import get_linear_schedule_with_warmup
+
+    from prefix_jax.backbones.load import find
+    from prefix_jax.backbones.tokenizer import load_tokenizer
+    from prefix_jax.evaluate.metrics import score
+
+    data = json.loads((exchange / "data.json").read_text())
+    model = common.peft_model(np.load(exchange / "prefix.npz") if init == "text" else None, LENGTH)
+    weight = model.prompt_encoder["default"].embedding.weight
+    if init == "zero":
+        torch.nn.init.zeros_(weight)
+    optimizer = torch.optim.AdamW([weight], lr=RATE, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
+
+    def batches(rows: list[Any], size: int) -> list[dict[str, Any]]:
+        pairs = [(np.asarray(ids), np.asarray(target)) for ids, target in rows]
+        return [common.padded(pairs[i : i + size], pad=0) for i in range(0, len(pairs), size)]
+
+    model.train()
+    for batch in batches(data["train"], BATCH):
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_([weight], 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+    model.eval()
+    total = count = 0.0
+    texts = []
+    tokenizer = load_tokenizer(find(common.MODEL))
+    with torch.no_grad():
+        for batch in batches(data["dev"], ROWS):
+            targets = int((batch["labels"][:, 1:] != -100).sum())
+            total += float(model(**batch).loss) * targets
+            count += targets
+        for start in range(0, len(data["prompts"]), ROWS):
+            prompts = data["prompts"][start : start + ROWS]
+            width = max(map(len, prompts))
+            # Generation wants its padding on the left.
+            ids = torch.tensor([[data["eos"]] * (width - len(p)) + p for p in prompts])
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=data["eos"],
+                pad_token_id=data["eos"],
+            )
+            texts += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    bleu = score(["bleu"], [text.strip() for text in texts], data["references"])["bleu"]
+    return {"loss": total / count, "bleu": bleu}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument(
+        "--inits", nargs="+", default=["text", "zero", "random"], help="of PEFT (default: all)"
+    )
+    common.output_argument(parser)
+    parser.add_argument("--worker", nargs=2, metavar=("LIBRARY", "DIRECTORY"), help="-")
+    arguments = parser.parse_args()
+    if arguments.worker:
+        library, directory = arguments.worker
+        where = Path(directory)
+        if library == "ours":
+            found = ours(arguments.steps, where)
+        else:
+            found = peft(library, arguments.steps, where)
+        print(json.dumps(found))
+        return
+
+    common.e2e("dev.csv")
+    results = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for library in ("ours", *arguments.inits):
+            steps = str(arguments.steps)
+            results[library] = common.run_worker(
+                __file__, "--steps", steps, "--worker", library, directory
+            )
+            print(library, results[library], flush=True)
+    best = {
+        "loss": min(results[init]["loss"] for init in arguments.inits),
+        "bleu": max(results[init]["bleu"] for init in arguments.inits),
+    }
+    names = {"ours": "prefix_jax (text)", **{init: f"PEFT ({init})" for init in arguments.inits}}
+    rows = [
+        [names[library], f"{found['loss']:.4f}", f"{found['bleu']:.2f}"]
+        for library, found in results.items()
+    ]
+    rows.append(["goal: PEFT's best", f"<= {best['loss']:.4f}", f">= {best['bleu']:.2f}"])
+    common.print_table(
+        f"Quality on E2E dev after {arguments.steps} steps of {BATCH}, SmolLM2-135M, prefix 16",
+        ["", "token loss (nats)", "BLEU"],
+        rows,
+    )
+    common.write_json("quality_vs_peft", results, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

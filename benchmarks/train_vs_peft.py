@@ -1,0 +1,213 @@
+"""Training speed and memory against Hugging Face PEFT on PyTorch.
+
+    make bench NAME=train_vs_peft
+
+SmolLM2-135M, float32, prefix tuning of length 16 on the cleaned E2E data, AdamW, 8 examples a
+step. Both libraries get the same examples in every step, start from the same prefix and report the
+same loss. Each measurement is a process of its own, the two libraries taking turns; times begin
+after warm-up (every shape compiled), memory is the peak after loading, compilation included.
+
+    random    the order of the data is shuffled
+    grouped   as `group_by_source: true` draws it: targets of one source come together
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+
+LENGTH, BATCH, RATE = 16, 8, 1e-2
+GOALS = {"random": 1.7, "grouped": 2.2}
+MEMORY_GOAL = 0.6
+
+
+def setup_of(order: str, steps: int) -> Any:
+    """Our run: the setup, whose pipeline also decides PEFT's batches."""
+    from prefix_jax.config import parse
+    from prefix_jax.train.setup import prepare
+
+    values = {
+        "model": {"path": common.MODEL, "dtype": "float32"},
+        "method": {"name": "prefix", "length": LENGTH},
+        "data": {
+            "train": str(common.e2e("train.csv")),
+            "input": common.INPUT,
+            "target": common.TARGET,
+            "batch_size": BATCH,
+            "group_by_source": order == "grouped",
+        },
+        "optim": {"learning_rate": RATE, "schedule": "constant", "clip": None},
+        "train": {"steps": steps},
+        "output": "unused",
+    }
+    return prepare(parse(values))
+
+
+def ours(order: str, steps: int, exchange: Path) -> dict[str, Any]:
+    """Times our steps, and leaves PEFT its batches and its prefix."""
+    import jax
+
+    from prefix_jax.mesh import place_rows
+
+    setup = setup_of(order, steps)
+    train = setup.splits["train"]
+    chosen = [list(setup.pipeline.order.step(step)) for step in range(steps)]
+    np.savez(
+        exchange / f"{order}.npz",
+        **{name: np.asarray(leaf) for name, leaf in setup.state.train["prefix"].items()},
+        **{f"ids_{s}_{n}": train[i].ids_T for s, c in enumerate(chosen) for n, i in enumerate(c)},
+        **{
+            f"target_{s}_{n}": train[i].target_T
+            for s, c in enumerate(chosen)
+            for n, i in enumerate(c)
+        },
+    )
+    batches = [
+        jax.tree.map(lambda leaf: leaf[None], setup.pipeline.batch(step)) for step in range(steps)
+    ]
+    common.reset_peak()
+    state, losses, seconds = setup.state, [], []
+    with jax.set_mesh(setup.mesh):
+        placed = [place_rows(batch, setup.mesh, leading=1) for batch in batches]
+        warm = jax.tree.map(jax.numpy.copy, state)
+        shapes = {batch.ids_BT.shape + batch.label_BM.shape: batch for batch in placed}
+        for batch in shapes.values():
+            warm, _ = setup.step(warm, setup.frozen, batch)
+        jax.block_until_ready(warm)
+        for batch in placed:
+            began = time.perf_counter()
+            state, metrics = setup.step(state, setup.frozen, batch)
+            losses.append(float(metrics.loss))
+            seconds.append(time.perf_counter() - began)
+    laid = sum(batch.ids_BT.size for batch in batches)
+    return _result(seconds, losses, laid) | {"shapes": len(shapes)}
+
+
+def peft(order: str, steps: int, exchange: Path) -> dict[str, Any]:
+    """Times PEFT's steps on the same batches."""
+    import torch
+
+    given = np.load(exchange / f"{order}.npz")
+    model = common.peft_model(given, LENGTH)
+    batches = [
+        common.padded(
+            [(given[f"ids_{s}_{n}"], given[f"target_{s}_{n}"]) for n in range(BATCH)], pad=0
+        )
+        for s in range(steps)
+    ]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    model.train()
+    common.reset_peak()
+
+    def step(batch: dict[str, Any], update: bool) -> float:
+        loss = model(**batch).loss
+        loss.backward()
+        if update:
+            optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    for batch in batches[:2]:
+        step(batch, update=False)
+    losses, seconds = [], []
+    for batch in batches:
+        began = time.perf_counter()
+        losses.append(step(batch, update=True))
+        seconds.append(time.perf_counter() - began)
+    return _result(seconds, losses, sum(batch["input_ids"].numel() for batch in batches))
+
+
+def _result(seconds: list[float], losses: list[float], laid: int) -> dict[str, Any]:
+    return {
+        "examples_per_second": BATCH * len(seconds) / sum(seconds),
+        "peak_mib": common.peak_mib(),
+        "losses": losses,
+        "tokens_laid": laid,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=16, help="timed steps of a measurement")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each library")
+    common.output_argument(parser)
+    parser.add_argument("--worker", nargs=3, metavar=("LIBRARY", "ORDER", "DIRECTORY"), help="-")
+    arguments = parser.parse_args()
+    if arguments.worker:
+        library, order, directory = arguments.worker
+        work = {"ours": ours, "peft": peft}[library]
+        print(json.dumps(work(order, arguments.steps, Path(directory))))
+        return
+
+    common.e2e("train.csv")
+    rows, results = [], {}
+    with tempfile.TemporaryDirectory() as directory:
+        for order, goal in GOALS.items():
+            found: dict[str, list[dict[str, Any]]] = {"ours": [], "peft": []}
+            for _ in range(arguments.repeats):
+                for library, results_so_far in found.items():
+                    results_so_far.append(
+                        common.run_worker(
+                            __file__,
+                            "--steps",
+                            str(arguments.steps),
+                            "--worker",
+                            library,
+                            order,
+                            directory,
+                        )
+                    )
+            gap = max(
+                abs(a - b)
+                for a, b in zip(found["ours"][0]["losses"], found["peft"][0]["losses"], strict=True)
+            )
+            speed, memory = (
+                {k: statistics.median(r[key] for r in v) for k, v in found.items()}
+                for key in ("examples_per_second", "peak_mib")
+            )
+            ratio, share = speed["ours"] / speed["peft"], memory["ours"] / memory["peft"]
+            results[order] = {"speed_ratio": ratio, "memory_ratio": share, "loss_gap": gap, **found}
+            rows.append(
+                [
+                    order,
+                    f"{speed['ours']:.2f}",
+                    f"{speed['peft']:.2f}",
+                    f"{ratio:.2f}x",
+                    f">= {goal}x",
+                    f"{memory['ours']:.0f}",
+                    f"{memory['peft']:.0f}",
+                    f"{share:.2f}x",
+                    f"<= {MEMORY_GOAL}x",
+                    f"{gap:.1e}",
+                ]
+            )
+    common.print_table(
+        "Training, SmolLM2-135M float32, prefix 16, 8 examples a step",
+        [
+            "batches",
+            "ours (examples/s)",
+            "PEFT",
+            "speed",
+            "goal",
+            "ours (peak MiB)",
+            "PEFT",
+            "memory",
+            "goal",
+            "largest loss gap",
+        ],
+        rows,
+    )
+    common.write_json("train_vs_peft", results, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
