@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,11 @@ class Tuned:
         return self.compare(data, dataclasses.replace(settings, before=False), decode)["after"]
 
     def compare(
-        self, data: Source, settings: EvaluateConfig, decode: DecodeConfig | None = None
+        self,
+        data: Source,
+        settings: EvaluateConfig,
+        decode: DecodeConfig | None = None,
+        phase: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> dict[str, Evaluation]:
         """Measures the prefix, as "after", and with `settings.before` the bare model as "before".
 
@@ -261,6 +266,7 @@ class Tuned:
             data: as for `evaluate`.
             settings: metrics, labels, batch size and limit.
             decode: how text is generated; None takes `decode` of this object.
+            phase: a context for what is being measured at the moment, for a display.
         """
         evaluator = Evaluator(
             PrefixModel(self.pretrained.backbone, None),
@@ -271,7 +277,7 @@ class Tuned:
         )
         examples = data if isinstance(data, Examples) else self.examples(data)
         bare: dict[str, Prefix | None] = {"before": None} if settings.before else {}
-        return evaluator.compare(self.pretrained, {**bare, "after": self.prefix}, examples)
+        return evaluator.compare(self.pretrained, {**bare, "after": self.prefix}, examples, phase)
 
     def save(self, path: str | Path, arrays: Container = "orbax") -> None:
         """Writes the prefix, without the backbone: see `artifact.save`."""

@@ -24,7 +24,9 @@ __all__ = [
     "DataConfig",
     "DecodeConfig",
     "EvaluateConfig",
+    "GenerateConfig",
     "InitConfig",
+    "MeasureConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",
@@ -457,6 +459,28 @@ class Config:
                 f"optim.accumulate {self.optim.accumulate} micro-batches",
             ),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """What can be set when a stored prefix generates.
+
+    Attributes:
+        decode: as in `Config`.
+    """
+
+    decode: DecodeConfig = DecodeConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasureConfig(GenerateConfig):
+    """What can be set when a stored prefix is measured.
+
+    Attributes:
+        evaluate: as in `Config`.
+    """
+
+    evaluate: EvaluateConfig = EvaluateConfig()
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

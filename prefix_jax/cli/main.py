@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import logging
 import os
 import pkgutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import prefix_jax.cli
 from prefix_jax.errors import PrefixJaxError
@@ -23,10 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code.
 
     Codes: 0 success; 1 the verb found what it looks for wanting; 2 the input's fault, told on
-    stderr; 130 interrupted; 141 the reader of a pipe went away.
+    stderr; 130 interrupted; 141 the reader of a pipe went away; 143 terminated, after saving.
     """
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     _quieten()
+    _keep_programs()
     try:
         code: int = args.run(args)
         sys.stdout.flush()
@@ -43,10 +47,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Like `parse_args`, but settings (key.path=value) may stand before and after options alike."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if not hasattr(args, "settings") or any(word.startswith("-") for word in rest):
+        return parser.parse_args(argv)  # tells what is wrong
+    args.settings += rest
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="prefix-jax", description="Prefix tuning of pretrained language models in JAX."
+        prog="prefix-jax",
+        description="Prefix tuning of pretrained language models in JAX.",
+        epilog="prefix-jax VERB --help tells more about each.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for info in pkgutil.iter_modules(prefix_jax.cli.__path__):
         if info.name.startswith("_") or info.name == "main":
@@ -62,6 +79,32 @@ def _parser() -> argparse.ArgumentParser:
         module.add_arguments(verb)
         verb.set_defaults(run=module.run)
     return parser
+
+
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        try:
+            parser.exit(message=f"prefix-jax {importlib.metadata.version('prefix-jax')}\n")
+        except importlib.metadata.PackageNotFoundError:
+            parser.exit(message="prefix-jax, not installed\n")
+
+
+def _keep_programs() -> None:
+    """Keeps compiled programs between commands, so that the second one starts at once.
+
+    JAX's own environment variables say otherwise; it reads them when it is imported.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for name, value in {
+        "JAX_COMPILATION_CACHE_DIR": cache / "prefix_jax" / "programs",
+        "JAX_COMPILATION_CACHE_MAX_SIZE": 2**30,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.2,
+    }.items():
+        os.environ.setdefault(name, str(value))
 
 
 def _quieten() -> None:

@@ -38,13 +38,13 @@ class Sample:
     Attributes:
         input: what the model was given.
         reference: what it should write.
-        before: what it wrote without the prefix.
+        before: what it wrote without the prefix; None if that was not asked for.
         after: what it writes with the prefix.
     """
 
     input: str
     reference: str
-    before: str
+    before: str | None
     after: str
 
 
@@ -61,24 +61,22 @@ def duration(seconds: float) -> str:
 
 
 def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    """A table of the metrics that were measured both times: before, after, change."""
+    """A table of metrics: before, after and change, or the values alone where there are no earlier
+    ones."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("")
-    for column in ("before", "after", "change"):
+    for column in ("before", "after", "change") if before else ("held-out",):
         table.add_column(column, justify="right")
-    for name in before:
-        if name not in after:
-            continue
-        change = after[name] - before[name]
-        better = change < 0 if name in _LOWER_IS_BETTER else change > 0
-        style = "" if change == 0 or math.isnan(change) else "green" if better else "red"
-        sign = "+" if change > 0 else ""
-        table.add_row(
-            _TITLES.get(name, name),
-            number(name, before[name]),
-            Text(number(name, after[name]), style="bold"),
-            Text(sign + number(name, change), style=style),
-        )
+    for name in after:
+        title, value = _TITLES.get(name, name), Text(number(name, after[name]), style="bold")
+        if not before:
+            table.add_row(title, value)
+        elif name in before:
+            change = after[name] - before[name]
+            better = change < 0 if name in _LOWER_IS_BETTER else change > 0
+            style = "" if change == 0 or math.isnan(change) else "green" if better else "red"
+            signed = ("+" if change > 0 else "") + number(name, change)
+            table.add_row(title, number(name, before[name]), value, Text(signed, style=style))
     return table
 
 
@@ -93,6 +91,9 @@ def _generation(sample: Sample) -> Panel:
     given.add_column(ratio=1)
     given.add_row("input", _plain(sample.input))
     given.add_row("reference", _plain(sample.reference))
+    if sample.before is None:
+        given.add_row("generated", _plain(sample.after), style="bold")
+        return Panel(given)
 
     sides = Table(box=box.SIMPLE_HEAD, expand=True, show_edge=False, pad_edge=False)
     sides.add_column("before", ratio=1)
@@ -108,28 +109,36 @@ def print_closing(
     after: Mapping[str, float],
     samples: Sequence[Sample],
     written: Mapping[str, object],
-    command: str,
+    command: str | None,
 ) -> None:
     """Prints how a run ended.
 
     Args:
         console: where to.
-        before: held-out metrics without the prefix.
-        after: the same metrics with it.
+        before: held-out metrics without the prefix; empty if they were not measured.
+        after: held-out metrics with it; empty if nothing was held out.
         samples: a few held-out generations.
         written: where things are, by what they are: {"prefix": path, …}.
-        command: the exact one that uses the prefix.
+        command: the exact one that uses the prefix; None if there is none.
     """
-    console.print(generations(samples))
-    console.print("", comparison(before, after), "", sep="\n")
+    if samples:
+        console.print(generations(samples))
+    if after:
+        console.print("", comparison(before, after), sep="\n")
+    console.print()
     width = max(map(len, written), default=0)
     # Unboxed and unwrapped, so that paths and command can be copied in one go.
     for what, path in written.items():
         console.print(Text(f"{what:<{width}}  {path}"), soft_wrap=True)
-    console.print(Text.assemble("\nUse it:\n  ", (command, "bold")), soft_wrap=True)
+    if command is not None:
+        console.print(Text.assemble("\nUse it:\n  ", (command, "bold")), soft_wrap=True)
+
+
+def harmless(text: str) -> str:
+    """Text that cannot steer the terminal, whatever a model wrote."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _plain(text: str) -> Text:
-    """Text that cannot steer the terminal, whatever a model wrote."""
-    shown = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.strip())
+    shown = harmless(text.strip())
     return Text(shown) if shown else Text("(nothing)", style="dim italic")

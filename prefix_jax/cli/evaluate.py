@@ -1,0 +1,91 @@
+"""Measure a prefix on held-out records.
+
+  prefix-jax evaluate runs/quickstart --data test.jsonl --metrics loss,bleu
+
+Records are rendered, cut and decoded as in the training run, unless a setting says otherwise:
+decode.beams=5, evaluate.limit=100, evaluate.before=true (measures the bare model too).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefix_jax.cli import _stored
+
+if TYPE_CHECKING:
+    from prefix_jax.evaluate.run import Evaluation
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The prefix, the data, what to measure and where to write it."""
+    _stored.add_arguments(parser, "decode.beams=5, evaluate.limit=100, evaluate.before=true")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        required=True,
+        help="a .jsonl, .csv or .parquet file, or tfds:NAME/SPLIT",
+    )
+    parser.add_argument(
+        "--metrics",
+        metavar="NAME,…",
+        help="loss, accuracy, bleu, chrf, rouge1, rouge2, rougeL, rougeLsum, exact_match: "
+        "for evaluate.metrics=[…] (default: loss)",
+    )
+    parser.add_argument(
+        "--labels",
+        metavar="TEXT,…",
+        help="the answers among which accuracy chooses: for evaluate.labels=[…]",
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", help="write results.json and predictions.jsonl there"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a table, and writes the results if asked to."""
+    from rich.console import Console
+
+    from prefix_jax.config import MeasureConfig
+    from prefix_jax.train.summary import comparison
+
+    for key in ("metrics", "labels"):
+        given = getattr(args, key)
+        if given is not None:
+            args.settings.append(f"evaluate.{key}={json.dumps(given.split(','))}")
+    progress = Console(stderr=True, highlight=False)
+    with progress.status("loading"):
+        tuned, settings = _stored.load(args, MeasureConfig)
+        examples = tuned.examples(args.data)
+    for what, sources in (("cut to fit", examples.truncated), ("left out", examples.dropped)):
+        if sources:
+            progress.print(
+                f"warning: {len(sources)} examples were {what} (first: {sources[0]})", markup=False
+            )
+    found = tuned.compare(examples, settings.evaluate, settings.decode, progress.status)
+    before, after = found.get("before"), found["after"]
+    Console(highlight=False).print(
+        comparison({} if before is None else before.report.metrics, after.report.metrics)
+    )
+    if args.output is not None:
+        _write(Path(args.output), args, found)
+    return 0
+
+
+def _write(directory: Path, args: argparse.Namespace, found: Mapping[str, Evaluation]) -> None:
+    from prefix_jax.evaluate.report import save_predictions
+    from prefix_jax.train.results import write_whole
+
+    content = {"prefix": args.prefix, "data": args.data, "settings": args.settings}
+    results = {name: evaluation.report.as_dict() for name, evaluation in found.items()}
+    write_whole(
+        directory / "results.json",
+        json.dumps({**content, "results": results}, indent=2, ensure_ascii=False) + "\n",
+    )
+    for name, evaluation in found.items():
+        if evaluation.predictions:
+            suffix = "" if name == "after" else f"-{name}"
+            save_predictions(directory / f"predictions{suffix}.jsonl", evaluation.predictions)

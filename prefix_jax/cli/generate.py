@@ -1,0 +1,169 @@
+"""Generate text behind a prefix: for a prompt, for a file of records, or in a dialogue.
+
+  prefix-jax generate runs/quickstart --record '{"facts": "name[Harrow Mill], platforms[5]"}'
+  prefix-jax generate runs/quickstart --input test.jsonl --output predictions.jsonl
+  prefix-jax generate runs/quickstart
+
+A record is what a line of the training data is, and becomes a prompt by the template of the
+training run; a prompt is the text itself. With neither, the fields of one record after another
+are asked for: Ctrl-C stops an answer, Ctrl-D ends.
+
+Text is decoded as in the training run unless a setting says otherwise: decode.max_new_tokens=200,
+decode.beams=5, decode.temperature=0.7, … (the fields of DecodeConfig).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from prefix_jax.cli import _stored
+from prefix_jax.errors import DataError, PrefixJaxError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from prefix_jax.api import Tuned
+    from prefix_jax.config import DecodeConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The prefix, and what to continue."""
+    _stored.add_arguments(parser, "decode.max_new_tokens=200, decode.beams=5, …")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="text that is continued as it stands")
+    source.add_argument("--record", metavar="JSON", help="the fields of one record")
+    source.add_argument(
+        "--input", metavar="FILE", help="records: a .jsonl, .csv or .parquet file, tfds:NAME/SPLIT"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where predictions for --input go, as JSON lines (default: the terminal)",
+    )
+    parser.add_argument("--no-prefix", action="store_true", help="the bare model, to compare with")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generates, to the terminal or to a file."""
+    from rich.console import Console
+
+    from prefix_jax.config import GenerateConfig
+
+    if args.output is not None and args.input is None:
+        raise DataError("--output is for the predictions of --input; give both")
+    record = None if args.record is None else _record(args.record)
+    progress = Console(stderr=True, highlight=False)
+    with progress.status("loading"):
+        tuned, settings = _stored.load(args, GenerateConfig)
+    if args.no_prefix:
+        tuned = tuned.without_prefix()
+    if args.input is not None:
+        _file(tuned, settings.decode, args.input, args.output, progress)
+    elif args.prompt is not None or record is not None:
+        _answer(tuned, settings.decode, args.prompt if record is None else record, progress)
+    else:
+        _dialogue(tuned, settings.decode, progress)
+    return 0
+
+
+def _record(text: str) -> Mapping[str, Any]:
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"--record: malformed JSON, {error.msg} at column {error.colno}") from None
+    if not isinstance(record, dict):
+        raise DataError('--record: expected an object such as \'{"field": "text"}\'')
+    return record
+
+
+def _answer(
+    tuned: Tuned, decode: DecodeConfig, prompt: str | Mapping[str, Any], progress: Console
+) -> None:
+    """Prints what follows a prompt, as it comes."""
+    from prefix_jax.train.summary import harmless
+
+    # What goes to a file or a pipe is what the model wrote.
+    shown = harmless if sys.stdout.isatty() else str
+    if decode.samples > 1:
+        with progress.status("generating"):
+            (found,) = tuned.generations([prompt], decode)
+        for sample in found.samples:
+            print(shown(sample.text.strip()))
+        return
+    status = progress.status("generating")
+    status.start()
+
+    def on_text(_prompt: int, _sample: int, piece: str) -> None:
+        status.stop()
+        print(shown(piece), end="", flush=True)
+
+    try:
+        tuned.generations([prompt], decode, on_text=on_text)
+    finally:
+        status.stop()
+        print()
+
+
+def _file(
+    tuned: Tuned, decode: DecodeConfig, source: str, output: str | None, progress: Console
+) -> None:
+    """Generates for every record of a file."""
+    from rich.progress import Progress
+
+    from prefix_jax.data.source import read_records
+    from prefix_jax.evaluate.report import Prediction
+
+    total = len(read_records(source)) * decode.samples
+    with Progress(console=progress, transient=True) as bar:
+        task = bar.add_task("generating", total=total)
+
+        def on_prediction(made: Prediction) -> None:
+            if output is None:
+                print(made.prediction)
+            bar.advance(task)
+
+        made = tuned.predict(source, decode=decode, output=output, on_prediction=on_prediction)
+    if output is not None:
+        progress.print(f"{len(made)} predictions in {output}", markup=False, soft_wrap=True)
+
+
+def _dialogue(tuned: Tuned, decode: DecodeConfig, progress: Console) -> None:
+    """Answers one record after another, until the input ends."""
+    for prompt in _asked(tuned):
+        try:
+            _answer(tuned, decode, prompt, progress)
+        except KeyboardInterrupt:
+            continue
+        except PrefixJaxError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def _asked(tuned: Tuned) -> Iterator[str | Mapping[str, Any]]:
+    """Records, or prompts where no template makes them of records, as they are typed."""
+    template = None if tuned.card is None else tuned.card.template
+    chat = None if template is None else template.messages
+    while True:
+        try:
+            if chat is not None:
+                yield {chat: [{"role": "user", "content": _line("user")}]}
+            elif tuned.fields is None:
+                yield _line("prompt")
+            else:
+                yield {name: _line(name) for name in tuned.fields}
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+        except EOFError:
+            return
+
+
+def _line(name: str) -> str:
+    """A line that is typed, or the next one of a pipe."""
+    if not sys.stdin.isatty():
+        return input()
+    import readline  # noqa: F401  (input() edits lines with it)
+
+    return input(f"{name}> ")

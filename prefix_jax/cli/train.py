@@ -1,0 +1,164 @@
+"""Train what a config describes, or go on where it was interrupted.
+
+Whatever the config says can be changed behind it: train.steps=500 method.length=32.
+The same command continues a run that was interrupted, and shows one that has finished again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefix_jax.config import Config
+    from prefix_jax.evaluate.run import Evaluation
+    from prefix_jax.train.results import Results
+    from prefix_jax.train.summary import Sample
+
+_SAMPLES = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The config, and what to change in it."""
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/*.yaml")
+    parser.add_argument(
+        "settings",
+        metavar="key.path=value",
+        nargs="*",
+        help="changes the config: train.steps=500, data.train=mine.jsonl",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, and shows what came of it; returns 128 + the signal that stopped it, if one did."""
+    import jax
+    from rich.console import Console
+
+    from prefix_jax import config as configs
+    from prefix_jax.train.fit import fit
+    from prefix_jax.train.results import Results, read_results
+
+    config = configs.load(args.config, args.settings)
+    console = Console(highlight=False)
+    results = read_results(config)
+    if results is not None:
+        console.print(
+            f"The run in {config.output} has finished. Its results follow; to train anew, remove "
+            "that directory or choose another with output=…",
+            markup=False,
+        )
+    else:
+        try:
+            ended = fit(config, console=console)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from what was saved", file=sys.stderr)
+            return 128 + signal.SIGINT
+        if ended.interrupted is not None:
+            return 128 + ended.interrupted
+        results = Results(ended.step, ended.evaluations)
+    if jax.process_index() == 0:
+        _close(console, config, results)
+    return 0
+
+
+def _close(console: Any, config: Config, results: Results) -> None:
+    from prefix_jax.train.summary import print_closing
+
+    directory = Path(config.output)
+    before, after = results.evaluations.get("before"), results.evaluations.get("after")
+    print_closing(
+        console,
+        before={} if before is None else before.report.metrics,
+        after=_dev(directory, results.step) if after is None else after.report.metrics,
+        samples=_samples(before, after),
+        written=_written(directory),
+        command=_command(config),
+    )
+
+
+def _dev(directory: Path, step: int) -> dict[str, float]:
+    """What the dev split said about the prefix, if it was asked."""
+    from prefix_jax.train.record import read_metrics
+
+    for line in read_metrics(directory):
+        if line["kind"] == "dev" and line["step"] == step:
+            known = line.keys() - {"step", "kind", "time"}
+            return {name: line[name] for name in line if name in known and line[name] is not None}
+    return {}
+
+
+def _samples(before: Evaluation | None, after: Evaluation | None) -> list[Sample]:
+    """A few held-out generations."""
+    from prefix_jax.train.summary import Sample
+
+    if after is None:
+        return []
+    without = {} if before is None else {p.source: p.prediction for p in before.predictions}
+    return [
+        Sample(made.prompt, made.references[0], without.get(made.source), made.prediction)
+        for made in after.predictions[:_SAMPLES]
+    ]
+
+
+def _written(directory: Path) -> dict[str, str]:
+    """What the run directory holds."""
+    names = {
+        "prefix": "prefix",
+        "checkpoints": "checkpoints",
+        "metrics": "metrics.jsonl",
+        "results": "results.json",
+        "predictions": "predictions.jsonl",
+        "loss curve": "loss.png",
+    }
+    found = {what: directory / name for what, name in names.items() if (directory / name).exists()}
+    sizes = {"prefix": f" ({_size(found['prefix'])})"} if "prefix" in found else {}
+    return {what: f"{path}{sizes.get(what, '')}" for what, path in found.items()}
+
+
+def _size(directory: Path) -> str:
+    count = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    return f"{count / 1000:,.0f} kB"
+
+
+def _command(config: Config) -> str | None:
+    """The command that uses the prefix on a held-out record."""
+    prefix = Path(config.output) / "prefix"
+    if not prefix.exists():  # full fine-tuning
+        return None
+    words = [_executable(), "generate", str(prefix)]
+    record = _held_out(config)
+    if record is not None:
+        words += ["--record", json.dumps(record, ensure_ascii=False)]
+    return shlex.join(words)
+
+
+def _held_out(config: Config) -> dict[str, Any] | None:
+    """The fields of the first held-out record that make its prompt."""
+    from prefix_jax.data.source import read_records
+    from prefix_jax.data.template import Template
+
+    data = config.data
+    source = data.test or data.dev or data.train
+    if source is None or (data.input is None and data.messages is None):
+        return None
+    record = read_records(source, tfds_dir=data.tfds_dir)[0]
+    if data.messages is not None:
+        turns = list(record.fields[data.messages])
+        while turns[-1]["role"] == "assistant":
+            turns.pop()
+        return {data.messages: turns}
+    return {name: record.fields[name] for name in Template(data.input or "").fields}
+
+
+def _executable() -> str:
+    """This program, as one can type it."""
+    called = Path(sys.argv[0])
+    if called.stem != "prefix-jax" or shutil.which(called.name) == str(called.absolute()):
+        return "prefix-jax"
+    return str(called)
