@@ -1,0 +1,61 @@
+"""Every Python block of README.md and docs/*.md runs, file by file, top to bottom.
+
+A model that the text names is replaced by a tiny one, and the directory is one where the project's
+`examples/` and `configs/` lie. A block that cannot run says why in the line before it:
+
+    <!-- not run: reason -->
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from prefix_jax.backbones import load
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*ROOT.glob("README.md"), *sorted((ROOT / "docs").glob("*.md"))]
+
+BLOCK = re.compile(
+    r"^(?P<mark><!-- not run: .+ -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """The first line and the code of every block that is to run."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        (text.count("\n", 0, match.start("code")) + 1, match["code"])
+        for match in BLOCK.finditer(text)
+        if match["mark"] is None
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_blocks_of_a_page_run_in_order(
+    page: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = load.find
+    monkeypatch.setattr(
+        load, "find", lambda source: find(source if Path(source).is_dir() else tiny_model_dir)
+    )
+    for folder in ("examples", "configs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    for data in (ROOT / "examples" / "stations").glob("*.jsonl"):
+        (tmp_path / data.name).symlink_to(data)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for line, code in blocks(page):
+        # Blank lines before it make tracebacks point into the page.
+        exec(compile("\n" * (line - 1) + code, page, "exec"), namespace)
+
+
+def test_marked_blocks_and_other_languages_are_left_out(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```\nplain\n```\n\n```python\nfirst\n```\n\n<!-- not run: needs a TPU -->\n"
+        "```python\nmarked\n```\n\n```bash\nshell\n```\n```python\nsecond\n```\n"
+    )
+    assert blocks(page) == [(6, "first\n"), (18, "second\n")]
