@@ -38,9 +38,9 @@ def make_method(section: Mapping[str, Any]) -> Method | None:
         return None
     if name not in METHODS:
         near = difflib.get_close_matches(name, [*METHODS, FULL], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f" did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"method.name: unknown method {name!r}{hint} there are {', '.join([*METHODS, FULL])}"
+            f"method.name: unknown method {name!r};{hint} there are {', '.join([*METHODS, FULL])}"
         )
     return build(METHODS[name], fields, where="method")
 

@@ -192,9 +192,7 @@ def test_padding_changes_nothing_on_real_tokens(name):
         ids = jnp.pad(ids_BT, ((0, 0), (left, right)), constant_values=7)
         real = jnp.pad(jnp.ones((B, T), bool), ((0, 0), (left, right)))
         for behind_prefix, want in ((prefix, expected), (None, behind(name, None))):
-            out, _ = hidden(
-                decoder(name), params_of(name), ids, Tokens.plain(real), behind_prefix
-            )
+            out, _ = hidden(decoder(name), params_of(name), ids, Tokens.plain(real), behind_prefix)
             close(out[:, left : left + T], want)
             assert jnp.isfinite(out).all()
 

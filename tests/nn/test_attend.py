@@ -183,9 +183,7 @@ def test_padding_changes_no_gradient():
 def test_bfloat16_accumulates_in_float32():
     case = make(B=2, T=16, S=64, K=2, G=2, H=16, P=8)
     # One rounding of the inputs is common to both; the softmax itself must not add to it.
-    low = jax.tree.map(
-        lambda x: x if x.dtype == bool else x.astype(jnp.bfloat16), case
-    )
+    low = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.bfloat16), case)
     high = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.float32), low)
     (_, grads), _ = both(low, jnp.ones_like(low.q_BTNH))
     _, (_, expected) = both(high, jnp.ones_like(high.q_BTNH))
@@ -201,9 +199,12 @@ def test_bfloat16_accumulates_in_float32():
 
 def test_a_float32_prefix_gets_float32_gradients_from_a_bfloat16_model():
     case = make()
-    low = case._replace(**{
-        name: getattr(case, name).astype(jnp.bfloat16) for name in ("q_BTNH", "k_BSKH", "v_BSKH")
-    })
+    low = case._replace(
+        **{
+            name: getattr(case, name).astype(jnp.bfloat16)
+            for name in ("q_BTNH", "k_BSKH", "v_BSKH")
+        }
+    )
     grads = jax.grad(lambda join: ours(low._replace(join=join)).astype(jnp.float32).sum())(
         case.join
     )

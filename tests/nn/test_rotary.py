@@ -11,15 +11,15 @@ from prefix_jax.nn.rotary import Rotary, rotate
 
 
 def test_plain_frequencies_are_powers_of_theta():
-    np.testing.assert_allclose(
-        Rotary(10000.0).frequencies(8), [1.0, 0.1, 0.01, 0.001], rtol=1e-6
-    )
+    np.testing.assert_allclose(Rotary(10000.0).frequencies(8), [1.0, 0.1, 0.01, 0.001], rtol=1e-6)
 
 
 def test_linear_scaling_divides_positions():
     plain, scaled = Rotary(10000.0), Rotary(10000.0, "linear", factor=4.0)
     position = jnp.array([[0, 4, 40]])
-    for ours, theirs in zip(scaled.angles(position, 8), plain.angles(position // 4, 8), strict=True):
+    for ours, theirs in zip(
+        scaled.angles(position, 8), plain.angles(position // 4, 8), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 

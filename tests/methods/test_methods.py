@@ -1,0 +1,222 @@
+"""What each method makes of its parameters, and what it starts as."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefix_jax.errors import ConfigError
+from prefix_jax.methods import METHODS, make_method, name_of
+from prefix_jax.methods.base import constant, normal
+from prefix_jax.methods.hidden import HiddenPrefixTuning
+from prefix_jax.methods.prefix import PrefixTuning
+from prefix_jax.methods.prompt import PromptTuning
+from prefix_jax.prefix import Embeds, Geometry, Hidden, KVPrefix, Prefix, Site
+
+G = Geometry(layers=3, query_heads=4, kv_heads=2, head_dim=8, d_model=32, vocab=50)
+P, KEY = 5, jax.random.key(0)
+
+METHOD = {
+    "prefix": PrefixTuning(P),
+    "mlp": PrefixTuning(P, mid=7),
+    "hidden": HiddenPrefixTuning(P),
+    "prompt": PromptTuning(P),
+}
+SHAPES = {
+    "prefix": [(3, P, 2, 8), (3, P, 2, 8)],
+    "mlp": [(3, P, 2, 8), (3, P, 2, 8)],
+    "hidden": [(3, P, 32)],
+    "prompt": [(P, 32)],
+}
+each_method = pytest.mark.parametrize("name", METHOD)
+
+
+def count(params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@each_method
+def test_what_is_produced_fits_the_geometry(name):
+    produced = METHOD[name](METHOD[name].init(KEY, G, None))
+    assert isinstance(produced, METHOD[name].produces)
+    assert [leaf.shape for leaf in jax.tree.leaves(produced)] == SHAPES[name]
+
+
+@each_method
+def test_trained_parameters_are_float32(name):
+    leaves = jax.tree.leaves(METHOD[name].init(KEY, G, None))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+
+
+def test_parameters_are_as_many_as_the_papers_count():
+    def size(name: str) -> int:
+        return count(METHOD[name].init(KEY, G, None))
+
+    assert size("prefix") == 2 * 3 * P * 2 * 8
+    assert size("hidden") == 3 * P * 32
+    assert size("prompt") == P * 32
+    assert size("mlp") == P * 32 + (32 + 1) * 7 + (7 + 1) * 3 * 2 * 2 * 8
+
+
+@each_method
+def test_a_start_is_what_is_produced_at_first(name):
+    """Also through the MLP, whose last layer can meet P vectors exactly: P <= mid."""
+    method = METHOD[name]
+    start = normal(method.produces, G, P, jax.random.key(1), std=2.0)
+    produced = method(method.init(KEY, G, start))
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if name == "mlp" else {"rtol": 0, "atol": 0}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), produced, start)
+
+
+def test_a_start_wider_than_the_mlp_is_met_as_well_as_its_last_layer_can():
+    method = PrefixTuning(P, mid=P - 2)
+    start = normal(Prefix, G, P, jax.random.key(1), std=2.0)
+    params = method.init(KEY, G, start)
+
+    def error(params) -> float:
+        difference = jax.tree.map(jnp.subtract, method(params), start)
+        return sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(difference))
+
+    least = error(params)
+    assert 0 < least < error(method.init(KEY, G, None))
+    for seed in range(3):
+        noise = 0.01 * jax.random.normal(jax.random.key(seed), params["out_XL2KH"].shape)
+        assert error({**params, "out_XL2KH": params["out_XL2KH"] + noise}) > least
+
+
+def test_exporting_leaves_keys_and_values_alone():
+    produced = METHOD["mlp"](METHOD["mlp"].init(KEY, G, None))
+    raw = PrefixTuning(P)
+    again = raw(raw.init(KEY, G, produced))
+    assert jax.tree.structure(again) == jax.tree.structure(produced)
+    jax.tree.map(np.testing.assert_array_equal, again, produced)
+    assert count(produced) == 2 * 3 * P * 2 * 8
+
+
+@each_method
+def test_random_starts_follow_the_seed(name):
+    init = METHOD[name].init
+    first, again, other = init(KEY, G, None), init(KEY, G, None), init(jax.random.key(9), G, None)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert all((a != b).any() for a, b in zip(*map(jax.tree.leaves, (first, other)), strict=True))
+
+
+def test_random_starts_are_those_of_the_papers():
+    def flat(method) -> np.ndarray:
+        leaves = jax.tree.leaves(method.init(KEY, G, None))
+        return np.concatenate([np.ravel(leaf) for leaf in leaves])
+
+    assert flat(PrefixTuning(64)).std() == pytest.approx(1, abs=0.05)
+    prompt = flat(PromptTuning(64))
+    assert prompt.min() < -0.48
+    assert 0.48 < prompt.max() <= 0.5
+    mlp = PrefixTuning(64, mid=9).init(KEY, G, None)
+    assert 0.9 * 32**-0.5 < float(jnp.abs(mlp["in_DX"]).max()) <= 32**-0.5
+    assert 0.9 / 3 < float(jnp.abs(mlp["out_XL2KH"]).max()) <= 1 / 3
+
+
+def test_constant_and_normal_starts():
+    for kind in (Embeds, Hidden, Prefix):
+        zeros, noise = constant(kind, G, P), normal(kind, G, P, KEY, std=0.5)
+        assert isinstance(zeros, kind)
+        assert jax.tree.structure(zeros) == jax.tree.structure(noise)
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(zeros))
+        assert float(jax.tree.leaves(noise)[0].std()) == pytest.approx(0.5, rel=0.2)
+    keys_values = jax.tree.leaves(normal(Prefix, G, P, KEY, std=1.0))
+    assert (keys_values[0] != keys_values[1]).any()
+
+
+# Positions.
+
+
+def test_text_starts_after_the_prefix_unless_it_is_told_otherwise():
+    def produced(**fields) -> Prefix:
+        method = PrefixTuning(P, **fields)
+        return method(method.init(KEY, G, None))
+
+    assert (produced().offset, produced().pinned) == (P, False)
+    assert (produced(offset=0, pinned=True).offset, produced(offset=0, pinned=True).pinned) == (
+        0,
+        True,
+    )
+    assert PrefixTuning(P).text_start == P
+    assert PrefixTuning(P, offset=0).text_start == 0
+    assert PromptTuning(P).text_start == P
+
+
+# Dropout.
+
+
+@each_method
+def test_dropout_zeroes_some_elements_and_scales_the_others(name):
+    method = type(METHOD[name])(**{**vars(METHOD[name]), "length": 50, "dropout": 0.25})
+    params = method.init(KEY, G, None)
+    whole, dropped = method(params), method(params, jax.random.key(3))
+    for x, y in zip(*map(jax.tree.leaves, (whole, dropped)), strict=True):
+        zero = np.asarray(y == 0)
+        assert zero.mean() == pytest.approx(0.25, abs=0.05)
+        np.testing.assert_allclose(y[~zero], x[~zero] / 0.75, rtol=1e-5)
+    again, other = method(params, jax.random.key(3)), method(params, jax.random.key(4))
+    jax.tree.map(np.testing.assert_array_equal, dropped, again)
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (dropped, other)), strict=True))
+
+
+def test_keys_and_values_drop_apart():
+    method = PrefixTuning(50, dropout=0.5)
+    join = method(method.init(KEY, G, None), KEY).decoder.join
+    assert ((join.k_LPKH == 0) != (join.v_LPKH == 0)).any()
+
+
+@each_method
+def test_without_dropout_a_key_changes_nothing(name):
+    params = METHOD[name].init(KEY, G, None)
+    jax.tree.map(np.testing.assert_array_equal, METHOD[name](params, KEY), METHOD[name](params))
+
+
+# The registry.
+
+
+def test_methods_are_made_by_name():
+    assert make_method({"name": "prefix", "length": 3, "mid": 8}) == PrefixTuning(3, mid=8)
+    assert make_method({"name": "hidden"}) == HiddenPrefixTuning()
+    assert make_method({"name": "prompt", "dropout": 0.1}) == PromptTuning(dropout=0.1)
+    assert make_method({"name": "full"}) is None
+
+
+@pytest.mark.parametrize("name", [*METHODS, "full"])
+def test_a_method_knows_its_name(name):
+    assert name_of(make_method({"name": name})) == name
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"name": "prefx"}, "unknown method 'prefx'; did you mean 'prefix'? there are prefix, "),
+        ({"name": "zzz"}, "unknown method 'zzz'; there are prefix, hidden, prompt, full"),
+        ({"name": "prefix", "lenght": 3}, "method.lenght: unknown key; did you mean method.length"),
+        ({"name": "prompt", "mid": 3}, "method.mid: unknown key"),
+        ({"name": "prefix", "length": "many"}, "method.length: expected int; got 'many'"),
+        ({"name": "full", "length": 3}, "full takes no fields, got length"),
+        ({"name": "prefix", "length": 0}, "at least 1 slot"),
+        ({"name": "prompt", "dropout": 1.0}, r"must be in \[0, 1\)"),
+        ({"name": "prefix", "mid": 0}, "at least 1 unit"),
+        ({"name": "prefix", "offset": -1}, "method.offset is -1; positions start at 0"),
+    ],
+)
+def test_what_is_wrong_with_a_section_is_said(section, message):
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+        make_method(section)
+
+
+def test_a_section_is_left_as_it_was():
+    section = {"name": "prefix", "length": 3}
+    make_method(section)
+    assert section == {"name": "prefix", "length": 3}
+
+
+def test_a_prefix_that_holds_only_a_join_knows_its_length():
+    join = KVPrefix(jnp.zeros((3, P, 2, 8)), jnp.zeros((3, P, 2, 8)))
+    assert Prefix(Site(join)).length == P
+    assert Prefix(Site()).length == 0
