@@ -217,7 +217,8 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray], container: Containe
 def _read_arrays(path: Path, container: Container) -> dict[str, np.ndarray]:
     try:
         if container == "orbax":
-            return {name: np.asarray(x) for name, x in ocp.load(path).items()}
+            # Orbax reads from absolute paths alone.
+            return {name: np.asarray(x) for name, x in ocp.load(path.absolute()).items()}
         return safetensors.numpy.load(path.read_bytes())
     # Damage shows as whatever the reader trips over.
     except Exception as error:

@@ -118,7 +118,7 @@ def _file(
     from prefix_jax.evaluate.report import Prediction
 
     total = len(read_records(source)) * decode.samples
-    with Progress(console=progress, transient=True) as bar:
+    with Progress(console=progress, transient=True, disable=not progress.is_terminal) as bar:
         task = bar.add_task("generating", total=total)
 
         def on_prediction(made: Prediction) -> None:

@@ -161,6 +161,12 @@ def test_a_metric_that_is_not_finite_is_stored_as_null(tmp_path: Path) -> None:
     assert artifact.load(tmp_path / "p")[1].metrics == {"loss": 1.5, "bleu": None}
 
 
+@in_both_containers
+def test_a_relative_path_will_do(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(stored.parent)
+    assert_equal(artifact.load(stored.name)[0], keys_values())
+
+
 def test_a_run_directory_stands_for_its_prefix(tmp_path: Path) -> None:
     produced = keys_values()
     artifact.save(tmp_path / "run" / "prefix", produced, card_of(produced))
