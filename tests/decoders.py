@@ -1,15 +1,19 @@
-"""Small random decoders of every kind, and their methods compiled once for all tests."""
+"""Small random decoders of every kind, compiled once for all tests, and batches for them."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from prefix_jax.backbones import gpt2, llama
 from prefix_jax.backbones.decoder import Backbone, Params, Remat
+from prefix_jax.data.batch import Batch, Example
+from prefix_jax.data.pack import Packing, arrange, materialise, measure
 from prefix_jax.nn.mask import Tokens
 
 V = 50
@@ -69,3 +73,22 @@ def token_ids(*shape: int, seed: int = 0) -> jax.Array:
 def present(rows: int, columns: int) -> Tokens:
     """Rows without padding."""
     return Tokens.plain(jnp.ones((rows, columns), bool))
+
+
+def examples(count: int, seed: int = 0) -> list[Example]:
+    """Random examples of 5 to 9 tokens, of which 1 to 4 are targets. Some share their source."""
+    rng = np.random.default_rng(seed)
+    sources = [rng.integers(0, V, size) for size in rng.integers(4, 6, max(1, count // 2))]
+    found = []
+    for number in range(count):
+        source, target = sources[number % len(sources)], rng.integers(0, V, rng.integers(1, 5))
+        ids = np.concatenate([source, target]).astype(np.int32)
+        found.append(Example(ids, np.arange(len(ids)) >= len(source), f"example {number}"))
+    return found
+
+
+def batch_of(found: Sequence[Example], accumulate: int = 1, rows_multiple: int = 1) -> Batch:
+    """Packs examples; of micro-batches, with their axis in front."""
+    packing = Packing(rows_multiple=rows_multiple, accumulate=accumulate)
+    batch = materialise(arrange(measure(found), packing), found)
+    return batch if accumulate > 1 else jax.tree.map(lambda leaf: leaf[None], batch)

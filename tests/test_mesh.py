@@ -1,0 +1,150 @@
+"""Meshes, and how the letters of a name shard an array. `conftest.py` makes 8 CPU devices."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoders import decoder, token_ids, weights
+from jax.sharding import PartitionSpec
+
+from prefix_jax.errors import MeshError
+from prefix_jax.mesh import (
+    batch_shards,
+    check_rows,
+    constrain_rows,
+    describe,
+    make_mesh,
+    place_rows,
+    rows_sharding,
+    weight_shardings,
+    weight_spec,
+)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(data=2, fsdp=2, tensor=2)
+
+
+# The mesh.
+
+
+def test_one_size_may_be_left_open():
+    assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh(2, -1, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(1, 1, -1, jax.devices()[:3]).shape) == {"data": 1, "fsdp": 1, "tensor": 3}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((3, 1, 1), "data=3 x fsdp=1 x tensor=1 does not fit 8 devices"),
+        ((-1, 3, 1), "data=-1 x fsdp=3 x tensor=1 does not fit 8 devices"),
+        ((-1, -1, 1), "only one may be -1"),
+        ((0, 1, 1), "sizes must be positive"),
+        ((-2, 1, 1), "sizes must be positive"),
+    ],
+)
+def test_a_mesh_that_the_devices_do_not_make_is_refused(sizes, message):
+    with pytest.raises(MeshError, match=message):
+        make_mesh(*sizes)
+
+
+def test_rows_divide_over_data_and_fsdp(mesh):
+    assert batch_shards(mesh) == 4
+    check_rows(mesh, 8, "batch")
+    with pytest.raises(MeshError, match=r"batch 6 does not divide over 4 .*multiple of 4"):
+        check_rows(mesh, 6, "batch")
+
+
+def test_a_mesh_is_described_by_its_axes(mesh):
+    assert describe(mesh) == describe(dict(mesh.shape)) == "data=2 x fsdp=2 x tensor=2"
+
+
+# Weights.
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("q_DNH", (8, 4, 2), ("fsdp", "tensor", None)),
+        ("q_DNH", (3, 8, 4, 2), (None, "fsdp", "tensor", None)),
+        ("o_NHD", (4, 2, 8), ("tensor", None, "fsdp")),
+        ("down_FD", (3, 6, 8), (None, "tensor", "fsdp")),
+        ("tokens_VD", (50, 8), ("tensor", "fsdp")),
+        ("positions_TD", (64, 8), (None, "fsdp")),
+        ("unembed_DV", (8, 50), ("fsdp", "tensor")),
+        # Biases with two letters are matrices as far as memory is concerned.
+        ("q_bias_NH", (3, 4, 2), (None, "tensor", None)),
+        # 3 heads over 2 devices, an odd vocabulary: that axis stays whole.
+        ("k_DKH", (8, 3, 2), ("fsdp", None, None)),
+        ("tokens_VD", (51, 8), (None, "fsdp")),
+        # Vectors are whole, stacked or not.
+        ("scale_D", (8,), ()),
+        ("scale_D", (3, 8), ()),
+        ("up_bias_F", (3, 8), ()),
+    ],
+)
+def test_the_letters_of_a_name_shard_a_weight(mesh, name, shape, expected):
+    path = (jax.tree_util.DictKey("layers"), jax.tree_util.DictKey(name))
+    assert weight_spec(path, shape, mesh) == PartitionSpec(*expected)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_every_large_weight_of_a_backbone_is_split(mesh, name):
+    abstract = jax.eval_shape(decoder(name).init, jax.random.key(0))
+    shardings = weight_shardings(abstract, mesh)
+    for leaf, sharding in zip(*map(jax.tree.leaves, (abstract, shardings)), strict=True):
+        parts = leaf.size / np.prod(sharding.shard_shape(leaf.shape))
+        assert parts >= 2 or leaf.size <= 3 * 128
+
+
+def test_listed_layers_lie_as_stacked_ones_do(mesh):
+    """Conversion moves nothing between devices: each layer keeps the shards of the stack."""
+    backbone = decoder("llama")
+    params = weights(backbone)
+    stacked = jax.device_put(params, weight_shardings(params, mesh))
+    specs = jax.tree.map(lambda leaf: leaf.sharding, stacked["layers"])
+    listed = backbone.listed(stacked)
+    expected = weight_shardings(listed, mesh)
+    jax.tree.map(
+        lambda leaf, sharding: (
+            pytest.fail(f"{leaf.sharding} is not {sharding}")
+            if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+            else None
+        ),
+        listed,
+        expected,
+    )
+    again = backbone.stacked(listed)
+    for leaf, sharding in zip(*map(jax.tree.leaves, (again["layers"], specs)), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+# Rows.
+
+
+def test_rows_lie_over_data_and_fsdp_and_scalars_everywhere(mesh):
+    batch = {"ids": np.arange(24, dtype=np.int32).reshape(8, 3), "examples": np.float32(7)}
+    placed = place_rows(batch, mesh)
+    assert placed["ids"].sharding.shard_shape((8, 3)) == (2, 3)
+    assert placed["examples"].sharding.is_fully_replicated
+    jax.tree.map(np.testing.assert_array_equal, placed, batch)
+
+
+def test_micro_batches_stand_before_the_rows(mesh):
+    batch = {"ids": np.zeros((5, 8, 3), np.int32), "examples": np.ones(5, np.float32)}
+    placed = place_rows(batch, mesh, leading=1)
+    assert placed["ids"].sharding.shard_shape((5, 8, 3)) == (5, 2, 3)
+    assert placed["examples"].sharding.is_fully_replicated
+    assert rows_sharding(mesh, 3, 1).spec == PartitionSpec(None, ("data", "fsdp"), None)
+
+
+def test_rows_are_kept_over_the_batch_axes_under_a_mesh_and_left_alone_without(mesh):
+    x = jnp.zeros((8, 2))
+    assert constrain_rows(x) is x
+    with jax.set_mesh(mesh):
+        out = jax.jit(lambda x: constrain_rows(x + 1))(token_ids(8, 2))
+    assert out.sharding.shard_shape((8, 2)) == (2, 2)

@@ -1,0 +1,107 @@
+"""A backbone and a method meet: losses are those of each example alone behind its prefix."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoders import batch_of, decoder, examples, hidden, present, read, token_ids, weights
+
+from prefix_jax.errors import ContextError
+from prefix_jax.methods.hidden import HiddenPrefixTuning
+from prefix_jax.methods.prefix import PrefixTuning
+from prefix_jax.methods.prompt import PromptTuning
+from prefix_jax.model import PrefixModel, start_from_ids
+from prefix_jax.prefix import Embeds, Hidden, Prefix
+
+P = 4
+BACKBONE = decoder("llama")
+METHODS = [PrefixTuning(P), PrefixTuning(P, mid=8), HiddenPrefixTuning(P), PromptTuning(P)]
+
+
+@pytest.fixture(scope="module")
+def weights_():
+    return weights(BACKBONE)
+
+
+@pytest.fixture(scope="module")
+def text() -> np.ndarray:
+    return np.asarray(token_ids(P, seed=1))
+
+
+@pytest.fixture(scope="module")
+def example_losses(weights_, text) -> np.ndarray:
+    """The loss of each of 6 examples, the text of the prefix truly before it, one at a time."""
+
+    def alone(example) -> float:
+        ids = jnp.asarray(np.concatenate([text, example.ids_T]))
+        # All of one width, so that there is one program.
+        ids = jnp.pad(ids, (0, 16 - len(ids)))[None]
+        h_BTD, _ = hidden(BACKBONE, weights_, ids, present(1, 16))
+        logp_TV = jax.nn.log_softmax(BACKBONE.unembed(weights_, h_BTD)[0])
+        targets = np.flatnonzero(example.target_T)
+        return -sum(float(logp_TV[P + t - 1, example.ids_T[t]]) for t in targets)
+
+    return np.array([alone(example) for example in examples(6)])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["prefix", "mlp", "hidden", "prompt"])
+def test_a_packed_loss_is_the_sum_of_each_example_alone(method, weights_, text, example_losses):
+    model = PrefixModel(BACKBONE, method)
+    start = start_from_ids(BACKBONE, weights_, method.produces, text, P)
+    prefix = method.init(jax.random.key(0), BACKBONE.geometry, start)
+    batch = jax.tree.map(lambda leaf: leaf[0], batch_of(examples(6)))
+    params = {"backbone": weights_, "prefix": prefix}
+    np.testing.assert_allclose(jax.jit(model.loss)(params, batch), example_losses.sum(), rtol=1e-4)
+
+
+def test_scores_are_those_of_each_row(weights_, text, example_losses):
+    model = PrefixModel(BACKBONE, METHODS[0])
+    prefix = start_from_ids(BACKBONE, weights_, Prefix, text, P)
+    batch = jax.tree.map(lambda leaf: leaf[0], batch_of(examples(6), rows_multiple=3))
+    score_B = jax.jit(model.score)(weights_, prefix, batch)
+    assert score_B.shape == (len(batch.ids_BT),)
+    np.testing.assert_allclose(score_B.sum(), example_losses.sum(), rtol=1e-4)
+
+
+def test_the_bare_model_has_no_prefix(weights_):
+    model = PrefixModel(BACKBONE, None)
+    assert model.produced({"backbone": weights_}) is None
+    assert model.prefix({"backbone": weights_}) is None
+
+
+@pytest.mark.parametrize("size", [P - 1, P, P + 3])
+def test_a_text_is_repeated_or_cut_to_the_length_of_the_prefix(size, weights_):
+    text = np.arange(size, dtype=np.int32)
+    expected = np.array([(*range(size), 0)[:P]] if size < P else [range(P)])[0]
+    start = start_from_ids(BACKBONE, weights_, Embeds, text, P)
+    np.testing.assert_array_equal(start.x_PD, weights_["embed"]["tokens_VD"][expected])
+
+
+@pytest.mark.parametrize(("index", "kind"), [(0, Embeds), (1, Hidden), (2, Prefix)])
+def test_a_start_is_of_the_kind_that_the_method_produces(index, kind, weights_, text):
+    start = start_from_ids(BACKBONE, weights_, kind, text, P)
+    assert isinstance(start, kind)
+    expected = read(BACKBONE, weights_, jnp.asarray(text))[index]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), start, expected)
+
+
+def test_what_fits_beside_a_prefix_follows_from_where_text_starts():
+    def room(method) -> int:
+        return PrefixModel(BACKBONE, method).room
+
+    assert room(None) == 64
+    assert room(PrefixTuning(P)) == room(PromptTuning(P)) == 60
+    assert room(PrefixTuning(P, offset=0)) == 64
+    assert room(PrefixTuning(P, offset=30)) == 34
+
+
+def test_text_that_does_not_fit_beside_the_prefix_is_refused():
+    model = PrefixModel(BACKBONE, PrefixTuning(P))
+    model.check_context(60)
+    model.check_context(None)
+    with pytest.raises(ContextError, match=r"61 .*64 positions; at most 60 tokens fit"):
+        model.check_context(61)
+    with pytest.raises(ContextError, match="no room"):
+        PrefixModel(BACKBONE, PrefixTuning(64)).check_context(None)
