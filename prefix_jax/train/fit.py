@@ -94,7 +94,9 @@ def fit(
     """
     directory = Path(config.output)
     _refuse_another_run(directory, config)
-    setup = prepare(config, pretrained=pretrained, records=records)
+    console = console or Console()
+    with contextlib.nullcontext() if quiet else console.status("loading the model and the data"):
+        setup = prepare(config, pretrained=pretrained, records=records)
     if jax.process_index() == 0:
         write_whole(directory / "config.yaml", configs.dump(config))
     identity = {

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from prefix_jax import config
 from prefix_jax.cli import train as verb
 from prefix_jax.train import fit as fitting
 from prefix_jax.train.report import Report
@@ -49,10 +50,8 @@ def test_a_run_directory_is_not_given_to_another_run(run_in, trained):
     assert "choose another output" in ran.err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_same_command_goes_on(
-    run_in, folder, trained, monkeypatch, number, code
-):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(run_in, folder, trained, monkeypatch, number):
     step = Report.step
 
     def interrupting(self, at, *rest):
@@ -63,7 +62,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(Report, "step", interrupting)
         stopped = run_in(folder, "train", "config.yaml")
-    assert stopped.code == code
+    assert stopped.code == 128 + number
     assert "saved" in stopped.out
 
     ended = run_in(folder, "train", "config.yaml")
@@ -94,16 +93,12 @@ def test_without_a_test_split_the_end_shows_what_there_is(run_in, folder):
     assert ran.out.endswith("  prefix-jax generate run/prefix\n")
 
 
-def test_a_chat_is_used_from_its_first_question(folder, monkeypatch):
+def test_a_chat_is_used_from_its_first_question(folder):
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     (folder / "chat.jsonl").write_text(json.dumps({"chat": turns}) + "\n")
-    from prefix_jax import config
-
-    run = config.load(
-        folder / "config.yaml",
-        ["data.input=null", "data.target=null", "data.messages=chat"]
-        + [f"data.test={folder / 'chat.jsonl'}", f"output={folder / 'run'}"],
-    )
+    chat = f"data.test={folder / 'chat.jsonl'}"
+    settings = ["data.input=null", "data.target=null", "data.messages=chat", chat]
+    run = config.load(folder / "config.yaml", [*settings, f"output={folder / 'run'}"])
     (folder / "run" / "prefix").mkdir(parents=True)
     words = shlex.split(verb._command(run))
     assert json.loads(words[-1]) == {"chat": turns[:1]}
