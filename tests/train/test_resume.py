@@ -79,7 +79,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
 
 
 def run_hard(pretrained: Pretrained, output: Path) -> None:
-    runs.run(pretrained, output, *HARD, dev=runs.HELD_OUT, test=runs.HELD_OUT)
+    runs.run(pretrained, output, *HARD, dev=runs.SOME, test=runs.SOME)
 
 
 def run_slowly(model: Path, output: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_signal_during_an_evaluation_saves_too(
 
     monkeypatch.setattr(Evaluator, "loss", loss)
     overrides = ("train.eval_every=2", "train.checkpoint_every=100")
-    run = runs.run(pretrained, tmp_path, *overrides, dev=runs.HELD_OUT)
+    run = runs.run(pretrained, tmp_path, *overrides, dev=runs.SOME)
     assert (run.interrupted, run.step) == (signal.SIGTERM, 4)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
 
@@ -182,7 +182,7 @@ def test_a_finished_run_trains_nothing_and_gives_the_same_results(
     pretrained: Pretrained, tmp_path: Path, monkeypatch
 ) -> None:
     options = ("train.eval_every=4", "evaluate.before=true")
-    splits = {"dev": runs.HELD_OUT, "test": runs.HELD_OUT}
+    splits = {"dev": runs.SOME, "test": runs.SOME}
     first = runs.run(pretrained, tmp_path, *options, **splits)
     before = runs.outcome(tmp_path)
     monkeypatch.setattr(Report, "step", lambda *_: pytest.fail("a step was taken"))
@@ -220,7 +220,7 @@ def test_what_decides_no_numbers_may_change(pretrained: Pretrained, tmp_path: Pa
         tmp_path,
         *("train.checkpoint_every=2", "train.keep=1", "train.log_every=1", "decode.beams=2"),
         *("evaluate.metrics=[loss,exact_match]", "evaluate.batch_size=2", "train.eval_every=6"),
-        test=runs.HELD_OUT[:2],
+        test=runs.SOME[:2],
     )
     assert list(run.evaluations["after"].report.metrics) == ["loss", "perplexity", "exact_match"]
 

@@ -1,0 +1,219 @@
+"""Scores equal what the definitions say, and the backbone is usable whatever was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.config import DecodeConfig, EvaluateConfig
+from prefix_jax.data.batch import Example
+from prefix_jax.data.pipeline import load_examples
+from prefix_jax.decode.generate import Generator
+from prefix_jax.evaluate.run import Evaluator, better
+from prefix_jax.mesh import make_mesh
+from prefix_jax.model import PrefixModel, start_from_ids
+from prefix_jax.nn.mask import Tokens
+from prefix_jax.prefix import Prefix
+
+DECODE = DecodeConfig(max_new_tokens=4)
+LABELS = ("yes", "no", "maybe so")
+# Two inputs, one with two answers; of several lengths, so that rows hold padding.
+RECORDS = [
+    {"input": "is it?", "answer": ["yes", "maybe so"]},
+    {"input": "what, now and then and again?", "answer": "no"},
+    {"input": "who", "answer": "yes"},
+]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tiny_model_dir: Path) -> Pretrained:
+    return runs.on_one_device(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def examples(pretrained: Pretrained) -> list[Example]:
+    return load_examples(RECORDS, pretrained.tokenizer, input="{input}", target="{answer}")
+
+
+@pytest.fixture(scope="module")
+def prefix(pretrained: Pretrained) -> Prefix:
+    ids = np.arange(60, 65)
+    return start_from_ids(pretrained.backbone, pretrained.stacked(), Prefix, ids, 5)
+
+
+def evaluator(pretrained: Pretrained, *metrics: str, **settings: object) -> Evaluator:
+    return Evaluator(
+        PrefixModel(pretrained.backbone, None),
+        pretrained.tokenizer,
+        pretrained.mesh,
+        EvaluateConfig(metrics=metrics, **settings),
+        DECODE,
+    )
+
+
+def by_hand(
+    pretrained: Pretrained, prefix: Prefix | None, ids: Sequence[int], target: Sequence[bool]
+) -> float:
+    """The summed negative log-likelihood of the targets of one example, read alone."""
+    ids_BT = jnp.array([ids])
+    backbone, params = pretrained.backbone, pretrained.params
+    h_BTD, _ = backbone.hidden(params, ids_BT, Tokens.plain(ids_BT >= 0), prefix)
+    logprob_TV = jax.nn.log_softmax(backbone.unembed(params, h_BTD)[0])
+    return -sum(float(logprob_TV[t - 1, ids[t]]) for t in range(len(ids)) if target[t])
+
+
+@pytest.mark.parametrize("with_prefix", [False, True])
+def test_loss_is_the_mean_over_all_target_tokens(
+    pretrained: Pretrained, examples: list[Example], prefix: Prefix, with_prefix: bool
+) -> None:
+    given = prefix if with_prefix else None
+    pretrained.stacked()
+    total = sum(by_hand(pretrained, given, e.ids_T, e.target_T) for e in examples)
+    targets = sum(int(e.target_T.sum()) for e in examples)
+    found = evaluator(pretrained, "loss", batch_size=3)(
+        pretrained.stacked(), given, examples, ["loss"]
+    )
+    assert found.report.metrics["loss"] == pytest.approx(total / targets, rel=1e-5)
+    assert found.report.metrics["perplexity"] == pytest.approx(math.exp(total / targets), rel=1e-4)
+    assert found.predictions == []
+
+
+def test_accuracy_takes_the_likeliest_label_of_each_input(
+    pretrained: Pretrained, examples: list[Example], prefix: Prefix
+) -> None:
+    tokenizer = pretrained.tokenizer
+    found = evaluator(pretrained, "accuracy", labels=LABELS, batch_size=4)(
+        pretrained.stacked(), prefix, examples, ["accuracy"]
+    )
+    expected = []
+    for record in RECORDS:
+        prompt, *answers = (
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (record["input"], *LABELS)
+        )
+        losses = []
+        for answer in answers:
+            ids = [*prompt, *answer, tokenizer.eos_token_id]
+            target = [t >= len(prompt) for t in range(len(ids))]
+            losses.append(by_hand(pretrained, prefix, ids, target))
+        expected.append(LABELS[int(np.argmin(losses))])
+    assert [made.prediction for made in found.predictions] == expected
+    # Either answer of the first input is right.
+    hits = [
+        label in np.atleast_1d(record["answer"])
+        for label, record in zip(expected, RECORDS, strict=True)
+    ]
+    assert found.report.metrics["accuracy"] == pytest.approx(100 * sum(hits) / 3)
+    assert found.report.examples == 3
+
+
+def test_text_is_generated_once_for_each_input_and_scored_on_all_its_references(
+    pretrained: Pretrained, examples: list[Example], prefix: Prefix
+) -> None:
+    found = evaluator(pretrained, "chrf", "exact_match")(
+        pretrained.stacked(), prefix, examples, ["chrf", "exact_match"]
+    )
+    generator = Generator(pretrained.backbone, pretrained.params, pretrained.tokenizer, prefix)
+    prompts = [record["input"] for record in RECORDS]
+    expected = [made.text.strip() for made in generator.generate(prompts, DECODE)]
+    assert [made.prediction for made in found.predictions] == expected
+    assert [made.prompt for made in found.predictions] == prompts
+    assert [made.references for made in found.predictions] == [
+        ("yes", "maybe so"),
+        ("no",),
+        ("yes",),
+    ]
+    assert list(found.report.metrics) == ["chrf", "exact_match"]
+    assert "chrf" in found.report.signatures
+
+
+def test_several_prefixes_and_metrics_are_compared_and_the_backbone_stays_usable(
+    pretrained: Pretrained, examples: list[Example], prefix: Prefix
+) -> None:
+    before = runs.bits(pretrained.stacked())
+    metrics = ("exact_match", "accuracy", "loss")
+    judge = evaluator(pretrained, *metrics, labels=LABELS)
+    found = judge.compare(pretrained, {"bare": None, "tuned": prefix}, examples)
+    assert list(found) == ["bare", "tuned"]
+    for name, given in {"bare": None, "tuned": prefix}.items():
+        alone = {
+            metric: judge(pretrained.stacked(), given, examples, [metric]).report.metrics[metric]
+            for metric in metrics
+        }
+        measured = dict(found[name].report.metrics)
+        measured.pop("perplexity")
+        assert measured == pytest.approx(alone)
+        # What the model wrote is kept, rather than which label it preferred.
+        written = judge(pretrained.stacked(), given, examples, ["exact_match"])
+        assert found[name].predictions == written.predictions
+    assert runs.bits(pretrained.stacked()) == before
+
+
+def test_a_limit_measures_the_first_examples_alone(
+    pretrained: Pretrained, examples: list[Example]
+) -> None:
+    params = pretrained.stacked()
+    limited = evaluator(pretrained, "loss", limit=2)(params, None, examples, ["loss"])
+    first = evaluator(pretrained, "loss")(params, None, examples[:2], ["loss"])
+    assert limited == first
+
+
+def test_a_mesh_changes_no_score(
+    pretrained: Pretrained, tiny_model_dir: Path, examples: list[Example], prefix: Prefix
+) -> None:
+    metrics = ("loss", "accuracy", "exact_match")
+    spread = load(tiny_model_dir, mesh=make_mesh(2, 2, 2))
+    found = [
+        evaluator(where, *metrics, labels=LABELS).compare(
+            where, {"": jax.device_get(prefix)}, examples
+        )
+        for where in (pretrained, spread)
+    ]
+    one, eight = (dict(each[""].report.metrics) for each in found)
+    assert eight == pytest.approx(one, rel=1e-4)
+    assert found[0][""].predictions == found[1][""].predictions
+
+
+def test_a_prompt_is_scored_after_the_template_cut_it(
+    pretrained: Pretrained, examples: list[Example]
+) -> None:
+    """Labels follow the very tokens that training put before the target."""
+    cut = dataclasses.replace(examples[1], ids_T=examples[1].ids_T[4:], prompt_length=25)
+    cut = dataclasses.replace(cut, target_T=examples[1].target_T[4:])
+    judge = evaluator(pretrained, "accuracy", labels=("no", "yes"))
+    found = judge(pretrained.stacked(), None, [cut], ["accuracy"])
+    prompt = cut.ids_T[: cut.prompt_length].tolist()
+    ends = [pretrained.tokenizer.eos_token_id]
+    losses = []
+    for label in ("no", "yes"):
+        ids = prompt + pretrained.tokenizer(label)["input_ids"] + ends
+        losses.append(by_hand(pretrained, None, ids, [t >= len(prompt) for t in range(len(ids))]))
+    assert found.predictions[0].prediction == ("no", "yes")[int(np.argmin(losses))]
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "than", "expected"),
+    [
+        ("loss", 1.0, 2.0, True),
+        ("loss", 2.0, 2.0, False),
+        ("bleu", 2.0, 1.0, True),
+        ("bleu", 1.0, 2.0, False),
+        ("loss", 9.0, None, True),
+        ("loss", 9.0, math.nan, True),
+        ("loss", math.nan, 9.0, False),
+        ("bleu", math.nan, 9.0, False),
+    ],
+)
+def test_losses_fall_and_scores_rise(
+    metric: str, value: float, than: float | None, expected: bool
+) -> None:
+    assert better(metric, value, than) is expected

@@ -1,0 +1,345 @@
+"""Whole runs: what they select, measure and leave, and how they refuse bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from prefix_jax import artifact
+from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.data.pipeline import Pipeline
+from prefix_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    ContextError,
+    DataError,
+    MeshError,
+    NonFiniteError,
+    PrefixJaxError,
+)
+from prefix_jax.evaluate.run import Evaluator
+from prefix_jax.mesh import make_mesh
+from prefix_jax.train import checkpoint
+
+
+@pytest.fixture(scope="module")
+def pretrained(tiny_model_dir: Path) -> Pretrained:
+    return runs.on_one_device(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def whole(pretrained: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the default options that keeps every checkpoint."""
+    directory = tmp_path_factory.mktemp("whole")
+    runs.run(pretrained, directory, "train.keep=9")
+    return directory
+
+
+# --- What a run leaves -----------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_prefix_its_scores_and_its_predictions(
+    pretrained: Pretrained, tmp_path: Path
+) -> None:
+    console = runs.console()
+    run = runs.run(
+        pretrained,
+        tmp_path,
+        *("evaluate.metrics=[loss,chrf]", "evaluate.before=true", "train.eval_every=6"),
+        dev=runs.SOME,
+        test=runs.SOME,
+        console=console,
+    )
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        *("config.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "loss.png"),
+        *("prefix", "results.json", "predictions.jsonl", "predictions-before.jsonl"),
+    }
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["step"] == run.step == 12
+    for name, found in run.evaluations.items():
+        assert results["test"][name]["metrics"] == pytest.approx(dict(found.report.metrics))
+        assert set(found.report.metrics) == {"loss", "perplexity", "chrf"}
+    before, after = (results["test"][name]["metrics"] for name in ("before", "after"))
+    assert after["loss"] < before["loss"]
+
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    predictions = [json.loads(line) for line in lines]
+    assert [made["prompt"] for made in predictions] == [r["sum"] + "=" for r in runs.SOME]
+    assert [made["references"] for made in predictions] == [[r["total"]] for r in runs.SOME]
+    assert [made["source"] for made in predictions] == [f"record {i}" for i in range(1, 5)]
+
+    produced, card = artifact.load(tmp_path)
+    assert runs.bits(produced) == runs.bits(run.produced)
+    assert card.metrics["test_loss"] == pytest.approx(after["loss"])
+    assert (card.steps, card.template.input) == (12, "{sum}=")
+    # During training the first metric alone is measured.
+    (dev, last) = (line for line in runs.metrics(tmp_path) if line["kind"] == "dev")
+    assert (dev["step"], last["step"]) == (6, 12)
+    assert set(dev) == {"step", "kind", "loss", "perplexity"}
+    assert last["loss"] < dev["loss"] < before["loss"]
+    assert "256 trained (prefix); 20 training examples, 12 steps of 4" in runs.shown(console)
+
+
+def test_the_best_step_is_exported_and_training_stops_early(
+    pretrained: Pretrained, whole: Path, tmp_path: Path, monkeypatch
+) -> None:
+    measured = iter([5.0, 3.0, 4.0, 3.5, 2.0])  # after steps 2, 4, 6, 8, and on test
+    monkeypatch.setattr(Evaluator, "loss", lambda *_: next(measured))
+    console = runs.console()
+    splits = {"dev": runs.SOME, "test": runs.SOME}
+    options = ("train.eval_every=2", "train.patience=2", "train.keep=1")
+    run = runs.run(pretrained, tmp_path, *options, console=console, **splits)
+    assert next(measured, None) is None
+    assert "stopped early: loss on dev has not improved for 2 evaluations (best at step 4)" in (
+        runs.shown(console)
+    )
+    assert run.step == run.card.steps == 4
+    assert run.interrupted is None
+    # The best one stays on disk beside the latest.
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
+    key = "['train']['prefix']['k_LPKH']"
+    stored = runs.state(tmp_path, 4)[key]
+    produced, _ = artifact.load(tmp_path)
+    assert np.asarray(produced.decoder.join.k_LPKH).tobytes() == stored[2]
+    assert runs.state(tmp_path, 8)[key] != stored
+
+    # Started again, it measures the same prefix, and trains no further.
+    measured = iter([2.0])
+    again = runs.run(pretrained, tmp_path, *options, **splits)
+    assert again.step == 4
+    assert runs.bits(again.produced) == runs.bits(run.produced)
+
+
+def test_generated_text_may_select(pretrained: Pretrained, tmp_path: Path, monkeypatch) -> None:
+    answers = iter([["00"] * 4, ["02", "03", "04", "00"], ["02"] + ["00"] * 3])
+    seen = []
+
+    def generate(evaluator: Evaluator, params: Any, *_: Any) -> list[str]:
+        real = unpatched(evaluator, params, *_)  # weights in either form will do
+        seen.append((isinstance(params["layers"], tuple), len(real)))
+        return next(answers)
+
+    unpatched = Evaluator._generate
+    monkeypatch.setattr(Evaluator, "_generate", generate)
+    run = runs.run(
+        pretrained,
+        tmp_path,
+        *("evaluate.metrics=[exact_match,loss]", "train.eval_every=6"),
+        dev=runs.SOME,
+        test=runs.SOME,
+    )
+    dev = [line["exact_match"] for line in runs.metrics(tmp_path) if line["kind"] == "dev"]
+    assert dev == [0, 75]
+    assert run.step == 12
+    assert seen == [(False, 4), (False, 4), (True, 4)]
+    assert run.evaluations["after"].report.metrics["exact_match"] == 25
+    assert [made.prediction for made in run.evaluations["after"].predictions][0] == "02"
+
+
+def test_full_fine_tuning_is_the_same_run_without_a_prefix(
+    pretrained: Pretrained, tmp_path: Path
+) -> None:
+    before = runs.bits(pretrained.stacked())
+    options = ("method=full", "optim.learning_rate=1e-3", "evaluate.before=true")
+    run = runs.run(pretrained, tmp_path, *options, test=runs.SOME)
+    losses = {name: found.report.metrics["loss"] for name, found in run.evaluations.items()}
+    assert losses["after"] < losses["before"]
+    assert (run.produced, run.card) == (None, None)
+    assert not (tmp_path / "prefix").exists()
+    # The weights that were given are untouched; the new ones are another backbone.
+    assert runs.bits(pretrained.stacked()) == before
+    assert run.pretrained.fingerprint != pretrained.fingerprint
+    assert run.pretrained.tokenizer is pretrained.tokenizer
+
+
+def test_examples_that_were_cut_or_dropped_are_told(pretrained: Pretrained, tmp_path: Path) -> None:
+    console = runs.console()
+    long = {"sum": "1" * 30, "total": "00"}, {"sum": "1+1", "total": "0" * 30}
+    options = ("data.max_length=12", "data.on_overflow=drop", "train.steps=1")
+    train = [*runs.RECORDS, *long]
+    runs.run(pretrained, tmp_path, *options, train=train, console=console)
+    assert "train: 1 of 22 examples were cut to fit (first: record 21)" in runs.shown(console)
+    assert "train: 1 of 22 examples were dropped (first: record 22)" in runs.shown(console)
+
+
+# --- A loss that is not finite ---------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_in_the_state_before_and_names_the_batch(
+    pretrained: Pretrained, whole: Path, tmp_path: Path, monkeypatch
+) -> None:
+    batch = Pipeline.batch
+
+    def poisoned(self: Pipeline, step: int) -> Any:
+        made = batch(self, step)
+        return made.replace(weight_BM=made.weight_BM * np.inf) if step == 7 else made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "batch", poisoned)
+        with pytest.raises(NonFiniteError) as raised:
+            runs.run(pretrained, tmp_path, "train.keep=9")
+    message = str(raised.value)
+    assert message.startswith("step 8: loss nan")
+    assert message.count("record ") == 4
+    assert "optim.learning_rate" in message
+    # The step after it was on its way already, and changed nothing.
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 6, 7]
+    runs.run(pretrained, tmp_path, "train.keep=9")
+    found, expected = runs.outcome(tmp_path), runs.outcome(whole)
+    found["checkpoints"].remove(7)
+    assert found == expected
+
+
+def test_a_learning_rate_that_is_too_high_is_an_error_too(
+    pretrained: Pretrained, tmp_path: Path
+) -> None:
+    options = ("optim.learning_rate=1e38", "optim.clip=null", "optim.warmup=0")
+    with pytest.raises(NonFiniteError, match="lower optim.learning_rate"):
+        runs.run(pretrained, tmp_path, *options)
+    assert not (tmp_path / "prefix").exists()
+
+
+# --- Bad input -------------------------------------------------------------------------------
+
+JSONL = '{"sum": "1+1", "total": "02"}\n'
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """What is wrong with a run, and what it is told."""
+
+    error: type[PrefixJaxError]
+    parts: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+    train: list[dict[str, Any]] | None = dataclasses.field(default_factory=lambda: runs.RECORDS)
+    file: str | None = None
+
+
+BAD = {
+    "missing field": Bad(
+        DataError,
+        ("record 1: no field 'summ' (did you mean 'sum'?)", "'sum', 'total'"),
+        ("data.input={summ}",),
+    ),
+    "no records": Bad(DataError, ("the records: no records",), train=[]),
+    "empty file": Bad(DataError, ("train.jsonl: no records",), file="\n"),
+    "malformed line": Bad(
+        DataError, ("train.jsonl:3: malformed JSON",), file=2 * JSONL + '{"sum": \n' + JSONL
+    ),
+    "NaN label": Bad(
+        DataError,
+        ("record 2: field 'total' is NaN",),
+        train=[{"sum": "1", "total": 2.0}, {"sum": "1", "total": float("nan")}],
+    ),
+    "longer than the context": Bad(
+        DataError,
+        ("record 1", "max_length 252"),
+        train=[{"sum": "1+1", "total": "0" * 260}],
+    ),
+    "target that vanishes": Bad(
+        DataError, ("record 1", "max_length 3", "on_overflow: drop"), ("data.max_length=3",)
+    ),
+    "all dropped": Bad(
+        DataError,
+        ("none of 20 examples fits max_length 3",),
+        ("data.max_length=3", "data.on_overflow=drop"),
+    ),
+    "text beyond the positions": Bad(
+        ContextError, ("data.max_length 253", "256 positions", "252"), ("data.max_length=253",)
+    ),
+    "prefix beyond the positions": Bad(
+        ContextError, ("position 300", "256 positions", "shorter prefix"), ("method.length=300",)
+    ),
+    "text moved beyond the positions": Bad(
+        ContextError, ("position 256", "256 positions"), ("method.offset=256",)
+    ),
+    "negative offset": Bad(ConfigError, ("method.offset is -1",), ("method.offset=-1",)),
+    "unknown method": Bad(ConfigError, ("'prompts'", "'prompt'"), ("method=prompts",)),
+    "no data": Bad(ConfigError, ("data.train",), train=None),
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_told_before_anything_is_written(
+    pretrained: Pretrained, tmp_path: Path, bad: Bad
+) -> None:
+    overrides = list(bad.overrides)
+    if bad.file is not None:
+        (tmp_path / "train.jsonl").write_text(bad.file)
+        overrides.append(f"data.train={tmp_path / 'train.jsonl'}")
+    train = None if bad.file is not None else bad.train
+    with pytest.raises(bad.error) as raised:
+        runs.run(pretrained, tmp_path / "run", *overrides, train=train)
+    for part in bad.parts:
+        assert part in str(raised.value)
+    # So the same directory is free for the corrected command.
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_does_not_divide_over_the_mesh_is_an_error(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    everywhere = load(tiny_model_dir, mesh=make_mesh(8, 1, 1))
+    with pytest.raises(MeshError, match=r"batch_size 4 .* 8 batch shards .* multiple of 8"):
+        runs.run(everywhere, tmp_path)
+    assert jax.device_count() == 8
+
+
+def full_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    seal = checkpoint._seal
+
+    def full(path: Path) -> None:
+        if int(path.stem) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        seal(path)
+
+    monkeypatch.setattr(checkpoint, "_seal", full)
+
+
+def full_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefix_jax.train.record import Record
+
+    write = Record.write
+
+    def full(self: Record, step: int, *rest: Any) -> None:
+        if step > 8:
+            raise CheckpointError("cannot write metrics.jsonl: No space left on device")
+        write(self, step, *rest)
+
+    monkeypatch.setattr(Record, "write", full)
+
+
+@pytest.mark.parametrize("fill", [full_checkpoints, full_metrics])
+def test_a_full_disk_stops_a_run_that_goes_on_once_there_is_room(
+    pretrained: Pretrained,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch,
+    fill: Callable[[pytest.MonkeyPatch], None],
+) -> None:
+    with monkeypatch.context() as patch:
+        fill(patch)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            runs.run(pretrained, tmp_path, "train.keep=9")
+    assert (tmp_path / "checkpoints" / "3").is_dir()
+    runs.run(pretrained, tmp_path, "train.keep=9")
+    assert runs.outcome(tmp_path) == runs.outcome(whole)
+
+
+def test_a_run_directory_that_cannot_be_written_is_an_error(
+    pretrained: Pretrained, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        runs.run(pretrained, tmp_path / "file" / "run")
