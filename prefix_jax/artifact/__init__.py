@@ -19,6 +19,7 @@ from prefix_jax.artifact.card import (
     TemplateCard,
     TokenizerCard,
     check,
+    facts,
     make_card,
 )
 from prefix_jax.artifact.store import Container, find, load, save
@@ -32,6 +33,7 @@ __all__ = [
     "TemplateCard",
     "TokenizerCard",
     "check",
+    "facts",
     "find",
     "load",
     "make_card",

@@ -44,12 +44,13 @@ def make_optimizer(
         )
     else:
         # Prompt tuning's Adafactor (Lester et al. 2021): no parameter scaling, and second moments
-        # unfactored, since a prefix is small.
-        update = optax.adafactor(
-            schedule,
-            factored=False,
-            multiply_by_parameter_scale=False,
-            weight_decay_rate=config.weight_decay or None,
+        # unfactored, since a prefix is small. `optax.adafactor` would decay weights by
+        # `weight_decay` itself, whatever the learning rate.
+        update = optax.chain(
+            optax.scale_by_factored_rms(factored=False),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(schedule),
         )
     if config.clip is not None:
         update = optax.chain(optax.clip_by_global_norm(config.clip), update)

@@ -83,10 +83,20 @@ def _stored(path: str | None, method: Method, pretrained: Pretrained) -> Produce
     assert path is not None  # as InitConfig checks
     produced, card = artifact.load(path)
     artifact.check(card, pretrained.backbone.geometry, pretrained.fingerprint)
-    if not isinstance(produced, method.produces) or card.length != method.length:
+    expected = jax.eval_shape(
+        lambda rng: method(method.init(rng, pretrained.backbone.geometry, None)),
+        jax.random.key(0),
+    )
+    if artifact.facts(produced) != artifact.facts(expected):
         raise PrefixError(
-            f"{path} holds a prefix of kind {card.kind!r} and length {card.length}; "
-            f"{type(method).__name__} starts from {method.produces.__name__} of length "
-            f"{method.length}"
+            f"{path} holds a prefix of {_describe(produced)}; the method trains one of "
+            f"{_describe(expected)}: let its fields agree with what is stored"
         )
+    if jax.tree.structure(produced) != jax.tree.structure(expected):
+        raise PrefixError(f"{path} holds a prefix with biases on its slots; no method trains them")
     return produced
+
+
+def _describe(produced: Produced) -> str:
+    kind, length, offset, pinned = artifact.facts(produced)
+    return f"kind {kind!r}, length {length}, offset {offset}{', pinned' if pinned else ''}"

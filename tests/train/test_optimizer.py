@@ -1,0 +1,130 @@
+"""Schedules at exact steps; optimizers that see the trained part alone."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from prefix_jax.config import OptimConfig
+from prefix_jax.train.optimizer import make_optimizer, make_schedule
+
+LABELS = {"backbone": {"w": "freeze", "n": "freeze"}, "prefix": {"k": "train", "v": "train"}}
+PARAMS = {
+    # The frozen part holds what cannot even be differentiated.
+    "backbone": {"w": jnp.full((64, 64), 3.0, jnp.bfloat16), "n": jnp.arange(4, dtype=jnp.int8)},
+    "prefix": {"k": jnp.array([1.0, -2.0]), "v": jnp.array([[0.5]])},
+}
+GRADS = {
+    "backbone": {"w": jnp.full((64, 64), 1e6, jnp.bfloat16), "n": jnp.zeros(4, jnp.int8)},
+    "prefix": {"k": jnp.array([3.0, 0.0]), "v": jnp.array([[-4.0]])},
+}
+
+
+def optimizer(**fields) -> optax.GradientTransformation:
+    config = OptimConfig(**{"learning_rate": 0.1, "schedule": "constant", **fields})
+    return make_optimizer(config, make_schedule(config, 10), LABELS)
+
+
+def update(transform: optax.GradientTransformation, grads=GRADS):
+    return transform.update(grads, transform.init(PARAMS), PARAMS)[0]
+
+
+def rates(steps: int, **fields) -> list[float]:
+    schedule = make_schedule(OptimConfig(learning_rate=2.0, **fields), steps)
+    return [float(schedule(step)) for step in range(steps + 1)]
+
+
+# Schedules.
+
+
+def test_constant():
+    assert rates(3, schedule="constant") == [2.0] * 4
+
+
+def test_linear_falls_to_zero_after_the_last_step():
+    np.testing.assert_allclose(rates(4, schedule="linear"), [2.0, 1.5, 1.0, 0.5, 0.0], atol=1e-6)
+
+
+def test_cosine_falls_to_zero_after_the_last_step():
+    expected = [1 + np.cos(np.pi * step / 4) for step in range(5)]
+    np.testing.assert_allclose(rates(4, schedule="cosine"), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("after", ["constant", "linear", "cosine"])
+def test_warmup_rises_to_the_peak_and_its_first_step_moves(after):
+    found = rates(8, schedule=after, warmup=4)
+    np.testing.assert_allclose(found[:5], [0.5, 1.0, 1.5, 2.0, 2.0], atol=1e-6)
+    assert found[8] == pytest.approx(2.0 if after == "constant" else 0.0, abs=1e-6)
+
+
+def test_a_warmup_of_one_step_is_the_peak_and_one_of_all_steps_never_falls():
+    np.testing.assert_allclose(rates(2, schedule="constant", warmup=1), [2.0] * 3)
+    np.testing.assert_allclose(rates(2, schedule="linear", warmup=2), [1.0, 2.0, 2.0])
+
+
+# The partition.
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_a_frozen_leaf_gets_a_zero_update_and_has_no_state(name):
+    transform = optimizer(name=name, weight_decay=0.1)
+    updates = update(transform)
+    for leaf, like in zip(*map(jax.tree.leaves, (updates["backbone"], PARAMS["backbone"]))):  # noqa: B905
+        assert (leaf == 0).all()
+        assert leaf.dtype == like.dtype
+    assert all((leaf != 0).any() for leaf in jax.tree.leaves(updates["prefix"]))
+    # Moments of the trained part, twice at most, and counters.
+    state = jax.tree.leaves(transform.init(PARAMS))
+    trained = [leaf.shape for leaf in jax.tree.leaves(PARAMS["prefix"])]
+    assert {leaf.shape for leaf in state} <= {*trained, (), (1,)}
+    assert sum(leaf.size for leaf in state) <= 2 * 3 + 6
+    assert {leaf.dtype for leaf in state} <= {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+def test_clipping_looks_at_the_trained_part_alone():
+    """Its norm is 5. That of the frozen part, in the millions, would leave nothing."""
+    sgd = {"b1": 0.0, "b2": 0.0, "eps": 1e8}  # AdamW whose step is the gradient / eps
+    whole, clipped = update(optimizer(clip=None, **sgd)), update(optimizer(clip=1.0, **sgd))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, 5 * b, rtol=1e-5),
+        whole["prefix"],
+        clipped["prefix"],
+    )
+    generous = update(optimizer(clip=5.1, **sgd))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+        whole["prefix"],
+        generous["prefix"],
+    )
+
+
+# Weight decay.
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_weight_decay_is_decoupled_and_times_the_learning_rate(name):
+    plain = update(optimizer(name=name, clip=None))
+    decayed = update(optimizer(name=name, clip=None, weight_decay=0.3))
+    jax.tree.map(
+        lambda a, b, x: np.testing.assert_allclose(b - a, -0.1 * 0.3 * x, rtol=1e-4, atol=1e-7),
+        plain["prefix"],
+        decayed["prefix"],
+        PARAMS["prefix"],
+    )
+
+
+def test_adafactor_is_that_of_optax_without_scaling_and_factors():
+    params, grads = PARAMS["prefix"], GRADS["prefix"]
+    theirs = optax.adafactor(0.1, factored=False, multiply_by_parameter_scale=False)
+    ours = optimizer(name="adafactor", clip=None)
+    state, whole_state = theirs.init(params), ours.init(PARAMS)
+    for scale in (1.0, 0.1, 7.0):
+        scaled = jax.tree.map(lambda leaf, s=scale: s * leaf, grads)
+        expected, state = theirs.update(scaled, state, params)
+        found, whole_state = ours.update({**GRADS, "prefix": scaled}, whole_state, PARAMS)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found["prefix"], expected
+        )

@@ -1,0 +1,49 @@
+"""What trains and what is frozen is said by one label a leaf."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from prefix_jax.train.partition import labels, merge, split
+
+PARAMS = {
+    "backbone": {"embed": {"tokens_VD": 1}, "layers": ({"q_DNH": 2}, {"q_DNH": 3})},
+    "prefix": {"k_LPKH": 4, "v_LPKH": 5},
+}
+
+
+def test_all_but_the_backbone_trains():
+    assert labels(PARAMS) == {
+        "backbone": {
+            "embed": {"tokens_VD": "freeze"},
+            "layers": ({"q_DNH": "freeze"}, {"q_DNH": "freeze"}),
+        },
+        "prefix": {"k_LPKH": "train", "v_LPKH": "train"},
+    }
+
+
+def test_in_full_fine_tuning_everything_trains():
+    assert set(jax.tree.leaves(labels(PARAMS, full=True))) == {"train"}
+
+
+def test_abstract_parameters_have_labels_too():
+    abstract = jax.eval_shape(lambda: jax.tree.map(jnp.float32, PARAMS))
+    assert labels(abstract) == labels(PARAMS)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_parts_are_disjoint_and_make_the_whole(full):
+    train, frozen = split(PARAMS, labels(PARAMS, full))
+    assert sorted(jax.tree.leaves(train) + jax.tree.leaves(frozen)) == [1, 2, 3, 4, 5]
+    assert jax.tree.leaves(train) == ([1, 2, 3, 4, 5] if full else [4, 5])
+    assert merge(train, frozen) == PARAMS
+    assert merge(frozen, train) == PARAMS
+
+
+def test_gradients_can_be_taken_of_the_trained_part_alone():
+    params = jax.tree.map(jnp.float32, PARAMS) | {"backbone": {"ids": jnp.int32(3)}}
+    train, frozen = split(params, labels(params))
+    grads = jax.grad(lambda train: sum(jax.tree.leaves(merge(train, frozen))) * 1.0)(train)
+    assert grads == {"backbone": {"ids": None}, "prefix": {"k_LPKH": 1.0, "v_LPKH": 1.0}}
