@@ -1,7 +1,8 @@
 """Every Python block of README.md and docs/*.md runs, file by file, top to bottom.
 
-A model that the text names is replaced by a tiny one, and the directory is one where the project's
-`examples/` and `configs/` lie. A block that cannot run says why in the line before it:
+A model that the text names is replaced by a tiny one, `pj.fit` takes three steps at most, and the
+directory is one where the project's `examples/` and `configs/` lie. A block that cannot run says why
+in the line before it:
 
     <!-- not run: reason -->
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from prefix_jax import api
 from prefix_jax.backbones import load
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +42,10 @@ def test_the_blocks_of_a_page_run_in_order(
     find = load.find
     monkeypatch.setattr(
         load, "find", lambda source: find(source if Path(source).is_dir() else tiny_model_dir)
+    )
+    fit = api.fit
+    monkeypatch.setattr(
+        api, "fit", lambda *args, steps, **rest: fit(*args, steps=min(steps, 3), **rest)
     )
     for folder in ("examples", "configs"):
         (tmp_path / folder).symlink_to(ROOT / folder)
