@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import runs
 
+from prefix_jax.backbones.decoder import Backbone, Params
 from prefix_jax.backbones.load import Pretrained, load
 from prefix_jax.config import DecodeConfig, EvaluateConfig
 from prefix_jax.data.batch import Example
@@ -64,11 +67,17 @@ def by_hand(
     pretrained: Pretrained, prefix: Prefix | None, ids: Sequence[int], target: Sequence[bool]
 ) -> float:
     """The summed negative log-likelihood of the targets of one example, read alone."""
-    ids_BT = jnp.array([ids])
-    backbone, params = pretrained.backbone, pretrained.params
-    h_BTD, _ = backbone.hidden(params, ids_BT, Tokens.plain(ids_BT >= 0), prefix)
-    logprob_TV = jax.nn.log_softmax(backbone.unembed(params, h_BTD)[0])
-    return -sum(float(logprob_TV[t - 1, ids[t]]) for t in range(len(ids)) if target[t])
+    row = np.full((1, 48), -1, np.int32)
+    row[0, : len(ids)] = ids
+    logprob_TV = np.asarray(logprobs(pretrained.backbone, pretrained.params, prefix, row))
+    return -sum(logprob_TV[t - 1, ids[t]] for t in range(len(ids)) if target[t])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logprobs(backbone: Backbone, params: Params, prefix: Prefix | None, row: jax.Array) -> Any:
+    tokens = Tokens.plain(row >= 0)
+    h_BTD, _ = backbone.hidden(params, jnp.maximum(row, 0), tokens, prefix)
+    return jax.nn.log_softmax(backbone.unembed(params, h_BTD)[0])
 
 
 @pytest.mark.parametrize("with_prefix", [False, True])
@@ -127,11 +136,8 @@ def test_text_is_generated_once_for_each_input_and_scored_on_all_its_references(
     expected = [made.text.strip() for made in generator.generate(prompts, DECODE)]
     assert [made.prediction for made in found.predictions] == expected
     assert [made.prompt for made in found.predictions] == prompts
-    assert [made.references for made in found.predictions] == [
-        ("yes", "maybe so"),
-        ("no",),
-        ("yes",),
-    ]
+    references = [("yes", "maybe so"), ("no",), ("yes",)]
+    assert [made.references for made in found.predictions] == references
     assert list(found.report.metrics) == ["chrf", "exact_match"]
     assert "chrf" in found.report.signatures
 
@@ -171,11 +177,10 @@ def test_a_mesh_changes_no_score(
     pretrained: Pretrained, tiny_model_dir: Path, examples: list[Example], prefix: Prefix
 ) -> None:
     metrics = ("loss", "accuracy", "exact_match")
+    prefixes = {"": jax.device_get(prefix)}
     spread = load(tiny_model_dir, mesh=make_mesh(2, 2, 2))
     found = [
-        evaluator(where, *metrics, labels=LABELS).compare(
-            where, {"": jax.device_get(prefix)}, examples
-        )
+        evaluator(where, *metrics, labels=LABELS).compare(where, prefixes, examples)
         for where in (pretrained, spread)
     ]
     one, eight = (dict(each[""].report.metrics) for each in found)

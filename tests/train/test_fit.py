@@ -144,7 +144,7 @@ def test_generated_text_may_select(pretrained: Pretrained, tmp_path: Path, monke
     assert run.step == 12
     assert seen == [(False, 4), (False, 4), (True, 4)]
     assert run.evaluations["after"].report.metrics["exact_match"] == 25
-    assert [made.prediction for made in run.evaluations["after"].predictions][0] == "02"
+    assert run.evaluations["after"].predictions[0].prediction == "02"
 
 
 def test_full_fine_tuning_is_the_same_run_without_a_prefix(
@@ -205,7 +205,7 @@ def test_a_learning_rate_that_is_too_high_is_an_error_too(
     pretrained: Pretrained, tmp_path: Path
 ) -> None:
     options = ("optim.learning_rate=1e38", "optim.clip=null", "optim.warmup=0")
-    with pytest.raises(NonFiniteError, match="lower optim.learning_rate"):
+    with pytest.raises(NonFiniteError, match=r"lower optim\.learning_rate"):
         runs.run(pretrained, tmp_path, *options)
     assert not (tmp_path / "prefix").exists()
 

@@ -1,0 +1,206 @@
+"""What a program does in a few lines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import runs
+import tiny
+
+import prefix_jax as pj
+from prefix_jax.errors import BackboneError, ContextError, DataError, PrefixError
+from prefix_jax.interop.export import export
+
+TEMPLATES = {"input": "{sum}=", "target": "{total}"}
+SHORT = {"steps": 12, "batch_size": 4, "quiet": True}
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Path) -> pj.Pretrained:
+    return runs.on_one_device(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def tuned(model: pj.Pretrained, tmp_path_factory: pytest.TempPathFactory) -> pj.Tuned:
+    output = tmp_path_factory.mktemp("tuned")
+    return pj.fit(
+        model, pj.PrefixTuning(length=4), runs.RECORDS, **TEMPLATES, **SHORT, output=output
+    )
+
+
+def test_three_lines_make_a_tuned_model(tiny_model_dir: Path) -> None:
+    model = pj.load(tiny_model_dir)
+    tuned = pj.fit(model, pj.PromptTuning(2), runs.RECORDS, **TEMPLATES, steps=2, quiet=True)
+    assert isinstance(tuned.generate({"sum": "1+1"}, max_new_tokens=4), str)
+
+
+def test_training_lowers_the_loss(tuned: pj.Tuned) -> None:
+    before, after = (
+        each.evaluate(runs.RECORDS).report.metrics["loss"]
+        for each in (tuned.without_prefix(), tuned)
+    )
+    assert after < before
+
+
+def test_records_texts_and_lists_are_prompts(tuned: pj.Tuned) -> None:
+    record, text = {"sum": "1+2"}, "1+2="
+    one = tuned.generate(record, max_new_tokens=6)
+    assert tuned.generate(text, max_new_tokens=6) == one
+    assert tuned.generate([record, "3+1="], max_new_tokens=6)[0] == one
+    several = tuned.generate([text], max_new_tokens=6, samples=3, temperature=1.0)
+    assert len(several) == 1
+    assert len(several[0]) == 3
+    pieces: list[str] = []
+    tuned.generate(text, max_new_tokens=6, on_text=lambda _i, _m, piece: pieces.append(piece))
+    assert "".join(pieces) == one
+
+
+@pytest.mark.parametrize("arrays", ["orbax", "safetensors"])
+def test_a_stored_prefix_generates_the_same(
+    tuned: pj.Tuned, model: pj.Pretrained, tmp_path: Path, arrays: str
+) -> None:
+    tuned.save(tmp_path / "prefix", arrays=arrays)
+    loaded = pj.load_prefix(tmp_path / "prefix", model)
+    prompt = {"sum": "2+3"}
+    assert loaded.generate(prompt, max_new_tokens=8) == tuned.generate(prompt, max_new_tokens=8)
+    assert runs.bits(loaded.produced) == runs.bits(tuned.produced)
+    assert loaded.evaluate(runs.SOME) == tuned.evaluate(runs.SOME)
+
+
+def test_a_run_directory_finds_its_own_backbone(tuned: pj.Tuned) -> None:
+    loaded = pj.load_prefix(tuned.run.directory)
+    assert loaded.pretrained.fingerprint == tuned.pretrained.fingerprint
+    assert loaded.card.template == tuned.card.template
+
+
+@pytest.mark.parametrize("method", [pj.HiddenPrefixTuning(4), pj.PromptTuning(4)])
+def test_baking_changes_no_word(model: pj.Pretrained, tmp_path: Path, method: object) -> None:
+    tuned = pj.fit(model, method, runs.RECORDS, **TEMPLATES, **SHORT, output=tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "baked", bake=True)
+    baked = pj.load_prefix(tmp_path / "baked", model)
+    assert baked.card.kind == "kv"
+    assert baked.generate("2+3=", max_new_tokens=8) == tuned.generate("2+3=", max_new_tokens=8)
+
+
+def test_full_fine_tuning_leaves_a_model_that_generates(
+    model: pj.Pretrained, tmp_path: Path
+) -> None:
+    tuned = pj.fit(
+        model,
+        None,
+        runs.RECORDS,
+        test=runs.SOME,
+        **TEMPLATES,
+        **SHORT,
+        learning_rate=3e-3,
+        output=tmp_path,
+        overrides=["evaluate.before=true"],
+    )
+    before, after = (tuned.run.evaluations[name].report.metrics for name in ("before", "after"))
+    assert after["loss"] < before["loss"]
+    assert tuned.generate("1+1=", max_new_tokens=4) != pj.Tuned(model, None, None).generate(
+        "1+1=", max_new_tokens=4
+    )
+    with pytest.raises(PrefixError, match="full fine-tuning"):
+        tuned.save(tmp_path / "prefix")
+
+
+def test_data_may_come_from_a_generator_or_a_file(
+    tuned: pj.Tuned, model: pj.Pretrained, tmp_path: Path
+) -> None:
+    def made() -> Iterator[dict[str, str]]:
+        yield from runs.RECORDS
+
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in runs.RECORDS))
+    for name, data in {"generator": made(), "file": file}.items():
+        again = pj.fit(
+            model, pj.PrefixTuning(4), data, **TEMPLATES, **SHORT, output=tmp_path / name
+        )
+        assert runs.bits(again.produced) == runs.bits(tuned.produced)
+
+
+def test_chats_are_learnt_and_answered_through_the_chat_template(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    model = runs.on_one_device(tiny_model_dir)
+    model.tokenizer.chat_template = CHAT
+    chats = [
+        {
+            "turns": [
+                {"role": "user", "content": record["sum"]},
+                {"role": "assistant", "content": record["total"]},
+            ]
+        }
+        for record in runs.RECORDS
+    ]
+    tuned = pj.fit(
+        model, pj.PrefixTuning(4), chats, dev=chats[:4], messages="turns", **SHORT, output=tmp_path
+    )
+    question = {"turns": [{"role": "user", "content": "1+1"}]}
+    assert tuned.render(question) == "user: 1+1</s>assistant: "
+    assert tuned.generate(question, max_new_tokens=4) == tuned.generate(
+        "user: 1+1</s>assistant: ", max_new_tokens=4
+    )
+    dev = [line["loss"] for line in runs.metrics(tmp_path) if line["kind"] == "dev"]
+    assert dev == [pytest.approx(tuned.evaluate(chats[:4]).report.metrics["loss"])]
+
+
+# --- Bad input -------------------------------------------------------------------------------
+
+
+def test_a_prefix_of_another_backbone_is_refused(tuned: pj.Tuned, tmp_path: Path) -> None:
+    same_shape = runs.on_one_device(tiny.write_model(tmp_path / "same", seed=1))
+    fingerprints = f"{tuned.pretrained.fingerprint}.*{same_shape.fingerprint}"
+    with pytest.raises(PrefixError, match=fingerprints):
+        pj.load_prefix(tuned.run.directory, same_shape)
+    other = pj.load_prefix(tuned.run.directory, same_shape, allow_other_weights=True)
+    assert isinstance(other.generate("1+1=", max_new_tokens=2), str)
+
+    smaller = runs.on_one_device(tiny.write_model(tmp_path / "smaller", num_hidden_layers=1))
+    with pytest.raises(PrefixError, match=r"layers.*2.*1"):
+        pj.load_prefix(tuned.run.directory, smaller, allow_other_weights=True)
+
+
+@pytest.mark.parametrize("name", ["prefix.json", "arrays"])
+def test_a_corrupt_prefix_directory_is_an_error(
+    tuned: pj.Tuned, model: pj.Pretrained, tmp_path: Path, name: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tuned.run.directory / "prefix", copy)
+    files = [copy / name] if name == "prefix.json" else [*(copy / name).rglob("d/*")]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(PrefixError, match=str(copy)):
+        pj.load_prefix(copy, model)
+
+
+def test_truncated_weights_are_an_error(tiny_model_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(BackboneError, match=str(weights)):
+        pj.load(copy)
+
+
+def test_a_prompt_that_does_not_fit_is_an_error(tuned: pj.Tuned) -> None:
+    fits = "x" * (256 - 4 - 8)
+    assert isinstance(tuned.generate(fits, max_new_tokens=8), str)
+    with pytest.raises(ContextError, match="256 positions"):
+        tuned.generate(fits + "x", max_new_tokens=8)
+    with pytest.raises(DataError, match="'sum'"):
+        tuned.generate({"total": "02"})
+
+
+def test_held_out_text_that_does_not_fit_is_an_error(tuned: pj.Tuned) -> None:
+    with pytest.raises(DataError, match="max_length 252"):
+        tuned.evaluate([{"sum": "1+1", "total": "0" * 256}])
