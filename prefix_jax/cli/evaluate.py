@@ -2,8 +2,9 @@
 
   prefix-jax evaluate runs/quickstart --data test.jsonl --metrics loss,bleu
 
-Records are rendered, cut and decoded as in the training run, unless a setting says otherwise:
-decode.beams=5, evaluate.limit=100, evaluate.before=true (measures the bare model too).
+Records are rendered, cut and decoded as in the training run, unless a setting
+says otherwise: decode.beams=5, evaluate.limit=100, evaluate.batch_size=32,
+evaluate.before=true (measures the bare model too).
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metrics",
         metavar="NAME,…",
         help="loss, accuracy, bleu, chrf, rouge1, rouge2, rougeL, rougeLsum, exact_match: "
-        "for evaluate.metrics=[…] (default: loss)",
+        "short for evaluate.metrics=[…] (default: loss)",
     )
     parser.add_argument(
         "--labels",
         metavar="TEXT,…",
-        help="the answers among which accuracy chooses: for evaluate.labels=[…]",
+        help="the answers among which accuracy chooses, short for evaluate.labels=[…]",
     )
     parser.add_argument(
         "--output", metavar="DIR", help="write results.json and predictions.jsonl there"

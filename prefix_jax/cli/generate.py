@@ -1,15 +1,18 @@
 """Generate text behind a prefix: for a prompt, for a file of records, or in a dialogue.
 
-  prefix-jax generate runs/quickstart --record '{"facts": "name[Harrow Mill], platforms[5]"}'
-  prefix-jax generate runs/quickstart --input test.jsonl --output predictions.jsonl
+  prefix-jax generate runs/quickstart --record '{"facts": "name[Harrow Mill]"}'
+  prefix-jax generate runs/quickstart --input test.jsonl --output written.jsonl
   prefix-jax generate runs/quickstart
 
-A record is what a line of the training data is, and becomes a prompt by the template of the
-training run; a prompt is the text itself. With neither, the fields of one record after another
-are asked for: Ctrl-C stops an answer, Ctrl-D ends.
+A record is what a line of the training data is, and becomes a prompt by the
+template of the training run; a prompt is the text itself. With neither, the
+fields of one record after another are asked for: Ctrl-C stops an answer,
+Ctrl-D ends.
 
-Text is decoded as in the training run unless a setting says otherwise: decode.max_new_tokens=200,
-decode.beams=5, decode.temperature=0.7, … (the fields of DecodeConfig).
+Text is decoded as in the training run unless a setting says otherwise, such as
+decode.beams=5. The settings: max_new_tokens, min_new_tokens, beams,
+length_penalty, early_stopping, temperature, top_k, top_p, min_p,
+repetition_penalty, no_repeat_ngram, banned_words, stop, samples, seed.
 """
 
 from __future__ import annotations
@@ -133,6 +136,8 @@ def _file(
 
 def _dialogue(tuned: Tuned, decode: DecodeConfig, progress: Console) -> None:
     """Answers one record after another, until the input ends."""
+    if sys.stdin.isatty():
+        progress.print("Ctrl-C stops an answer, Ctrl-D ends.", style="dim")
     for prompt in _asked(tuned):
         try:
             _answer(tuned, decode, prompt, progress)
@@ -157,6 +162,8 @@ def _asked(tuned: Tuned) -> Iterator[str | Mapping[str, Any]]:
         except KeyboardInterrupt:
             print(file=sys.stderr)
         except EOFError:
+            if sys.stdin.isatty():
+                print(file=sys.stderr)
             return
 
 

@@ -86,9 +86,10 @@ class _Version(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         try:
-            parser.exit(message=f"prefix-jax {importlib.metadata.version('prefix-jax')}\n")
+            print("prefix-jax", importlib.metadata.version("prefix-jax"))
         except importlib.metadata.PackageNotFoundError:
-            parser.exit(message="prefix-jax, not installed\n")
+            print("prefix-jax, not installed")
+        parser.exit()
 
 
 def _keep_programs() -> None:

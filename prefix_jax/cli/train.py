@@ -1,7 +1,9 @@
 """Train what a config describes, or go on where it was interrupted.
 
-Whatever the config says can be changed behind it: train.steps=500 method.length=32.
-The same command continues a run that was interrupted, and shows one that has finished again.
+  prefix-jax train configs/quickstart.yaml train.steps=500 method.length=32
+
+What stands behind the config changes it. The same command goes on with a run
+that was interrupted, and shows the results of one that has finished.
 """
 
 from __future__ import annotations

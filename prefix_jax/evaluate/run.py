@@ -20,6 +20,7 @@ from prefix_jax.data.batch import Batch, Example
 from prefix_jax.data.pipeline import evaluation_batches
 from prefix_jax.data.tokens import group_references
 from prefix_jax.decode.generate import Generator
+from prefix_jax.errors import ContextError
 from prefix_jax.evaluate.metrics import measure
 from prefix_jax.evaluate.report import Prediction, Report
 from prefix_jax.mesh import batch_shards, place_rows
@@ -95,6 +96,28 @@ class Evaluator:
                 with phase(f"{', '.join(wanted)} {name}".rstrip()):
                     parts[name].append(self(weights(), prefix, examples, wanted))
         return {name: _merged(found) for name, found in parts.items()}
+
+    def check(self, examples: Sequence[Example], metrics: Iterable[str]) -> None:
+        """Makes sure that what is to be generated fits the model: a long run learns it before.
+
+        Args:
+            examples: to be measured.
+            metrics: by which.
+
+        Raises:
+            ContextError: a prompt leaves no room for `max_new_tokens` behind the prefix.
+        """
+        if not examples or all(metric in LIKELIHOOD_METRICS for metric in metrics):
+            return
+        longest = max(examples[: self._config.limit], key=lambda example: example.prompt_length)
+        room, new = self._model.room, self._decode.max_new_tokens
+        if longest.prompt_length + new > room:
+            positions = self._model.backbone.arch.max_positions
+            raise ContextError(
+                f"{longest.source}: {longest.prompt_length} tokens of input and "
+                f"decode.max_new_tokens {new} exceed the model's {positions} positions, of which "
+                f"the prefix leaves {room}; lower decode.max_new_tokens or data.max_length"
+            )
 
     def __call__(
         self,

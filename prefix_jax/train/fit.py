@@ -106,6 +106,8 @@ def fit(
     evaluator = Evaluator(
         setup.model, setup.pretrained.tokenizer, setup.mesh, config.evaluate, config.decode
     )
+    evaluator.check(setup.splits.get("dev", ()), config.evaluate.metrics[:1])
+    evaluator.check(setup.splits.get("test", ()), config.evaluate.metrics)
     warnings: list[str] = []
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(

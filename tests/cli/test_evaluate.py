@@ -1,0 +1,54 @@
+"""`evaluate` measures a stored prefix as its training run did."""
+
+import json
+
+import pytest
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_the_numbers_are_those_of_the_training_run(run_in, trained, tmp_path):
+    folder, _ = trained
+    ran = run_in(
+        folder,
+        *("evaluate", "run", "--data", "test.jsonl", "--metrics", "loss,bleu"),
+        *("evaluate.before=true", "evaluate.batch_size=8", "--output", str(tmp_path / "new")),
+    )
+    assert ran.code == 0
+    stored = read(folder / "run" / "results.json")["test"]
+    found = read(tmp_path / "new" / "results.json")["results"]
+    for name in ("before", "after"):
+        assert found[name]["metrics"] == pytest.approx(stored[name]["metrics"])
+        assert f"{stored[name]['metrics']['loss']:.4f}" in ran.out
+    for file in ("predictions.jsonl", "predictions-before.jsonl"):
+        assert (tmp_path / "new" / file).read_text() == (folder / "run" / file).read_text()
+
+
+def test_accuracy_chooses_among_labels(run_in, trained):
+    ran = run_in(
+        trained[0],
+        *("evaluate", "run", "--data", "test.jsonl", "--metrics", "accuracy"),
+        *("--labels", "Station 0.,no", "evaluate.limit=1"),
+    )
+    assert ran.code == 0
+    assert "accuracy (%)" in ran.out
+    assert "token loss" not in ran.out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--data", "test.jsonl", "--metrics", "blue"], "evaluate.metrics"),
+        (["--data", "test.jsonl", "--metrics", "accuracy"], "labels: give at least two"),
+        (["--data", "test.jsonl", "evaluate.limits=3"], "did you mean evaluate.limit?"),
+        (["--data", "tset.jsonl"], "did you mean 'test.jsonl'?"),
+        (["--data", "config.yaml"], "unknown kind of data"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_in_one_error(run_in, trained, words, told):
+    ran = run_in(trained[0], "evaluate", "run", *words)
+    assert ran.code == 2
+    assert ran.err.startswith("error: ")
+    assert told in ran.err
