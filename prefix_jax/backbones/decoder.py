@@ -57,7 +57,7 @@ class Cache:
                 x, [(0, columns if i == x.ndim + axis else 0) for i in range(x.ndim)]
             )
 
-        layers, tokens = jax.tree.map(pad(-3), self.layers), jax.tree.map(pad(-1), self.tokens)
+        layers, tokens = jax.tree.map(pad(-2), self.layers), jax.tree.map(pad(-1), self.tokens)
         return Cache(layers, tokens, self.length)
 
 
@@ -197,7 +197,7 @@ class Backbone:
     def empty_cache(self, params: Params, rows: int, columns: int) -> Cache:
         """A cache for `rows` rows of up to `columns` tokens, in the dtype of the weights."""
         a = self.arch
-        shape = (rows, columns, a.kv_heads, a.head_dim)
+        shape = (rows, a.kv_heads, columns, a.head_dim)
 
         def zeros(*leading: int) -> KeysValues:
             return KeysValues(*(jnp.zeros((*leading, *shape), _dtype(params)) for _ in range(2)))
@@ -357,6 +357,6 @@ def _stack(layers: Any) -> KeysValues:
 
 
 def _as_prefix(layers: KeysValues) -> Prefix:
-    """The keys and values of one row, [L, 1, P, K, H], as a prefix before text."""
-    join = KVPrefix(layers.k_BSKH[:, 0], layers.v_BSKH[:, 0])
+    """The keys and values of one row, [L, 1, K, P, H], as a prefix before text."""
+    join = KVPrefix(layers.k_BKSH[:, 0].swapaxes(1, 2), layers.v_BKSH[:, 0].swapaxes(1, 2))
     return Prefix(Site(join), offset=join.length)

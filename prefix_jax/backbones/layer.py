@@ -35,7 +35,7 @@ class Layer(nn.Module):
 
     def keys_values(self, x_BTD: jax.Array, view: View) -> KeysValues:
         """The keys and values that hidden states at the layer's entry get here."""
-        return KeysValues(*self.attn.keys_values(self.attn_norm(x_BTD), view))
+        return KeysValues.of(*self.attn.keys_values(self.attn_norm(x_BTD), view))
 
     def __call__(
         self, x_BTD: jax.Array, view: View, join: KVPrefix | None, cache: KeysValues | None

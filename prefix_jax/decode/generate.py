@@ -44,9 +44,9 @@ class Generator:
     """
 
     backbone: Backbone
-    params: Params
-    tokenizer: PreTrainedTokenizerFast
-    prefix: Prefix | None = None
+    params: Params = dataclasses.field(repr=False)
+    tokenizer: PreTrainedTokenizerFast = dataclasses.field(repr=False)
+    prefix: Prefix | None = dataclasses.field(default=None, repr=False)
     eos: tuple[int, ...] | None = None
 
     def generate(

@@ -41,17 +41,28 @@ class View:
 
 @flax.struct.dataclass
 class KeysValues:
-    """The keys and values of tokens that a layer has read: k_BSKH and v_BSKH."""
+    """The keys and values of tokens that a layer has read: k_BKSH and v_BKSH.
 
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
+    Heads stand before tokens, as the matrix products of attention want them: the other way round,
+    every step of decoding would turn the whole cache.
+    """
 
-    def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array, column: jax.Array) -> KeysValues:
-        """The same with T columns replaced, from `column` on."""
-        start = (0, column, 0, 0)
-        return KeysValues(
-            jax.lax.dynamic_update_slice(self.k_BSKH, k_BTKH.astype(self.k_BSKH.dtype), start),
-            jax.lax.dynamic_update_slice(self.v_BSKH, v_BTKH.astype(self.v_BSKH.dtype), start),
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+
+    @classmethod
+    def of(cls, k_BTKH: jax.Array, v_BTKH: jax.Array) -> KeysValues:
+        """Keys and values as the projections make them."""
+        return cls(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
+
+    def write(self, new: KeysValues, column: jax.Array) -> KeysValues:
+        """The same with the columns from `column` on replaced."""
+        return jax.tree.map(
+            lambda old_BKSH, new_BKTH: jax.lax.dynamic_update_slice(
+                old_BKSH, new_BKTH.astype(old_BKSH.dtype), (0, 0, column, 0)
+            ),
+            self,
+            new,
         )
 
 
@@ -141,11 +152,13 @@ class Attention(nn.Module):
             q_BTNH = rotate(q_BTNH, view.cos_BTH, view.sin_BTH)
         k_BSKH, v_BSKH = self.keys_values(x_BTD, view)
         if cache is not None:
-            cache = cache.write(k_BSKH, v_BSKH, view.column)
-            k_BSKH, v_BSKH = cache.k_BSKH, cache.v_BSKH
+            cache = cache.write(KeysValues.of(k_BSKH, v_BSKH), view.column)
+            k_BSKH, v_BSKH = cache.k_BKSH.swapaxes(1, 2), cache.v_BKSH.swapaxes(1, 2)
         scale = self.head_dim**-0.5
         y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, view.mask_BTS, join, view.mask_BTP, scale)
-        y_BTD = jnp.einsum("BTNH,NHD->BTD", y_BTNH, self.o_NHD)
+        # Contracting N and H at once would make XLA transpose the weight at every use.
+        y_BTX, o_XD = y_BTNH.reshape(*y_BTNH.shape[:2], -1), self.o_NHD.reshape(-1, self.d_model)
+        y_BTD = y_BTX @ o_XD
         if self.out_bias:
             y_BTD = y_BTD + self.o_bias_D
         return y_BTD, cache

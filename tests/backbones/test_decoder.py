@@ -259,7 +259,9 @@ def test_recomputing_gives_equal_gradients(mode):
 
         return scalar(three_forms("qwen3")[1].h_LPD)
 
-    close(grad(mode), grad("none"), rtol=1e-3, atol=1e-5)
+    expected = grad("none")
+    # Rounding shows on the scale of the largest gradients, a hundred times most others.
+    close(grad(mode), expected, rtol=1e-3, atol=1e-4 * jnp.abs(expected).max())
 
 
 # Positions and windows.

@@ -1,0 +1,239 @@
+"""Generation of a small random model, behind a random prefix."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefix_jax.backbones.decoder import Backbone
+from prefix_jax.config import DecodeConfig
+from prefix_jax.decode import Generator
+from prefix_jax.decode.loop import advance, read
+from prefix_jax.decode.options import make_search
+from prefix_jax.errors import ContextError, DataError
+from prefix_jax.nn.mask import Tokens
+
+NEW = 8
+PROMPTS = st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=14), min_size=1, max_size=4)
+few = settings(max_examples=15)
+
+
+FORWARD = jax.jit(Backbone.hidden, static_argnums=0)
+
+
+def ids_of(generations):
+    return [[sample.ids for sample in generation.samples] for generation in generations]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DecodeConfig(max_new_tokens=NEW),
+        DecodeConfig(max_new_tokens=NEW, beams=3, samples=2),
+        DecodeConfig(max_new_tokens=NEW, temperature=1.0, samples=2, seed=5),
+    ],
+    ids=["greedy", "beams", "sampled"],
+)
+class TestBatches:
+    @few
+    @given(prompts=PROMPTS)
+    def test_a_prompt_gives_the_same_alone_and_in_a_ragged_batch(
+        self, generator: Generator, config: DecodeConfig, prompts
+    ) -> None:
+        together = generator.generate(prompts, config)
+        apart = generator.generate(prompts, config, batch_size=1)
+        assert ids_of(together) == ids_of(apart)
+        for one, other in zip(together, apart, strict=True):
+            for sample, same in zip(one.samples, other.samples, strict=True):
+                np.testing.assert_allclose(sample.logprobs, same.logprobs, atol=1e-4)
+                assert sample.score == pytest.approx(same.score, abs=1e-4)
+
+    def test_stacked_and_listed_weights_give_the_same(
+        self, generator: Generator, params, config: DecodeConfig
+    ) -> None:
+        stacked = dataclasses.replace(generator, params=params)
+        prompts = [[1, 2, 3], [4]]
+        assert ids_of(stacked.generate(prompts, config)) == ids_of(
+            generator.generate(prompts, config)
+        )
+
+
+@few
+@given(prompts=PROMPTS)
+def test_greedy_tokens_are_the_likeliest_of_a_forward_pass_over_the_whole_text(
+    generator: Generator, prompts
+) -> None:
+    backbone, params, prefix = generator.backbone, generator.params, generator.prefix
+    for prompt, generation in zip(
+        prompts, generator.generate(prompts, DecodeConfig(max_new_tokens=NEW)), strict=True
+    ):
+        (sample,) = generation.samples
+        whole = np.zeros((1, 24), np.int32)
+        whole[0, : len(prompt) + len(sample.ids)] = [*prompt, *sample.ids]
+        tokens = Tokens.plain(jnp.arange(24)[None] < len(prompt) + len(sample.ids))
+        h_BTD, _ = FORWARD(backbone, params, whole, tokens, prefix)
+        logprobs_TV = jax.nn.log_softmax(backbone.unembed(params, h_BTD))[0, len(prompt) - 1 :]
+        for token, logprob, logprobs_V in zip(
+            sample.ids, sample.logprobs, np.asarray(logprobs_TV), strict=False
+        ):
+            assert token == logprobs_V.argmax()
+            assert logprob == pytest.approx(logprobs_V.max(), abs=1e-4)
+
+
+def test_a_prefix_changes_what_is_generated(generator: Generator) -> None:
+    bare = dataclasses.replace(generator, prefix=None)
+    prompts = [[i] for i in range(8)]
+    config = DecodeConfig(max_new_tokens=NEW)
+    assert ids_of(bare.generate(prompts, config)) != ids_of(generator.generate(prompts, config))
+
+
+def test_the_score_of_a_text_is_the_sum_of_its_logprobs(generator: Generator) -> None:
+    (generation,) = generator.generate([[1, 2]], DecodeConfig(max_new_tokens=NEW))
+    assert generation.samples[0].score == pytest.approx(sum(generation.samples[0].logprobs))
+
+
+@few
+@given(prompts=PROMPTS)
+def test_a_beam_scores_its_logprobs_over_its_length(generator: Generator, prompts) -> None:
+    config = DecodeConfig(max_new_tokens=NEW, beams=3, samples=3)
+    for generation in generator.generate(prompts, config):
+        scores = [sample.score for sample in generation.samples]
+        assert scores == sorted(scores, reverse=True)
+        for sample in generation.samples:
+            assert sample.score == pytest.approx(
+                sum(sample.logprobs) / len(sample.ids), abs=1e-4
+            )
+
+
+class TestConstraints:
+    @few
+    @given(prompts=PROMPTS, beams=st.sampled_from([1, 3]))
+    def test_no_ngram_occurs_twice(self, generator: Generator, prompts, beams: int) -> None:
+        config = DecodeConfig(max_new_tokens=NEW, beams=beams, no_repeat_ngram=2)
+        for prompt, generation in zip(prompts, generator.generate(prompts, config), strict=True):
+            whole = [*prompt, *generation.samples[0].ids]
+            grams = list(zip(whole, whole[1:], strict=False))
+            made = grams[max(0, len(prompt) - 1) :]
+            before = grams[: max(0, len(prompt) - 1)]
+            assert len(set(made)) == len(made)
+            assert not set(made) & set(before)
+
+    @few
+    @given(prompts=PROMPTS, beams=st.sampled_from([1, 3]))
+    def test_banned_words_are_never_written(
+        self, generator: Generator, prompts, beams: int
+    ) -> None:
+        config = DecodeConfig(max_new_tokens=NEW, beams=beams)
+        free = "".join(g.text for g in generator.generate([*prompts, "a", "b"], config))
+        words = re.findall("[!-~]", free)[:1] + re.findall("[!-~]{2}", free)[-1:]
+        banned = dataclasses.replace(config, banned_words=tuple(words))
+        for prompt, generation in zip(prompts, generator.generate(prompts, banned), strict=True):
+            whole = [*prompt, *generation.samples[0].ids]
+            for word in words:
+                ids = generator.tokenizer(word)["input_ids"]
+                for start in range(max(0, len(prompt) - len(ids) + 1), len(whole)):
+                    assert whole[start : start + len(ids)] != ids
+
+    @few
+    @given(prompts=PROMPTS, beams=st.sampled_from([1, 3]), least=st.integers(1, NEW))
+    def test_texts_have_their_minimum_length(
+        self, generator: Generator, prompts, beams: int, least: int
+    ) -> None:
+        (free,) = generator.generate([prompts[0]], DecodeConfig(max_new_tokens=NEW))
+        ending = dataclasses.replace(generator, eos=(free.samples[0].ids[0],))
+        config = DecodeConfig(max_new_tokens=NEW, beams=beams, min_new_tokens=least)
+        for generation in ending.generate(prompts, config):
+            (sample,) = generation.samples
+            assert len(sample.ids) >= least + (sample.finish == "eos")
+
+
+class TestEnds:
+    def test_an_end_of_text_token_ends_a_text_and_is_its_last_token(
+        self, generator: Generator
+    ) -> None:
+        prompts = [[i] for i in range(4)]
+        config = DecodeConfig(max_new_tokens=NEW)
+        free = ids_of(generator.generate(prompts, config))
+        eos = free[0][0][3]
+        for (ids,), generation in zip(
+            free, dataclasses.replace(generator, eos=(eos,)).generate(prompts, config), strict=True
+        ):
+            (sample,) = generation.samples
+            ends = ids.index(eos) + 1 if eos in ids else NEW
+            assert sample.ids == ids[:ends]
+            assert sample.finish == ("eos" if eos in ids else "length")
+            assert len(sample.logprobs) == len(sample.ids)
+
+    def test_length_ends_a_text(self, generator: Generator) -> None:
+        (generation,) = generator.generate([[1]], DecodeConfig(max_new_tokens=5))
+        assert len(generation.samples[0].ids) == 5
+        assert generation.samples[0].finish == "length"
+
+
+class TestSampling:
+    def test_the_seed_decides(self, generator: Generator) -> None:
+        def draw(seed: int):
+            config = DecodeConfig(max_new_tokens=NEW, temperature=1.5, samples=3, seed=seed)
+            return ids_of(generator.generate([[1, 2]] * 2, config))
+
+        assert draw(0) == draw(0) != draw(1)
+        every = [ids for prompt in draw(0) for ids in prompt]
+        assert len(set(every)) == len(every), "samples and prompts have keys of their own"
+
+    def test_only_the_likeliest_are_drawn_with_top_k_1(self, generator: Generator) -> None:
+        greedy = generator.generate([[1, 2]], DecodeConfig(max_new_tokens=NEW))
+        config = DecodeConfig(max_new_tokens=NEW, temperature=2.0, top_k=1, samples=2)
+        (sampled,) = ids_of(generator.generate([[1, 2]], config))
+        assert sampled == [greedy[0].samples[0].ids] * 2
+
+    def test_tokens_are_drawn_as_often_as_they_are_likely(self, generator: Generator) -> None:
+        config = DecodeConfig(max_new_tokens=1, temperature=1.0, samples=4000)
+        (generation,) = generator.generate([[7, 8, 9]], config)
+        drawn = np.array([sample.ids[0] for sample in generation.samples])
+        probability = {s.ids[0]: np.exp(s.logprobs[0]) for s in generation.samples}
+        for token, p in probability.items():
+            deviation = np.sqrt(p * (1 - p) / len(drawn))
+            assert abs((drawn == token).mean() - p) < 5 * deviation + 1 / len(drawn)
+
+
+class TestContext:
+    def test_prefix_prompt_and_new_tokens_must_fit_the_positions(
+        self, generator: Generator
+    ) -> None:
+        room = generator.backbone.arch.max_positions - generator.prefix.offset
+        config = DecodeConfig(max_new_tokens=NEW)
+        generator.generate([[1] * (room - NEW)], config)
+        with pytest.raises(ContextError, match=r"prompt 1: 246 tokens after a prefix of 3"):
+            generator.generate([[1], [1] * (room - NEW + 1)], config)
+
+    def test_an_empty_prompt_is_refused(self, generator: Generator) -> None:
+        with pytest.raises(DataError, match="prompt 1 is empty"):
+            generator.generate(["a", ""], DecodeConfig())
+
+
+class TestPrograms:
+    def test_batches_of_similar_size_share_two_programs(self, generator: Generator) -> None:
+        config = DecodeConfig(max_new_tokens=20, repetition_penalty=1.1)
+        generator.generate([[1, 2, 3]] * 3, config)
+        compiled = read._cache_size(), advance._cache_size()
+        other = dataclasses.replace(config, max_new_tokens=30, repetition_penalty=1.5)
+        generator.generate([[5] * 14, [6], [7], [8]], other)
+        assert (read._cache_size(), advance._cache_size()) == compiled
+
+    def test_the_cache_is_written_in_place(self, generator: Generator) -> None:
+        one = np.ones(1, np.int32)
+        search = make_search(DecodeConfig(beams=3), generator.tokenizer, (256,), [0])
+        args = generator.backbone, generator.params, generator.prefix, search
+        prompt = np.ones((1, 16), np.int32)
+        state = read(*args, prompt, one, one > 0, one[0], capacity=1024)
+        cache = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache.layers))
+        memory = advance.lower(*args, state, one[0], one[0]).compile().memory_analysis()
+        assert memory.alias_size_in_bytes >= cache
+        assert memory.temp_size_in_bytes < cache

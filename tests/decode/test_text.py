@@ -1,0 +1,90 @@
+"""Text comes in pieces that are certain."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from prefix_jax.decode import Generator
+from prefix_jax.config import DecodeConfig
+from prefix_jax.decode.text import TextStream
+
+
+def pieces(tokenizer, text: str, stop=(), context: str = "before: ") -> tuple[list[str], TextStream]:
+    stream = TextStream(tokenizer.backend_tokenizer, tokenizer(context)["input_ids"], stop)
+    made = []
+    for token in tokenizer(text)["input_ids"]:
+        made.append(stream.push(token))
+        if stream.stopped:
+            break
+    return [*made, stream.finish()], stream
+
+
+@given(text=st.text(), context=st.text(max_size=5))
+def test_pieces_make_the_text_and_never_split_a_character(
+    tokenizer: PreTrainedTokenizerFast, text: str, context: str
+) -> None:
+    made, stream = pieces(tokenizer, text, context=context)
+    assert "".join(made) == stream.text == text
+    assert "\ufffd" not in stream.text or "\ufffd" in text
+
+
+@given(text=st.text("ab\n"), stop=st.lists(st.text("ab\n", min_size=1, max_size=3), max_size=3))
+def test_a_text_ends_before_the_first_stop_text_and_shows_nothing_of_it(
+    tokenizer: PreTrainedTokenizerFast, text: str, stop: list[str]
+) -> None:
+    made, stream = pieces(tokenizer, text, stop)
+    shown = "".join(made)
+    assert shown == stream.text
+    ends = {len(text[: text.find(s) + len(s)]): text.find(s) for s in stop if s in text}
+    assert stream.stopped == bool(ends)
+    if not ends:
+        assert shown == text
+    else:
+        first = min(ends)
+        starts = [text.find(s) for s in stop if s in text and text.find(s) + len(s) == first]
+        assert shown == text[: min(starts)]
+
+
+def test_half_a_character_at_the_end_is_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    stream = TextStream(tokenizer.backend_tokenizer, [], ())
+    for token in tokenizer("aé")["input_ids"][:-1]:
+        stream.push(token)
+    stream.finish()
+    assert stream.text == "a"
+
+
+class TestStreaming:
+    PROMPTS = ("one", "another prompt", "x")
+
+    def test_the_pieces_are_the_texts(self, generator: Generator) -> None:
+        for config in (
+            DecodeConfig(max_new_tokens=8),
+            DecodeConfig(max_new_tokens=8, temperature=1.0, samples=2),
+            DecodeConfig(max_new_tokens=8, beams=3, samples=2),
+        ):
+            heard: dict[tuple[int, int], str] = {}
+
+            def hear(prompt: int, sample: int, piece: str, heard=heard) -> None:
+                assert piece
+                heard[prompt, sample] = heard.get((prompt, sample), "") + piece
+
+            generations = generator.generate(self.PROMPTS, config, on_text=hear)
+            assert heard == {
+                (p, s): sample.text
+                for p, generation in enumerate(generations)
+                for s, sample in enumerate(generation.samples)
+                if sample.text
+            }
+            silent = generator.generate(self.PROMPTS, config)
+            assert [[s.ids for s in g.samples] for g in generations] == [
+                [s.ids for s in g.samples] for g in silent
+            ]
+
+    def test_on_done_hears_of_every_prompt_once(self, generator: Generator) -> None:
+        heard = {}
+        generations = generator.generate(
+            self.PROMPTS, DecodeConfig(max_new_tokens=4), batch_size=2, on_done=heard.__setitem__
+        )
+        assert [heard[index] for index in range(3)] == generations
