@@ -78,6 +78,22 @@ def takes_text(hint: Any) -> bool:
     return str in _members(hint)
 
 
+def described(hint: Any) -> str:
+    """A type in words: "int or null", "one of none, full, dots"."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(described, args))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, args))}"
+    if origin in (tuple, list):
+        return f"list of {described(args[0])}"
+    if hint is type(None):
+        return "null"
+    if _section(hint):
+        return f"a section with keys {', '.join(_fields(hint))}"
+    return str(getattr(origin or hint, "__name__", hint))
+
+
 def _construct(
     cls: type[T], values: Any, where: str, problems: list[Problem], known: tuple[str, ...]
 ) -> T | None:
@@ -105,7 +121,7 @@ def _construct(
     for field in dataclasses.fields(cast(Any, cls)):
         required = field.default is field.default_factory is dataclasses.MISSING
         if field.init and required and field.name not in values:
-            expected = _described(fields[field.name])
+            expected = described(fields[field.name])
             problems.append(Problem(_join(where, field.name), f"missing; expected {expected}"))
     if len(problems) > found:
         return None
@@ -128,7 +144,7 @@ def _leaf(hint: Any, value: Any, key: str, problems: list[Problem]) -> Any:
             raise ArgumentError(None, "null")
         return _parser(hint).parse_object({"value": value}).value
     except ArgumentError:
-        problems.append(Problem(key, f"expected {_described(hint)}; got {value!r}"))
+        problems.append(Problem(key, f"expected {described(hint)}; got {value!r}"))
         return None
 
 
@@ -166,21 +182,6 @@ def _section(hint: Any) -> type | None:
     members = [m for m in _members(hint) if m is not type(None)]
     only = members[0] if len(members) == 1 else None
     return only if isinstance(only, type) and dataclasses.is_dataclass(only) else None
-
-
-def _described(hint: Any) -> str:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(map(_described, args))
-    if origin is Literal:
-        return f"one of {', '.join(map(str, args))}"
-    if origin in (tuple, list):
-        return f"list of {_described(args[0])}"
-    if hint is type(None):
-        return "null"
-    if _section(hint):
-        return f"a section with keys {', '.join(_fields(hint))}"
-    return str(getattr(origin or hint, "__name__", hint))
 
 
 def _join(where: str, name: str) -> str:

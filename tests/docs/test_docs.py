@@ -1,8 +1,8 @@
 """Every Python block of README.md and docs/*.md runs, file by file, top to bottom.
 
 A model that the text names is replaced by a tiny one, `pj.fit` takes three steps at most, and the
-directory is one where the project's `examples/` and `configs/` lie. A block that cannot run says why
-in the line before it:
+directory is one where the project's `examples/` and `configs/` lie. A block that cannot run says
+why in the line before it:
 
     <!-- not run: reason -->
 """

@@ -1,0 +1,64 @@
+"""What the pages point at exists, and the commands that they show can be given."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from prefix_jax import config
+from prefix_jax.cli.main import _parse
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("examples/*/README.md")]
+
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)")
+SHELL = re.compile(r"```(?:bash|console)\n(.*?)```", re.DOTALL)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """The page and the words of every `prefix-jax` command."""
+    return [
+        (page.name, shlex.split(line, comments=True))
+        for page in PAGES
+        for block in SHELL.findall(page.read_text("utf-8"))
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.startswith("prefix-jax ")
+    ]
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for path, anchor in LINK.findall(page.read_text("utf-8")):
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name}: {path}"
+        assert not anchor or anchor in headings(target), f"{page.name}: {path}#{anchor}"
+
+
+def test_the_readme_shows_every_verb() -> None:
+    verbs = {path.stem for path in (ROOT / "prefix_jax" / "cli").glob("[!_]*.py")} - {"main"}
+    assert {words[1] for page, words in commands() if page == "README.md"} == verbs
+
+
+@pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: str(value)[:60])
+def test_commands_can_be_given(page: str, words: list[str], monkeypatch) -> None:
+    args = _parse(words[1:])
+    if words[1] == "train":
+        monkeypatch.chdir(ROOT)
+        config.load(args.config, args.settings)
+    elif hasattr(args, "settings"):
+        config.sections(config.MeasureConfig, {}, args.settings)
+
+
+def test_make_targets_exist() -> None:
+    shown = set(re.findall(r"(?:^|`)make ([a-z]+)", (ROOT / "README.md").read_text("utf-8"), re.M))
+    made = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
+    assert shown <= made
