@@ -100,12 +100,15 @@ def _keep_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    for name, value in {
-        "JAX_COMPILATION_CACHE_DIR": cache / "prefix_jax" / "programs",
-        "JAX_COMPILATION_CACHE_MAX_SIZE": 2**30,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.2,
-    }.items():
-        os.environ.setdefault(name, str(value))
+    folder = cache / "prefix_jax" / "programs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):  # else JAX would complain at every program
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
 def _quieten() -> None:

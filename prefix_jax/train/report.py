@@ -98,7 +98,8 @@ class Report:
     ) -> None:
         if self._bar is not None:
             (task,) = self._bar.task_ids
-            self._bar.update(task, description="done" if error is None else "stopped", left="")
+            done = error is None and self._bar.finished
+            self._bar.update(task, description="done" if done else "stopped", left="")
             self._show(self._bar.stop)
             self._bar = None
         if self._record is not None:

@@ -87,3 +87,36 @@ def test_a_reader_that_goes_away_is_no_error():
     assert process.wait(60) == 141
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+@pytest.fixture
+def no_cache_settings(monkeypatch):
+    for name in list(cli.os.environ):
+        if name.startswith(("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")):
+            monkeypatch.delenv(name)
+    # What the command sets is undone as well.
+    monkeypatch.setattr(cli.os, "environ", dict(cli.os.environ))
+
+
+def test_compiled_programs_are_kept_in_the_cache_of_the_user(no_cache_settings, tmp_path):
+    cli.os.environ["XDG_CACHE_HOME"] = str(tmp_path)
+    cli._keep_programs()
+    kept = tmp_path / "prefix_jax" / "programs"
+    assert kept.is_dir()
+    assert cli.os.environ["JAX_COMPILATION_CACHE_DIR"] == str(kept)
+    assert int(cli.os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"]) > 0
+
+
+def test_a_cache_that_was_chosen_stays(no_cache_settings, tmp_path):
+    cli.os.environ["XDG_CACHE_HOME"] = str(tmp_path)
+    cli.os.environ["JAX_COMPILATION_CACHE_DIR"] = "elsewhere"
+    cli._keep_programs()
+    assert cli.os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+    assert "JAX_COMPILATION_CACHE_MAX_SIZE" not in cli.os.environ
+
+
+def test_without_a_place_to_write_nothing_is_kept(no_cache_settings, tmp_path):
+    (tmp_path / "file").touch()
+    cli.os.environ["XDG_CACHE_HOME"] = str(tmp_path / "file")
+    cli._keep_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in cli.os.environ
