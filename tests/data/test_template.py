@@ -1,7 +1,7 @@
 import pytest
 
 from prefix_jax.data.source import Record
-from prefix_jax.data.template import Segment, Template, render, render_chat
+from prefix_jax.data.template import Segment, Template, render, render_chat, render_chat_prompt
 from prefix_jax.errors import DataError
 
 
@@ -135,3 +135,19 @@ def test_a_tokenizer_without_chat_template_is_an_error(tokenizer, monkeypatch):
 def test_what_is_no_chat_is_an_error(tokenizer, messages, message):
     with pytest.raises(DataError, match=f"a.jsonl:3: .*{message}"):
         render_chat(record(messages=messages), "messages", tokenizer)
+
+
+def test_a_chat_is_prompted_up_to_its_last_answer(tokenizer):
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "ho"},
+        {"role": "user", "content": "and?"},
+    ]
+    prompt = render_chat_prompt(Record({"chat": turns}, "r"), "chat", tokenizer)
+    assert prompt.endswith("and?<|im_end|>\n<|im_start|>assistant\n")
+    answered = [*turns, {"role": "assistant", "content": "so"}]
+    assert render_chat_prompt(Record({"chat": answered}, "r"), "chat", tokenizer) == prompt
+    rendered = render_chat(Record({"chat": answered}, "r"), "chat", tokenizer)
+    assert rendered.prompt == prompt
+    with pytest.raises(DataError, match="no turn to answer"):
+        render_chat_prompt(Record({"chat": []}, "r"), "chat", tokenizer)

@@ -1,0 +1,64 @@
+"""What a run measured is read back as it was, for the config that it belongs to alone."""
+
+import dataclasses
+import math
+
+import pytest
+
+from prefix_jax import config
+from prefix_jax.errors import CheckpointError
+from prefix_jax.evaluate.report import Prediction, Report
+from prefix_jax.evaluate.run import Evaluation
+from prefix_jax.train.results import Results, read_results, save_results
+
+PREDICTIONS = [Prediction("test.jsonl:1", "café\n", "One\u2028two", ["a", "b"])]
+
+
+@pytest.fixture
+def run(tmp_path):
+    values = {"model": {"path": "m"}, "data": {"target": "{text}"}, "train": {"steps": 1}}
+    return config.parse({**values, "output": str(tmp_path / "run")})
+
+
+def results(predictions=(), loss=2.5):
+    report = Report({"loss": loss, "bleu": 40.0}, {"bleu": "tok:13a"}, 3)
+    return Results(7, {"before": Evaluation(report, []), "after": Evaluation(report, predictions)})
+
+
+def test_results_come_back(run):
+    assert read_results(run) is None
+    save_results(run, results(PREDICTIONS))
+    assert read_results(run) == results(PREDICTIONS)
+
+
+def test_what_was_not_finite_comes_back_as_nan(run):
+    save_results(run, results(loss=math.inf))
+    found = read_results(run)
+    assert math.isnan(found.evaluations["after"].report.metrics["loss"])
+
+
+def test_results_of_another_config_are_none(run):
+    save_results(run, results())
+    other = dataclasses.replace(run, decode=config.DecodeConfig(beams=2))
+    assert read_results(other) is None
+
+
+def test_results_move_with_their_directory(run, tmp_path):
+    save_results(run, results(PREDICTIONS))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = dataclasses.replace(run, output=str(tmp_path / "moved"))
+    assert read_results(moved) == results(PREDICTIONS)
+
+
+def test_predictions_of_before_do_not_stay(run):
+    save_results(run, results(PREDICTIONS))
+    save_results(run, results())
+    assert read_results(run) == results([])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"config": 1', '{"step": 1}'])
+def test_damaged_results_are_told(run, tmp_path, content):
+    save_results(run, results())
+    (tmp_path / "run" / "results.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"results\.json cannot be read"):
+        read_results(run)
