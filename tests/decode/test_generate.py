@@ -107,9 +107,7 @@ def test_a_beam_scores_its_logprobs_over_its_length(generator: Generator, prompt
         scores = [sample.score for sample in generation.samples]
         assert scores == sorted(scores, reverse=True)
         for sample in generation.samples:
-            assert sample.score == pytest.approx(
-                sum(sample.logprobs) / len(sample.ids), abs=1e-4
-            )
+            assert sample.score == pytest.approx(sum(sample.logprobs) / len(sample.ids), abs=1e-4)
 
 
 class TestConstraints:

@@ -1,4 +1,4 @@
-"""Processors mean what those of transformers mean; `tests/fixtures/make_decode.py` has the script."""
+"""Processors mean what those of transformers mean (`tests/fixtures/make_decode.py`)."""
 
 from __future__ import annotations
 

@@ -6,12 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from prefix_jax.decode import Generator
 from prefix_jax.config import DecodeConfig
+from prefix_jax.decode import Generator
 from prefix_jax.decode.text import TextStream
 
 
-def pieces(tokenizer, text: str, stop=(), context: str = "before: ") -> tuple[list[str], TextStream]:
+def pieces(
+    tokenizer, text: str, stop=(), context: str = "before: "
+) -> tuple[list[str], TextStream]:
     stream = TextStream(tokenizer.backend_tokenizer, tokenizer(context)["input_ids"], stop)
     made = []
     for token in tokenizer(text)["input_ids"]:
@@ -88,3 +90,24 @@ class TestStreaming:
             self.PROMPTS, DecodeConfig(max_new_tokens=4), batch_size=2, on_done=heard.__setitem__
         )
         assert [heard[index] for index in range(3)] == generations
+
+    def test_a_stop_text_ends_a_continuation_whether_heard_or_not(
+        self, generator: Generator
+    ) -> None:
+        config = DecodeConfig(max_new_tokens=40)
+        free = [generation.samples[0] for generation in generator.generate(self.PROMPTS, config)]
+        stop = free[0].text[5:7]
+        stopping = DecodeConfig(max_new_tokens=40, stop=(stop,))
+        heard: list[str] = []
+        generations = generator.generate(self.PROMPTS, stopping)
+        assert generations == generator.generate(
+            self.PROMPTS, stopping, on_text=lambda prompt, _, piece: heard.append(piece)
+        )
+        assert stop not in "".join(heard)
+        for before, generation in zip(free, generations, strict=True):
+            (sample,) = generation.samples
+            assert sample.text == before.text.split(stop)[0]
+            assert sample.ids == before.ids[: len(sample.ids)]
+            assert sample.finish == ("stop" if stop in before.text else before.finish)
+        assert generations[0].samples[0].finish == "stop"
+        assert len(generations[0].samples[0].ids) < 40
