@@ -128,6 +128,16 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     )
 
 
+def gather_columns(table_VD: jax.Array) -> jax.Array:
+    """Makes rows of a table whole before they are looked up, under `jax.set_mesh`; does nothing
+    outside of a mesh. Without it XLA replicates what a lookup finds for the whole batch."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return table_VD
+    return jax.lax.with_sharding_constraint(
+        table_VD, PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
+    )
+
+
 def describe(mesh: Mesh | Mapping[str, int]) -> str:
     """For messages: "data=4 x fsdp=2 x tensor=1"."""
     shape = mesh.shape if isinstance(mesh, Mesh) else mesh

@@ -15,6 +15,8 @@ from prefix_jax.methods.prompt import PromptTuning
 from prefix_jax.model import PrefixModel, start_from_ids
 from prefix_jax.prefix import Embeds, Hidden, Prefix
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 P = 4
 BACKBONE = decoder("llama")
 METHODS = [PrefixTuning(P), PrefixTuning(P, mid=8), HiddenPrefixTuning(P), PromptTuning(P)]

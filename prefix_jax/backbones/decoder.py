@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.layer import NORMS, Layer
-from prefix_jax.mesh import constrain_rows
+from prefix_jax.mesh import constrain_rows, gather_columns
 from prefix_jax.nn.layers import KeysValues, View
 from prefix_jax.nn.mask import Tokens, visible, visible_prefix
 from prefix_jax.prefix import Embeds, Geometry, Hidden, KVPrefix, Prefix, Produced, Site
@@ -233,7 +233,7 @@ class Backbone:
             h_BTD after the final norm, and the cache with these tokens in it.
         """
         offset = 0 if prefix is None else prefix.offset
-        x_BTD = params["embed"]["tokens_VD"][ids_BT]
+        x_BTD = gather_columns(params["embed"]["tokens_VD"])[ids_BT]
         x_BTD = self._place(params, x_BTD, tokens.position_BT + offset)
         h_BTD, cache, _ = self._run(params, x_BTD, tokens, prefix, cache, lineage_BTS)
         norm = NORMS[self.arch.norm](self.arch.epsilon)

@@ -15,6 +15,8 @@ from prefix_jax.backbones.decoder import Backbone
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Site
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NAMES = ("gpt2", "llama", "qwen3")
 B, P, T = 2, 5, 6
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)

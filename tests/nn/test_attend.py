@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from prefix_jax.nn.attend import attend
 from prefix_jax.prefix import KVPrefix
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 class Case(NamedTuple):
     q_BTNH: jax.Array

@@ -26,6 +26,8 @@ from prefix_jax.model import start_from_ids
 from prefix_jax.prefix import Prefix, Produced, Site
 from prefix_jax.train.start import init_prefix, make_start
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 P = 4
 METHODS = [PrefixTuning(P), HiddenPrefixTuning(P), PromptTuning(P)]
 each_method = pytest.mark.parametrize("method", METHODS, ids=["prefix", "hidden", "prompt"])
