@@ -7,11 +7,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from prefix_jax.backbones.decoder import Params
 from prefix_jax.backbones.load import Pretrained
@@ -23,7 +24,7 @@ from prefix_jax.decode.generate import Generator
 from prefix_jax.errors import ContextError
 from prefix_jax.evaluate.metrics import measure
 from prefix_jax.evaluate.report import Prediction, Report
-from prefix_jax.mesh import batch_shards, place_rows
+from prefix_jax.mesh import batch_shards, place_rows, replicated
 from prefix_jax.model import PrefixModel
 from prefix_jax.prefix import Prefix
 
@@ -58,21 +59,22 @@ class Evaluator:
     def __init__(
         self,
         model: PrefixModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerFast,
         mesh: Mesh,
         config: EvaluateConfig = EvaluateConfig(),  # noqa: B008
         decode: DecodeConfig = DecodeConfig(),  # noqa: B008
     ):
         self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
         self._config, self._decode = config, decode
-        self._score = jax.jit(model.score)
+        # Every host reads the scores of all rows.
+        self._score = jax.jit(model.score, out_shardings=replicated(mesh))
 
     def compare(
         self,
         pretrained: Pretrained,
         prefixes: Mapping[str, Prefix | None],
         examples: Sequence[Example],
-        phase: Callable[[str], AbstractContextManager[None]] = contextlib.nullcontext,
+        phase: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> dict[str, Evaluation]:
         """Measures several prefixes on the same examples, by all metrics of the config.
 
@@ -162,11 +164,12 @@ class Evaluator:
 
     def loss(self, params: Params, prefix: Prefix | None, examples: Sequence[Example]) -> float:
         """Mean negative log-likelihood of the target tokens, in nats."""
-        total = targets = 0.0
-        for batch in self._batches(examples, pack=True):
-            total += float(self._scores(params, prefix, batch).sum())
-            targets += float(batch.weight_BM.sum())
-        return total / targets
+        total = sum(
+            float(self._scores(params, prefix, batch).sum())
+            for batch in self._batches(examples, pack=True)
+        )
+        # A batch holds this host's rows alone, its scores are of all rows.
+        return total / sum(int(example.target_T.sum()) for example in examples)
 
     def _batches(self, examples: Sequence[Example], pack: bool) -> Iterable[Batch]:
         shards = batch_shards(self._mesh)

@@ -143,7 +143,9 @@ def fit(
         step = int(state.step)
         if step < setup.steps and not progress.stopped:
             report.message(f"interrupted after step {step}, which is saved: run the same again")
-            return Run(directory, setup.pretrained, None, None, step, {}, interrupted=stop.cause)
+            # Of several processes, one may have ended at another's signal.
+            cause = stop.cause or signal.SIGTERM
+            return Run(directory, setup.pretrained, None, None, step, {}, interrupted=cause)
         if progress.best_step not in (None, step):
             step = progress.best_step
             state = checkpoints.restore(step, state)[0]

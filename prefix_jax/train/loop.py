@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from prefix_jax.errors import NonFiniteError
 from prefix_jax.evaluate.run import Evaluator, better
@@ -20,6 +21,9 @@ from prefix_jax.train.checkpoint import Checkpoints
 from prefix_jax.train.report import Report
 from prefix_jax.train.setup import Setup
 from prefix_jax.train.step import StepMetrics, TrainState
+
+# Steps between two agreements of several processes on whether to stop: each waits for the devices.
+_AGREE_EVERY = 10
 
 
 @dataclasses.dataclass
@@ -47,6 +51,14 @@ class Stop(threading.Event):
     """
 
     cause: signal.Signals | None = None
+
+    def asked(self, step: int) -> bool:
+        """Whether to end after `step`: all processes, if one of them is asked to."""
+        if jax.process_count() == 1:
+            return self.is_set()
+        if step % _AGREE_EVERY:
+            return False
+        return bool(multihost_utils.process_allgather(np.bool_(self.is_set())).any())
 
 
 @contextlib.contextmanager
@@ -82,7 +94,7 @@ def train(
     report: Report,
     evaluator: Evaluator,
     metadata: dict[str, Any],
-    stop: threading.Event,
+    stop: Stop,
 ) -> TrainState:
     """Runs the steps that are left.
 
@@ -164,7 +176,7 @@ def train(
         settle()
         pending = (done, metrics)
 
-        last = done == setup.steps or stop.is_set()
+        last = done == setup.steps or stop.asked(done)
         every = train_config.eval_every
         must_evaluate = "dev" in setup.splits and (
             done == setup.steps or (every is not None and done % every == 0)
@@ -175,7 +187,7 @@ def train(
         settle()
         if must_evaluate:
             must_save |= evaluate(done)
-            last |= stop.is_set()
+            last |= stop.asked(done)
             if train_config.patience is not None and progress.stale >= train_config.patience:
                 progress.stopped = last = True
                 report.message(
