@@ -183,7 +183,8 @@ def test_a_loss_that_is_not_finite_stops_in_the_state_before_and_names_the_batch
 
     def poisoned(self: Pipeline, step: int) -> Any:
         made = batch(self, step)
-        return made.replace(weight_BM=made.weight_BM * np.inf) if step == 7 else made
+        weight_BM = np.where(made.weight_BM > 0, np.float32(np.inf), np.float32(0))
+        return made.replace(weight_BM=weight_BM) if step == 7 else made
 
     with monkeypatch.context() as patch:
         patch.setattr(Pipeline, "batch", poisoned)
