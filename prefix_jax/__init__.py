@@ -1,13 +1,12 @@
-"""Prefix tuning of pretrained language models in JAX.
+r"""Prefix tuning of pretrained language models in JAX.
 
 One idea holds the package together: a prefix is a KV cache that you can train.
 
     import prefix_jax as pj
 
     model = pj.load("HuggingFaceTB/SmolLM2-135M-Instruct")
-    tuned = pj.fit(
-        model, pj.PrefixTuning(length=16), "train.jsonl", input="{facts}\n", target="{text}", steps=200
-    )
+    method = pj.PrefixTuning(length=16)
+    tuned = pj.fit(model, method, "train.jsonl", input="{facts}\n", target="{text}", steps=200)
     print(tuned.generate({"facts": "name[Harrow Mill], platforms[5]"}))
 
 Arrays carry their shape as a suffix of their name, and einsums use the same letters:

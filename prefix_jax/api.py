@@ -22,7 +22,8 @@ from prefix_jax.data.pipeline import load_examples
 from prefix_jax.data.source import Record, read_records
 from prefix_jax.data.template import Template, render_chat_prompt
 from prefix_jax.data.tokens import Examples
-from prefix_jax.decode.generate import Generation, Generator, OnText
+from prefix_jax.decode.continuation import Generation
+from prefix_jax.decode.generate import Generator, OnText
 from prefix_jax.errors import DataError, PrefixError
 from prefix_jax.evaluate.report import Prediction, writing_predictions
 from prefix_jax.evaluate.run import Evaluation, Evaluator
@@ -89,8 +90,9 @@ class Tuned:
             place of each text.
         """
         single = isinstance(prompts, str | Mapping)
+        listed: Any = [prompts] if single else prompts
         decode = config.build(DecodeConfig, dataclasses.asdict(self.decode) | options)
-        found = self.generations([prompts] if single else prompts, decode, on_text=on_text)
+        found = self.generations(listed, decode, on_text=on_text)
         texts = [
             generation.text
             if decode.samples == 1
@@ -255,7 +257,7 @@ class Tuned:
 
     def compare(
         self,
-        data: Source,
+        data: Source | Examples,
         settings: EvaluateConfig,
         decode: DecodeConfig | None = None,
         phase: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
@@ -293,7 +295,7 @@ def bake(pretrained: Pretrained, produced: Produced | None) -> Prefix | None:
 
 def fit(
     pretrained: Pretrained,
-    method: Method | None,
+    method: Method[Any] | None,
     train: Source,
     *,
     dev: Source | None = None,

@@ -36,7 +36,7 @@ class PrefixModel:
     """
 
     backbone: Backbone
-    method: Method | None
+    method: Method[Any] | None
 
     def produced(self, params: Params, rng: jax.Array | None = None) -> Produced | None:
         """What the method makes of its parameters; with `rng`, under dropout."""

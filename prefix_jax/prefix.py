@@ -45,7 +45,7 @@ class Site:
         join: keys and values inside the softmax.
     """
 
-    join: KVPrefix | None = None
+    join: KVPrefix
 
 
 @flax.struct.dataclass
@@ -67,7 +67,7 @@ class Prefix:
     @property
     def length(self) -> int:
         """P, the number of slots at the decoder's self-attention."""
-        return 0 if self.decoder.join is None else self.decoder.join.length
+        return self.decoder.join.length
 
 
 @flax.struct.dataclass

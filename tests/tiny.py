@@ -1,4 +1,4 @@
-"""A model small enough to train in a second: Hugging Face layout, random weights, every byte a token."""
+"""A model small enough to train in a second: random weights, every byte a token."""
 
 from __future__ import annotations
 

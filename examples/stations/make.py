@@ -179,6 +179,7 @@ class Station:
 
 
 def count(platforms: int, adjective: str = "") -> str:
+    """Two accessible platforms, say."""
     return f"{NUMBERS[platforms]} {adjective}platform{'s' if platforms > 1 else ''}"
 
 

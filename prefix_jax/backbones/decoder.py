@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import flax.struct
 import jax
@@ -119,7 +119,7 @@ class Backbone:
         for leaf in stacked:
             columns.append(jax.block_until_ready(split(leaf)))
             leaf.delete()
-        layers = tuple(treedef.unflatten(leaves) for leaves in zip(*columns, strict=True))
+        layers = tuple(jax.tree.unflatten(treedef, leaves) for leaves in zip(*columns, strict=True))
         return {**params, "layers": layers}
 
     def stacked(self, params: Params) -> Params:
@@ -134,7 +134,7 @@ class Backbone:
             stacked.append(jax.block_until_ready(stack(*leaves)))
             for leaf in leaves:
                 leaf.delete()
-        return {**params, "layers": treedef.unflatten(stacked)}
+        return {**params, "layers": jax.tree.unflatten(treedef, stacked)}
 
     # Prefixes.
 
@@ -159,9 +159,10 @@ class Backbone:
 
         def keys_values(weights_h: tuple[Params, jax.Array]) -> KeysValues:
             weights, h_BPD = weights_h
-            return Layer(self.arch).apply(
+            made: Any = Layer(self.arch).apply(
                 {"params": weights}, h_BPD, view, method=Layer.keys_values
             )
+            return KeysValues.of(*made)
 
         if isinstance(params["layers"], tuple):
             pairs = zip(params["layers"], h_LBPD, strict=True)
@@ -210,6 +211,28 @@ class Backbone:
             jnp.zeros((), jnp.int32),
         )
 
+    @overload
+    def hidden(
+        self,
+        params: Params,
+        ids_BT: jax.Array,
+        tokens: Tokens,
+        prefix: Prefix | None = None,
+        cache: None = None,
+        lineage_BTS: jax.Array | None = None,
+    ) -> tuple[jax.Array, None]: ...
+
+    @overload
+    def hidden(
+        self,
+        params: Params,
+        ids_BT: jax.Array,
+        tokens: Tokens,
+        prefix: Prefix | None,
+        cache: Cache,
+        lineage_BTS: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]: ...
+
     def hidden(
         self,
         params: Params,
@@ -237,7 +260,8 @@ class Backbone:
         x_BTD = self._place(params, x_BTD, tokens.position_BT + offset)
         h_BTD, cache, _ = self._run(params, x_BTD, tokens, prefix, cache, lineage_BTS)
         norm = NORMS[self.arch.norm](self.arch.epsilon)
-        return norm.apply({"params": params["final_norm"]}, h_BTD), cache
+        normed_BTD: Any = norm.apply({"params": params["final_norm"]}, h_BTD)
+        return normed_BTD, cache
 
     def unembed(self, params: Params, h_BTD: jax.Array) -> jax.Array:
         """logits_BTV in float32. Ask only where there is a target: V is large."""
@@ -262,8 +286,9 @@ class Backbone:
         cache: Cache | None,
         lineage_BTS: jax.Array | None = None,
         entries: bool = False,
-    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
-        """All layers. With `entries`, also the states that entered each of them, h_LBTD."""
+    ) -> tuple[jax.Array, Any, Any]:
+        """All layers. Returns their output, the cache if there is one, and with `entries` the
+        states that entered each of them, h_LBTD."""
         a = self.arch
         keys, column = tokens, None
         if cache is not None:
@@ -288,10 +313,10 @@ class Backbone:
             join: KVPrefix | None,
             cache: KeysValues | None,
         ) -> tuple[jax.Array, KeysValues | None]:
-            x_BTD, cache = Layer(a).apply({"params": weights}, x_BTD, view, join, cache)
-            return constrain_rows(x_BTD), cache
+            out: Any = Layer(a).apply({"params": weights}, x_BTD, view, join, cache)
+            return constrain_rows(out[0]), out[1]
 
-        caches = None if cache is None else cache.layers
+        caches: Any = None if cache is None else cache.layers
         if isinstance(params["layers"], tuple):
             states, written = [], []
             for index, weights in enumerate(params["layers"]):
@@ -339,13 +364,13 @@ class Backbone:
     ) -> View:
         """What layers with this window see."""
         position_BT = queries.position_BT + (0 if prefix is None else prefix.offset)
-        mask_BTP = cos_BTH = sin_BTH = None
+        mask_BTP = rotary = None
         if prefix is not None and self.arch.window is not None and not prefix.pinned:
             mask_BTP = visible_prefix(position_BT, prefix.length, window)
         if self.arch.rotary is not None:
-            cos_BTH, sin_BTH = self.arch.rotary.angles(position_BT, self.arch.head_dim)
+            rotary = self.arch.rotary.angles(position_BT, self.arch.head_dim)
         mask_BTS = visible(queries, keys, window, lineage_BTS)
-        return View(mask_BTS, mask_BTP, cos_BTH, sin_BTH, column)
+        return View(mask_BTS, mask_BTP, rotary, column)
 
 
 def _dtype(params: Params) -> jax.typing.DTypeLike:

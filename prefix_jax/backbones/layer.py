@@ -33,9 +33,9 @@ class Layer(nn.Module):
         )
         self.mlp = MLP(a.d_model, a.d_ff, activation(a.activation), a.gated, a.mlp_bias)
 
-    def keys_values(self, x_BTD: jax.Array, view: View) -> KeysValues:
-        """The keys and values that hidden states at the layer's entry get here."""
-        return KeysValues.of(*self.attn.keys_values(self.attn_norm(x_BTD), view))
+    def keys_values(self, x_BTD: jax.Array, view: View) -> tuple[jax.Array, jax.Array]:
+        """The keys and values, k_BTKH and v_BTKH, of hidden states at the layer's entry."""
+        return self.attn.keys_values(self.attn_norm(x_BTD), view)
 
     def __call__(
         self, x_BTD: jax.Array, view: View, join: KVPrefix | None, cache: KeysValues | None

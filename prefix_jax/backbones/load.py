@@ -15,7 +15,7 @@ import huggingface_hub
 import jax
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from prefix_jax.backbones import gguf, gpt2, llama
 from prefix_jax.backbones.architecture import Architecture
@@ -72,7 +72,7 @@ class Pretrained:
         return self.params
 
     @functools.cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that lies beside the weights, read when it is first asked for.
 
         Raises:

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
 from tokenizers import pre_tokenizers as pre
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
 from prefix_jax.backbones.gguf import GGUF, open_gguf
@@ -34,7 +34,7 @@ _PRE_TOKENIZERS: dict[str, list[pre.PreTokenizer]] = {
 }
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a model directory or of a GGUF file.
 
     Raises:
@@ -43,10 +43,16 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if not path.is_dir():
         return from_gguf(open_gguf(path))
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BackboneError(f"{path} holds no tokenizer that can be read: {reason}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise BackboneError(
+            f"{path} holds a tokenizer in Python code ({type(tokenizer).__name__}); "
+            "convert it to a tokenizer.json"
+        )
+    return tokenizer
 
 
 def from_gguf(file: GGUF) -> PreTrainedTokenizerFast:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
@@ -19,14 +20,14 @@ class Draw:
     Attributes:
         constraints: what may come next.
         sampling: what to draw from; None takes the likeliest token.
-        key_BM: a random key for every continuation, so that what is drawn does not depend on
-            the other rows of the batch.
+        key_BM: with `sampling`, a random key for every continuation, so that what is drawn does
+            not depend on the other rows of the batch.
         width: M.
     """
 
     constraints: Constraints
     sampling: Sampling | None
-    key_BM: jax.Array | None
+    key_BM: Any
     width: int = flax.struct.field(pytree_node=False, default=1)
 
     def start(self, ids_BMW: jax.Array, real_B: jax.Array, capacity: int) -> Draws:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -172,13 +173,15 @@ class Generator:
     ) -> list[tuple[Continuation, ...]]:
         while True:
             # Everything but the cache, which stays on the device.
-            now = jax.device_get(dataclasses.replace(state, cache=None))
+            now = jax.device_get(_without_cache(state))
             done_BM = now.found.done_BM.copy()
             for row, samples in enumerate(writers):
                 ids_MU = now.ids_BMW[row, :, now.prompt_B[row] :]
                 for m, writer in enumerate(samples):
                     new = slice(len(writer), now.found.count_BM[row, m])
-                    writer.extend(ids_MU[m, new], now.found.logprob_BMU[row, m, new])
+                    writer.extend(
+                        ids_MU[m, new].tolist(), now.found.logprob_BMU[row, m, new].tolist()
+                    )
                     done_BM[row, m] |= writer.finish is not None
             if done_BM.all():
                 return [tuple(writer.close() for writer in samples) for samples in writers]
@@ -190,14 +193,16 @@ class Generator:
         self, search: Search, state: State, config: DecodeConfig, writers: list[list[Writer]]
     ) -> list[tuple[Continuation, ...]]:
         state = self._advance(search, state, config.max_new_tokens, config)
-        now = jax.device_get(dataclasses.replace(state, cache=None))
+        now = jax.device_get(_without_cache(state))
         found: Beams = now.found
         continuations = []
         for row, samples in enumerate(writers):
             ids_MU = found.final_ids_BMW[row, :, now.prompt_B[row] :]
             for m, writer in enumerate(samples):
                 count = found.final_count_BM[row, m]
-                writer.extend(ids_MU[m, :count], found.final_logprob_BMU[row, m, :count])
+                writer.extend(
+                    ids_MU[m, :count].tolist(), found.final_logprob_BMU[row, m, :count].tolist()
+                )
             scores = found.final_score_BM[row]
             continuations.append(
                 tuple(w.close(score) for w, score in zip(samples, scores, strict=False))
@@ -214,6 +219,11 @@ class Generator:
             np.int32(until),
             np.int32(config.max_new_tokens),
         )
+
+
+def _without_cache(state: State) -> Any:
+    """All of a state but what stays on the device."""
+    return dataclasses.replace(state, cache=cast(Any, None))
 
 
 def bucket(size: int, smallest: int = 16) -> int:

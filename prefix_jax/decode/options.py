@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from prefix_jax.config import DecodeConfig
 from prefix_jax.decode.beam import Beam
@@ -17,7 +18,7 @@ from prefix_jax.decode.processors import Constraints, Sampling
 
 def make_search(
     config: DecodeConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     eos: Sequence[int],
     prompts: Sequence[int],
 ) -> Search:
@@ -30,19 +31,19 @@ def make_search(
         prompts: the number of the prompt in each row of the batch, which sampling depends on.
     """
     constraints = Constraints(
-        eos_E=np.array(eos, np.int32),
+        eos_E=jnp.array(eos, jnp.int32),
         min_new=_unless(0, config.min_new_tokens, np.int32),
         repetition_penalty=_unless(1, config.repetition_penalty),
         banned=banned_sequences(config.banned_words, tokenizer, eos),
         no_repeat_ngram=config.no_repeat_ngram or None,
     )
     if config.beams > 1:
-        penalty = np.float32(config.length_penalty)
-        return Beam(constraints, penalty, np.bool_(config.early_stopping), config.beams)
+        penalty, early = jnp.float32(config.length_penalty), jnp.bool_(config.early_stopping)
+        return Beam(constraints, penalty, early, config.beams)
     if config.temperature == 0:
         return Draw(constraints, None, None)
     sampling = Sampling(
-        temperature=np.float32(config.temperature),
+        temperature=jnp.float32(config.temperature),
         top_p=_unless(1, config.top_p),
         min_p=_unless(0, config.min_p),
         top_k=config.top_k,
@@ -52,8 +53,8 @@ def make_search(
 
 
 def banned_sequences(
-    words: Sequence[str], tokenizer: PreTrainedTokenizerBase, eos: Sequence[int]
-) -> tuple[np.ndarray, ...]:
+    words: Sequence[str], tokenizer: PreTrainedTokenizerFast, eos: Sequence[int]
+) -> tuple[jax.Array, ...]:
     """The tokens of words, as a text begins with them and as they stand after a space; one array
     [words, length] for every length. An end-of-text token by itself is never banned."""
     if not words:
@@ -62,15 +63,16 @@ def banned_sequences(
     encoded = tokenizer(forms, add_special_tokens=False, verbose=False)["input_ids"]
     sequences = sorted({tuple(ids) for ids in encoded} - {(token,) for token in eos})
     return tuple(
-        np.array([ids for ids in sequences if len(ids) == length], np.int32)
+        jnp.array([ids for ids in sequences if len(ids) == length], jnp.int32)
         for length in sorted({len(ids) for ids in sequences})
     )
 
 
 def _unless(
     off: float, value: float | None, dtype: type[np.number] = np.float32
-) -> np.number | None:
-    return None if value is None or value == off else dtype(value)
+) -> jax.Array | None:
+    """The value as an array, so that another one needs no other program; None where it is off."""
+    return None if value is None or value == off else jnp.asarray(dtype(value))
 
 
 def _keys(seed: int, prompt_B: np.ndarray, samples: int) -> jax.Array:

@@ -11,6 +11,8 @@ U generated tokens · n candidates.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -68,14 +70,14 @@ class State:
         ids_BMW: prompt and continuation without a gap, from column 0 on.
         prompt_B: the lengths of the prompts.
         step: tokens generated so far.
-        found: what the search knows besides.
+        found: what the search knows besides: `Draws` or `Beams`.
     """
 
     cache: Cache
     ids_BMW: jax.Array
     prompt_B: jax.Array
     step: jax.Array
-    found: Draws | Beams
+    found: Any
 
     def append(self, ids_BMW: jax.Array, token_BM: jax.Array) -> jax.Array:
         """`ids_BMW` with the next tokens written behind."""

@@ -13,8 +13,19 @@ from prefix_jax.methods.hidden import HiddenPrefixTuning
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.methods.prompt import PromptTuning
 
+__all__ = [
+    "FULL",
+    "METHODS",
+    "HiddenPrefixTuning",
+    "Method",
+    "PrefixTuning",
+    "PromptTuning",
+    "make_method",
+    "name_of",
+]
+
 # By the names that configs use.
-METHODS: dict[str, type[Method]] = {
+METHODS: dict[str, type[Method[Any]]] = {
     "prefix": PrefixTuning,
     "hidden": HiddenPrefixTuning,
     "prompt": PromptTuning,
@@ -24,7 +35,7 @@ METHODS: dict[str, type[Method]] = {
 FULL = "full"
 
 
-def make_method(section: Mapping[str, Any]) -> Method | None:
+def make_method(section: Mapping[str, Any]) -> Method[Any] | None:
     """The method that the `method` section of a config describes; None for "full".
 
     Raises:
@@ -45,7 +56,7 @@ def make_method(section: Mapping[str, Any]) -> Method | None:
     return build(METHODS[name], fields, where="method")
 
 
-def name_of(method: Method | None) -> str:
+def name_of(method: Method[Any] | None) -> str:
     """The name under which a method is registered."""
     if method is None:
         return FULL

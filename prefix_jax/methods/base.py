@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,12 @@ from prefix_jax.prefix import Embeds, Geometry, Hidden, KVPrefix, Prefix, Produc
 
 Params = Mapping[str, Any]
 
+# What a method produces.
+ProducedT = TypeVar("ProducedT", bound=Produced)
+
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(Generic[ProducedT]):
     """A way to produce a prefix from trained parameters. Subclasses are configs and code in one.
 
     Attributes:
@@ -41,7 +44,7 @@ class Method:
         """The position of the first token of text after the prefix."""
         return self.length
 
-    def init(self, rng: jax.Array, geometry: Geometry, start: Produced | None) -> Params:
+    def init(self, rng: jax.Array, geometry: Geometry, start: ProducedT | None) -> Params:
         """The initial parameters, float32.
 
         Args:
@@ -52,7 +55,7 @@ class Method:
         """
         raise NotImplementedError
 
-    def __call__(self, params: Params, rng: jax.Array | None = None) -> Produced:
+    def __call__(self, params: Params, rng: jax.Array | None = None) -> ProducedT:
         """What the parameters stand for. With `rng`, dropout is applied: training only."""
         raise NotImplementedError
 
@@ -64,29 +67,27 @@ class Method:
         return jnp.where(keep, x / (1 - self.dropout), 0)
 
 
-def constant(
-    kind: type[Embeds] | type[Hidden] | type[Prefix], geometry: Geometry, length: int
-) -> Produced:
+def zeros(kind: type[ProducedT], geometry: Geometry, length: int) -> ProducedT:
     """A start that is zero everywhere."""
     g = geometry
+    start: Produced
     if kind is Embeds:
-        return Embeds(jnp.zeros((length, g.d_model)))
-    if kind is Hidden:
-        return Hidden(jnp.zeros((g.layers, length, g.d_model)))
-    pair = (jnp.zeros((g.layers, length, g.kv_heads, g.head_dim)) for _ in range(2))
-    return Prefix(Site(KVPrefix(*pair)), offset=length)
+        start = Embeds(jnp.zeros((length, g.d_model)))
+    elif kind is Hidden:
+        start = Hidden(jnp.zeros((g.layers, length, g.d_model)))
+    else:
+        pair = (jnp.zeros((g.layers, length, g.kv_heads, g.head_dim)) for _ in range(2))
+        start = Prefix(Site(KVPrefix(*pair)), offset=length)
+    return cast(ProducedT, start)
 
 
 def normal(
-    kind: type[Embeds] | type[Hidden] | type[Prefix],
-    geometry: Geometry,
-    length: int,
-    rng: jax.Array,
-    std: float,
-) -> Produced:
+    kind: type[ProducedT], geometry: Geometry, length: int, rng: jax.Array, std: float
+) -> ProducedT:
     """A start drawn from a normal distribution around zero."""
-    leaves, treedef = jax.tree.flatten(constant(kind, geometry, length))
+    leaves, treedef = jax.tree.flatten(zeros(kind, geometry, length))
     rngs = jax.random.split(rng, len(leaves))
-    return treedef.unflatten(
+    drawn = [
         std * jax.random.normal(key, leaf.shape) for key, leaf in zip(rngs, leaves, strict=True)
-    )
+    ]
+    return cast(ProducedT, jax.tree.unflatten(treedef, drawn))

@@ -7,11 +7,11 @@ import dataclasses
 import jax
 
 from prefix_jax.methods.base import Method, Params, normal
-from prefix_jax.prefix import Geometry, Hidden, Produced
+from prefix_jax.prefix import Geometry, Hidden
 
 
 @dataclasses.dataclass(frozen=True)
-class HiddenPrefixTuning(Method):
+class HiddenPrefixTuning(Method[Hidden]):
     """Trains P × D hidden states per layer.
 
     They are prepended to the sequence at the entry of every layer, whose frozen norm and
@@ -22,7 +22,7 @@ class HiddenPrefixTuning(Method):
 
     produces = Hidden
 
-    def init(self, rng: jax.Array, geometry: Geometry, start: Produced | None) -> Params:
+    def init(self, rng: jax.Array, geometry: Geometry, start: Hidden | None) -> Params:
         start = start or normal(Hidden, geometry, self.length, rng, std=1.0)
         return {"h_LPD": start.h_LPD}
 

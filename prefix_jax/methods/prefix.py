@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from prefix_jax.errors import ConfigError
 from prefix_jax.methods.base import Method, Params, normal
-from prefix_jax.prefix import Geometry, KVPrefix, Prefix, Produced, Site
+from prefix_jax.prefix import Geometry, KVPrefix, Prefix, Site
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixTuning(Method):
+class PrefixTuning(Method[Prefix]):
     """Trains the keys and values themselves, or the MLP of the paper that computes them.
 
     Without `mid` this is also P-tuning v2's prefix and PEFT's `PrefixTuningConfig`. With it, the
@@ -43,7 +43,7 @@ class PrefixTuning(Method):
     def text_start(self) -> int:
         return self.length if self.offset is None else self.offset
 
-    def init(self, rng: jax.Array, geometry: Geometry, start: Produced | None) -> Params:
+    def init(self, rng: jax.Array, geometry: Geometry, start: Prefix | None) -> Params:
         if self.mid is None:
             start = start or normal(Prefix, geometry, self.length, rng, std=1.0)
             join = start.decoder.join

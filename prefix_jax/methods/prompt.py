@@ -7,16 +7,16 @@ import dataclasses
 import jax
 
 from prefix_jax.methods.base import Method, Params
-from prefix_jax.prefix import Embeds, Geometry, Produced
+from prefix_jax.prefix import Embeds, Geometry
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptTuning(Method):
+class PromptTuning(Method[Embeds]):
     """Trains P vectors of the width of the embeddings."""
 
     produces = Embeds
 
-    def init(self, rng: jax.Array, geometry: Geometry, start: Produced | None) -> Params:
+    def init(self, rng: jax.Array, geometry: Geometry, start: Embeds | None) -> Params:
         if start is None:
             # The paper's random initialisation.
             shape = (self.length, geometry.d_model)

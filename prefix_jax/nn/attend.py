@@ -95,7 +95,7 @@ def _forward(
     tokens_BKGTS = jnp.exp(tokens_BKGTS - peak_BKGT1)
     total_BKGT1 = tokens_BKGTS.sum(axis=-1, keepdims=True)
     out_BKGTH = _dot("BKGTS,BSKH->BKGTH", tokens_BKGTS.astype(v_BSKH.dtype), v_BSKH)
-    if prefix_BKGTP is not None:
+    if join is not None and prefix_BKGTP is not None:
         prefix_BKGTP = jnp.exp(prefix_BKGTP - peak_BKGT1)
         total_BKGT1 += prefix_BKGTP.sum(axis=-1, keepdims=True)
         out_BKGTH += _dot("BKGTP,PKH->BKGTH", prefix_BKGTP.astype(v_BSKH.dtype), join.v_LPKH)
@@ -121,7 +121,7 @@ def _attend(
 def _backward(saved: Any, dout_BKGTH: jax.Array) -> tuple[Any, ...]:
     q_BKGTH, k_BSKH, v_BSKH, mask_BTS, join, mask_BTP, out_BKGTH, log_total_BKGT1 = saved
     dtype = q_BKGTH.dtype
-    logits = _logits(q_BKGTH, k_BSKH, mask_BTS, join, mask_BTP)
+    tokens_BKGTS, prefix_BKGTP = _logits(q_BKGTH, k_BSKH, mask_BTS, join, mask_BTP)
     # A weight's gradient counts relative to the mean over the whole softmax, prefix included.
     mean_BKGT1 = jnp.sum(
         dout_BKGTH.astype(jnp.float32) * out_BKGTH.astype(jnp.float32), axis=-1, keepdims=True
@@ -135,15 +135,15 @@ def _backward(saved: Any, dout_BKGTH: jax.Array) -> tuple[Any, ...]:
         return weights.astype(dtype), dlogits.astype(dtype), dlogits
 
     dweights_BKGTS = _dot("BKGTH,BSKH->BKGTS", dout_BKGTH, v_BSKH)
-    weights_BKGTS, dlogits_BKGTS, _ = through_softmax(logits[0], dweights_BKGTS)
+    weights_BKGTS, dlogits_BKGTS, _ = through_softmax(tokens_BKGTS, dweights_BKGTS)
     dq_BKGTH = _dot("BKGTS,BSKH->BKGTH", dlogits_BKGTS, k_BSKH)
     dk_BSKH = _dot("BKGTS,BKGTH->BSKH", dlogits_BKGTS, q_BKGTH).astype(k_BSKH.dtype)
     dv_BSKH = _dot("BKGTS,BKGTH->BSKH", weights_BKGTS, dout_BKGTH).astype(v_BSKH.dtype)
 
     djoin = None
-    if join is not None:
+    if join is not None and prefix_BKGTP is not None:
         dweights_BKGTP = _dot("BKGTH,PKH->BKGTP", dout_BKGTH, join.v_LPKH)
-        weights_BKGTP, dlogits_BKGTP, exact_BKGTP = through_softmax(logits[1], dweights_BKGTP)
+        weights_BKGTP, dlogits_BKGTP, exact_BKGTP = through_softmax(prefix_BKGTP, dweights_BKGTP)
         dq_BKGTH += _dot("BKGTP,PKH->BKGTH", dlogits_BKGTP, join.k_LPKH)
         dbias_PN = None
         if join.bias_LPN is not None:

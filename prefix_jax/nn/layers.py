@@ -28,14 +28,13 @@ class View:
     Attributes:
         mask_BTS: True where a query sees a key.
         mask_BTP: True where a query sees a prefix slot; None if all see all.
-        cos_BTH, sin_BTH: rotary angles of the queries; None where positions are learned.
+        rotary: cos_BTH and sin_BTH of the queries' angles; None where positions are learned.
         column: int32 scalar, where a cache writes the keys of the queries; None without a cache.
     """
 
     mask_BTS: jax.Array
     mask_BTP: jax.Array | None = None
-    cos_BTH: jax.Array | None = None
-    sin_BTH: jax.Array | None = None
+    rotary: tuple[jax.Array, jax.Array] | None = None
     column: jax.Array | None = None
 
 
@@ -136,8 +135,8 @@ class Attention(nn.Module):
             k_BTKH, v_BTKH = k_BTKH + self.k_bias_KH, v_BTKH + self.v_bias_KH
         if self.qk_norm is not None:
             k_BTKH = self.k_norm(k_BTKH)
-        if view.cos_BTH is not None:
-            k_BTKH = rotate(k_BTKH, view.cos_BTH, view.sin_BTH)
+        if view.rotary is not None:
+            k_BTKH = rotate(k_BTKH, *view.rotary)
         return k_BTKH, v_BTKH
 
     def __call__(
@@ -148,10 +147,11 @@ class Attention(nn.Module):
             q_BTNH = q_BTNH + self.q_bias_NH
         if self.qk_norm is not None:
             q_BTNH = self.q_norm(q_BTNH)
-        if view.cos_BTH is not None:
-            q_BTNH = rotate(q_BTNH, view.cos_BTH, view.sin_BTH)
+        if view.rotary is not None:
+            q_BTNH = rotate(q_BTNH, *view.rotary)
         k_BSKH, v_BSKH = self.keys_values(x_BTD, view)
         if cache is not None:
+            assert view.column is not None, "a cache needs to know where to write"
             cache = cache.write(KeysValues.of(k_BSKH, v_BSKH), view.column)
             k_BSKH, v_BSKH = cache.k_BKSH.swapaxes(1, 2), cache.v_BKSH.swapaxes(1, 2)
         scale = self.head_dim**-0.5

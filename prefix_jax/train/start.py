@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,13 @@ from prefix_jax.backbones.load import Pretrained
 from prefix_jax.config import InitConfig
 from prefix_jax.data.batch import Example
 from prefix_jax.errors import ConfigError, PrefixError
-from prefix_jax.methods.base import Method, constant, normal
+from prefix_jax.methods.base import Method, normal, zeros
 from prefix_jax.model import start_from_ids
 from prefix_jax.prefix import Produced
 
 
 def init_prefix(
-    method: Method,
+    method: Method[Any],
     config: InitConfig,
     pretrained: Pretrained,
     examples: Sequence[Example],
@@ -44,7 +45,7 @@ def init_prefix(
 
 
 def make_start(
-    method: Method,
+    method: Method[Any],
     config: InitConfig,
     pretrained: Pretrained,
     examples: Sequence[Example],
@@ -55,7 +56,7 @@ def make_start(
     if config.start == "random":
         return None
     if config.start == "zeros":
-        return constant(kind, geometry, P)
+        return zeros(kind, geometry, P)
     if config.start == "normal":
         return normal(kind, geometry, P, rng, config.std)
     if config.start == "prefix":
@@ -79,7 +80,7 @@ def _text_ids(
     return np.concatenate([example.ids_T for example in examples[:length]])
 
 
-def _stored(path: str | None, method: Method, pretrained: Pretrained) -> Produced:
+def _stored(path: str | None, method: Method[Any], pretrained: Pretrained) -> Produced:
     assert path is not None  # as InitConfig checks
     produced, card = artifact.load(path)
     artifact.check(card, pretrained.backbone.geometry, pretrained.fingerprint)
@@ -92,7 +93,7 @@ def _stored(path: str | None, method: Method, pretrained: Pretrained) -> Produce
             f"{path} holds a prefix of {_describe(produced)}; the method trains one of "
             f"{_describe(expected)}: let its fields agree with what is stored"
         )
-    if jax.tree.structure(produced) != jax.tree.structure(expected):
+    if len(jax.tree.leaves(produced)) != len(jax.tree.leaves(expected)):
         raise PrefixError(f"{path} holds a prefix with biases on its slots; no method trains them")
     return produced
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 
 import jax
@@ -117,7 +118,7 @@ class TestConstraints:
         config = DecodeConfig(max_new_tokens=NEW, beams=beams, no_repeat_ngram=2)
         for prompt, generation in zip(prompts, generator.generate(prompts, config), strict=True):
             whole = [*prompt, *generation.samples[0].ids]
-            grams = list(zip(whole, whole[1:], strict=False))
+            grams = list(itertools.pairwise(whole))
             made = grams[max(0, len(prompt) - 1) :]
             before = grams[: max(0, len(prompt) - 1)]
             assert len(set(made)) == len(made)

@@ -9,11 +9,13 @@ import pytest
 
 from prefix_jax.errors import ConfigError
 from prefix_jax.methods import METHODS, make_method, name_of
-from prefix_jax.methods.base import constant, normal
+from prefix_jax.methods.base import normal, zeros
 from prefix_jax.methods.hidden import HiddenPrefixTuning
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.methods.prompt import PromptTuning
 from prefix_jax.prefix import Embeds, Geometry, Hidden, KVPrefix, Prefix, Site
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 G = Geometry(layers=3, query_heads=4, kv_heads=2, head_dim=8, d_model=32, vocab=50)
 P, KEY = 5, jax.random.key(0)
@@ -117,12 +119,12 @@ def test_random_starts_are_those_of_the_papers():
     assert 0.9 / 3 < float(jnp.abs(mlp["out_XL2KH"]).max()) <= 1 / 3
 
 
-def test_constant_and_normal_starts():
+def test_zero_and_normal_starts():
     for kind in (Embeds, Hidden, Prefix):
-        zeros, noise = constant(kind, G, P), normal(kind, G, P, KEY, std=0.5)
-        assert isinstance(zeros, kind)
-        assert jax.tree.structure(zeros) == jax.tree.structure(noise)
-        assert all((leaf == 0).all() for leaf in jax.tree.leaves(zeros))
+        nothing, noise = zeros(kind, G, P), normal(kind, G, P, KEY, std=0.5)
+        assert isinstance(nothing, kind)
+        assert jax.tree.structure(nothing) == jax.tree.structure(noise)
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(nothing))
         assert float(jax.tree.leaves(noise)[0].std()) == pytest.approx(0.5, rel=0.2)
     keys_values = jax.tree.leaves(normal(Prefix, G, P, KEY, std=1.0))
     assert (keys_values[0] != keys_values[1]).any()
@@ -216,7 +218,6 @@ def test_a_section_is_left_as_it_was():
     assert section == {"name": "prefix", "length": 3}
 
 
-def test_a_prefix_that_holds_only_a_join_knows_its_length():
+def test_a_prefix_knows_its_length():
     join = KVPrefix(jnp.zeros((3, P, 2, 8)), jnp.zeros((3, P, 2, 8)))
     assert Prefix(Site(join)).length == P
-    assert Prefix(Site()).length == 0
