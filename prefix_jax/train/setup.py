@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -80,7 +81,14 @@ def prepare(
     method = make_method(config.method)
     if pretrained is None:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
-        pretrained = load(config.model.path, dtype=config.model.dtype, mesh=mesh)
+        # What trains is float32: the steps of bfloat16 are too wide for small updates.
+        dtype = "float32" if (method, config.model.dtype) == (None, "auto") else config.model.dtype
+        pretrained = load(config.model.path, dtype=dtype, mesh=mesh)
+    if method is None and pretrained.params["embed"]["tokens_VD"].dtype != jnp.float32:
+        raise ConfigError(
+            "method: full trains the weights themselves, which takes float32: load the backbone "
+            "with model.dtype: float32"
+        )
     mesh = pretrained.mesh
     backbone = dataclasses.replace(pretrained.backbone, remat=config.model.remat)
     model = PrefixModel(backbone, method)

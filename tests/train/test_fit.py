@@ -344,3 +344,11 @@ def test_a_run_directory_that_cannot_be_written_is_an_error(
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot write"):
         runs.run(pretrained, tmp_path / "file" / "run")
+
+
+def test_full_fine_tuning_refuses_weights_that_small_updates_would_not_move(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    narrow = load(tiny_model_dir, dtype="bfloat16", mesh=make_mesh(devices=jax.devices()[:1]))
+    with pytest.raises(ConfigError, match=r"model\.dtype: float32"):
+        runs.run(narrow, tmp_path, "method=full")
