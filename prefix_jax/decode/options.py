@@ -72,7 +72,7 @@ def _unless(
     off: float, value: float | None, dtype: type[np.number] = np.float32
 ) -> jax.Array | None:
     """The value as an array, so that another one needs no other program; None where it is off."""
-    return None if value is None or value == off else jnp.asarray(dtype(value))
+    return None if value is None or value == off else jnp.asarray(value, dtype)
 
 
 def _keys(seed: int, prompt_B: np.ndarray, samples: int) -> jax.Array:
