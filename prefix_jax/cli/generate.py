@@ -18,6 +18,7 @@ repetition_penalty, no_repeat_ngram, banned_words, stop, samples, seed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -121,14 +122,16 @@ def _file(
     from prefix_jax.evaluate.report import Prediction
 
     total = len(read_records(source)) * decode.samples
-    with Progress(console=progress, transient=True, disable=not progress.is_terminal) as bar:
-        task = bar.add_task("generating", total=total)
+    bar = Progress(console=progress, transient=True)
+    task = bar.add_task("generating", total=total)
 
-        def on_prediction(made: Prediction) -> None:
-            if output is None:
-                print(made.prediction)
-            bar.advance(task)
+    def on_prediction(made: Prediction) -> None:
+        if output is None:
+            print(made.prediction)
+        bar.advance(task)
 
+    # Where there is no terminal, a bar would still print an empty line.
+    with bar if progress.is_terminal else contextlib.nullcontext():
         made = tuned.predict(source, decode=decode, output=output, on_prediction=on_prediction)
     if output is not None:
         progress.print(f"{len(made)} predictions in {output}", markup=False, soft_wrap=True)

@@ -129,8 +129,7 @@ class Attention(nn.Module):
 
     def keys_values(self, x_BTD: jax.Array, view: View) -> tuple[jax.Array, jax.Array]:
         """k_BTKH as attention reads them (normalised, rotated), and v_BTKH."""
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k_DKH)
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v_DKH)
+        k_BTKH, v_BTKH = _to_heads(x_BTD, self.k_DKH), _to_heads(x_BTD, self.v_DKH)
         if self.qkv_bias:
             k_BTKH, v_BTKH = k_BTKH + self.k_bias_KH, v_BTKH + self.v_bias_KH
         if self.qk_norm is not None:
@@ -142,7 +141,7 @@ class Attention(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, view: View, join: KVPrefix | None, cache: KeysValues | None
     ) -> tuple[jax.Array, KeysValues | None]:
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_DNH)
+        q_BTNH = _to_heads(x_BTD, self.q_DNH)
         if self.qkv_bias:
             q_BTNH = q_BTNH + self.q_bias_NH
         if self.qk_norm is not None:
@@ -156,12 +155,33 @@ class Attention(nn.Module):
             k_BSKH, v_BSKH = cache.k_BKSH.swapaxes(1, 2), cache.v_BKSH.swapaxes(1, 2)
         scale = self.head_dim**-0.5
         y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, view.mask_BTS, join, view.mask_BTP, scale)
-        # Contracting N and H at once would make XLA transpose the weight at every use.
-        y_BTX, o_XD = y_BTNH.reshape(*y_BTNH.shape[:2], -1), self.o_NHD.reshape(-1, self.d_model)
-        y_BTD = y_BTX @ o_XD
+        y_BTD = _from_heads(y_BTNH, self.o_NHD)
         if self.out_bias:
             y_BTD = y_BTD + self.o_bias_D
         return y_BTD, cache
+
+
+# Projections to and from heads, as one product of matrices: an einsum over N and H apart makes XLA
+# transpose the weight at every use. The flat weight is made again in the backward pass, where a
+# scan would otherwise have kept a copy of every layer's.
+
+
+def _to_heads(x_BTD: jax.Array, weight_DNH: jax.Array) -> jax.Array:
+    D, N, H = weight_DNH.shape
+
+    def product(x_BTD: jax.Array, weight_DNH: jax.Array) -> jax.Array:
+        return (x_BTD @ weight_DNH.reshape(D, N * H)).reshape(*x_BTD.shape[:2], N, H)
+
+    return _recomputed(product)(x_BTD, weight_DNH)
+
+
+def _from_heads(y_BTNH: jax.Array, weight_NHD: jax.Array) -> jax.Array:
+    N, H, D = weight_NHD.shape
+
+    def product(y_BTNH: jax.Array, weight_NHD: jax.Array) -> jax.Array:
+        return y_BTNH.reshape(*y_BTNH.shape[:2], N * H) @ weight_NHD.reshape(N * H, D)
+
+    return _recomputed(product)(y_BTNH, weight_NHD)
 
 
 class MLP(nn.Module):

@@ -310,7 +310,7 @@ def test_a_prefix_that_contradicts_its_card_is_not_saved(tmp_path: Path) -> None
 
 def test_a_prefix_without_slots_has_no_card() -> None:
     with pytest.raises(PrefixError, match="no slots"):
-        make_card(Prefix(Site()), GEOMETRY, BACKBONE)
+        make_card(Prefix(Site(KVPrefix(*[jnp.zeros((3, 0, 2, 8))] * 2))), GEOMETRY, BACKBONE)
 
 
 # Damage is found and named.

@@ -110,7 +110,7 @@ def test_the_documented_five_lines_read_an_export_without_this_package(
     to: Container, forms: Forms, save, tmp_path: Path
 ) -> None:
     export(save(forms["kv"]), tmp_path / "my-prefix", to)
-    assert len(SNIPPETS[f"read: {to}"].splitlines()) == 5
+    assert len([line for line in SNIPPETS[f"read: {to}"].splitlines() if line]) == 5
     store = "import numpy as np; np.savez('read.npz', offset=card['offset'], **arrays)"
     run_without_the_package(SNIPPETS[f"read: {to}"] + store, tmp_path)
     read = np.load(tmp_path / "read.npz")
@@ -128,8 +128,7 @@ def test_the_documented_attention_is_ours(
     T, N, K, H = 5, g.query_heads, g.kv_heads, g.head_dim
     stored = forms["kv"]
     assert isinstance(stored, Prefix)
-    assert stored.decoder.join is not None
-    join: KVPrefix = stored.decoder.join
+    join = stored.decoder.join
     if with_bias:
         bias_LPN = rng.normal(size=(g.layers, 6, N)).astype(np.float32)
         bias_LPN[1, 2, 0] = -np.inf
