@@ -95,7 +95,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 def write_json(name: str, content: Mapping[str, Any], output: Path | None = None) -> None:
     """Stores a benchmark's figures with the environment they were measured in."""
-    path = output or ROOT / "runs" / "benchmarks" / f"{name}.json"
+    path = output or ROOT / "benchmarks" / "results" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**environment(), **content}, indent=2) + "\n")
     print(f"\n{path}")
@@ -103,7 +103,7 @@ def write_json(name: str, content: Mapping[str, Any], output: Path | None = None
 
 def output_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --output, where the JSON goes."""
-    parser.add_argument("--output", type=Path, help="the JSON (default: runs/benchmarks)")
+    parser.add_argument("--output", type=Path, help="the JSON (default: benchmarks/results)")
 
 
 def peft_model(prefix: Mapping[str, np.ndarray] | None, length: int) -> Any:

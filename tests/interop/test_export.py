@@ -19,7 +19,7 @@ from prefix_jax.backbones.load import Pretrained, load
 from prefix_jax.errors import BackboneError, PrefixError
 from prefix_jax.interop.export import export
 from prefix_jax.nn.attend import attend
-from prefix_jax.prefix import KVPrefix, Prefix, Produced, Site
+from prefix_jax.prefix import Prefix, Produced, Site
 
 Forms = dict[str, Produced]
 CONTAINERS = ["orbax", "safetensors"]
