@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from prefix_jax.decode.processors import Constraints, Sampling, constrain, warp
 from prefix_jax.decode.state import Draws, State
+from prefix_jax.decode.topk import top_k
 
 
 @flax.struct.dataclass
@@ -56,7 +57,7 @@ class Draw:
         ids_RW = state.ids_BMW.reshape(B * M, -1)
         scores_RV = constrain(logits_RV, ids_RW, length_R, state.step, self.constraints)
         if self.sampling is None:
-            token_R = jnp.argmax(scores_RV, axis=-1)
+            token_R = top_k(scores_RV, 1)[1][:, 0]
         else:
             key_R = jax.vmap(jax.random.fold_in, (0, None))(self.key_BM.reshape(-1), state.step)
             token_R = jax.vmap(jax.random.categorical)(key_R, warp(scores_RV, self.sampling))
