@@ -1,6 +1,6 @@
 """Peak host memory of loading a backbone.
 
-    python benchmarks/load_memory.py [--source PATH] [--output runs/benchmarks/load_memory.json]
+    python benchmarks/load_memory.py [--source PATH] [--output benchmarks/results/load_memory.json]
 
 Goal: the size of the model in its target dtype plus the largest stacked parameter. Each load runs
 in a process of its own, which first loads a tiny model, so that most of what JAX and its compiler
@@ -114,7 +114,7 @@ def measure(tiny: Path, source: str, dtype: str, devices: int) -> dict[str, floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", help="a model of your own, besides the random ones")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/load_memory.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/load_memory.json"))
     arguments = parser.parse_args()
     results = []
     titles = ("    file", "in memory", "devices", "model MB", "+ largest", "peak MB", "seconds")
