@@ -2,6 +2,9 @@
 # `make help` lists the targets. PYTHON picks the interpreter: make test PYTHON=python3.13
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+# pyenv hides the interpreters that it does not select: take the newest one of that name.
+override PYTHON := $(or $(shell $(PYTHON) -c '' 2>/dev/null && echo $(PYTHON) \
+	|| ls $$(pyenv root 2>/dev/null)/versions/*/bin/$(PYTHON) 2>/dev/null | tail -n 1),$(PYTHON))
 ifneq ($(filter-out help clean,$(MAKECMDGOALS)),)
 VERSION := $(shell $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) and print("%d.%d" % v[:2])' 2>/dev/null)
 ifeq ($(VERSION),)
