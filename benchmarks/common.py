@@ -9,12 +9,13 @@ import argparse
 import ctypes
 import datetime
 import gc
+import importlib.util
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,18 @@ def run_worker(script: str, *arguments: str) -> dict[str, Any]:
     return result
 
 
+def take_turns(
+    rounds: int, worker: Callable[[str], dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """What `worker` finds for ours and for PEFT, the two taking turns, so that a machine that grows
+    slower does so for both."""
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "peft": []}
+    for _ in range(rounds):
+        for library, results in found.items():
+            results.append(worker(library))
+    return found
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table in Markdown, ready for the documentation."""
     cells = [[str(cell) for cell in row] for row in rows]
@@ -119,11 +132,9 @@ def peft_model(prefix: Mapping[str, np.ndarray] | None, length: int) -> Any:
     from peft import PrefixTuningConfig, TaskType, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from prefix_jax.backbones.load import find
-
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
-    file = find(MODEL)
+    file = _model_file()
     base = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     )
@@ -135,6 +146,21 @@ def peft_model(prefix: Mapping[str, np.ndarray] | None, length: int) -> Any:
         with torch.no_grad():
             model.prompt_encoder["default"].embedding.weight.copy_(torch.from_numpy(flat))
     return model
+
+
+def _model_file() -> Path:
+    """The GGUF file of MODEL, found without importing JAX: it would count as PEFT's memory."""
+    spec = importlib.util.find_spec(MODEL.partition(":")[2])
+    if spec is None or spec.origin is None:
+        sys.exit(f"this benchmark needs the PyPI package of {MODEL}")
+    (file,) = Path(spec.origin).parent.rglob("*.gguf")
+    return file
+
+
+def without_torch() -> None:
+    """Hides torch from this process, as nobody who uses prefix_jax needs it: transformers would
+    import it wherever it is installed, and it would count as our memory."""
+    sys.modules["torch"] = None  # type: ignore[assignment]
 
 
 def padded(batch: Sequence[tuple[np.ndarray, np.ndarray]], pad: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import statistics
 import tempfile
@@ -41,6 +42,7 @@ def prompts(count: int) -> list[str]:
 
 def prepare(exchange: Path) -> dict[str, Any]:
     """Leaves both libraries a prefix that starts as a text, and tokenised prompts."""
+    common.without_torch()
     import jax
     import jax.numpy as jnp
 
@@ -57,6 +59,7 @@ def prepare(exchange: Path) -> dict[str, Any]:
 
 
 def ours(setting: str, repeats: int, exchange: Path) -> dict[str, Any]:
+    common.without_torch()
     import jax.numpy as jnp
 
     from prefix_jax.backbones.load import load
@@ -141,18 +144,15 @@ def main() -> None:
     rows, results = [], {}
     with tempfile.TemporaryDirectory() as directory:
 
-        def worker(library: str, setting: str) -> dict[str, Any]:
+        def worker(setting: str, library: str) -> dict[str, Any]:
             repeats = str(arguments.repeats)
             return common.run_worker(
                 __file__, "--repeats", repeats, "--worker", library, setting, directory
             )
 
-        worker("prepare", "")
+        worker("", "prepare")
         for setting, (count, _, goal) in SETTINGS.items():
-            found: dict[str, list[dict[str, Any]]] = {"ours": [], "peft": []}
-            for _ in range(arguments.rounds):
-                for library, measured in found.items():
-                    measured.append(worker(library, setting))
+            found = common.take_turns(arguments.rounds, functools.partial(worker, setting))
             seconds = {
                 library: statistics.median(s for one in measured for s in one["seconds"])
                 for library, measured in found.items()

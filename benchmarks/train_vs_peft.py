@@ -14,6 +14,7 @@ after warm-up (every shape compiled), memory is the peak after loading, compilat
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -53,6 +54,7 @@ def setup_of(order: str, steps: int) -> Any:
 
 def ours(order: str, steps: int, exchange: Path) -> dict[str, Any]:
     """Times our steps, and leaves PEFT its batches and its prefix."""
+    common.without_torch()
     import jax
 
     from prefix_jax.mesh import place_rows
@@ -151,21 +153,15 @@ def main() -> None:
     common.e2e("train.csv")
     rows, results = [], {}
     with tempfile.TemporaryDirectory() as directory:
+
+        def worker(order: str, library: str) -> dict[str, Any]:
+            steps = str(arguments.steps)
+            return common.run_worker(
+                __file__, "--steps", steps, "--worker", library, order, directory
+            )
+
         for order, goal in GOALS.items():
-            found: dict[str, list[dict[str, Any]]] = {"ours": [], "peft": []}
-            for _ in range(arguments.repeats):
-                for library, results_so_far in found.items():
-                    results_so_far.append(
-                        common.run_worker(
-                            __file__,
-                            "--steps",
-                            str(arguments.steps),
-                            "--worker",
-                            library,
-                            order,
-                            directory,
-                        )
-                    )
+            found = common.take_turns(arguments.repeats, functools.partial(worker, order))
             gap = max(
                 abs(a - b)
                 for a, b in zip(found["ours"][0]["losses"], found["peft"][0]["losses"], strict=True)

@@ -34,6 +34,7 @@ from prefix_jax.model import PrefixModel
 from prefix_jax.prefix import Prefix, Produced
 from prefix_jax.train.fit import Run
 from prefix_jax.train.fit import fit as fit_config
+from prefix_jax.typed import build
 
 Source = str | Path | Iterable[Mapping[str, Any]]
 Prompt = str | Mapping[str, Any]
@@ -63,7 +64,7 @@ class Tuned:
     @functools.cached_property
     def decode(self) -> DecodeConfig:
         """How text is generated unless one says otherwise: as in the training run."""
-        return config.build(DecodeConfig, {} if self.card is None else self.card.decode)
+        return build(DecodeConfig, {} if self.card is None else self.card.decode)
 
     def without_prefix(self) -> Tuned:
         """The bare backbone, which reads prompts and decodes as the prefix was trained to."""
@@ -91,7 +92,7 @@ class Tuned:
         """
         single = isinstance(prompts, str | Mapping)
         listed: Any = [prompts] if single else prompts
-        decode = config.build(DecodeConfig, dataclasses.asdict(self.decode) | options)
+        decode = build(DecodeConfig, dataclasses.asdict(self.decode) | options)
         found = self.generations(listed, decode, on_text=on_text)
         texts = [
             generation.text
@@ -252,7 +253,7 @@ class Tuned:
             decode: how text is generated; None takes `decode` of this object.
             options: further fields of `EvaluateConfig`.
         """
-        settings = config.build(EvaluateConfig, {"metrics": tuple(metrics), **options})
+        settings = build(EvaluateConfig, {"metrics": tuple(metrics), **options})
         return self.compare(data, dataclasses.replace(settings, before=False), decode)["after"]
 
     def compare(

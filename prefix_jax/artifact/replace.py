@@ -30,7 +30,7 @@ def replacing(path: Path, acts: bool = True) -> Iterator[Path]:
             new.mkdir()
         yield new
         if acts:
-            _sync(new)
+            sync(new)
             _put_in_place(new, path)
     finally:
         if acts:
@@ -54,19 +54,20 @@ def _put_in_place(new: Path, path: Path) -> None:
         with contextlib.suppress(OSError):
             old.rename(path)
         raise
-    _sync_entry(path.parent)
+    sync_entry(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(directory: Path) -> None:
+def sync(directory: Path) -> None:
     """Waits until a directory and all that it holds are on disk."""
     for folder, _, files in os.walk(directory):
         for name in files:
-            _sync_entry(Path(folder, name))
-        _sync_entry(Path(folder))
+            sync_entry(Path(folder, name))
+        sync_entry(Path(folder))
 
 
-def _sync_entry(path: Path) -> None:
+def sync_entry(path: Path) -> None:
+    """Waits until one file, or the names in one directory, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 _SCHEME = b"prefix_jax fingerprint 1"
 _TINY = 2.0**-126  # the smallest normal number; some backends flush what is smaller to zero
 _FACTORS = (40503, 31337, 52711, 60493)
+_PART = 1 << 20  # values at a time
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:
@@ -38,27 +39,49 @@ def fingerprint(params: Mapping[str, Any]) -> str:
     """
     digest = hashlib.sha256(_SCHEME)
     for path, leaf in sorted(flatten_dict(dict(params), sep="/").items()):
-        # One by one: XLA on CPU writes out what it sums, half a float32 parameter.
-        checksums = np.asarray(_compiled(leaf.sharding)(leaf), "<u2")
+        whole = leaf.sharding.shard_shape(leaf.shape)[:1] == leaf.shape[:1]
+        in_turn = whole and leaf.dtype != jnp.bfloat16
+        checksums = np.asarray(_compiled(leaf.sharding, in_turn)(leaf), "<u2")
         digest.update(f"{path} {leaf.shape}\n".encode())
         digest.update(checksums.tobytes())
     return digest.hexdigest()[:32]
 
 
 @functools.cache
-def _compiled(sharding: jax.sharding.Sharding) -> Any:
+def _compiled(sharding: jax.sharding.Sharding, in_turn: bool) -> Any:
     """The checksums, replicated on a mesh so that each of its processes can read them."""
+    checksums = functools.partial(_checksums, in_turn=in_turn)
     if isinstance(sharding, NamedSharding):
-        return jax.jit(_checksums, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
-    return jax.jit(_checksums)
+        return jax.jit(checksums, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
+    return jax.jit(checksums)
 
 
-def _checksums(x: jax.Array) -> jax.Array:
-    """A uint16 for every entry of the first axis, which depends on each value and its place."""
-    rounded = jnp.where(jnp.abs(x) < _TINY, 0, x).astype(jnp.bfloat16)
+def _checksums(x: jax.Array, in_turn: bool) -> jax.Array:
+    """A uint16 for every entry of the first axis, which depends on each value and its place.
+
+    Args:
+        x: a parameter.
+        in_turn: take the entries part by part. XLA on CPU writes out what it sums, and all at once
+            that would be half the size of a float32 parameter. Not where the first axis is split,
+            nor for bfloat16, of which a loop makes XLA on CPU keep a float32 copy.
+    """
+    count = len(x)
+    size = min(count, max(1, _PART // (x.size // count))) if in_turn else count
+
+    def part(turn: jax.Array, sums: jax.Array) -> jax.Array:
+        start = jnp.minimum(turn * size, count - size)  # the last part overlaps the one before
+        entries = jax.lax.dynamic_slice_in_dim(x, start, size)
+        found = jax.vmap(_checksum)(entries, (start + jnp.arange(size)).astype(jnp.uint16))
+        return jax.lax.dynamic_update_slice_in_dim(sums, found, start, axis=0)
+
+    return jax.lax.fori_loop(0, -(-count // size), part, jnp.zeros(count, jnp.uint16))
+
+
+def _checksum(entry: jax.Array, index: jax.Array) -> jax.Array:
+    rounded = jnp.where(jnp.abs(entry) < _TINY, 0, entry).astype(jnp.bfloat16)
     bits = jax.lax.bitcast_convert_type(rounded, jnp.uint16)
-    place = jnp.zeros(x.shape, jnp.uint16)
-    for axis, factor in zip(range(x.ndim), _FACTORS, strict=False):
-        place += jax.lax.broadcasted_iota(jnp.uint16, x.shape, axis) * jnp.uint16(factor)
+    place = jnp.broadcast_to(index * jnp.uint16(_FACTORS[0]), entry.shape)
+    for axis, factor in zip(range(entry.ndim), _FACTORS[1:], strict=False):
+        place += jax.lax.broadcasted_iota(jnp.uint16, entry.shape, axis) * jnp.uint16(factor)
     place = (place ^ (place >> 7)) * jnp.uint16(_FACTORS[0]) | jnp.uint16(1)
-    return jnp.sum((bits + 1) * place, axis=tuple(range(1, x.ndim)), dtype=jnp.uint16)
+    return jnp.sum((bits + 1) * place, dtype=jnp.uint16)

@@ -6,12 +6,12 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from prefix_jax.config import build
 from prefix_jax.errors import ConfigError
 from prefix_jax.methods.base import Method
 from prefix_jax.methods.hidden import HiddenPrefixTuning
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.methods.prompt import PromptTuning
+from prefix_jax.typed import build
 
 __all__ = [
     "FULL",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, TypeVar, cast
@@ -19,7 +20,7 @@ ProducedT = TypeVar("ProducedT", bound=Produced)
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(Generic[ProducedT]):
+class Method(abc.ABC, Generic[ProducedT]):
     """A way to produce a prefix from trained parameters. Subclasses are configs and code in one.
 
     Attributes:
@@ -44,6 +45,7 @@ class Method(Generic[ProducedT]):
         """The position of the first token of text after the prefix."""
         return self.length
 
+    @abc.abstractmethod
     def init(self, rng: jax.Array, geometry: Geometry, start: ProducedT | None) -> Params:
         """The initial parameters, float32.
 
@@ -53,11 +55,10 @@ class Method(Generic[ProducedT]):
             start: what to produce at first, in the type that this method produces; None for the
                 random initialisation of the method's own source.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def __call__(self, params: Params, rng: jax.Array | None = None) -> ProducedT:
         """What the parameters stand for. With `rng`, dropout is applied: training only."""
-        raise NotImplementedError
 
     def drop(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
         """`x` under the method's dropout."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from prefix_jax.artifact.replace import sync, sync_entry
 from prefix_jax.errors import CheckpointError
 from prefix_jax.train.step import TrainState
 
@@ -303,18 +303,9 @@ def _damage(path: Path) -> str | None:
 def _seal(path: Path) -> None:
     """Writes the digests, and has all of it on disk when it returns."""
     files = _files(path)
-    sums = path / SUMS
-    sums.write_text("".join(f"{_digest(file)}  {file.relative_to(path)}\n" for file in files))
-    for entry in [*files, sums, *{file.parent for file in files}, path]:
-        _sync(entry)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    lines = (f"{_digest(file)}  {file.relative_to(path)}\n" for file in files)
+    (path / SUMS).write_text("".join(lines))
+    sync(path)
 
 
 def _publish(new: Path) -> None:
@@ -323,7 +314,7 @@ def _publish(new: Path) -> None:
     if path.exists():
         _delete(path)
     new.rename(path)
-    _sync(path.parent)
+    sync_entry(path.parent)
 
 
 def _delete(path: Path) -> None:

@@ -1,44 +1,16 @@
-"""Typed configuration: a YAML file plus `key.path=value` overrides become frozen dataclasses.
+"""The sections of a configuration, as frozen dataclasses that check themselves.
 
-`load` reads, `dump` writes the resolved form, and `load(dump(c)) == c`. The `method` section stays
-a plain mapping: the methods registry knows which dataclass its name stands for, and calls `build`
-for it.
+The `method` section stays a plain mapping: the methods registry knows which dataclass its name
+stands for, and builds it.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import yaml
+from collections.abc import Iterator
+from typing import Any, Literal
 
 from prefix_jax.errors import ConfigError
-from prefix_jax.typed import Problem, build, construct, hint_at, takes_text
-
-__all__ = [
-    "Config",
-    "DataConfig",
-    "DecodeConfig",
-    "EvaluateConfig",
-    "GenerateConfig",
-    "InitConfig",
-    "MeasureConfig",
-    "MeshConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "TrainConfig",
-    "build",
-    "dump",
-    "load",
-    "parse",
-    "sections",
-]
-
-T = TypeVar("T")
 
 Metric = Literal[
     "loss",
@@ -418,7 +390,8 @@ class EvaluateConfig:
         )
 
 
-def _default_method() -> dict[str, Any]:
+def default_method() -> dict[str, Any]:
+    """What `method` is where a configuration says nothing of it."""
     return {"name": "prefix", "length": 16}
 
 
@@ -444,7 +417,7 @@ class Config:
     data: DataConfig
     train: TrainConfig
     output: str
-    method: dict[str, Any] = dataclasses.field(default_factory=_default_method)
+    method: dict[str, Any] = dataclasses.field(default_factory=default_method)
     init: InitConfig = InitConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
@@ -482,148 +455,3 @@ class MeasureConfig(GenerateConfig):
     """
 
     evaluate: EvaluateConfig = EvaluateConfig()
-
-
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Reads a configuration.
-
-    Args:
-        path: a YAML file; None starts from nothing.
-        overrides: `key.path=value`, applied in order; values are YAML.
-
-    Raises:
-        ConfigError: every problem found, one a line.
-    """
-    if path is None:
-        return parse({}, overrides, source="overrides")
-    return parse(_read(Path(path)), overrides, source=str(path))
-
-
-def parse(values: dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> Config:
-    """Makes a configuration from nested mappings, as `load` does from a file.
-
-    Args:
-        values: by section.
-        overrides: as for `load`.
-        source: of the values, for messages.
-
-    Raises:
-        ConfigError: every problem found, one a line.
-    """
-    return sections(Config, values, overrides, source)
-
-
-def sections(
-    cls: type[T], values: dict[str, Any], overrides: Sequence[str] = (), source: str = "config"
-) -> T:
-    """Makes some sections of a configuration, as `parse` makes all of them.
-
-    Args:
-        cls: a dataclass of sections: `Config`, or one with some of its fields.
-        values: by section.
-        overrides: as for `load`.
-        source: of the values, for messages.
-
-    Raises:
-        ConfigError: every problem found, one a line.
-    """
-    values = _name_method(copy.deepcopy(values))
-    given: dict[str, str] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise ConfigError(f"override {override!r}: expected key.path=value")
-        _put(values, key, _override_value(cls, key, text), override)
-        _name_method(values)
-        given[key] = f"override {override}"
-
-    problems: list[Problem] = []
-    config = construct(cls, values, "", problems)
-    if config is None:
-        raise ConfigError(
-            "\n".join(f"{given.get(problem.key, source)}: {problem}" for problem in problems)
-        )
-    return config
-
-
-def dump(config: Config) -> str:
-    """The resolved configuration as YAML, defaults included; `load` gives it back."""
-    return yaml.dump(
-        dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True
-    )
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key that stands twice in one section is refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(None, None, f"{key.value!r} twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper, which quotes what `_Loader` would otherwise read differently."""
-
-    def represent_text(self, text: str) -> yaml.ScalarNode:
-        # Line breaks written out: folded ones lose what kind of break they were (U+0085, U+2028).
-        style = '"' if text.splitlines() not in ([text], []) else None
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _Dumper.represent_text)
-for _cls in (_Loader, _Dumper):
-    # YAML 1.2 reads 1e-3 as a number, and PyYAML, which follows 1.1, as text.
-    _cls.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-        list("-+0123456789"),
-    )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read the configuration: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(values, dict | None):
-        raise ConfigError(f"{path}: expected sections such as model: and data:, got {values!r:.80}")
-    return values or {}
-
-
-def _name_method(values: dict[str, Any]) -> dict[str, Any]:
-    """Spells out `method: full` as `method: {name: full}`."""
-    if isinstance(values.get("method"), str):
-        values["method"] = {"name": values["method"]}
-    return values
-
-
-def _override_value(cls: type, key: str, text: str) -> Any:
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        return text
-    # model.path=7 and data.input=[{x}] mean the text as it stands, although YAML sees more in it.
-    as_it_stands = takes_text(hint_at(cls, key)) and not isinstance(value, str | None)
-    return text if as_it_stands else value
-
-
-def _put(values: dict[str, Any], key: str, value: Any, override: str) -> None:
-    """Sets a dotted key, making sections on the way."""
-    *sections, name = key.split(".")
-    if sections and sections[0] == "method":
-        values.setdefault("method", _default_method())
-    for depth, section in enumerate(sections, 1):
-        if values.get(section) is None:
-            values[section] = {}
-        values = values[section]
-        if not isinstance(values, dict):
-            raise ConfigError(
-                f"override {override}: {'.'.join(sections[:depth])} is {values!r}, not a section"
-            )
-    values[name] = value
