@@ -261,9 +261,10 @@ def test_recomputing_gives_equal_gradients(mode):
 
         return scalar(three_forms("qwen3")[1].h_LPD)
 
-    expected = grad("none")
-    # Rounding shows on the scale of the largest gradients, a hundred times most others.
-    close(grad(mode), expected, rtol=1e-3, atol=1e-4 * jnp.abs(expected).max())
+    # Rounding shows on the scale of a layer's largest gradients; the first layer's are a thousand
+    # times the others', as its norm divides by the small values of embeddings.
+    for found_PD, expected_PD in zip(grad(mode), grad("none"), strict=True):
+        close(found_PD, expected_PD, rtol=0, atol=3e-5 * jnp.abs(expected_PD).max())
 
 
 # Positions and windows.
