@@ -84,10 +84,6 @@ class Report:
             bar.add_task("compiling", total=self._total, completed=self._start, numbers="", left="")
             self._show(bar.start)
             self._bar = bar
-        elif self._start < self._total:
-            self.message(
-                f"training: steps {self._start + 1} to {self._total}, the first of which compiles"
-            )
         return self
 
     def __exit__(

@@ -43,7 +43,6 @@ def test_a_log_gets_a_plain_line_now_and_then(tmp_path):
         run(report, clock, range(1, 26))
         report.evaluation(25, {"loss": 1.25, "bleu": 40.0})
     assert console.file.getvalue().splitlines() == [
-        "training: steps 1 to 25, the first of which compiles",
         "step  1/25  loss 1.000  lr 1.00e-03  compiled in 60.0 s",
         "step 10/25  loss 1.000  lr 1.00e-03  100 tokens/s  1:09 elapsed  0:15 left",
         "step 20/25  loss 1.000  lr 1.00e-03  100 tokens/s  1:19 elapsed  0:05 left",
