@@ -24,7 +24,7 @@ from prefix_jax.data.template import Template, render_chat_prompt
 from prefix_jax.data.tokens import Examples
 from prefix_jax.decode.continuation import Generation
 from prefix_jax.decode.generate import Generator, OnText
-from prefix_jax.errors import DataError, PrefixError
+from prefix_jax.errors import ConfigError, DataError, PrefixError
 from prefix_jax.evaluate.report import Prediction, writing_predictions
 from prefix_jax.evaluate.run import Evaluation, Evaluator
 from prefix_jax.interop.backbone import backbone_of
@@ -52,9 +52,9 @@ class Tuned:
     """
 
     pretrained: Pretrained
-    produced: Produced | None
+    produced: Produced | None = dataclasses.field(repr=False)
     card: Card | None
-    run: Run | None = None
+    run: Run | None = dataclasses.field(default=None, repr=False)
 
     @functools.cached_property
     def prefix(self) -> Prefix | None:
@@ -333,6 +333,11 @@ def fit(
     Raises:
         PrefixJaxError: see `prefix_jax.train.fit.fit`.
     """
+    if method is not None and not isinstance(method, Method):
+        raise ConfigError(
+            f"method is {method!r}; give one such as PrefixTuning(length=16), or None, which "
+            "trains the whole backbone"
+        )
     splits = {"train": train, "dev": dev, "test": test}
     named = {name: str(s) for name, s in splits.items() if isinstance(s, str | Path)}
     records = {

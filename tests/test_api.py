@@ -12,7 +12,7 @@ import runs
 import tiny
 
 import prefix_jax as pj
-from prefix_jax.errors import BackboneError, ContextError, DataError, PrefixError
+from prefix_jax.errors import BackboneError, ConfigError, ContextError, DataError, PrefixError
 from prefix_jax.interop.export import export
 
 TEMPLATES = {"input": "{sum}=", "target": "{total}"}
@@ -204,3 +204,13 @@ def test_a_prompt_that_does_not_fit_is_an_error(tuned: pj.Tuned) -> None:
 def test_held_out_text_that_does_not_fit_is_an_error(tuned: pj.Tuned) -> None:
     with pytest.raises(DataError, match="max_length 252"):
         tuned.evaluate([{"sum": "1+1", "total": "0" * 256}])
+
+
+def test_a_method_by_its_name_is_refused_with_what_to_give(model: pj.Pretrained) -> None:
+    with pytest.raises(ConfigError, match=r"method is 'prefix'; give one such as PrefixTuning"):
+        pj.fit(model, "prefix", runs.RECORDS, **TEMPLATES, **SHORT)
+
+
+def test_a_tuned_model_is_shown_in_a_few_lines(tuned: pj.Tuned) -> None:
+    assert len(repr(tuned)) < 4000
+    assert "Array" not in repr(tuned)

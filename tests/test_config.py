@@ -181,6 +181,7 @@ def test_missing_values_are_named_with_their_type():
         (["optim.accumulate=3"], "data.batch_size 8 does not divide"),
         (["mesh.fsdp=-1"], "only one of data, fsdp and tensor"),
         (["mesh.tensor=0"], "tensor must be -1 or at least 1"),
+        (["decode.beams=5000"], "beams must be 1024 at most, not 5000"),
         (["decode.beams=2", "decode.temperature=1"], "beam search does not sample"),
         (["decode.samples=2"], "samples 2 would be equal"),
         (["decode.min_new_tokens=65"], "exceeds max_new_tokens 64"),

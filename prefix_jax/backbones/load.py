@@ -55,7 +55,7 @@ class Pretrained:
     """
 
     backbone: Backbone
-    params: Params
+    params: Params = dataclasses.field(repr=False)
     mesh: Mesh
     source: str
     path: Path

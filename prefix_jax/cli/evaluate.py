@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefix_jax.cli import _stored
+from prefix_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from prefix_jax.evaluate.run import Evaluation
@@ -57,6 +58,11 @@ def run(args: argparse.Namespace) -> int:
         given = getattr(args, key)
         if given is not None:
             args.settings.append(f"evaluate.{key}={json.dumps(given.split(','))}")
+    if args.output is not None and (Path(args.output) / "config.yaml").exists():
+        raise ConfigError(
+            f"{args.output} holds a run, whose own results these would replace; "
+            "choose another directory for --output"
+        )
     progress = Console(stderr=True, highlight=False)
     with progress.status("loading"):
         tuned, settings = _stored.load(args, MeasureConfig)

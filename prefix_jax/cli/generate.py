@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.output is not None and args.input is None:
         raise DataError("--output is for the predictions of --input; give both")
+    if args.output is not None and os.path.realpath(args.output) == os.path.realpath(args.input):
+        raise DataError(f"--output would replace the records in {args.input}; choose another file")
     record = None if args.record is None else _record(args.record)
     progress = Console(stderr=True, highlight=False)
     with progress.status("loading"):
@@ -100,6 +103,7 @@ def _answer(
         return
     status = progress.status("generating")
     status.start()
+    refused = False
 
     def on_text(_prompt: int, _sample: int, piece: str) -> None:
         status.stop()
@@ -107,9 +111,13 @@ def _answer(
 
     try:
         tuned.generations([prompt], decode, on_text=on_text)
+    except PrefixJaxError:
+        refused = True
+        raise
     finally:
         status.stop()
-        print()
+        if not refused:
+            print()
 
 
 def _file(
@@ -147,6 +155,7 @@ def _dialogue(tuned: Tuned, decode: DecodeConfig, progress: Console) -> None:
         except KeyboardInterrupt:
             continue
         except PrefixJaxError as error:
+            print()  # in the place of the answer, so that a pipe's answers stay in step
             print(f"error: {error}", file=sys.stderr)
 
 

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "settings",
         metavar="key.path=value",
         nargs="*",
+        default=[],
         help="changes the config: train.steps=500, data.train=mine.jsonl",
     )
 
@@ -59,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
         try:
             ended = fit(config, console=console)
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from what was saved", file=sys.stderr)
+            print(
+                "interrupted; the same command goes on from the last checkpoint, if there is one",
+                file=sys.stderr,
+            )
             return 128 + signal.SIGINT
         if ended.interrupted is not None:
             return 128 + ended.interrupted

@@ -25,6 +25,10 @@ Metric = Literal[
 ]
 
 
+# Beams x vocabulary are counted in 32 bits, and hardly any search gains from more than ten.
+_MOST_BEAMS = 1024
+
+
 def _require(*checks: tuple[bool, str]) -> None:
     """Raises one `ConfigError` that lists every check that does not hold."""
     broken = [message for holds, message in checks if not holds]
@@ -334,6 +338,10 @@ class DecodeConfig:
             (
                 not (sampling and self.beams > 1),
                 "beam search does not sample: give beams or a temperature",
+            ),
+            (
+                self.beams <= _MOST_BEAMS,
+                f"beams must be {_MOST_BEAMS} at most, not {self.beams}",
             ),
             (
                 sampling or self.samples <= self.beams,

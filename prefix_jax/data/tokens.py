@@ -143,6 +143,11 @@ def _ids(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> di
     """Text of a segment → its tokens, each text once and all in one call."""
     if tokenizer.eos_token_id is None and not all(item.chat for item in rendered):
         raise DataError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
+    for item in rendered:
+        try:
+            "".join(segment.text for segment in item.segments).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{item.source}: not valid Unicode text: {error.reason}") from None
     texts = list(dict.fromkeys(segment.text for item in rendered for segment in item.segments))
     # verbose: no warning about the length of a segment; max_length is what decides.
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]

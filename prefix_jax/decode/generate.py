@@ -100,6 +100,10 @@ class Generator:
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
             return list(prompt)
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{prompt!r:.60} is not valid Unicode text: {error.reason}") from None
         # Chat templates write the beginning-of-sequence token themselves.
         bos = self.tokenizer.bos_token
         begun = bos is not None and prompt.startswith(bos)

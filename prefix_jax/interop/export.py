@@ -10,6 +10,7 @@ import jax
 from prefix_jax import artifact
 from prefix_jax.artifact import Card, Container
 from prefix_jax.backbones.load import Pretrained
+from prefix_jax.errors import PrefixError
 from prefix_jax.interop.backbone import backbone_of
 from prefix_jax.prefix import Prefix, Produced
 
@@ -27,7 +28,7 @@ def export(
 
     Args:
         source: a stored prefix, or a run.
-        output: the directory to write; a prefix that is there is replaced.
+        output: the directory to write, which holds no prefix yet.
         to: the container of the arrays.
         bake: turn hidden states and soft tokens into the keys and values that they stand for. It
             takes the backbone; keys and values stay what they are, and take none.
@@ -38,10 +39,14 @@ def export(
         The card of the copy.
 
     Raises:
-        PrefixError: the source is no prefix, or does not fit the backbone.
+        PrefixError: the source is no prefix, or does not fit the backbone, or the output holds one.
         BackboneError: the backbone cannot be loaded.
         CheckpointError: the copy cannot be written.
     """
+    if (Path(output) / "prefix.json").exists():
+        raise PrefixError(
+            f"{output} holds a prefix already; choose another directory, or remove it"
+        )
     produced, card = artifact.load(source)
     if bake and not isinstance(produced, Prefix):
         pretrained = backbone_of(card, model, allow_other_weights=allow_other_weights)

@@ -61,10 +61,10 @@ class Run:
 
     directory: Path
     pretrained: Pretrained
-    produced: Produced | None
+    produced: Produced | None = dataclasses.field(repr=False)
     card: Card | None
     step: int
-    evaluations: Mapping[str, Evaluation]
+    evaluations: Mapping[str, Evaluation] = dataclasses.field(repr=False)
     interrupted: signal.Signals | None = None
 
 
@@ -158,9 +158,15 @@ def _refuse_another_run(directory: Path, config: Config) -> None:
     Raises:
         ConfigError: it holds another run.
     """
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"output {directory} is a file; choose a directory for the run")
     path = directory / "config.yaml"
     if not path.exists():
         return
+    if not (directory / "checkpoints").exists() and path.read_text() != configs.dump(config):
+        raise ConfigError(
+            f"the run would replace {path}, which is not of a run; choose another output"
+        )
     before, now = _flat(dataclasses.asdict(configs.load(path))), _flat(dataclasses.asdict(config))
     differing = [
         f"{key} ({before.get(key)}, not {now.get(key)})"
@@ -262,6 +268,8 @@ def _finish(
 
     evaluations: dict[str, Evaluation] = {}
     if "test" in setup.splits:
+        both = "before and after, " if setup.config.evaluate.before else ""
+        report.message(f"measuring {both}on {len(setup.splits['test']):,} test examples")
         bare = {"before": None} if setup.config.evaluate.before else {}
         tuned = {"after": prefix}
         weights = [(pretrained, bare | tuned)]

@@ -67,7 +67,7 @@ def read_results(config: Config) -> Results | None:
             predictions = read_predictions(stored) if stored.exists() else []
             evaluations[name] = Evaluation(Report.from_dict(report), predictions)
         return Results(content["step"], evaluations)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

@@ -52,3 +52,12 @@ def test_what_cannot_be_measured_is_told_in_one_error(run_in, trained, words, to
     assert ran.code == 2
     assert ran.err.startswith("error: ")
     assert told in ran.err
+
+
+def test_the_results_of_a_run_are_not_replaced(run_in, trained):
+    folder, _ = trained
+    before = (folder / "run" / "results.json").read_bytes()
+    ran = run_in(folder, "evaluate", "run", "--data", "test.jsonl", "--output", "run")
+    assert ran.code == 2
+    assert "run holds a run" in ran.err
+    assert (folder / "run" / "results.json").read_bytes() == before

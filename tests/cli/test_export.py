@@ -41,3 +41,10 @@ def test_a_missing_prefix_is_one_line_and_no_copy(tmp_path, capsys):
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "copy")]) == 2
     assert capsys.readouterr().err.startswith("error: there is no directory")
     assert not (tmp_path / "copy").exists()
+
+
+def test_a_prefix_that_is_there_is_not_replaced(stored, capsys):
+    before = artifact.load(stored)[1]
+    assert main(["export", str(stored), str(stored), "--to", "safetensors"]) == 2
+    assert "holds a prefix already" in capsys.readouterr().err
+    assert artifact.load(stored)[1] == before

@@ -167,3 +167,19 @@ def test_what_cannot_be_done_is_told_in_one_error(run_in, trained, words, told):
     assert ran.code == 2
     assert ran.err.startswith("error: ")
     assert told in ran.err
+
+
+def test_the_records_are_not_replaced_by_predictions(run_in, trained):
+    folder, _ = trained
+    before = (folder / "test.jsonl").read_bytes()
+    ran = run_in(folder, "generate", "run", "--input", "test.jsonl", "--output", "./test.jsonl")
+    assert ran.code == 2
+    assert "would replace the records" in ran.err
+    assert (folder / "test.jsonl").read_bytes() == before
+
+
+def test_an_error_leaves_standard_output_empty(run_in, trained):
+    for words in (("--record", '{"fact": "x"}'), ("--prompt", "bad\udcff")):
+        ran = run_in(trained[0], "generate", "run", *words)
+        assert (ran.code, ran.out) == (2, "")
+        assert ran.err.startswith("error: ")

@@ -128,3 +128,8 @@ def test_equal_prompts_become_one_example_with_all_references(tokenizer):
         ("b", ("two", "three")),
     ]
     assert grouped[0].source == "a.jsonl:1"
+
+
+def test_a_lone_surrogate_is_an_error_that_names_its_record(tokenizer):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not valid Unicode text"):
+        tokenize(pairs(("ab", "x"), ("c\ud83d", "y")), tokenizer)

@@ -352,3 +352,15 @@ def test_full_fine_tuning_refuses_weights_that_small_updates_would_not_move(
     narrow = load(tiny_model_dir, dtype="bfloat16", mesh=make_mesh(devices=jax.devices()[:1]))
     with pytest.raises(ConfigError, match=r"model\.dtype: float32"):
         runs.run(narrow, tmp_path, "method=full")
+
+
+def test_a_file_that_is_not_of_a_run_is_not_replaced(
+    pretrained: Pretrained, tmp_path: Path
+) -> None:
+    own = tmp_path / "config.yaml"
+    own.write_text("# mine\nmodel: {path: m}\n")
+    with pytest.raises(ConfigError, match=r"would replace .*config\.yaml, which is not of a run"):
+        runs.run(pretrained, tmp_path)
+    assert own.read_text().startswith("# mine")
+    with pytest.raises(ConfigError, match=r"config\.yaml is a file"):
+        runs.run(pretrained, own)
