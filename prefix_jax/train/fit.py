@@ -268,8 +268,8 @@ def _finish(
 
     evaluations: dict[str, Evaluation] = {}
     if "test" in setup.splits:
-        both = "before and after, " if setup.config.evaluate.before else ""
-        report.message(f"measuring {both}on {len(setup.splits['test']):,} test examples")
+        both = ", before and after" if setup.config.evaluate.before else ""
+        report.message(f"measuring on {len(setup.splits['test']):,} test examples{both}")
         bare = {"before": None} if setup.config.evaluate.before else {}
         tuned = {"after": prefix}
         weights = [(pretrained, bare | tuned)]
