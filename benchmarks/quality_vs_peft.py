@@ -51,7 +51,9 @@ def ours(steps: int, exchange: Path) -> dict[str, Any]:
     train, dev = setup.splits["train"], setup.splits["test"]
     order = [i for step in range(steps) for i in setup.pipeline.order.step(step)]
     inputs = group_references(dev)
-    prefix = {name: np.asarray(leaf) for name, leaf in setup.state.train["prefix"].items()}
+    prefix = {
+        name: np.asarray(leaf) for name, leaf in setup.state.train["prefix"]["decoder"].items()
+    }
     np.savez(exchange / "prefix.npz", **prefix)
     exchanged = {
         "train": [[train[i].ids_T.tolist(), train[i].target_T.tolist()] for i in order],

@@ -28,7 +28,8 @@ import jax
 import jax.numpy as jnp
 
 from prefix_jax.backbones import llama
-from prefix_jax.backbones.decoder import Backbone, Remat
+from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.stack import Remat
 from prefix_jax.config import OptimConfig
 from prefix_jax.data.batch import Batch
 from prefix_jax.methods import METHODS

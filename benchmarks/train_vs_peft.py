@@ -64,7 +64,7 @@ def ours(order: str, steps: int, exchange: Path) -> dict[str, Any]:
     chosen = [list(setup.pipeline.order.step(step)) for step in range(steps)]
     np.savez(
         exchange / f"{order}.npz",
-        **{name: np.asarray(leaf) for name, leaf in setup.state.train["prefix"].items()},
+        **{name: np.asarray(leaf) for name, leaf in setup.state.train["prefix"]["decoder"].items()},
         **{f"ids_{s}_{n}": train[i].ids_T for s, c in enumerate(chosen) for n, i in enumerate(c)},
         **{
             f"target_{s}_{n}": train[i].target_T

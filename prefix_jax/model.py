@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefix_jax.backbones.decoder import Backbone
+from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.data.batch import Batch
 from prefix_jax.errors import ContextError
 from prefix_jax.methods.base import Method

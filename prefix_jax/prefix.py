@@ -1,19 +1,32 @@
 """What a prefix is: the types that methods produce, backbones lift and attention reads.
 
-A prefix is a KV cache that you can train. A method produces one of three values, and
+A prefix is a KV cache that you can train. A method produces one of four values, and
 `Backbone.lift` turns each of them into a `Prefix`, the only form that attention knows:
 
-    Embeds   x_PD    soft tokens at the input embeddings (prompt tuning)
-    Hidden   h_LPD   hidden states that stand before the tokens in every layer
-    Prefix   k, v    keys and values, layer by layer
+    Embeds   x_PD              soft tokens at the input embeddings (prompt tuning)
+    Hidden   h_LPD             hidden states that stand before the tokens in every layer
+    Adapter  h_LPD, gate_LN    states that are attended to apart, through a gate (LLaMA-Adapter)
+    Prefix   k, v, …           keys and values, site by site and layer by layer
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Literal
 
 import flax.struct
 import jax
+
+from prefix_jax.errors import ConfigError
+
+# The attentions of a transformer that a prefix can reach. Of a model that only reads or only
+# writes, the one that it has.
+SiteName = Literal["encoder", "decoder", "cross"]
+SITES: tuple[SiteName, ...] = ("encoder", "decoder", "cross")
+
+# Which layers the leading axis L of a prefix stands for, ascending; None for all of them.
+Layers = tuple[int, ...] | None
 
 
 @flax.struct.dataclass
@@ -38,14 +51,57 @@ class KVPrefix:
 
 
 @flax.struct.dataclass
+class Gated:
+    """Keys and values with a softmax of their own, added through a gate (Zhang et al. 2023).
+
+    Attributes:
+        k_LPKH: keys, without any rotary embedding.
+        v_LPKH: values.
+        gate_LN: multiplies what each query head reads.
+    """
+
+    k_LPKH: jax.Array
+    v_LPKH: jax.Array
+    gate_LN: jax.Array
+
+    @property
+    def length(self) -> int:
+        """P, the number of slots."""
+        return self.k_LPKH.shape[-3]
+
+
+@flax.struct.dataclass
+class Memory:
+    """A matrix for each head that maps its queries to outputs (Prefix-Tuning+, Wang et al. 2025).
+
+    Attributes:
+        m_LNHH: the query's features elu(q) times this are added to what the head reads.
+    """
+
+    m_LNHH: jax.Array
+
+
+Beside = Gated | Memory
+
+
+@flax.struct.dataclass
 class Site:
-    """What one attention site (decoder self-attention, say) gains from a prefix.
+    """What one attention of a transformer gains from a prefix.
 
     Attributes:
         join: keys and values inside the softmax.
+        beside: what is added to the softmax's result; it depends on the query alone.
+        layers: which layers this is of; None for all. `Backbone.lift` fills up the others.
     """
 
-    join: KVPrefix
+    join: KVPrefix | None = None
+    beside: Beside | None = None
+    layers: Layers = flax.struct.field(pytree_node=False, default=None)
+
+    @property
+    def length(self) -> int:
+        """P, the number of slots inside the softmax."""
+        return 0 if self.join is None else self.join.length
 
 
 @flax.struct.dataclass
@@ -54,20 +110,49 @@ class Prefix:
 
     Attributes:
         decoder: the site at the decoder's self-attention.
-        offset: the position of the first token of text. P by default, as in PEFT and in the
-            original GPT-2 code of Li & Liang (2021).
+        encoder: the site at the encoder's self-attention.
+        cross: the site where a decoder attends to its encoder.
+        embeds_PD: soft tokens before the input of an encoder. What they stand for depends on the
+            text behind them, so they alone never become keys and values.
+        offset: the position of the first token of text, in every stack whose self-attention has
+            slots. P by default, as in PEFT and in the original GPT-2 code of Li & Liang (2021).
         pinned: whether the prefix stays visible when a sliding window has moved past it. False
             lets it fall out, as ordinary past tokens do.
     """
 
-    decoder: Site
+    decoder: Site | None = None
+    encoder: Site | None = None
+    cross: Site | None = None
+    embeds_PD: jax.Array | None = None
     offset: int = flax.struct.field(pytree_node=False, default=0)
     pinned: bool = flax.struct.field(pytree_node=False, default=False)
 
+    @classmethod
+    def of(cls, sites: Mapping[SiteName, Site], *, offset: int = 0, pinned: bool = False) -> Prefix:
+        """A prefix of sites by name."""
+        found = {name: sites.get(name) for name in SITES}
+        prefix: Prefix = cls(**found, offset=offset, pinned=pinned)  # type: ignore[arg-type]
+        return prefix
+
+    @property
+    def sites(self) -> dict[SiteName, Site]:
+        """The sites that there are, by name."""
+        found = {name: getattr(self, name) for name in SITES}
+        return {name: site for name, site in found.items() if site is not None}
+
     @property
     def length(self) -> int:
-        """P, the number of slots at the decoder's self-attention."""
-        return self.decoder.join.length
+        """P, the number of slots where there are most; 0 if there are none."""
+        lengths = [site.length for site in self.sites.values()]
+        lengths += [s.beside.length for s in self.sites.values() if isinstance(s.beside, Gated)]
+        lengths += [] if self.embeds_PD is None else [len(self.embeds_PD)]
+        return max(lengths, default=0)
+
+    def start(self, stack: Literal["encoder", "decoder"]) -> int:
+        """The position of the first token of text in a stack: 0 if nothing stands before it."""
+        site: Site | None = getattr(self, stack)
+        slots = 0 if site is None else site.length
+        return self.offset if slots else 0
 
 
 @flax.struct.dataclass
@@ -78,31 +163,76 @@ class Hidden:
 
 
 @flax.struct.dataclass
+class Adapter:
+    """States that layers attend to apart from the tokens (LLaMA-Adapter, Zhang et al. 2023).
+
+    Attributes:
+        h_LPD: the layer's own projections make their keys and values, without norm and rotation.
+        gate_LN: multiplies what each query head reads of them.
+        layers: which layers these are; None for all.
+    """
+
+    h_LPD: jax.Array
+    gate_LN: jax.Array
+    layers: Layers = flax.struct.field(pytree_node=False, default=None)
+
+
+@flax.struct.dataclass
 class Embeds:
     """Soft tokens that stand before the tokens at the input embeddings, x_PD."""
 
     x_PD: jax.Array
 
 
-Produced = Embeds | Hidden | Prefix
+Produced = Embeds | Hidden | Adapter | Prefix
 
 
 @dataclasses.dataclass(frozen=True)
-class Geometry:
-    """The shape of a backbone as far as a prefix cares.
+class SiteShape:
+    """The shape of one attention.
 
     Attributes:
         layers: L.
         query_heads: N.
         kv_heads: K.
         head_dim: H.
-        d_model: D.
-        vocab: V.
     """
 
     layers: int
     query_heads: int
     kv_heads: int
     head_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """The shape of a backbone as far as a prefix cares. It has a decoder, an encoder or both.
+
+    Attributes:
+        d_model: D.
+        vocab: V.
+        decoder, encoder, cross: the attentions that it has.
+    """
+
     d_model: int
     vocab: int
+    decoder: SiteShape | None = None
+    encoder: SiteShape | None = None
+    cross: SiteShape | None = None
+
+    @property
+    def sites(self) -> dict[SiteName, SiteShape]:
+        """The attentions that there are, by name."""
+        found = {name: getattr(self, name) for name in SITES}
+        return {name: shape for name, shape in found.items() if shape is not None}
+
+    def __post_init__(self) -> None:
+        if self.decoder is None and self.encoder is None:
+            raise ConfigError("a geometry has the shape of a decoder, of an encoder, or of both")
+
+    @property
+    def main(self) -> SiteShape:
+        """The self-attention of the stack that a head reads: the decoder's where there is one."""
+        shape = self.decoder or self.encoder
+        assert shape is not None  # as checked
+        return shape

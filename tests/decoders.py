@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefix_jax.backbones import gpt2, llama
-from prefix_jax.backbones.decoder import Backbone, Params, Remat
+from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.stack import Params, Remat
 from prefix_jax.data.batch import Batch, Example
 from prefix_jax.data.pack import Packing, arrange, materialise, measure
 from prefix_jax.nn.mask import Tokens

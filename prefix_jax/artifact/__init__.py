@@ -11,15 +11,14 @@ a prefix without this package.
 
 from __future__ import annotations
 
+from prefix_jax.artifact.arrays import Facts, Kind, facts
 from prefix_jax.artifact.card import (
     FORMAT_VERSION,
     BackboneCard,
     Card,
-    Kind,
     TemplateCard,
     TokenizerCard,
     check,
-    facts,
     make_card,
 )
 from prefix_jax.artifact.store import Container, find, load, save
@@ -29,6 +28,7 @@ __all__ = [
     "BackboneCard",
     "Card",
     "Container",
+    "Facts",
     "Kind",
     "TemplateCard",
     "TokenizerCard",

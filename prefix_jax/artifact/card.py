@@ -10,12 +10,13 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from flax.traverse_util import flatten_dict
+
+from prefix_jax.artifact.arrays import Facts, facts
 from prefix_jax.errors import PrefixError
-from prefix_jax.prefix import Geometry, Hidden, Prefix, Produced
+from prefix_jax.prefix import Geometry, Produced
 
-FORMAT_VERSION = 1
-
-Kind = Literal["embeds", "hidden", "kv"]
+FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,16 +82,12 @@ class TemplateCard:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Card:
+class Card(Facts):
     """What is known of a stored prefix. `make_card` fills in what follows from the prefix itself.
 
     Attributes:
         format_version: of the directory's layout.
-        kind: "embeds", "hidden" or "kv", for `Embeds`, `Hidden` and `Prefix`.
-        length: P.
         positions: where the prefix's slots stand.
-        offset: the position of the first token of text.
-        pinned: whether the prefix stays visible when a sliding window has moved past it.
         geometry: of the backbone.
         backbone: the model that it was made for.
         method: the name and the fields of the method that made it.
@@ -105,11 +102,7 @@ class Card:
     """
 
     format_version: int = FORMAT_VERSION
-    kind: Kind
-    length: int
     positions: tuple[int, ...]
-    offset: int
-    pinned: bool
     geometry: Geometry
     backbone: BackboneCard
     method: dict[str, Any]
@@ -121,6 +114,11 @@ class Card:
     metrics: dict[str, Any]
     package: str
     created: str
+
+    @property
+    def facts(self) -> Facts:
+        """What has to agree with the prefix itself."""
+        return Facts(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Facts)})
 
 
 def make_card(
@@ -141,13 +139,10 @@ def make_card(
     Raises:
         PrefixError: the prefix has no slots.
     """
-    kind, length, offset, pinned = facts(produced)
+    known = facts(produced)
     return Card(
-        kind=kind,
-        length=length,
-        positions=tuple(range(length)),
-        offset=offset,
-        pinned=pinned,
+        **dataclasses.asdict(known),
+        positions=tuple(range(known.length)),
         geometry=geometry,
         backbone=backbone,
         method=dict(method or {}),
@@ -179,11 +174,11 @@ def check(
     """
     made_for = f"{card.backbone.source} ({card.backbone.model_type})"
     if card.geometry != geometry:
-        ours, theirs = dataclasses.asdict(card.geometry), dataclasses.asdict(geometry)
+        ours, theirs = _numbers(card.geometry), _numbers(geometry)
         lines = (
-            f"    {name}: {ours[name]} in the prefix, {theirs[name]} in the backbone"
-            + (" (differs)" if ours[name] != theirs[name] else "")
-            for name in ours
+            f"    {name}: {ours.get(name)} in the prefix, {theirs.get(name)} in the backbone"
+            + (" (differs)" if ours.get(name) != theirs.get(name) else "")
+            for name in {**ours, **theirs}
         )
         raise PrefixError(
             f"the prefix was made for {made_for}, and this backbone has another shape:\n"
@@ -199,17 +194,10 @@ def check(
         )
 
 
-def facts(produced: Produced) -> tuple[Kind, int, int, bool]:
-    """Kind, length, offset and whether it is pinned."""
-    if isinstance(produced, Prefix):
-        if produced.length == 0:
-            raise PrefixError("the prefix has no slots: there is nothing to store")
-        return "kv", produced.length, produced.offset, produced.pinned
-    if isinstance(produced, Hidden):
-        length = produced.h_LPD.shape[1]
-        return "hidden", length, length, False
-    length = produced.x_PD.shape[0]
-    return "embeds", length, length, False
+def _numbers(geometry: Geometry) -> dict[str, int]:
+    """Its numbers by dotted names; attentions that there are not have none."""
+    flat: dict[str, int] = flatten_dict(dataclasses.asdict(geometry), sep=".")
+    return {name: value for name, value in flat.items() if value is not None}
 
 
 def _package_version() -> str:

@@ -16,10 +16,11 @@ import numpy as np
 import safetensors.numpy
 from orbax.checkpoint import v1 as ocp
 
-from prefix_jax.artifact.card import FORMAT_VERSION, Card, facts
+from prefix_jax.artifact.arrays import facts, from_arrays, problems, to_arrays
+from prefix_jax.artifact.card import FORMAT_VERSION, Card
 from prefix_jax.artifact.replace import replaced, replacing
 from prefix_jax.errors import CheckpointError, ConfigError, PrefixError
-from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Produced, Site
+from prefix_jax.prefix import Produced
 from prefix_jax.typed import build
 
 Container = Literal["orbax", "safetensors"]
@@ -49,11 +50,11 @@ def save(path: str | Path, produced: Produced, card: Card, arrays: Container = "
     """
     # Renaming a link would leave the directory behind.
     path = Path(path).expanduser().resolve()
-    if facts(produced) != (card.kind, card.length, card.offset, card.pinned):
+    if facts(produced) != card.facts:
         raise PrefixError(f"{path}: the card describes another prefix; make it with make_card")
-    content = _arrays(produced)
-    if problems := _problems(content, card):
-        raise PrefixError(f"a prefix like this is not saved to {path}: {'; '.join(problems)}")
+    content = to_arrays(produced)
+    if wrong := problems(content, card.facts, card.geometry):
+        raise PrefixError(f"a prefix like this is not saved to {path}: {'; '.join(wrong)}")
     text = _to_json(card, content, arrays)
     first = jax.process_index() == 0
     if first and path.exists() and not _replaceable(path):
@@ -87,12 +88,12 @@ def load(path: str | Path) -> tuple[Produced, Card]:
     path = find(path)
     card, stored = _read_card(path / _CARD)
     content = _read_arrays(path / _CONTAINERS[stored.container], stored.container)
-    problems = _problems(content, card)
-    if not problems and {name: _sha256(x) for name, x in content.items()} != stored.sha256:
-        problems = [f"its arrays are not those that {_CARD} was written for"]
-    if problems:
-        raise PrefixError(f"{path} is damaged: {'; '.join(problems)}; {_REMEDY}")
-    return _produced(card, {name: jnp.asarray(x) for name, x in content.items()}), card
+    wrong = problems(content, card.facts, card.geometry)
+    if not wrong and {name: _sha256(x) for name, x in content.items()} != stored.sha256:
+        wrong = [f"its arrays are not those that {_CARD} was written for"]
+    if wrong:
+        raise PrefixError(f"{path} is damaged: {'; '.join(wrong)}; {_REMEDY}")
+    return from_arrays(card.facts, {name: jnp.asarray(x) for name, x in content.items()}), card
 
 
 def find(path: str | Path) -> Path:
@@ -119,49 +120,6 @@ def find(path: str | Path) -> Path:
     )
 
 
-def _arrays(produced: Produced) -> dict[str, np.ndarray]:
-    """The arrays by name, float32: wider than what any backbone computes in."""
-    owner: Any = produced.decoder.join if isinstance(produced, Prefix) else produced
-    fields = {f.name: getattr(owner, f.name) for f in dataclasses.fields(owner)}
-    return {name: np.array(x, np.float32, order="C") for name, x in fields.items() if x is not None}
-
-
-def _produced(card: Card, arrays: Mapping[str, jax.Array]) -> Produced:
-    if card.kind == "embeds":
-        return Embeds(**arrays)
-    if card.kind == "hidden":
-        return Hidden(**arrays)
-    return Prefix(Site(KVPrefix(**arrays)), card.offset, card.pinned)
-
-
-def _shapes(card: Card) -> dict[str, tuple[int, ...]]:
-    g, P = card.geometry, card.length
-    if card.kind == "embeds":
-        return {"x_PD": (P, g.d_model)}
-    if card.kind == "hidden":
-        return {"h_LPD": (g.layers, P, g.d_model)}
-    pair = (g.layers, P, g.kv_heads, g.head_dim)
-    return {"k_LPKH": pair, "v_LPKH": pair, "bias_LPN": (g.layers, P, g.query_heads)}
-
-
-def _problems(arrays: Mapping[str, np.ndarray], card: Card) -> list[str]:
-    """Where the arrays are not those that the card promises, or not finite."""
-    problems = []
-    for name, shape in _shapes(card).items():
-        x = arrays.get(name)
-        if x is None:
-            if name != "bias_LPN":
-                problems.append(f"{name} is missing")
-        elif x.shape != shape or x.dtype != np.float32:
-            problems.append(f"{name} is {x.dtype} {x.shape} instead of float32 {shape}")
-        else:
-            # A bias of minus infinity makes a slot absent.
-            broken = ~np.isfinite(x) & ~((name == "bias_LPN") & np.isneginf(x))
-            if broken.any():
-                problems.append(f"{name} has {broken.sum()} values that are NaN or infinite")
-    return problems + [f"{name} is unknown" for name in arrays if name not in _shapes(card)]
-
-
 # Reading and writing.
 
 
@@ -179,7 +137,7 @@ def _to_json(card: Card, arrays: Mapping[str, np.ndarray], container: Container)
     # JSON has no word for what is not finite.
     metrics = {k: v if v is None or math.isfinite(v) else None for k, v in card.metrics.items()}
     fields = dataclasses.asdict(dataclasses.replace(card, metrics=metrics))
-    fields["arrays"] = dataclasses.asdict(stored)
+    fields = {"format_version": card.format_version, **fields, "arrays": dataclasses.asdict(stored)}
     lines = (
         f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
         for name, value in fields.items()

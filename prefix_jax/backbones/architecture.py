@@ -1,20 +1,26 @@
-"""What a decoder looks like, whatever its family: the numbers that shape it."""
+"""What a transformer looks like, whatever its family: the numbers that shape it."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Literal
 
+from prefix_jax.nn.relative import Relative
 from prefix_jax.nn.rotary import Rotary
-from prefix_jax.prefix import Geometry
+from prefix_jax.prefix import Geometry, SiteShape
+
+Norm = Literal["rms", "rms_plus_one", "layer"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """The shape and the variant of a decoder-only transformer.
+    """The shape and the variant of a stack of transformer layers, and of the model around it.
+
+    A decoder and an encoder are one such stack. An encoder-decoder is the decoder's, with the
+    encoder's in `encoder`.
 
     Attributes:
-        family: which module knows its config and the names of its weights ("gpt2" or "llama").
+        family: which module knows its config and the names of its weights ("gpt2", "llama", …).
         model_type: the name that its checkpoint gives itself ("mistral", "qwen3", …).
         layers: L.
         d_model: D.
@@ -23,19 +29,37 @@ class Architecture:
         vocab: V.
         max_positions: the length of the position table, or the longest context that the model
             was trained for; prefix included.
-        norm: "rms" or "layer".
+        norm: "rms", "rms_plus_one" (its stored scale counts from 1, as Gemma's) or "layer".
         epsilon: of the norms.
         activation: of the feed-forward, by its Hugging Face name.
         gated: whether the feed-forward has a gate.
-        rotary: rotary frequencies; None where positions are learned.
+        causal: whether a token sees earlier ones alone; False is an encoder.
+        norm_at: where a sublayer f is normalised: "before" x + f(norm(x)), "after"
+            norm(x + f(x)), or "around" x + norm(f(norm(x))).
+        final_norm: whether a norm follows the last layer.
+        parallel: attention and feed-forward read the same input and are added up (GPT-NeoX).
+        rotary: rotary frequencies; None where positions are learned or relative.
+        sliding_rotary: those of sliding layers; None for `rotary` (Gemma 3 has two).
+        relative: buckets of relative positions (T5); None for none.
+        positions: rows of the table of learned positions; 0 for none.
+        position_offset: the row of position 0 (BART and OPT have 2, RoBERTa one behind padding).
+        segments: rows of the table of segments (BERT); 0 for none.
+        embed_scale: multiplies the token embeddings.
+        embed_norm: whether a norm follows the embeddings.
         qkv_bias, out_bias, mlp_bias: which projections add biases.
         qk_norm: whether queries and keys are normalised per head (Qwen 3).
+        attention_scale: multiplies attention's logits; None for H ** -0.5.
+        attention_softcap, logit_softcap: bounds of attention's and of the head's logits (Gemma 2).
         window: how many positions back a sliding layer sees, its own included.
         sliding: for every layer, whether it uses `window`.
         tied: whether the head is the token embedding.
+        head_scale: multiplies what a tied head reads (T5).
+        head_bias: whether the head adds a bias.
+        encoder: the stack whose output this one attends to; None for a single stack.
+        start_id: the token that a decoder with an encoder begins with.
     """
 
-    family: Literal["gpt2", "llama"]
+    family: str
     model_type: str
     layers: int
     d_model: int
@@ -45,22 +69,47 @@ class Architecture:
     d_ff: int
     vocab: int
     max_positions: int
-    norm: Literal["rms", "layer"]
+    norm: Norm
     epsilon: float
     activation: str
     gated: bool
+    causal: bool = True
+    norm_at: Literal["before", "after", "around"] = "before"
+    final_norm: bool = True
+    parallel: bool = False
     rotary: Rotary | None = None
+    sliding_rotary: Rotary | None = None
+    relative: Relative | None = None
+    positions: int = 0
+    position_offset: int = 0
+    segments: int = 0
+    embed_scale: float | None = None
+    embed_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
     window: int | None = None
     sliding: tuple[bool, ...] = ()
     tied: bool = True
+    head_scale: float | None = None
+    head_bias: bool = False
+    encoder: Architecture | None = None
+    start_id: int | None = None
 
     @property
     def geometry(self) -> Geometry:
         """The part of the shape that a prefix has to match."""
-        return Geometry(
-            self.layers, self.heads, self.kv_heads, self.head_dim, self.d_model, self.vocab
-        )
+        own = self._site
+        if self.encoder is not None:
+            sites = {"decoder": own, "cross": own, "encoder": self.encoder._site}
+        else:
+            sites = {"decoder" if self.causal else "encoder": own}
+        return Geometry(self.d_model, self.vocab, **sites)
+
+    @property
+    def _site(self) -> SiteShape:
+        return SiteShape(self.layers, self.heads, self.kv_heads, self.head_dim)

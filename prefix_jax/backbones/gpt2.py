@@ -41,6 +41,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         epsilon=config.get("layer_norm_epsilon", 1e-5),
         activation=config.get("activation_function", "gelu_new"),
         gated=False,
+        positions=config["n_positions"],
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,

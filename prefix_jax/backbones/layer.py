@@ -1,6 +1,9 @@
-"""The transformer block that GPT-2 and the Llama family share, in their variants."""
+"""The transformer block that all families share, in their variants."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -8,38 +11,105 @@ import jax
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.nn.activations import activation
 from prefix_jax.nn.layers import MLP, Attention, KeysValues, LayerNorm, RMSNorm, View
-from prefix_jax.prefix import KVPrefix
+from prefix_jax.prefix import Site
 
-NORMS: dict[str, type[RMSNorm | LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
+
+def make_norm(arch: Architecture, axis: str = "D") -> RMSNorm | LayerNorm:
+    """A norm of the architecture's kind over the axis of that letter."""
+    if arch.norm == "layer":
+        return LayerNorm(arch.epsilon)
+    return RMSNorm(arch.epsilon, axis, plus_one=arch.norm == "rms_plus_one")
 
 
 class Layer(nn.Module):
-    """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A block: attention to the tokens, to what an encoder read where there is one, and a
+    feed-forward, each added to its input and normalised where `arch.norm_at` says."""
 
     arch: Architecture
 
     def setup(self) -> None:
         a = self.arch
-        norm = NORMS[a.norm]
-        self.attn_norm, self.mlp_norm = norm(a.epsilon), norm(a.epsilon)
-        self.attn = Attention(
+        attention = functools.partial(
+            Attention,
             a.d_model,
             a.heads,
             a.kv_heads,
             a.head_dim,
             qkv_bias=a.qkv_bias,
             out_bias=a.out_bias,
-            qk_norm=a.epsilon if a.qk_norm else None,
+            scale=a.attention_scale,
+            softcap=a.attention_softcap,
         )
+        self.attn = attention(
+            qk_norm=functools.partial(_head_norm, a) if a.qk_norm else None,
+        )
+        self.attn_norm = make_norm(a)
+        if a.encoder is not None:
+            self.cross, self.cross_norm = attention(), make_norm(a)
         self.mlp = MLP(a.d_model, a.d_ff, activation(a.activation), a.gated, a.mlp_bias)
+        self.mlp_norm = make_norm(a)
+        if a.norm_at == "around":
+            self.attn_out_norm, self.mlp_out_norm = make_norm(a), make_norm(a)
 
-    def keys_values(self, x_BTD: jax.Array, view: View) -> tuple[jax.Array, jax.Array]:
-        """The keys and values, k_BTKH and v_BTKH, of hidden states at the layer's entry."""
-        return self.attn.keys_values(self.attn_norm(x_BTD), view)
+    def keys_values(
+        self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array] | None
+    ) -> KeysValues:
+        """The keys and values of hidden states at the layer's entry."""
+        x_BTD = x_BTD if self.arch.norm_at == "after" else self.attn_norm(x_BTD)
+        return KeysValues.of(*self.attn.keys_values(x_BTD, rotary))
+
+    def adapter_keys_values(self, x_BTD: jax.Array) -> KeysValues:
+        """The keys and values of an adapter's states: bare projections."""
+        return KeysValues.of(*self.attn.projected(x_BTD))
+
+    def memory_keys_values(self, h_BSD: jax.Array) -> KeysValues:
+        """The keys and values of what the encoder read."""
+        return KeysValues.of(*self.cross.keys_values(h_BSD, None))
 
     def __call__(
-        self, x_BTD: jax.Array, view: View, join: KVPrefix | None, cache: KeysValues | None
+        self,
+        x_BTD: jax.Array,
+        view: View,
+        site: Site | None,
+        cache: KeysValues | None,
+        cross_view: View | None = None,
+        cross_site: Site | None = None,
+        memory: KeysValues | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
-        y_BTD, cache = self.attn(self.attn_norm(x_BTD), view, join, cache)
-        x_BTD = x_BTD + y_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+        a = self.arch
+        around = a.norm_at == "around"
+
+        def attend(x_BTD: jax.Array) -> jax.Array:
+            nonlocal cache
+            y_BTD, cache = self.attn(x_BTD, view, site, cache)
+            return y_BTD
+
+        if a.parallel:
+            y_BTD = attend(self.attn_norm(x_BTD)) + self.mlp(self.mlp_norm(x_BTD))
+            return x_BTD + y_BTD, cache
+        x_BTD = self._add(x_BTD, attend, self.attn_norm, self.attn_out_norm if around else None)
+        if memory is not None and cross_view is not None:
+            x_BTD = self._add(
+                x_BTD,
+                lambda x_BTD: self.cross(x_BTD, cross_view, cross_site, None, memory)[0],
+                self.cross_norm,
+                None,
+            )
+        x_BTD = self._add(x_BTD, self.mlp, self.mlp_norm, self.mlp_out_norm if around else None)
+        return x_BTD, cache
+
+    def _add(
+        self,
+        x_BTD: jax.Array,
+        sublayer: Callable[[jax.Array], jax.Array],
+        norm: Callable[[jax.Array], jax.Array],
+        out_norm: Callable[[jax.Array], jax.Array] | None,
+    ) -> jax.Array:
+        if self.arch.norm_at == "after":
+            return norm(x_BTD + sublayer(x_BTD))
+        y_BTD = sublayer(norm(x_BTD))
+        return x_BTD + (y_BTD if out_norm is None else out_norm(y_BTD))
+
+
+def _head_norm(arch: Architecture) -> RMSNorm:
+    return RMSNorm(arch.epsilon, "H", plus_one=arch.norm == "rms_plus_one")

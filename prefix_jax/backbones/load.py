@@ -19,9 +19,10 @@ from transformers import PreTrainedTokenizerFast
 
 from prefix_jax.backbones import gguf, gpt2, llama
 from prefix_jax.backbones.architecture import Architecture
-from prefix_jax.backbones.decoder import Backbone, Params
+from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.fingerprint import fingerprint
 from prefix_jax.backbones.names import match
+from prefix_jax.backbones.stack import Params
 from prefix_jax.backbones.tokenizer import load_tokenizer
 from prefix_jax.backbones.weights import Safetensors, TensorSource, stream
 from prefix_jax.errors import BackboneError

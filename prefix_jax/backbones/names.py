@@ -142,7 +142,7 @@ def match(
     used: set[str] = set()
     for path, leaf in flatten_dict(dict(params)).items():
         row, shape = rows[path], tuple(leaf.shape)
-        stacked = path[0] == "layers"
+        stacked = "layers" in path
         count = shape[0] if stacked else 1
         names = [row.name.format(l=layer) for layer in range(count)]
         expected = row.storage.stored(shape[1:] if stacked else shape)

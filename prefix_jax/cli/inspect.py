@@ -65,13 +65,19 @@ def _facts(found: Inspection) -> Table:
         "started as": card.init,
         "trained": None if card.steps is None else f"{card.steps:,} steps",
         "prefix": f"{card.length} slots of kind {card.kind}",
-        "positions": f"{card.positions[0]} to {card.positions[-1]}, text from {card.offset}"
+        "positions": None
+        if not card.positions
+        else f"{card.positions[0]} to {card.positions[-1]}, text from {card.offset}"
         + (", pinned" if card.pinned else ""),
         "size": f"{found.parameters:,} parameters, {found.bytes:,} bytes on disk",
         "backbone": f"{card.backbone.source} ({card.backbone.model_type}, {card.backbone.dtype})",
         "weights": card.backbone.fingerprint,
-        "shape": f"{g.layers} layers, {g.query_heads} query and {g.kv_heads} key/value heads of "
-        f"{g.head_dim}, width {g.d_model}, vocabulary {g.vocab:,}",
+        "shape": f"width {g.d_model}, vocabulary {g.vocab:,}",
+        **{
+            name: f"{site.layers} layers, {site.query_heads} query and {site.kv_heads} key/value "
+            f"heads of {site.head_dim}"
+            for name, site in g.sites.items()
+        },
         "tokenizer": None
         if card.tokenizer is None
         else f"{card.tokenizer.name}, {card.tokenizer.size:,} tokens",

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from prefix_jax.backbones.decoder import Backbone, Params
+from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.stack import Params
 from prefix_jax.config import DecodeConfig
 from prefix_jax.decode.continuation import Continuation, Generation, Writer
 from prefix_jax.decode.loop import Search, advance, read

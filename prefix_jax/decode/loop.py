@@ -8,7 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from prefix_jax.backbones.decoder import Backbone, Params
+from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.stack import Params
 from prefix_jax.decode.beam import Beam
 from prefix_jax.decode.draw import Draw
 from prefix_jax.decode.state import State

@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from prefix_jax.backbones.decoder import Cache
+from prefix_jax.backbones.stack import Cache
 
 
 @flax.struct.dataclass

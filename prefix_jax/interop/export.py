@@ -64,6 +64,4 @@ def baked(produced: Produced, card: Card, pretrained: Pretrained) -> tuple[Prefi
         pretrained: the backbone that it was made for.
     """
     prefix = jax.jit(pretrained.backbone.lift)(pretrained.params, produced)
-    return prefix, dataclasses.replace(
-        card, kind="kv", length=prefix.length, offset=prefix.offset, pinned=prefix.pinned
-    )
+    return prefix, dataclasses.replace(card, **dataclasses.asdict(artifact.facts(prefix)))

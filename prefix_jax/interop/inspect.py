@@ -15,7 +15,7 @@ from prefix_jax.artifact import Card
 from prefix_jax.backbones.load import Pretrained
 from prefix_jax.errors import BackboneError, ConfigError
 from prefix_jax.interop.backbone import backbone_of
-from prefix_jax.prefix import Embeds, Hidden, Produced
+from prefix_jax.prefix import Adapter, Embeds, Gated, Hidden, KVPrefix, Memory, Produced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,14 +130,26 @@ def norms(produced: Produced) -> tuple[Norms, ...]:
         return (_norms("soft tokens", None, produced.x_PD),)
     if isinstance(produced, Hidden):
         return tuple(_norms("hidden states", i, h) for i, h in enumerate(produced.h_LPD))
-    join = produced.decoder.join
-    if join is None:
-        return ()
-    return tuple(
-        _norms(name, layer, x_PKH)
-        for name, x_LPKH in (("keys", join.k_LPKH), ("values", join.v_LPKH))
-        for layer, x_PKH in enumerate(x_LPKH)
-    )
+    if isinstance(produced, Adapter):
+        layers = produced.layers or range(len(produced.h_LPD))
+        return tuple(
+            _norms("adapter states", i, h) for i, h in zip(layers, produced.h_LPD, strict=True)
+        )
+    found = []
+    for where, site in produced.sites.items():
+        parts = {
+            of: x
+            for owner in (site.join, site.beside)
+            if isinstance(owner, KVPrefix | Gated)
+            for of, x in (("keys", owner.k_LPKH), ("values", owner.v_LPKH))
+        }
+        if isinstance(site.beside, Memory):
+            parts["memory"] = site.beside.m_LNHH
+        for of, x in parts.items():
+            layers = site.layers or range(len(x))
+            name = of if len(produced.sites) == 1 else f"{where} {of}"
+            found += [_norms(name, i, layer) for i, layer in zip(layers, x, strict=True)]
+    return tuple(found)
 
 
 def nearest_words(
@@ -165,7 +177,7 @@ def nearest_words(
     )
 
 
-_NAMES = {"hidden": "hidden states", "kv": "keys and values"}
+_NAMES = {"hidden": "hidden states", "adapter": "adapter states", "kv": "keys and values"}
 
 
 def _norms(of: str, layer: int | None, x: jax.Array) -> Norms:

@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from prefix_jax.errors import ConfigError
-from prefix_jax.prefix import Embeds, Geometry, Hidden, KVPrefix, Prefix, Produced, Site
+from prefix_jax.prefix import (
+    Adapter,
+    Embeds,
+    Geometry,
+    Hidden,
+    KVPrefix,
+    Prefix,
+    Produced,
+    Site,
+)
 
 Params = Mapping[str, Any]
 
@@ -32,7 +41,7 @@ class Method(abc.ABC, Generic[ProducedT]):
     length: int = 16
     dropout: float = 0.0
 
-    produces: ClassVar[type[Embeds] | type[Hidden] | type[Prefix]]
+    produces: ClassVar[type[Embeds] | type[Hidden] | type[Adapter] | type[Prefix]]
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -69,16 +78,22 @@ class Method(abc.ABC, Generic[ProducedT]):
 
 
 def zeros(kind: type[ProducedT], geometry: Geometry, length: int) -> ProducedT:
-    """A start that is zero everywhere."""
+    """A start that is zero everywhere; of keys and values, at every site that there is."""
     g = geometry
     start: Produced
     if kind is Embeds:
         start = Embeds(jnp.zeros((length, g.d_model)))
     elif kind is Hidden:
-        start = Hidden(jnp.zeros((g.layers, length, g.d_model)))
+        start = Hidden(jnp.zeros((g.main.layers, length, g.d_model)))
+    elif kind is Adapter:
+        gate_LN = jnp.zeros((g.main.layers, g.main.query_heads))
+        start = Adapter(jnp.zeros((g.main.layers, length, g.d_model)), gate_LN)
     else:
-        pair = (jnp.zeros((g.layers, length, g.kv_heads, g.head_dim)) for _ in range(2))
-        start = Prefix(Site(KVPrefix(*pair)), offset=length)
+        sites = {}
+        for name, site in g.sites.items():
+            shape = (site.layers, length, site.kv_heads, site.head_dim)
+            sites[name] = Site(KVPrefix(jnp.zeros(shape), jnp.zeros(shape)))
+        start = Prefix.of(sites, offset=length)
     return cast(ProducedT, start)
 
 

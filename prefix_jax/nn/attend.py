@@ -1,17 +1,22 @@
 """The one attention over a prefix and tokens.
 
 The prefix is never copied to the rows of the batch: its logits are one matrix product over all
-queries, and both parts share a maximum and a denominator.
+queries, and both parts share a maximum and a denominator. What stands beside the softmax (gated
+adapters, Prefix-Tuning+) is added to its result.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from prefix_jax.prefix import KVPrefix
+from prefix_jax.nn.mask import Seen
+from prefix_jax.prefix import Beside, KVPrefix, Memory, Site
 
 # Finite, so that a row that sees nothing (padding without a prefix) stays free of NaN.
 MASKED = -1e30
@@ -21,10 +26,10 @@ def attend(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    mask_BTS: jax.Array,
-    join: KVPrefix | None,
-    mask_BTP: jax.Array | None,
+    seen: Seen,
+    site: Site | None,
     scale: float,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Attends to tokens and, inside the same softmax, to a prefix.
 
@@ -35,10 +40,10 @@ def attend(
         q_BTNH: queries.
         k_BSKH: keys of the tokens; each serves N/K query heads.
         v_BSKH: values of the tokens.
-        mask_BTS: True where a query sees a key.
-        join: one layer of a prefix (k_PKH, v_PKH, bias_PN), or None for the bare model.
-        mask_BTP: True where a query sees a prefix slot; None if all see all.
+        seen: which keys and prefix slots each query sees.
+        site: one layer of a site of a prefix (k_PKH, v_PKH, …), or None for the bare model.
         scale: multiplies the logits, H ** -0.5 as a rule.
+        softcap: bounds the logits smoothly, to softcap * tanh(logits / softcap) (Gemma 2).
 
     Returns:
         out_BTNH in the dtype of `q_BTNH`. Softmax is computed in float32.
@@ -46,10 +51,33 @@ def attend(
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BKGTH = (q_BTNH * scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    if join is not None:
-        join = jax.tree.map(lambda leaf: leaf.astype(q_BTNH.dtype), join)
-    out_BKGTH = _attend(q_BKGTH, k_BSKH, v_BSKH, mask_BTS, join, mask_BTP)
-    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    join = None if site is None else jax.tree.map(lambda x: x.astype(q_BTNH.dtype), site.join)
+    out_BKGTH = _attend(softcap, q_BKGTH, k_BSKH, v_BSKH, seen, join)
+    out_BTNH = out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    if site is not None and site.beside is not None:
+        out_BTNH = out_BTNH + beside(q_BTNH, site.beside, scale)
+    return out_BTNH
+
+
+def beside(q_BTNH: jax.Array, added: Beside, scale: float) -> jax.Array:
+    """What queries gain beside the softmax over tokens, out_BTNH.
+
+    Args:
+        q_BTNH: queries.
+        added: one layer of it (k_PKH, v_PKH, gate_N; or m_NHH).
+        scale: multiplies the logits.
+    """
+    B, T, N, H = q_BTNH.shape
+    dtype = q_BTNH.dtype
+    if isinstance(added, Memory):
+        # Heads are Y on the way out, so that the letters of an einsum differ.
+        features_BTNH = jax.nn.elu(q_BTNH.astype(jnp.float32)).astype(dtype)
+        return jnp.einsum("BTNH,NHY->BTNY", features_BTNH, added.m_LNHH.astype(dtype))
+    k_PKH, v_PKH = added.k_LPKH.astype(dtype), added.v_LPKH.astype(dtype)
+    q_BTKGH = (q_BTNH * scale).reshape(B, T, k_PKH.shape[1], -1, H)
+    weights_BTKGP = jax.nn.softmax(_dot("BTKGH,PKH->BTKGP", q_BTKGH, k_PKH), axis=-1)
+    out_BTKGH = _dot("BTKGP,PKH->BTKGH", weights_BTKGP.astype(dtype), v_PKH)
+    return (out_BTKGH.reshape(B, T, N, H) * added.gate_LN[:, None]).astype(dtype)
 
 
 def _dot(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
@@ -58,36 +86,45 @@ def _dot(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def _logits(
+    softcap: float | None,
     q_BKGTH: jax.Array,
     k_BSKH: jax.Array,
-    mask_BTS: jax.Array,
+    seen: Seen,
     join: KVPrefix | None,
-    mask_BTP: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Masked float32 logits of the tokens [B, K, G, T, S], and of the prefix [B, K, G, T, P]."""
+    K, G = q_BKGTH.shape[1:3]
+
+    def finish(
+        logits: jax.Array, bias_BNTS: jax.Array | None, mask_BTS: jax.Array | None
+    ) -> jax.Array:
+        if softcap is not None:
+            logits = softcap * jnp.tanh(logits / softcap)
+        if bias_BNTS is not None:
+            logits = logits + bias_BNTS.reshape(bias_BNTS.shape[0], K, G, *bias_BNTS.shape[2:])
+        return logits if mask_BTS is None else jnp.where(mask_BTS[:, None, None], logits, MASKED)
+
     tokens_BKGTS = _dot("BKGTH,BSKH->BKGTS", q_BKGTH, k_BSKH)
-    tokens_BKGTS = jnp.where(mask_BTS[:, None, None], tokens_BKGTS, MASKED)
+    tokens_BKGTS = finish(tokens_BKGTS, seen.bias_BNTS, seen.mask_BTS)
     if join is None:
         return tokens_BKGTS, None
     prefix_BKGTP = _dot("BKGTH,PKH->BKGTP", q_BKGTH, join.k_LPKH)
+    prefix_BKGTP = finish(prefix_BKGTP, seen.bias_BNTP, seen.mask_BTP)
     if join.bias_LPN is not None:
-        K, G = q_BKGTH.shape[1:3]
         prefix_BKGTP = prefix_BKGTP + join.bias_LPN.T.reshape(K, G, 1, -1)
         prefix_BKGTP = jnp.maximum(prefix_BKGTP, MASKED)
-    if mask_BTP is not None:
-        prefix_BKGTP = jnp.where(mask_BTP[:, None, None], prefix_BKGTP, MASKED)
     return tokens_BKGTS, prefix_BKGTP
 
 
 def _forward(
+    softcap: float | None,
     q_BKGTH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    mask_BTS: jax.Array,
+    seen: Seen,
     join: KVPrefix | None,
-    mask_BTP: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
-    tokens_BKGTS, prefix_BKGTP = _logits(q_BKGTH, k_BSKH, mask_BTS, join, mask_BTP)
+    tokens_BKGTS, prefix_BKGTP = _logits(softcap, q_BKGTH, k_BSKH, seen, join)
     peak_BKGT1 = tokens_BKGTS.max(axis=-1, keepdims=True)
     if prefix_BKGTP is not None:
         peak_BKGT1 = jnp.maximum(peak_BKGT1, prefix_BKGTP.max(axis=-1, keepdims=True))
@@ -102,59 +139,78 @@ def _forward(
 
     out_BKGTH = (out_BKGTH / total_BKGT1).astype(q_BKGTH.dtype)
     log_total_BKGT1 = peak_BKGT1 + jnp.log(total_BKGT1)
-    arguments = (q_BKGTH, k_BSKH, v_BSKH, mask_BTS, join, mask_BTP)
-    return out_BKGTH, (*arguments, out_BKGTH, log_total_BKGT1)
+    return out_BKGTH, (q_BKGTH, k_BSKH, v_BSKH, seen, join, out_BKGTH, log_total_BKGT1)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
+    softcap: float | None,
     q_BKGTH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    mask_BTS: jax.Array,
+    seen: Seen,
     join: KVPrefix | None,
-    mask_BTP: jax.Array | None,
 ) -> jax.Array:
-    return _forward(q_BKGTH, k_BSKH, v_BSKH, mask_BTS, join, mask_BTP)[0]
+    return _forward(softcap, q_BKGTH, k_BSKH, v_BSKH, seen, join)[0]
 
 
-def _backward(saved: Any, dout_BKGTH: jax.Array) -> tuple[Any, ...]:
-    q_BKGTH, k_BSKH, v_BSKH, mask_BTS, join, mask_BTP, out_BKGTH, log_total_BKGT1 = saved
+def _backward(softcap: float | None, saved: Any, dout_BKGTH: jax.Array) -> tuple[Any, ...]:
+    q_BKGTH, k_BSKH, v_BSKH, seen, join, out_BKGTH, log_total_BKGT1 = saved
     dtype = q_BKGTH.dtype
-    tokens_BKGTS, prefix_BKGTP = _logits(q_BKGTH, k_BSKH, mask_BTS, join, mask_BTP)
+    tokens_BKGTS, prefix_BKGTP = _logits(softcap, q_BKGTH, k_BSKH, seen, join)
     # A weight's gradient counts relative to the mean over the whole softmax, prefix included.
     mean_BKGT1 = jnp.sum(
         dout_BKGTH.astype(jnp.float32) * out_BKGTH.astype(jnp.float32), axis=-1, keepdims=True
     )
 
     def through_softmax(
-        logits: jax.Array, dweights: jax.Array
+        logits: jax.Array, dweights: jax.Array, products: Callable[[], jax.Array]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Weights, the gradient of the products of queries and keys, that of the logits."""
         weights = jnp.exp(logits - log_total_BKGT1)
         dlogits = weights * (dweights - mean_BKGT1)
-        return weights.astype(dtype), dlogits.astype(dtype), dlogits
+        dproducts = dlogits
+        if softcap is not None:
+            dproducts = dlogits * (1 - jnp.tanh(products() / softcap) ** 2)
+        return weights.astype(dtype), dproducts.astype(dtype), dlogits
 
     dweights_BKGTS = _dot("BKGTH,BSKH->BKGTS", dout_BKGTH, v_BSKH)
-    weights_BKGTS, dlogits_BKGTS, _ = through_softmax(tokens_BKGTS, dweights_BKGTS)
-    dq_BKGTH = _dot("BKGTS,BSKH->BKGTH", dlogits_BKGTS, k_BSKH)
-    dk_BSKH = _dot("BKGTS,BKGTH->BSKH", dlogits_BKGTS, q_BKGTH).astype(k_BSKH.dtype)
+    weights_BKGTS, dproducts_BKGTS, dlogits_BKGTS = through_softmax(
+        tokens_BKGTS, dweights_BKGTS, lambda: _dot("BKGTH,BSKH->BKGTS", q_BKGTH, k_BSKH)
+    )
+    dq_BKGTH = _dot("BKGTS,BSKH->BKGTH", dproducts_BKGTS, k_BSKH)
+    dk_BSKH = _dot("BKGTS,BKGTH->BSKH", dproducts_BKGTS, q_BKGTH).astype(k_BSKH.dtype)
     dv_BSKH = _dot("BKGTS,BKGTH->BSKH", weights_BKGTS, dout_BKGTH).astype(v_BSKH.dtype)
+    dseen = Seen(None, bias_BNTS=_dbias(dlogits_BKGTS, seen.bias_BNTS))
 
     djoin = None
     if join is not None and prefix_BKGTP is not None:
         dweights_BKGTP = _dot("BKGTH,PKH->BKGTP", dout_BKGTH, join.v_LPKH)
-        weights_BKGTP, dlogits_BKGTP, exact_BKGTP = through_softmax(prefix_BKGTP, dweights_BKGTP)
-        dq_BKGTH += _dot("BKGTP,PKH->BKGTH", dlogits_BKGTP, join.k_LPKH)
+        weights_BKGTP, dproducts_BKGTP, dlogits_BKGTP = through_softmax(
+            prefix_BKGTP, dweights_BKGTP, lambda: _dot("BKGTH,PKH->BKGTP", q_BKGTH, join.k_LPKH)
+        )
+        dq_BKGTH += _dot("BKGTP,PKH->BKGTH", dproducts_BKGTP, join.k_LPKH)
+        dseen = dataclasses.replace(dseen, bias_BNTP=_dbias(dlogits_BKGTP, seen.bias_BNTP))
         dbias_PN = None
         if join.bias_LPN is not None:
-            dbias_PN = exact_BKGTP.sum(axis=(0, 3)).reshape(join.bias_LPN.shape[::-1]).T
+            dbias_PN = dlogits_BKGTP.sum(axis=(0, 3)).reshape(join.bias_LPN.shape[::-1]).T
             dbias_PN = dbias_PN.astype(join.bias_LPN.dtype)
         djoin = KVPrefix(
-            _dot("BKGTP,BKGTH->PKH", dlogits_BKGTP, q_BKGTH).astype(dtype),
+            _dot("BKGTP,BKGTH->PKH", dproducts_BKGTP, q_BKGTH).astype(dtype),
             _dot("BKGTP,BKGTH->PKH", weights_BKGTP, dout_BKGTH).astype(dtype),
             dbias_PN,
         )
-    return dq_BKGTH.astype(dtype), dk_BSKH, dv_BSKH, None, djoin, None
+    return dq_BKGTH.astype(dtype), dk_BSKH, dv_BSKH, dseen, djoin
+
+
+def _dbias(dlogits_BKGTS: jax.Array, bias_BNTS: jax.Array | None) -> jax.Array | None:
+    """The gradient of a bias that was added to logits; rows share it if it has one row."""
+    if bias_BNTS is None:
+        return None
+    dbias_BNTS = dlogits_BKGTS.reshape(-1, *bias_BNTS.shape[1:])
+    if bias_BNTS.shape[0] == 1:
+        dbias_BNTS = dbias_BNTS.sum(axis=0, keepdims=True)
+    return dbias_BNTS.astype(bias_BNTS.dtype)
 
 
 _attend.defvjp(_forward, _backward)

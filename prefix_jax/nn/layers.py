@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from prefix_jax.nn.attend import attend
+from prefix_jax.nn.mask import Seen
 from prefix_jax.nn.rotary import rotate
-from prefix_jax.prefix import KVPrefix
+from prefix_jax.prefix import Site
 
 _weights = nn.initializers.normal(0.02)
 _ones, _zeros = nn.initializers.ones, nn.initializers.zeros
@@ -26,14 +27,12 @@ class View:
     """What attention needs to know about where tokens stand, equal for all layers of one kind.
 
     Attributes:
-        mask_BTS: True where a query sees a key.
-        mask_BTP: True where a query sees a prefix slot; None if all see all.
+        seen: what each query sees.
         rotary: cos_BTH and sin_BTH of the queries' angles; None where positions are learned.
         column: int32 scalar, where a cache writes the keys of the queries; None without a cache.
     """
 
-    mask_BTS: jax.Array
-    mask_BTP: jax.Array | None = None
+    seen: Seen
     rotary: tuple[jax.Array, jax.Array] | None = None
     column: jax.Array | None = None
 
@@ -66,14 +65,24 @@ class KeysValues:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation over the last axis, in float32 (Zhang & Sennrich 2019)."""
+    """Root mean square normalisation over the last axis, in float32 (Zhang & Sennrich 2019).
+
+    Attributes:
+        epsilon: added to the mean square.
+        axis: the letter of the last axis.
+        plus_one: the stored scale counts from 1, as Gemma's does.
+    """
 
     epsilon: float
     axis: str = "D"
+    plus_one: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param(f"scale_{self.axis}", _ones, (x.shape[-1],))
+        first = _zeros if self.plus_one else _ones
+        scale = self.param(f"scale_{self.axis}", first, (x.shape[-1],))
+        if self.plus_one:
+            scale = 1 + scale.astype(jnp.float32)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
         return (y * scale).astype(x.dtype)
@@ -95,12 +104,15 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with a prefix in its softmax.
+    """Grouped-query attention with a prefix in its softmax: of tokens to each other, or, given a
+    memory, to what an encoder read.
 
     Attributes:
         heads, kv_heads, head_dim: N, K and H.
         qkv_bias, out_bias: whether the projections add biases.
-        qk_norm: epsilon of an RMSNorm over H on queries and keys (Qwen 3), or None.
+        qk_norm: makes the norm over H of queries and keys (Qwen 3, Gemma 3), or None.
+        scale: multiplies the logits; None for H ** -0.5.
+        softcap: bounds the logits (Gemma 2), or None.
     """
 
     d_model: int
@@ -109,7 +121,9 @@ class Attention(nn.Module):
     head_dim: int
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: float | None = None
+    qk_norm: Callable[[], RMSNorm] | None = None
+    scale: float | None = None
+    softcap: float | None = None
 
     def setup(self) -> None:
         D, N, K, H = self.d_model, self.heads, self.kv_heads, self.head_dim
@@ -124,22 +138,33 @@ class Attention(nn.Module):
         if self.out_bias:
             self.o_bias_D = self.param("o_bias_D", _zeros, (D,))
         if self.qk_norm is not None:
-            self.q_norm = RMSNorm(self.qk_norm, axis="H")
-            self.k_norm = RMSNorm(self.qk_norm, axis="H")
+            self.q_norm, self.k_norm = self.qk_norm(), self.qk_norm()
 
-    def keys_values(self, x_BTD: jax.Array, view: View) -> tuple[jax.Array, jax.Array]:
+    def keys_values(
+        self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, jax.Array]:
         """k_BTKH as attention reads them (normalised, rotated), and v_BTKH."""
+        k_BTKH, v_BTKH = self.projected(x_BTD)
+        if self.qk_norm is not None:
+            k_BTKH = self.k_norm(k_BTKH)
+        if rotary is not None:
+            k_BTKH = rotate(k_BTKH, *rotary)
+        return k_BTKH, v_BTKH
+
+    def projected(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """k_BTKH and v_BTKH as the projections make them."""
         k_BTKH, v_BTKH = _to_heads(x_BTD, self.k_DKH), _to_heads(x_BTD, self.v_DKH)
         if self.qkv_bias:
             k_BTKH, v_BTKH = k_BTKH + self.k_bias_KH, v_BTKH + self.v_bias_KH
-        if self.qk_norm is not None:
-            k_BTKH = self.k_norm(k_BTKH)
-        if view.rotary is not None:
-            k_BTKH = rotate(k_BTKH, *view.rotary)
         return k_BTKH, v_BTKH
 
     def __call__(
-        self, x_BTD: jax.Array, view: View, join: KVPrefix | None, cache: KeysValues | None
+        self,
+        x_BTD: jax.Array,
+        view: View,
+        site: Site | None,
+        cache: KeysValues | None,
+        memory: KeysValues | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
         q_BTNH = _to_heads(x_BTD, self.q_DNH)
         if self.qkv_bias:
@@ -148,13 +173,16 @@ class Attention(nn.Module):
             q_BTNH = self.q_norm(q_BTNH)
         if view.rotary is not None:
             q_BTNH = rotate(q_BTNH, *view.rotary)
-        k_BSKH, v_BSKH = self.keys_values(x_BTD, view)
+        if memory is not None:
+            k_BSKH, v_BSKH = memory.k_BKSH.swapaxes(1, 2), memory.v_BKSH.swapaxes(1, 2)
+        else:
+            k_BSKH, v_BSKH = self.keys_values(x_BTD, view.rotary)
         if cache is not None:
             assert view.column is not None, "a cache needs to know where to write"
             cache = cache.write(KeysValues.of(k_BSKH, v_BSKH), view.column)
             k_BSKH, v_BSKH = cache.k_BKSH.swapaxes(1, 2), cache.v_BKSH.swapaxes(1, 2)
-        scale = self.head_dim**-0.5
-        y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, view.mask_BTS, join, view.mask_BTP, scale)
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, view.seen, site, scale, self.softcap)
         y_BTD = _from_heads(y_BTNH, self.o_NHD)
         if self.out_bias:
             y_BTD = y_BTD + self.o_bias_D

@@ -1,4 +1,8 @@
-"""Who sees whom: the attention mask as a function of where tokens stand."""
+"""Who sees whom: the attention mask as a function of where tokens stand.
+
+Three kinds of attention: causal among the tokens of a decoder, bidirectional among those of an
+encoder, and across, from a decoder to all that its encoder read.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +15,23 @@ import jax.numpy as jnp
 class Tokens:
     """Where each token stands; the attention mask follows from it alone.
 
-    A token sees keys of its own group whose branch is 0 or its own, at positions up to its own,
-    and the whole prefix. So several examples pack into a row (groups), and several targets share
-    one source (branch 0 is the source, branches 1, 2, … its targets).
+    In a decoder a token sees keys of its own group whose branch is 0 or its own, at positions up
+    to its own, and the whole prefix. So several examples pack into a row (groups), and several
+    targets share one source (branch 0 is the source, branches 1, 2, … its targets). In an
+    encoder, and from a decoder to its encoder, a token sees the whole of its group.
 
     Attributes:
         group_BT: int32, from 1; 0 marks padding.
         branch_BT: int32.
         position_BT: int32, from 0 at the first token of each example's text.
+        segment_BT: int32, which of two texts of an example a token belongs to, for encoders that
+            embed it (BERT); None where nothing asks.
     """
 
     group_BT: jax.Array
     branch_BT: jax.Array
     position_BT: jax.Array
+    segment_BT: jax.Array | None = None
 
     @classmethod
     def plain(cls, present_BT: jax.Array) -> Tokens:
@@ -31,6 +39,23 @@ class Tokens:
         group_BT = present_BT.astype(jnp.int32)
         position_BT = jnp.maximum(jnp.cumsum(group_BT, axis=1) - 1, 0)
         return cls(group_BT, jnp.zeros_like(group_BT), position_BT)
+
+
+@flax.struct.dataclass
+class Seen:
+    """What queries see, and how they weigh where it stands.
+
+    Attributes:
+        mask_BTS: True where a query sees a key; None if all see all.
+        mask_BTP: True where a query sees a prefix slot; None if all see all.
+        bias_BNTS: added to the logits of the keys (T5's relative positions); None adds nothing.
+        bias_BNTP: added to the logits of the prefix slots.
+    """
+
+    mask_BTS: jax.Array | None
+    mask_BTP: jax.Array | None = None
+    bias_BNTS: jax.Array | None = None
+    bias_BNTP: jax.Array | None = None
 
 
 def visible(
@@ -72,3 +97,9 @@ def visible_prefix(position_BT: jax.Array, length: int, window: int | None) -> j
     """
     distance_BTP = position_BT[:, :, None] - jnp.arange(length)
     return distance_BTP < (jnp.iinfo(jnp.int32).max if window is None else window)
+
+
+def visible_group(queries: Tokens, keys: Tokens) -> jax.Array:
+    """The mask of an encoder's attention, and of a decoder's to its encoder, bool [B, T, S]."""
+    group_BT1, group_B1S = queries.group_BT[:, :, None], keys.group_BT[:, None, :]
+    return (group_BT1 == group_B1S) & (group_B1S > 0)

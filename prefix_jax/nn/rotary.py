@@ -24,6 +24,7 @@ class Rotary:
         high: llama3's high_freq_factor, or yarn's beta_fast.
         attention: multiplies cos and sin; yarn's attention_factor.
         truncate: whether yarn rounds the bounds of its ramp to whole dimensions.
+        share: of a head's dimensions that turn; the rest stay as they are (GPT-NeoX).
     """
 
     theta: float
@@ -34,6 +35,7 @@ class Rotary:
     high: float = 1.0
     attention: float = 1.0
     truncate: bool = True
+    share: float = 1.0
 
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Radians per position, float32 [H / 2]."""
@@ -67,15 +69,22 @@ class Rotary:
         return keep * plain + (1 - keep) * plain / self.factor
 
     def angles(self, position_BT: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
-        """cos_BTH and sin_BTH in float32 (the second half of H repeats the first)."""
-        angle = position_BT[..., None].astype(jnp.float32) * self.frequencies(head_dim)
+        """cos_BTH and sin_BTH in float32 (the second half repeats the first), of as many
+        dimensions as turn."""
+        turning = int(head_dim * self.share)
+        angle = position_BT[..., None].astype(jnp.float32) * self.frequencies(turning)
         angle = jnp.concatenate([angle, angle], axis=-1)
         return jnp.cos(angle) * self.attention, jnp.sin(angle) * self.attention
 
 
 def rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
-    """Turns each head's two halves by the angles of their positions."""
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    """Turns each head's two halves by the angles of their positions.
+
+    Fewer angles than H turn the first dimensions alone.
+    """
+    turning = cos_BTH.shape[-1]
+    x, rest = x_BTNH[..., :turning], x_BTNH[..., turning:]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
-    out = x_BTNH * cos_BTH[:, :, None] + turned * sin_BTH[:, :, None]
-    return out.astype(x_BTNH.dtype)
+    out = (x * cos_BTH[:, :, None] + turned * sin_BTH[:, :, None]).astype(x_BTNH.dtype)
+    return jnp.concatenate([out, rest], axis=-1) if rest.shape[-1] else out

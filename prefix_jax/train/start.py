@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefix_jax import artifact
-from prefix_jax.backbones.decoder import Params
 from prefix_jax.backbones.load import Pretrained
+from prefix_jax.backbones.stack import Params
 from prefix_jax.config import InitConfig
 from prefix_jax.data.batch import Example
 from prefix_jax.errors import ConfigError, PrefixError
 from prefix_jax.methods.base import Method, normal, zeros
 from prefix_jax.model import start_from_ids
-from prefix_jax.prefix import Produced
+from prefix_jax.prefix import Prefix, Produced
 
 
 def init_prefix(
@@ -94,10 +94,15 @@ def _stored(path: str | None, method: Method[Any], pretrained: Pretrained) -> Pr
             f"{_describe(expected)}: let its fields agree with what is stored"
         )
     if len(jax.tree.leaves(produced)) != len(jax.tree.leaves(expected)):
-        raise PrefixError(f"{path} holds a prefix with biases on its slots; no method trains them")
+        raise PrefixError(f"{path} holds a prefix with other parts than the method trains")
     return produced
 
 
 def _describe(produced: Produced) -> str:
-    kind, length, offset, pinned = artifact.facts(produced)
-    return f"kind {kind!r}, length {length}, offset {offset}{', pinned' if pinned else ''}"
+    known = artifact.facts(produced)
+    described = f"kind {known.kind!r}, length {known.length}, offset {known.offset}"
+    if isinstance(produced, Prefix):
+        described += f", sites {', '.join(produced.sites)}"
+    if known.layers:
+        described += f", layers {known.layers}"
+    return described + (", pinned" if known.pinned else "")

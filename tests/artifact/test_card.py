@@ -9,9 +9,9 @@ import pytest
 
 from prefix_jax.artifact import BackboneCard, TokenizerCard, check, make_card
 from prefix_jax.errors import PrefixError
-from prefix_jax.prefix import Embeds, Geometry
+from prefix_jax.prefix import Embeds, Geometry, SiteShape
 
-GEOMETRY = Geometry(layers=30, query_heads=9, kv_heads=3, head_dim=64, d_model=576, vocab=49152)
+GEOMETRY = Geometry(d_model=576, vocab=49152, decoder=SiteShape(30, 9, 3, 64))
 CARD = make_card(
     Embeds(jnp.zeros((4, 576))),
     GEOMETRY,
@@ -25,18 +25,18 @@ def test_its_own_backbone_fits() -> None:
 
 @pytest.mark.parametrize("allow", [False, True])
 def test_a_backbone_of_another_shape_is_refused_and_both_are_named(allow: bool) -> None:
-    other = dataclasses.replace(GEOMETRY, layers=32, d_model=960)
+    other = dataclasses.replace(GEOMETRY, d_model=960, decoder=SiteShape(32, 9, 3, 64))
     with pytest.raises(PrefixError) as error:
         check(CARD, other, "aaa", allow_other_weights=allow)
     lines = str(error.value).splitlines()
     assert "smol (llama)" in lines[0]
     assert lines[1:-1] == [
-        "    layers: 30 in the prefix, 32 in the backbone (differs)",
-        "    query_heads: 9 in the prefix, 9 in the backbone",
-        "    kv_heads: 3 in the prefix, 3 in the backbone",
-        "    head_dim: 64 in the prefix, 64 in the backbone",
         "    d_model: 576 in the prefix, 960 in the backbone (differs)",
         "    vocab: 49152 in the prefix, 49152 in the backbone",
+        "    decoder.layers: 30 in the prefix, 32 in the backbone (differs)",
+        "    decoder.query_heads: 9 in the prefix, 9 in the backbone",
+        "    decoder.kv_heads: 3 in the prefix, 3 in the backbone",
+        "    decoder.head_dim: 64 in the prefix, 64 in the backbone",
     ]
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from prefix_jax import artifact
 from prefix_jax.cli.main import main
-from prefix_jax.prefix import Geometry, KVPrefix, Prefix, Site
+from prefix_jax.prefix import Geometry, KVPrefix, Prefix, Site, SiteShape
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def stored(tmp_path):
     backbone = artifact.BackboneCard(
         source="/gone", model_type="gpt2", fingerprint="0", dtype="float32"
     )
-    card = artifact.make_card(produced, Geometry(2, 2, 1, 4, 8, 16), backbone)
+    card = artifact.make_card(produced, Geometry(8, 16, SiteShape(2, 2, 1, 4)), backbone)
     artifact.save(tmp_path / "stored", produced, card)
     return tmp_path / "stored"
 

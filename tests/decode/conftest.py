@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from prefix_jax.backbones.architecture import Architecture
-from prefix_jax.backbones.decoder import Backbone, Params
+from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.stack import Params
 from prefix_jax.decode import Generator
 from prefix_jax.nn.rotary import Rotary
 from prefix_jax.prefix import KVPrefix, Prefix, Site

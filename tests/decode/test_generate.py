@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_jax.backbones.decoder import Backbone
+from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.config import DecodeConfig
 from prefix_jax.decode import Generator
 from prefix_jax.decode.loop import advance, read

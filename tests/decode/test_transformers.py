@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from prefix_jax.backbones.decoder import Backbone
+from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.load import Pretrained, load
 from prefix_jax.config import DecodeConfig
 from prefix_jax.decode import Generator

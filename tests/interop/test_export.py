@@ -19,6 +19,7 @@ from prefix_jax.backbones.load import Pretrained, load
 from prefix_jax.errors import BackboneError, PrefixError
 from prefix_jax.interop.export import export
 from prefix_jax.nn.attend import attend
+from prefix_jax.nn.mask import Seen
 from prefix_jax.prefix import Prefix, Produced, Site
 
 Forms = dict[str, Produced]
@@ -115,7 +116,7 @@ def test_the_documented_five_lines_read_an_export_without_this_package(
     run_without_the_package(SNIPPETS[f"read: {to}"] + store, tmp_path)
     read = np.load(tmp_path / "read.npz")
     assert read["offset"] == 6
-    for name, array in zip(("k_LPKH", "v_LPKH"), leaves(forms["kv"]), strict=True):
+    for name, array in zip(("decoder.k_LPKH", "decoder.v_LPKH"), leaves(forms["kv"]), strict=True):
         assert read[name].dtype == np.float32
         assert np.array_equal(read[name], array)
 
@@ -124,7 +125,7 @@ def test_the_documented_five_lines_read_an_export_without_this_package(
 def test_the_documented_attention_is_ours(
     with_bias: bool, forms: Forms, save, pretrained: Pretrained, tmp_path: Path
 ) -> None:
-    g, rng = pretrained.backbone.geometry, np.random.default_rng(0)
+    g, rng = pretrained.backbone.geometry.main, np.random.default_rng(0)
     T, N, K, H = 5, g.query_heads, g.kv_heads, g.head_dim
     stored = forms["kv"]
     assert isinstance(stored, Prefix)
@@ -144,9 +145,8 @@ def test_the_documented_attention_is_ours(
         q_TNH[None],
         k_TKH[None],
         v_TKH[None],
-        np.tri(T, dtype=bool)[None],
-        jax.tree.map(lambda leaf: leaf[1], join),
-        None,
+        Seen(np.tri(T, dtype=bool)[None]),
+        Site(jax.tree.map(lambda leaf: leaf[1], join)),
         0.3,
     )
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected[0], atol=1e-5)

@@ -13,11 +13,11 @@ from prefix_jax.methods.base import normal, zeros
 from prefix_jax.methods.hidden import HiddenPrefixTuning
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.methods.prompt import PromptTuning
-from prefix_jax.prefix import Embeds, Geometry, Hidden, KVPrefix, Prefix, Site
+from prefix_jax.prefix import Embeds, Geometry, Hidden, KVPrefix, Prefix, Site, SiteShape
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-G = Geometry(layers=3, query_heads=4, kv_heads=2, head_dim=8, d_model=32, vocab=50)
+G = Geometry(d_model=32, vocab=50, decoder=SiteShape(3, 4, 2, 8))
 P, KEY = 5, jax.random.key(0)
 
 METHOD = {
@@ -84,8 +84,9 @@ def test_a_start_wider_than_the_mlp_is_met_as_well_as_its_last_layer_can():
     least = error(params)
     assert 0 < least < error(method.init(KEY, G, None))
     for seed in range(3):
-        noise = 0.01 * jax.random.normal(jax.random.key(seed), params["out_XL2KH"].shape)
-        assert error({**params, "out_XL2KH": params["out_XL2KH"] + noise}) > least
+        mlp = params["decoder"]
+        noise = 0.01 * jax.random.normal(jax.random.key(seed), mlp["out_XL2KH"].shape)
+        assert error({"decoder": {**mlp, "out_XL2KH": mlp["out_XL2KH"] + noise}}) > least
 
 
 def test_exporting_leaves_keys_and_values_alone():
@@ -114,7 +115,7 @@ def test_random_starts_are_those_of_the_papers():
     prompt = flat(PromptTuning(64))
     assert prompt.min() < -0.48
     assert 0.48 < prompt.max() <= 0.5
-    mlp = PrefixTuning(64, mid=9).init(KEY, G, None)
+    mlp = PrefixTuning(64, mid=9).init(KEY, G, None)["decoder"]
     assert 0.9 * 32**-0.5 < float(jnp.abs(mlp["in_DX"]).max()) <= 32**-0.5
     assert 0.9 / 3 < float(jnp.abs(mlp["out_XL2KH"]).max()) <= 1 / 3
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefix_jax.nn.attend import attend
-from prefix_jax.prefix import KVPrefix
+from prefix_jax.nn.mask import Seen
+from prefix_jax.prefix import KVPrefix, Site
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -86,9 +87,8 @@ def reference(case: Case, scale: float) -> jax.Array:
 
 @jax.jit
 def ours(case: Case) -> jax.Array:
-    return attend(
-        case.q_BTNH, case.k_BSKH, case.v_BSKH, case.mask_BTS, case.join, case.mask_BTP, 0.7
-    )
+    seen = Seen(case.mask_BTS, case.mask_BTP)
+    return attend(case.q_BTNH, case.k_BSKH, case.v_BSKH, seen, Site(case.join), 0.7)
 
 
 def _value_and_gradients(function: object, case: Case, weight_BTNH: jax.Array) -> tuple:

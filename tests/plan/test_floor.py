@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from prefix_jax.backbones import gpt2, llama
-from prefix_jax.backbones.decoder import Backbone
+from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.plan.floor import floor
 from prefix_jax.prefix import Embeds, Hidden, Prefix
 

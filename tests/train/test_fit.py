@@ -108,7 +108,7 @@ def test_the_best_step_is_exported_and_training_stops_early(
     assert run.interrupted is None
     # The best one stays on disk beside the latest.
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
-    key = "['train']['prefix']['k_LPKH']"
+    key = "['train']['prefix']['decoder']['k_LPKH']"
     stored = runs.state(tmp_path, 4)[key]
     produced, _ = artifact.load(tmp_path)
     assert np.asarray(produced.decoder.join.k_LPKH).tobytes() == stored[2]

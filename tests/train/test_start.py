@@ -174,14 +174,14 @@ def test_keys_and_values_can_train_on_under_an_mlp(pretrained, store):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (PrefixTuning(P + 1), "kind 'kv', length 4, offset 4; the method trains one of kind 'kv', "
+        (PrefixTuning(P + 1), "offset 4, sites decoder; the method trains one of kind 'kv', "
          "length 5, offset 5"),
-        (HiddenPrefixTuning(P), "kind 'kv', length 4, offset 4; the method trains one of kind "
+        (HiddenPrefixTuning(P), "offset 4, sites decoder; the method trains one of kind "
          "'hidden', length 4"),
         # What the text would see is not what the stored prefix was trained with.
-        (PrefixTuning(P, offset=0), "offset 4; the method trains one of kind 'kv', length 4, "
+        (PrefixTuning(P, offset=0), "sites decoder; the method .* 'kv', length 4, "
          "offset 0"),
-        (PrefixTuning(P, pinned=True), "offset 4; the method .* offset 4, pinned"),
+        (PrefixTuning(P, pinned=True), "the method .* offset 4, sites decoder, pinned"),
     ],
 )  # fmt: skip
 def test_a_stored_prefix_that_the_method_does_not_train_is_refused(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from decoders import V, decoder, hidden, lift, present, read, token_ids, weights
 
-from prefix_jax.backbones.decoder import Backbone
+from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Site
 
@@ -48,7 +48,7 @@ def prepended(name: str) -> jax.Array:
 
 @functools.cache
 def random_prefix(name: str, **fields) -> Prefix:
-    g = decoder(name).geometry
+    g = decoder(name).geometry.main
     k, v = jax.random.normal(jax.random.key(3), (2, g.layers, P, g.kv_heads, g.head_dim))
     return Prefix(Site(KVPrefix(k, v)), **{"offset": P, **fields})
 
@@ -72,12 +72,12 @@ def test_starting_from_a_text_equals_prepending_it(name, form):
 def test_read_gives_the_embeddings_the_layers_inputs_and_the_keys_and_values():
     backbone, params = decoder("gpt2"), params_of("gpt2")
     embeds, states, prefix = three_forms("gpt2")
-    g = backbone.geometry
+    g = backbone.geometry.main
     table = params["embed"]
     close(embeds.x_PD, table["tokens_VD"][texts()[0]])
     # What enters the first layer stands at its position already; soft tokens get theirs in lift.
     close(states.h_LPD[0], embeds.x_PD + table["positions_TD"][:P])
-    assert states.h_LPD.shape == (g.layers, P, g.d_model)
+    assert states.h_LPD.shape == (g.layers, P, backbone.geometry.d_model)
     assert prefix.decoder.join.k_LPKH.shape == (g.layers, P, g.kv_heads, g.head_dim)
     assert prefix.offset == P
     assert {leaf.dtype for leaf in jax.tree.leaves((embeds, states, prefix))} == {

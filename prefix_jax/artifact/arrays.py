@@ -1,0 +1,191 @@
+"""A prefix as named arrays (`decoder.k_LPKH`, `encoder.gated.gate_LN`), and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from prefix_jax.errors import PrefixError
+from prefix_jax.prefix import (
+    SITES,
+    Adapter,
+    Embeds,
+    Gated,
+    Geometry,
+    Hidden,
+    KVPrefix,
+    Layers,
+    Memory,
+    Prefix,
+    Produced,
+    Site,
+    SiteName,
+    SiteShape,
+)
+
+Kind = Literal["embeds", "hidden", "adapter", "kv"]
+Shape = tuple[int, ...]
+
+_BESIDE: dict[str, type[Gated] | type[Memory]] = {"gated": Gated, "memory": Memory}
+# The letters of axes that a backbone decides; P is the prefix's.
+_OPTIONAL = "bias_LPN"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What of a prefix is not in its arrays.
+
+    Attributes:
+        kind: "embeds", "hidden", "adapter" or "kv", for `Embeds`, `Hidden`, `Adapter`, `Prefix`.
+        length: P; 0 where there are no slots (Prefix-Tuning+).
+        offset: the position of the first token of text.
+        pinned: whether the prefix stays visible when a sliding window has moved past it.
+        layers: by site, the layers that it is of; a site that is not named is of all.
+    """
+
+    kind: Kind
+    length: int
+    offset: int
+    pinned: bool
+    layers: dict[str, tuple[int, ...]]
+
+
+def facts(produced: Produced) -> Facts:
+    """The facts of a prefix.
+
+    Raises:
+        PrefixError: it has no slots.
+    """
+    if isinstance(produced, Embeds):
+        P = produced.x_PD.shape[0]
+        return Facts(kind="embeds", length=P, offset=P, pinned=False, layers={})
+    if isinstance(produced, Hidden):
+        P = produced.h_LPD.shape[1]
+        return Facts(kind="hidden", length=P, offset=P, pinned=False, layers={})
+    if isinstance(produced, Adapter):
+        layers = {} if produced.layers is None else {"adapter": produced.layers}
+        P = produced.h_LPD.shape[1]
+        return Facts(kind="adapter", length=P, offset=0, pinned=False, layers=layers)
+    if not any(leaf.size for leaf in jax.tree.leaves(produced)):
+        raise PrefixError("the prefix has no slots: there is nothing to store")
+    return Facts(
+        kind="kv",
+        length=produced.length,
+        offset=produced.offset,
+        pinned=produced.pinned,
+        layers={n: site.layers for n, site in produced.sites.items() if site.layers is not None},
+    )
+
+
+def to_arrays(produced: Produced) -> dict[str, np.ndarray]:
+    """The arrays by name, float32: wider than what any backbone computes in."""
+    if not isinstance(produced, Prefix):
+        return _fields("", produced)
+    arrays = {}
+    if produced.embeds_PD is not None:
+        arrays["embeds_PD"] = np.array(produced.embeds_PD, np.float32, order="C")
+    for name, site in produced.sites.items():
+        arrays |= _fields(f"{name}.", site.join)
+        for kind, cls in _BESIDE.items():
+            if isinstance(site.beside, cls):
+                arrays |= _fields(f"{name}.{kind}.", site.beside)
+    return arrays
+
+
+def _fields(where: str, owner: Any) -> dict[str, np.ndarray]:
+    if owner is None:
+        return {}
+    fields = {f.name: getattr(owner, f.name) for f in dataclasses.fields(owner)}
+    return {
+        where + name: np.array(x, np.float32, order="C")
+        for name, x in fields.items()
+        if name != "layers" and x is not None
+    }
+
+
+def from_arrays(stored: Facts, arrays: Mapping[str, jax.Array]) -> Produced:
+    """The prefix of these arrays: undoes `to_arrays`."""
+    if stored.kind == "embeds":
+        return Embeds(**arrays)
+    if stored.kind == "hidden":
+        return Hidden(**arrays)
+    if stored.kind == "adapter":
+        return Adapter(**arrays, layers=_layers(stored, "adapter"))
+    sites: dict[SiteName, Site] = {}
+    for name in SITES:
+        of_site = _under(f"{name}.", arrays)
+        join = {key: x for key, x in of_site.items() if "." not in key}
+        beside = [cls(**_under(f"{kind}.", of_site)) for kind, cls in _BESIDE.items()
+                  if _under(f"{kind}.", of_site)]  # fmt: skip
+        if of_site:
+            sites[name] = Site(
+                KVPrefix(**join) if join else None,
+                beside[0] if beside else None,
+                _layers(stored, name),
+            )
+    prefix = Prefix.of(sites, offset=stored.offset, pinned=stored.pinned)
+    return dataclasses.replace(prefix, embeds_PD=arrays.get("embeds_PD"))
+
+
+def _under(where: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(where): x for name, x in arrays.items() if name.startswith(where)}
+
+
+def _layers(stored: Facts, name: str) -> Layers:
+    return stored.layers.get(name)
+
+
+def problems(arrays: Mapping[str, np.ndarray], stored: Facts, geometry: Geometry) -> list[str]:
+    """Where the arrays are not those that the facts promise for a backbone, or not finite."""
+    found = []
+    expected = _shapes(arrays, stored, geometry)
+    for name, shape in expected.items():
+        x = arrays.get(name)
+        optional = name.endswith(_OPTIONAL)
+        if x is None:
+            if not optional:
+                found.append(f"{name} is missing")
+        elif x.shape != shape or x.dtype != np.float32:
+            found.append(f"{name} is {x.dtype} {x.shape} instead of float32 {shape}")
+        else:
+            # A bias of minus infinity makes a slot absent.
+            broken = ~np.isfinite(x) & ~(optional & np.isneginf(x))
+            if broken.any():
+                found.append(f"{name} has {broken.sum()} values that are NaN or infinite")
+    return found + [f"{name} is unknown" for name in arrays if name not in expected]
+
+
+def _shapes(
+    arrays: Mapping[str, np.ndarray], stored: Facts, geometry: Geometry
+) -> dict[str, Shape]:
+    P, D, main = stored.length, geometry.d_model, geometry.main
+    if stored.kind == "embeds":
+        return {"x_PD": (P, D)}
+    if stored.kind == "hidden":
+        return {"h_LPD": (main.layers, P, D)}
+    if stored.kind == "adapter":
+        L = len(_layers(stored, "adapter") or range(main.layers))
+        return {"h_LPD": (L, P, D), "gate_LN": (L, main.query_heads)}
+    shapes: dict[str, Shape] = {"embeds_PD": (P, D)} if "embeds_PD" in arrays else {}
+    for name, site in geometry.sites.items():
+        L = len(_layers(stored, name) or range(site.layers))
+        parts = {key.removeprefix(f"{name}.").rpartition(".")[0]
+                 for key in arrays if key.startswith(f"{name}.")}  # fmt: skip
+        for part in sorted(parts):
+            where = f"{name}.{part}." if part else f"{name}."
+            shapes |= {where + key: shape for key, shape in _part_shapes(part, L, P, site).items()}
+    return shapes
+
+
+def _part_shapes(part: str, L: int, P: int, site: SiteShape) -> dict[str, Shape]:
+    N, K, H = site.query_heads, site.kv_heads, site.head_dim
+    pair: dict[str, Shape] = {"k_LPKH": (L, P, K, H), "v_LPKH": (L, P, K, H)}
+    if part == "":
+        return {**pair, _OPTIONAL: (L, P, N)}
+    if part == "gated":
+        return {**pair, "gate_LN": (L, N)}
+    return {"m_LNHH": (L, N, H, H)} if part == "memory" else {}

@@ -1,0 +1,418 @@
+"""A frozen transformer that reads prefixes: a decoder, an encoder, or both together."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+
+from prefix_jax.backbones.architecture import Architecture
+from prefix_jax.backbones.layer import Layer
+from prefix_jax.backbones.stack import (
+    Cache,
+    Encoded,
+    Params,
+    Remat,
+    Stack,
+    normal,
+    to_listed,
+    to_stacked,
+)
+from prefix_jax.backbones.stack import stack as stack_layers
+from prefix_jax.errors import PrefixError
+from prefix_jax.mesh import gather_columns
+from prefix_jax.nn.layers import KeysValues
+from prefix_jax.nn.mask import Tokens
+from prefix_jax.prefix import (
+    Adapter,
+    Embeds,
+    Gated,
+    Geometry,
+    Hidden,
+    KVPrefix,
+    Layers,
+    Prefix,
+    Produced,
+    Site,
+    SiteName,
+    SiteShape,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """The computation of a transformer. Its weights are an argument of every method, and come in
+    one of the two forms of `Stack`.
+
+    Attributes:
+        arch: its shape and variant.
+        remat: what the backward pass computes again, in the stacked form: nothing ("none"), all
+            but the outputs of weight matrices ("dots"), or whole layers ("full").
+    """
+
+    arch: Architecture
+    remat: Remat = "none"
+
+    @property
+    def geometry(self) -> Geometry:
+        """The part of the shape that a prefix has to match."""
+        return self.arch.geometry
+
+    @property
+    def _stack(self) -> Stack:
+        """The stack that a head reads: the decoder, or an encoder that stands alone."""
+        return Stack(self.arch, self.remat)
+
+    @property
+    def _encoder(self) -> Stack:
+        assert self.arch.encoder is not None, "this model is a single stack"
+        return Stack(self.arch.encoder, self.remat)
+
+    # Weights.
+
+    def init(self, rng: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> Params:
+        """Random weights, stacked. Under `jax.eval_shape`, the abstract tree to load into."""
+        a = self.arch
+        rngs = jax.random.split(rng, 4)
+        params = self._stack.init(rngs[0])
+        tokens_VD = normal(rngs[1], a.vocab, a.d_model)
+        params["embed"] = {"tokens_VD": tokens_VD, **params.get("embed", {})}
+        if a.encoder is not None:
+            params["encoder"] = self._encoder.init(rngs[2])
+        head: dict[str, jax.Array] = {}
+        if not a.tied:
+            head["unembed_DV"] = normal(rngs[3], a.d_model, a.vocab)
+        if a.head_bias:
+            head["bias_V"] = jnp.zeros((a.vocab,))
+        if head:
+            params["head"] = head
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+    def listed(self, params: Params) -> Params:
+        """The weights with their layers in a tuple; what they were before is freed."""
+        params = to_listed(params)
+        if self.arch.encoder is not None:
+            params = {**params, "encoder": to_listed(params["encoder"])}
+        return params
+
+    def stacked(self, params: Params) -> Params:
+        """The weights with their layers stacked: undoes `listed`, in the same way."""
+        params = to_stacked(params)
+        if self.arch.encoder is not None:
+            params = {**params, "encoder": to_stacked(params["encoder"])}
+        return params
+
+    # Prefixes.
+
+    def lift(self, params: Params, produced: Produced | None) -> Prefix | None:
+        """Turns what a method produced into the prefix that attention reads. Differentiable.
+
+        Hidden states get their keys and values from each layer's frozen norm and projections, an
+        adapter's states from the projections alone. Soft tokens before a decoder run once through
+        the frozen model, as one row of P: that equals prepending them to every row, and costs
+        less. Both stand at positions 0 to P - 1, and text follows at P. Soft tokens before an
+        encoder stay what they are. A site of some layers gets the others, where it does nothing.
+
+        Raises:
+            PrefixError: the model has no such site.
+        """
+        if produced is None:
+            return None
+        stack, site = self._stack, self._stack.site
+        if isinstance(produced, Prefix):
+            return self._complete(produced)
+        if isinstance(produced, Embeds):
+            if self.arch.encoder is not None or not self.arch.causal:
+                return Prefix(embeds_PD=produced.x_PD)
+            tokens = Tokens.plain(jnp.ones((1, produced.x_PD.shape[0]), bool))
+            x_BTD = produced.x_PD[None].astype(_dtype(params))
+            x_BTD = stack.place(params, x_BTD, tokens, 0)
+            layers, _ = self._read(params, x_BTD, tokens)
+            return Prefix(decoder=_site(layers), offset=len(produced.x_PD))
+        if isinstance(produced, Adapter):
+            h_L1PD = produced.h_LPD[:, None].astype(_dtype(params))
+            weights = _pick_layers(params, produced.layers)
+            made = stack.over_layers(weights, Layer.adapter_keys_values, h_L1PD)
+            k_LPKH, v_LPKH = _slots(made)
+            gated = Gated(k_LPKH, v_LPKH, produced.gate_LN)
+            return self._complete(Prefix.of({site: Site(None, gated, produced.layers)}))
+        if self.arch.encoder is not None:
+            raise PrefixError(
+                "hidden states stand before the tokens of a single stack; for an encoder-decoder "
+                "take keys and values (method.name: prefix)"
+            )
+        tokens = Tokens.plain(jnp.ones((1, produced.h_LPD.shape[1]), bool))
+        h_L1PD = produced.h_LPD[:, None].astype(_dtype(params))
+        joined = _site(stack.keys_values(params, h_L1PD, tokens))
+        return Prefix.of({site: joined}, offset=produced.h_LPD.shape[1])
+
+    def read(self, params: Params, ids_P: jax.Array) -> tuple[Embeds, Hidden, Prefix]:
+        """What a text leaves at the input embeddings, at the entry of every layer, and as keys
+        and values: the three forms from which a prefix can start. All float32.
+
+        An encoder-decoder reads the text on both sides; its decoder attends to what its encoder
+        made of it.
+        """
+        tokens = Tokens.plain(jnp.ones((1, len(ids_P)), bool))
+        embeds_1PD = self._embed(params, ids_P[None])
+        sites: dict[SiteName, Site] = {}
+        encoded = None
+        if self.arch.encoder is not None:
+            encoder, weights = self._encoder, params["encoder"]
+            x_BTD = encoder.place(weights, embeds_1PD, tokens, 0)
+            h_BTD, _, h_LBTD = encoder.run(weights, x_BTD, tokens, entries=True)
+            sites["encoder"] = _site(encoder.keys_values(weights, h_LBTD, tokens))
+            encoded = self._encoded(params, encoder.finish(weights, h_BTD), tokens)
+            sites["cross"] = _site(_stacked_layers(encoded.layers))
+        stack = self._stack
+        x_BTD = stack.place(params, embeds_1PD, tokens, 0)
+        layers, h_LBTD = self._read(params, x_BTD, tokens, encoded)
+        sites[stack.site] = _site(layers)
+        found = (
+            Embeds(embeds_1PD[0]),
+            Hidden(h_LBTD[:, 0]),
+            Prefix.of(sites, offset=len(ids_P)),
+        )
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found)
+
+    def _read(
+        self, params: Params, x_BTD: jax.Array, tokens: Tokens, encoded: Encoded | None = None
+    ) -> tuple[KeysValues, jax.Array]:
+        """Stacked keys and values of one bare forward pass, and the states that entered layers."""
+        stack = self._stack
+        if not self.arch.causal:
+            _, _, h_LBTD = stack.run(params, x_BTD, tokens, entries=True)
+            return stack.keys_values(params, h_LBTD, tokens), h_LBTD
+        cache = self.empty_cache(params, *x_BTD.shape[:2])
+        _, cache, h_LBTD = stack.run(
+            params, x_BTD, tokens, cache=cache, encoded=encoded, entries=True
+        )
+        return _stacked_layers(cache.layers), h_LBTD
+
+    def _complete(self, prefix: Prefix) -> Prefix:
+        """The prefix with every site at all layers.
+
+        Raises:
+            PrefixError: the model has no such site, or no such layer.
+        """
+        shapes = self.geometry.sites
+        sites: dict[SiteName, Site] = {}
+        for name, site in prefix.sites.items():
+            if name not in shapes:
+                raise PrefixError(
+                    f"the prefix has a site {name!r}; this model's are {', '.join(shapes)}"
+                )
+            sites[name] = _all_layers(site, shapes[name])
+        if all(sites[name] is site for name, site in prefix.sites.items()):
+            return prefix
+        whole = Prefix.of(sites, offset=prefix.offset, pinned=prefix.pinned)
+        return dataclasses.replace(whole, embeds_PD=prefix.embeds_PD)
+
+    # The forward pass.
+
+    def empty_cache(self, params: Params, rows: int, columns: int) -> Cache:
+        """A cache for `rows` rows of up to `columns` tokens, in the dtype of the weights."""
+        listed = isinstance(params["layers"], tuple)
+        return self._stack.empty_cache(_dtype(params), rows, columns, listed)
+
+    def encode(
+        self, params: Params, ids_BS: jax.Array, tokens: Tokens, prefix: Prefix | None = None
+    ) -> Encoded:
+        """Reads the source of an encoder-decoder, for `hidden`.
+
+        Args:
+            params: the weights, stacked or listed.
+            ids_BS: token ids of the source.
+            tokens: where each stands.
+            prefix: what the encoder attends to besides, and soft tokens before its input.
+        """
+        h_BSD = self._through(self._encoder, params, params["encoder"], ids_BS, tokens, prefix)
+        if prefix is not None and prefix.embeds_PD is not None:
+            tokens = _behind_soft_tokens(tokens, len(prefix.embeds_PD))
+        return self._encoded(params, h_BSD, tokens)
+
+    def _encoded(self, params: Params, h_BSD: jax.Array, tokens: Tokens) -> Encoded:
+        """The decoder's keys and values of an encoder's output."""
+        if isinstance(params["layers"], tuple):
+            layers: Any = tuple(
+                Layer(self.arch).apply({"params": weights}, h_BSD, method=Layer.memory_keys_values)
+                for weights in params["layers"]
+            )
+        else:
+            layers = self._stack.over_layers(params, lambda layer: layer.memory_keys_values(h_BSD))
+        return Encoded(layers, tokens)
+
+    @overload
+    def hidden(
+        self,
+        params: Params,
+        ids_BT: jax.Array,
+        tokens: Tokens,
+        prefix: Prefix | None = None,
+        cache: None = None,
+        lineage_BTS: jax.Array | None = None,
+        encoded: Encoded | None = None,
+    ) -> tuple[jax.Array, None]: ...
+
+    @overload
+    def hidden(
+        self,
+        params: Params,
+        ids_BT: jax.Array,
+        tokens: Tokens,
+        prefix: Prefix | None,
+        cache: Cache,
+        lineage_BTS: jax.Array | None = None,
+        encoded: Encoded | None = None,
+    ) -> tuple[jax.Array, Cache]: ...
+
+    def hidden(
+        self,
+        params: Params,
+        ids_BT: jax.Array,
+        tokens: Tokens,
+        prefix: Prefix | None = None,
+        cache: Cache | None = None,
+        lineage_BTS: jax.Array | None = None,
+        encoded: Encoded | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Runs tokens through the model.
+
+        Args:
+            params: the weights, stacked or listed.
+            ids_BT: token ids.
+            tokens: where each stands; positions count from 0, the prefix's offset is added here.
+            prefix: what every layer attends to besides; None is the bare model.
+            cache: keys and values of earlier tokens, with room for T more columns.
+            lineage_BTS: which keys each token descends from, in place of its branch.
+            encoded: of `encode`, where the model has an encoder.
+
+        Returns:
+            h_BTD after the final norm, and the cache with these tokens in it. Soft tokens before
+            an encoder that stands alone are columns of it too, the first P.
+        """
+        if not self.arch.causal:
+            return self._through(self._stack, params, params, ids_BT, tokens, prefix), None
+        stack = self._stack
+        x_BTD = self._embed(params, ids_BT)
+        x_BTD = stack.place(params, x_BTD, tokens, 0 if prefix is None else prefix.start("decoder"))
+        h_BTD, cache, _ = stack.run(params, x_BTD, tokens, prefix, cache, lineage_BTS, encoded)
+        return stack.finish(params, h_BTD), cache
+
+    def _through(
+        self,
+        stack: Stack,
+        params: Params,
+        weights: Params,
+        ids_BS: jax.Array,
+        tokens: Tokens,
+        prefix: Prefix | None,
+    ) -> jax.Array:
+        """Tokens through an encoder whose `weights` are a part of `params`."""
+        x_BSD = self._embed(params, ids_BS)
+        if prefix is not None and prefix.embeds_PD is not None:
+            soft_PD = prefix.embeds_PD.astype(x_BSD.dtype)
+            soft_BPD = jnp.broadcast_to(soft_PD, (len(x_BSD), *soft_PD.shape))
+            x_BSD = jnp.concatenate([soft_BPD, x_BSD], axis=1)
+            tokens = _behind_soft_tokens(tokens, len(soft_PD))
+        start = 0 if prefix is None else prefix.start("encoder")
+        h_BSD, _, _ = stack.run(weights, stack.place(weights, x_BSD, tokens, start), tokens, prefix)
+        return stack.finish(weights, h_BSD)
+
+    def unembed(self, params: Params, h_BTD: jax.Array) -> jax.Array:
+        """logits_BTV in float32. Ask only where there is a target: V is large."""
+        a = self.arch
+        if a.head_scale is not None:
+            h_BTD = h_BTD * jnp.asarray(a.head_scale, h_BTD.dtype)
+        if a.tied:
+            spec, weight = "...D,VD->...V", params["embed"]["tokens_VD"]
+        else:
+            spec, weight = "...D,DV->...V", params["head"]["unembed_DV"]
+        logits_BTV = jnp.einsum(spec, h_BTD, weight, preferred_element_type=jnp.float32)
+        if a.head_bias:
+            logits_BTV = logits_BTV + params["head"]["bias_V"]
+        if a.logit_softcap is not None:
+            logits_BTV = a.logit_softcap * jnp.tanh(logits_BTV / a.logit_softcap)
+        return logits_BTV
+
+    def _embed(self, params: Params, ids_BT: jax.Array) -> jax.Array:
+        """Token embeddings, scaled, in the dtype of the weights."""
+        x_BTD = gather_columns(params["embed"]["tokens_VD"])[ids_BT]
+        if self.arch.embed_scale is not None:
+            x_BTD = x_BTD * jnp.asarray(self.arch.embed_scale, x_BTD.dtype)
+        return x_BTD
+
+
+def _dtype(params: Params) -> jax.typing.DTypeLike:
+    return params["embed"]["tokens_VD"].dtype
+
+
+def _stacked_layers(layers: Any) -> KeysValues:
+    return stack_layers(layers) if isinstance(layers, tuple) else layers
+
+
+def _site(layers: KeysValues) -> Site:
+    """The keys and values of one row, [L, 1, K, P, H], as a site."""
+    return Site(KVPrefix(*_slots(layers)))
+
+
+def _slots(layers: KeysValues) -> tuple[jax.Array, jax.Array]:
+    """k_LPKH and v_LPKH of one row, [L, 1, K, P, H]."""
+    return layers.k_BKSH[:, 0].swapaxes(1, 2), layers.v_BKSH[:, 0].swapaxes(1, 2)
+
+
+def _pick_layers(params: Params, layers: Layers) -> Params:
+    """The weights of some layers."""
+    if layers is None:
+        return params
+    if isinstance(params["layers"], tuple):
+        return {"layers": tuple(params["layers"][layer] for layer in layers)}
+    index = jnp.array(layers)
+    return {"layers": jax.tree.map(lambda leaf: leaf[index], params["layers"])}
+
+
+def _all_layers(site: Site, shape: SiteShape) -> Site:
+    """The site at all layers: absent slots, and gates and matrices of zero, where it had none.
+
+    Raises:
+        PrefixError: the model has no such layer.
+    """
+    if site.layers is None:
+        return site
+    if max(site.layers) >= shape.layers:
+        raise PrefixError(
+            f"the prefix is of layer {max(site.layers)}; this model's are 0 to {shape.layers - 1}"
+        )
+    index, join = jnp.array(site.layers), site.join
+
+    def scatter(leaf: jax.Array, rest: float = 0.0) -> jax.Array:
+        return jnp.full((shape.layers, *leaf.shape[1:]), rest, leaf.dtype).at[index].set(leaf)
+
+    if join is not None:
+        bias_LPN = join.bias_LPN
+        if bias_LPN is None:
+            bias_LPN = jnp.zeros((len(site.layers), join.length, shape.query_heads))
+        join = KVPrefix(scatter(join.k_LPKH), scatter(join.v_LPKH), scatter(bias_LPN, -jnp.inf))
+    return Site(join, jax.tree.map(scatter, site.beside))
+
+
+def _behind_soft_tokens(tokens: Tokens, slots: int) -> Tokens:
+    """Where tokens stand behind soft ones, which take the first columns.
+
+    Rows hold one example each: what soft tokens become depends on the text behind them.
+    """
+    B = tokens.group_BT.shape[0]
+    ones_BP = jnp.ones((B, slots), jnp.int32)
+
+    def prepend(first_BP: jax.Array, rest_BT: jax.Array) -> jax.Array:
+        return jnp.concatenate([first_BP, rest_BT], axis=1)
+
+    segment_BT = tokens.segment_BT
+    return Tokens(
+        group_BT=prepend(ones_BP, tokens.group_BT),
+        branch_BT=prepend(0 * ones_BP, tokens.branch_BT),
+        position_BT=prepend(jnp.arange(slots) * ones_BP, tokens.position_BT + slots),
+        segment_BT=None if segment_BT is None else prepend(0 * ones_BP, segment_BT),
+    )

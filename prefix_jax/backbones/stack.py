@@ -1,0 +1,377 @@
+"""A stack of frozen transformer layers that reads prefixes: a decoder, or an encoder.
+
+Layer weights come in one of two forms, and everything here takes either:
+
+    stacked   one tree whose leaves have a leading L axis. The layers are one `lax.scan`, so that
+              compile time does not grow with depth: the form for training.
+    listed    a tuple of L trees. The layers are a Python loop, so that no step copies a layer
+              out of the stack: the form for decoding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from prefix_jax.backbones.architecture import Architecture
+from prefix_jax.backbones.layer import Layer, make_norm
+from prefix_jax.mesh import constrain_rows
+from prefix_jax.nn.layers import KeysValues, View
+from prefix_jax.nn.mask import Seen, Tokens, visible, visible_group, visible_prefix
+from prefix_jax.prefix import Prefix, Site
+
+Params = Mapping[str, Any]
+Remat = Literal["none", "dots", "full"]
+
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@flax.struct.dataclass
+class Encoded:
+    """What a decoder attends to of its encoder.
+
+    Attributes:
+        layers: keys and values for every layer of the decoder: a tuple of L `KeysValues`, or one
+            whose arrays have a leading L axis, like the weights that it is used with.
+        tokens: where the tokens stand that the encoder read, [B, S].
+    """
+
+    layers: KeysValues | tuple[KeysValues, ...]
+    tokens: Tokens
+
+
+@flax.struct.dataclass
+class Cache:
+    """What a decoder remembers of the tokens that it has read.
+
+    Attributes:
+        layers: a tuple of L `KeysValues`, or one whose arrays have a leading L axis, like the
+            weights that it is used with.
+        tokens: where the cached tokens stand, [B, S]; group 0 marks an unused column.
+        length: int32 scalar, the number of columns in use.
+    """
+
+    layers: KeysValues | tuple[KeysValues, ...]
+    tokens: Tokens
+    length: jax.Array
+
+    def grow(self, columns: int) -> Cache:
+        """The same with room for so many more columns."""
+
+        def pad(axis: int) -> Callable[[jax.Array], jax.Array]:
+            return lambda x: jnp.pad(
+                x, [(0, columns if i == x.ndim + axis else 0) for i in range(x.ndim)]
+            )
+
+        layers, tokens = jax.tree.map(pad(-2), self.layers), jax.tree.map(pad(-1), self.tokens)
+        return Cache(layers, tokens, self.length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """The computation of a stack. Its weights are an argument of every method.
+
+    Attributes:
+        arch: its shape and variant.
+        remat: what the backward pass computes again, in the stacked form: nothing ("none"), all
+            but the outputs of weight matrices ("dots"), or whole layers ("full").
+    """
+
+    arch: Architecture
+    remat: Remat = "none"
+
+    @property
+    def site(self) -> Literal["encoder", "decoder"]:
+        """The name of its self-attention."""
+        return "decoder" if self.arch.causal else "encoder"
+
+    def init(self, rng: jax.Array) -> dict[str, Any]:
+        """Random weights, stacked, float32; without the token embeddings."""
+        a = self.arch
+        rngs = jax.random.split(rng, 3)
+        x_BTD = jnp.zeros((1, 1, a.d_model))
+        view = View(Seen(jnp.ones((1, 1, 1), bool)))
+        heads = jnp.zeros((1, a.kv_heads, 1, a.head_dim))
+        memory = None if a.encoder is None else KeysValues(heads, heads)
+
+        def init_layer(layer_rng: jax.Array) -> Params:
+            variables = Layer(a).init(layer_rng, x_BTD, view, None, None, view, None, memory)
+            params: Params = variables["params"]
+            return params
+
+        params: dict[str, Any] = {
+            "layers": jax.vmap(init_layer)(jax.random.split(rngs[0], a.layers))
+        }
+        embed: dict[str, Any] = {}
+        if a.positions:
+            embed["positions_TD"] = normal(rngs[1], a.positions, a.d_model)
+        if a.segments:
+            embed["segments_XD"] = normal(rngs[2], a.segments, a.d_model)
+        if a.embed_norm:
+            embed["norm"] = make_norm(a).init(rng, x_BTD)["params"]
+        if embed:
+            params["embed"] = embed
+        if a.relative is not None:
+            params["relative_RN"] = normal(rngs[1], a.relative.buckets, a.heads)
+        if a.final_norm:
+            params["final_norm"] = make_norm(a).init(rng, x_BTD)["params"]
+        return params
+
+    def place(self, params: Params, x_BTD: jax.Array, tokens: Tokens, start: int) -> jax.Array:
+        """Embeddings at their positions, as the first layer reads them.
+
+        Args:
+            params: the stack's weights.
+            x_BTD: token embeddings, scaled, or soft tokens.
+            tokens: where they stand.
+            start: added to positions.
+        """
+        a, embed = self.arch, params.get("embed", {})
+        dtype = x_BTD.dtype
+        if a.positions:
+            row_BT = tokens.position_BT + (start + a.position_offset)
+            x_BTD = x_BTD + embed["positions_TD"][row_BT]
+        if a.segments:
+            segment_BT = tokens.segment_BT
+            if segment_BT is None:
+                segment_BT = jnp.zeros_like(tokens.group_BT)
+            x_BTD = x_BTD + embed["segments_XD"][segment_BT]
+        x_BTD = x_BTD.astype(dtype)
+        if a.embed_norm:
+            normed: Any = make_norm(a).apply({"params": embed["norm"]}, x_BTD)
+            x_BTD = normed
+        return x_BTD
+
+    def finish(self, params: Params, h_BTD: jax.Array) -> jax.Array:
+        """The norm after the last layer."""
+        if not self.arch.final_norm:
+            return h_BTD
+        normed: Any = make_norm(self.arch).apply({"params": params["final_norm"]}, h_BTD)
+        h_BTD = normed
+        return h_BTD
+
+    def empty_cache(self, dtype: Any, rows: int, columns: int, listed: bool) -> Cache:
+        """A cache for `rows` rows of up to `columns` tokens."""
+        a = self.arch
+        shape = (rows, a.kv_heads, columns, a.head_dim)
+
+        def zeros(*leading: int) -> KeysValues:
+            return KeysValues(*(jnp.zeros((*leading, *shape), dtype) for _ in range(2)))
+
+        nowhere = jnp.zeros((rows, columns), jnp.int32)
+        return Cache(
+            tuple(zeros() for _ in range(a.layers)) if listed else zeros(a.layers),
+            Tokens(nowhere, nowhere, nowhere),
+            jnp.zeros((), jnp.int32),
+        )
+
+    def run(
+        self,
+        params: Params,
+        x_BTD: jax.Array,
+        tokens: Tokens,
+        prefix: Prefix | None = None,
+        cache: Cache | None = None,
+        lineage_BTS: jax.Array | None = None,
+        encoded: Encoded | None = None,
+        entries: bool = False,
+    ) -> tuple[jax.Array, Any, Any]:
+        """All layers. Returns their output, the cache if there is one, and with `entries` the
+        states that entered each of them, h_LBTD."""
+        a = self.arch
+        keys, column = tokens, None
+        if cache is not None:
+            column = cache.length
+            keys = jax.tree.map(
+                lambda old_BS, new_BT: jax.lax.dynamic_update_slice(old_BS, new_BT, (0, column)),
+                cache.tokens,
+                tokens,
+            )
+        views = {
+            sliding: self._view(params, tokens, keys, prefix, column, sliding, lineage_BTS)
+            for sliding in set(a.sliding) or {False}
+        }
+        sites = (None, None) if prefix is None else (getattr(prefix, self.site), prefix.cross)
+        cross_view = None
+        if encoded is not None:
+            cross_view = View(Seen(visible_group(tokens, encoded.tokens)))
+
+        def layer(
+            x_BTD: jax.Array,
+            weights: Params,
+            view: View,
+            sites: tuple[Site | None, Site | None],
+            cache: KeysValues | None,
+            memory: KeysValues | None,
+        ) -> tuple[jax.Array, KeysValues | None]:
+            out: Any = Layer(a).apply(
+                {"params": weights}, x_BTD, view, sites[0], cache, cross_view, sites[1], memory
+            )
+            return constrain_rows(out[0]), out[1]
+
+        caches: Any = None if cache is None else cache.layers
+        memories: Any = None if encoded is None else encoded.layers
+        if isinstance(params["layers"], tuple):
+            states, written = [], []
+            for index, weights in enumerate(params["layers"]):
+                states.append(x_BTD)
+                view = views[a.sliding[index] if a.sliding else False]
+                sites_here = jax.tree.map(lambda leaf: leaf[index], sites)  # noqa: B023
+                x_BTD, cache_layer = layer(
+                    x_BTD,
+                    weights,
+                    view,
+                    sites_here,
+                    caches[index] if caches else None,
+                    memories[index] if memories else None,
+                )
+                written.append(cache_layer)
+            h_LBTD, caches = jnp.stack(states) if entries else None, tuple(written)
+        else:
+
+            def body(x_BTD: jax.Array, per_layer: Any) -> tuple[jax.Array, Any]:
+                weights, sliding, sites, cache, memory = per_layer
+                if len(views) == 2:
+                    view = jax.tree.map(
+                        lambda wide, narrow: jnp.where(sliding, narrow, wide),
+                        views[False],
+                        views[True],
+                    )
+                else:
+                    (view,) = views.values()
+                y_BTD, cache = layer(x_BTD, weights, view, sites, cache, memory)
+                return y_BTD, (x_BTD if entries else None, cache)
+
+            if self.remat != "none":
+                body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
+            sliding_L = jnp.array(a.sliding) if a.sliding else None
+            x_BTD, (h_LBTD, caches) = jax.lax.scan(
+                body, x_BTD, (params["layers"], sliding_L, sites, caches, memories)
+            )
+        if cache is not None:
+            cache = Cache(caches, keys, cache.length + x_BTD.shape[1])
+        return x_BTD, cache, h_LBTD
+
+    def over_layers(self, params: Params, method: Callable[..., Any], *per_layer: Any) -> Any:
+        """A method of `Layer` for every layer, with stacked results.
+
+        Args:
+            params: the stack's weights, stacked or listed.
+            method: of `Layer`, called with one element of each of `per_layer`.
+            per_layer: arrays with a leading L axis.
+        """
+
+        def call(weights_args: Any) -> Any:
+            weights, args = weights_args
+            return Layer(self.arch).apply({"params": weights}, *args, method=method)
+
+        if isinstance(params["layers"], tuple):
+            return stack(
+                [
+                    call((weights, jax.tree.map(lambda leaf: leaf[index], per_layer)))  # noqa: B023
+                    for index, weights in enumerate(params["layers"])
+                ]
+            )
+        return jax.lax.map(call, (params["layers"], per_layer))
+
+    def keys_values(self, params: Params, h_LBTD: jax.Array, tokens: Tokens) -> KeysValues:
+        """The keys and values of hidden states at the entry of every layer, [L, B, K, T, H]."""
+        a = self.arch
+
+        def angles(sliding: bool) -> Any:
+            rotary = a.sliding_rotary if sliding and a.sliding_rotary else a.rotary
+            return None if rotary is None else rotary.angles(tokens.position_BT, a.head_dim)
+
+        kinds = a.sliding or (False,) * a.layers
+        made: KeysValues = self.over_layers(
+            params, Layer.keys_values, h_LBTD, stack([angles(kind) for kind in kinds])
+        )
+        return made
+
+    def _view(
+        self,
+        params: Params,
+        queries: Tokens,
+        keys: Tokens,
+        prefix: Prefix | None,
+        column: jax.Array | None,
+        sliding: bool,
+        lineage_BTS: jax.Array | None,
+    ) -> View:
+        """What layers of this kind see."""
+        a = self.arch
+        window = a.window if sliding else None
+        site = None if prefix is None else getattr(prefix, self.site)
+        slots = 0 if site is None else site.length
+        start = 0 if prefix is None else prefix.start(self.site)
+        position_BT = queries.position_BT + start
+        if a.causal:
+            mask_BTS = visible(queries, keys, window, lineage_BTS)
+        else:
+            mask_BTS = visible_group(queries, keys)
+        seen = Seen(mask_BTS)
+        if slots and prefix is not None and a.window is not None and not prefix.pinned:
+            mask_BTP = visible_prefix(position_BT, slots, window)
+            seen = dataclasses.replace(seen, mask_BTP=mask_BTP)
+        if a.relative is not None:
+            table_RN = params["relative_RN"]
+            bias_BNTS = a.relative.bias(table_RN, position_BT, keys.position_BT + start)
+            seen = dataclasses.replace(seen, bias_BNTS=bias_BNTS)
+            if slots:
+                slot_1P = jnp.arange(slots)[None]
+                bias_BNTP = a.relative.bias(table_RN, position_BT, slot_1P)
+                seen = dataclasses.replace(seen, bias_BNTP=bias_BNTP)
+        rotary = a.sliding_rotary if sliding and a.sliding_rotary else a.rotary
+        angles = None if rotary is None else rotary.angles(position_BT, a.head_dim)
+        return View(seen, angles, column)
+
+
+def stack(layers: Any) -> Any:
+    """Trees of one structure, one a layer, as one tree with a leading L axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+def normal(rng: jax.Array, *shape: int) -> jax.Array:
+    """A random weight."""
+    return 0.02 * jax.random.normal(rng, shape)
+
+
+def to_listed(params: Params) -> Params:
+    """A stack's weights with their layers in a tuple.
+
+    Leaf by leaf, each one freed once it is converted, so that no machine holds a large model
+    twice: `params["layers"]` cannot be used afterwards.
+    """
+    if isinstance(params["layers"], tuple):
+        return params
+    stacked, treedef = jax.tree.flatten(params["layers"])
+    split = jax.jit(lambda leaf: tuple(leaf[layer] for layer in range(leaf.shape[0])))
+    columns = []
+    for leaf in stacked:
+        columns.append(jax.block_until_ready(split(leaf)))
+        leaf.delete()
+    layers = tuple(jax.tree.unflatten(treedef, leaves) for leaves in zip(*columns, strict=True))
+    return {**params, "layers": layers}
+
+
+def to_stacked(params: Params) -> Params:
+    """A stack's weights with their layers stacked: undoes `to_listed`, in the same way."""
+    if not isinstance(params["layers"], tuple):
+        return params
+    treedef = jax.tree.structure(params["layers"][0])
+    columns = zip(*(jax.tree.leaves(layer) for layer in params["layers"]), strict=True)
+    join = jax.jit(lambda *leaves: jnp.stack(leaves))
+    stacked = []
+    for leaves in columns:
+        stacked.append(jax.block_until_ready(join(*leaves)))
+        for leaf in leaves:
+            leaf.delete()
+    return {**params, "layers": jax.tree.unflatten(treedef, stacked)}
