@@ -20,7 +20,6 @@ class Architecture:
     encoder's in `encoder`.
 
     Attributes:
-        family: which module knows its config and the names of its weights ("gpt2", "llama", …).
         model_type: the name that its checkpoint gives itself ("mistral", "qwen3", …).
         layers: L.
         d_model: D.
@@ -59,7 +58,6 @@ class Architecture:
         start_id: the token that a decoder with an encoder begins with.
     """
 
-    family: str
     model_type: str
     layers: int
     d_model: int

@@ -27,7 +27,6 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
             raise BackboneError(f"GPT-2 with {flag}={config[flag]} is not supported")
     D, N = config["n_embd"], config["n_head"]
     return Architecture(
-        family="gpt2",
         model_type="gpt2",
         layers=config["n_layer"],
         d_model=D,
@@ -53,7 +52,12 @@ def _conv(part: int) -> Matrix:
     return Matrix(transposed=False, part=part, parts=3)
 
 
-HF_NAMES = NameTable(
+def hf_names(arch: Architecture) -> NameTable:
+    """The names of the weights in a checkpoint of Hugging Face layout."""
+    return _HF_NAMES
+
+
+_HF_NAMES = NameTable(
     prefix="transformer.",
     rows=(
         Row("wte.weight", "embed/tokens_VD", STORED),

@@ -29,7 +29,6 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     attention_bias = model_type == "qwen2" or config.get("attention_bias", False)
     window, sliding = _windows(config, L)
     return Architecture(
-        family="llama",
         model_type=model_type,
         layers=L,
         d_model=D,
@@ -114,7 +113,12 @@ def _yarn_attention(rope: Mapping[str, Any], factor: float) -> float:
     return temperature(1.0)
 
 
-HF_NAMES = NameTable(
+def hf_names(arch: Architecture) -> NameTable:
+    """The names of the weights in a checkpoint of Hugging Face layout."""
+    return _HF_NAMES
+
+
+_HF_NAMES = NameTable(
     prefix="model.",
     rows=(
         Row("embed_tokens.weight", "embed/tokens_VD", STORED),

@@ -28,11 +28,9 @@ from prefix_jax.backbones.weights import Safetensors, TensorSource, stream
 from prefix_jax.errors import BackboneError
 from prefix_jax.mesh import make_mesh, weight_shardings
 
-_ARCHITECTURES = {
-    **dict.fromkeys(gpt2.MODEL_TYPES, gpt2.architecture),
-    **dict.fromkeys(llama.MODEL_TYPES, llama.architecture),
-}
-_HF_TABLES = {"gpt2": gpt2.HF_NAMES, "llama": llama.HF_NAMES}
+# Each has MODEL_TYPES, architecture(config) and hf_names(arch).
+_FAMILIES = (gpt2, llama)
+_FAMILY_OF = {model_type: family for family in _FAMILIES for model_type in family.MODEL_TYPES}
 _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Some repositories hold the weights twice more, as pickles and as "consolidated" files.
@@ -103,7 +101,7 @@ def load(
     arch = architecture(read_config(path), str(path))
     checkpoint: TensorSource
     if path.is_dir():
-        checkpoint, table = Safetensors(path), _HF_TABLES[arch.family]
+        checkpoint, table = Safetensors(path), _FAMILY_OF[arch.model_type].hf_names(arch)
     else:
         checkpoint = gguf.open_gguf(path)
         table = gguf.TABLES[arch.model_type]
@@ -197,12 +195,12 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
         BackboneError: it is unsupported or incomplete.
     """
     model_type = config.get("model_type")
-    if model_type not in _ARCHITECTURES:
+    if model_type not in _FAMILY_OF:
         raise BackboneError(
             f"{where} is of the unsupported architecture {model_type!r}; "
-            f"supported: {', '.join(_ARCHITECTURES)}"
+            f"supported: {', '.join(_FAMILY_OF)}"
         )
     try:
-        return _ARCHITECTURES[model_type](config)
+        return _FAMILY_OF[model_type].architecture(config)
     except KeyError as error:
         raise BackboneError(f"the configuration of {where} lacks {error}") from None

@@ -46,7 +46,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def backbone() -> Backbone:
     return Backbone(
         Architecture(
-            family="llama",
             model_type="llama",
             layers=2,
             d_model=32,
