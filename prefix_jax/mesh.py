@@ -76,7 +76,11 @@ def weight_spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> Partit
         letters = "L" + letters
     if len(letters.removeprefix("L")) < 2:
         return PartitionSpec()
-    split = [WEIGHT_AXES.get(letter) for letter in letters]
+    split = [
+        # An axis of the mesh splits one axis of an array: of a square matrix, the first.
+        None if letter in letters[:place] else WEIGHT_AXES.get(letter)
+        for place, letter in enumerate(letters)
+    ]
     return PartitionSpec(
         *(
             axis if axis and size % mesh.shape[axis] == 0 else None

@@ -35,6 +35,14 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
+@pytest.fixture(scope="session", params=["bert", "roberta"])
+def tiny_encoder_dir(request: pytest.FixtureRequest, tmp_path_factory) -> Path:
+    """A tiny encoder in Hugging Face layout, with its pooler and tokenizer: see `tiny`."""
+    import tiny
+
+    return tiny.write_encoder(tmp_path_factory.mktemp("tiny") / request.param, request.param)
+
+
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
     """For modules of many small programs, whose compilation takes longer than they do."""

@@ -1,4 +1,4 @@
-"""A model small enough to train in a second: random weights, every byte a token."""
+"""Models small enough to train in a second: random weights, tiny vocabularies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 CONFIG = {
     "model_type": "llama",
@@ -24,6 +32,7 @@ CONFIG = {
     "eos_token_id": 256,
 }
 _END = "</s>"
+_BYTES = pre_tokenizers.ByteLevel.alphabet()
 
 
 def write_model(directory: Path, *, seed: int = 0, **config: int) -> Path:
@@ -72,9 +81,107 @@ def _weights(config: dict, seed: int) -> dict[str, np.ndarray]:
 
 
 def _tokenizer() -> Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = sorted(_BYTES)
     tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(_END, special=True)])
     return tokenizer
+
+
+# Encoders, of BERT's and of RoBERTa's kind.
+
+ENCODER_CONFIG = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "layer_norm_eps": 1e-12,
+}
+_WORDS = "the a good bad film was is not very great awful plot who where paris london".split()
+_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,?!'-"
+
+
+def write_encoder(directory: Path, kind: str = "bert", *, seed: int = 0, **config: int) -> Path:
+    """Writes an encoder with its pooler into a new directory.
+
+    Args:
+        directory: where to.
+        kind: "bert", whose WordPiece knows a few words and every letter, or "roberta", to whose
+            tokenizer every byte is a token.
+        seed: of the weights.
+        config: what differs from `ENCODER_CONFIG`.
+    """
+    directory.mkdir(parents=True)
+    tokenizer, special = _bert_tokenizer() if kind == "bert" else _roberta_tokenizer()
+    content = {"model_type": kind, "vocab_size": tokenizer.get_vocab_size(), **ENCODER_CONFIG}
+    if kind == "bert":
+        content |= {"max_position_embeddings": 96, "type_vocab_size": 2, "pad_token_id": 0}
+    else:
+        content |= {"max_position_embeddings": 98, "type_vocab_size": 1, "pad_token_id": 1}
+    content |= config
+    (directory / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    weights = {f"{kind}.{name}": x for name, x in _encoder_weights(content, seed).items()}
+    safetensors.numpy.save_file(weights, directory / "model.safetensors")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(special))
+    return directory
+
+
+def _encoder_weights(config: dict, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    D, F = config["hidden_size"], config["intermediate_size"]
+    weights: dict[str, np.ndarray] = {}
+
+    def linear(name: str, out: int, into: int) -> None:
+        weights[f"{name}.weight"] = rng.normal(size=(out, into)) / np.sqrt(into)
+        weights[f"{name}.bias"] = rng.normal(size=out) / 10
+
+    def norm(name: str) -> None:
+        weights[f"{name}.weight"], weights[f"{name}.bias"] = np.ones(D), np.zeros(D)
+
+    for table, rows in (
+        ("word", config["vocab_size"]),
+        ("position", config["max_position_embeddings"]),
+        ("token_type", config["type_vocab_size"]),
+    ):
+        weights[f"embeddings.{table}_embeddings.weight"] = rng.normal(size=(rows, D))
+    norm("embeddings.LayerNorm")
+    for layer in range(config["num_hidden_layers"]):
+        for part in ("self.query", "self.key", "self.value", "output.dense"):
+            linear(f"encoder.layer.{layer}.attention.{part}", D, D)
+        norm(f"encoder.layer.{layer}.attention.output.LayerNorm")
+        linear(f"encoder.layer.{layer}.intermediate.dense", F, D)
+        linear(f"encoder.layer.{layer}.output.dense", D, F)
+        norm(f"encoder.layer.{layer}.output.LayerNorm")
+    linear("pooler.dense", D, D)
+    return {name: x.astype(np.float32) for name, x in weights.items()}
+
+
+def _bert_tokenizer() -> tuple[Tokenizer, dict[str, str]]:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, *_LETTERS, *(f"##{letter}" for letter in _LETTERS), *_WORDS]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    names = ("pad", "unk", "cls", "sep", "mask")
+    roles = {f"{name}_token": token for name, token in zip(names, special, strict=True)}
+    return tokenizer, {"tokenizer_class": "BertTokenizer", **roles}
+
+
+def _roberta_tokenizer() -> tuple[Tokenizer, dict[str, str]]:
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    vocab = {piece: i for i, piece in enumerate([*special, *sorted(_BYTES)])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    names = ("bos", "pad", "eos", "unk", "mask")
+    roles = {f"{name}_token": token for name, token in zip(names, special, strict=True)}
+    roles |= {"cls_token": "<s>", "sep_token": "</s>"}
+    return tokenizer, {"tokenizer_class": "RobertaTokenizer", **roles}

@@ -43,6 +43,7 @@ class Architecture:
         positions: rows of the table of learned positions; 0 for none.
         position_offset: the row of position 0 (BART and OPT have 2, RoBERTa one behind padding).
         segments: rows of the table of segments (BERT); 0 for none.
+        embed_dim: width of the embeddings, which a projection brings to D (ELECTRA); None for D.
         embed_scale: multiplies the token embeddings.
         embed_norm: whether a norm follows the embeddings.
         qkv_bias, out_bias, mlp_bias: which projections add biases.
@@ -54,6 +55,8 @@ class Architecture:
         tied: whether the head is the token embedding.
         head_scale: multiplies what a tied head reads (T5).
         head_bias: whether the head adds a bias.
+        pooler: whether the checkpoint has the layer through which a pretrained encoder gave its
+            first token to a head (BERT).
         encoder: the stack whose output this one attends to; None for a single stack.
         start_id: the token that a decoder with an encoder begins with.
     """
@@ -81,6 +84,7 @@ class Architecture:
     positions: int = 0
     position_offset: int = 0
     segments: int = 0
+    embed_dim: int | None = None
     embed_scale: float | None = None
     embed_norm: bool = False
     qkv_bias: bool = False
@@ -95,6 +99,7 @@ class Architecture:
     tied: bool = True
     head_scale: float | None = None
     head_bias: bool = False
+    pooler: bool = False
     encoder: Architecture | None = None
     start_id: int | None = None
 

@@ -77,7 +77,7 @@ class Backbone:
         a = self.arch
         rngs = jax.random.split(rng, 4)
         params = self._stack.init(rngs[0])
-        tokens_VD = normal(rngs[1], a.vocab, a.d_model)
+        tokens_VD = normal(rngs[1], a.vocab, a.embed_dim or a.d_model)
         params["embed"] = {"tokens_VD": tokens_VD, **params.get("embed", {})}
         if a.encoder is not None:
             params["encoder"] = self._encoder.init(rngs[2])
@@ -88,6 +88,9 @@ class Backbone:
             head["bias_V"] = jnp.zeros((a.vocab,))
         if head:
             params["head"] = head
+        if a.pooler:
+            weight_DD = normal(rngs[3], a.d_model, a.d_model)
+            params["pooler"] = {"weight_DD": weight_DD, "bias_D": jnp.zeros((a.d_model,))}
         return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
     def listed(self, params: Params) -> Params:
@@ -336,6 +339,11 @@ class Backbone:
         if a.logit_softcap is not None:
             logits_BTV = a.logit_softcap * jnp.tanh(logits_BTV / a.logit_softcap)
         return logits_BTV
+
+    def pool(self, params: Params, h_BD: jax.Array) -> jax.Array:
+        """What BERT's pretrained pooler makes of each example's first token, h_BD to [B, D]."""
+        pooler = params["pooler"]
+        return jnp.tanh(h_BD @ pooler["weight_DD"] + pooler["bias_D"])
 
     def _embed(self, params: Params, ids_BT: jax.Array) -> jax.Array:
         """Token embeddings, scaled, in the dtype of the weights."""

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from prefix_jax.backbones import gguf, gpt2, llama
+from prefix_jax.backbones import bert, gguf, gpt2, llama
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.fingerprint import fingerprint
@@ -29,7 +29,7 @@ from prefix_jax.errors import BackboneError
 from prefix_jax.mesh import make_mesh, weight_shardings
 
 # Each has MODEL_TYPES, architecture(config) and hf_names(arch).
-_FAMILIES = (gpt2, llama)
+_FAMILIES = (gpt2, llama, bert)
 _FAMILY_OF = {model_type: family for family in _FAMILIES for model_type in family.MODEL_TYPES}
 _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -102,6 +102,8 @@ def load(
     checkpoint: TensorSource
     if path.is_dir():
         checkpoint, table = Safetensors(path), _FAMILY_OF[arch.model_type].hf_names(arch)
+        pooler = any(table.plain(name) == bert.POOLER for name in checkpoint.shapes)
+        arch = dataclasses.replace(arch, pooler=pooler)
     else:
         checkpoint = gguf.open_gguf(path)
         table = gguf.TABLES[arch.model_type]
@@ -121,7 +123,7 @@ def find(source: str | Path) -> Path:
 
     Args:
         source: a directory in Hugging Face layout; a `.gguf` file; "package:NAME" for the first
-            `.gguf` file inside an installed Python package, which is not imported; or the id of a
+            of either inside an installed Python package, which is not imported; or the id of a
             model on the Hugging Face hub, which is downloaded unless it is cached.
 
     Raises:
@@ -159,7 +161,13 @@ def _find_in_package(name: str) -> Path:
     for folder in spec.submodule_search_locations or ():
         for file in sorted(Path(folder).rglob("*.gguf")):
             return file
-    raise BackboneError(f"the Python package {name} holds no .gguf file")
+        for weights in sorted(Path(folder).rglob("model*.safetensors")):
+            if (weights.parent / "config.json").is_file():
+                return weights.parent
+    raise BackboneError(
+        f"the Python package {name} holds neither a .gguf file nor a model.safetensors with its "
+        "config.json"
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -93,11 +93,21 @@ class NameTable:
         rows: every parameter that some model of the family has.
         prefix: may stand before each name (checkpoints of the bare model leave it out).
         ignored: patterns of tensors that hold nothing to load.
+        spellings: endings of names that some checkpoints have, and what they are here.
     """
 
     rows: tuple[Row, ...]
     prefix: str = ""
     ignored: tuple[str, ...] = ()
+    spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def plain(self, name: str) -> str:
+        """A name in the checkpoint as the rows have it."""
+        name = name.removeprefix(self.prefix)
+        for ending, usual in self.spellings.items():
+            if name.endswith(ending):
+                return name.removesuffix(ending) + usual
+        return name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +144,7 @@ def match(
     Raises:
         BackboneError: tensors are missing, unexpected or of another shape; all are listed.
     """
-    actual = {name.removeprefix(table.prefix): name for name in stored}
+    actual = {table.plain(name): name for name in stored}
     rows = {tuple(row.path.split("/")): row for row in table.rows}
     found: list[Parameter] = []
     missing: list[str] = []

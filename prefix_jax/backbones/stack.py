@@ -111,12 +111,16 @@ class Stack:
             "layers": jax.vmap(init_layer)(jax.random.split(rngs[0], a.layers))
         }
         embed: dict[str, Any] = {}
+        E = a.embed_dim or a.d_model
         if a.positions:
-            embed["positions_TD"] = normal(rngs[1], a.positions, a.d_model)
+            embed["positions_TD"] = normal(rngs[1], a.positions, E)
         if a.segments:
-            embed["segments_XD"] = normal(rngs[2], a.segments, a.d_model)
+            embed["segments_XD"] = normal(rngs[2], a.segments, E)
         if a.embed_norm:
-            embed["norm"] = make_norm(a).init(rng, x_BTD)["params"]
+            embed["norm"] = make_norm(a).init(rng, jnp.zeros((1, 1, E)))["params"]
+        if a.embed_dim is not None:
+            embed["project_ED"] = normal(rngs[1], E, a.d_model)
+            embed["project_bias_D"] = jnp.zeros((a.d_model,))
         if embed:
             params["embed"] = embed
         if a.relative is not None:
@@ -148,6 +152,8 @@ class Stack:
         if a.embed_norm:
             normed: Any = make_norm(a).apply({"params": embed["norm"]}, x_BTD)
             x_BTD = normed
+        if a.embed_dim is not None:
+            x_BTD = x_BTD @ embed["project_ED"] + embed["project_bias_D"]
         return x_BTD
 
     def finish(self, params: Params, h_BTD: jax.Array) -> jax.Array:

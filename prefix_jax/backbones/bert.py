@@ -1,0 +1,141 @@
+"""Encoders after BERT (Devlin et al. 2019): learned positions, norms behind each sublayer, biases.
+
+BERT, RoBERTa (Liu et al. 2019: positions behind the padding's, one segment), XLM-R (Conneau et al.
+2020: RoBERTa's layout), ELECTRA (Clark et al. 2020: narrower embeddings, projected) and DistilBERT
+(Sanh et al. 2019: no segments, other names). What stands on an encoder for pretraining or for a
+task is no part of it; BERT's pooler is, as every task's head begins with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefix_jax.backbones.architecture import Architecture
+from prefix_jax.backbones.names import LINEAR, STORED, VECTOR, Matrix, NameTable, Row, Vector
+from prefix_jax.errors import BackboneError
+
+_ROBERTA = ("roberta", "xlm-roberta")
+MODEL_TYPES = ("bert", *_ROBERTA, "electra", "distilbert")
+
+# The one tensor that tells whether a checkpoint has a pooler; the configuration does not.
+POOLER = "pooler.dense.weight"
+
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """Reads a Hugging Face `config.json` of an encoder.
+
+    Raises:
+        BackboneError: the config asks for a variant that is not computed here.
+    """
+    model_type = config["model_type"]
+    for flag, usual in (
+        ("is_decoder", False),
+        ("add_cross_attention", False),
+        ("position_embedding_type", "absolute"),
+    ):
+        if config.get(flag, usual) != usual:
+            raise BackboneError(
+                f"{model_type} with {flag}={config[flag]} is not supported: it is read as an "
+                "encoder with absolute positions"
+            )
+    distilled = model_type == "distilbert"
+    D = config["dim" if distilled else "hidden_size"]
+    N = config["n_heads" if distilled else "num_attention_heads"]
+    E = config["embedding_size"] if model_type == "electra" else D
+    # RoBERTa counts positions from behind the padding's, whose row is never read.
+    offset = config.get("pad_token_id", 1) + 1 if model_type in _ROBERTA else 0
+    return Architecture(
+        model_type=model_type,
+        layers=config["n_layers" if distilled else "num_hidden_layers"],
+        d_model=D,
+        heads=N,
+        kv_heads=N,
+        head_dim=D // N,
+        d_ff=config["hidden_dim" if distilled else "intermediate_size"],
+        vocab=config["vocab_size"],
+        max_positions=config["max_position_embeddings"] - offset,
+        norm="layer",
+        epsilon=config.get("layer_norm_eps", 1e-12),
+        activation=config.get("activation" if distilled else "hidden_act", "gelu"),
+        gated=False,
+        causal=False,
+        norm_at="after",
+        final_norm=False,
+        positions=config["max_position_embeddings"],
+        position_offset=offset,
+        segments=0 if distilled else config.get("type_vocab_size", 2),
+        embed_dim=None if E == D else E,
+        embed_norm=True,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+    )
+
+
+def hf_names(arch: Architecture) -> NameTable:
+    """The names of the weights in a checkpoint of Hugging Face layout."""
+    layer = _DISTILBERT_LAYER if arch.model_type == "distilbert" else _BERT_LAYER
+    return NameTable(
+        prefix="roberta." if arch.model_type in _ROBERTA else f"{arch.model_type}.",
+        rows=_AROUND + layer,
+        # Buffers, and the heads of pretraining and of tasks.
+        ignored=(
+            r"embeddings\.(position|token_type)_ids",
+            r"(cls|lm_head|discriminator_predictions|generator_predictions|generator_lm_head"
+            r"|vocab_transform|vocab_layer_norm|vocab_projector"
+            r"|classifier|pre_classifier|qa_outputs|score|sequence_summary)\..*",
+        ),
+        # As the first checkpoints of BERT spell them.
+        spellings={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
+    )
+
+
+def _pair(name: str, weight: str, bias: str, storage: Matrix | Vector = LINEAR) -> tuple[Row, Row]:
+    return Row(f"{name}.weight", weight, storage), Row(f"{name}.bias", bias, VECTOR)
+
+
+def _layer(
+    q: str, k: str, v: str, o: str, attn_norm: str, up: str, down: str, mlp_norm: str
+) -> tuple[Row, ...]:
+    """The rows of a layer, by the names of its parts."""
+    return (
+        *_pair(q, "layers/attn/q_DNH", "layers/attn/q_bias_NH"),
+        *_pair(k, "layers/attn/k_DKH", "layers/attn/k_bias_KH"),
+        *_pair(v, "layers/attn/v_DKH", "layers/attn/v_bias_KH"),
+        *_pair(o, "layers/attn/o_NHD", "layers/attn/o_bias_D", Matrix(2)),
+        *_pair(attn_norm, "layers/attn_norm/scale_D", "layers/attn_norm/bias_D", VECTOR),
+        *_pair(up, "layers/mlp/up_DF", "layers/mlp/up_bias_F"),
+        *_pair(down, "layers/mlp/down_FD", "layers/mlp/down_bias_D"),
+        *_pair(mlp_norm, "layers/mlp_norm/scale_D", "layers/mlp_norm/bias_D", VECTOR),
+    )
+
+
+_AROUND = (
+    Row("embeddings.word_embeddings.weight", "embed/tokens_VD", STORED),
+    Row("embeddings.position_embeddings.weight", "embed/positions_TD", STORED),
+    Row("embeddings.token_type_embeddings.weight", "embed/segments_XD", STORED),
+    *_pair("embeddings.LayerNorm", "embed/norm/scale_D", "embed/norm/bias_D", VECTOR),
+    *_pair("embeddings_project", "embed/project_ED", "embed/project_bias_D"),
+    *_pair("pooler.dense", "pooler/weight_DD", "pooler/bias_D"),
+)
+_BERT_LAYER = _layer(
+    q="encoder.layer.{l}.attention.self.query",
+    k="encoder.layer.{l}.attention.self.key",
+    v="encoder.layer.{l}.attention.self.value",
+    o="encoder.layer.{l}.attention.output.dense",
+    attn_norm="encoder.layer.{l}.attention.output.LayerNorm",
+    up="encoder.layer.{l}.intermediate.dense",
+    down="encoder.layer.{l}.output.dense",
+    mlp_norm="encoder.layer.{l}.output.LayerNorm",
+)
+_DISTILBERT_LAYER = _layer(
+    q="transformer.layer.{l}.attention.q_lin",
+    k="transformer.layer.{l}.attention.k_lin",
+    v="transformer.layer.{l}.attention.v_lin",
+    o="transformer.layer.{l}.attention.out_lin",
+    attn_norm="transformer.layer.{l}.sa_layer_norm",
+    up="transformer.layer.{l}.ffn.lin1",
+    down="transformer.layer.{l}.ffn.lin2",
+    mlp_norm="transformer.layer.{l}.output_layer_norm",
+)
