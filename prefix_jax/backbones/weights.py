@@ -53,16 +53,25 @@ class Safetensors:
 
     def __init__(self, directory: Path):
         self.shapes: dict[str, Shape] = {}
-        self._where: dict[str, tuple[Path, np.dtype, int]] = {}
+        self._where: dict[str, tuple[Path, str, int]] = {}
         for file in _safetensors_files(directory):
             for name, (dtype, shape, offset) in _header(file).items():
                 self.shapes[name] = shape
                 self._where[name] = (file, dtype, offset)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, mapped from its file."""
+        """One tensor, mapped from its file.
+
+        Raises:
+            BackboneError: it does not hold floating-point numbers. Files may: some encoders' hold
+                their positions, counted out.
+        """
         file, dtype, offset = self._where[name]
-        return map_tensor(file, dtype, offset, self.shapes[name])
+        if dtype not in _DTYPES:
+            raise BackboneError(
+                f"{file}: {name} has dtype {dtype}; supported: {', '.join(_DTYPES)}"
+            )
+        return map_tensor(file, _DTYPES[dtype], offset, self.shapes[name])
 
 
 def map_tensor(file: Path, dtype: np.dtype, offset: int, shape: Shape) -> np.ndarray:
@@ -91,8 +100,8 @@ def _safetensors_files(directory: Path) -> list[Path]:
     raise BackboneError(f"{directory} has no model.safetensors and no {index.name}")
 
 
-def _header(file: Path) -> dict[str, tuple[np.dtype, Shape, int]]:
-    """Dtype, shape and offset in the file of each tensor."""
+def _header(file: Path) -> dict[str, tuple[str, Shape, int]]:
+    """Name of the dtype, shape and offset in the file of each tensor."""
     try:
         with safe_open(file, framework="numpy"):
             pass  # Opening checks the header and that the file is complete.
@@ -105,12 +114,8 @@ def _header(file: Path) -> dict[str, tuple[np.dtype, Shape, int]]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if entry["dtype"] not in _DTYPES:
-            raise BackboneError(
-                f"{file}: {name} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}"
-            )
         offset = 8 + length + entry["data_offsets"][0]
-        tensors[name] = (_DTYPES[entry["dtype"]], tuple(entry["shape"]), offset)
+        tensors[name] = (entry["dtype"], tuple(entry["shape"]), offset)
     return tensors
 
 
