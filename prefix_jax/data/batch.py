@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from prefix_jax.nn.mask import Tokens
@@ -17,14 +18,14 @@ class Example:
     """One tokenised example.
 
     Attributes:
-        ids_T: int32 token ids.
+        ids_T: int32 token ids; of an encoder-decoder, those of the decoder, its start token first.
         target_T: bool; True where the token is predicted and counts in the loss. Never True at 0:
             nothing stands before the first token.
         source: where the example came from, for messages: "train.jsonl:17".
         references: every acceptable target text, for evaluation.
         prompt: the text before the target (of a chat, before its last answer), as it was rendered.
-        prompt_length: how many tokens stand before the target, or before a chat's last answer:
-            what generation starts from.
+        prompt_length: how many of `ids_T` stand before the target, or before a chat's last answer.
+        source_ids_S: int32, what the encoder of an encoder-decoder reads; None for a single stack.
     """
 
     ids_T: np.ndarray
@@ -33,11 +34,32 @@ class Example:
     references: Sequence[str] = ()
     prompt: str = ""
     prompt_length: int = 0
+    source_ids_S: np.ndarray | None = None
 
     @property
     def source_length(self) -> int:
         """The number of tokens before the first target: what several targets may share."""
         return int(np.argmax(self.target_T)) if self.target_T.any() else len(self.ids_T)
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The tokens that generation starts from: of an encoder-decoder, its source."""
+        if self.source_ids_S is not None:
+            return [int(token) for token in self.source_ids_S]
+        return [int(token) for token in self.ids_T[: self.prompt_length]]
+
+
+@flax.struct.dataclass
+class Source:
+    """What an encoder reads, row by row. A group of it is what the decoder's group attends to.
+
+    Attributes:
+        ids_BS: int32 token ids.
+        tokens: where each token stands.
+    """
+
+    ids_BS: jax.Array
+    tokens: Tokens
 
 
 @flax.struct.dataclass
@@ -54,6 +76,7 @@ class Batch:
         weight_BM: float32, 1 for a target and 0 for padding.
         examples: float32 scalar, the number of examples in the batch: what a summed loss is
             divided by.
+        source: what the encoder of an encoder-decoder reads; None for a single stack.
     """
 
     ids_BT: jax.Array
@@ -62,3 +85,12 @@ class Batch:
     label_BM: jax.Array
     weight_BM: jax.Array
     examples: jax.Array
+    source: Source | None = None
+
+    @property
+    def read(self) -> jax.Array:
+        """How many tokens the rows hold on both sides, padding not counted."""
+        written = jnp.sum(self.tokens.group_BT > 0)
+        if self.source is None:
+            return written
+        return written + jnp.sum(self.source.tokens.group_BT > 0)

@@ -7,6 +7,10 @@ spread over its rows by longest-processing-time-first scheduling (Graham 1969).
 Targets that answer the same source share its tokens: they become branches of one group. An example
 is laid without its last token, which predicts nothing.
 
+For an encoder-decoder a row has two sides: the sources that its encoder reads, and the groups of
+its decoder, each of which attends to the source of its own number. Targets of one source share it,
+and the decoder's start token.
+
 A layout follows from the lengths of the batch's examples and the options, never from earlier
 batches, so that every host finds the same one and a resumed run repeats it.
 """
@@ -21,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from prefix_jax.data.batch import Batch, Example
+from prefix_jax.data.batch import Batch, Example, Source
 from prefix_jax.errors import DataError
 from prefix_jax.nn.mask import Tokens
 
@@ -32,30 +36,41 @@ TARGET_COST = 1 / 4
 
 
 class Shape(NamedTuple):
-    """The shape of a micro-batch: rows R, tokens in a row T, targets in a row M."""
+    """The shape of a micro-batch: rows R, tokens in a row T, targets in a row M; for an
+    encoder-decoder, tokens S that its encoder reads of a row, else 0."""
 
     rows: int
     columns: int
     targets: int
+    sources: int = 0
 
     @property
     def cost(self) -> float:
         """In tokens through the layers."""
-        token = 1 + ATTENTION_COST * self.columns
-        return self.rows * (self.columns * token + self.targets * TARGET_COST)
+        token = 1 + ATTENTION_COST * (self.columns + self.sources)
+        source = 1 + ATTENTION_COST * self.sources
+        return self.rows * (
+            self.columns * token + self.targets * TARGET_COST + self.sources * source
+        )
 
 
 class Item(NamedTuple):
     """What packing needs to know of an example.
 
-    `shared` tokens stand before the first target, `own` tokens after them up to the last target;
-    items of equal `source` have the same shared tokens.
+    `shared` tokens stand before the first target, `own` tokens after them up to the last target,
+    and an encoder reads `read` tokens; items of equal `source` have the same read and shared ones.
     """
 
     source: int
     shared: int
     own: int
     targets: int
+    read: int = 0
+
+    @property
+    def common(self) -> int:
+        """Tokens that items of the same source share, on both sides."""
+        return self.read + self.shared
 
 
 class Block(NamedTuple):
@@ -64,6 +79,12 @@ class Block(NamedTuple):
     members: tuple[int, ...]
     columns: int
     targets: int
+    sources: int
+
+    @property
+    def size(self) -> int:
+        """Tokens on both sides."""
+        return self.columns + self.sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +126,7 @@ def measure(examples: Sequence[Example]) -> list[Item]:
     Raises:
         DataError: an example has no target, or one at its first token.
     """
-    sources: dict[bytes, int] = {}
+    sources: dict[tuple[bytes, bytes], int] = {}
     items = []
     for example in examples:
         places = np.flatnonzero(example.target_T)
@@ -115,8 +136,10 @@ def measure(examples: Sequence[Example]) -> list[Item]:
                 "first token; each example needs a token to predict from and one to predict"
             )
         shared, last = int(places[0]), int(places[-1])
-        source = sources.setdefault(example.ids_T[:shared].tobytes(), len(sources))
-        items.append(Item(source, shared, last - shared, len(places)))
+        read = np.empty(0, np.int32) if example.source_ids_S is None else example.source_ids_S
+        key = read.tobytes(), example.ids_T[:shared].tobytes()
+        source = sources.setdefault(key, len(sources))
+        items.append(Item(source, shared, last - shared, len(places), len(read)))
     return items
 
 
@@ -132,14 +155,13 @@ def arrange(items: Sequence[Item], packing: Packing) -> Layout:
             continue
         if shape.rows not in rows_of:
             rows_of[shape.rows] = _spread(items, shape.rows, packing)
-        columns, targets = _extent(rows_of[shape.rows])
-        if columns <= shape.columns and targets <= shape.targets:
+        extent = _extent(rows_of[shape.rows])
+        if all(need <= there for need, there in zip(extent, shape[1:], strict=True)):
             return layout(shape)
     shapes = []
     for rows in _row_counts(len(items), packing):
         rows_of[rows] = _spread(items, rows, packing)
-        columns, targets = _extent(rows_of[rows])
-        shapes.append(Shape(rows, _round_up(columns, 4), _round_up(targets, 4)))
+        shapes.append(Shape(rows, *(_round_up(size, 4) for size in _extent(rows_of[rows]))))
     return layout(min(shapes, key=lambda shape: (shape.cost, shape)))
 
 
@@ -157,20 +179,20 @@ def choose_shapes(
         gain: the share of the cost that a further shape must save to be worth its compilation.
     """
     counts = _row_counts(max(map(len, batches)), packing)
-    extent_NC2 = np.array(
+    extent_NC3 = np.array(
         [[_extent(_spread(items, rows, packing)) for rows in counts] for items in batches]
     )
     options = sorted(
         {
-            (i, Shape(rows, _round_up(int(columns), 16), _round_up(int(targets), 16)))
-            for extent_C2 in extent_NC2
-            for i, (rows, (columns, targets)) in enumerate(zip(counts, extent_C2, strict=True))
+            (i, Shape(rows, *(_round_up(int(size), 16) for size in extent)))
+            for extent_C3 in extent_NC3
+            for i, (rows, extent) in enumerate(zip(counts, extent_C3, strict=True))
         }
     )
     at = [i for i, _ in options]
-    room_S2 = np.array([(shape.columns, shape.targets) for _, shape in options])
+    room_S3 = np.array([shape[1:] for _, shape in options])
     cost_S = np.array([shape.cost for _, shape in options])
-    fits_NS = (extent_NC2[:, at] <= room_S2).all(-1)
+    fits_NS = (extent_NC3[:, at] <= room_S3).all(-1)
     # What fits none costs more than anything that does: the first shapes are to cover everything.
     none = 2 * cost_S.max()
     cost_NS = np.where(fits_NS, cost_S, none)
@@ -207,6 +229,9 @@ def materialise(
     ids, group, branch, position = (_zeros(accumulate, size, shape.columns) for _ in range(4))
     column, label = (_zeros(accumulate, size, shape.targets) for _ in range(2))
     weight = _zeros(accumulate, size, shape.targets, dtype=np.float32)
+    read_ids, read_group, read_position = (
+        _zeros(accumulate, size, shape.sources) for _ in range(3)
+    )
     counts = _zeros(accumulate, dtype=np.float32)
     for number, blocks in enumerate(layout.rows):
         micro, row = divmod(number, shape.rows)
@@ -214,11 +239,16 @@ def materialise(
         row -= index * size
         if not 0 <= row < size:
             continue
-        start = slot = 0
+        start = slot = read_start = 0
         for g, block in enumerate(blocks, 1):
-            shared = layout.items[block.members[0]].shared
+            first, shared = examples[block.members[0]], layout.items[block.members[0]].shared
+            if first.source_ids_S is not None:
+                stretch = micro, row, slice(read_start, read_start + block.sources)
+                read_ids[stretch], read_group[stretch] = first.source_ids_S, g
+                read_position[stretch] = np.arange(block.sources)
+                read_start += block.sources
             end = start + shared
-            ids[micro, row, start:end] = examples[block.members[0]].ids_T[:shared]
+            ids[micro, row, start:end] = first.ids_T[:shared]
             position[micro, row, start:end] = np.arange(shared)
             for b, member in enumerate(block.members, 1):
                 example, own = examples[member], layout.items[member].own
@@ -242,6 +272,9 @@ def materialise(
         label_BM=label,
         weight_BM=weight,
         examples=counts,
+        source=None
+        if examples[0].source_ids_S is None
+        else Source(read_ids, Tokens(read_group, np.zeros_like(read_group), read_position)),
     )
     return batch if accumulate > 1 else jax.tree.map(lambda leaf: leaf[0], batch)
 
@@ -260,10 +293,10 @@ def _spread(items: Sequence[Item], rows: int, packing: Packing) -> list[list[Blo
             spread[i].append(_block(items, [i]))
         return spread
     free = [(0, row) for row in range(rows)]
-    for block in sorted(_blocks(items, rows), key=lambda block: (-block.columns, block.members)):
+    for block in sorted(_blocks(items, rows), key=lambda block: (-block.size, block.members)):
         filled, row = free[0]
         spread[row].append(block)
-        heapq.heapreplace(free, (filled + block.columns, row))
+        heapq.heapreplace(free, (filled + block.size, row))
     return spread
 
 
@@ -274,18 +307,16 @@ def _blocks(items: Sequence[Item], rows: int) -> list[Block]:
         groups.setdefault(item.source, []).append(i)
     whole = [_block(items, members) for members in groups.values()]
     share = max(
-        -(-sum(block.columns for block in whole) // rows),
-        max(item.shared + item.own for item in items),
+        -(-sum(block.size for block in whole) // rows),
+        max(item.common + item.own for item in items),
     )
     blocks = []
     for block in whole:
-        shared = items[block.members[0]].shared
-        if block.columns <= share:
+        common = items[block.members[0]].common
+        if block.size <= share:
             blocks.append(block)
             continue
-        pieces: list[list[int]] = [
-            [] for _ in range(-(-(block.columns - shared) // (share - shared)))
-        ]
+        pieces: list[list[int]] = [[] for _ in range(-(-(block.size - common) // (share - common)))]
         filled = [(0, piece) for piece in range(len(pieces))]
         for member in sorted(block.members, key=lambda i: (-items[i].own, i)):
             length, piece = filled[0]
@@ -300,14 +331,16 @@ def _block(items: Sequence[Item], members: Sequence[int]) -> Block:
         members=tuple(members),
         columns=items[members[0]].shared + sum(items[i].own for i in members),
         targets=sum(items[i].targets for i in members),
+        sources=items[members[0]].read,
     )
 
 
-def _extent(spread: Sequence[Sequence[Block]]) -> tuple[int, int]:
-    """The most columns and the most targets of a row."""
+def _extent(spread: Sequence[Sequence[Block]]) -> tuple[int, int, int]:
+    """The most columns, targets and source columns of a row."""
     columns = max(sum(block.columns for block in row) for row in spread)
     targets = max(sum(block.targets for block in row) for row in spread)
-    return columns, targets
+    sources = max(sum(block.sources for block in row) for row in spread)
+    return columns, targets, sources
 
 
 def _row_counts(examples: int, packing: Packing) -> list[int]:

@@ -15,7 +15,7 @@ from prefix_jax.data.order import Order
 from prefix_jax.data.pack import Packing, arrange, choose_shapes, materialise, measure
 from prefix_jax.data.source import read_records
 from prefix_jax.data.template import Template, render, render_chat
-from prefix_jax.data.tokens import Examples, tokenize
+from prefix_jax.data.tokens import EncoderDecoder, Examples, tokenize
 from prefix_jax.errors import ConfigError, MeshError
 
 if TYPE_CHECKING:  # its import takes seconds
@@ -39,6 +39,7 @@ def load_examples(
     truncate: Literal["left", "right"] = "left",
     on_overflow: Literal["error", "drop"] = "error",
     tfds_dir: str | os.PathLike[str] | None = None,
+    encoder_decoder: EncoderDecoder | None = None,
 ) -> Examples:
     """Reads, renders and tokenises examples.
 
@@ -53,18 +54,25 @@ def load_examples(
             rendered targets.
         loss: which tokens are learnt, those of the "target" (of a chat, the assistant's turns) or
             "all".
-        max_length: tokens of an example at most; None sets no limit.
+        max_length: tokens of an example at most, or of what an encoder reads; None sets no limit.
         truncate: the side at which an input that is too long is cut. A target is never cut.
         on_overflow: "error", or "drop" an example whose target alone is too long.
         tfds_dir: the data directory of TensorFlow Datasets; None takes its default.
+        encoder_decoder: what an encoder-decoder needs; None for a single stack.
 
     Returns:
         A list of examples that also names the records which were truncated or dropped.
 
     Raises:
         DataError: a record, a file or a template cannot become examples.
-        ConfigError: neither or both of `target` and `messages` are given.
+        ConfigError: neither or both of `target` and `messages` are given, or an encoder-decoder
+            is given `messages`.
     """
+    if encoder_decoder is not None and messages is not None:
+        raise ConfigError(
+            "data.messages: a chat is one text of many turns, and this model reads its input with "
+            "an encoder; take templates (data.input, data.target), or a decoder"
+        )
     if (target is None) == (messages is None) or (messages is not None and input is not None):
         raise ConfigError("give either a target template (and an input), or the field of messages")
     read = read_records(records, tfds_dir=tfds_dir)
@@ -86,6 +94,7 @@ def load_examples(
         max_length=max_length,
         truncate=truncate,
         on_overflow=on_overflow,
+        encoder_decoder=encoder_decoder,
     )
 
 

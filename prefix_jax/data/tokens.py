@@ -10,7 +10,7 @@ import numpy as np
 
 from prefix_jax.data.batch import Example
 from prefix_jax.data.template import Rendered
-from prefix_jax.errors import DataError
+from prefix_jax.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # its import takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +35,26 @@ class Examples(list[Example]):
         self.dropped = tuple(dropped)
 
 
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoder:
+    """How text becomes tokens for an encoder-decoder.
+
+    The input goes to the encoder, and the target to the decoder, behind its start token; each with
+    the special tokens that the tokenizer writes around a text. These are the labels of
+    transformers: T5's end with </s>, BART's begin with <s> as well.
+
+    Attributes:
+        start_id: the token that the decoder begins with.
+        max_target: tokens of a target at most, special ones counted.
+        source_needed: whether an input without any token is an error. It is not where soft tokens
+            stand before it.
+    """
+
+    start_id: int
+    max_target: int
+    source_needed: bool = True
+
+
 def tokenize(
     rendered: Sequence[Rendered],
     tokenizer: PreTrainedTokenizerBase,
@@ -43,8 +63,10 @@ def tokenize(
     max_length: int | None = None,
     truncate: Literal["left", "right"] = "left",
     on_overflow: Literal["error", "drop"] = "error",
+    encoder_decoder: EncoderDecoder | None = None,
 ) -> Examples:
-    """Tokenises each segment apart and joins them.
+    """Tokenises each segment apart and joins them, or keeps input and target apart for an
+    encoder-decoder.
 
     Text from templates gets the beginning-of-sequence token that the tokenizer itself would write,
     if any, and an end-of-sequence token as the last target. In a chat, a turn's targets end with
@@ -55,15 +77,24 @@ def tokenize(
         tokenizer: of Hugging Face transformers.
         loss: which tokens are targets, those of target segments or "all". The first token of an
             example never is one.
-        max_length: tokens of an example at most; None sets no limit.
+        max_length: tokens of an example at most, or of what an encoder reads; None sets no limit.
         truncate: the side at which the input (what stands before the first target segment) is cut
             to fit. Targets are never cut.
         on_overflow: what to do with an example that does not fit with one token of its input.
+        encoder_decoder: what an encoder-decoder needs; None for a single stack.
 
     Raises:
         DataError: an example does not fit, or no target is left of it; the tokenizer has no
-            end-of-sequence token.
+            end-of-sequence token; an encoder would have nothing to read.
+        ConfigError: an encoder-decoder is to learn what it only reads.
     """
+    if encoder_decoder is not None:
+        if loss == "all":
+            raise ConfigError(
+                "data.loss: all learns the input too, which the encoder of this model only reads; "
+                "take data.loss: target"
+            )
+        return _two_sided(rendered, tokenizer, encoder_decoder, max_length, truncate, on_overflow)
     ids_of = _ids(rendered, tokenizer)
     bos = _bos(tokenizer)
     special = _special(tokenizer)
@@ -125,6 +156,66 @@ def tokenize(
     return Examples(examples, truncated, dropped)
 
 
+def _two_sided(
+    rendered: Sequence[Rendered],
+    tokenizer: PreTrainedTokenizerBase,
+    how: EncoderDecoder,
+    max_length: int | None,
+    truncate: Literal["left", "right"],
+    on_overflow: Literal["error", "drop"],
+) -> Examples:
+    """Examples for an encoder-decoder: see `tokenize`."""
+    ids_of = _ids(rendered, tokenizer)
+    before, after = _around(tokenizer)
+    end = [] if tokenizer.eos_token_id in after else [tokenizer.eos_token_id]
+    examples, truncated, dropped = [], [], []
+    for item in rendered:
+        given = [t for s in item.segments if not s.target for t in ids_of[s.text]]
+        text = item.segments[-1].text
+        if not ids_of[text]:
+            raise DataError(f"{item.source}: the tokenizer makes no token of {text!r}")
+        target = [*before, *ids_of[text], *after, *end]
+        room = None if max_length is None else max_length - len(before) - len(after)
+        if len(target) > how.max_target or (room is not None and room < min(1, len(given))):
+            if on_overflow == "drop":
+                dropped.append(item.source)
+                continue
+            raise DataError(
+                f"{item.source}: {len(target)} tokens of target exceed the {how.max_target} that "
+                "fit the decoder, and a target is never cut; set on_overflow: drop to leave such "
+                "examples out"
+                if len(target) > how.max_target
+                else f"{item.source}: not one token of input fits max_length {max_length} beside "
+                f"{len(before) + len(after)} special ones; raise max_length"
+            )
+        if not given and how.source_needed:
+            raise DataError(
+                f"{item.source}: the input is empty, and an encoder needs something to read; give "
+                "data.input, a template with text or a field that is not empty"
+            )
+        if room is not None and len(given) > room:
+            truncated.append(item.source)
+            given = given[len(given) - room :] if truncate == "left" else given[:room]
+        ids = [how.start_id, *target]
+        examples.append(
+            Example(
+                ids_T=np.array(ids, np.int32),
+                target_T=np.arange(len(ids)) > 0,
+                source=item.source,
+                references=item.references,
+                prompt=item.prompt,
+                prompt_length=1 + len(before),
+                source_ids_S=np.array([*before, *given, *after], np.int32),
+            )
+        )
+    if not examples:
+        raise DataError(
+            f"none of {len(rendered)} examples fits max_length {max_length} and "
+            f"{how.max_target} tokens of target; raise max_length or shorten the targets"
+        )
+    return Examples(examples, truncated, dropped)
+
+
 def group_references(examples: Sequence[Example]) -> list[Example]:
     """One example for each prompt, with the references of all: what generation is scored on."""
     grouped: dict[str, list[Example]] = {}
@@ -159,6 +250,14 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if tokenizer.bos_token_id in tokenizer("")["input_ids"][:1]:
         return [tokenizer.bos_token_id]
     return []
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer writes before and after a text."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
+    first, last = special.index(0), len(special) - special[::-1].index(0)
+    return ids[:first], ids[last:]
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:

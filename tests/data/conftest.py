@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
@@ -9,8 +11,8 @@ CHATML = (
 )
 
 
-def make_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that knows every byte and a few merges."""
+def _make(template: str = "$A") -> PreTrainedTokenizerFast:
+    """A byte-level BPE that knows every byte and a few merges, and writes a text by a template."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = ByteLevel()
@@ -21,10 +23,9 @@ def make_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     model.train_from_iterator(["the cat sat on the mat", "name Alimentum, area centre"], trainer)
-    if bos:
-        model.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 0)]
-        )
+    model.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 0), ("<|im_end|>", 2)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=model, bos_token="<s>", eos_token="<|im_end|>", chat_template=CHATML
     )
@@ -32,9 +33,15 @@ def make_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer()
+    return _make()
 
 
 @pytest.fixture(scope="session")
 def bos_tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer(bos=True)
+    return _make("<s> $A")
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[[str], PreTrainedTokenizerFast]:
+    """Makes the tokenizer that writes a text by a template: "<s> $A <|im_end|>"."""
+    return _make

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -15,13 +17,21 @@ def example(source, target_T, start=0, name="x"):
     return Example(np.array(ids, np.int32), np.array([False] * len(source) + list(target_T)), name)
 
 
+def two_sided(read, target_T, start=0, name="x"):
+    """An example of an encoder-decoder, whose decoder starts with 99."""
+    one = example([99], target_T, start, name)
+    return dataclasses.replace(one, source_ids_S=np.array(read, np.int32))
+
+
 @st.composite
 def batches(draw):
-    """Examples with few sources, so that some are shared, and targets with gaps, as chats have."""
+    """Examples with few sources, so that some are shared, and targets with gaps, as chats have;
+    of single stacks, or of encoder-decoders."""
+    make = draw(st.sampled_from([example, two_sided]))
     sources = draw(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=12), min_size=1))
     targets = st.lists(st.booleans(), max_size=12).map(lambda rest: [True, *rest])
     return [
-        example(draw(st.sampled_from(sources)), draw(targets), start=20 * i, name=str(i))
+        make(draw(st.sampled_from(sources)), draw(targets), start=20 * i, name=str(i))
         for i in range(draw(st.integers(1, 14)))
     ]
 
@@ -38,7 +48,8 @@ def micro_batches(batch):
 
 
 def predictions(batch):
-    """For every target: what its column sees, in order of position, and the label."""
+    """For every target: what its column sees, in order of position, and the label; before it
+    what its encoder read."""
     found = []
     for micro in micro_batches(batch):
         at = micro.tokens
@@ -53,8 +64,23 @@ def predictions(batch):
                 sees &= (branch == 0) | (branch == branch[q])
                 seen = ids[sees][np.argsort(position[sees])]
                 assert sorted(position[sees]) == list(range(len(seen)))
-                found.append((*seen.tolist(), int(label)))
+                found.append((*read_of(micro, row, group[q]), *seen.tolist(), int(label)))
     return sorted(found)
+
+
+def read_of(micro, row, group):
+    """The tokens that the encoder of an encoder-decoder read for a group."""
+    if micro.source is None:
+        return ()
+    at = micro.source.tokens
+    assert not at.branch_BT.any()
+    here = at.group_BT[row] == group
+    assert at.position_BT[row][here].tolist() == list(range(here.sum()))
+    return micro.source.ids_BS[row][here].tolist()
+
+
+def read_by(one):
+    return () if one.source_ids_S is None else one.source_ids_S.tolist()
 
 
 @settings(deadline=None)
@@ -63,7 +89,9 @@ def test_each_target_is_predicted_once_from_exactly_the_tokens_before_it(example
     items = measure(examples)
     batch = materialise(arrange(items, packing), examples)
     expected = sorted(
-        tuple(one.ids_T[: i + 1].tolist()) for one in examples for i in np.flatnonzero(one.target_T)
+        (*read_by(one), *one.ids_T[: i + 1].tolist())
+        for one in examples
+        for i in np.flatnonzero(one.target_T)
     )
     assert predictions(batch) == expected
     assert batch.weight_BM.sum() == len(expected)
@@ -82,9 +110,15 @@ def test_rows_hold_sources_once_and_targets_without_their_last_token(examples, p
         for block in row
     )
     assert (batch.tokens.group_BT > 0).sum() == laid
-    padding = batch.tokens.group_BT == 0
-    for leaf in (batch.ids_BT, batch.tokens.branch_BT, batch.tokens.position_BT):
-        assert not leaf[padding].any()
+    sides = [(batch.ids_BT, batch.tokens)]
+    if batch.source is not None:
+        read = sum(block.sources for row in layout.rows for block in row)
+        assert (batch.source.tokens.group_BT > 0).sum() == read
+        assert batch.read == laid + read
+        sides.append((batch.source.ids_BS, batch.source.tokens))
+    for ids, at in sides:
+        for leaf in (ids, at.branch_BT, at.position_BT):
+            assert not leaf[at.group_BT == 0].any()
     assert sorted(i for row in layout.rows for block in row for i in block.members) == list(
         range(len(examples))
     )
@@ -99,6 +133,8 @@ def test_the_shape_is_the_layouts_and_the_rows_divide(examples, packing):
     assert batch.ids_BT.shape == (*lead, layout.shape.rows, layout.shape.columns)
     assert batch.index_BM.shape == (*lead, layout.shape.rows, layout.shape.targets)
     assert batch.examples.shape == lead
+    if batch.source is not None:
+        assert batch.source.ids_BS.shape == (*lead, layout.shape.rows, layout.shape.sources)
     assert layout.shape.rows % packing.rows_multiple == 0
     assert layout.shape.columns % 8 == 0
 
@@ -134,6 +170,24 @@ def test_targets_of_one_source_share_its_tokens_as_branches():
     assert batch.tokens.position_BT[0, :9].tolist() == [0, 1, 2, 3, 4, 3, 4, 3, 4]
     assert (batch.tokens.group_BT[0] > 0).sum() == 9
     assert batch.index_BM[0, :9].tolist() == [2, 3, 4, 2, 5, 6, 2, 7, 8]
+
+
+def test_targets_of_one_source_share_what_the_encoder_read_of_it():
+    examples = [two_sided([7, 8, 9], [True] * 3, start=10 * i) for i in range(3)]
+    batch = materialise(arrange(measure(examples), Packing()), examples)
+    assert batch.source.ids_BS[0].tolist() == [7, 8, 9, 0, 0, 0, 0, 0]
+    assert batch.source.tokens.group_BT[0, :4].tolist() == [1, 1, 1, 0]
+    # The start token, and 2 of each target.
+    assert batch.tokens.branch_BT[0, :7].tolist() == [0, 1, 1, 2, 2, 3, 3]
+    assert batch.tokens.position_BT[0, :7].tolist() == [0, 1, 2, 1, 2, 1, 2]
+    assert batch.index_BM[0, :9].tolist() == [0, 1, 2, 0, 3, 4, 0, 5, 6]
+
+
+def test_equal_targets_of_other_sources_are_apart():
+    examples = [two_sided([read], [True] * 2) for read in (7, 8)]
+    batch = materialise(arrange(measure(examples), Packing()), examples)
+    groups = batch.tokens.group_BT[batch.tokens.group_BT > 0]
+    assert sorted(groups.tolist()) == [1, 1, 2, 2]
 
 
 def test_a_long_group_is_split_over_rows_and_repeats_its_source():

@@ -3,8 +3,8 @@ import pytest
 
 from prefix_jax.data.source import Record
 from prefix_jax.data.template import Template, render, render_chat
-from prefix_jax.data.tokens import group_references, tokenize
-from prefix_jax.errors import DataError
+from prefix_jax.data.tokens import EncoderDecoder, group_references, tokenize
+from prefix_jax.errors import ConfigError, DataError
 
 
 def pairs(*texts):
@@ -133,3 +133,61 @@ def test_equal_prompts_become_one_example_with_all_references(tokenizer):
 def test_a_lone_surrogate_is_an_error_that_names_its_record(tokenizer):
     with pytest.raises(DataError, match=r"a\.jsonl:2: not valid Unicode text"):
         tokenize(pairs(("ab", "x"), ("c\ud83d", "y")), tokenizer)
+
+
+def seq2seq(**options):
+    return EncoderDecoder(**{"start_id": 7, "max_target": 50} | options)
+
+
+class TestEncoderDecoders:
+    """The input goes to the encoder, the target to the decoder, each as the tokenizer writes it."""
+
+    @pytest.mark.parametrize("written", ["$A <|im_end|>", "<s> $A <|im_end|>", "$A"])
+    def test_source_and_target_are_what_the_tokenizer_makes_of_the_texts(
+        self, make_tokenizer, written
+    ):
+        tokenizer = make_tokenizer(written)
+        (example,) = tokenize(pairs(("the cat", " sat")), tokenizer, encoder_decoder=seq2seq())
+        target = tokenizer(" sat")["input_ids"]
+        ends = [] if "im_end" in written else [tokenizer.eos_token_id]
+        assert example.source_ids_S.tolist() == tokenizer("the cat")["input_ids"]
+        assert example.ids_T.tolist() == [7, *target, *ends]
+        assert example.target_T.tolist() == [False] + [True] * len([*target, *ends])
+        assert example.prompt_ids == example.source_ids_S.tolist()
+        assert example.prompt == "the cat"
+        # What a label's tokens follow.
+        assert example.ids_T[: example.prompt_length].tolist() == (
+            [7, 0] if written.startswith("<s>") else [7]
+        )
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_a_source_is_cut_between_its_special_tokens(self, make_tokenizer, side):
+        tokenizer = make_tokenizer("<s> $A <|im_end|>")
+        how = {"truncate": side, "encoder_decoder": seq2seq()}
+        (whole,) = tokenize(pairs(("the cat sat", "on")), tokenizer, **how)
+        cut = tokenize(pairs(("the cat sat", "on")), tokenizer, max_length=4, **how)
+        first, *text, last = whole.source_ids_S.tolist()
+        kept = text[-2:] if side == "left" else text[:2]
+        assert cut[0].source_ids_S.tolist() == [first, *kept, last]
+        assert cut.truncated == ("a.jsonl:1",)
+        assert cut[0].ids_T.tolist() == whole.ids_T.tolist()
+
+    def test_a_target_that_does_not_fit_the_decoder_is_an_error_or_dropped(self, tokenizer):
+        texts = pairs(("the", "cat"), ("the", "none of these"))
+        how = {"encoder_decoder": seq2seq(max_target=4)}
+        with pytest.raises(DataError, match=r"a\.jsonl:2: \d+ tokens of target exceed the 4"):
+            tokenize(texts, tokenizer, **how)
+        kept = tokenize(texts, tokenizer, on_overflow="drop", **how)
+        assert (len(kept), kept.dropped) == (1, ("a.jsonl:2",))
+
+    def test_an_empty_input_is_an_error_unless_soft_tokens_stand_there(self, tokenizer):
+        texts = pairs(("", "cat"))
+        with pytest.raises(DataError, match=r"a\.jsonl:1: the input is empty"):
+            tokenize(texts, tokenizer, encoder_decoder=seq2seq())
+        soft = seq2seq(source_needed=False)
+        (example,) = tokenize(texts, tokenizer, encoder_decoder=soft)
+        assert example.source_ids_S.tolist() == []
+
+    def test_what_is_only_read_cannot_be_learnt(self, tokenizer):
+        with pytest.raises(ConfigError, match=r"take data\.loss: target"):
+            tokenize(pairs(("a", "b")), tokenizer, loss="all", encoder_decoder=seq2seq())
