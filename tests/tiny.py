@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import jax
 import numpy as np
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -16,6 +20,9 @@ from tokenizers import (
     pre_tokenizers,
     processors,
 )
+
+from prefix_jax.backbones import bart, t5
+from prefix_jax.backbones.backbone import Backbone
 
 CONFIG = {
     "model_type": "llama",
@@ -31,7 +38,7 @@ CONFIG = {
     "tie_word_embeddings": True,
     "eos_token_id": 256,
 }
-_END = "</s>"
+_END, _PAD, _BEGIN = "</s>", "<pad>", "<s>"
 _BYTES = pre_tokenizers.ByteLevel.alphabet()
 
 
@@ -47,7 +54,7 @@ def write_model(directory: Path, *, seed: int = 0, **config: int) -> Path:
     content = CONFIG | config
     (directory / "config.json").write_text(json.dumps(content), encoding="utf-8")
     safetensors.numpy.save_file(_weights(content, seed), directory / "model.safetensors")
-    _tokenizer().save(str(directory / "tokenizer.json"))
+    _tokenizer([_END]).save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END})
     )
@@ -80,12 +87,12 @@ def _weights(config: dict, seed: int) -> dict[str, np.ndarray]:
     return {name: x.astype(np.float32) for name, x in weights.items()}
 
 
-def _tokenizer() -> Tokenizer:
+def _tokenizer(special: list[str]) -> Tokenizer:
     alphabet = sorted(_BYTES)
     tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(_END, special=True)])
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in special])
     return tokenizer
 
 
@@ -185,3 +192,105 @@ def _roberta_tokenizer() -> tuple[Tokenizer, dict[str, str]]:
     roles = {f"{name}_token": token for name, token in zip(names, special, strict=True)}
     roles |= {"cls_token": "<s>", "sep_token": "</s>"}
     return tokenizer, {"tokenizer_class": "RobertaTokenizer", **roles}
+
+
+# Encoder-decoders.
+
+# The encoder is deeper than the decoder, and heads are wider than they need to be.
+T5_CONFIG = {
+    "model_type": "t5",
+    "vocab_size": 258,
+    "d_model": 32,
+    "d_kv": 10,
+    "d_ff": 48,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "is_encoder_decoder": True,
+    "eos_token_id": 256,
+    "pad_token_id": 257,
+    "decoder_start_token_id": 257,
+}
+BART_CONFIG = {
+    "model_type": "bart",
+    "vocab_size": 259,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 256,
+    "scale_embedding": False,
+    "is_encoder_decoder": True,
+    "eos_token_id": 256,
+    "pad_token_id": 257,
+    "bos_token_id": 258,
+    "decoder_start_token_id": 256,
+    "forced_bos_token_id": 258,
+    "forced_eos_token_id": 256,
+}
+
+
+def write_t5(directory: Path, *, seed: int = 0, **config: Any) -> Path:
+    """Writes a T5 into a new directory; its tokenizer ends texts with `</s>`, as T5's does.
+
+    Args:
+        directory: where to.
+        seed: of the weights.
+        config: what differs from `T5_CONFIG`.
+    """
+    return _write_encoder_decoder(
+        directory, t5, T5_CONFIG | config, seed, [_END, _PAD], f"$A {_END}"
+    )
+
+
+def write_bart(directory: Path, *, seed: int = 0, **config: Any) -> Path:
+    """Writes a BART into a new directory; its tokenizer puts texts into `<s>` and `</s>`.
+
+    Args:
+        directory: where to.
+        seed: of the weights.
+        config: what differs from `BART_CONFIG`.
+    """
+    return _write_encoder_decoder(
+        directory, bart, BART_CONFIG | config, seed, [_END, _PAD, _BEGIN], f"{_BEGIN} $A {_END}"
+    )
+
+
+def _write_encoder_decoder(
+    directory: Path, family: ModuleType, config: dict, seed: int, special: list[str], text: str
+) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    arch = family.architecture(config)
+    rows = {row.path: row for row in family.hf_names(arch).rows}
+    rng = np.random.default_rng(seed)
+    weights = {}
+    shapes = jax.eval_shape(Backbone(arch).init, jax.random.key(0))
+    for path, leaf in flatten_dict(shapes, sep="/").items():
+        stacked = "layers/" in path
+        for layer in range(leaf.shape[0] if stacked else 1):
+            shape = rows[path].storage.stored(leaf.shape[stacked:])
+            x = rng.normal(size=shape) / np.sqrt(shape[-1])
+            # Embeddings are large, so that no two tokens are almost equally likely.
+            x = 1 + x if path.endswith("scale_D") else 4 * x if "tokens" in path else x
+            weights[rows[path].name.format(l=layer)] = x.astype(np.float32)
+    safetensors.numpy.save_file(weights, directory / "model.safetensors")
+    tokenizer = _tokenizer(special)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=text,
+        pair=f"{text} {text}".replace("$A", "$B").replace("$B", "$A", 1),
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in special],
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    roles = dict(zip(("eos_token", "pad_token", "bos_token"), special, strict=False))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | roles)
+    )
+    return directory

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from prefix_jax.nn.relative import Relative
 from prefix_jax.nn.rotary import Rotary
 from prefix_jax.prefix import Geometry, SiteShape
+
+# The positions of a model whose table and training set no bound (T5).
+UNLIMITED = 2**31 - 1
 
 Norm = Literal["rms", "rms_plus_one", "layer"]
 
@@ -27,7 +31,7 @@ class Architecture:
         d_ff: F.
         vocab: V.
         max_positions: the length of the position table, or the longest context that the model
-            was trained for; prefix included.
+            was trained for; prefix included. Of a decoder and its encoder, each has its own.
         norm: "rms", "rms_plus_one" (its stored scale counts from 1, as Gemma's) or "layer".
         epsilon: of the norms.
         activation: of the feed-forward, by its Hugging Face name.
@@ -59,6 +63,8 @@ class Architecture:
             first token to a head (BERT).
         encoder: the stack whose output this one attends to; None for a single stack.
         start_id: the token that a decoder with an encoder begins with.
+        first_id: the token that it has to write first; None for any (BART, for summaries).
+        last_id: the token that it has to write at the greatest length; None for any (BART).
     """
 
     model_type: str
@@ -102,6 +108,8 @@ class Architecture:
     pooler: bool = False
     encoder: Architecture | None = None
     start_id: int | None = None
+    first_id: int | None = None
+    last_id: int | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -116,3 +124,23 @@ class Architecture:
     @property
     def _site(self) -> SiteShape:
         return SiteShape(self.layers, self.heads, self.kv_heads, self.head_dim)
+
+
+def encoder_decoder(
+    encoder: Architecture, decoder: Architecture, config: Mapping[str, Any], start: str
+) -> Architecture:
+    """The decoder's architecture with its encoder, and with the tokens that frame what it writes.
+
+    Args:
+        encoder, decoder: the two stacks.
+        config: a Hugging Face configuration.
+        start: the key of the token that it begins with where the configuration does not say.
+    """
+    start_id = config.get("decoder_start_token_id")
+    return dataclasses.replace(
+        decoder,
+        encoder=encoder,
+        start_id=config[start] if start_id is None else start_id,
+        first_id=config.get("forced_bos_token_id"),
+        last_id=config.get("forced_eos_token_id"),
+    )

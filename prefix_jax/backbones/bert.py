@@ -8,7 +8,8 @@ task is no part of it; BERT's pooler is, as every task's head begins with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from prefix_jax.backbones.architecture import Architecture
@@ -17,9 +18,6 @@ from prefix_jax.errors import BackboneError
 
 _ROBERTA = ("roberta", "xlm-roberta")
 MODEL_TYPES = ("bert", *_ROBERTA, "electra", "distilbert")
-
-# The one tensor that tells whether a checkpoint has a pooler; the configuration does not.
-POOLER = "pooler.dense.weight"
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
@@ -71,6 +69,14 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         out_bias=True,
         mlp_bias=True,
     )
+
+
+def as_stored(arch: Architecture, stored: Collection[str]) -> Architecture:
+    """The architecture with a pooler if a checkpoint of tensors of these names has one: the
+    configuration does not tell."""
+    plain = hf_names(arch).plain
+    pooler = any(plain(name) == "pooler.dense.weight" for name in stored)
+    return dataclasses.replace(arch, pooler=pooler)
 
 
 def hf_names(arch: Architecture) -> NameTable:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from prefix_jax.backbones import bert, gguf, gpt2, llama
+from prefix_jax.backbones import bart, bert, gguf, gpt2, llama, t5
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.fingerprint import fingerprint
@@ -28,9 +28,11 @@ from prefix_jax.backbones.weights import Safetensors, TensorSource, stream
 from prefix_jax.errors import BackboneError
 from prefix_jax.mesh import make_mesh, weight_shardings
 
-# Each has MODEL_TYPES, architecture(config) and hf_names(arch).
-_FAMILIES = (gpt2, llama, bert)
+# Each has MODEL_TYPES, architecture(config) and hf_names(arch). Where a config does not tell all,
+# it has as_stored(arch, names) too, which looks at what the checkpoint holds.
+_FAMILIES = (gpt2, llama, bert, t5, bart)
 _FAMILY_OF = {model_type: family for family in _FAMILIES for model_type in family.MODEL_TYPES}
+_GENERATION = {"decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"}
 _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Some repositories hold the weights twice more, as pickles and as "consolidated" files.
@@ -101,9 +103,10 @@ def load(
     arch = architecture(read_config(path), str(path))
     checkpoint: TensorSource
     if path.is_dir():
-        checkpoint, table = Safetensors(path), _FAMILY_OF[arch.model_type].hf_names(arch)
-        pooler = any(table.plain(name) == bert.POOLER for name in checkpoint.shapes)
-        arch = dataclasses.replace(arch, pooler=pooler)
+        checkpoint, family = Safetensors(path), _FAMILY_OF[arch.model_type]
+        if hasattr(family, "as_stored"):
+            arch = family.as_stored(arch, checkpoint.shapes)
+        table = family.hf_names(arch)
     else:
         checkpoint = gguf.open_gguf(path)
         table = gguf.TABLES[arch.model_type]
@@ -178,18 +181,29 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         return gguf.open_gguf(path).config()
-    file = path / "config.json"
+    config = _read_mapping(path / "config.json")
+    if config is None:
+        raise BackboneError(f"{path} has no config.json: it is not in Hugging Face layout")
+    # Newer checkpoints have how to begin and to end a text in a file of its own.
+    generation = _read_mapping(path / "generation_config.json") or {}
+    return {key: generation[key] for key in _GENERATION & generation.keys()} | config
+
+
+def _read_mapping(file: Path) -> dict[str, Any] | None:
+    """What a JSON file holds; None if there is no such file.
+
+    Raises:
+        BackboneError: it holds no mapping.
+    """
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BackboneError(
-            f"{path} has no config.json: it is not in Hugging Face layout"
-        ) from None
+        return None
     except ValueError as error:
         raise BackboneError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
+    if not isinstance(content, dict):
         raise BackboneError(f"{file} holds no mapping")
-    return config
+    return content
 
 
 def architecture(config: Mapping[str, Any], where: str) -> Architecture:

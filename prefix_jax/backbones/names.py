@@ -92,12 +92,15 @@ class NameTable:
     Attributes:
         rows: every parameter that some model of the family has.
         prefix: may stand before each name (checkpoints of the bare model leave it out).
+        aliases: what a tensor of `rows` is also called: of weights that several modules share,
+            some writers keep all names and others any one of them.
         ignored: patterns of tensors that hold nothing to load.
         spellings: endings of names that some checkpoints have, and what they are here.
     """
 
     rows: tuple[Row, ...]
     prefix: str = ""
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -145,6 +148,9 @@ def match(
         BackboneError: tensors are missing, unexpected or of another shape; all are listed.
     """
     actual = {table.plain(name): name for name in stored}
+    for alias, name in table.aliases.items():
+        if alias in actual:
+            actual.setdefault(name, actual.pop(alias))
     rows = {tuple(row.path.split("/")): row for row in table.rows}
     found: list[Parameter] = []
     missing: list[str] = []
