@@ -53,8 +53,9 @@ def peft_prefix(backbone: Backbone, seed: int) -> Prefix:
     return Prefix(Site(KVPrefix(jnp.asarray(k_LPKH), jnp.asarray(v_LPKH))), offset=P)
 
 
-def check(run: dict[str, Any], pretrained: Pretrained) -> None:
-    """All prompts of a run in one ragged batch give what each gave transformers alone."""
+def check(run: dict[str, Any], pretrained: Pretrained) -> float:
+    """All prompts of a run in one ragged batch give what each gave transformers alone: its tokens,
+    and its scores up to the difference that is returned, relative to 1 + |score|."""
     options = dict(run["options"])
     banned = options.pop("banned_words", [])
     config = DecodeConfig(
@@ -69,11 +70,13 @@ def check(run: dict[str, Any], pretrained: Pretrained) -> None:
         eos=tuple(run["eos"]),
     )
     generations = generator.generate(run["prompts"], config)
+    differences = [0.0]
     for generation, ids, scores in zip(generations, run["ids"], run["scores"], strict=True):
         assert [list(sample.ids) for sample in generation.samples] == ids
-        np.testing.assert_allclose(
-            [sample.score for sample in generation.samples], scores, rtol=1e-5, atol=1e-5
-        )
+        ours = [sample.score for sample in generation.samples]
+        np.testing.assert_allclose(ours, scores, rtol=1e-5, atol=1e-5)
+        differences.append(np.max(np.abs(np.subtract(ours, scores)) / (1 + np.abs(scores))))
+    return max(differences)
 
 
 @pytest.mark.parametrize("behind", [False, True], ids=["bare", "prefix"])

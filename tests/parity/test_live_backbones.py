@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +35,7 @@ MAKER = _maker()
 @pytest.mark.parametrize("name", MAKER.CONFIGS)
 @pytest.mark.parametrize("shard", ["10GB", "20KB"])
 def test_logits_equal_those_of_transformers(
-    name: str, seed: int, shard: str, tmp_path: Path
+    name: str, seed: int, shard: str, tmp_path: Path, difference: Any
 ) -> None:
     reference = MAKER.random_model(MAKER.CONFIGS[name], seed)
     reference.save_pretrained(tmp_path, max_shard_size=shard)
@@ -43,4 +44,4 @@ def test_logits_equal_those_of_transformers(
     tokens = Tokens.plain(jnp.ones(ids.shape, bool))
     h_BTD, _ = model.backbone.hidden(model.params, jnp.asarray(ids), tokens)
     logits_BTV = model.backbone.unembed(model.params, h_BTD)
-    np.testing.assert_allclose(logits_BTV, MAKER.logits(reference, ids), rtol=0, atol=1e-4)
+    difference("logits", logits_BTV - MAKER.logits(reference, ids), limit=1e-4, model=name)

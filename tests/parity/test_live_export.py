@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama_grouped", "qwen3"])
-def test_a_prefix_is_a_warm_cache_in_transformers(name: str, tmp_path: Path) -> None:
+def test_a_prefix_is_a_warm_cache_in_transformers(
+    name: str, tmp_path: Path, difference: Any
+) -> None:
     from transformers import AutoModelForCausalLM
 
     path = ROOT / "tests" / "fixtures" / "backbones" / name
@@ -56,4 +59,4 @@ def test_a_prefix_is_a_warm_cache_in_transformers(name: str, tmp_path: Path) -> 
     tokens = Tokens.plain(jnp.ones(ids.shape, bool))
     h_BTD, _ = ours.backbone.hidden(ours.params, jnp.asarray(ids), tokens, prefix)
     logits_BTV = ours.backbone.unembed(ours.params, h_BTD)
-    np.testing.assert_allclose(logits_BTV, names["logits"].numpy(), rtol=0, atol=1e-4)
+    difference("exported prefix as cache", logits_BTV - names["logits"].numpy(), 1e-4, model=name)

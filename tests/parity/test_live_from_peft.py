@@ -42,7 +42,7 @@ def test_weights_that_were_moved_give_the_same_logits(variant: str, tmp_path: Pa
     theirs = peft.get_peft_model(_reference(variant), config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     flat = load_file(tmp_path / "theirs" / "adapter_model.safetensors")["prompt_embeddings"]
-    prefix = moves["from_peft"](flat, ours.backbone.geometry)
+    prefix = moves["from_peft"](flat, ours.backbone.geometry.main)
 
     tokens = Tokens.plain(jnp.ones(ids.shape, bool))
     h_BTD, _ = ours.backbone.hidden(ours.params, jnp.asarray(ids), tokens, prefix)

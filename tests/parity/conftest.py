@@ -1,0 +1,65 @@
+"""Collects how far we are from the reference, and prints one table of it at the end.
+
+A test states each comparison through the fixture `difference`:
+
+    def test_logits(name, difference):
+        difference("logits", ours - theirs, limit=1e-4, model=name)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from numpy.typing import ArrayLike
+
+Difference = Callable[..., None]
+
+_KEY = "difference"
+
+
+@pytest.fixture
+def difference(request: pytest.FixtureRequest) -> Difference:
+    """Notes a difference for the table, and fails if it exceeds its limit or is not a number.
+
+    Its arguments are what was compared; the difference, a number or an array of them; the limit of
+    its absolute value; and the model (by default, the parameters of the test). Of several with one
+    name and model, the table shows the largest.
+    """
+
+    def note(what: str, value: ArrayLike, limit: float, model: str | None = None) -> None:
+        if model is None:
+            callspec = getattr(request.node, "callspec", None)
+            model = "" if callspec is None else callspec.id
+        largest = float(np.max(np.abs(np.asarray(value, np.float64)), initial=0.0))
+        largest = math.inf if math.isnan(largest) else largest
+        # Reports carry properties from the workers of pytest-xdist, too.
+        request.node.user_properties.append((_KEY, (what, model, largest, limit)))
+        assert largest <= limit, f"{what} of {model}: {largest:.3g} exceeds {limit:.3g}"
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the table: what was compared, of which model, the largest difference, the limit."""
+    rows: dict[tuple[str, str], tuple[float, float]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for key, found in report.user_properties if report.when == "call" else ():
+                if key == _KEY:
+                    what, model, value, limit = found
+                    before, _ = rows.get((what, model), (0.0, limit))
+                    rows[what, model] = (max(value, before), limit)
+    if not rows:
+        return
+    table = [("what", "model", "max |Δ|", "limit")]
+    table += [
+        (*key, f"{value:.1e}", f"{limit:.0e}") for key, (value, limit) in sorted(rows.items())
+    ]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    terminalreporter.section("largest differences")
+    for row in table:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        terminalreporter.write_line("  ".join(cells).rstrip())
