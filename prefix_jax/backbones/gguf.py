@@ -98,10 +98,15 @@ class GGUF:
         """The metadata as a Hugging Face `config.json` would say it.
 
         Raises:
-            BackboneError: a key is missing, or the rotary frequencies follow no known scaling.
+            BackboneError: the architecture has no table, a key is missing, or the rotary
+                frequencies follow no known scaling.
         """
         if self.architecture not in TABLES:
-            return {"model_type": self.architecture}  # For its reader to refuse.
+            raise BackboneError(
+                f"{self.path} is a GGUF file of the unsupported architecture "
+                f"{self.architecture!r}; supported: {', '.join(TABLES)} (of others, take the "
+                "checkpoint in Hugging Face layout)"
+            )
         get = _Keys(self.metadata, self.architecture, self.path)
         tokens = self.shapes.get("token_embd.weight")
         if tokens is None:

@@ -6,14 +6,12 @@ Llama 1 to 3 (Touvron et al. 2023) and SmolLM, Mistral (sliding window), Qwen 2 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.names import LINEAR, STORED, VECTOR, Matrix, NameTable, Row, Vector
-from prefix_jax.errors import BackboneError
-from prefix_jax.nn.rotary import Rotary
+from prefix_jax.backbones.rope import read_rotary
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -42,7 +40,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         epsilon=config.get("rms_norm_eps", 1e-6),
         activation=config.get("hidden_act", "silu"),
         gated=True,
-        rotary=_rotary(config),
+        rotary=read_rotary(config),
         qkv_bias=attention_bias,
         out_bias=attention_bias and model_type != "qwen2",
         mlp_bias=config.get("mlp_bias", False),
@@ -64,53 +62,6 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[
         return window, tuple(kind == "sliding_attention" for kind in kinds)
     first = config.get("max_window_layers", 28) if config["model_type"] != "mistral" else 0
     return window, tuple(layer >= first for layer in range(layers))
-
-
-def _rotary(config: Mapping[str, Any]) -> Rotary:
-    """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    rope = config.get("rope_parameters") or {}
-    rope = {"rope_theta": config.get("rope_theta", 10000.0), **rope}
-    rope |= config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta, factor = rope["rope_theta"], rope.get("factor", 1.0)
-    original = rope.get("original_max_position_embeddings") or config.get(
-        "max_position_embeddings", 2048
-    )
-    if kind == "default":
-        return Rotary(theta)
-    if kind == "linear":
-        return Rotary(theta, "linear", factor)
-    if kind == "llama3":
-        return Rotary(
-            theta, "llama3", factor, original, rope["low_freq_factor"], rope["high_freq_factor"]
-        )
-    if kind == "yarn":
-        return Rotary(
-            theta,
-            "yarn",
-            factor,
-            original,
-            low=rope.get("beta_slow") or 1.0,
-            high=rope.get("beta_fast") or 32.0,
-            attention=_yarn_attention(rope, factor),
-            truncate=rope.get("truncate", True),
-        )
-    raise BackboneError(
-        f"rope scaling {kind!r} is not supported; supported: default, linear, llama3, yarn"
-    )
-
-
-def _yarn_attention(rope: Mapping[str, Any], factor: float) -> float:
-    """Yarn's temperature on the logits, as a factor of cos and sin."""
-
-    def temperature(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return temperature(rope["mscale"]) / temperature(rope["mscale_all_dim"])
-    return temperature(1.0)
 
 
 def hf_names(arch: Architecture) -> NameTable:

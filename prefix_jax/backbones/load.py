@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from prefix_jax.backbones import bart, bert, gguf, gpt2, llama, t5
+from prefix_jax.backbones import bart, bert, gemma, gguf, gpt2, llama, neox, opt, t5
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.fingerprint import fingerprint
@@ -30,7 +30,7 @@ from prefix_jax.mesh import make_mesh, weight_shardings
 
 # Each has MODEL_TYPES, architecture(config) and hf_names(arch). Where a config does not tell all,
 # it has as_stored(arch, names) too, which looks at what the checkpoint holds.
-_FAMILIES = (gpt2, llama, bert, t5, bart)
+_FAMILIES = (gpt2, llama, gemma, opt, neox, bert, t5, bart)
 _FAMILY_OF = {model_type: family for family in _FAMILIES for model_type in family.MODEL_TYPES}
 _GENERATION = {"decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"}
 _PACKAGE = "package:"

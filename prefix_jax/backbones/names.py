@@ -30,6 +30,7 @@ class Matrix:
         transposed: stored [out, in], as `torch.nn.Linear` does; else [in, out], as embeddings and
             GPT-2's `Conv1D` are.
         part, parts: the parameter is one of several fused along the outputs.
+        by_head: they are fused head by head (GPT-NeoX), and not one behind the other.
         interleaved: llama.cpp stores the two halves of each head's rotary dimensions interleaved.
     """
 
@@ -37,6 +38,7 @@ class Matrix:
     transposed: bool = True
     part: int = 0
     parts: int = 1
+    by_head: bool = False
     interleaved: bool = False
 
     def stored(self, shape: Shape) -> Shape:
@@ -47,6 +49,8 @@ class Matrix:
     def __call__(self, x: np.ndarray, shape: Shape) -> np.ndarray:
         """The parameter, as a view of the stored tensor wherever strides can express it."""
         x = x.T if self.transposed else x
+        if self.by_head:
+            return _of_heads(x, self.part, self.parts, shape)
         columns = x.shape[1] // self.parts
         x = x[:, self.part * columns : (self.part + 1) * columns]
         return _split_halves(x, shape) if self.interleaved else x.reshape(shape)
@@ -58,6 +62,7 @@ class Vector:
 
     part: int = 0
     parts: int = 1
+    by_head: bool = False
     interleaved: bool = False
 
     def stored(self, shape: Shape) -> Shape:
@@ -66,8 +71,16 @@ class Vector:
 
     def __call__(self, x: np.ndarray, shape: Shape) -> np.ndarray:
         """The parameter, from the stored tensor."""
+        if self.by_head:
+            return _of_heads(x, self.part, self.parts, shape)
         x = x.reshape(self.parts, -1)[self.part]
         return _split_halves(x, shape) if self.interleaved else x.reshape(shape)
+
+
+def _of_heads(x: np.ndarray, part: int, parts: int, shape: Shape) -> np.ndarray:
+    """One part of outputs that are fused within each head, [..., N * parts * H]."""
+    N, H = shape[-2:]
+    return x.reshape(*x.shape[:-1], N, parts, H)[..., part, :].reshape(shape)
 
 
 def _split_halves(x: np.ndarray, shape: Shape) -> np.ndarray:

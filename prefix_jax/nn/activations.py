@@ -17,6 +17,7 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": _tanh_gelu,
+    "gelu_fast": _tanh_gelu,
     "gelu_pytorch_tanh": _tanh_gelu,
 }
 

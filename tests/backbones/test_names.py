@@ -94,6 +94,23 @@ def test_a_stored_matrix_computes_the_same_product(
         np.testing.assert_allclose(np.einsum("D,DNH->NH", x_D, w_DNH), product)
 
 
+@given(D=small, N=small, H=small, parts=st.integers(1, 3), transposed=st.booleans())
+def test_parts_that_are_fused_head_by_head_are_put_apart(
+    D: int, N: int, H: int, parts: int, transposed: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    x_D = rng.normal(size=D)
+    for part in range(parts):
+        storage = Matrix(transposed=transposed, part=part, parts=parts, by_head=True)
+        w = rng.normal(size=storage.stored((D, N, H)))
+        product = (w @ x_D if transposed else x_D @ w).reshape(N, parts, H)
+        np.testing.assert_allclose(
+            np.einsum("D,DNH->NH", x_D, storage(w, (D, N, H))), product[:, part]
+        )
+        bias = Vector(part=part, parts=parts, by_head=True)
+        np.testing.assert_array_equal(bias(product.ravel(), (N, H)), product[:, part])
+
+
 @given(D=small, N=small, half=small)
 def test_interleaved_rotary_halves_are_put_apart(D: int, N: int, half: int) -> None:
     w_DNH = np.arange(D * N * 2 * half).reshape(D, N, 2 * half)
@@ -109,3 +126,4 @@ def test_plain_storage_is_read_without_copies() -> None:
     assert np.shares_memory(Matrix()(w, (D, N, H)), w)
     assert np.shares_memory(Matrix(2)(w.T, (N, H, D)), w)
     assert np.shares_memory(Matrix(transposed=False, part=1, parts=2)(w, (N * H, 1, D // 2)), w)
+    assert np.shares_memory(Matrix(part=1, parts=2, by_head=True)(w, (D, N, H // 2)), w)

@@ -1,0 +1,177 @@
+"""Gemma 1, 2 and 3, text (Gemma Team 2024, 2024 and 2025).
+
+As Llama, with embeddings that are scaled and norm scales that count from 1. Gemma 2 adds norms
+behind attention and feed-forward, soft caps and a sliding window in every other layer; Gemma 3
+norms of queries and keys, and other rotary frequencies in its sliding layers, five of six. Of a
+`gemma3` checkpoint, which sees images too, the text part is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefix_jax.backbones.architecture import Architecture
+from prefix_jax.backbones.names import LINEAR, STORED, VECTOR, Matrix, NameTable, Row
+from prefix_jax.backbones.rope import read_rotary
+from prefix_jax.errors import BackboneError
+from prefix_jax.nn.rotary import Rotary
+
+MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3")
+
+# Published configurations leave out what transformers has as its default.
+_COMMON = {"head_dim": 256, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+_USUAL: dict[str, dict[str, Any]] = {
+    "gemma": {"num_key_value_heads": 16, "max_position_embeddings": 8192},
+    "gemma2": {
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 8192,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 2,
+    },
+    "gemma3_text": {
+        "vocab_size": 262_208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131_072,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+    },
+}
+
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """Reads a Hugging Face `config.json` of the Gemma family.
+
+    Raises:
+        BackboneError: the config asks for a variant that is not computed here.
+    """
+    model_type = config["model_type"]
+    kind = "gemma3_text" if model_type == "gemma3" else model_type
+    given = config["text_config"] if model_type == "gemma3" else config
+    config = _COMMON | _USUAL[kind] | dict(given)
+    if config.get("use_bidirectional_attention"):
+        raise BackboneError(f"{model_type} with use_bidirectional_attention is not supported")
+    if kind == "gemma3_text" and config.get("attn_logit_softcapping") is not None:
+        raise BackboneError("Gemma 3 with attn_logit_softcapping is not supported")
+    L, D = config["num_hidden_layers"], config["hidden_size"]
+    window, sliding = _windows(config, L)
+    rotary, sliding_rotary = _rotaries(config, kind)
+    scalar = config.get("query_pre_attn_scalar")
+    attention_bias = config.get("attention_bias", False)
+    return Architecture(
+        model_type=model_type,
+        layers=L,
+        d_model=D,
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        d_ff=config["intermediate_size"],
+        vocab=config["vocab_size"],
+        max_positions=config["max_position_embeddings"],
+        norm="rms_plus_one",
+        epsilon=config["rms_norm_eps"],
+        activation=_activation(config, kind),
+        gated=True,
+        norm_at="before" if kind == "gemma" else "around",
+        rotary=rotary,
+        sliding_rotary=sliding_rotary,
+        embed_scale=D**0.5,
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
+        qk_norm=kind == "gemma3_text",
+        attention_scale=None if scalar is None else scalar**-0.5,
+        attention_softcap=config.get("attn_logit_softcapping"),
+        logit_softcap=config.get("final_logit_softcapping"),
+        window=window,
+        sliding=sliding,
+        tied=config["tie_word_embeddings"],
+    )
+
+
+def _activation(config: Mapping[str, Any], kind: str) -> str:
+    if kind != "gemma":
+        return str(config.get("hidden_activation", "gelu_pytorch_tanh"))
+    # The first releases of Gemma 1 say "gelu" where they mean its approximation.
+    name = str(config.get("hidden_act", "gelu_pytorch_tanh"))
+    return "gelu_pytorch_tanh" if name == "gelu" else name
+
+
+def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """The width of the sliding window, and which layers slide."""
+    if "sliding_window" not in config:
+        return None, ()
+    if kinds := config.get("layer_types"):
+        return config["sliding_window"], tuple(kind == "sliding_attention" for kind in kinds)
+    # Every so many layers, one sees everything.
+    period = config["sliding_window_pattern"]
+    return config["sliding_window"], tuple((layer + 1) % period != 0 for layer in range(layers))
+
+
+def _rotaries(config: Mapping[str, Any], kind: str) -> tuple[Rotary, Rotary | None]:
+    """The rotary frequencies of full and of sliding layers; None for the same."""
+    if kind != "gemma3_text":
+        return read_rotary(config), None
+    by_kind = config.get("rope_parameters") or {"full_attention": config.get("rope_scaling")}
+
+    def read(layers: str, theta: str) -> Rotary:
+        rope = {"rope_theta": config[theta], **(by_kind.get(layers) or {})}
+        return read_rotary({**config, "rope_parameters": rope, "rope_scaling": None})
+
+    return (
+        read("full_attention", "rope_theta"),
+        read("sliding_attention", "rope_local_base_freq"),
+    )
+
+
+def hf_names(arch: Architecture) -> NameTable:
+    """The names of the weights in a checkpoint of Hugging Face layout."""
+    attention, mlp = "layers.{l}.self_attn", "layers.{l}.mlp"
+    # Gemma 1 has no norms behind attention and feed-forward, and another name for the second.
+    names = {"mlp_norm": "post_attention_layernorm"}
+    if arch.norm_at == "around":
+        names = {
+            "attn_out_norm": "post_attention_layernorm",
+            "mlp_norm": "pre_feedforward_layernorm",
+            "mlp_out_norm": "post_feedforward_layernorm",
+        }
+    head = "language_model.lm_head" if arch.model_type == "gemma3" else "lm_head"
+    return NameTable(
+        prefix="language_model.model." if arch.model_type == "gemma3" else "model.",
+        rows=(
+            Row("embed_tokens.weight", "embed/tokens_VD", STORED),
+            Row("layers.{l}.input_layernorm.weight", "layers/attn_norm/scale_D", VECTOR),
+            *(
+                Row(f"layers.{{l}}.{stored}.weight", f"layers/{ours}/scale_D", VECTOR)
+                for ours, stored in names.items()
+            ),
+            Row(f"{attention}.q_proj.weight", "layers/attn/q_DNH", LINEAR),
+            Row(f"{attention}.k_proj.weight", "layers/attn/k_DKH", LINEAR),
+            Row(f"{attention}.v_proj.weight", "layers/attn/v_DKH", LINEAR),
+            Row(f"{attention}.o_proj.weight", "layers/attn/o_NHD", Matrix(2)),
+            Row(f"{attention}.q_proj.bias", "layers/attn/q_bias_NH", VECTOR),
+            Row(f"{attention}.k_proj.bias", "layers/attn/k_bias_KH", VECTOR),
+            Row(f"{attention}.v_proj.bias", "layers/attn/v_bias_KH", VECTOR),
+            Row(f"{attention}.o_proj.bias", "layers/attn/o_bias_D", VECTOR),
+            Row(f"{attention}.q_norm.weight", "layers/attn/q_norm/scale_H", VECTOR),
+            Row(f"{attention}.k_norm.weight", "layers/attn/k_norm/scale_H", VECTOR),
+            Row(f"{mlp}.gate_proj.weight", "layers/mlp/gate_DF", LINEAR),
+            Row(f"{mlp}.up_proj.weight", "layers/mlp/up_DF", LINEAR),
+            Row(f"{mlp}.down_proj.weight", "layers/mlp/down_FD", LINEAR),
+            Row("norm.weight", "final_norm/scale_D", VECTOR),
+            Row(f"{head}.weight", "head/unembed_DV", LINEAR),
+        ),
+        # Frequencies follow from the configuration, a tied head is saved by some writers, and
+        # images are not read.
+        ignored=(
+            r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+            rf"{head.replace('.', '[.]')}\.weight",
+            r"(vision_tower|multi_modal_projector)\..*",
+        ),
+    )
