@@ -19,6 +19,7 @@ from prefix_jax.artifact import Card, Container
 from prefix_jax.backbones.load import Pretrained
 from prefix_jax.config import DecodeConfig, EvaluateConfig
 from prefix_jax.data.pipeline import load_examples
+from prefix_jax.data.prepare import fields_needed, prepare
 from prefix_jax.data.source import Record, read_records
 from prefix_jax.data.template import Template, render_chat_prompt
 from prefix_jax.data.tokens import Examples
@@ -185,7 +186,7 @@ class Tuned:
             return None
         if template.messages is not None:
             return (template.messages,)
-        return Template(template.input or "").fields
+        return fields_needed(Template(template.input or "").fields, template.prepare)
 
     def render(self, prompt: Prompt) -> str:
         """The prompt of a record, by the template that the prefix was trained with.
@@ -200,6 +201,7 @@ class Tuned:
         template = None if self.card is None else self.card.template
         if template is None:
             raise PrefixError("this prefix has no template: give prompts as text, not as records")
+        (record,) = prepare([record], template.prepare)
         if template.messages is not None:
             return render_chat_prompt(record, template.messages, self.pretrained.tokenizer)
         if template.input is None:

@@ -62,6 +62,7 @@ class TemplateCard:
     """How records became the tokens that the prefix was trained on.
 
     Attributes:
+        prepare: what added fields to records of a published set.
         input, target: templates with `{field}`.
         messages: the field that held a chat.
         references: the field that held every acceptable target.
@@ -71,6 +72,7 @@ class TemplateCard:
         on_overflow: what happened to longer targets: "error" or "drop".
     """
 
+    prepare: Literal["e2e", "web_nlg", "dart", "copa"] | None = None
     input: str | None = None
     target: str | None = None
     messages: str | None = None

@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics",
         metavar="NAME,…",
-        help="loss, accuracy, bleu, chrf, rouge1, rouge2, rougeL, rougeLsum, exact_match: "
+        help="loss, accuracy, bleu, chrf, rouge1, rouge2, rougeL, rougeLsum, exact_match, "
+        "final_number: "
         "short for evaluate.metrics=[…] (default: loss)",
     )
     parser.add_argument(
@@ -45,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="DIR", help="write results.json and predictions.jsonl there"
     )
+    parser.add_argument(
+        "--official",
+        metavar="DIR",
+        help="write what the scripts of e2e-metrics, WebNLG and DART read there: hypotheses.txt, "
+        "references.e2e.txt, reference0, … (takes a metric of generated text)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from prefix_jax.config import MeasureConfig
+    from prefix_jax.evaluate.official import write_official
+    from prefix_jax.evaluate.run import LIKELIHOOD_METRICS
     from prefix_jax.train.summary import comparison
 
     for key in ("metrics", "labels"):
@@ -66,6 +75,10 @@ def run(args: argparse.Namespace) -> int:
     progress = Console(stderr=True, highlight=False)
     with progress.status("loading"):
         tuned, settings = _stored.load(args, MeasureConfig)
+        if args.official is not None and set(settings.evaluate.metrics) <= {*LIKELIHOOD_METRICS}:
+            raise ConfigError(
+                "--official writes generated text: ask for a metric of it, --metrics bleu say"
+            )
         examples = tuned.examples(args.data)
     for what, sources in (("cut to fit", examples.truncated), ("left out", examples.dropped)):
         if sources:
@@ -79,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.output is not None:
         _write(Path(args.output), args, found)
+    if args.official is not None:
+        write_official(args.official, after.predictions)
     return 0
 
 

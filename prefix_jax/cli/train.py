@@ -146,6 +146,7 @@ def _command(config: Config) -> str | None:
 
 def _held_out(config: Config) -> dict[str, Any] | None:
     """The fields of the first held-out record that make its prompt."""
+    from prefix_jax.data.prepare import fields_needed
     from prefix_jax.data.source import read_records
     from prefix_jax.data.template import Template
 
@@ -159,7 +160,8 @@ def _held_out(config: Config) -> dict[str, Any] | None:
         while turns[-1]["role"] == "assistant":
             turns.pop()
         return {data.messages: turns}
-    return {name: record.fields[name] for name in Template(data.input or "").fields}
+    names = fields_needed(Template(data.input or "").fields, data.prepare)
+    return {name: record.fields[name] for name in names}
 
 
 def _executable() -> str:

@@ -13,6 +13,7 @@ import grain
 from prefix_jax.data.batch import Batch, Example
 from prefix_jax.data.order import Order
 from prefix_jax.data.pack import Packing, arrange, choose_shapes, materialise, measure
+from prefix_jax.data.prepare import prepare as prepare_records
 from prefix_jax.data.source import read_records
 from prefix_jax.data.template import Template, render, render_chat
 from prefix_jax.data.tokens import EncoderDecoder, Examples, tokenize
@@ -30,6 +31,7 @@ def load_examples(
     records: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    prepare: str | None = None,
     input: str | None = None,
     target: str | None = None,
     messages: str | None = None,
@@ -46,6 +48,7 @@ def load_examples(
     Args:
         records: a .jsonl, .csv or .parquet file, `tfds:NAME/SPLIT`, or an iterable of mappings.
         tokenizer: of Hugging Face transformers.
+        prepare: what records of a published set need first: a name of `PREPARE`.
         input: template of the text that is given, with fields in braces; None gives nothing.
         target: template of the text to learn. A field that holds a list gives one example for each
             of its texts.
@@ -75,7 +78,7 @@ def load_examples(
         )
     if (target is None) == (messages is None) or (messages is not None and input is not None):
         raise ConfigError("give either a target template (and an input), or the field of messages")
-    read = read_records(records, tfds_dir=tfds_dir)
+    read = prepare_records(read_records(records, tfds_dir=tfds_dir), prepare)
     if messages is not None:
         rendered = [render_chat(record, messages, tokenizer) for record in read]
     else:

@@ -178,7 +178,14 @@ def _read_tfds(spec: str, data_dir: str | os.PathLike[str] | None) -> list[Recor
     if not name or not split:
         raise DataError(f"{spec}: write {TFDS}NAME/SPLIT, such as {TFDS}e2e_cleaned/train")
     try:
-        rows = tfds.data_source(name, split=split, data_dir=data_dir, download=False, try_gcs=False)
+        try:
+            rows = tfds.data_source(
+                name, split=split, data_dir=data_dir, download=False, try_gcs=False
+            )
+        except ModuleNotFoundError:
+            # The code of some sets (SuperGLUE) needs TensorFlow; what it prepared does not.
+            prepared = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
+            rows = prepared.as_data_source(split=split)
         return [Record(_plain(row), f"{spec}:{number}") for number, row in enumerate(rows)]
     except (ValueError, NotImplementedError, OSError, AssertionError) as error:
         # The rest of such a message may be a list of every dataset there is.

@@ -11,7 +11,9 @@ import difflib
 import functools
 import importlib.metadata
 import itertools
+import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
@@ -122,12 +124,32 @@ def _exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]
     return Score(hits, "refs:any|case:mixed|space:normalised")
 
 
+def _final_number(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
+    """How often the last number of the prediction is the last one of a reference.
+
+    The usual reading of answers to GSM8K (Cobbe et al. 2021): the reasoning before is not looked
+    at, and "1,000", "$1000" and "1000.0" are one number.
+    """
+
+    def last(text: str) -> float:
+        found = _NUMBER.findall(text)
+        # A NaN equals no other: a text without a number is never right.
+        return float(found[-1].replace(",", "")) if found else float("nan")
+
+    wanted = [[last(text) for text in texts] for texts in references]
+    return Score(_hits([last(text) for text in predictions], wanted), "refs:any|number:last")
+
+
+# A comma stands between groups of three digits alone, and a full stop inside a number alone.
+_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+
+
 def _accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
     """How often the predicted label is a right one, to the letter."""
     return Score(_hits(predictions, references), "refs:any|case:mixed|space:exact")
 
 
-def _hits(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+def _hits(predictions: Sequence[Any], references: Sequence[Sequence[Any]]) -> float:
     pairs = zip(predictions, references, strict=True)
     return 100 * sum(prediction in texts for prediction, texts in pairs) / len(predictions)
 
@@ -140,6 +162,7 @@ METRICS: dict[str, Metric] = {
         for kind in ("rouge1", "rouge2", "rougeL", "rougeLsum")
     },
     "exact_match": _exact_match,
+    "final_number": _final_number,
     "accuracy": _accuracy,
 }
 """The metrics that `measure` knows. rougeLsum takes every line for a sentence."""

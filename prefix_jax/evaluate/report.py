@@ -36,7 +36,7 @@ class Report:
         Raises:
             PrefixJaxError: the file cannot be written.
         """
-        _write(path, [json.dumps(self.as_dict(), indent=2, ensure_ascii=False)])
+        write_lines(path, [json.dumps(self.as_dict(), indent=2, ensure_ascii=False)])
 
     def as_dict(self) -> dict[str, Any]:
         """The content of its JSON."""
@@ -137,7 +137,12 @@ def _cell(name: str, value: float | None) -> str:
     return f"{value:.2f}" if name in METRICS else f"{value:.4f}"
 
 
-def _write(path: str | Path, lines: Iterable[str]) -> None:
+def write_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Writes a text file.
+
+    Raises:
+        PrefixJaxError: it cannot be written.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -142,6 +142,7 @@ def load_splits(
     read = functools.partial(
         load_examples,
         tokenizer=pretrained.tokenizer,
+        prepare=data.prepare,
         input=data.input,
         target=data.target,
         messages=data.messages,

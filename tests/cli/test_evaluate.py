@@ -15,8 +15,11 @@ def test_the_numbers_are_those_of_the_training_run(run_in, trained, tmp_path):
         folder,
         *("evaluate", "run", "--data", "test.jsonl", "--metrics", "loss,bleu"),
         *("evaluate.before=true", "evaluate.batch_size=8", "--output", str(tmp_path / "new")),
+        *("--official", str(tmp_path / "official")),
     )
     assert ran.code == 0
+    hypotheses = (tmp_path / "official" / "hypotheses.txt").read_text().splitlines()
+    assert len(hypotheses) == len((folder / "test.jsonl").read_text().splitlines())
     stored = read(folder / "run" / "results.json")["test"]
     found = read(tmp_path / "new" / "results.json")["results"]
     for name in ("before", "after"):
@@ -42,6 +45,7 @@ def test_accuracy_chooses_among_labels(run_in, trained):
     [
         (["--data", "test.jsonl", "--metrics", "blue"], "evaluate.metrics"),
         (["--data", "test.jsonl", "--metrics", "accuracy"], "labels: give at least two"),
+        (["--data", "test.jsonl", "--official", "there"], "ask for a metric of it"),
         (["--data", "test.jsonl", "evaluate.limits=3"], "did you mean evaluate.limit?"),
         (["--data", "tset.jsonl"], "did you mean 'test.jsonl'?"),
         (["--data", "config.yaml"], "unknown kind of data"),

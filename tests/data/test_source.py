@@ -145,6 +145,36 @@ def tfds_dir(tmp_path_factory):
     return path
 
 
+def test_a_set_whose_code_needs_tensorflow_is_read_from_what_was_prepared(tmp_path):
+    import tensorflow_datasets as tfds
+
+    class SuperGlue(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        # One question, in the place of SuperGLUE's BoolQ.
+        __module__ = "__main__"
+        VERSION = tfds.core.Version("1.0.3")
+        BUILDER_CONFIGS = (tfds.core.BuilderConfig(name="boolq"),)
+
+        def _info(self):
+            features = {
+                "question": tfds.features.Text(),
+                "label": tfds.features.ClassLabel(num_classes=2),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, _):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield 0, {"question": "is it", "label": 1}
+
+    builder = SuperGlue(config="boolq", data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    (record,) = read_records("tfds:super_glue/boolq/train", tfds_dir=tmp_path)
+    assert record.fields == {"question": "is it", "label": 1}
+
+
 def test_tfds_is_read_as_text_without_tensorflow(tfds_dir):
     records = read_records("tfds:tiny_pairs/train[:3]", tfds_dir=tfds_dir)
     assert len(records) == 3

@@ -16,7 +16,7 @@ PREDICTIONS = [
 ]
 REFERENCES = [
     ["Wren Hill is the station for Millbeck.", "Wren Hill serves Millbeck."],
-    ["All three platforms are step-free, and there is a café."],
+    ["All 3 platforms are step-free, and there is a café."],
     ["There is no parking.", "It has no parking.", "No parking."],
 ]
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -67,6 +67,13 @@ def test_rouge_by_hand_with_stems():
 def test_rouge_l_sum_takes_lines_for_sentences():
     found = score(["rougeL", "rougeLsum"], ["red fox\nblue sea"], [["blue sea\nred fox"]])
     assert found == {"rougeL": pytest.approx(50), "rougeLsum": pytest.approx(100)}
+
+
+def test_a_final_number_counts_whatever_stands_before_it_and_however_it_is_written():
+    predictions = ["So 3 + 4 = 7. The answer is: 1,000", "It is $7.50 ($7.5).", "none", "-3 or 4"]
+    references = [["#### 1000"], ["7.5"], ["0"], ["5 4", "9"]]
+    assert score(["final_number"], predictions, references) == {"final_number": 75.0}
+    assert score(["final_number"], ["none"], [["many"]]) == {"final_number": 0.0}
 
 
 def test_exact_match_overlooks_whitespace_and_accepts_any_reference():

@@ -1,0 +1,73 @@
+"""Records of published sets, in the forms of the papers."""
+
+from __future__ import annotations
+
+import pytest
+
+from prefix_jax.data.prepare import fields_needed, prepare
+from prefix_jax.data.source import Record
+from prefix_jax.errors import ConfigError, DataError
+
+
+def added(name: str, **fields) -> dict:
+    (record,) = prepare([Record(fields, "x:1")], name)
+    return {key: value for key, value in record.fields.items() if key not in fields}
+
+
+def test_a_meaning_representation_becomes_pairs():
+    text = "name[The Eagle], eatType[coffee shop], priceRange[£20-25, or more], near[Burger King]"
+    assert added("e2e", meaning_representation=text) == {
+        "source": "name : The Eagle | Type : coffee shop | price : £20-25, or more"
+        " | near : Burger King"
+    }
+
+
+def test_triples_are_joined_as_each_set_wants_it():
+    triples = ["Aarhus | cityServed | Denmark", ["A", "Elevation", 25]]
+    assert added("web_nlg", input=triples) == {
+        "source": " | Aarhus : cityServed : Denmark | A : Elevation : 25"
+    }
+    assert added("dart", tripleset=triples) == {
+        "source": "Aarhus : cityserved : Denmark | A : elevation : 25"
+    }
+
+
+@pytest.mark.parametrize(
+    ("question", "joiner"), [("cause", "because"), (0, "because"), ("effect", "so"), (1, "so")]
+)
+def test_a_premise_gets_the_word_that_its_question_asks_for(question, joiner):
+    assert added("copa", premise="It rained.", question=question) == {
+        "start": f"It rained. {joiner}"
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("e2e", {"meaning_representation": "The Eagle is a pub"}, "not of the form 'name"),
+        ("e2e", {"meaning_representation": "name[A], and more"}, "not of the form"),
+        ("e2e", {"meaning_representation": 3}, "holds a int, no text"),
+        ("e2e", {"mr": "name[A]"}, "no field 'meaning_representation'"),
+        ("web_nlg", {"input": "a | b | c"}, "not a list of triples"),
+        ("dart", {"tripleset": ["a | b"]}, "'a | b' in 'tripleset' is not a triple"),
+        ("copa", {"premise": "P.", "question": "why"}, "neither 'cause' nor 'effect'"),
+    ],
+)
+def test_a_record_of_another_set_is_named(name, fields, message):
+    with pytest.raises(DataError, match=f"x:1: .*{message}"):
+        prepare([Record(fields, "x:1")], name)
+
+
+def test_a_name_that_is_unknown_gets_a_hint():
+    with pytest.raises(ConfigError, match="did you mean 'e2e'"):
+        prepare([], "e2")
+
+
+def test_without_a_name_records_stay_as_they_are():
+    record = Record({"a": 1}, "x:1")
+    assert prepare([record], None) == [record]
+
+
+def test_what_a_record_must_have_is_known_from_the_template():
+    assert fields_needed(("id", "start"), "copa") == ("id", "premise", "question")
+    assert fields_needed(("source",), None) == ("source",)
