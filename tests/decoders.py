@@ -84,7 +84,8 @@ def examples(count: int, seed: int = 0) -> list[Example]:
     for number in range(count):
         source, target = sources[number % len(sources)], rng.integers(0, V, rng.integers(1, 5))
         ids = np.concatenate([source, target]).astype(np.int32)
-        found.append(Example(ids, np.arange(len(ids)) >= len(source), f"example {number}"))
+        learnt = np.arange(len(ids)) >= len(source)
+        found.append(Example.of_text(ids, learnt, f"example {number}"))
     return found
 
 

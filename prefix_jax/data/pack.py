@@ -126,20 +126,23 @@ def measure(examples: Sequence[Example]) -> list[Item]:
     Raises:
         DataError: an example has no target, or one at its first token.
     """
-    sources: dict[tuple[bytes, bytes], int] = {}
+    sources: dict[tuple[bytes, ...], int] = {}
     items = []
     for example in examples:
-        places = np.flatnonzero(example.target_T)
-        if not len(places) or places[0] == 0:
+        index_M = example.index_M
+        if not len(index_M) or index_M[0] < 0:
             raise DataError(
-                f"{example.source}: {'a target at' if len(places) else 'no target after'} its "
+                f"{example.source}: {'a target at' if len(index_M) else 'no target after'} its "
                 "first token; each example needs a token to predict from and one to predict"
             )
-        shared, last = int(places[0]), int(places[-1])
-        read = np.empty(0, np.int32) if example.source_ids_S is None else example.source_ids_S
-        key = read.tobytes(), example.ids_T[:shared].tobytes()
+        shared = example.source_length
+        laid = len(example.ids_T) if example.whole else int(index_M[-1]) + 1
+        none = np.empty(0, np.int32)
+        read = none if example.source_ids_S is None else example.source_ids_S
+        what = read, example.ids_T[:shared], example.segment_T, example.part_T
+        key = tuple((none if array is None else array).tobytes() for array in what)
         source = sources.setdefault(key, len(sources))
-        items.append(Item(source, shared, last - shared, len(places), len(read)))
+        items.append(Item(source, shared, laid - shared, len(index_M), len(read)))
     return items
 
 
@@ -226,9 +229,12 @@ def materialise(
     accumulate = len(layout.rows) // shape.rows
     index, count = part
     size = shape.rows // count
-    ids, group, branch, position = (_zeros(accumulate, size, shape.columns) for _ in range(4))
-    column, label = (_zeros(accumulate, size, shape.targets) for _ in range(2))
-    weight = _zeros(accumulate, size, shape.targets, dtype=np.float32)
+    of_tokens, of_targets = (accumulate, size, shape.columns), (accumulate, size, shape.targets)
+    ids, group, branch, position = (_zeros(*of_tokens) for _ in range(4))
+    segment = None if examples[0].segment_T is None else _zeros(*of_tokens)
+    column, label = _zeros(*of_targets), _zeros(*of_targets, dtype=examples[0].label_M.dtype)
+    weight = _zeros(*of_targets, dtype=np.float32)
+    question = _zeros(*of_targets) if examples[0].candidates else None
     read_ids, read_group, read_position = (
         _zeros(accumulate, size, shape.sources) for _ in range(3)
     )
@@ -239,8 +245,9 @@ def materialise(
         row -= index * size
         if not 0 <= row < size:
             continue
-        start = slot = read_start = 0
-        for g, block in enumerate(blocks, 1):
+        start = slot = read_start = asked = 0
+        g = 1
+        for block in blocks:
             first, shared = examples[block.members[0]], layout.items[block.members[0]].shared
             if first.source_ids_S is not None:
                 stretch = micro, row, slice(read_start, read_start + block.sources)
@@ -248,26 +255,31 @@ def materialise(
                 read_position[stretch] = np.arange(block.sources)
                 read_start += block.sources
             end = start + shared
-            ids[micro, row, start:end] = first.ids_T[:shared]
-            position[micro, row, start:end] = np.arange(shared)
+            stretch = micro, row, slice(start, end)
+            parts, position[stretch] = _parts(first, shared)
+            ids[stretch], group[stretch] = first.ids_T[:shared], g + parts
+            if segment is not None:
+                segment[stretch] = first.segment_T
             for b, member in enumerate(block.members, 1):
                 example, own = examples[member], layout.items[member].own
                 stretch = micro, row, slice(end, end + own)
                 ids[stretch] = example.ids_T[shared : shared + own]
-                branch[stretch] = b
+                branch[stretch], group[stretch] = b, g
                 position[stretch] = np.arange(shared, shared + own)
-                # The token before a target predicts it; before the first stands the source's last.
-                before = np.flatnonzero(example.target_T) - 1
-                slots = micro, row, slice(slot, slot + len(before))
-                column[slots] = np.where(before < shared, start, end - shared) + before
-                label[slots] = example.ids_T[before + 1]
+                # What predicts the first target may stand in the source, which others share.
+                at = example.index_M
+                slots = micro, row, slice(slot, slot + len(at))
+                column[slots] = np.where(at < shared, start, end - shared) + at
+                label[slots] = example.label_M
                 weight[slots] = 1
-                end, slot = end + own, slot + len(before)
-            group[micro, row, start:end] = g
-            start = end
+                if question is not None:
+                    asked += 1
+                    weight[slots], question[slots] = np.arange(len(at)) == 0, asked
+                end, slot = end + own, slot + len(at)
+            start, g = end, g + 1 + int(parts.max(initial=0))
     batch: Batch = Batch(
         ids_BT=ids,
-        tokens=Tokens(group, branch, position),
+        tokens=Tokens(group, branch, position, segment),
         index_BM=column,
         label_BM=label,
         weight_BM=weight,
@@ -275,8 +287,18 @@ def materialise(
         source=None
         if examples[0].source_ids_S is None
         else Source(read_ids, Tokens(read_group, np.zeros_like(read_group), read_position)),
+        question_BM=question,
     )
     return batch if accumulate > 1 else jax.tree.map(lambda leaf: leaf[0], batch)
+
+
+def _parts(example: Example, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The part of each of the first `count` tokens, and its position within that part."""
+    columns = np.arange(count)
+    if example.part_T is None:
+        return np.zeros_like(columns), columns
+    starts = np.flatnonzero(np.diff(example.part_T, prepend=-1))
+    return example.part_T, columns - starts[example.part_T]
 
 
 def _zeros(*shape: int, dtype: Any = np.int32) -> Any:

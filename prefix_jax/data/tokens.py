@@ -142,7 +142,7 @@ def tokenize(
                 "give it an input"
             )
         examples.append(
-            Example(
+            Example.of_text(
                 ids_T=np.array(ids, np.int32),
                 target_T=target_T,
                 source=item.source,
@@ -198,7 +198,7 @@ def _two_sided(
             given = given[len(given) - room :] if truncate == "left" else given[:room]
         ids = [how.start_id, *target]
         examples.append(
-            Example(
+            Example.of_text(
                 ids_T=np.array(ids, np.int32),
                 target_T=np.arange(len(ids)) > 0,
                 source=item.source,

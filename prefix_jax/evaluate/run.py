@@ -169,7 +169,7 @@ class Evaluator:
             for batch in self._batches(examples, pack=True)
         )
         # A batch holds this host's rows alone, its scores are of all rows.
-        return total / sum(int(example.target_T.sum()) for example in examples)
+        return total / sum(example.targets for example in examples)
 
     def _batches(self, examples: Sequence[Example], pack: bool) -> Iterable[Batch]:
         shards = batch_shards(self._mesh)
@@ -213,10 +213,10 @@ class Evaluator:
 def _with_target(example: Example, target: Sequence[int]) -> Example:
     """The same prompt with other tokens to score."""
     prompt = example.ids_T[: example.prompt_length]
-    return dataclasses.replace(
-        example,
-        ids_T=np.concatenate([prompt, np.asarray(target, np.int32)]),
-        target_T=np.arange(len(prompt) + len(target)) >= max(len(prompt), 1),
+    return Example.of_text(
+        np.concatenate([prompt, np.asarray(target, np.int32)]),
+        np.arange(len(prompt) + len(target)) >= max(len(prompt), 1),
+        example.source,
     )
 
 

@@ -197,7 +197,8 @@ def _digest(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(len(example.ids_T).to_bytes(4, "little"))
-        digest.update(example.ids_T.tobytes() + example.target_T.tobytes())
+        for array in (example.ids_T, example.index_M, example.label_M):
+            digest.update(array.tobytes())
     return digest.hexdigest()
 
 

@@ -14,7 +14,8 @@ from prefix_jax.errors import DataError
 def example(source, target_T, start=0, name="x"):
     """An example with the given source and a target of which some tokens count."""
     ids = [*source, *range(1000 + start, 1000 + start + len(target_T))]
-    return Example(np.array(ids, np.int32), np.array([False] * len(source) + list(target_T)), name)
+    learnt = np.array([False] * len(source) + list(target_T))
+    return Example.of_text(np.array(ids, np.int32), learnt, name)
 
 
 def two_sided(read, target_T, start=0, name="x"):
@@ -248,6 +249,6 @@ def test_a_batch_takes_the_cheapest_shape_that_it_fits_or_one_of_a_ladder():
 
 @pytest.mark.parametrize("target_T", [[False, False], [True, False]])
 def test_an_example_without_a_target_to_predict_is_an_error(target_T):
-    bad = Example(np.array([1, 2], np.int32), np.array(target_T), "a.jsonl:9")
+    bad = Example.of_text(np.array([1, 2], np.int32), np.array(target_T), "a.jsonl:9")
     with pytest.raises(DataError, match=r"a\.jsonl:9: "):
         measure([bad])

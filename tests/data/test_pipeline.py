@@ -20,7 +20,7 @@ def make_examples(count=37, sources=9):
         target = rng.integers(100, 200, rng.integers(1, 15)).tolist()
         ids = np.array([*source, *target], np.int32)
         learnt = np.arange(len(ids)) >= len(source)
-        examples.append(Example(ids, learnt, f"a.jsonl:{n + 1}"))
+        examples.append(Example.of_text(ids, learnt, f"a.jsonl:{n + 1}"))
     return examples
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -193,8 +192,9 @@ def test_a_prompt_is_scored_after_the_template_cut_it(
     pretrained: Pretrained, examples: list[Example]
 ) -> None:
     """Labels follow the very tokens that training put before the target."""
-    cut = dataclasses.replace(examples[1], ids_T=examples[1].ids_T[4:], prompt_length=25)
-    cut = dataclasses.replace(cut, target_T=examples[1].target_T[4:])
+    ids_T, target_T = examples[1].ids_T[4:], examples[1].target_T[4:]
+    references = examples[1].references
+    cut = Example.of_text(ids_T, target_T, "cut", references=references, prompt_length=25)
     judge = evaluator(pretrained, "accuracy", labels=("no", "yes"))
     found = judge(pretrained.stacked(), None, [cut], ["accuracy"])
     prompt = cut.ids_T[: cut.prompt_length].tolist()

@@ -39,7 +39,7 @@ def pretrained(tiny_model_dir: Path) -> Pretrained:
 
 
 EXAMPLES = [
-    Example(np.array(ids, np.int32), np.arange(len(ids)) > 0, f"example {i}")
+    Example.of_text(np.array(ids, np.int32), np.arange(len(ids)) > 0, f"example {i}")
     for i, ids in enumerate([[10, 11], [12, 13, 14], [15, 16]])
 ]
 
