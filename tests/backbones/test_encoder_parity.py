@@ -1,0 +1,33 @@
+"""States of encoders equal those of transformers, for stored random models of every variant:
+padded, of two segments, stored alone or below the head of a task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefix_jax.backbones.load import load
+from prefix_jax.nn.mask import Tokens
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "encoders"
+VARIANTS = sorted(path.name for path in FIXTURES.iterdir())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_states_equal_those_of_transformers(variant: str) -> None:
+    model = load(FIXTURES / variant, dtype="float32")
+    expected = np.load(FIXTURES / variant / "expected.npz")
+    tokens = Tokens.plain(jnp.asarray(expected["present"]))
+    tokens = tokens.replace(segment_BT=jnp.asarray(expected["segments"]))
+    h_BTD, _ = model.backbone.hidden(model.params, jnp.asarray(expected["ids"]), tokens)
+    present = expected["present"]
+    np.testing.assert_allclose(
+        np.asarray(h_BTD)[present], expected["hidden"][present], rtol=0, atol=1e-4
+    )
+    assert model.backbone.arch.pooler == ("pooled" in expected)
+    if model.backbone.arch.pooler:
+        pooled_BD = model.backbone.pool(model.params, h_BTD[:, 0])
+        np.testing.assert_allclose(pooled_BD, expected["pooled"], rtol=0, atol=1e-5)

@@ -1,0 +1,160 @@
+"""Encoders' states equal those of transformers and PEFT, computed live.
+
+Collected by `make parity` alone, whose environment has torch, transformers and peft.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.nn.mask import Tokens
+from prefix_jax.prefix import Embeds, KVPrefix, Prefix, Site
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+P = 5
+
+
+def _maker() -> ModuleType:
+    script = Path(__file__).parents[1] / "fixtures" / "make_encoders.py"
+    spec = importlib.util.spec_from_file_location("make_encoders", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MAKER = _maker()
+
+
+def _states(model: Pretrained, given: dict[str, np.ndarray], prefix: Prefix | None) -> np.ndarray:
+    tokens = Tokens.plain(jnp.asarray(given["present"]))
+    tokens = tokens.replace(segment_BT=jnp.asarray(given["segments"]))
+    h_BTD, _ = model.backbone.hidden(model.params, jnp.asarray(given["ids"]), tokens, prefix)
+    return np.asarray(h_BTD)
+
+
+def _close(found_BTD: np.ndarray, expected_BTD: Any, present_BT: np.ndarray, within: float) -> None:
+    expected_BTD = np.asarray(expected_BTD)
+    np.testing.assert_allclose(found_BTD[present_BT], expected_BTD[present_BT], rtol=0, atol=within)
+
+
+@pytest.mark.parametrize("seed", [100, 200])
+@pytest.mark.parametrize("name", MAKER.CONFIGS)
+@pytest.mark.parametrize("shard", ["10GB", "20KB"])
+def test_states_equal_those_of_transformers(
+    name: str, seed: int, shard: str, tmp_path: Path
+) -> None:
+    reference = MAKER.random_model(name, seed)
+    given = MAKER.inputs(reference, seed)
+    expected = MAKER.states(reference, given)
+    reference.save_pretrained(tmp_path, max_shard_size=shard)
+    model = load(tmp_path, dtype="float32")
+    h_BTD = _states(model, given, None)
+    _close(h_BTD, expected["hidden"], given["present"], 1e-4)
+    if "pooled" in expected:
+        pooled_BD = model.backbone.pool(model.params, h_BTD[:, 0])
+        np.testing.assert_allclose(pooled_BD, expected["pooled"], rtol=0, atol=1e-5)
+
+
+def _tuned(reference: Any, task: str) -> Any:
+    model = reference if task == "SEQ_CLS" else reference.base_model
+    config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=P)
+    return peft.get_peft_model(model, config).eval()
+
+
+def _prefix(model: Pretrained, flat: jax.Array) -> Prefix:
+    """The prefix that PEFT keeps as one array, [P, L * 2 * K * H]."""
+    shape = model.backbone.geometry.main
+    parts = flat.reshape(P, shape.layers, 2, shape.kv_heads, shape.head_dim)
+    k_LPKH, v_LPKH = parts.transpose(2, 1, 0, 3, 4)
+    return Prefix(encoder=Site(KVPrefix(k_LPKH, v_LPKH)), offset=P)
+
+
+def _called(given: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {
+        "input_ids": torch.from_numpy(given["ids"]).long(),
+        "attention_mask": torch.from_numpy(given["present"]).long(),
+        "token_type_ids": torch.from_numpy(given["segments"]).long(),
+        "output_hidden_states": True,
+    }
+
+
+# PEFT drops segments where no head follows, and keeps them below one.
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("bert_classifier", "SEQ_CLS"),
+        ("bert", "FEATURE_EXTRACTION"),
+        ("roberta", "FEATURE_EXTRACTION"),
+        ("xlm_roberta", "FEATURE_EXTRACTION"),
+        ("electra", "FEATURE_EXTRACTION"),
+        ("electra_wide", "FEATURE_EXTRACTION"),
+    ],
+)
+def test_a_prefix_does_what_pefts_does(name: str, task: str, tmp_path: Path) -> None:
+    """Positions start at P, behind the padding's row where the model counts from there."""
+    reference = MAKER.random_model(name, 7)
+    given = MAKER.inputs(reference, 7)
+    if task == "FEATURE_EXTRACTION":
+        given |= {"segments": 0 * given["segments"]}
+    reference.save_pretrained(tmp_path)
+    model = load(tmp_path, dtype="float32")
+    tuned = _tuned(reference, task)
+    with torch.no_grad():
+        expected_BTD = tuned(**_called(given)).hidden_states[-1].numpy()
+    flat = tuned.prompt_encoder["default"].embedding.weight.detach().numpy()
+    found_BTD = _states(model, given, _prefix(model, jnp.asarray(flat)))
+    _close(found_BTD, expected_BTD, given["present"], 1e-5)
+    assert np.abs(found_BTD - _states(model, given, None)).max() > 0.1
+
+
+def test_a_prefix_has_pefts_gradient(tmp_path: Path) -> None:
+    reference = MAKER.random_model("bert_classifier", 9)
+    given = MAKER.inputs(reference, 9)
+    reference.save_pretrained(tmp_path)
+    model = load(tmp_path, dtype="float32")
+    tuned = _tuned(reference, "SEQ_CLS")
+    torch.sin(tuned(**_called(given)).hidden_states[-1][:, 0]).sum().backward()
+    weight = tuned.prompt_encoder["default"].embedding.weight
+
+    @jax.grad
+    def gradient(flat: jax.Array) -> jax.Array:
+        tokens = Tokens.plain(jnp.asarray(given["present"]))
+        tokens = tokens.replace(segment_BT=jnp.asarray(given["segments"]))
+        ids_BT, prefix = jnp.asarray(given["ids"]), _prefix(model, flat)
+        h_BTD, _ = model.backbone.hidden(model.params, ids_BT, tokens, prefix)
+        return jnp.sum(jnp.sin(h_BTD[:, 0]))
+
+    found, expected = gradient(jnp.asarray(weight.detach().numpy())), weight.grad.numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "electra_wide", "distilbert"])
+def test_soft_tokens_are_embeddings_before_the_text(name: str, tmp_path: Path) -> None:
+    reference = MAKER.random_model(name, 8)
+    given = MAKER.inputs(reference, 8)
+    reference.save_pretrained(tmp_path)
+    model = load(tmp_path, dtype="float32")
+    table = reference.get_input_embeddings()
+    soft_PD = torch.randn(P, table.weight.shape[1])
+    rows, present = len(given["ids"]), np.pad(given["present"], ((0, 0), (P, 0)), constant_values=1)
+    with torch.no_grad():
+        text_BTD = table(torch.from_numpy(given["ids"]).long())
+        called = {
+            "inputs_embeds": torch.cat([soft_PD.expand(rows, -1, -1), text_BTD], dim=1),
+            "attention_mask": torch.from_numpy(present).long(),
+        }
+        out = reference.base_model(**called)
+    prefix = model.backbone.lift(model.params, Embeds(jnp.asarray(soft_PD.numpy())))
+    given = given | {"segments": 0 * given["segments"]}
+    _close(_states(model, given, prefix), out.last_hidden_state, present, 1e-5)
