@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefix_jax.backbones import gpt2, llama
+from prefix_jax.backbones import gemma, gpt2, llama, neox, opt
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.stack import Params, Remat
 from prefix_jax.data.batch import Batch, Example
@@ -44,6 +44,46 @@ _CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
         | _LLAMA,
     ),
     "mistral": (llama, {"model_type": "mistral", "sliding_window": 4} | _LLAMA),
+    # Soft caps that bend, and a window in the first and the last layer.
+    "gemma2": (
+        gemma,
+        {
+            "model_type": "gemma2",
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "sliding_window": 4,
+        }
+        | _LLAMA,
+    ),
+    # Two rotaries: the last layer sees everything, at other frequencies than the two before.
+    "gemma3": (
+        gemma,
+        {
+            "model_type": "gemma3_text",
+            "head_dim": 16,
+            "rope_theta": 1000.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "rope_local_base_freq": 100.0,
+            "sliding_window": 4,
+            "sliding_window_pattern": 3,
+        }
+        | _LLAMA,
+    ),
+    "opt": (
+        opt,
+        {
+            "num_hidden_layers": 3,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "ffn_dim": 48,
+            "vocab_size": V,
+            "max_position_embeddings": 64,
+        },
+    ),
+    # Attention beside the feed-forward, and half of each head turns.
+    "neox": (neox, {"rotary_pct": 0.5} | _LLAMA),
 }
 
 

@@ -17,7 +17,10 @@ from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Site
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-NAMES = ("gpt2", "llama", "qwen3")
+# Together all that `decoders` has: Gemma 3 windows, q/k norms and two rotaries, Gemma 2 soft caps,
+# GPT-NeoX parallel layers that turn in part.
+NAMES = ("gpt2", "llama", "gemma2", "gemma3", "neox")
+WINDOWED = ("mistral", "gemma2")
 B, P, T = 2, 5, 6
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
 
@@ -62,7 +65,7 @@ def behind(name: str, prefix: Prefix | None, ids_BT: jax.Array | None = None) ->
 
 
 @pytest.mark.parametrize("form", [0, 1, 2], ids=["embeds", "hidden", "prefix"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "opt"])
 def test_starting_from_a_text_equals_prepending_it(name, form):
     prefix = lift(decoder(name), params_of(name), three_forms(name)[form])
     close(behind(name, prefix), prepended(name))
@@ -288,21 +291,29 @@ def test_rotary_attention_to_a_prefix_depends_on_the_offset():
     assert float(jnp.abs(near - far).max()) > 1e-3
 
 
-def test_a_sliding_window_lets_a_prefix_fall_out():
-    """Window 4 in all 3 layers: token 0 stands at position 5 and sees slots 2 to 4, token 3 none.
-    What slots 0 and 1 hold reaches nobody."""
-    prefix = random_prefix("mistral")
-    changed = jax.tree.map(lambda leaf: leaf.at[:, :2].add(3.0), prefix)
-    np.testing.assert_array_equal(behind("mistral", prefix), behind("mistral", changed))
-    seen = jax.tree.map(lambda leaf: leaf.at[:, 2].add(3.0), prefix)
-    assert float(jnp.abs(behind("mistral", prefix) - behind("mistral", seen))[:, 0].max()) > 1e-3
+def _moved_by(name: str, prefix: Prefix, slots: slice) -> jax.Array:
+    """How far hidden states move with some slots of the sliding layers, [B, T]."""
+    sliding = jnp.flatnonzero(jnp.array(decoder(name).arch.sliding))
+    changed = jax.tree.map(lambda leaf: leaf.at[sliding, slots].add(3.0), prefix)
+    return jnp.abs(behind(name, prefix) - behind(name, changed)).max(-1)
 
 
-def test_a_pinned_prefix_stays_in_sight():
-    prefix = random_prefix("mistral", pinned=True)
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_sliding_window_lets_a_prefix_fall_out(name):
+    """Window 4: token 0 stands at position 5 and sees slots 2 to 4, token 3 none. What slots 0
+    and 1 hold reaches nobody."""
+    prefix = random_prefix(name)
+    np.testing.assert_array_equal(_moved_by(name, prefix, slice(0, 2)), 0)
+    assert float(_moved_by(name, prefix, slice(2, 3))[:, 0].max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_pinned_prefix_stays_in_sight(name):
+    prefix = random_prefix(name, pinned=True)
+    # In the last layer, which slides, nothing but the prefix itself can carry the change to the
+    # last token.
     changed = jax.tree.map(lambda leaf: leaf.at[2, :2].add(3.0), prefix)
-    # In the last layer nothing but the prefix itself can carry the change to the last token.
-    moved = jnp.abs(behind("mistral", prefix) - behind("mistral", changed))
+    moved = jnp.abs(behind(name, prefix) - behind(name, changed))
     assert float(moved[:, -1].max()) > 1e-3
 
 

@@ -34,7 +34,9 @@ def _moves() -> dict[str, Any]:
     return namespace
 
 
-@pytest.mark.parametrize("variant", ["gpt2", "llama_grouped", "qwen3"])
+@pytest.mark.parametrize(
+    "variant", ["gpt2", "llama_grouped", "qwen3", "gemma", "gemma2", "gemma3_text", "opt", "neox"]
+)
 def test_weights_that_were_moved_give_the_same_logits(variant: str, tmp_path: Path) -> None:
     moves, ids = _moves(), np.random.default_rng(0).integers(0, 96, (2, 9), dtype=np.int32)
     ours = load(FIXTURES / variant, dtype="float32")

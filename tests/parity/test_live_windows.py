@@ -1,0 +1,65 @@
+"""A sliding window drops a prefix as PEFT's does, and a pinned prefix is one that it keeps.
+
+Collected by `make parity` alone, whose environment has torch, transformers and peft.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefix_jax.backbones.load import load
+from prefix_jax.nn.mask import Tokens
+from prefix_jax.prefix import KVPrefix, Prefix, Site
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "backbones"
+VARIANTS = ("mistral_window", "gemma2", "gemma3_text")
+WINDOW = 7  # of all of them
+
+
+def _reference(variant: str, length: int, **config: Any) -> Any:
+    """PEFT's model with a random prefix."""
+    torch.manual_seed(length)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        FIXTURES / variant, dtype=torch.float32, attn_implementation="eager", **config
+    )
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)
+    return peft.get_peft_model(model, prefix).eval()
+
+
+def _compare(variant: str, reference: Any, length: int, tokens: int, pinned: bool) -> None:
+    ids = np.random.default_rng(0).integers(0, 96, (2, tokens), dtype=np.int32)
+    ours = load(FIXTURES / variant, dtype="float32")
+    shape = ours.backbone.geometry.main
+    flat = reference.prompt_encoder["default"].embedding.weight.detach().numpy()
+    split = flat.reshape(length, shape.layers, 2, shape.kv_heads, shape.head_dim)
+    k_LPKH, v_LPKH = jnp.asarray(split.transpose(2, 1, 0, 3, 4))
+    prefix = Prefix(Site(KVPrefix(k_LPKH, v_LPKH)), offset=length, pinned=pinned)
+    present = Tokens.plain(jnp.ones(ids.shape, bool))
+    h_BTD, _ = ours.backbone.hidden(ours.params, jnp.asarray(ids), present, prefix)
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(ids).long()).logits.numpy()
+    logits_BTV = ours.backbone.unembed(ours.params, h_BTD)
+    np.testing.assert_allclose(logits_BTV, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [WINDOW - 2, WINDOW + 2])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_window_drops_a_prefix_as_pefts_does(variant: str, length: int) -> None:
+    _compare(variant, _reference(variant, length), length, tokens=12, pinned=False)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_pinned_prefix_is_one_that_a_wide_window_keeps(variant: str) -> None:
+    """PEFT cannot pin. While the text itself fits into the window, a window as wide as everything
+    shows each token what a narrow one with a pinned prefix does."""
+    wide = _reference(variant, WINDOW + 2, sliding_window=64)
+    _compare(variant, wide, WINDOW + 2, tokens=WINDOW, pinned=True)
