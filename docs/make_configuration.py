@@ -51,6 +51,7 @@ def _section(title: str, cls: Any, key: str) -> str:
         f"| `{key}.{field.name}` | {described(hints[field.name])} | {_default(field)} "
         f"| {texts[field.name]} |"
         for field in dataclasses.fields(cls)
+        if field.init
     ]
     summary = inspect.cleandoc(cls.__doc__).partition("\n\n")[0].replace("\n", " ")
     table = ["| key | value | default | |", "|---|---|---|---|", *rows]

@@ -27,16 +27,30 @@ if TYPE_CHECKING:
     from prefix_jax.backbones.load import Pretrained, load
     from prefix_jax.config import Config, DecodeConfig
     from prefix_jax.config import load as load_config
-    from prefix_jax.methods import HiddenPrefixTuning, PrefixTuning, PromptTuning
+    from prefix_jax.methods import (
+        Cartridge,
+        HiddenPrefixTuning,
+        LlamaAdapter,
+        MultitaskPromptTuning,
+        PrefixTuning,
+        PrefixTuningPlus,
+        PromptTuning,
+        PTuning,
+    )
 
 # transformers lends its tokenizers, which need no PyTorch; it warns of the lack all the same.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __all__ = [
+    "Cartridge",
     "Config",
     "DecodeConfig",
     "HiddenPrefixTuning",
+    "LlamaAdapter",
+    "MultitaskPromptTuning",
+    "PTuning",
     "PrefixTuning",
+    "PrefixTuningPlus",
     "Pretrained",
     "PromptTuning",
     "Tuned",
@@ -54,7 +68,19 @@ _HOMES = {
     **dict.fromkeys(("Pretrained", "load"), "prefix_jax.backbones.load"),
     **dict.fromkeys(("Config", "DecodeConfig"), "prefix_jax.config"),
     "load_config": "prefix_jax.config:load",
-    **dict.fromkeys(("HiddenPrefixTuning", "PrefixTuning", "PromptTuning"), "prefix_jax.methods"),
+    **dict.fromkeys(
+        (
+            "Cartridge",
+            "HiddenPrefixTuning",
+            "LlamaAdapter",
+            "MultitaskPromptTuning",
+            "PTuning",
+            "PrefixTuning",
+            "PrefixTuningPlus",
+            "PromptTuning",
+        ),
+        "prefix_jax.methods",
+    ),
 }
 
 

@@ -20,7 +20,7 @@ from prefix_jax.nn.loss import (
     row_losses,
     training_head_loss,
 )
-from prefix_jax.prefix import Embeds, Hidden, Prefix, Produced
+from prefix_jax.prefix import Adapter, Embeds, Hidden, Prefix, Produced
 
 # {"backbone": …, "prefix": …}: one plain tree, so that one label function partitions it.
 Params = Mapping[str, Any]
@@ -118,4 +118,6 @@ def start_from_ids(
     """
     ids_P = jnp.asarray(np.resize(np.asarray(ids, np.int32), length))
     embeds, hidden, prefix = jax.jit(backbone.read)(params, ids_P)
+    if kind is Adapter:
+        return jax.jit(backbone.adapted)(params, hidden)
     return {Embeds: embeds, Hidden: hidden, Prefix: prefix}[kind]

@@ -168,7 +168,7 @@ class Adapter:
 
     Attributes:
         h_LPD: the layer's own projections make their keys and values, without norm and rotation.
-        gate_LN: multiplies what each query head reads of them.
+        gate_LN: multiplies what each query head reads of them; one for all heads where N is 1.
         layers: which layers these are; None for all.
     """
 
@@ -231,8 +231,11 @@ class Geometry:
             raise ConfigError("a geometry has the shape of a decoder, of an encoder, or of both")
 
     @property
-    def main(self) -> SiteShape:
+    def main_site(self) -> SiteName:
         """The self-attention of the stack that a head reads: the decoder's where there is one."""
-        shape = self.decoder or self.encoder
-        assert shape is not None  # as checked
-        return shape
+        return "encoder" if self.decoder is None else "decoder"
+
+    @property
+    def main(self) -> SiteShape:
+        """The shape of `main_site`."""
+        return self.sites[self.main_site]

@@ -31,7 +31,7 @@ Kind = Literal["embeds", "hidden", "adapter", "kv"]
 Shape = tuple[int, ...]
 
 _BESIDE: dict[str, type[Gated] | type[Memory]] = {"gated": Gated, "memory": Memory}
-# The letters of axes that a backbone decides; P is the prefix's.
+# What a site may lack.
 _OPTIONAL = "bias_LPN"
 
 
@@ -169,7 +169,9 @@ def _shapes(
         return {"h_LPD": (main.layers, P, D)}
     if stored.kind == "adapter":
         L = len(_layers(stored, "adapter") or range(main.layers))
-        return {"h_LPD": (L, P, D), "gate_LN": (L, main.query_heads)}
+        # Heads have a gate each, or share one.
+        shared = "gate_LN" in arrays and arrays["gate_LN"].shape[-1:] == (1,)
+        return {"h_LPD": (L, P, D), "gate_LN": (L, 1 if shared else main.query_heads)}
     shapes: dict[str, Shape] = {"embeds_PD": (P, D)} if "embeds_PD" in arrays else {}
     for name, site in geometry.sites.items():
         L = len(_layers(stored, name) or range(site.layers))

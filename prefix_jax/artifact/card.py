@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from prefix_jax.artifact.arrays import Facts, facts
 from prefix_jax.errors import PrefixError
-from prefix_jax.prefix import Geometry, Produced
+from prefix_jax.prefix import Adapter, Geometry, Prefix, Produced
 
 FORMAT_VERSION = 2
 
@@ -89,7 +89,7 @@ class Card(Facts):
 
     Attributes:
         format_version: of the directory's layout.
-        positions: where the prefix's slots stand.
+        positions: where the prefix's slots stand; none for what stands beside the softmax.
         geometry: of the backbone.
         backbone: the model that it was made for.
         method: the name and the fields of the method that made it.
@@ -142,9 +142,13 @@ def make_card(
         PrefixError: the prefix has no slots.
     """
     known = facts(produced)
+    # What stands beside the softmax has no place among the tokens.
+    slots = 0 if isinstance(produced, Adapter) else known.length
+    if isinstance(produced, Prefix) and produced.embeds_PD is None:
+        slots = max((site.length for site in produced.sites.values()), default=0)
     return Card(
         **dataclasses.asdict(known),
-        positions=tuple(range(known.length)),
+        positions=tuple(range(slots)),
         geometry=geometry,
         backbone=backbone,
         method=dict(method or {}),

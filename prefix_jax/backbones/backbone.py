@@ -139,7 +139,8 @@ class Backbone:
             weights = _pick_layers(params, produced.layers)
             made = stack.over_layers(weights, Layer.adapter_keys_values, h_L1PD)
             k_LPKH, v_LPKH = _slots(made)
-            gated = Gated(k_LPKH, v_LPKH, produced.gate_LN)
+            heads = (len(produced.gate_LN), self.arch.heads)
+            gated = Gated(k_LPKH, v_LPKH, jnp.broadcast_to(produced.gate_LN, heads))
             return self._complete(Prefix.of({site: Site(None, gated, produced.layers)}))
         if self.arch.encoder is not None:
             raise PrefixError(
@@ -179,6 +180,14 @@ class Backbone:
             Prefix.of(sites, offset=len(ids_P)),
         )
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found)
+
+    def adapted(self, params: Params, hidden: Hidden) -> Adapter:
+        """An adapter with closed gates that reads of these states what attention would: it stands
+        behind the norm of each layer. float32."""
+        h_L1PD = hidden.h_LPD[:, None].astype(_dtype(params))
+        h_LPD = self._stack.over_layers(params, Layer.entry, h_L1PD)[:, 0]
+        gate_LN = jnp.zeros((len(h_LPD), self.arch.heads))
+        return Adapter(h_LPD.astype(jnp.float32), gate_LN)
 
     def _read(
         self, params: Params, x_BTD: jax.Array, tokens: Tokens, encoded: Encoded | None = None

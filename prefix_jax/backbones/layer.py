@@ -55,8 +55,11 @@ class Layer(nn.Module):
         self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array] | None
     ) -> KeysValues:
         """The keys and values of hidden states at the layer's entry."""
-        x_BTD = x_BTD if self.arch.norm_at == "after" else self.attn_norm(x_BTD)
-        return KeysValues.of(*self.attn.keys_values(x_BTD, rotary))
+        return KeysValues.of(*self.attn.keys_values(self.entry(x_BTD), rotary))
+
+    def entry(self, x_BTD: jax.Array) -> jax.Array:
+        """What attention reads of hidden states at the layer's entry."""
+        return x_BTD if self.arch.norm_at == "after" else self.attn_norm(x_BTD)
 
     def adapter_keys_values(self, x_BTD: jax.Array) -> KeysValues:
         """The keys and values of an adapter's states: bare projections."""

@@ -75,25 +75,49 @@ class InitConfig:
 
     Attributes:
         start: "text", what a text leaves under the frozen model (the best start on modern models);
-            "vocab", the same of tokens drawn at random; "zeros"; "normal"; "random", the random
-            initialisation of the method's own paper; or "prefix", one that was stored before.
+            "vocab", the same of tokens drawn at random; "labels", the embeddings of `labels` (soft
+            tokens alone); "zeros"; "normal"; "random", the random initialisation of the method's
+            own paper; or "prefix", one that was stored before. None takes "text", and "random"
+            for the methods adapter, multitask and plus.
         text: for "text", the text, repeated or cut to the prefix's length; None takes the first
             training examples as they are rendered.
+        text_file: for "text", a file that holds it: the corpus of a cartridge.
+        labels: for "labels", the classes; each takes one slot, with the mean of its tokens'
+            embeddings, and the slots that remain are drawn as for "vocab" (Lester et al. 2021).
+        top: tokens for "vocab" and "labels" are drawn from so many first ones of the vocabulary,
+            which are the most frequent as a rule (5,000 in prompt tuning's paper); None draws
+            from all.
         std: for "normal".
         path: for "prefix", the directory of a stored prefix or of a run.
     """
 
-    start: Literal["text", "vocab", "zeros", "normal", "random", "prefix"] = "text"
+    start: Literal["text", "vocab", "labels", "zeros", "normal", "random", "prefix"] | None = None
     text: str | None = None
+    text_file: str | None = None
+    labels: tuple[str, ...] | None = None
+    top: int | None = None
     std: float = 0.02
     path: str | None = None
 
     def __post_init__(self) -> None:
         _require(
             (
-                self.text is None or (self.start == "text" and self.text != ""),
+                self.text is None or (self.start in (None, "text") and self.text != ""),
                 "text is what start: text begins with; it is not empty",
             ),
+            (
+                self.text_file is None or (self.start in (None, "text") and self.text is None),
+                "text_file is what start: text begins with, in place of text",
+            ),
+            (
+                bool(self.labels) == (self.start == "labels"),
+                "start: labels needs labels, the names of the classes; nothing else does",
+            ),
+            (
+                self.top is None or self.start in ("vocab", "labels"),
+                "top is where start: vocab and start: labels draw tokens from",
+            ),
+            *_at_least(self, 1, "top"),
             (
                 (self.path is not None) == (self.start == "prefix"),
                 "start: prefix needs path, the directory of a stored prefix; nothing else does",

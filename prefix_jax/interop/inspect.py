@@ -23,8 +23,9 @@ class Norms:
     """How long the vectors of one layer are (Euclidean).
 
     Attributes:
-        of: "keys" and "values" (per slot and head, H numbers each), "hidden states" or "soft
-            tokens" (per slot, D numbers each).
+        of: "keys" and "values" (per slot and head, H numbers each); "hidden states", "adapter
+            states" or "soft tokens" (per slot, D numbers each); "gates" (per head, one number);
+            "memory" (per head and feature, H numbers each).
         layer: counted from 0; None for soft tokens, which stand before the first.
         min: of the shortest vector.
         mean: over all of them.
@@ -132,8 +133,11 @@ def norms(produced: Produced) -> tuple[Norms, ...]:
         return tuple(_norms("hidden states", i, h) for i, h in enumerate(produced.h_LPD))
     if isinstance(produced, Adapter):
         layers = produced.layers or range(len(produced.h_LPD))
+        parts = {"adapter states": produced.h_LPD, "gates": produced.gate_LN[..., None]}
         return tuple(
-            _norms("adapter states", i, h) for i, h in zip(layers, produced.h_LPD, strict=True)
+            _norms(of, i, layer)
+            for of, x in parts.items()
+            for i, layer in zip(layers, x, strict=True)
         )
     found = []
     for where, site in produced.sites.items():
@@ -143,6 +147,8 @@ def norms(produced: Produced) -> tuple[Norms, ...]:
             if isinstance(owner, KVPrefix | Gated)
             for of, x in (("keys", owner.k_LPKH), ("values", owner.v_LPKH))
         }
+        if isinstance(site.beside, Gated):
+            parts["gates"] = site.beside.gate_LN[..., None]
         if isinstance(site.beside, Memory):
             parts["memory"] = site.beside.m_LNHH
         for of, x in parts.items():

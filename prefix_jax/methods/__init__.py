@@ -7,18 +7,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefix_jax.errors import ConfigError
+from prefix_jax.methods.adapter import LlamaAdapter
 from prefix_jax.methods.base import Method
+from prefix_jax.methods.cartridge import Cartridge
 from prefix_jax.methods.hidden import HiddenPrefixTuning
+from prefix_jax.methods.multitask import MultitaskPromptTuning
+from prefix_jax.methods.plus import PrefixTuningPlus
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.methods.prompt import PromptTuning
+from prefix_jax.methods.ptuning import PTuning
 from prefix_jax.typed import build
 
 __all__ = [
     "FULL",
     "METHODS",
+    "Cartridge",
     "HiddenPrefixTuning",
+    "LlamaAdapter",
     "Method",
+    "MultitaskPromptTuning",
+    "PTuning",
     "PrefixTuning",
+    "PrefixTuningPlus",
     "PromptTuning",
     "make_method",
     "name_of",
@@ -29,6 +39,11 @@ METHODS: dict[str, type[Method[Any]]] = {
     "prefix": PrefixTuning,
     "hidden": HiddenPrefixTuning,
     "prompt": PromptTuning,
+    "ptuning": PTuning,
+    "multitask": MultitaskPromptTuning,
+    "adapter": LlamaAdapter,
+    "cartridge": Cartridge,
+    "plus": PrefixTuningPlus,
 }
 
 # Full fine-tuning, the baseline: no method, the backbone itself trains.

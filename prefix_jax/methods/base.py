@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,12 +42,21 @@ class Method(abc.ABC, Generic[ProducedT]):
     dropout: float = 0.0
 
     produces: ClassVar[type[Embeds] | type[Hidden] | type[Adapter] | type[Prefix]]
+    # Whether there are slots: what has none (Prefix-Tuning+) cannot start as a text.
+    slots: ClassVar[bool] = True
+    # What `init.start` is where a config does not say.
+    default_start: ClassVar[Literal["text", "random"]] = "text"
 
     def __post_init__(self) -> None:
-        if self.length < 1:
+        if self.slots and self.length < 1:
             raise ConfigError(f"method.length is {self.length}; a prefix needs at least 1 slot")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"method.dropout is {self.dropout}; it must be in [0, 1)")
+
+    @property
+    def draws(self) -> bool:
+        """Whether training draws random numbers."""
+        return self.dropout > 0
 
     @property
     def text_start(self) -> int:
@@ -68,6 +77,10 @@ class Method(abc.ABC, Generic[ProducedT]):
     @abc.abstractmethod
     def __call__(self, params: Params, rng: jax.Array | None = None) -> ProducedT:
         """What the parameters stand for. With `rng`, dropout is applied: training only."""
+
+    def blank(self, geometry: Geometry) -> ProducedT:
+        """A start that is zero everywhere."""
+        return cast(ProducedT, zeros(self.produces, geometry, self.length))
 
     def drop(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
         """`x` under the method's dropout."""
@@ -101,9 +114,23 @@ def normal(
     kind: type[ProducedT], geometry: Geometry, length: int, rng: jax.Array, std: float
 ) -> ProducedT:
     """A start drawn from a normal distribution around zero."""
-    leaves, treedef = jax.tree.flatten(zeros(kind, geometry, length))
+    return normal_like(zeros(kind, geometry, length), rng, std)
+
+
+def normal_like(blank: ProducedT, rng: jax.Array, std: float) -> ProducedT:
+    """A start of this shape drawn from a normal distribution around zero. Gates stay at zero."""
+    leaves, treedef = jax.tree.flatten(blank)
     rngs = jax.random.split(rng, len(leaves))
     drawn = [
         std * jax.random.normal(key, leaf.shape) for key, leaf in zip(rngs, leaves, strict=True)
     ]
-    return cast(ProducedT, jax.tree.unflatten(treedef, drawn))
+    start: Any = jax.tree.unflatten(treedef, drawn)
+    if isinstance(start, Adapter):
+        start = dataclasses.replace(start, gate_LN=jnp.zeros_like(start.gate_LN))
+    return cast(ProducedT, start)
+
+
+def torch_linear(rng: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    """The default of `torch.nn.Linear`, which the original codes leave in place."""
+    bound = fan_in**-0.5
+    return jax.random.uniform(rng, shape, minval=-bound, maxval=bound)

@@ -8,36 +8,30 @@ import jax
 import jax.numpy as jnp
 
 from prefix_jax.errors import ConfigError
-from prefix_jax.methods.base import Method, Params
+from prefix_jax.methods.base import Params, torch_linear
+from prefix_jax.methods.sites import SiteMethod
 from prefix_jax.prefix import SITES, Geometry, KVPrefix, Prefix, Site, SiteName, SiteShape
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixTuning(Method[Prefix]):
+class PrefixTuning(SiteMethod):
     """Trains the keys and values themselves, or the MLP of the paper that computes them.
 
-    Without `mid` this is also P-tuning v2's prefix and PEFT's `PrefixTuningConfig`. With it, the
-    parameters are an embedding of each slot and an MLP: Embedding(P, D) → Linear(mid) → tanh →
-    Linear(L · 2 · K · H), for every site its own. What is stored after training is the MLP's
-    output alone.
+    Without `mid` this is also P-tuning v2's prefix (Liu et al. 2022) and PEFT's
+    `PrefixTuningConfig`. With it, the parameters are an embedding of each slot and an MLP:
+    Embedding(P, D) → Linear(mid) → tanh → Linear(L · 2 · K · H), for every site its own. What is
+    stored after training is the MLP's output alone.
 
     Attributes:
         mid: the width of the MLP (512 or 800 in the paper); None trains keys and values.
         offset: the position of the first token of text; None for P, as in PEFT. 0 leaves positions
             unshifted, as the paper's code for BART does.
         pinned: keeps the prefix visible when a sliding window has moved past it.
-        sites: which attentions get a prefix: "encoder", "decoder", "cross"; None for all that the
-            backbone has.
-        layers: which layers get one, counted from 0; None for all.
     """
 
     mid: int | None = None
     offset: int | None = None
     pinned: bool = False
-    sites: tuple[SiteName, ...] | None = None
-    layers: tuple[int, ...] | None = None
-
-    produces = Prefix
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,18 +39,6 @@ class PrefixTuning(Method[Prefix]):
             raise ConfigError(f"method.mid is {self.mid}; the MLP needs at least 1 unit")
         if self.text_start < 0:
             raise ConfigError(f"method.offset is {self.offset}; positions start at 0")
-        if self.sites is not None and (not self.sites or len(set(self.sites)) < len(self.sites)):
-            raise ConfigError(
-                f"method.sites is {list(self.sites)}; name one or more of {', '.join(SITES)}, each "
-                "once, or give null for all that the backbone has"
-            )
-        if self.layers is not None and (
-            not self.layers or self.layers[0] < 0 or list(self.layers) != sorted(set(self.layers))
-        ):
-            raise ConfigError(
-                f"method.layers is {list(self.layers)}; give layers counted from 0 in ascending "
-                "order, or null for all"
-            )
 
     @property
     def text_start(self) -> int:
@@ -68,34 +50,23 @@ class PrefixTuning(Method[Prefix]):
         Raises:
             ConfigError: the backbone has no such site, or no such layer.
         """
-        names = tuple(geometry.sites) if self.sites is None else self.sites
-        params: dict[str, Params] = {}
-        for name, site_rng in zip(names, jax.random.split(rng, len(names)), strict=True):
-            if name not in geometry.sites:
-                raise ConfigError(
-                    f"method.sites names {name!r}; this backbone has {', '.join(geometry.sites)}"
-                )
-            shape = geometry.sites[name]
-            if self.layers is not None and self.layers[-1] >= shape.layers:
-                raise ConfigError(
-                    f"method.layers names layer {self.layers[-1]}; at the site {name!r} this "
-                    f"backbone has 0 to {shape.layers - 1}"
-                )
-            join = None
-            if start is not None:
-                join = start.sites[name].join
-                if self.layers is not None:
-                    index = jnp.array(self.layers)
-                    join = jax.tree.map(lambda leaf: leaf[index], join)  # noqa: B023
-            params[name] = self._init_site(site_rng, geometry.d_model, shape, join)
-        return params
+        shapes = self.shapes(geometry)
+        rngs = jax.random.split(rng, len(shapes))
+        return {
+            name: self._init_site(
+                site_rng,
+                geometry.d_model,
+                shape,
+                None if start is None else self.chosen(start.sites[name]).join,
+            )
+            for site_rng, (name, shape) in zip(rngs, shapes.items(), strict=True)
+        }
 
     def _init_site(
         self, rng: jax.Array, d_model: int, shape: SiteShape, start: KVPrefix | None
     ) -> Params:
         P, D, X = self.length, d_model, self.mid
-        L = shape.layers if self.layers is None else len(self.layers)
-        K, H = shape.kv_heads, shape.head_dim
+        L, K, H = shape.layers, shape.kv_heads, shape.head_dim
         if X is None:
             if start is None:
                 k_LPKH, v_LPKH = jax.random.normal(rng, (2, L, P, K, H))
@@ -146,9 +117,3 @@ def _features(params: Params) -> jax.Array:
 def _mlp(params: Params) -> jax.Array:
     out_PL2KH = jnp.tensordot(_features(params), params["out_XL2KH"], axes=1)
     return out_PL2KH + params["out_bias_L2KH"]
-
-
-def torch_linear(rng: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """The default of `torch.nn.Linear`, which the original code leaves in place."""
-    bound = fan_in**-0.5
-    return jax.random.uniform(rng, shape, minval=-bound, maxval=bound)

@@ -30,6 +30,7 @@ from prefix_jax.train.loop import Progress, stop_signal, train
 from prefix_jax.train.report import Report
 from prefix_jax.train.results import Results, save_results, write_whole
 from prefix_jax.train.setup import Records, Setup, prepare
+from prefix_jax.train.start import start_of
 from prefix_jax.train.step import TrainState
 
 # What a run that goes on may be told otherwise than before. The rest decides its numbers.
@@ -288,6 +289,15 @@ def _finish(
     return Run(directory, pretrained, produced, card, step, evaluations)
 
 
+def _init(setup: Setup) -> str:
+    """What the prefix was before training, in words."""
+    assert setup.model.method is not None
+    config = setup.config.init
+    start = start_of(setup.model.method, config)
+    which = config.text or config.text_file or ", ".join(config.labels or ()) or config.path
+    return start if which is None or which == "" else f"{start}: {which}"
+
+
 def _card(setup: Setup, produced: Produced, step: int) -> Card:
     config, pretrained = setup.config, setup.pretrained
     vocabulary = pretrained.tokenizer.get_vocab()
@@ -302,7 +312,7 @@ def _card(setup: Setup, produced: Produced, step: int) -> Card:
             dtype=str(pretrained.params["embed"]["tokens_VD"].dtype),
         ),
         method=config.method,
-        init=config.init.start if config.init.text is None else f"text: {config.init.text}",
+        init=_init(setup),
         steps=step,
         template=artifact.TemplateCard(
             **{f.name: getattr(data, f.name) for f in dataclasses.fields(artifact.TemplateCard)}

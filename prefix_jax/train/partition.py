@@ -12,7 +12,8 @@ Label = Literal["train", "freeze"]
 def labels(params: Any, full: bool = False) -> Any:
     """The label of every leaf of {"backbone": …, "prefix": …}.
 
-    The optimizer, the step, checkpoints and reports all go by these labels.
+    The optimizer, the step, checkpoints and reports all go by these labels. Of what a method makes,
+    all trains but what stands under a key "frozen" (a cartridge's first slots).
 
     Args:
         params: the (abstract) parameters.
@@ -20,7 +21,10 @@ def labels(params: Any, full: bool = False) -> Any:
     """
 
     def label(path: tuple[Any, ...], _: Any) -> Label:
-        return "train" if full or path[0].key != "backbone" else "freeze"
+        frozen = path[0].key == "backbone" or any(
+            getattr(part, "key", None) == "frozen" for part in path
+        )
+        return "freeze" if frozen and not full else "train"
 
     return jax.tree_util.tree_map_with_path(label, params)
 

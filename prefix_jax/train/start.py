@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,9 +16,9 @@ from prefix_jax.backbones.stack import Params
 from prefix_jax.config import InitConfig
 from prefix_jax.data.batch import Example
 from prefix_jax.errors import ConfigError, PrefixError
-from prefix_jax.methods.base import Method, normal, zeros
+from prefix_jax.methods.base import Method, normal_like
 from prefix_jax.model import start_from_ids
-from prefix_jax.prefix import Prefix, Produced
+from prefix_jax.prefix import Adapter, Embeds, Prefix, Produced
 
 
 def init_prefix(
@@ -37,6 +38,7 @@ def init_prefix(
         seed: of what is random.
 
     Raises:
+        ConfigError: the method cannot start so.
         PrefixError: the stored prefix to start from is of another kind, length or backbone.
     """
     start_rng, method_rng = jax.random.split(jax.random.key(seed))
@@ -51,33 +53,101 @@ def make_start(
     examples: Sequence[Example],
     rng: jax.Array,
 ) -> Produced | None:
-    """What the method is to produce at first; None leaves it to the method's own randomness."""
-    geometry, kind, P = pretrained.backbone.geometry, method.produces, method.length
-    if config.start == "random":
+    """What the method is to produce at first; None leaves it to the method's own randomness.
+
+    Raises:
+        ConfigError: the method cannot start so.
+    """
+    backbone, kind, P = pretrained.backbone, method.produces, method.length
+    start = start_of(method, config)
+    if start == "random":
         return None
-    if config.start == "zeros":
-        return zeros(kind, geometry, P)
-    if config.start == "normal":
-        return normal(kind, geometry, P, rng, config.std)
-    if config.start == "prefix":
+    if start == "zeros":
+        if kind is Adapter:
+            raise ConfigError(
+                "init.start: zeros would leave an adapter without gradients, since its gates are "
+                "zero already; take random, normal or text"
+            )
+        return method.blank(backbone.geometry)
+    if start == "normal":
+        return normal_like(method.blank(backbone.geometry), rng, config.std)
+    if start == "prefix":
         return _stored(config.path, method, pretrained)
-    if config.start == "vocab":
-        ids = np.asarray(jax.random.randint(rng, (P,), 0, geometry.vocab, jnp.int32))
+    if not method.slots:
+        raise ConfigError(
+            f"init.start: {start} fills slots, and this method has none; take random (its own "
+            "start), zeros, normal or prefix"
+        )
+    if start == "labels":
+        return _labels(config, method, pretrained, rng)
+    if start == "vocab":
+        ids = _drawn_ids(config.top, backbone.geometry.vocab, rng, P)
     else:
-        ids = _text_ids(config.text, pretrained, examples, P)
-    return start_from_ids(pretrained.backbone, pretrained.params, kind, ids, P)
+        ids = _text_ids(config, pretrained, examples, P)
+    return start_from_ids(backbone, pretrained.params, kind, ids, P)
+
+
+def start_of(method: Method[Any], config: InitConfig) -> str:
+    """The name of the start: the config's, or the one that the method is best off with."""
+    if config.start is not None:
+        return config.start
+    if config.text is not None or config.text_file is not None:
+        return "text"
+    return method.default_start
 
 
 def _text_ids(
-    text: str | None, pretrained: Pretrained, examples: Sequence[Example], length: int
+    config: InitConfig, pretrained: Pretrained, examples: Sequence[Example], length: int
 ) -> np.ndarray:
     """The tokens of a text, or the first ones of the training examples as they are rendered."""
-    if text is not None:
-        ids = pretrained.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise ConfigError(f"init.text {text!r} has no tokens")
-        return np.asarray(ids, np.int32)
-    return np.concatenate([example.ids_T for example in examples[:length]])
+    text = config.text
+    if config.text_file is not None:
+        try:
+            text = Path(config.text_file).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"init.text_file {config.text_file} cannot be read: {error}"
+            ) from None
+    if text is None:
+        return np.concatenate([example.ids_T for example in examples[:length]])
+    ids = pretrained.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        name = "init.text" if config.text_file is None else f"init.text_file {config.text_file}"
+        raise ConfigError(f"{name} {text[:40]!r} has no tokens")
+    return np.asarray(ids, np.int32)
+
+
+def _drawn_ids(top: int | None, vocab: int, rng: jax.Array, count: int) -> np.ndarray:
+    """Tokens drawn from the first `top` of the vocabulary, or from all of it."""
+    if top is not None and top > vocab:
+        raise ConfigError(f"init.top is {top}; this backbone's vocabulary has {vocab} tokens")
+    return np.asarray(jax.random.randint(rng, (count,), 0, top or vocab, jnp.int32))
+
+
+def _labels(
+    config: InitConfig, method: Method[Any], pretrained: Pretrained, rng: jax.Array
+) -> Embeds:
+    """Class labels as soft tokens, and drawn tokens in the slots behind them."""
+    labels, P = config.labels or (), method.length
+    if method.produces is not Embeds:
+        raise ConfigError(
+            "init.start: labels is for soft tokens (method.name: prompt, ptuning, multitask); give "
+            "others a text that names the classes (init.text)"
+        )
+    if len(labels) > P:
+        raise ConfigError(f"init.labels has {len(labels)} classes, and the prefix {P} slots")
+    pieces = [
+        pretrained.tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels
+    ]
+    if not all(pieces):
+        raise ConfigError("init.labels holds a text that has no tokens")
+    pieces += [[int(i)] for i in _drawn_ids(config.top, pretrained.backbone.geometry.vocab, rng,
+                                            P - len(labels))]  # fmt: skip
+    ids = np.concatenate(pieces).astype(np.int32)
+    embeds: Any = start_from_ids(pretrained.backbone, pretrained.params, Embeds, ids, len(ids))
+    bounds = np.cumsum([len(piece) for piece in pieces])[:-1]
+    means = [rows_TD.mean(0) for rows_TD in np.split(np.asarray(embeds.x_PD), bounds)]
+    return Embeds(jnp.asarray(np.stack(means)))
 
 
 def _stored(path: str | None, method: Method[Any], pretrained: Pretrained) -> Produced:
@@ -93,8 +163,11 @@ def _stored(path: str | None, method: Method[Any], pretrained: Pretrained) -> Pr
             f"{path} holds a prefix of {_describe(produced)}; the method trains one of "
             f"{_describe(expected)}: let its fields agree with what is stored"
         )
-    if len(jax.tree.leaves(produced)) != len(jax.tree.leaves(expected)):
-        raise PrefixError(f"{path} holds a prefix with other parts than the method trains")
+    ours, theirs = jax.tree.leaves(expected), jax.tree.leaves(produced)
+    if [leaf.shape for leaf in ours] != [leaf.shape for leaf in theirs]:
+        raise PrefixError(
+            f"{path} holds a prefix with other parts (sites, biases, gates) than the method trains"
+        )
     return produced
 
 

@@ -103,7 +103,7 @@ def make_step(
         reduction: mean per target "token", or sum per "example" averaged over examples.
         seed: of dropout.
     """
-    dropout = model.method is not None and model.method.dropout > 0
+    dropout = model.method is not None and model.method.draws
 
     def micro_loss(train: Any, frozen: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
         return model.loss(merge(train, frozen), batch, rng)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,15 @@ import pytest
 
 from prefix_jax.errors import ConfigError
 from prefix_jax.methods import METHODS, make_method, name_of
-from prefix_jax.methods.base import normal, zeros
+from prefix_jax.methods.adapter import LlamaAdapter
+from prefix_jax.methods.base import normal, normal_like, zeros
+from prefix_jax.methods.cartridge import Cartridge
 from prefix_jax.methods.hidden import HiddenPrefixTuning
+from prefix_jax.methods.multitask import MultitaskPromptTuning
+from prefix_jax.methods.plus import PrefixTuningPlus
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.methods.prompt import PromptTuning
+from prefix_jax.methods.ptuning import PTuning
 from prefix_jax.prefix import Embeds, Geometry, Hidden, KVPrefix, Prefix, Site, SiteShape
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -25,12 +32,24 @@ METHOD = {
     "mlp": PrefixTuning(P, mid=7),
     "hidden": HiddenPrefixTuning(P),
     "prompt": PromptTuning(P),
+    "ptuning": PTuning(P, hidden=24),
+    "lstm": PTuning(P, encoder="lstm", hidden=12),
+    "multitask": MultitaskPromptTuning(P, ranks=2),
+    "adapter": LlamaAdapter(P),
+    "cartridge": Cartridge(P, frozen=0),
+    "plus": PrefixTuningPlus(),
 }
 SHAPES = {
     "prefix": [(3, P, 2, 8), (3, P, 2, 8)],
     "mlp": [(3, P, 2, 8), (3, P, 2, 8)],
     "hidden": [(3, P, 32)],
     "prompt": [(P, 32)],
+    "ptuning": [(P, 32)],
+    "lstm": [(P, 32)],
+    "multitask": [(P, 32)],
+    "adapter": [(3, P, 32), (3, 4)],
+    "cartridge": [(3, P, 2, 8), (3, P, 2, 8)],
+    "plus": [(3, 4, 8, 8)],
 }
 each_method = pytest.mark.parametrize("name", METHOD)
 
@@ -60,15 +79,23 @@ def test_parameters_are_as_many_as_the_papers_count():
     assert size("hidden") == 3 * P * 32
     assert size("prompt") == P * 32
     assert size("mlp") == P * 32 + (32 + 1) * 7 + (7 + 1) * 3 * 2 * 2 * 8
+    assert size("ptuning") == P * 32 + (32 + 1) * 24 + (24 + 1) * 24 + (24 + 1) * 32
+    lstm = 2 * 4 * 12 * (32 + 12 + 2) + 2 * 4 * 12 * (24 + 12 + 2)
+    assert size("lstm") == P * 32 + lstm + (24 + 1) * 24 + (24 + 1) * 32
+    assert size("multitask") == P * 32 + 2 * (P + 32)
+    assert size("adapter") == 3 * (P * 32 + 4)
+    assert size("cartridge") == size("prefix")
+    assert size("plus") == 3 * 4 * 8 * 8
 
 
 @each_method
 def test_a_start_is_what_is_produced_at_first(name):
-    """Also through the MLP, whose last layer can meet P vectors exactly: P <= mid."""
+    """Also through networks, whose last layer can meet P vectors exactly: P <= their width."""
     method = METHOD[name]
-    start = normal(method.produces, G, P, jax.random.key(1), std=2.0)
+    start = normal_like(method.blank(G), jax.random.key(1), std=2.0)
     produced = method(method.init(KEY, G, start))
-    tolerance = {"rtol": 1e-3, "atol": 1e-4} if name == "mlp" else {"rtol": 0, "atol": 0}
+    exact = name not in ("mlp", "ptuning", "lstm")
+    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-3, "atol": 1e-4}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), produced, start)
 
 
@@ -103,7 +130,9 @@ def test_random_starts_follow_the_seed(name):
     init = METHOD[name].init
     first, again, other = init(KEY, G, None), init(KEY, G, None), init(jax.random.key(9), G, None)
     jax.tree.map(np.testing.assert_array_equal, first, again)
-    assert all((a != b).any() for a, b in zip(*map(jax.tree.leaves, (first, other)), strict=True))
+    for a, b in zip(*map(jax.tree.leaves, (first, other)), strict=True):
+        # Gates and memories begin at zero.
+        assert (a != b).any() or not a.any()
 
 
 def test_random_starts_are_those_of_the_papers():
@@ -154,10 +183,13 @@ def test_text_starts_after_the_prefix_unless_it_is_told_otherwise():
 
 @each_method
 def test_dropout_zeroes_some_elements_and_scales_the_others(name):
-    method = type(METHOD[name])(**{**vars(METHOD[name]), "length": 50, "dropout": 0.25})
-    params = method.init(KEY, G, None)
+    length = {"length": 50} if METHOD[name].slots else {}
+    method = dataclasses.replace(METHOD[name], dropout=0.25, **length)
+    params = method.init(KEY, G, normal_like(method.blank(G), KEY, 1.0))
     whole, dropped = method(params), method(params, jax.random.key(3))
     for x, y in zip(*map(jax.tree.leaves, (whole, dropped)), strict=True):
+        if not x.any():  # gates, which are never dropped
+            continue
         zero = np.asarray(y == 0)
         assert zero.mean() == pytest.approx(0.25, abs=0.05)
         np.testing.assert_allclose(y[~zero], x[~zero] / 0.75, rtol=1e-5)
@@ -197,7 +229,7 @@ def test_a_method_knows_its_name(name):
     ("section", "message"),
     [
         ({"name": "prefx"}, "unknown method 'prefx'; did you mean 'prefix'? there are prefix, "),
-        ({"name": "zzz"}, "unknown method 'zzz'; there are prefix, hidden, prompt, full"),
+        ({"name": "zzz"}, "unknown method 'zzz'; there are prefix, hidden, prompt, ptuning, "),
         ({"name": "prefix", "lenght": 3}, "method.lenght: unknown key; did you mean method.length"),
         ({"name": "prompt", "mid": 3}, "method.mid: unknown key"),
         ({"name": "prefix", "length": "many"}, "method.length: expected int; got 'many'"),
@@ -206,6 +238,21 @@ def test_a_method_knows_its_name(name):
         ({"name": "prompt", "dropout": 1.0}, r"must be in \[0, 1\)"),
         ({"name": "prefix", "mid": 0}, "at least 1 unit"),
         ({"name": "prefix", "offset": -1}, "method.offset is -1; positions start at 0"),
+        ({"name": "prefix", "sites": []}, "method.sites is .*; name one or more of encoder, "),
+        ({"name": "prefix", "sites": ["cross", "cross"]}, "each once"),
+        ({"name": "prefix", "sites": ["middle"]}, "method.sites: expected list of one of encoder"),
+        ({"name": "prefix", "layers": [2, 1]}, "counted from 0 in ascending order"),
+        ({"name": "plus", "layers": [-1]}, "counted from 0 in ascending order"),
+        ({"name": "plus", "length": 3}, "method.length: unknown key"),
+        ({"name": "ptuning", "encoder": "gru"}, "expected one of mlp, lstm"),
+        ({"name": "ptuning", "hidden": 0}, "at least 1 unit"),
+        ({"name": "ptuning", "lstm_layers": 0}, "give at least 1"),
+        ({"name": "ptuning", "lstm_dropout": 1.0}, "lstm_dropout is 1.0"),
+        ({"name": "multitask", "ranks": 0}, "method.ranks is 0"),
+        ({"name": "multitask", "source_task": -1}, "tasks count from 0"),
+        ({"name": "adapter", "layers": 0}, "adapt at least 1 layer"),
+        ({"name": "adapter", "layers": [3, 3]}, "counted from 0 in ascending order"),
+        ({"name": "cartridge", "length": 3, "frozen": 3}, "leave at least one to train"),
     ],
 )
 def test_what_is_wrong_with_a_section_is_said(section, message):

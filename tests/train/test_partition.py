@@ -24,6 +24,14 @@ def test_all_but_the_backbone_trains():
     }
 
 
+def test_what_a_method_calls_frozen_does_not_train():
+    params = {"backbone": 1, "prefix": {"decoder": {"frozen": {"k": 2}, "trained": {"k": 3}}}}
+    found = labels(params)
+    assert found["prefix"]["decoder"] == {"frozen": {"k": "freeze"}, "trained": {"k": "train"}}
+    train, frozen = split(params, found)
+    assert (jax.tree.leaves(train), jax.tree.leaves(frozen)) == ([3], [1, 2])
+
+
 def test_in_full_fine_tuning_everything_trains():
     assert set(jax.tree.leaves(labels(PARAMS, full=True))) == {"train"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,19 +19,25 @@ from prefix_jax.backbones.load import Pretrained
 from prefix_jax.config import InitConfig
 from prefix_jax.data.batch import Example
 from prefix_jax.errors import ConfigError, PrefixError
+from prefix_jax.methods.adapter import LlamaAdapter
 from prefix_jax.methods.base import Method
+from prefix_jax.methods.cartridge import Cartridge
 from prefix_jax.methods.hidden import HiddenPrefixTuning
+from prefix_jax.methods.multitask import MultitaskPromptTuning
+from prefix_jax.methods.plus import PrefixTuningPlus
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.methods.prompt import PromptTuning
 from prefix_jax.model import start_from_ids
 from prefix_jax.prefix import Prefix, Produced, Site
-from prefix_jax.train.start import init_prefix, make_start
+from prefix_jax.train.start import init_prefix, make_start, start_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 P = 4
-METHODS = [PrefixTuning(P), HiddenPrefixTuning(P), PromptTuning(P)]
-each_method = pytest.mark.parametrize("method", METHODS, ids=["prefix", "hidden", "prompt"])
+METHODS = [PrefixTuning(P), HiddenPrefixTuning(P), PromptTuning(P), Cartridge(P)]
+each_method = pytest.mark.parametrize(
+    "method", METHODS, ids=["prefix", "hidden", "prompt", "cartridge"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +93,19 @@ def test_a_text_of_ones_own_is_repeated_or_cut(method, pretrained):
     )
 
 
+def test_a_text_may_stand_in_a_file(pretrained, tmp_path):
+    (tmp_path / "corpus.txt").write_text("abcabcabc", encoding="utf-8")
+    ids = pretrained.tokenizer("abca")["input_ids"]
+    expected = after_reading(METHODS[3], pretrained, ids)
+    found = initial(METHODS[3], pretrained, text_file=str(tmp_path / "corpus.txt"))
+    assert_equal(found, expected)
+    with pytest.raises(ConfigError, match=r"init\.text_file nowhere\.txt cannot be read"):
+        initial(METHODS[3], pretrained, text_file="nowhere.txt")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"empty\.txt '' has no tokens"):
+        initial(METHODS[3], pretrained, text_file=str(tmp_path / "empty.txt"))
+
+
 def test_a_text_without_tokens_is_refused(pretrained, monkeypatch):
     monkeypatch.setitem(vars(pretrained), "tokenizer", lambda *_, **__: {"input_ids": []})
     with pytest.raises(ConfigError, match=r"init\.text 'x' has no tokens"):
@@ -104,6 +124,86 @@ def test_vocabulary_is_drawn_by_the_seed(pretrained):
     assert_differ(
         initial(method, pretrained, start="vocab"), initial(method, pretrained, 1, start="vocab")
     )
+
+
+def test_vocabulary_can_be_its_most_frequent_words(pretrained):
+    method = PromptTuning(64)
+    table = np.asarray(pretrained.params["embed"]["tokens_VD"])[:3]
+    drawn = np.asarray(initial(method, pretrained, start="vocab", top=3).x_PD)
+    found = {int(i) for row in drawn for i in np.flatnonzero((table == row).all(1))}
+    assert found == {0, 1, 2}
+    assert all((table == row).all(1).any() for row in drawn)
+    with pytest.raises(ConfigError, match=r"init\.top is 9999; .* has 257 tokens"):
+        initial(method, pretrained, start="vocab", top=9999)
+
+
+def test_labels_take_a_slot_each_and_the_others_are_drawn(pretrained):
+    table = np.asarray(pretrained.params["embed"]["tokens_VD"])
+    (a,), (b, c) = (pretrained.tokenizer(label)["input_ids"] for label in ("a", "bc"))
+    x_PD = np.asarray(
+        initial(METHODS[2], pretrained, start="labels", labels=("a", "bc"), top=2).x_PD
+    )
+    np.testing.assert_array_equal(x_PD[0], table[a])
+    np.testing.assert_allclose(x_PD[1], (table[b] + table[c]) / 2, rtol=1e-6)
+    for row in x_PD[2:]:
+        assert (table[:2] == row).all(1).any()
+    same = {"start": "labels", "labels": ("a",), "top": 2}
+    assert_equal(initial(METHODS[2], pretrained, **same), initial(METHODS[2], pretrained, **same))
+
+
+def test_labels_that_no_slot_can_hold_are_refused(pretrained):
+    with pytest.raises(ConfigError, match="labels is for soft tokens"):
+        initial(METHODS[0], pretrained, start="labels", labels=("a",))
+    with pytest.raises(ConfigError, match="has 5 classes, and the prefix 4 slots"):
+        initial(METHODS[2], pretrained, start="labels", labels=tuple("abcde"))
+    with pytest.raises(ConfigError, match="a text that has no tokens"):
+        initial(METHODS[2], pretrained, start="labels", labels=("a", ""))
+
+
+# Where a method says what it starts as.
+
+
+@pytest.mark.parametrize("method", [LlamaAdapter(P), MultitaskPromptTuning(P), PrefixTuningPlus()])
+def test_some_methods_start_as_their_papers_unless_one_says_otherwise(method, pretrained):
+    assert_equal(initial(method, pretrained), initial(method, pretrained, start="random"))
+    assert start_of(method, InitConfig()) == "random"
+    assert start_of(method, InitConfig(text="abc")) == "text"
+    assert start_of(METHODS[0], InitConfig()) == "text"
+
+
+def test_an_adapter_may_start_as_a_text_behind_shut_gates(pretrained):
+    adapter = initial(LlamaAdapter(P, layers=1), pretrained, text="abc")
+    assert adapter.layers == (1,)
+    assert adapter.h_LPD.any()
+    assert not adapter.gate_LN.any()
+    with pytest.raises(ConfigError, match="leave an adapter without gradients"):
+        initial(LlamaAdapter(P), pretrained, start="zeros")
+
+
+@pytest.mark.parametrize("start", ["text", "vocab"])
+def test_what_has_no_slots_cannot_start_as_tokens(start, pretrained):
+    with pytest.raises(ConfigError, match=f"start: {start} fills slots, and this method has none"):
+        initial(PrefixTuningPlus(), pretrained, start=start)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [LlamaAdapter(P, layers=1), PrefixTuningPlus(layers=(1,)), PrefixTuning(P, layers=(0,))],
+    ids=["adapter", "plus", "prefix"],
+)
+def test_what_is_of_some_layers_is_taken_up_again(method, pretrained, store):
+    produced = initial(method, pretrained, start="normal")
+    path = store(produced)
+    assert_equal(initial(method, pretrained, start="prefix", path=path), produced)
+    other = dataclasses.replace(method, layers=None)
+    with pytest.raises(PrefixError, match="layers"):
+        initial(other, pretrained, start="prefix", path=path)
+
+
+def test_gates_of_another_kind_are_refused(pretrained, store):
+    path = store(initial(LlamaAdapter(P), pretrained))
+    with pytest.raises(PrefixError, match=r"other parts .* gates"):
+        initial(LlamaAdapter(P, gate="plain"), pretrained, start="prefix", path=path)
 
 
 # From numbers.

@@ -1,0 +1,117 @@
+"""Multitask prompt tuning: a shared prompt times a low-rank one of the task (Wang et al. 2023)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import safetensors
+import safetensors.numpy
+
+from prefix_jax.errors import ConfigError, PrefixError
+from prefix_jax.methods.base import Method, Params
+from prefix_jax.prefix import Embeds, Geometry
+
+# The arrays of a source, as PEFT's MULTITASK_PROMPT_TUNING names them: (P, D), (tasks, P, ranks)
+# and (tasks, ranks, D).
+_SHARED, _COLS, _ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
+
+
+@dataclasses.dataclass(frozen=True)
+class MultitaskPromptTuning(Method[Embeds]):
+    """Trains a prompt of one task, as shared (P, D) * (cols (P, R) @ rows (R, D)), elementwise.
+
+    This is the second stage of the paper: a target task starts from a prompt that was trained on
+    several source tasks, `source`, and what is stored is the product. The first stage, which
+    trains source tasks together and distils their teachers, is not here.
+
+    Attributes:
+        ranks: R, of the task's part (1 in the paper).
+        source: a multitask prompt in PEFT's format: adapter_model.safetensors, or its directory;
+            None starts as `init` says.
+        source_init: the task's part starts as the "average" of the source tasks' cols and rows
+            (PEFT's AVERAGE_SOURCE_TASKS), as those of `source_task` ("exact",
+            EXACT_SOURCE_TASK), or at random ("shared", ONLY_SOURCE_SHARED).
+        source_task: for "exact", counted from 0.
+    """
+
+    ranks: int = 1
+    source: str | None = None
+    source_init: Literal["average", "exact", "shared"] = "average"
+    source_task: int = 0
+
+    produces = Embeds
+    default_start = "random"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ranks < 1:
+            raise ConfigError(f"method.ranks is {self.ranks}; the task's part needs at least 1")
+        if self.source_task < 0:
+            raise ConfigError(f"method.source_task is {self.source_task}; tasks count from 0")
+
+    def init(self, rng: jax.Array, geometry: Geometry, start: Embeds | None) -> Params:
+        """See `Method.init`. Without start and source, PEFT's random initialisation.
+
+        Raises:
+            ConfigError: there are a source and another start, or the source has no such task.
+            PrefixError: the source is no multitask prompt, or one of another shape.
+        """
+        P, D, R = self.length, geometry.d_model, self.ranks
+        shared_rng, cols_rng, rows_rng = jax.random.split(rng, 3)
+        params = {
+            "shared_PD": jax.random.normal(shared_rng, (P, D)),
+            "cols_PR": 0.02 * jax.random.normal(cols_rng, (P, R)),
+            "rows_RD": 0.02 * jax.random.normal(rows_rng, (R, D)),
+        }
+        if start is not None and self.source is not None:
+            raise ConfigError(
+                "method.source says what the prompt starts as: leave init.start out, or at random"
+            )
+        if start is not None:
+            # The task's part is one everywhere, so that the start is met: the first rank carries
+            # it, and the others come in as they grow from zero columns.
+            params["shared_PD"] = start.x_PD
+            params["cols_PR"] = jnp.zeros((P, R)).at[:, 0].set(1)
+            params["rows_RD"] = params["rows_RD"].at[0].set(1)
+        return params if self.source is None else params | self._from_source(P, D)
+
+    def _from_source(self, length: int, d_model: int) -> dict[str, jax.Array]:
+        path = Path(str(self.source)).expanduser()
+        path = path / "adapter_model.safetensors" if path.is_dir() else path
+        try:
+            arrays = safetensors.numpy.load_file(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise PrefixError(f"method.source {path} cannot be read: {error}") from None
+        if missing := {_SHARED, _COLS, _ROWS} - arrays.keys():
+            raise PrefixError(
+                f"method.source {path} is no multitask prompt: {', '.join(sorted(missing))} missing"
+            )
+        shared_PD, cols_APR, rows_ARD = (jnp.float32(arrays[n]) for n in (_SHARED, _COLS, _ROWS))
+        tasks = len(cols_APR)
+        found = (shared_PD.shape, cols_APR.shape, rows_ARD.shape)
+        P, D, R = length, d_model, self.ranks
+        expected = ((P, D), (tasks, P, R), (tasks, R, D))
+        if found != expected:
+            raise PrefixError(
+                f"method.source {path} has arrays of shapes {found}; {P} slots of width {D} and "
+                f"{R} ranks take {expected}"
+            )
+        params = {"shared_PD": shared_PD}
+        if self.source_init == "exact":
+            if self.source_task >= tasks:
+                raise ConfigError(
+                    f"method.source_task is {self.source_task}; {path} has tasks 0 to {tasks - 1}"
+                )
+            params["cols_PR"] = cols_APR[self.source_task]
+            params["rows_RD"] = rows_ARD[self.source_task]
+        elif self.source_init == "average":
+            params["cols_PR"], params["rows_RD"] = cols_APR.mean(0), rows_ARD.mean(0)
+        return params
+
+    def __call__(self, params: Params, rng: jax.Array | None = None) -> Embeds:
+        task_PD = params["cols_PR"] @ params["rows_RD"]
+        return Embeds(self.drop(params["shared_PD"] * task_PD, rng))

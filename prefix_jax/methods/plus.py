@@ -1,0 +1,62 @@
+"""Prefix-Tuning+: the prefix moved out of the softmax (Wang et al. 2025)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from prefix_jax.methods.base import Params
+from prefix_jax.methods.sites import SiteMethod
+from prefix_jax.prefix import SITES, Geometry, Memory, Prefix, Site, SiteName
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixTuningPlus(SiteMethod):
+    """Trains a matrix M, H × H, for each query head, and adds elu(q) M to what the head reads.
+
+    Inside the softmax a prefix competes with the text for one unit of attention, and the longer
+    the text, the less is left for it. The paper takes the sum over the prefix's slots out of the
+    softmax, and trains in its place the one matrix that linear attention would make of them. So
+    there are no slots and no length. The matrices begin at zero: training starts from the bare
+    model, exactly. Queries are read as attention reads them, after rotation.
+    """
+
+    length: int = dataclasses.field(default=0, init=False)
+
+    slots = False
+    default_start = "random"
+
+    @property
+    def text_start(self) -> int:
+        return 0
+
+    def blank(self, geometry: Geometry) -> Prefix:
+        sites: dict[SiteName, Site] = {}
+        for name, shape in self.shapes(geometry).items():
+            size = (shape.layers, shape.query_heads, shape.head_dim, shape.head_dim)
+            sites[name] = Site(beside=Memory(jnp.zeros(size)), layers=self.layers)
+        return Prefix.of(sites)
+
+    def init(self, rng: jax.Array, geometry: Geometry, start: Prefix | None) -> Params:
+        """See `Method.init`.
+
+        Raises:
+            ConfigError: the backbone has no such site, or no such layer.
+        """
+        start = start or self.blank(geometry)
+        params: dict[str, Params] = {}
+        for name in self.shapes(geometry):
+            beside = start.sites[name].beside
+            assert isinstance(beside, Memory), "a start of this method is a memory"
+            params[name] = {"m_LNHH": beside.m_LNHH}
+        return params
+
+    def __call__(self, params: Params, rng: jax.Array | None = None) -> Prefix:
+        sites: dict[SiteName, Site] = {}
+        for number, name in enumerate(name for name in SITES if name in params):
+            site_rng = None if rng is None else jax.random.fold_in(rng, number)
+            memory = Memory(self.drop(params[name]["m_LNHH"], site_rng))
+            sites[name] = Site(beside=memory, layers=self.layers)
+        return Prefix.of(sites)

@@ -1,0 +1,95 @@
+"""Multitask prompt tuning: a shared prompt times a low-rank one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from prefix_jax.errors import ConfigError, PrefixError
+from prefix_jax.methods.base import normal
+from prefix_jax.methods.multitask import MultitaskPromptTuning
+from prefix_jax.prefix import Embeds, Geometry, SiteShape
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+G = Geometry(d_model=12, vocab=50, decoder=SiteShape(2, 4, 2, 8))
+P, R, TASKS, KEY = 5, 2, 3, jax.random.key(0)
+RNG = np.random.default_rng(0)
+ARRAYS = {
+    "prompt_embeddings": RNG.normal(size=(P, 12)).astype(np.float32),
+    "prefix_task_cols": RNG.normal(size=(TASKS, P, R)).astype(np.float32),
+    "prefix_task_rows": RNG.normal(size=(TASKS, R, 12)).astype(np.float32),
+}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    save_file(ARRAYS, tmp_path / "adapter_model.safetensors")
+    return str(tmp_path)
+
+
+def produced(source: str, **fields) -> np.ndarray:
+    method = MultitaskPromptTuning(P, ranks=R, source=source, **fields)
+    return np.asarray(method(method.init(KEY, G, None)).x_PD)
+
+
+def test_a_source_task_is_taken_over_exactly(source):
+    shared, cols, rows = ARRAYS.values()
+    for task in range(TASKS):
+        expected = shared * (cols[task] @ rows[task])
+        x_PD = produced(source, source_init="exact", source_task=task)
+        np.testing.assert_allclose(x_PD, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_cols_and_rows_are_averaged_apart(source):
+    shared, cols, rows = ARRAYS.values()
+    expected = shared * (cols.mean(0) @ rows.mean(0))
+    np.testing.assert_allclose(produced(source), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_shared_prompt_alone_gets_a_part_that_is_drawn(source):
+    method = MultitaskPromptTuning(P, ranks=R, source=source, source_init="shared")
+    params = method.init(KEY, G, None)
+    np.testing.assert_array_equal(params["shared_PD"], ARRAYS["prompt_embeddings"])
+    assert 0.01 < float(params["cols_PR"].std()) < 0.04
+
+
+def test_a_file_will_do(source):
+    file = f"{source}/adapter_model.safetensors"
+    np.testing.assert_array_equal(produced(file), produced(source))
+
+
+def test_every_parameter_has_a_gradient_after_a_start():
+    method = MultitaskPromptTuning(P, ranks=R)
+    params = method.init(KEY, G, normal(Embeds, G, P, KEY, std=1.0))
+    grads = jax.grad(lambda params: jnp.sum(method(params).x_PD ** 2))(params)
+    # Rows of ranks whose columns are zero wait for these to move.
+    assert grads["cols_PR"].all()
+    assert grads["shared_PD"].all()
+    assert grads["rows_RD"][0].all()
+
+
+def test_what_is_no_source_is_refused(source, tmp_path):
+    with pytest.raises(PrefixError, match=r"nowhere cannot be read"):
+        produced("nowhere")
+    (tmp_path / "text.safetensors").write_text("no arrays at all")
+    with pytest.raises(PrefixError, match=r"text.safetensors cannot be read"):
+        produced(str(tmp_path / "text.safetensors"))
+    save_file({"prompt_embeddings": ARRAYS["prompt_embeddings"]}, tmp_path / "one.safetensors")
+    with pytest.raises(PrefixError, match="no multitask prompt: prefix_task_cols, prefix_task_row"):
+        produced(str(tmp_path / "one.safetensors"))
+    with pytest.raises(PrefixError, match=r"4 slots of width 12 and 2 ranks take \(\(4, 12\)"):
+        MultitaskPromptTuning(4, ranks=R, source=source).init(KEY, G, None)
+    with pytest.raises(ConfigError, match=r"source_task is 3; .* has tasks 0 to 2"):
+        produced(source, source_init="exact", source_task=3)
+
+
+def test_a_source_and_another_start_exclude_each_other(source):
+    method = MultitaskPromptTuning(P, ranks=R, source=source)
+    with pytest.raises(ConfigError, match=r"leave init\.start out"):
+        method.init(KEY, G, normal(Embeds, G, P, KEY, std=1.0))

@@ -1,0 +1,56 @@
+"""Prefix-Tuning+ adds elu(q) M to what every head reads."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoders import decoder, hidden, lift, present, token_ids, weights
+
+from prefix_jax.methods.base import normal_like
+from prefix_jax.methods.plus import PrefixTuningPlus
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+KEY = jax.random.key(0)
+BACKBONE = decoder("llama")
+G = BACKBONE.geometry
+
+
+def test_it_begins_as_the_bare_model_and_every_matrix_has_a_gradient():
+    params, ids, tokens = weights(BACKBONE), token_ids(1, 6), present(1, 6)
+    method = PrefixTuningPlus()
+    trained = method.init(KEY, G, None)
+    prefix = lift(BACKBONE, params, method(trained))
+    assert (prefix.length, prefix.offset, method.text_start) == (0, 0, 0)
+    bare, _ = hidden(BACKBONE, params, ids, tokens, None)
+    np.testing.assert_array_equal(hidden(BACKBONE, params, ids, tokens, prefix)[0], bare)
+
+    def loss(trained) -> jax.Array:
+        prefix = BACKBONE.lift(params, method(trained))
+        return jnp.sum(BACKBONE.hidden(params, ids, tokens, prefix)[0][..., 0] ** 2)
+
+    (grad_LNHH,) = jax.tree.leaves(jax.jit(jax.grad(loss))(trained))
+    assert grad_LNHH.shape == (3, 4, 8, 8)
+    assert (jnp.abs(grad_LNHH).max((2, 3)) > 0).all()
+
+
+def test_the_other_layers_stay_bare():
+    params, ids, tokens = weights(BACKBONE), token_ids(1, 6), present(1, 6)
+    some, full = PrefixTuningPlus(layers=(2,)), PrefixTuningPlus()
+    start = normal_like(full.blank(G), KEY, 1.0)
+    m_LNHH = start.decoder.beside.m_LNHH.at[:2].set(0)
+    part = normal_like(some.blank(G), KEY, 1.0)
+    part = part.replace(
+        decoder=part.decoder.replace(beside=part.decoder.beside.replace(m_LNHH=m_LNHH[2:]))
+    )
+    whole = start.replace(
+        decoder=start.decoder.replace(beside=start.decoder.beside.replace(m_LNHH=m_LNHH))
+    )
+
+    def out(method, start) -> jax.Array:
+        prefix = lift(BACKBONE, params, method(method.init(KEY, G, start)))
+        return hidden(BACKBONE, params, ids, tokens, prefix)[0]
+
+    np.testing.assert_array_equal(out(some, part), out(full, whole))
