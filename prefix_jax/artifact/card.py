@@ -72,7 +72,7 @@ class TemplateCard:
         on_overflow: what happened to longer targets: "error" or "drop".
     """
 
-    prepare: Literal["e2e", "web_nlg", "dart", "copa"] | None = None
+    prepare: str | None = None
     input: str | None = None
     target: str | None = None
     messages: str | None = None

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from prefix_jax.errors import ConfigError
 
+Preparing = Literal["e2e", "web_nlg", "dart", "copa", "sst2", "mrpc", "rte"]
+
 Metric = Literal[
     "loss",
     "accuracy",
@@ -138,8 +140,8 @@ class DataConfig:
             from Python.
         dev: like `train`, for evaluation during training; None does without.
         test: like `train`, for the evaluation after training; None does without.
-        prepare: what records of a published set need before templates render them: "e2e",
-            "web_nlg", "dart" and "copa" add fields (see `data/prepare.py`). None adds nothing.
+        prepare: what records of a published set need before templates render them: each name
+            adds a field (see `data/prepare.py`); None adds nothing.
         input: template of the text that is given; None gives nothing (plain text modelling).
         target: template of the text to learn.
         messages: the field that holds a chat, a list of {"role": …, "content": …}. Excludes
@@ -163,7 +165,7 @@ class DataConfig:
     train: str | None = None
     dev: str | None = None
     test: str | None = None
-    prepare: Literal["e2e", "web_nlg", "dart", "copa"] | None = None
+    prepare: Preparing | None = None
     input: str | None = None
     target: str | None = None
     messages: str | None = None

@@ -22,7 +22,7 @@ _SLOT = re.compile(r"\s*([^\[\],]+?)\s*\[([^\]]*)\]\s*(?:,|$)")
 def _e2e(record: Record) -> str:
     """The pairs of a meaning representation: "name : The Eagle | Type : pub" from "name[The
     Eagle], eatType[pub]" (E2E, Novikova et al. 2017; the form of Li & Liang 2021)."""
-    text = _text(record, "meaning_representation")
+    text = _text(record, "mr")
     slots, end = [], 0
     while found := _SLOT.match(text, end):
         slots.append(f"{_SLOTS.get(found[1], found[1])} : {found[2]}")
@@ -60,6 +60,23 @@ def _copa(record: Record) -> str:
     return f"{_text(record, 'premise')} {kinds[question]}"
 
 
+def _named(*names: str) -> Callable[[Record], str]:
+    """The name of a label that TFDS stores as a number; a name stays what it is."""
+
+    def make(record: Record) -> str:
+        label = record.value("label")
+        if label in names:
+            return str(label)
+        if not isinstance(label, int) or not 0 <= label < len(names):
+            raise DataError(
+                f"{record.source}: the label {label!r} is none of {', '.join(names)}, nor a number "
+                f"from 0 to {len(names) - 1}; the test split of GLUE has no labels"
+            )
+        return names[label]
+
+    return make
+
+
 @dataclasses.dataclass(frozen=True)
 class Preparation:
     """A field that records of a published set gain.
@@ -76,10 +93,13 @@ class Preparation:
 
 
 PREPARE = {
-    "e2e": Preparation("source", ("meaning_representation",), _e2e),
+    "e2e": Preparation("source", ("mr",), _e2e),
     "web_nlg": Preparation("source", ("input",), _web_nlg),
     "dart": Preparation("source", ("tripleset",), _dart),
     "copa": Preparation("start", ("premise", "question"), _copa),
+    "sst2": Preparation("answer", ("label",), _named("negative", "positive")),
+    "mrpc": Preparation("answer", ("label",), _named("not_equivalent", "equivalent")),
+    "rte": Preparation("answer", ("label",), _named("entailment", "not_entailment")),
 }
 
 

@@ -16,7 +16,7 @@ def added(name: str, **fields) -> dict:
 
 def test_a_meaning_representation_becomes_pairs():
     text = "name[The Eagle], eatType[coffee shop], priceRange[£20-25, or more], near[Burger King]"
-    assert added("e2e", meaning_representation=text) == {
+    assert added("e2e", mr=text) == {
         "source": "name : The Eagle | Type : coffee shop | price : £20-25, or more"
         " | near : Burger King"
     }
@@ -41,15 +41,21 @@ def test_a_premise_gets_the_word_that_its_question_asks_for(question, joiner):
     }
 
 
+def test_labels_get_the_names_that_a_text_model_writes():
+    assert added("sst2", label=1) == {"answer": "positive"}
+    assert added("rte", label="entailment") == {"answer": "entailment"}
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("e2e", {"meaning_representation": "The Eagle is a pub"}, "not of the form 'name"),
-        ("e2e", {"meaning_representation": "name[A], and more"}, "not of the form"),
-        ("e2e", {"meaning_representation": 3}, "holds a int, no text"),
-        ("e2e", {"mr": "name[A]"}, "no field 'meaning_representation'"),
+        ("e2e", {"mr": "The Eagle is a pub"}, "not of the form 'name"),
+        ("e2e", {"mr": "name[A], and more"}, "not of the form"),
+        ("e2e", {"mr": 3}, "holds a int, no text"),
+        ("e2e", {"meaning": "name[A]"}, "no field 'mr'"),
         ("web_nlg", {"input": "a | b | c"}, "not a list of triples"),
         ("dart", {"tripleset": ["a | b"]}, "'a | b' in 'tripleset' is not a triple"),
+        ("mrpc", {"label": -1}, "the label -1 is none of not_equivalent, equivalent, nor"),
         ("copa", {"premise": "P.", "question": "why"}, "neither 'cause' nor 'effect'"),
     ],
 )

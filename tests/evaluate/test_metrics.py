@@ -89,7 +89,7 @@ def test_accuracy_compares_labels_to_the_letter():
 
 
 def test_a_perfect_prediction_scores_100_and_an_empty_one_0():
-    texts = ["All three platforms are step-free, and there is a café."]
+    texts = ["All 3 platforms are step-free, and there is a café."]
     assert score(METRICS, texts, [texts]) == {name: pytest.approx(100) for name in METRICS}
     assert score(METRICS, [""], [texts]) == dict.fromkeys(METRICS, 0.0)
 
