@@ -1,0 +1,125 @@
+"""Every recipe runs: as it stands, but for a tiny model, a few local records and a few steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from tiny import write_bart, write_model, write_t5
+
+from prefix_jax import config as configs
+from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.config import Config
+from prefix_jax.mesh import make_mesh
+from prefix_jax.train.fit import fit
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "quickstart")
+
+# A few records of each data set, with the fields that it has on disk or in TFDS.
+RECORDS: dict[str, list[dict[str, Any]]] = {
+    "e2e": [
+        {"mr": f"name[The {name}], eatType[pub], familyFriendly[no]", "ref": f"{name} is a pub."}
+        for name in ("Eagle", "Mill", "Vaults")
+    ],
+    "web_nlg": [
+        {"input": [f"{name} | cityServed | Aarhus", f"{name} | runwayLength | 27.0"],
+         "target": f"{name} serves Aarhus.", "references": [f"{name} serves Aarhus."]}
+        for name in ("Airport", "Station", "Port")
+    ],
+    "dart": [
+        {"tripleset": [f"{name} | JOINED | 1973"], "target": f"{name} joined in 1973."}
+        for name in ("Mars Hill", "Erskine", "Lees")
+    ],
+    "xsum": [
+        {"document": f"{name} was closed on Monday. Nobody was hurt.", "summary": f"{name} closed."}
+        for name in ("A bridge", "A road", "A school")
+    ],
+    "sst2": [
+        {"sentence": f"a {word} film", "label": label, "idx": 0}
+        for word, label in (("great", 1), ("bad", 0), ("dull", 0))
+    ],
+    "mrpc": [
+        {"sentence1": "He ran .", "sentence2": f"He {word} .", "label": label, "idx": 0}
+        for word, label in (("ran", 1), ("sat", 0), ("did run", 1))
+    ],
+    "rte": [
+        {"sentence1": "It rained.", "sentence2": f"It was {word}.", "label": label, "idx": 0}
+        for word, label in (("wet", 0), ("dry", 1), ("raining", 0))
+    ],
+    "gsm8k": [
+        {"query": f"What is {n} + 1?", "response": f"{n} + 1 = {n + 1}. The answer is: {n + 1}"}
+        for n in range(3)
+    ],
+}  # fmt: skip
+
+# Which tiny model stands for the one that a recipe names.
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "gpt2": write_model,
+    "llama": write_model,
+    "gemma": write_model,
+    "bart": write_bart,
+    "t5": write_t5,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pretrained]:
+    """The tiny model in the place of a large one, by the latter's name."""
+
+    @functools.cache
+    def model(write: Callable[[Path], Path]) -> Pretrained:
+        path = write(tmp_path_factory.mktemp("models") / "model")
+        return load(path, mesh=make_mesh(devices=jax.devices()[:1]))
+
+    def find(name: str) -> Pretrained:
+        return model(next(write for kind, write in WRITERS.items() if kind in name.lower()))
+
+    return find
+
+
+def small(config: Config, recipe: Path, folder: Path) -> Config:
+    """The recipe with local data and few steps; what it is about stays."""
+    data_set = recipe.stem.partition("_")[0] if "web_nlg" not in recipe.stem else "web_nlg"
+    records = folder / "records.jsonl"
+    records.write_text("".join(json.dumps(record) + "\n" for record in RECORDS[data_set]))
+    splits = {
+        name: str(records) for name in ("train", "dev", "test") if getattr(config.data, name)
+    }
+    accumulate = config.optim.accumulate
+    return dataclasses.replace(
+        config,
+        method=config.method | {"length": min(config.method["length"], 4)},
+        data=dataclasses.replace(
+            config.data, **splits, batch_size=2 * accumulate, max_length=None
+        ),
+        train=dataclasses.replace(config.train, steps=2, epochs=None, eval_every=2),
+        decode=dataclasses.replace(config.decode, max_new_tokens=6, min_new_tokens=0),
+        output=str(folder / "run"),
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_runs(recipe, models, tmp_path):
+    config = configs.load(recipe)
+    model = models(config.model.path)
+    run = fit(small(config, recipe, tmp_path), pretrained=model, quiet=True)
+    assert run.step in (1, 2)
+    assert run.card is not None
+    assert run.card.method["name"] == config.method["name"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_says_how_it_is_run_and_what_it_is_to_reach(recipe):
+    header = recipe.read_text().partition("model:")[0]
+    assert f"prefix-jax train configs/{recipe.name}" in header
+    assert "Data: " in header
+    assert "Published" in header
