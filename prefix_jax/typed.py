@@ -144,8 +144,19 @@ def _leaf(hint: Any, value: Any, key: str, problems: list[Problem]) -> Any:
             raise ArgumentError(None, "null")
         return _parser(hint).parse_object({"value": value}).value
     except ArgumentError:
-        problems.append(Problem(key, f"expected {described(hint)}; got {value!r}"))
+        # A list of one is easily written without its brackets.
+        lists = not isinstance(value, list) and _is_value(hint, [value])
+        remedy = f"; write [{value}]" if lists else ""
+        problems.append(Problem(key, f"expected {described(hint)}; got {value!r}{remedy}"))
         return None
+
+
+def _is_value(hint: Any, value: Any) -> bool:
+    try:
+        _parser(hint).parse_object({"value": value})
+    except ArgumentError:
+        return False
+    return True
 
 
 @functools.cache

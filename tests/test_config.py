@@ -137,7 +137,8 @@ def test_an_unknown_key_that_resembles_nothing_gets_no_guess(minimal):
         ("data.pack=2", "data.pack: expected bool; got 2"),
         ("model.dtype=int8", "model.dtype: expected one of auto, float32, bfloat16; got 'int8'"),
         ("model.path=null", "model.path: expected str; got None"),
-        ("decode.stop=a", "decode.stop: expected list of str; got 'a'"),
+        ("decode.stop=a", "decode.stop: expected list of str; got 'a'; write [a]"),
+        ("evaluate.metrics=bleu", "got 'bleu'; write [bleu]"),
         ("evaluate.metrics=[blue]", "evaluate.metrics: expected list of one of loss, "),
         ("optim=5", "optim: expected a section with keys name, learning_rate"),
         ("optim.clip.x=5", "optim.clip: expected float or null; got {'x': 5}"),
@@ -168,7 +169,7 @@ def test_missing_values_are_named_with_their_type():
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        (["train.epochs=1"], "exactly one of steps"),
+        (["train.epochs=1"], "epochs (passes over the data); set the other to null"),
         (["train.steps=null"], "exactly one of steps"),
         (["train.patience=2"], "patience counts evaluations: it needs eval_every"),
         (["train.steps=0"], "steps must be at least 1, not 0"),

@@ -272,7 +272,8 @@ class TrainConfig:
         _require(
             (
                 (self.steps is None) != (self.epochs is None),
-                "give exactly one of steps (optimizer steps) and epochs (passes over the data)",
+                "give exactly one of steps (optimizer steps) and epochs (passes over the data)"
+                + ("; set the other to null" if self.steps is not None else ""),
             ),
             (
                 self.epochs is None or self.epochs > 0,

@@ -91,16 +91,12 @@ def small(config: Config, recipe: Path, folder: Path) -> Config:
     data_set = recipe.stem.partition("_")[0] if "web_nlg" not in recipe.stem else "web_nlg"
     records = folder / "records.jsonl"
     records.write_text("".join(json.dumps(record) + "\n" for record in RECORDS[data_set]))
-    splits = {
-        name: str(records) for name in ("train", "dev", "test") if getattr(config.data, name)
-    }
+    splits = {name: str(records) for name in ("train", "dev", "test") if getattr(config.data, name)}
     accumulate = config.optim.accumulate
     return dataclasses.replace(
         config,
         method=config.method | {"length": min(config.method["length"], 4)},
-        data=dataclasses.replace(
-            config.data, **splits, batch_size=2 * accumulate, max_length=None
-        ),
+        data=dataclasses.replace(config.data, **splits, batch_size=2 * accumulate, max_length=None),
         train=dataclasses.replace(config.train, steps=2, epochs=None, eval_every=2),
         decode=dataclasses.replace(config.decode, max_new_tokens=6, min_new_tokens=0),
         output=str(folder / "run"),
