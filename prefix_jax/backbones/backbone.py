@@ -21,7 +21,7 @@ from prefix_jax.backbones.stack import (
     to_stacked,
 )
 from prefix_jax.backbones.stack import stack as stack_layers
-from prefix_jax.errors import PrefixError
+from prefix_jax.errors import BackboneError, PrefixError
 from prefix_jax.mesh import gather_columns
 from prefix_jax.nn.layers import KeysValues
 from prefix_jax.nn.mask import Tokens
@@ -67,7 +67,8 @@ class Backbone:
 
     @property
     def _encoder(self) -> Stack:
-        assert self.arch.encoder is not None, "this model is a single stack"
+        if self.arch.encoder is None:
+            raise BackboneError(f"{self.arch.model_type} is a single stack: it encodes no source")
         return Stack(self.arch.encoder, self.remat)
 
     # Weights.
@@ -238,7 +239,11 @@ class Backbone:
             params: the weights, stacked or listed.
             ids_BS: token ids of the source.
             tokens: where each stands.
-            prefix: what the encoder attends to besides, and soft tokens before its input.
+            prefix: what the encoder attends to besides, and soft tokens before its input. Those
+                take the first P columns, and a row that has some holds one example.
+
+        Raises:
+            BackboneError: the model has no encoder.
         """
         h_BSD = self._through(self._encoder, params, params["encoder"], ids_BS, tokens, prefix)
         if prefix is not None and prefix.embeds_PD is not None:
@@ -304,7 +309,17 @@ class Backbone:
         Returns:
             h_BTD after the final norm, and the cache with these tokens in it. Soft tokens before
             an encoder that stands alone are columns of it too, the first P.
+
+        Raises:
+            BackboneError: the model has an encoder, and there is nothing that it read; or the
+                other way round.
         """
+        if (self.arch.encoder is None) != (encoded is None):
+            has, needs = ("no", "no") if encoded is not None else ("an", "a")
+            raise BackboneError(
+                f"{self.arch.model_type} has {has} encoder: give `hidden` {needs} source that "
+                "`encode` read"
+            )
         if not self.arch.causal:
             return self._through(self._stack, params, params, ids_BT, tokens, prefix), None
         stack = self._stack

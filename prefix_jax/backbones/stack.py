@@ -205,7 +205,11 @@ class Stack:
             sliding: self._view(params, tokens, keys, prefix, column, sliding, lineage_BTS)
             for sliding in set(a.sliding) or {False}
         }
-        sites = (None, None) if prefix is None else (getattr(prefix, self.site), prefix.cross)
+        sites: tuple[Site | None, Site | None] = (None, None)
+        if prefix is not None:
+            # An encoder has other layers than the decoder, whose the cross-attention is.
+            cross = None if a.encoder is None else prefix.cross
+            sites = (getattr(prefix, self.site), cross)
         cross_view = None
         if encoded is not None:
             cross_view = View(Seen(visible_group(tokens, encoded.tokens)))

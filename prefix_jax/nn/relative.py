@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,23 +24,26 @@ class Relative:
     farthest: int
     both_ways: bool
 
-    def bucket(self, distance: jax.Array) -> jax.Array:
-        """The bucket of a distance, query position minus key position: int32, the same shape."""
-        count = self.buckets
-        first = jnp.zeros_like(distance)
-        if self.both_ways:
-            count //= 2
-            first = jnp.where(distance < 0, count, 0)
-            distance = jnp.abs(distance)
-        else:
-            distance = jnp.maximum(distance, 0)
+    def bucket(self, distance: np.ndarray) -> np.ndarray:
+        """The bucket of a distance, query position minus key position: the same shape.
+
+        Computed on the host: a logarithm that is rounded otherwise, as XLA's on a TPU, would put
+        distances into other buckets than those that the model was trained with.
+        """
+        count = self.buckets // 2 if self.both_ways else self.buckets
+        first = np.where(distance < 0, count, 0) if self.both_ways else 0
+        distance = np.abs(distance) if self.both_ways else np.maximum(distance, 0)
         # Half of the buckets are for exact distances, the others for logarithmic ranges.
         exact = count // 2
-        ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact)
-        far = exact + (ratio / math.log(self.farthest / exact) * (count - exact)).astype(jnp.int32)
-        return first + jnp.where(distance < exact, distance, jnp.minimum(far, count - 1))
+        ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+        ratio = ratio / np.float32(math.log(self.farthest / exact)) * np.float32(count - exact)
+        far = np.minimum(exact + ratio.astype(np.int32), count - 1)
+        return first + np.where(distance < exact, distance, far)
 
     def bias(self, table_RN: jax.Array, query_BT: jax.Array, key_BS: jax.Array) -> jax.Array:
         """bias_BNTS of keys at `key_BS` for queries at `query_BT`, float32."""
-        bucket_BTS = self.bucket(query_BT[:, :, None] - key_BS[:, None, :])
-        return table_RN.astype(jnp.float32)[bucket_BTS].transpose(0, 3, 1, 2)
+        far = self.farthest
+        # XN: for each distance from -far to far, beyond which all are alike.
+        bias_XN = table_RN.astype(jnp.float32)[self.bucket(np.arange(-far, far + 1))]
+        distance_BTS = jnp.clip(query_BT[:, :, None] - key_BS[:, None, :], -far, far)
+        return bias_XN[distance_BTS + far].transpose(0, 3, 1, 2)

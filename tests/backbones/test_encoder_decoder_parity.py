@@ -1,0 +1,39 @@
+"""Logits of encoder-decoders equal those of transformers, for stored random models of every
+variant: bare, and with keys and values before those of every attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefix_jax.backbones.load import load
+from prefix_jax.nn.mask import Tokens
+from prefix_jax.prefix import SITES, KVPrefix, Prefix, Site
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "encoder_decoders"
+VARIANTS = sorted(path.name for path in FIXTURES.iterdir())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_those_of_transformers(variant: str) -> None:
+    model = load(FIXTURES / variant, dtype="float32")
+    expected = np.load(FIXTURES / variant / "expected.npz")
+    backbone, ids = model.backbone, jnp.asarray(expected["ids"])
+    sites = {
+        name: Site(KVPrefix(jnp.asarray(expected[f"k_{name}"]), jnp.asarray(expected[f"v_{name}"])))
+        for name in SITES
+    }
+    prefix = Prefix.of(sites, offset=sites["encoder"].length)
+    source, present = (
+        jnp.asarray(expected["source"]),
+        Tokens.plain(jnp.asarray(expected["present"])),
+    )
+    for which, given in (("logits", None), ("prefixed", prefix)):
+        encoded = backbone.encode(model.params, source, present, given)
+        tokens = Tokens.plain(jnp.ones(ids.shape, bool))
+        h_BTD, _ = backbone.hidden(model.params, ids, tokens, given, encoded=encoded)
+        logits_BTV = backbone.unembed(model.params, h_BTD)
+        np.testing.assert_allclose(logits_BTV, expected[which], rtol=0, atol=1e-4)
