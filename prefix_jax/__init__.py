@@ -23,7 +23,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prefix_jax.api import Tuned, bake, fit, load_prefix
+    from prefix_jax.api import Tuned, bake, fit, import_peft, load_prefix
     from prefix_jax.backbones.load import Pretrained, load
     from prefix_jax.config import Config, DecodeConfig
     from prefix_jax.config import load as load_config
@@ -56,6 +56,7 @@ __all__ = [
     "Tuned",
     "bake",
     "fit",
+    "import_peft",
     "load",
     "load_config",
     "load_prefix",
@@ -64,7 +65,7 @@ __all__ = [
 # Where each name lives. They are imported when they are asked for, so that `import prefix_jax` and
 # the command line's help do not wait for JAX.
 _HOMES = {
-    **dict.fromkeys(("Tuned", "bake", "fit", "load_prefix"), "prefix_jax.api"),
+    **dict.fromkeys(("Tuned", "bake", "fit", "import_peft", "load_prefix"), "prefix_jax.api"),
     **dict.fromkeys(("Pretrained", "load"), "prefix_jax.backbones.load"),
     **dict.fromkeys(("Config", "DecodeConfig"), "prefix_jax.config"),
     "load_config": "prefix_jax.config:load",

@@ -28,7 +28,9 @@ from prefix_jax.decode.generate import Generator, OnText
 from prefix_jax.errors import ConfigError, DataError, PrefixError
 from prefix_jax.evaluate.report import Prediction, writing_predictions
 from prefix_jax.evaluate.run import Evaluation, Evaluator
+from prefix_jax.interop import peft
 from prefix_jax.interop.backbone import backbone_of
+from prefix_jax.interop.export import baked
 from prefix_jax.methods import name_of
 from prefix_jax.methods.base import Method
 from prefix_jax.model import PrefixModel
@@ -290,6 +292,24 @@ class Tuned:
             raise PrefixError("there is no prefix to save: this is full fine-tuning")
         artifact.save(path, self.produced, self.card, arrays)
 
+    def export_peft(self, path: str | Path, *, bake: bool = False) -> None:
+        """Writes the prefix as an adapter that `PeftModel.from_pretrained` loads.
+
+        Args:
+            path: the directory, which is absent or empty.
+            bake: write the keys and values that the prefix stands for.
+
+        Raises:
+            PrefixError: PEFT cannot express the prefix, or there is something at the path.
+            CheckpointError: the adapter cannot be written.
+        """
+        if self.produced is None or self.card is None:
+            raise PrefixError("there is no prefix to export: this is full fine-tuning")
+        produced, card = self.produced, self.card
+        if bake:
+            produced, card = baked(produced, card, self.pretrained)
+        peft.write(path, *peft.to_peft(produced, card))
+
 
 def bake(pretrained: Pretrained, produced: Produced | None) -> Prefix | None:
     """Turns what a method produced into plain keys and values under a backbone."""
@@ -387,6 +407,25 @@ def load_prefix(
     produced, card = artifact.load(path)
     pretrained = backbone_of(card, model, allow_other_weights=allow_other_weights)
     return Tuned(pretrained, produced, card)
+
+
+def import_peft(
+    adapter: str | Path, model: Pretrained | str | Path | None = None, *, task: int | None = None
+) -> Tuned:
+    """Loads an adapter of Hugging Face PEFT: what it computes there, it computes here.
+
+    Args:
+        adapter: what `PeftModel.save_pretrained` wrote, for a method that makes prefixes or soft
+            tokens; see `prefix_jax.interop.peft`.
+        model: its backbone, or where to load it from; None loads the one that the adapter names.
+        task: which task of a multitask prompt, counted from 0.
+
+    Raises:
+        PrefixError: the adapter is damaged, of another type, or made for another backbone.
+        BackboneError: the backbone cannot be loaded.
+    """
+    imported = peft.import_peft(adapter, model, task=task)
+    return Tuned(imported.pretrained, imported.produced, imported.card)
 
 
 def _tuned(run: Run) -> Tuned:

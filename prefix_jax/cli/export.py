@@ -1,6 +1,7 @@
-"""Copy a prefix into another container, or bake it into plain keys and values.
+"""Copy a prefix into another container, bake it into plain keys and values, or hand it to PEFT.
 
-What is written can be read without prefix_jax: docs/export.md shows how, in five lines.
+What is written can be read without prefix_jax: docs/export.md shows how, in five lines. With
+--to peft it is an adapter that PeftModel.from_pretrained loads: docs/from_peft.md.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", help="the directory to write")
     parser.add_argument(
         "--to",
-        choices=("orbax", "safetensors"),
+        choices=("orbax", "safetensors", "peft"),
         default="safetensors",
-        help="the container of the arrays (default: %(default)s)",
+        help="the container of the arrays, or an adapter of PEFT (default: %(default)s)",
     )
     parser.add_argument(
         "--bake",
@@ -39,18 +40,23 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from prefix_jax.interop.export import export
+    from prefix_jax.interop.peft import export_peft
 
-    card = export(
-        args.prefix,
-        args.output,
-        args.to,
-        bake=args.bake,
-        model=args.model,
-        allow_other_weights=args.allow_other_weights,
-    )
+    options = {
+        "bake": args.bake,
+        "model": args.model,
+        "allow_other_weights": args.allow_other_weights,
+    }
+    if args.to == "peft":
+        config = export_peft(args.prefix, args.output, **options)
+        what = f"{config['peft_type']} for {config['task_type']}"
+        slots = config["num_virtual_tokens"]
+    else:
+        card = export(args.prefix, args.output, args.to, **options)
+        what = f"kind {card.kind!r} as {args.to}, text starts at position {card.offset}"
+        slots = card.length
     size = sum(file.stat().st_size for file in Path(args.output).rglob("*") if file.is_file())
     Console(soft_wrap=True, highlight=False, markup=False).print(
-        f"{args.output}: {card.length} slots of kind {card.kind!r} as {args.to}, {size:,} bytes; "
-        f"text starts at position {card.offset}"
+        f"{args.output}: {slots} slots, {what}, {size:,} bytes"
     )
     return 0

@@ -1,0 +1,128 @@
+"""The two files of a PEFT adapter, as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.flax
+import safetensors.numpy
+
+from prefix_jax.artifact.replace import replacing
+from prefix_jax.errors import CheckpointError, PrefixError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
+
+# The version whose files these are, to the byte.
+VERSION = "0.21.2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """An adapter.
+
+    Attributes:
+        where: its directory, for messages.
+        config: of `adapter_config.json`.
+        arrays: of `adapter_model.safetensors`, float32.
+    """
+
+    where: Path
+    config: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray]
+
+    def number(self, key: str, default: int | None = None) -> int:
+        """A whole number of the configuration.
+
+        Raises:
+            PrefixError: it is absent and has no default, or is something else.
+        """
+        value = self.config.get(key)
+        value = default if value is None else value
+        if type(value) is not int or value < 0:
+            raise PrefixError(f"{self.where / CONFIG}: {key} is {value!r} and not a whole number")
+        return value
+
+    def array(self, name: str, ndim: int) -> np.ndarray:
+        """An array of the adapter.
+
+        Raises:
+            PrefixError: it is absent, has another number of axes, or is not finite.
+        """
+        file = self.where / WEIGHTS
+        x = self.arrays.get(name)
+        if x is None:
+            held = ", ".join(sorted(self.arrays)) or "nothing"
+            raise PrefixError(f"{file} lacks {name}; it holds {held}: save the adapter again")
+        if x.ndim != ndim:
+            raise PrefixError(f"{file}: {name} has shape {x.shape}, which is not of {ndim} axes")
+        if not np.isfinite(x).all():
+            raise PrefixError(f"{file}: {name} holds NaN or infinite values: train it again")
+        return x
+
+
+def read(directory: str | Path) -> Files:
+    """Reads an adapter.
+
+    Args:
+        directory: what `PeftModel.save_pretrained` wrote; of an adapter that is not called
+            "default", the folder of its name in there.
+
+    Raises:
+        PrefixError: it is none, it is damaged, or its weights are a pickle.
+    """
+    path = Path(directory).expanduser()
+    if not (path / CONFIG).is_file():
+        inner = sorted(file.parent.name for file in path.glob(f"*/{CONFIG}"))
+        hint = f"; it has adapters by name: {', '.join(inner)}" if inner else ""
+        raise PrefixError(f"{path} is no PEFT adapter: it has no {CONFIG}{hint}")
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PrefixError(f"{path / CONFIG} cannot be read: {error}; copy it again") from None
+    if not isinstance(config, dict):
+        raise PrefixError(f"{path / CONFIG} holds no mapping; copy it again")
+    if not (path / WEIGHTS).is_file():
+        if (path / _PICKLE).is_file():
+            raise PrefixError(
+                f"{path} has its weights in {_PICKLE}, a pickle, which is never read: loading one "
+                "can run any code. Convert it where you trust it, with PEFT: "
+                "PeftModel.from_pretrained(model, directory).save_pretrained(directory)"
+            )
+        raise PrefixError(f"{path} has no {WEIGHTS}; copy it again from where it came from")
+    try:
+        # As JAX arrays, for NumPy alone knows no bfloat16.
+        arrays = safetensors.flax.load_file(path / WEIGHTS)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise PrefixError(f"{path / WEIGHTS} is damaged: {error}; copy it again") from None
+    return Files(path, config, {name: np.asarray(x, np.float32) for name, x in arrays.items()})
+
+
+def write(output: str | Path, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes an adapter as PEFT's `save_pretrained` does, to the byte.
+
+    Args:
+        output: the directory, which is absent or empty.
+        config: of `adapter_config.json`.
+        arrays: of `adapter_model.safetensors`.
+
+    Raises:
+        PrefixError: something is there already.
+        CheckpointError: it could not be written.
+    """
+    path = Path(output).expanduser().resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise PrefixError(f"{output} exists already; choose another directory, or remove it")
+    content = {name: np.array(x, np.float32, order="C") for name, x in arrays.items()}
+    try:
+        with replacing(path) as new:
+            text = json.dumps(config, indent=2, sort_keys=True)
+            (new / CONFIG).write_text(text, encoding="utf-8")
+            (new / WEIGHTS).write_bytes(safetensors.numpy.save(content, {"format": "pt"}))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {output}: {error}; choose another place") from error

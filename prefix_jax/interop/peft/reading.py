@@ -1,0 +1,254 @@
+"""Makes our prefix of a PEFT adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from prefix_jax import artifact
+from prefix_jax.artifact import Card
+from prefix_jax.backbones.architecture import Architecture
+from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.errors import BackboneError, PrefixError
+from prefix_jax.interop.peft.files import CONFIG, WEIGHTS, Files, read
+from prefix_jax.interop.peft.layout import unflatten
+from prefix_jax.prefix import Adapter, Embeds, Geometry, KVPrefix, Prefix, Produced, Site
+
+_MULTITASK = "MULTITASK_PROMPT_TUNING"
+# The names of our methods for PEFT's; a projection is gone when an adapter is stored.
+_METHODS = {
+    "PREFIX_TUNING": "prefix",
+    "CARTRIDGE": "cartridge",
+    "PROMPT_TUNING": "prompt",
+    "P_TUNING": "ptuning",
+    _MULTITASK: "multitask",
+    "ADAPTION_PROMPT": "adapter",
+}
+_ADAPTION = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.self_attn\.adaption_(\w+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """An adapter as a prefix of ours.
+
+    Attributes:
+        pretrained: the backbone.
+        produced: the prefix.
+        card: what is known about it.
+    """
+
+    pretrained: Pretrained
+    produced: Produced
+    card: Card
+
+
+def import_peft(
+    adapter: str | Path,
+    model: Pretrained | str | Path | None = None,
+    *,
+    task: int | None = None,
+) -> Imported:
+    """Reads an adapter of PEFT: what it computes there, it computes here.
+
+    PREFIX_TUNING (with or without projection) and CARTRIDGE become keys and values; PROMPT_TUNING,
+    P_TUNING and MULTITASK_PROMPT_TUNING soft tokens; ADAPTION_PROMPT a gated adapter. With an
+    encoder-decoder, keys and values are of the decoder's layers as PEFT reads them (see `layout`),
+    and soft tokens stand before the encoder's input, as PEFT generates.
+
+    Args:
+        adapter: what `PeftModel.save_pretrained` wrote.
+        model: its backbone, or where to load it from; None takes the one that the adapter names.
+        task: which task of MULTITASK_PROMPT_TUNING, counted from 0; see `tasks_of`.
+
+    Raises:
+        PrefixError: the adapter is damaged, of another type, or made for another backbone.
+        BackboneError: the backbone cannot be loaded.
+    """
+    files = read(adapter)
+    kind = _type_of(files)
+    tasks = tasks_of(files)
+    if tasks is None and task is not None:
+        raise PrefixError(f"{adapter} is of type {kind}, which has no tasks: do not name one")
+    if tasks is not None and (task is None or not 0 <= task < tasks):
+        asked = "" if task is None else f", not task {task}"
+        raise PrefixError(f"{adapter} has the tasks 0 to {tasks - 1}{asked}: name one of them")
+    pretrained = model if isinstance(model, Pretrained) else load(_source(files, model))
+    arch = pretrained.backbone.arch
+    _check_task_type(files, arch)
+    if kind == "ADAPTION_PROMPT":
+        produced: Produced = _adapter(files, arch)
+    elif kind in ("PREFIX_TUNING", "CARTRIDGE"):
+        produced = _keys_values(files, arch)
+    else:
+        produced = _soft_tokens(files, arch, task)
+    return Imported(pretrained, produced, _card(files, pretrained, produced, task))
+
+
+def tasks_of(adapter: str | Path | Files) -> int | None:
+    """How many tasks an adapter has: None if it is not of MULTITASK_PROMPT_TUNING.
+
+    Raises:
+        PrefixError: it is damaged.
+    """
+    files = adapter if isinstance(adapter, Files) else read(adapter)
+    if _type_of(files) != _MULTITASK:
+        return None
+    return len(files.array("prefix_task_cols", 3))
+
+
+def _type_of(files: Files) -> str:
+    kind = files.config.get("peft_type")
+    if kind not in _METHODS:
+        raise PrefixError(
+            f"{files.where / CONFIG}: peft_type is {kind!r}; what is read are prefixes: "
+            f"{', '.join(_METHODS)}"
+        )
+    return str(kind)
+
+
+def _source(files: Files, model: str | Path | None) -> str | Path:
+    found = files.config.get("base_model_name_or_path") if model is None else model
+    if not found:
+        raise BackboneError(
+            f"{files.where / CONFIG} does not name its backbone: say where it is (--model)"
+        )
+    return found
+
+
+def task_type(geometry: Geometry) -> str:
+    """PEFT's name for what a backbone without a head of its own does."""
+    if geometry.decoder is None:
+        return "FEATURE_EXTRACTION"
+    return "CAUSAL_LM" if geometry.encoder is None else "SEQ_2_SEQ_LM"
+
+
+def _check_task_type(files: Files, arch: Architecture) -> None:
+    found, ours = files.config.get("task_type"), task_type(arch.geometry)
+    heads = sorted(name for name in files.arrays if _is_head(name))
+    if heads:
+        raise PrefixError(
+            f"{files.where / WEIGHTS} has a trained head beside the prefix, {', '.join(heads)}: "
+            f"adapters of {found} are not read; train here, with the same data"
+        )
+    if found is not None and found != ours:
+        raise PrefixError(
+            f"{files.where / CONFIG}: task_type is {found}, and the backbone, a "
+            f"{arch.model_type}, takes adapters of {ours}: give the backbone that the adapter was "
+            "trained for"
+        )
+
+
+def _is_head(name: str) -> bool:
+    return name.startswith("base_model.") and not _ADAPTION.fullmatch(name)
+
+
+def _length(files: Files, flat: np.ndarray, copies: int) -> int:
+    """P, checked against the rows of `prompt_embeddings`."""
+    P = files.number("num_virtual_tokens")
+    if len(flat) != P * copies:
+        times = "" if copies == 1 else f" times {copies} num_transformer_submodules"
+        raise PrefixError(
+            f"{files.where}: {CONFIG} has num_virtual_tokens {P}{times}, and prompt_embeddings of "
+            f"{WEIGHTS} has {len(flat)} rows: they are not of one adapter; copy both again"
+        )
+    return P
+
+
+def _keys_values(files: Files, arch: Architecture) -> Prefix:
+    flat, geometry = files.array("prompt_embeddings", 2), arch.geometry
+    doubled = arch.encoder is not None
+    if doubled and files.number("num_transformer_submodules", 2) != 2:
+        raise PrefixError(
+            f"{files.where / CONFIG}: num_transformer_submodules is "
+            f"{files.config['num_transformer_submodules']}; for an encoder-decoder PEFT then puts "
+            "keys of one attention into the cache of another. Train it again with 2, the default"
+        )
+    P = _length(files, flat, 1)
+    where = str(files.where / WEIGHTS)
+    k_LPKH, v_LPKH = unflatten(flat, geometry.main, doubled, where)
+    site = Site(KVPrefix(jnp.asarray(k_LPKH), jnp.asarray(v_LPKH)))
+    return Prefix.of({"decoder" if arch.causal else "encoder": site}, offset=P)
+
+
+def _soft_tokens(files: Files, arch: Architecture, task: int | None) -> Embeds:
+    flat = files.array("prompt_embeddings", 2)
+    # Of an encoder-decoder's two parts, the first stands before the encoder's input. PEFT never
+    # reads the second, but for a forward pass of MULTITASK_PROMPT_TUNING without generation.
+    parts = files.number("num_transformer_submodules", 1 if arch.encoder is None else 2)
+    P = _length(files, flat, parts)
+    if flat.shape[1] != arch.d_model:
+        raise PrefixError(
+            f"{files.where / WEIGHTS}: prompt_embeddings is of width {flat.shape[1]}, and this "
+            f"backbone of {arch.d_model}: give the backbone that the adapter was trained for"
+        )
+    if task is not None:
+        cols, rows = files.array("prefix_task_cols", 3), files.array("prefix_task_rows", 3)
+        tasks, _, ranks = cols.shape
+        expected = (tasks, len(flat), ranks), (tasks, ranks, arch.d_model)
+        if (cols.shape, rows.shape) != expected:
+            raise PrefixError(
+                f"{files.where / WEIGHTS}: prefix_task_cols and prefix_task_rows have shapes "
+                f"{cols.shape} and {rows.shape}, which do not multiply to {flat.shape}"
+            )
+        flat = flat * (cols[task] @ rows[task])
+    return Embeds(jnp.asarray(flat[:P]))
+
+
+def _adapter(files: Files, arch: Architecture) -> Adapter:
+    if arch.model_type not in ("llama", "mistral") or arch.out_bias:
+        raise PrefixError(
+            f"{files.where}: ADAPTION_PROMPT is read for llama and mistral without biases; with a "
+            f"{arch.model_type} PEFT adds what the adapter reads behind another projection, or "
+            "adds that projection's bias twice. Train method.name=adapter here"
+        )
+    found: dict[str, dict[int, np.ndarray]] = {"prompt": {}, "gate": {}}
+    for name in files.arrays:
+        matched = _ADAPTION.fullmatch(name)
+        if matched is None or matched[2] not in found:
+            raise PrefixError(f"{files.where / WEIGHTS}: {name} is no part of ADAPTION_PROMPT")
+        of = matched[2]
+        found[of][int(matched[1])] = files.array(name, 3 if of == "prompt" else 1)
+    layers, P, D = sorted(found["prompt"]), files.number("adapter_len"), arch.d_model
+    expected = list(range(arch.layers - files.number("adapter_layers"), arch.layers))
+    shapes = {x.shape for x in found["prompt"].values()} | {x.shape for x in found["gate"].values()}
+    if not layers or layers != expected or layers != sorted(found["gate"]):
+        raise PrefixError(
+            f"{files.where / WEIGHTS}: there are prompts for the layers {layers} and gates for "
+            f"{sorted(found['gate'])}; {CONFIG} has adapter_layers {len(expected)}, the topmost of "
+            f"this backbone's {arch.layers}"
+        )
+    if shapes != {(1, P, D), (1,)}:
+        raise PrefixError(
+            f"{files.where / WEIGHTS}: the arrays have shapes {sorted(shapes)}; {CONFIG} and the "
+            f"backbone ask for {(1, P, D)} and {(1,)}"
+        )
+    h_LPD = np.concatenate([found["prompt"][layer] for layer in layers])
+    gate_L1 = np.stack([found["gate"][layer] for layer in layers])
+    gate_LN = np.repeat(gate_L1, arch.heads, axis=1)
+    every = len(layers) == arch.layers
+    return Adapter(jnp.asarray(h_LPD), jnp.asarray(gate_LN), None if every else tuple(layers))
+
+
+def _card(files: Files, pretrained: Pretrained, produced: Produced, task: int | None) -> Card:
+    kind = _type_of(files)
+    method: dict[str, Any] = {"name": _METHODS[kind], "length": artifact.facts(produced).length}
+    if kind == "CARTRIDGE":
+        method["frozen"] = files.number("num_frozen_tokens", 1)
+    backbone = artifact.BackboneCard(
+        source=pretrained.source,
+        model_type=pretrained.backbone.arch.model_type,
+        fingerprint=pretrained.fingerprint,
+        dtype=str(pretrained.params["embed"]["tokens_VD"].dtype),
+    )
+    return artifact.make_card(
+        produced,
+        pretrained.backbone.geometry,
+        backbone,
+        method=method,
+        init=f"PEFT's {kind}" + ("" if task is None else f", task {task}"),
+    )

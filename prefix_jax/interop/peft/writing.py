@@ -1,0 +1,207 @@
+"""Makes a PEFT adapter of our prefix, where PEFT can express it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from prefix_jax import artifact
+from prefix_jax.artifact import Card
+from prefix_jax.backbones.load import Pretrained
+from prefix_jax.errors import PrefixError
+from prefix_jax.interop.backbone import backbone_of
+from prefix_jax.interop.export import baked
+from prefix_jax.interop.peft.files import VERSION, write
+from prefix_jax.interop.peft.layout import flatten, stored_layers
+from prefix_jax.interop.peft.reading import task_type
+from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Produced, SiteName
+
+_OURS = "or keep it in our own format (--to safetensors), which docs/export.md tells how to use"
+# Their code takes no cache, by which PEFT hands over keys and values.
+_WITHOUT_CACHE = {"distilbert"}
+
+Config = dict[str, Any]
+Arrays = dict[str, np.ndarray]
+
+
+def export_peft(
+    source: str | Path,
+    output: str | Path,
+    *,
+    bake: bool = False,
+    model: Pretrained | str | Path | None = None,
+    allow_other_weights: bool = False,
+) -> Config:
+    """Writes a stored prefix as an adapter that `PeftModel.from_pretrained` loads.
+
+    Args:
+        source: a stored prefix, or a run.
+        output: the directory to write, which is absent or empty.
+        bake: turn hidden states and soft tokens into the keys and values that they stand for. It
+            takes the backbone.
+        model: for `bake`, see `backbone_of`.
+        allow_other_weights: for `bake`, see `backbone_of`.
+
+    Returns:
+        What `adapter_config.json` holds.
+
+    Raises:
+        PrefixError: PEFT cannot express the prefix, or there is something at the output.
+        BackboneError: the backbone cannot be loaded.
+        CheckpointError: the adapter cannot be written.
+    """
+    produced, card = artifact.load(source)
+    if bake and not isinstance(produced, Prefix):
+        pretrained = backbone_of(card, model, allow_other_weights=allow_other_weights)
+        produced, card = baked(produced, card, pretrained)
+    config, arrays = to_peft(produced, card)
+    write(output, config, arrays)
+    return config
+
+
+def to_peft(produced: Produced, card: Card) -> tuple[Config, Arrays]:
+    """The configuration and the arrays of the adapter that computes what a prefix does.
+
+    Args:
+        produced: the prefix.
+        card: of it.
+
+    Raises:
+        PrefixError: PEFT cannot express it; the message says which part, and what to do instead.
+    """
+    if isinstance(produced, Prefix) and produced.embeds_PD is not None and not produced.sites:
+        produced = Embeds(produced.embeds_PD)
+    if isinstance(produced, Embeds):
+        return _soft_tokens(produced, card)
+    if isinstance(produced, Prefix):
+        return _keys_values(_join(produced, card), card)
+    if isinstance(produced, Hidden):
+        raise PrefixError(
+            "PEFT knows no hidden states before layers: bake them into the keys and values that "
+            f"they stand for (--bake), {_OURS}"
+        )
+    raise PrefixError(
+        "PEFT's ADAPTION_PROMPT has no gates for single heads and layers of choice; it is read and "
+        f"not written: train keys and values (method.name=prefix), {_OURS}"
+    )
+
+
+def _join(prefix: Prefix, card: Card) -> KVPrefix:
+    """The keys and values, if they are all that there is.
+
+    Raises:
+        PrefixError: they are not.
+    """
+    main: SiteName = "encoder" if card.geometry.decoder is None else "decoder"
+    if others := [name for name in prefix.sites if name != main]:
+        raise PrefixError(
+            f"PEFT's prefixes reach the self-attention of the decoder alone, and this one has "
+            f"{' and '.join(others)} too: train with method.sites=[decoder], {_OURS}"
+        )
+    site = prefix.sites.get(main)
+    parts = {
+        "soft tokens beside keys and values": prefix.embeds_PD is not None,
+        "gates or matrices beside the softmax": site is not None and site.beside is not None,
+        "some layers only": site is not None and site.layers is not None,
+        "biases on slots": site is not None
+        and site.join is not None
+        and site.join.bias_LPN is not None
+        and bool(np.any(np.asarray(site.join.bias_LPN) != 0)),
+    }
+    if found := [part for part, there in parts.items() if there]:
+        raise PrefixError(
+            f"PEFT cannot express {', '.join(found)}: train method.name=prefix for all layers, "
+            f"{_OURS}"
+        )
+    if site is None or site.join is None:
+        raise PrefixError(f"there are no keys and values that PEFT could take: {_OURS[3:]}")
+    if prefix.pinned:
+        raise PrefixError(
+            "PEFT cannot pin a prefix in sight of sliding windows: train with method.pinned=false, "
+            f"{_OURS}"
+        )
+    if prefix.offset != site.length:
+        raise PrefixError(
+            f"PEFT lets text start at position {site.length} behind as many slots, and this prefix "
+            f"at {prefix.offset}: train with method.offset=null, {_OURS}"
+        )
+    if card.backbone.model_type in _WITHOUT_CACHE:
+        raise PrefixError(
+            f"PEFT cannot give a {card.backbone.model_type} keys and values: train soft tokens "
+            f"(method.name=prompt), {_OURS}"
+        )
+    return site.join
+
+
+def _keys_values(join: KVPrefix, card: Card) -> tuple[Config, Arrays]:
+    geometry = card.geometry
+    shape, doubled = geometry.main, len(geometry.sites) > 1
+    width = shape.kv_heads * shape.head_dim
+    config = _config(card) | {
+        "num_attention_heads": shape.kv_heads,
+        "num_layers": stored_layers(shape.layers, doubled),
+        "num_transformer_submodules": 2 if doubled else 1,
+        "token_dim": width,
+    }
+    if card.method.get("name") == "cartridge":
+        config |= {"peft_type": "CARTRIDGE", "num_frozen_tokens": card.method.get("frozen", 1)}
+    else:
+        config |= {
+            "peft_type": "PREFIX_TUNING",
+            "encoder_hidden_size": width,
+            "init_weights": None,
+            "prefix_projection": False,
+        }
+    k_LPKH, v_LPKH = jax.device_get((join.k_LPKH, join.v_LPKH))
+    return config, {"prompt_embeddings": flatten(k_LPKH, v_LPKH, doubled)}
+
+
+def _soft_tokens(embeds: Embeds, card: Card) -> tuple[Config, Arrays]:
+    geometry = card.geometry
+    if card.backbone.model_type == "electra":
+        raise PrefixError(
+            "PEFT puts soft tokens before the projection of an ELECTRA's embeddings, and ours "
+            f"stand behind it: train keys and values (method.name=prefix), {_OURS}"
+        )
+    # PEFT takes these from the stack that reads the soft tokens, and makes no use of them.
+    shape = geometry.encoder or geometry.main
+    config = _config(card) | {
+        "num_attention_heads": shape.query_heads,
+        "num_layers": shape.layers,
+        # With an encoder-decoder PEFT's own 2 adds a second half, which nothing reads.
+        "num_transformer_submodules": 1,
+        "token_dim": geometry.d_model,
+    }
+    if card.method.get("name") == "ptuning":
+        config |= {
+            "peft_type": "P_TUNING",
+            "encoder_dropout": 0.0,
+            "encoder_hidden_size": geometry.d_model,
+            "encoder_num_layers": 2,
+            "encoder_reparameterization_type": "MLP",
+        }
+    else:
+        config |= {
+            "peft_type": "PROMPT_TUNING",
+            "prompt_tuning_init": "RANDOM",
+            "prompt_tuning_init_text": None,
+            "tokenizer_kwargs": None,
+            "tokenizer_name_or_path": None,
+        }
+    return config, {"prompt_embeddings": np.asarray(embeds.x_PD)}
+
+
+def _config(card: Card) -> Config:
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": card.backbone.source,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "num_virtual_tokens": card.length,
+        "peft_version": VERSION,
+        "revision": None,
+        "task_type": task_type(card.geometry),
+    }
