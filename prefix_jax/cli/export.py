@@ -49,14 +49,14 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.to == "peft":
         config = export_peft(args.prefix, args.output, **options)
-        what = f"{config['peft_type']} for {config['task_type']}"
-        slots = config["num_virtual_tokens"]
+        kind, task = config["peft_type"], config["task_type"]
+        what, start = f"{config['num_virtual_tokens']} slots as {kind}", f"for {task}"
     else:
         card = export(args.prefix, args.output, args.to, **options)
-        what = f"kind {card.kind!r} as {args.to}, text starts at position {card.offset}"
-        slots = card.length
+        what = f"{card.length} slots of kind {card.kind!r} as {args.to}"
+        start = f"text starts at position {card.offset}"
     size = sum(file.stat().st_size for file in Path(args.output).rglob("*") if file.is_file())
     Console(soft_wrap=True, highlight=False, markup=False).print(
-        f"{args.output}: {slots} slots, {what}, {size:,} bytes"
+        f"{args.output}: {what}, {size:,} bytes; {start}"
     )
     return 0

@@ -172,7 +172,7 @@ def _keys_values(files: Files, arch: Architecture) -> Prefix:
     where = str(files.where / WEIGHTS)
     k_LPKH, v_LPKH = unflatten(flat, geometry.main, doubled, where)
     site = Site(KVPrefix(jnp.asarray(k_LPKH), jnp.asarray(v_LPKH)))
-    return Prefix.of({"decoder" if arch.causal else "encoder": site}, offset=P)
+    return Prefix.of({geometry.main_site: site}, offset=P)
 
 
 def _soft_tokens(files: Files, arch: Architecture, task: int | None) -> Embeds:
@@ -228,8 +228,8 @@ def _adapter(files: Files, arch: Architecture) -> Adapter:
             f"backbone ask for {(1, P, D)} and {(1,)}"
         )
     h_LPD = np.concatenate([found["prompt"][layer] for layer in layers])
-    gate_L1 = np.stack([found["gate"][layer] for layer in layers])
-    gate_LN = np.repeat(gate_L1, arch.heads, axis=1)
+    # One gate a layer, which its heads share.
+    gate_LN = np.stack([found["gate"][layer] for layer in layers])
     every = len(layers) == arch.layers
     return Adapter(jnp.asarray(h_LPD), jnp.asarray(gate_LN), None if every else tuple(layers))
 

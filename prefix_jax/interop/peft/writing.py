@@ -17,7 +17,7 @@ from prefix_jax.interop.export import baked
 from prefix_jax.interop.peft.files import VERSION, write
 from prefix_jax.interop.peft.layout import flatten, stored_layers
 from prefix_jax.interop.peft.reading import task_type
-from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Produced, SiteName
+from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Produced
 
 _OURS = "or keep it in our own format (--to safetensors), which docs/export.md tells how to use"
 # Their code takes no cache, by which PEFT hands over keys and values.
@@ -95,7 +95,7 @@ def _join(prefix: Prefix, card: Card) -> KVPrefix:
     Raises:
         PrefixError: they are not.
     """
-    main: SiteName = "encoder" if card.geometry.decoder is None else "decoder"
+    main = card.geometry.main_site
     if others := [name for name in prefix.sites if name != main]:
         raise PrefixError(
             f"PEFT's prefixes reach the self-attention of the decoder alone, and this one has "
