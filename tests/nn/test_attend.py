@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from prefix_jax.nn.attend import attend
 from prefix_jax.nn.mask import Seen
-from prefix_jax.prefix import KVPrefix, Site
+from prefix_jax.prefix import Beside, Gated, KVPrefix, Memory, Site
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -25,6 +26,8 @@ class Case(NamedTuple):
     join: KVPrefix | None
     mask_BTS: jax.Array
     mask_BTP: jax.Array | None
+    bias_BNTS: jax.Array | None = None
+    bias_BNTP: jax.Array | None = None
 
 
 def make(
@@ -37,9 +40,13 @@ def make(
     P: int = 3,
     bias: bool = True,
     window: bool = True,
+    relative: Literal["none", "shared", "own"] = "none",
     seed: int = 0,
 ) -> Case:
-    """Random arrays; query 0 of row 0 sees nothing at all, like padding behind a window."""
+    """Random arrays; query 0 of row 0 sees nothing at all, like padding behind a window.
+
+    With `relative`, logits have a bias, of one row for all or for each row its own.
+    """
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> jax.Array:
@@ -52,6 +59,11 @@ def make(
     join = None
     if P:
         join = KVPrefix(normal(P, K, H), normal(P, K, H), normal(P, K * G) if bias else None)
+    bias_BNTS = bias_BNTP = None
+    if relative != "none":
+        rows = 1 if relative == "shared" else B
+        bias_BNTS = normal(rows, K * G, T, S)
+        bias_BNTP = normal(rows, K * G, T, P) if P else None
     return Case(
         normal(B, T, K * G, H),
         normal(B, S, K, H),
@@ -59,14 +71,18 @@ def make(
         join,
         jnp.asarray(mask_BTS),
         jnp.asarray(mask_BTP) if P and window else None,
+        bias_BNTS,
+        bias_BNTP,
     )
 
 
-def reference(case: Case, scale: float) -> jax.Array:
+def reference(case: Case, scale: float, softcap: float | None = None) -> jax.Array:
     """One softmax over keys that were concatenated and repeated for each query head."""
-    q, k, v, join, mask_BTS, mask_BTP = case
+    q, k, v, join, mask_BTS, mask_BTP, added_BNTS, added_BNTP = case
     B, T, N, _ = q.shape
     bias_BNTS = jnp.where(mask_BTS, 0.0, -1e30)[:, None] * jnp.ones((1, N, 1, 1))
+    if added_BNTS is not None:
+        bias_BNTS += added_BNTS
     if join is not None:
         P = join.length
         k, v = (
@@ -78,36 +94,42 @@ def reference(case: Case, scale: float) -> jax.Array:
             bias_BNTP += jnp.maximum(join.bias_LPN.T, -1e30)[None, :, None]
         if mask_BTP is not None:
             bias_BNTP = jnp.where(mask_BTP[:, None], bias_BNTP, -1e30)
+        if added_BNTP is not None:
+            bias_BNTP += added_BNTP
         bias_BNTS = jnp.concatenate([bias_BNTP, bias_BNTS], axis=-1)
     group = N // k.shape[2]
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
-    logits_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q, k) * scale + bias_BNTS
+    logits_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q, k) * scale
+    if softcap is not None:
+        logits_BNTS = softcap * jnp.tanh(logits_BNTS / softcap)
+    logits_BNTS += bias_BNTS
     return jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(logits_BNTS, axis=-1), v)
 
 
-@jax.jit
-def ours(case: Case) -> jax.Array:
-    seen = Seen(case.mask_BTS, case.mask_BTP)
-    return attend(case.q_BTNH, case.k_BSKH, case.v_BSKH, seen, Site(case.join), 0.7)
+@functools.partial(jax.jit, static_argnums=1)
+def ours(case: Case, softcap: float | None = None) -> jax.Array:
+    q, k, v, join, mask_BTS, mask_BTP, bias_BNTS, bias_BNTP = case
+    seen = Seen(mask_BTS, mask_BTP, bias_BNTS, bias_BNTP)
+    return attend(q, k, v, seen, Site(join), 0.7, softcap)
 
 
 def _value_and_gradients(function: object, case: Case, weight_BTNH: jax.Array) -> tuple:
-    def scalar(q, k, v, join):
-        out = function(Case(q, k, v, join, case.mask_BTS, case.mask_BTP))
+    def scalar(q, k, v, join, *biases):
+        out = function(Case(q, k, v, join, case.mask_BTS, case.mask_BTP, *biases))
         # Nobody reads what a query that sees nothing finds.
         return jnp.sum(jnp.where(sees_BT[..., None, None], out * weight_BTNH, 0))
 
     sees_BT = case.mask_BTS.any(-1)
     if case.join is not None:
         sees_BT |= True if case.mask_BTP is None else case.mask_BTP.any(-1)
-    return jax.value_and_grad(scalar, argnums=(0, 1, 2, 3))(*case[:4])
+    return jax.value_and_grad(scalar, argnums=(0, 1, 2, 3, 4, 5))(*case[:4], *case[6:])
 
 
-@jax.jit
-def both(case: Case, weight_BTNH: jax.Array) -> tuple:
+@functools.partial(jax.jit, static_argnums=2)
+def both(case: Case, weight_BTNH: jax.Array, softcap: float | None = None) -> tuple:
     return (
-        _value_and_gradients(ours, case, weight_BTNH),
-        _value_and_gradients(lambda case: reference(case, 0.7), case, weight_BTNH),
+        _value_and_gradients(lambda case: ours(case, softcap), case, weight_BTNH),
+        _value_and_gradients(lambda case: reference(case, 0.7, softcap), case, weight_BTNH),
     )
 
 
@@ -125,9 +147,21 @@ def both(case: Case, weight_BTNH: jax.Array) -> tuple:
     seed=st.integers(0, 1000),
 )
 def test_values_and_gradients_are_those_of_one_softmax(**sizes):
-    case = make(**sizes)
+    _compare(make(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("softcap", "relative", "bias"),
+    [(0.8, "none", True), (None, "shared", True), (None, "own", False), (0.8, "own", True)],
+)
+def test_so_they_are_with_soft_caps_and_biases(softcap, relative, bias):
+    """A bias is added behind the cap; one row of it serves all, and gathers their gradients."""
+    _compare(make(relative=relative, bias=bias), softcap)
+
+
+def _compare(case: Case, softcap: float | None = None) -> None:
     weight_BTNH = jnp.asarray(np.random.default_rng(1).normal(size=case.q_BTNH.shape), jnp.float32)
-    ours_, plain = both(case, weight_BTNH)
+    ours_, plain = both(case, weight_BTNH, softcap)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours_, plain)
 
 
@@ -173,7 +207,7 @@ def test_padding_changes_no_gradient():
         mask_BTS=case.mask_BTS.at[1].set(False), mask_BTP=case.mask_BTP.at[1].set(False)
     )
     alone = Case(*(jax.tree.map(lambda x: x[:1], part) for part in padded[:3]), case.join, *(
-        mask[:1] for mask in padded[4:]
+        mask[:1] for mask in padded[4:6]
     ))  # fmt: skip
     (_, grads), _ = both(padded, jnp.ones_like(padded.q_BTNH))
     (_, expected), _ = both(alone, jnp.ones_like(alone.q_BTNH))
@@ -218,3 +252,86 @@ def test_large_logits_do_not_overflow():
     hot = case._replace(q_BTNH=case.q_BTNH * 1e4)
     (value, grads), _ = both(hot, jnp.ones_like(hot.q_BTNH))
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((value, grads)))
+
+
+def test_a_soft_cap_bounds_the_logits():
+    """Far beyond the cap, all that is seen weighs nearly the same, up to the cap's sign."""
+    case = make(P=0, bias=False)
+    hot = case._replace(q_BTNH=case.q_BTNH * 1e4)
+    capped = ours(hot, 1e-4)
+    mean = case.mask_BTS[..., None, None] * case.v_BSKH[:, None]
+    mean_BTKH = mean.sum(2) / jnp.maximum(case.mask_BTS.sum(-1), 1)[..., None, None]
+    sees = np.asarray(case.mask_BTS.any(-1))
+    expected = jnp.repeat(mean_BTKH, 2, axis=2)
+    np.testing.assert_allclose(capped[sees], expected[sees], atol=1e-3)
+    assert jnp.abs(ours(hot) - capped)[sees].max() > 0.1
+
+
+# What stands beside the softmax.
+
+
+def _add(case: Case, added: Beside | None) -> jax.Array:
+    seen = Seen(case.mask_BTS)
+    return attend(case.q_BTNH, case.k_BSKH, case.v_BSKH, seen, Site(beside=added), 0.7)
+
+
+def _gated(case: Case, added: Gated) -> jax.Array:
+    """A softmax over the adapter alone, times the gate of its query head (Zhang et al. 2023)."""
+    group = case.q_BTNH.shape[2] // added.k_LPKH.shape[1]
+    k_PNH, v_PNH = (jnp.repeat(x, group, axis=1) for x in (added.k_LPKH, added.v_LPKH))
+    weights = jax.nn.softmax(jnp.einsum("BTNH,PNH->BNTP", case.q_BTNH, k_PNH) * 0.7, axis=-1)
+    return jnp.einsum("BNTP,PNH,N->BTNH", weights, v_PNH, added.gate_LN)
+
+
+def _memory(case: Case, added: Memory) -> jax.Array:
+    """elu of the query times a matrix of its head (Wang et al. 2025)."""
+    q = case.q_BTNH
+    return jnp.einsum("BTNH,NHY->BTNY", jnp.where(q > 0, q, jnp.expm1(q)), added.m_LNHH)
+
+
+def _added(kind: str) -> Beside:
+    normal = functools.partial(jax.random.normal, jax.random.key(7))
+    if kind == "memory":
+        return Memory(normal((4, 4, 4)))
+    k_PKH, v_PKH = normal((2, 3, 2, 4))
+    return Gated(k_PKH, v_PKH, normal((4,)))
+
+
+@pytest.mark.parametrize(("kind", "plain"), [("gated", _gated), ("memory", _memory)])
+def test_what_stands_beside_the_softmax_is_added_to_it(kind, plain):
+    case = make(P=0)
+    weight_BTNH = jnp.asarray(np.random.default_rng(1).normal(size=case.q_BTNH.shape), jnp.float32)
+
+    def value_and_gradients(out):
+        def scalar(q_BTNH, added):
+            return jnp.sum(weight_BTNH * out(case._replace(q_BTNH=q_BTNH), added))
+
+        return jax.jit(jax.value_and_grad(scalar, argnums=(0, 1)))(case.q_BTNH, _added(kind))
+
+    found = value_and_gradients(_add)
+    expected = value_and_gradients(lambda case, added: _add(case, None) + plain(case, added))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected
+    )
+
+
+def test_a_closed_gate_adds_nothing_and_moves_nothing_but_itself():
+    """LLaMA-Adapter begins at zero: the model is itself at first, and the gate alone learns."""
+    case = make(P=0)
+    closed = _added("gated").replace(gate_LN=jnp.zeros(4))
+    np.testing.assert_array_equal(_add(case, closed), _add(case, None))
+    grads = jax.grad(lambda added: _add(case, added).sum())(closed)
+    assert not grads.k_LPKH.any()
+    assert not grads.v_LPKH.any()
+    assert grads.gate_LN.all()
+
+
+@pytest.mark.parametrize("kind", ["gated", "memory"])
+def test_a_bfloat16_model_keeps_its_dtype_beside_float32_parameters(kind):
+    case = make(P=0)
+    low = case._replace(**{
+        name: getattr(case, name).astype(jnp.bfloat16) for name in ("q_BTNH", "k_BSKH", "v_BSKH")
+    })  # fmt: skip
+    assert _add(low, _added(kind)).dtype == jnp.bfloat16
+    grads = jax.grad(lambda added: _add(low, added).astype(jnp.float32).sum())(_added(kind))
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}

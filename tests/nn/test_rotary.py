@@ -95,3 +95,16 @@ def test_rotation_turns_the_two_halves_as_one_plane():
 def test_bfloat16_stays_bfloat16():
     x = jnp.ones((1, 1, 1, 4), jnp.bfloat16)
     assert rotate(x, *Rotary(100.0).angles(jnp.array([[3]]), 4)).dtype == jnp.bfloat16
+
+
+def test_a_share_turns_the_first_dimensions_and_leaves_the_rest():
+    """A head of 8 of which half turns is a head of 4 that turns, and 4 dimensions as they were."""
+    x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
+    position = jnp.array([[0, 5, 90]])
+    angles = Rotary(100.0, share=0.5).angles(position, 8)
+    assert angles[0].shape == (1, 3, 4)
+    out = rotate(x, *angles)
+    np.testing.assert_array_equal(out[..., 4:], x[..., 4:])
+    np.testing.assert_array_equal(
+        out[..., :4], rotate(x[..., :4], *Rotary(100.0).angles(position, 4))
+    )
