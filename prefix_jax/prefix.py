@@ -212,6 +212,7 @@ class Geometry:
         d_model: D.
         vocab: V.
         decoder, encoder, cross: the attentions that it has.
+        embed_dim: width of the input embeddings where it is not D.
     """
 
     d_model: int
@@ -219,6 +220,12 @@ class Geometry:
     decoder: SiteShape | None = None
     encoder: SiteShape | None = None
     cross: SiteShape | None = None
+    embed_dim: int | None = None
+
+    @property
+    def input_dim(self) -> int:
+        """The width of the input embeddings, and so of soft tokens."""
+        return self.embed_dim or self.d_model
 
     @property
     def sites(self) -> dict[SiteName, SiteShape]:

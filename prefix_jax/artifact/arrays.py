@@ -164,7 +164,7 @@ def _shapes(
 ) -> dict[str, Shape]:
     P, D, main = stored.length, geometry.d_model, geometry.main
     if stored.kind == "embeds":
-        return {"x_PD": (P, D)}
+        return {"x_PD": (P, geometry.input_dim)}
     if stored.kind == "hidden":
         return {"h_LPD": (main.layers, P, D)}
     if stored.kind == "adapter":
@@ -172,7 +172,9 @@ def _shapes(
         # Heads have a gate each, or share one.
         shared = "gate_LN" in arrays and arrays["gate_LN"].shape[-1:] == (1,)
         return {"h_LPD": (L, P, D), "gate_LN": (L, 1 if shared else main.query_heads)}
-    shapes: dict[str, Shape] = {"embeds_PD": (P, D)} if "embeds_PD" in arrays else {}
+    shapes: dict[str, Shape] = {}
+    if "embeds_PD" in arrays:
+        shapes["embeds_PD"] = (P, geometry.input_dim)
     for name, site in geometry.sites.items():
         L = len(_layers(stored, name) or range(site.layers))
         parts = {key.removeprefix(f"{name}.").rpartition(".")[0]

@@ -119,7 +119,7 @@ class Architecture:
             sites = {"decoder": own, "cross": own, "encoder": self.encoder._site}
         else:
             sites = {"decoder" if self.causal else "encoder": own}
-        return Geometry(self.d_model, self.vocab, **sites)
+        return Geometry(self.d_model, self.vocab, **sites, embed_dim=self.embed_dim)
 
     @property
     def _site(self) -> SiteShape:

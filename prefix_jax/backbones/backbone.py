@@ -78,7 +78,7 @@ class Backbone:
         a = self.arch
         rngs = jax.random.split(rng, 4)
         params = self._stack.init(rngs[0])
-        tokens_VD = normal(rngs[1], a.vocab, a.embed_dim or a.d_model)
+        tokens_VD = normal(rngs[1], a.vocab, a.geometry.input_dim)
         params["embed"] = {"tokens_VD": tokens_VD, **params.get("embed", {})}
         if a.encoder is not None:
             params["encoder"] = self._encoder.init(rngs[2])

@@ -111,7 +111,7 @@ class Stack:
             "layers": jax.vmap(init_layer)(jax.random.split(rngs[0], a.layers))
         }
         embed: dict[str, Any] = {}
-        E = a.embed_dim or a.d_model
+        E = a.geometry.input_dim
         if a.positions:
             embed["positions_TD"] = normal(rngs[1], a.positions, E)
         if a.segments:

@@ -95,7 +95,7 @@ def zeros(kind: type[ProducedT], geometry: Geometry, length: int) -> ProducedT:
     g = geometry
     start: Produced
     if kind is Embeds:
-        start = Embeds(jnp.zeros((length, g.d_model)))
+        start = Embeds(jnp.zeros((length, g.input_dim)))
     elif kind is Hidden:
         start = Hidden(jnp.zeros((g.main.layers, length, g.d_model)))
     elif kind is Adapter:

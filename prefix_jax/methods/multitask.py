@@ -60,7 +60,7 @@ class MultitaskPromptTuning(Method[Embeds]):
             ConfigError: there are a source and another start, or the source has no such task.
             PrefixError: the source is no multitask prompt, or one of another shape.
         """
-        P, D, R = self.length, geometry.d_model, self.ranks
+        P, D, R = self.length, geometry.input_dim, self.ranks
         shared_rng, cols_rng, rows_rng = jax.random.split(rng, 3)
         params = {
             "shared_PD": jax.random.normal(shared_rng, (P, D)),

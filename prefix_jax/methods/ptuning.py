@@ -55,7 +55,7 @@ class PTuning(Method[Embeds]):
         return super().draws or (self.encoder == "lstm" and self.lstm_dropout > 0)
 
     def init(self, rng: jax.Array, geometry: Geometry, start: Embeds | None) -> Params:
-        P, D = self.length, geometry.d_model
+        P, D = self.length, geometry.input_dim
         X = D if self.hidden is None else self.hidden
         rng, embedding_rng = jax.random.split(rng)
         params: dict[str, Any] = {"embedding_PD": jax.random.normal(embedding_rng, (P, D))}

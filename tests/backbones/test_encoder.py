@@ -1,0 +1,301 @@
+"""What holds for every encoder, whatever its family."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoders import V, hidden, lift, read, token_ids, weights
+
+from prefix_jax.backbones import bert
+from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.layer import Layer
+from prefix_jax.methods.prompt import PromptTuning
+from prefix_jax.nn.layers import View
+from prefix_jax.nn.mask import Seen, Tokens
+from prefix_jax.prefix import Adapter, Embeds, Hidden, KVPrefix, Prefix, Produced, Site
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+B, P, T, L = 2, 5, 6, 3
+close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
+
+_SHARED: dict[str, Any] = {
+    "num_hidden_layers": L,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": V,
+    "max_position_embeddings": 40,
+}
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {"type_vocab_size": 1},
+    "electra": {"embedding_size": 16},
+}
+NAMES = tuple(_CONFIGS)
+
+
+@functools.cache
+def encoder(name: str) -> Backbone:
+    arch = bert.architecture({"model_type": name, **_SHARED, **_CONFIGS[name]})
+    return Backbone(dataclasses.replace(arch, pooler=name == "bert"))
+
+
+@functools.cache
+def params_of(name: str) -> Any:
+    return weights(encoder(name))
+
+
+@functools.cache
+def texts() -> jax.Array:
+    return token_ids(B, T, seed=2)
+
+
+def present(rows: int, columns: int, name: str = "bert") -> Tokens:
+    """Rows of two texts without padding, where the encoder tells texts apart."""
+    tokens = Tokens.plain(jnp.ones((rows, columns), bool))
+    second = (jnp.arange(columns) >= columns // 2) & (encoder(name).arch.segments > 1)
+    return tokens.replace(segment_BT=jnp.tile(second.astype(jnp.int32), (rows, 1)))
+
+
+@functools.cache
+def random_prefix(name: str, offset: int = P) -> Prefix:
+    g = encoder(name).geometry.main
+    k, v = jax.random.normal(jax.random.key(3), (2, g.layers, P, g.kv_heads, g.head_dim))
+    return Prefix(encoder=Site(KVPrefix(k, v)), offset=offset)
+
+
+@functools.cache
+def behind(name: str, prefixed: bool) -> jax.Array:
+    """Hidden states of the rows, with the random prefix or without one."""
+    prefix = random_prefix(name) if prefixed else None
+    return hidden(encoder(name), params_of(name), texts(), present(B, T, name), prefix)[0]
+
+
+@functools.cache
+def random_states() -> jax.Array:
+    return jax.random.normal(jax.random.key(6), (L, P, 32))
+
+
+# No prefix is the bare model.
+
+
+def test_no_prefix_is_the_bare_model_bit_for_bit() -> None:
+    backbone, params, ids = encoder("bert"), params_of("bert"), texts()
+
+    def program(*prefix: Any) -> str:
+        run = jax.jit(lambda params, ids: backbone.hidden(params, ids, present(B, T), *prefix)[0])
+        return run.lower(params, ids).as_text()
+
+    assert program() == program(None) == program(backbone.lift(params, None))
+
+
+def test_absent_slots_leave_the_bare_model() -> None:
+    name = "bert"
+    prefix = random_prefix(name, offset=0)
+    off = prefix.encoder.join.replace(bias_LPN=jnp.full((L, P, 4), -jnp.inf))
+    off = dataclasses.replace(prefix, encoder=Site(off))
+    found, _ = hidden(encoder(name), params_of(name), texts(), present(B, T, name), off)
+    close(found, behind(name, False), rtol=1e-5, atol=1e-6)
+    assert float(jnp.abs(behind(name, True) - behind(name, False)).max()) > 0.1
+
+
+# Rows: who sees whom.
+
+
+def test_every_token_sees_the_whole_text() -> None:
+    """The last token changes what the first becomes."""
+    changed = texts().at[:, -1].add(1) % V
+    found, _ = hidden(encoder("bert"), params_of("bert"), changed, present(B, T))
+    assert float(jnp.abs(found - behind("bert", False))[:, 0].max()) > 1e-3
+
+
+@pytest.mark.parametrize("prefixed", [False, True], ids=["bare", "prefix"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_side_and_the_amount_of_padding_change_nothing(name: str, prefixed: bool) -> None:
+    prefix = random_prefix(name) if prefixed else None
+    segment_BT = present(B, T, name).segment_BT
+    for left, right in ((3, 0), (0, 3), (1, 2)):
+        width = ((0, 0), (left, right))
+        ids = jnp.pad(texts(), width, constant_values=7)
+        tokens = Tokens.plain(jnp.pad(jnp.ones((B, T), bool), width))
+        tokens = tokens.replace(segment_BT=jnp.pad(segment_BT, width))
+        out, _ = hidden(encoder(name), params_of(name), ids, tokens, prefix)
+        close(out[:, left : left + T], behind(name, prefixed))
+        assert jnp.isfinite(out).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_examples_are_what_they_are_alone(name: str) -> None:
+    """Row 1 comes first and then row 0, each a group, with padding at the end."""
+    segment_T = present(1, T, name).segment_BT[0]
+    ids = jnp.concatenate([texts()[1], texts()[0], jnp.zeros(2, jnp.int32)])[None]
+    tokens = Tokens(
+        group_BT=jnp.array([[1] * T + [2] * T + [0] * 2]),
+        branch_BT=jnp.zeros((1, 2 * T + 2), jnp.int32),
+        position_BT=jnp.array([[*range(T), *range(T), 0, 0]]),
+        segment_BT=jnp.pad(jnp.tile(segment_T, 2), (0, 2))[None],
+    )
+    packed = hidden(encoder(name), params_of(name), ids, tokens, random_prefix(name))[0][0]
+    close(packed[:T], behind(name, True)[1])
+    close(packed[T : 2 * T], behind(name, True)[0])
+    assert jnp.isfinite(packed).all()
+
+
+# Hidden states and soft tokens.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hidden_states_stand_before_the_tokens_of_every_layer(name: str) -> None:
+    """By hand: each layer reads the states and the tokens, and what it makes of the states goes."""
+    backbone, params = encoder(name), params_of(name)
+    prefix = lift(backbone, params, Hidden(random_states()))
+    found, _ = hidden(backbone, params, texts(), present(B, T, name), prefix)
+
+    @jax.jit
+    def by_hand(params: Any) -> jax.Array:
+        stack = backbone._stack
+        tokens = present(B, T, name)
+        x_BTD = stack.place(params, params["embed"]["tokens_VD"][texts()], tokens, P)
+        for index in range(L):
+            layer = jax.tree.map(lambda leaf: leaf[index], params["layers"])  # noqa: B023
+            states_BPD = jnp.tile(random_states()[index], (B, 1, 1))
+            x_BSD = jnp.concatenate([states_BPD, x_BTD], axis=1)
+            y_BSD, _ = Layer(backbone.arch).apply(
+                {"params": layer}, x_BSD, View(Seen(None)), None, None
+            )
+            x_BTD = y_BSD[:, P:]
+        return x_BTD
+
+    close(found, by_hand(params))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_soft_tokens_are_embeddings_before_the_text(name: str) -> None:
+    """New entries at the end of the embedding table are soft tokens before every row."""
+    backbone, params = encoder(name), params_of(name)
+    x_PD = 0.1 * jax.random.normal(jax.random.key(5), (P, backbone.geometry.input_dim))
+    prefix = lift(backbone, params, Embeds(x_PD))
+    found, _ = hidden(backbone, params, texts(), present(B, T, name), prefix)
+    table = jnp.concatenate([params["embed"]["tokens_VD"], x_PD])
+    grown = {**params, "embed": {**params["embed"], "tokens_VD": table}}
+    ids = jnp.concatenate([jnp.tile(V + jnp.arange(P), (B, 1)), texts()], axis=1)
+    tokens = Tokens.plain(jnp.ones((B, P + T), bool))
+    segment_BT = jnp.pad(present(B, T, name).segment_BT, ((0, 0), (P, 0)))
+    expected, _ = hidden(backbone, grown, ids, tokens.replace(segment_BT=segment_BT))
+    close(found, expected)
+
+
+def test_soft_tokens_are_as_wide_as_the_embeddings() -> None:
+    geometry = encoder("electra").geometry
+    assert (geometry.input_dim, geometry.d_model) == (16, 32)
+    params = PromptTuning(length=P).init(jax.random.key(0), geometry, None)
+    assert params["x_PD"].shape == (P, 16)
+    assert encoder("bert").geometry.input_dim == 32
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_read_gives_three_forms_of_a_text_of_which_two_become_the_same_prefix(name: str) -> None:
+    backbone, params = encoder(name), params_of(name)
+    embeds, states, prefix = read(backbone, params, token_ids(P, seed=1))
+    close(embeds.x_PD, params["embed"]["tokens_VD"][token_ids(P, seed=1)])
+    assert list(prefix.sites) == ["encoder"]
+    assert prefix.offset == P
+    jax.tree.map(close, lift(backbone, params, states), prefix)
+
+
+# What trains, and in which form weights are.
+
+
+def _produced(kind: str) -> Produced:
+    if kind == "embeds":
+        return Embeds(random_states()[0])
+    if kind == "hidden":
+        return Hidden(random_states())
+    if kind == "adapter":
+        return Adapter(random_states()[1:], jnp.ones((L - 1, 4)), layers=(1, 2))
+    return random_prefix("bert")
+
+
+KINDS = ("embeds", "hidden", "adapter", "prefix")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_reaches_all_that_trains(kind: str) -> None:
+    backbone, params = encoder("bert"), params_of("bert")
+
+    @jax.jit
+    @jax.grad
+    def gradient(produced: Any) -> jax.Array:
+        prefix = backbone.lift(params, produced)
+        h_BTD, _ = backbone.hidden(params, texts(), present(B, T), prefix)
+        return jnp.sum(jnp.sin(h_BTD[:, -1]))
+
+    for leaf in jax.tree.leaves(gradient(_produced(kind))):
+        assert jnp.isfinite(leaf).all()
+        assert float(jnp.abs(leaf.reshape(len(leaf), -1)).max(axis=1).min()) > 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_listed_layers_compute_what_stacked_ones_do(kind: str) -> None:
+    backbone, stacked = encoder("bert"), params_of("bert")
+    listed = backbone.listed(weights(backbone))
+    found, expected = (
+        hidden(backbone, params, texts(), present(B, T), lift(backbone, params, _produced(kind)))[0]
+        for params in (listed, stacked)
+    )
+    close(found, expected)
+    assert float(jnp.abs(expected[:, -T:] - behind("bert", False)).max()) > 0.01
+
+
+# Positions, segments, the pooler.
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_the_offset_is_the_position_of_the_first_token_of_text(name: str) -> None:
+    prefix = random_prefix(name, offset=9)
+    off = Site(prefix.encoder.join.replace(bias_LPN=jnp.full((L, P, 4), -jnp.inf)))
+    tokens = present(B, T, name)
+    shifted = tokens.replace(position_BT=tokens.position_BT + 9)
+    found, _ = hidden(
+        encoder(name), params_of(name), texts(), tokens, dataclasses.replace(prefix, encoder=off)
+    )
+    close(found, hidden(encoder(name), params_of(name), texts(), shifted)[0])
+
+
+def test_roberta_counts_positions_from_behind_the_paddings_row() -> None:
+    backbone, params = encoder("roberta"), params_of("roberta")
+    assert backbone.arch.max_positions == 38
+    table = params["embed"]["positions_TD"].at[:2].set(jnp.nan)
+    found, _ = hidden(
+        backbone,
+        {**params, "embed": {**params["embed"], "positions_TD": table}},
+        texts(),
+        present(B, T, "roberta"),
+    )
+    np.testing.assert_array_equal(found, behind("roberta", False))
+
+
+def test_segments_tell_two_texts_apart_and_are_the_first_unless_given() -> None:
+    backbone, params = encoder("bert"), params_of("bert")
+    plain = Tokens.plain(jnp.ones((B, T), bool))
+    first = plain.replace(segment_BT=jnp.zeros((B, T), jnp.int32))
+    found, _ = hidden(backbone, params, texts(), plain)
+    np.testing.assert_array_equal(found, hidden(backbone, params, texts(), first)[0])
+    assert float(jnp.abs(found - behind("bert", False)).max()) > 0.1
+
+
+def test_the_pooler_reads_one_state_of_each_example() -> None:
+    params, h_BD = params_of("bert"), behind("bert", False)[:, 0]
+    pooler = params["pooler"]
+    close(
+        encoder("bert").pool(params, h_BD),
+        jnp.tanh(h_BD @ pooler["weight_DD"] + pooler["bias_D"]),
+    )
+    assert "pooler" not in params_of("roberta")
