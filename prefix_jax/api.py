@@ -33,7 +33,7 @@ from prefix_jax.interop.backbone import backbone_of
 from prefix_jax.interop.export import baked
 from prefix_jax.methods import name_of
 from prefix_jax.methods.base import Method
-from prefix_jax.model import PrefixModel
+from prefix_jax.model import PrefixModel, encoder_decoder
 from prefix_jax.prefix import Prefix, Produced
 from prefix_jax.train.fit import Run
 from prefix_jax.train.fit import fit as fit_config
@@ -235,11 +235,16 @@ class Tuned:
         template = None if self.card is None else self.card.template
         if template is None:
             raise PrefixError("this prefix has no template: nothing says how to render records")
-        room = self.pretrained.backbone.arch.max_positions
-        room -= 0 if self.card is None else self.card.offset
+        backbone = self.pretrained.backbone
         how = dataclasses.asdict(template)
-        how["max_length"] = room if template.max_length is None else template.max_length
-        return load_examples(data, self.pretrained.tokenizer, **how)
+        if template.max_length is None:
+            how["max_length"] = backbone.room(self.prefix, backbone.reader)
+        return load_examples(
+            data,
+            self.pretrained.tokenizer,
+            **how,
+            encoder_decoder=encoder_decoder(backbone, self.prefix),
+        )
 
     def evaluate(
         self,

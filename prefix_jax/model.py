@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.data.batch import Batch
+from prefix_jax.data.tokens import EncoderDecoder
 from prefix_jax.errors import ContextError
 from prefix_jax.methods.base import Method
 from prefix_jax.nn.loss import (
@@ -73,17 +75,44 @@ class PrefixModel:
 
     def _predicting(self, backbone: Any, prefix: Prefix | None, batch: Batch) -> jax.Array:
         """The hidden states that predict the targets, h_BMD."""
-        h_BTD, _ = self.backbone.hidden(backbone, batch.ids_BT, batch.tokens, prefix)
+        encoded = None
+        if batch.source is not None:
+            source = batch.source
+            encoded = self.backbone.encode(backbone, source.ids_BS, source.tokens, prefix)
+        h_BTD, _ = self.backbone.hidden(
+            backbone, batch.ids_BT, batch.tokens, prefix, encoded=encoded
+        )
         return gather_targets(h_BTD, batch.index_BM)
+
+    @functools.cached_property
+    def _abstract(self) -> Prefix | None:
+        """The shape of the prefix."""
+        method = self.method
+        if method is None:
+            return None
+
+        def make(rng: jax.Array) -> Prefix | None:
+            prefix = method.init(rng, self.backbone.geometry, None)
+            return self.prefix({"backbone": self.backbone.init(rng), "prefix": prefix})
+
+        shape: Prefix | None = jax.eval_shape(make, jax.random.key(0))
+        return shape
+
+    @property
+    def packs(self) -> bool:
+        """Whether several examples may stand in a row: see `packs`."""
+        return packs(self._abstract)
+
+    @property
+    def encoder_decoder(self) -> EncoderDecoder | None:
+        """How text becomes tokens: see `encoder_decoder`."""
+        return encoder_decoder(self.backbone, self._abstract)
 
     @property
     def room(self) -> int:
-        """How many tokens of text the model's positions leave beside the prefix."""
-        return self.backbone.arch.max_positions - self._start
-
-    @property
-    def _start(self) -> int:
-        return 0 if self.method is None else self.method.text_start
+        """How many tokens of text the model's positions leave beside the prefix; of an
+        encoder-decoder, to its encoder."""
+        return self.backbone.room(self._abstract, self.backbone.reader)
 
     def check_context(self, max_length: int | None) -> None:
         """Raises ContextError if prefix and text do not fit the model's positions.
@@ -91,18 +120,36 @@ class PrefixModel:
         Args:
             max_length: tokens of text at most; None for as many as fit.
         """
-        positions = self.backbone.arch.max_positions
-        if self.room < 2:
+        positions, room = self.backbone.arch.max_positions, self.room
+        rooms = [room]
+        if self.backbone.arch.encoder is not None:
+            rooms.append(self.backbone.room(self._abstract, "decoder"))
+        if min(rooms) < 2:
             raise ContextError(
-                f"a prefix after which text starts at position {self._start} leaves no room for it "
-                f"in the model's {positions} positions; take a shorter prefix"
+                f"a prefix after which text starts at position {positions - min(rooms)} leaves no "
+                f"room for it in the model's {positions} positions; take a shorter prefix"
             )
-        if max_length is not None and max_length > self.room:
+        if max_length is not None and max_length > room:
             raise ContextError(
-                f"data.max_length {max_length} and text that starts at position {self._start}, "
-                f"after the prefix, exceed the model's {positions} positions; "
-                f"at most {self.room} tokens fit, or take a shorter prefix"
+                f"data.max_length {max_length} and text that starts at position "
+                f"{positions - room}, after the prefix, exceed the model's {positions} positions; "
+                f"at most {room} tokens fit, or take a shorter prefix"
             )
+
+
+def packs(prefix: Prefix | None) -> bool:
+    """Whether several examples may stand in a row behind a prefix: not behind soft tokens before
+    an encoder, as what these become depends on the text."""
+    return prefix is None or prefix.embeds_PD is None
+
+
+def encoder_decoder(backbone: Backbone, prefix: Prefix | None) -> EncoderDecoder | None:
+    """How text becomes tokens for an encoder-decoder behind a prefix; None for a single stack."""
+    start_id = backbone.arch.start_id
+    if backbone.arch.encoder is None or start_id is None:
+        return None
+    room = backbone.room(prefix, "decoder")
+    return EncoderDecoder(start_id, max_target=room, source_needed=packs(prefix))
 
 
 def start_from_ids(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,21 @@ class Backbone:
         if self.arch.encoder is None:
             raise BackboneError(f"{self.arch.model_type} is a single stack: it encodes no source")
         return Stack(self.arch.encoder, self.remat)
+
+    @property
+    def reader(self) -> Literal["encoder", "decoder"]:
+        """The stack that reads the text that is given."""
+        return self._stack.site if self.arch.encoder is None else "encoder"
+
+    def room(self, prefix: Prefix | None, stack: Literal["encoder", "decoder"]) -> int:
+        """How many tokens of text the positions of a stack leave beside a prefix."""
+        two_sided = self.arch.encoder is not None and stack == "encoder"
+        arch = self._encoder.arch if two_sided else self.arch
+        if prefix is None:
+            return arch.max_positions
+        soft_PD = prefix.embeds_PD if stack == "encoder" else None
+        slots: int = 0 if soft_PD is None else soft_PD.shape[0]
+        return arch.max_positions - prefix.start(stack) - slots
 
     # Weights.
 

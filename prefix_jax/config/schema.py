@@ -145,18 +145,20 @@ class DataConfig:
         input: template of the text that is given; None gives nothing (plain text modelling).
         target: template of the text to learn.
         messages: the field that holds a chat, a list of {"role": …, "content": …}. Excludes
-            `input` and `target`.
+            `input` and `target`; not for encoder-decoders.
         references: the field that holds every acceptable target, for evaluation; None takes the
             rendered target.
-        loss: learn "target" tokens only (of a chat, the assistant's turns) or "all" tokens.
+        loss: learn "target" tokens only (of a chat, the assistant's turns) or "all" tokens, which
+            an encoder-decoder cannot.
         reduction: the loss of a step is the mean over its target "token"s, or the sum over each
             "example"'s targets, averaged over examples (Li & Liang 2021).
         max_length: tokens of an example at most, the prefix not counted; None allows what the
-            backbone's positions allow.
+            backbone's positions allow. For an encoder-decoder, tokens of its input at most.
         truncate: the side on which an example that is too long loses tokens of its input. The
             target is never cut.
         on_overflow: what happens to an example whose target alone is too long.
         pack: put several examples into one row; each still sees itself and the prefix only.
+            Behind soft tokens before an encoder, each has a row of its own whatever stands here.
         group_by_source: let targets that share their input meet in one row and share its tokens.
         batch_size: examples per optimizer step, over all hosts and micro-batches.
         tfds_dir: the data directory of TensorFlow Datasets; None takes its default.
@@ -323,7 +325,8 @@ class DecodeConfig:
     """How text is generated.
 
     Attributes:
-        max_new_tokens: tokens generated at most.
+        max_new_tokens: tokens generated at most; the start token of an encoder-decoder does not
+            count.
         min_new_tokens: tokens before the end of text becomes possible.
         beams: hypotheses kept by beam search; 1 is none.
         length_penalty: a finished beam's score is its log-probability over length to this power.

@@ -77,7 +77,7 @@ class Beam:
         logprobs_RV = jax.nn.log_softmax(logits_BMV.reshape(B * M, V), axis=-1)
         length_R = jnp.repeat(state.prompt_B + state.step, M)
         ids_RW = state.ids_BMW.reshape(B * M, -1)
-        scores_RV = constrain(logprobs_RV, ids_RW, length_R, state.step, self.constraints)
+        scores_RV = constrain(logprobs_RV, ids_RW, length_R, state.step, end, self.constraints)
 
         # As many candidates as leave M running if each of M beams ends in every possible way.
         n = max(2, 1 + len(self.constraints.eos_E)) * M

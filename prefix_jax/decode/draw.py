@@ -55,7 +55,7 @@ class Draw:
         logits_RV = logits_BMV.reshape(B * M, V)
         length_R = jnp.repeat(state.prompt_B + state.step, M)
         ids_RW = state.ids_BMW.reshape(B * M, -1)
-        scores_RV = constrain(logits_RV, ids_RW, length_R, state.step, self.constraints)
+        scores_RV = constrain(logits_RV, ids_RW, length_R, state.step, end, self.constraints)
         if self.sampling is None:
             token_R = top_k(scores_RV, 1)[1][:, 0]
         else:

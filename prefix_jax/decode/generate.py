@@ -113,16 +113,24 @@ class Generator:
     def _check(
         self, prompts: Sequence[Sequence[int]], names: Sequence[str], config: DecodeConfig
     ) -> None:
-        positions = self.backbone.arch.max_positions
-        offset = 0 if self.prefix is None else self.prefix.offset
+        positions, new = self.backbone.arch.max_positions, config.max_new_tokens
+        room = self.backbone.room(self.prefix, self.backbone.reader)
+        two_sided = self.backbone.arch.encoder is not None
+        if two_sided and new > self.backbone.room(self.prefix, "decoder"):
+            raise ContextError(
+                f"max_new_tokens {new} exceeds the "
+                f"{self.backbone.room(self.prefix, 'decoder')} positions that the prefix leaves to "
+                "the decoder; lower it"
+            )
         for name, ids in zip(names, prompts, strict=True):
             if len(ids) == 0:
                 raise DataError(f"{name} is empty: give it one token at least")
-            if offset + len(ids) + config.max_new_tokens > positions:
+            if len(ids) + (0 if two_sided else new) > room:
                 raise ContextError(
-                    f"{name}: {len(ids)} tokens after a prefix of {offset}, and "
-                    f"{config.max_new_tokens} new ones, exceed the model's {positions} positions; "
-                    "shorten the prompt or max_new_tokens"
+                    f"{name}: {len(ids)} tokens after a prefix of {positions - room}"
+                    + ("" if two_sided else f", and {new} new ones,")
+                    + f" exceed the model's {positions} positions; shorten the prompt"
+                    + ("" if two_sided else " or max_new_tokens")
                 )
 
     def _continue(
@@ -145,7 +153,10 @@ class Generator:
         ids_BS = np.zeros((B, prompt_bucket(max(map(len, prompts.values())))), np.int32)
         for row, ids in enumerate(prompts.values()):
             ids_BS[row, : len(ids)] = ids
-        search = make_search(config, self.tokenizer, eos, [*prompts, *[0] * filling])
+        arch = self.backbone.arch
+        search = make_search(
+            config, self.tokenizer, eos, [*prompts, *[0] * filling], arch.first_id, arch.last_id
+        )
         state = read(
             self.backbone,
             self.params,
@@ -159,7 +170,9 @@ class Generator:
         )
 
         def writer(index: int, sample: int) -> Writer:
-            stream = TextStream(self.tokenizer.backend_tokenizer, prompts[index], config.stop)
+            # What a decoder writes beside an encoder continues no text.
+            before = prompts[index] if arch.encoder is None else []
+            stream = TextStream(self.tokenizer.backend_tokenizer, before, config.stop)
             return Writer(stream, eos, on_text and functools.partial(on_text, index, sample))
 
         writers = [[writer(index, m) for m in range(config.samples)] for index in prompts]
@@ -228,7 +241,7 @@ class Generator:
 
 def _without_cache(state: State) -> Any:
     """All of a state but what stays on the device."""
-    return dataclasses.replace(state, cache=cast(Any, None))
+    return dataclasses.replace(state, cache=cast(Any, None), encoded=None)
 
 
 def bucket(size: int, smallest: int = 16) -> int:

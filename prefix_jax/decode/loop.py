@@ -32,7 +32,8 @@ def read(
     *,
     capacity: int,
 ) -> State:
-    """Reads the prompts and chooses the first token of every continuation.
+    """Reads the prompts and chooses the first token of every continuation. What the encoder of an
+    encoder-decoder reads is the prompt, and its decoder starts with the model's start token.
 
     Args:
         backbone: the computation.
@@ -45,11 +46,18 @@ def read(
         end: tokens to generate at most.
         capacity: U, tokens that there is room for; `end` at least.
     """
-    B, S = ids_BS.shape
     M = search.width
-    tokens = Tokens.plain(jnp.arange(S) < prompt_B[:, None])
+    tokens = Tokens.plain(jnp.arange(ids_BS.shape[1]) < prompt_B[:, None])
+    encoded = None
+    if backbone.arch.encoder is not None:
+        encoded = backbone.encode(params, ids_BS, tokens, prefix)
+        assert backbone.arch.start_id is not None  # as every encoder-decoder has one
+        ids_BS = jnp.full((len(ids_BS), 1), backbone.arch.start_id, jnp.int32)
+        prompt_B = jnp.ones_like(prompt_B)
+        tokens = Tokens.plain(jnp.ones_like(ids_BS, bool))
+    B, S = ids_BS.shape
     cache = backbone.empty_cache(params, B, S)
-    h_BSD, cache = backbone.hidden(params, ids_BS, tokens, prefix, cache)
+    h_BSD, cache = backbone.hidden(params, ids_BS, tokens, prefix, cache, encoded=encoded)
     h_B1D = jnp.take_along_axis(h_BSD, prompt_B[:, None, None] - 1, axis=1)
     logits_B1V = backbone.unembed(params, h_B1D)
     ids_BMW = jnp.pad(jnp.repeat(ids_BS[:, None], M, axis=1), ((0, 0), (0, 0), (0, capacity)))
@@ -59,6 +67,7 @@ def read(
         prompt_B=prompt_B,
         step=jnp.zeros((), jnp.int32),
         found=search.start(ids_BMW, real_B, capacity),
+        encoded=encoded,
     )
     return search.choose(state, jnp.broadcast_to(logits_B1V, (B, M, logits_B1V.shape[2])), end)
 
@@ -84,7 +93,13 @@ def advance(
             position_BT=jnp.broadcast_to(position_B[:, None], (B, M)),
         )
         h_BMD, cache = backbone.hidden(
-            params, state.last_BM, tokens, prefix, state.cache, search.lineage(state)
+            params,
+            state.last_BM,
+            tokens,
+            prefix,
+            state.cache,
+            search.lineage(state),
+            state.encoded,
         )
         state = dataclasses.replace(state, cache=cache)
         return search.choose(state, backbone.unembed(params, h_BMD), end)

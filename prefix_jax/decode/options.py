@@ -21,6 +21,8 @@ def make_search(
     tokenizer: PreTrainedTokenizerFast,
     eos: Sequence[int],
     prompts: Sequence[int],
+    first: int | None = None,
+    last: int | None = None,
 ) -> Search:
     """The search that a configuration asks for.
 
@@ -29,6 +31,8 @@ def make_search(
         tokenizer: encodes banned words.
         eos: the tokens that end a text.
         prompts: the number of the prompt in each row of the batch, which sampling depends on.
+        first: the token that the model has to write first; None for any.
+        last: the token that it has to write where no more fits; None for any.
     """
     constraints = Constraints(
         eos_E=jnp.array(eos, jnp.int32),
@@ -36,6 +40,8 @@ def make_search(
         repetition_penalty=_unless(1, config.repetition_penalty),
         banned=banned_sequences(config.banned_words, tokenizer, eos),
         no_repeat_ngram=config.no_repeat_ngram or None,
+        first=_unless(-1, first, np.int32),
+        last=_unless(-1, last, np.int32),
     )
     if config.beams > 1:
         penalty, early = jnp.float32(config.length_penalty), jnp.bool_(config.early_stopping)

@@ -29,6 +29,8 @@ class Constraints:
         banned: sequences of tokens that may not be completed, one array [words, length] for
             every length.
         no_repeat_ngram: the length of n-grams that may not occur twice, the prompt included.
+        first: the token that has to come first; None for any.
+        last: the token that has to come where no more fits; None for any.
     """
 
     eos_E: jax.Array
@@ -36,6 +38,8 @@ class Constraints:
     repetition_penalty: jax.Array | None = None
     banned: tuple[jax.Array, ...] = ()
     no_repeat_ngram: int | None = flax.struct.field(pytree_node=False, default=None)
+    first: jax.Array | None = None
+    last: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -60,6 +64,7 @@ def constrain(
     ids_RW: jax.Array,
     length_R: jax.Array,
     step: jax.Array,
+    end: jax.Array,
     constraints: Constraints,
 ) -> jax.Array:
     """Applies every constraint.
@@ -69,6 +74,7 @@ def constrain(
         ids_RW: prompt and generated tokens of each row, from column 0 on.
         length_R: how many of them there are.
         step: how many of them were generated.
+        end: how many are generated at most.
         constraints: what to apply.
     """
     c = constraints
@@ -81,6 +87,9 @@ def constrain(
     if c.min_new is not None:
         early_RV = scores_RV.at[:, c.eos_E].set(NEVER)
         scores_RV = jnp.where(step < c.min_new, early_RV, scores_RV)
+    for token, here in ((c.first, step == 0), (c.last, step == end - 1)):
+        if token is not None:
+            scores_RV = jnp.where(here, _certain(scores_RV, token), scores_RV)
     return scores_RV
 
 
@@ -152,6 +161,11 @@ def keep_min_p(logits_RV: jax.Array, min_p: jax.Array) -> jax.Array:
     """Drops tokens below a share of the likeliest one's probability."""
     least_R1 = logits_RV.max(axis=1, keepdims=True) + jnp.log(min_p)
     return jnp.where(logits_RV < least_R1, NEVER, logits_RV)
+
+
+def _certain(scores_RV: jax.Array, token: jax.Array) -> jax.Array:
+    """Scores that leave one token, whose probability is 1."""
+    return jnp.full_like(scores_RV, NEVER).at[:, token].set(0)
 
 
 def _last(ids_RW: jax.Array, length_R: jax.Array, count: int) -> jax.Array:

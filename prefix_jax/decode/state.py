@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from prefix_jax.backbones.stack import Cache
+from prefix_jax.backbones.stack import Cache, Encoded
 
 
 @flax.struct.dataclass
@@ -71,6 +71,8 @@ class State:
         prompt_B: the lengths of the prompts.
         step: tokens generated so far.
         found: what the search knows besides: `Draws` or `Beams`.
+        encoded: of an encoder-decoder, one copy of what each row's encoder read, for all of its
+            continuations. Its prompt is then the start token alone.
     """
 
     cache: Cache
@@ -78,6 +80,7 @@ class State:
     prompt_B: jax.Array
     step: jax.Array
     found: Any
+    encoded: Encoded | None = None
 
     def append(self, ids_BMW: jax.Array, token_BM: jax.Array) -> jax.Array:
         """`ids_BMW` with the next tokens written behind."""

@@ -25,7 +25,7 @@ from prefix_jax.errors import ContextError
 from prefix_jax.evaluate.metrics import measure
 from prefix_jax.evaluate.report import Prediction, Report
 from prefix_jax.mesh import batch_shards, place_rows, replicated
-from prefix_jax.model import PrefixModel
+from prefix_jax.model import PrefixModel, packs
 from prefix_jax.prefix import Prefix
 
 # Metrics that need no generated text.
@@ -112,11 +112,14 @@ class Evaluator:
         if not examples or all(metric in LIKELIHOOD_METRICS for metric in metrics):
             return
         longest = max(examples[: self._config.limit], key=lambda example: example.prompt_length)
-        room, new = self._model.room, self._decode.max_new_tokens
-        if longest.prompt_length + new > room:
+        sides, new = self._model.encoder_decoder, self._decode.max_new_tokens
+        # What an encoder reads was cut to fit; its decoder holds what is generated alone.
+        room = self._model.room if sides is None else sides.max_target
+        given = longest.prompt_length if sides is None else 0
+        if given + new > room:
             positions = self._model.backbone.arch.max_positions
             raise ContextError(
-                f"{longest.source}: {longest.prompt_length} tokens of input and "
+                f"{longest.source}: {given} tokens of input and "
                 f"decode.max_new_tokens {new} exceed the model's {positions} positions, of which "
                 f"the prefix leaves {room}; lower decode.max_new_tokens or data.max_length"
             )
@@ -166,7 +169,7 @@ class Evaluator:
         """Mean negative log-likelihood of the target tokens, in nats."""
         total = sum(
             float(self._scores(params, prefix, batch).sum())
-            for batch in self._batches(examples, pack=True)
+            for batch in self._batches(examples, pack=packs(prefix))
         )
         # A batch holds this host's rows alone, its scores are of all rows.
         return total / sum(example.targets for example in examples)
@@ -205,7 +208,7 @@ class Evaluator:
     ) -> list[str]:
         """What the model writes after each example's prompt."""
         generator = Generator(self._model.backbone, params, self._tokenizer, prefix)
-        prompts = [example.ids_T[: example.prompt_length].tolist() for example in examples]
+        prompts = [example.prompt_ids for example in examples]
         generations = generator.generate(prompts, self._decode, batch_size=self._config.batch_size)
         return [generation.text.strip() for generation in generations]
 

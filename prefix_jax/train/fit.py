@@ -200,6 +200,9 @@ def _digest(examples: Sequence[Example]) -> str:
         digest.update(len(example.ids_T).to_bytes(4, "little"))
         for array in (example.ids_T, example.index_M, example.label_M):
             digest.update(array.tobytes())
+        if example.source_ids_S is not None:
+            digest.update(len(example.source_ids_S).to_bytes(4, "little"))
+            digest.update(example.source_ids_S.tobytes())
     return digest.hexdigest()
 
 
@@ -242,6 +245,11 @@ def _announce(setup: Setup, state: TrainState, report: Report) -> None:
                     f"{name}: {len(sources)} of {len(examples) + len(examples.dropped)} examples "
                     f"were {what} (first: {sources[0]}); see data.max_length"
                 )
+    if setup.config.data.pack and not setup.model.packs:
+        report.message(
+            "each example has a row of its own, in spite of data.pack: what soft tokens before an "
+            "encoder become depends on the text behind them"
+        )
     if int(state.step):
         report.message(f"continuing after step {int(state.step)}")
 

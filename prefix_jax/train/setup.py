@@ -100,7 +100,7 @@ def prepare(
         splits["train"],
         batch_size=config.data.batch_size,
         seed=config.train.seed,
-        pack=config.data.pack,
+        pack=config.data.pack and model.packs,
         group_by_source=config.data.group_by_source,
         rows_multiple=batch_shards(mesh),
         accumulate=config.optim.accumulate,
@@ -152,5 +152,6 @@ def load_splits(
         truncate=data.truncate,
         on_overflow=data.on_overflow,
         tfds_dir=data.tfds_dir,
+        encoder_decoder=model.encoder_decoder,
     )
     return {name: read(source) for name, source in sources.items() if source is not None}

@@ -99,7 +99,8 @@ def start_of(method: Method[Any], config: InitConfig) -> str:
 def _text_ids(
     config: InitConfig, pretrained: Pretrained, examples: Sequence[Example], length: int
 ) -> np.ndarray:
-    """The tokens of a text, or the first ones of the training examples as they are rendered."""
+    """The tokens of a text, or the first ones of the training examples as they are rendered; for
+    an encoder-decoder, of what its encoder reads."""
     text = config.text
     if config.text_file is not None:
         try:
@@ -109,7 +110,16 @@ def _text_ids(
                 f"init.text_file {config.text_file} cannot be read: {error}"
             ) from None
     if text is None:
-        return np.concatenate([example.ids_T for example in examples[:length]])
+        texts = [
+            example.ids_T if example.source_ids_S is None else example.source_ids_S
+            for example in examples[:length]
+        ]
+        if not sum(map(len, texts)):
+            raise ConfigError(
+                "init.start: text begins as the inputs of the first examples, which are empty; "
+                "give init.text, or another start"
+            )
+        return np.concatenate(texts)
     ids = pretrained.tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         name = "init.text" if config.text_file is None else f"init.text_file {config.text_file}"

@@ -155,7 +155,7 @@ def make_step(
         metrics = StepMetrics(
             loss=loss,
             targets=targets,
-            tokens=jnp.sum(micro.tokens.group_BT > 0).astype(jnp.float32),
+            tokens=micro.read.astype(jnp.float32),
             grad_norm=grad_norm,
             param_norm=optax.tree.norm(state.train),
             finite=finite,

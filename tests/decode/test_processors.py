@@ -24,6 +24,7 @@ from prefix_jax.decode.processors import (
 EXPECTED = np.load(Path(__file__).parents[1] / "fixtures" / "processors.npz")
 IDS, SCORES = jnp.asarray(EXPECTED["ids"]), jnp.asarray(EXPECTED["scores"])
 LENGTH = np.full(len(IDS), IDS.shape[1])
+END = jnp.int32(9)
 BANNED = (
     np.array([[7]]),
     np.array([[IDS[0, -1], 9]]),
@@ -69,7 +70,7 @@ class TestConstraints:
             no_repeat_ngram=2,
         )
         sampling = Sampling(jnp.float32(0.7), jnp.float32(0.8), jnp.float32(0.1), top_k=7)
-        scores = constrain(SCORES, ids, LENGTH, jnp.int32(3), constraints)
+        scores = constrain(SCORES, ids, LENGTH, jnp.int32(3), END, constraints)
         equal(warp(scores, sampling), "chain")
 
 
@@ -96,6 +97,6 @@ def test_min_p() -> None:
 def test_a_text_does_not_end_before_its_minimum_length() -> None:
     constraints = Constraints(eos_E=jnp.array([2, 5]), min_new=jnp.int32(4))
     for step in range(6):
-        scores = constrain(SCORES, IDS, LENGTH, jnp.int32(step), constraints)
+        scores = constrain(SCORES, IDS, LENGTH, jnp.int32(step), END, constraints)
         assert np.isneginf(scores[:, [2, 5]]).all() == (step < 4)
         assert np.isfinite(np.delete(scores, [2, 5], axis=1)).all()
