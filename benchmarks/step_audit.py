@@ -37,7 +37,6 @@ from prefix_jax.model import PrefixModel
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.plan.audit import Audit, audit
 from prefix_jax.plan.floor import floor
-from prefix_jax.prefix import Prefix
 from prefix_jax.train.optimizer import make_optimizer, make_schedule
 from prefix_jax.train.partition import labels, merge, split
 from prefix_jax.train.step import TrainState, make_step
@@ -107,7 +106,7 @@ CASES = (
     *(
         dataclasses.replace(case, method=method)
         for case in (TINY, SMOLLM2, LLAMA)
-        for method in ("prefix", "hidden", "prompt", "full")
+        for method in ("prefix", "hidden", "prompt", "adapter", "plus", "full")
     ),
     dataclasses.replace(SMOLLM2, tokens=40, targets=24),
     dataclasses.replace(SMOLLM2, remat="full"),
@@ -118,7 +117,9 @@ CASES = (
 def model_of(case: Case) -> PrefixModel:
     backbone = Backbone(llama.architecture(CONFIGS[case.model]), case.remat)
     method = METHODS.get(case.method)
-    return PrefixModel(backbone, method and method(case.length))
+    if method is None:
+        return PrefixModel(backbone, None)
+    return PrefixModel(backbone, method(case.length) if method.slots else method())
 
 
 def compile_step(
@@ -167,13 +168,16 @@ def compile_step(
 def floor_of(case: Case) -> int:
     """The floor of a case. For "full", of a frozen backbone without a prefix."""
     model = model_of(case)
+    geometry, method = model.backbone.geometry, model.method
+    produced = None
+    if method is not None:
+        produced = jax.eval_shape(lambda: method(method.init(jax.random.key(0), geometry, None)))
     return floor(
         model.backbone.arch,
         rows=1,
         tokens=case.tokens,
         targets=case.targets,
-        length=0 if model.method is None else case.length,
-        produces=Prefix if model.method is None else model.method.produces,
+        produced=produced,
     ).total
 
 

@@ -48,6 +48,8 @@ def ratio(case: Any, found: Audit) -> float:
         step_audit.TINY,
         dataclasses.replace(step_audit.TINY, method="hidden"),
         dataclasses.replace(step_audit.TINY, method="prompt"),
+        dataclasses.replace(step_audit.TINY, method="adapter"),
+        dataclasses.replace(step_audit.TINY, method="plus"),
         step_audit.SMOLLM2,
         dataclasses.replace(step_audit.SMOLLM2, targets=300),  # not whole chunks of the loss
         step_audit.LLAMA,
