@@ -1,0 +1,382 @@
+"""Adapters of PEFT compute here what they compute there, and ours are theirs to the byte.
+
+`tests/fixtures/make_peft.py` wrote the adapters and what PEFT computes behind them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import prefix_jax as pj
+from prefix_jax import artifact
+from prefix_jax.artifact import BackboneCard
+from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.errors import BackboneError, PrefixError
+from prefix_jax.interop.peft import export_peft, import_peft, tasks_of, to_peft
+from prefix_jax.nn.mask import Tokens
+from prefix_jax.prefix import (
+    Adapter,
+    Embeds,
+    Gated,
+    Geometry,
+    Hidden,
+    KVPrefix,
+    Prefix,
+    Produced,
+    Site,
+    SiteShape,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+ADAPTERS = FIXTURES / "peft"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NAMES = sorted(path.name for path in ADAPTERS.iterdir())
+# What PEFT needs in two pieces, or leaves unread, we write in one.
+REWRITTEN = {"multitask", "prefix_t5", "prefix_bart", "prompt_bart"}
+P, T = 3, 8
+
+
+@functools.cache
+def backbone(name: str) -> Pretrained:
+    return load(FIXTURES / name, dtype="float32")
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+
+
+def imported(folder: Path, task: int | None = None) -> pj.Tuned:
+    return pj.import_peft(folder, backbone(config_of(folder)["base_model_name_or_path"]), task=task)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def outputs(model: Any, params: Any, produced: Produced | None, given: Any) -> jax.Array:
+    """Logits, or states of an encoder, of the text alone: [2, T, …]."""
+    prefix = model.lift(params, produced)
+    tokens = Tokens.plain(jnp.ones(given["ids"].shape, bool))
+    encoded, ids = None, given["ids"]
+    if "decoder_ids" in given:
+        encoded, ids = model.encode(params, ids, tokens, prefix), given["decoder_ids"]
+    h_BTD, _ = model.hidden(params, ids, tokens, prefix, encoded=encoded)
+    h_BTD = h_BTD[:, -T:]
+    return model.unembed(params, h_BTD) if model.arch.causal else h_BTD
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_computes_here_what_it_computes_in_peft(name: str) -> None:
+    tuned = imported(ADAPTERS / name, task=1 if name == "multitask" else None)
+    stored = np.load(ADAPTERS / name / "expected.npz")
+    given = {key: x for key, x in stored.items() if key != "expected"}
+    model = tuned.pretrained
+    ours = outputs(model.backbone, model.params, tuned.produced, given)
+    np.testing.assert_allclose(ours, stored["expected"], rtol=0, atol=1e-5)
+    bare = outputs(model.backbone, model.params, None, given)
+    assert np.max(np.abs(bare - stored["expected"])) > 0.05
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - REWRITTEN - {"adaption"}))
+def test_what_was_imported_exports_to_the_same_bytes(name: str, tmp_path: Path) -> None:
+    tuned = imported(ADAPTERS / name)
+    tuned.save(tmp_path / "ours")
+    export_peft(tmp_path / "ours", tmp_path / "theirs")
+    before, after = (x / WEIGHTS for x in (ADAPTERS / name, tmp_path / "theirs"))
+    assert after.read_bytes() == before.read_bytes()
+    ours, theirs = config_of(tmp_path / "theirs"), config_of(ADAPTERS / name)
+    assert list(ours) == list(theirs)
+    # What says how PEFT trained, and where the backbone was.
+    free = {"base_model_name_or_path", "prefix_projection", "encoder_hidden_size"}
+    free |= {"encoder_reparameterization_type"}
+    assert {k: v for k, v in ours.items() if k not in free} == {
+        k: v for k, v in theirs.items() if k not in free
+    }
+
+
+@pytest.mark.parametrize("name", sorted(REWRITTEN - {"multitask"}))
+def test_what_an_encoder_decoder_reads_comes_back_from_an_export(name: str, tmp_path: Path) -> None:
+    tuned = imported(ADAPTERS / name)
+    tuned.export_peft(tmp_path / "theirs")
+    again = pj.import_peft(tmp_path / "theirs", tuned.pretrained)
+    for ours, theirs in zip(
+        jax.tree.leaves(tuned.produced), jax.tree.leaves(again.produced), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_multitask_prompt_is_one_prefix_a_task(tmp_path: Path) -> None:
+    folder = ADAPTERS / "multitask"
+    assert tasks_of(folder) == 3
+    assert tasks_of(ADAPTERS / "prompt") is None
+    arrays = load_file(folder / WEIGHTS)
+    for task in range(3):
+        product = arrays["prefix_task_cols"][task] @ arrays["prefix_task_rows"][task]
+        produced = imported(folder, task).produced
+        np.testing.assert_array_equal(produced.x_PD, arrays["prompt_embeddings"] * product)
+    with pytest.raises(PrefixError, match=r"tasks 0 to 2: name one"):
+        imported(folder)
+    with pytest.raises(PrefixError, match=r"tasks 0 to 2, not task 3: name one"):
+        imported(folder, 3)
+    with pytest.raises(PrefixError, match="PROMPT_TUNING, which has no tasks"):
+        imported(ADAPTERS / "prompt", 0)
+
+
+# A decoder reads stored layer 2l mod S.
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 5])
+def test_every_layer_of_a_decoder_behind_an_encoder_gets_its_own(layers: int) -> None:
+    rng = np.random.default_rng(0)
+    k_LPKH, v_LPKH = rng.normal(size=(2, layers, P, 2, 4)).astype(np.float32)
+    config, arrays = to_peft(*prefix_of(Site(KVPrefix(k_LPKH, v_LPKH)), layers=layers))
+    stored = config["num_layers"]
+    assert stored in (layers, layers + 1)
+    assert stored % 2 == 1
+    assert config["num_transformer_submodules"] == 2
+    # As PEFT's `get_prompt` does it: doubled, and split in fours, of which two are thrown away.
+    slots = arrays["prompt_embeddings"].reshape(P, stored * 2, 2, 4)
+    slots = np.concatenate([slots, slots], axis=1).reshape(P, stored, 4, 2, 4)
+    np.testing.assert_array_equal(slots[:, :layers, 0].swapaxes(0, 1), k_LPKH)
+    np.testing.assert_array_equal(slots[:, :layers, 1].swapaxes(0, 1), v_LPKH)
+
+
+# What PEFT cannot express.
+
+
+def prefix_of(
+    site: Site | None = None, *, layers: int = 2, single: bool = False, **more: Any
+) -> tuple[Prefix, artifact.Card]:
+    """A prefix of a decoder's site, and its card."""
+    shape = SiteShape(layers, 4, 2, 4)
+    sites = {} if single else {"encoder": shape, "cross": shape}
+    geometry = Geometry(16, 32, decoder=shape, **sites)
+    prefix = Prefix(**{"decoder": site, "offset": P, **more})
+    return prefix, card_of(prefix, geometry)
+
+
+def card_of(produced: Produced, geometry: Geometry, model_type: str = "t5") -> artifact.Card:
+    backbone = BackboneCard(
+        source="/somewhere", model_type=model_type, fingerprint="0", dtype="float32"
+    )
+    return artifact.make_card(produced, geometry, backbone)
+
+
+def some(layers: int = 2, bias: float | None = None) -> KVPrefix:
+    bias_LPN = None if bias is None else jnp.full((layers, P, 4), bias)
+    return KVPrefix(jnp.ones((layers, P, 2, 4)), jnp.ones((layers, P, 2, 4)), bias_LPN)
+
+
+GATED = Gated(jnp.ones((2, P, 2, 4)), jnp.ones((2, P, 2, 4)), jnp.ones((2, 4)))
+INEXPRESSIBLE: dict[str, tuple[Callable[[], tuple[Prefix, artifact.Card]], str]] = {
+    "encoder": (lambda: prefix_of(Site(some()), encoder=Site(some())), r"encoder.*sites=\[deco"),
+    "cross": (lambda: prefix_of(None, cross=Site(some())), r"cross.*sites=\[decoder\]"),
+    "gates": (lambda: prefix_of(Site(some(), GATED)), "gates or matrices.*method.name=prefix"),
+    "layers": (lambda: prefix_of(Site(some(1), layers=(1,))), "some layers only"),
+    "bias": (lambda: prefix_of(Site(some(bias=1.0))), "biases on slots"),
+    "pinned": (lambda: prefix_of(Site(some()), pinned=True), "method.pinned=false"),
+    "offset": (lambda: prefix_of(Site(some()), offset=0), "method.offset=null"),
+    "embeds": (
+        lambda: prefix_of(Site(some()), embeds_PD=jnp.ones((P, 16))),
+        "soft tokens beside keys and values",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", INEXPRESSIBLE)
+def test_what_peft_cannot_express_is_named_with_what_to_do(part: str) -> None:
+    make, message = INEXPRESSIBLE[part]
+    with pytest.raises(PrefixError, match=message) as error:
+        to_peft(*make())
+    assert "--to safetensors" in str(error.value)
+
+
+def test_a_bias_of_zero_is_none() -> None:
+    assert to_peft(*prefix_of(Site(some(bias=0.0))))[0]["peft_type"] == "PREFIX_TUNING"
+
+
+def test_kinds_that_peft_lacks_are_refused() -> None:
+    geometry = Geometry(16, 32, decoder=SiteShape(2, 4, 2, 4))
+    hidden = Hidden(jnp.ones((2, P, 16)))
+    with pytest.raises(PrefixError, match="--bake"):
+        to_peft(hidden, card_of(hidden, geometry))
+    adapter = Adapter(jnp.ones((2, P, 16)), jnp.ones((2, 4)))
+    with pytest.raises(PrefixError, match="ADAPTION_PROMPT"):
+        to_peft(adapter, card_of(adapter, geometry))
+
+
+def test_models_that_peft_cannot_steer_are_refused() -> None:
+    geometry = Geometry(16, 32, encoder=SiteShape(2, 4, 2, 4))
+    prefix = Prefix(encoder=Site(some()), offset=P)
+    with pytest.raises(PrefixError, match=r"distilbert.*method.name=prompt"):
+        to_peft(prefix, card_of(prefix, geometry, "distilbert"))
+    embeds = Embeds(jnp.ones((P, 16)))
+    with pytest.raises(PrefixError, match=r"ELECTRA.*method.name=prefix"):
+        to_peft(embeds, card_of(embeds, geometry, "electra"))
+
+
+def test_hidden_states_are_baked_if_one_says_so(
+    forms: dict[str, Produced], save: Callable[..., Path], tmp_path: Path, pretrained: Pretrained
+) -> None:
+    source = save(forms["hidden"])
+    config = export_peft(source, tmp_path / "adapter", bake=True, model=pretrained)
+    assert (config["peft_type"], config["num_virtual_tokens"]) == ("PREFIX_TUNING", 6)
+    again = import_peft(tmp_path / "adapter", pretrained).produced
+    for ours, expected in zip(jax.tree.leaves(again), jax.tree.leaves(forms["kv"]), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_an_export_replaces_nothing(
+    forms: dict[str, Produced], save: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    with pytest.raises(PrefixError, match="exists already"):
+        export_peft(save(forms["kv"]), tmp_path / "there")
+    assert [file.name for file in (tmp_path / "there").iterdir()] == ["file"]
+
+
+# Unknown and damaged adapters.
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a stored adapter, with changes of its configuration."""
+
+    def copy(name: str = "prefix", **changes: Any) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(ADAPTERS / name, folder)
+        content = config_of(folder) | changes
+        (folder / CONFIG).write_text(json.dumps(content), encoding="utf-8")
+        return folder
+
+    return copy
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
+    arrays = load_file(folder / WEIGHTS)
+    change(arrays)
+    save_file(arrays, folder / WEIGHTS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "LORA"}, "peft_type is 'LORA'.*PREFIX_TUNING"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"num_virtual_tokens": 4}, "num_virtual_tokens 4.*has 3 rows"),
+        ({"num_virtual_tokens": None}, "num_virtual_tokens is None"),
+        ({"num_virtual_tokens": "3"}, "num_virtual_tokens is '3'"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "task_type is SEQ_2_SEQ_LM.*takes adapters of CAUSAL_LM"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_an_error(
+    changes: dict[str, Any], message: str, copy: Callable[..., Path]
+) -> None:
+    with pytest.raises(PrefixError, match=message):
+        imported(copy(**changes))
+
+
+def test_arrays_that_do_not_fit_are_an_error(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    rewrite(folder, lambda arrays: arrays.update(prompt_embeddings=np.ones((3, 40), np.float32)))
+    with pytest.raises(PrefixError, match="40 numbers a slot; 64 are needed by this backbone"):
+        imported(folder)
+    rewrite(folder, lambda arrays: arrays.update(prompt_embeddings=np.full((3, 64), np.nan, "f4")))
+    with pytest.raises(PrefixError, match="NaN"):
+        imported(folder)
+    rewrite(folder, lambda arrays: arrays.update(prompt_embeddings=np.ones(192, np.float32)))
+    with pytest.raises(PrefixError, match="not of 2 axes"):
+        imported(folder)
+    rewrite(folder, lambda arrays: arrays.update(other=arrays.pop("prompt_embeddings")))
+    with pytest.raises(PrefixError, match="lacks prompt_embeddings; it holds other"):
+        imported(folder)
+
+
+def test_soft_tokens_of_another_width_are_an_error(copy: Callable[..., Path]) -> None:
+    folder = rewrite(
+        copy("prompt"), lambda arrays: arrays.update(prompt_embeddings=np.ones((3, 16), np.float32))
+    )
+    with pytest.raises(PrefixError, match="of width 16, and this backbone of 32"):
+        imported(folder)
+
+
+def test_a_head_is_not_left_out_in_silence(copy: Callable[..., Path]) -> None:
+    head = {"base_model.classifier.weight": np.ones((2, 32), np.float32)}
+    folder = rewrite(copy(task_type="SEQ_CLS"), lambda arrays: arrays.update(head))
+    with pytest.raises(PrefixError, match=r"trained head.*base_model\.classifier\.weight"):
+        imported(folder)
+
+
+def test_a_prefix_in_one_piece_for_an_encoder_decoder_is_refused(copy: Callable[..., Path]) -> None:
+    with pytest.raises(PrefixError, match="num_transformer_submodules is 1"):
+        imported(copy("prefix_t5", num_transformer_submodules=1))
+
+
+def test_an_adaption_prompt_is_of_the_topmost_layers(copy: Callable[..., Path]) -> None:
+    with pytest.raises(PrefixError, match=r"layers \[1\].*adapter_layers 2"):
+        imported(copy("adaption", adapter_layers=2))
+
+
+def test_an_adaption_prompt_of_gpt2_is_refused(copy: Callable[..., Path]) -> None:
+    with pytest.raises(PrefixError, match="with a gpt2 PEFT adds"):
+        imported(copy("adaption", base_model_name_or_path="backbones/gpt2"))
+
+
+def test_pickles_are_not_read(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    with pytest.raises(PrefixError, match=r"a pickle, which is never read.*Convert it"):
+        imported(folder)
+
+
+def test_damaged_files_are_an_error(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[:-8])
+    with pytest.raises(PrefixError, match="is damaged"):
+        imported(folder)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(PrefixError, match=f"has no {WEIGHTS}"):
+        imported(folder)
+    (folder / CONFIG).write_text("[]")
+    with pytest.raises(PrefixError, match="holds no mapping"):
+        import_peft(folder, backbone("backbones/llama_grouped"))
+    (folder / CONFIG).write_text("{")
+    with pytest.raises(PrefixError, match="cannot be read"):
+        import_peft(folder, backbone("backbones/llama_grouped"))
+
+
+def test_a_folder_of_named_adapters_says_which_there_are(tmp_path: Path) -> None:
+    shutil.copytree(ADAPTERS / "prefix", tmp_path / "mine")
+    with pytest.raises(PrefixError, match="adapters by name: mine"):
+        import_peft(tmp_path, backbone("backbones/llama_grouped"))
+
+
+def test_a_backbone_without_a_name_is_asked_for(copy: Callable[..., Path]) -> None:
+    with pytest.raises(BackboneError, match="does not name its backbone"):
+        import_peft(copy(base_model_name_or_path=None))
+
+
+def test_bfloat16_is_widened(copy: Callable[..., Path]) -> None:
+    folder = copy("prompt")
+    x = load_file(folder / WEIGHTS)["prompt_embeddings"]
+    header = json.dumps(
+        {"prompt_embeddings": {"dtype": "BF16", "shape": x.shape, "data_offsets": [0, 2 * x.size]}}
+    ).encode()
+    content = len(header).to_bytes(8, "little") + header + x.astype(ml_dtypes.bfloat16).tobytes()
+    (folder / WEIGHTS).write_bytes(content)
+    produced = imported(folder).produced
+    assert produced.x_PD.dtype == np.float32
+    np.testing.assert_array_equal(produced.x_PD, x.astype(ml_dtypes.bfloat16).astype("f4"))
