@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefix_jax.backbones.architecture import Architecture
-from prefix_jax.backbones.names import LINEAR, STORED, VECTOR, Matrix, NameTable, Row
+from prefix_jax.backbones.names import LINEAR, STORED, VECTOR, Matrix, NameTable, Row, Vector
 from prefix_jax.backbones.rope import read_rotary
 from prefix_jax.errors import BackboneError
 from prefix_jax.nn.rotary import Rotary
@@ -175,3 +175,26 @@ def hf_names(arch: Architecture) -> NameTable:
             r"(vision_tower|multi_modal_projector)\..*",
         ),
     )
+
+
+_GGUF_NORM = Vector(excess=1.0)
+GGUF_NAMES = NameTable(
+    rows=(
+        Row("token_embd.weight", "embed/tokens_VD", STORED),
+        Row("blk.{l}.attn_norm.weight", "layers/attn_norm/scale_D", _GGUF_NORM),
+        Row("blk.{l}.post_attention_norm.weight", "layers/attn_out_norm/scale_D", _GGUF_NORM),
+        Row("blk.{l}.attn_q.weight", "layers/attn/q_DNH", LINEAR),
+        Row("blk.{l}.attn_k.weight", "layers/attn/k_DKH", LINEAR),
+        Row("blk.{l}.attn_v.weight", "layers/attn/v_DKH", LINEAR),
+        Row("blk.{l}.attn_output.weight", "layers/attn/o_NHD", Matrix(2)),
+        Row("blk.{l}.attn_q_norm.weight", "layers/attn/q_norm/scale_H", _GGUF_NORM),
+        Row("blk.{l}.attn_k_norm.weight", "layers/attn/k_norm/scale_H", _GGUF_NORM),
+        Row("blk.{l}.ffn_norm.weight", "layers/mlp_norm/scale_D", _GGUF_NORM),
+        Row("blk.{l}.post_ffw_norm.weight", "layers/mlp_out_norm/scale_D", _GGUF_NORM),
+        Row("blk.{l}.ffn_gate.weight", "layers/mlp/gate_DF", LINEAR),
+        Row("blk.{l}.ffn_up.weight", "layers/mlp/up_DF", LINEAR),
+        Row("blk.{l}.ffn_down.weight", "layers/mlp/down_FD", LINEAR),
+        Row("output_norm.weight", "final_norm/scale_D", _GGUF_NORM),
+        Row("output.weight", "head/unembed_DV", LINEAR),
+    ),
+)

@@ -12,18 +12,24 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
-from prefix_jax.backbones import gpt2, llama
+from prefix_jax.backbones import gemma, gpt2, llama
 from prefix_jax.backbones.names import NameTable
 from prefix_jax.backbones.weights import map_tensor
 from prefix_jax.errors import BackboneError
 from prefix_jax.nn.rotary import Rotary
 
+# By llama.cpp's names of architectures.
 TABLES: dict[str, NameTable] = {
     "gpt2": gpt2.GGUF_NAMES,
     "llama": llama.GGUF_NAMES,
     "qwen2": llama.QWEN_GGUF_NAMES,
     "qwen3": llama.QWEN_GGUF_NAMES,
+    "gemma": gemma.GGUF_NAMES,
+    "gemma2": gemma.GGUF_NAMES,
+    "gemma3": gemma.GGUF_NAMES,
 }
+# llama.cpp knows by the number of layers which Gemma divides by what at its queries.
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 _PLAIN = {
     GGMLQuantizationType.F64: np.dtype(np.float64),
     GGMLQuantizationType.F32: np.dtype(np.float32),
@@ -128,7 +134,7 @@ class GGUF:
             }
         heads = get["attention.head_count"]
         head_dim = get.optional("attention.key_length", get["embedding_length"] // heads)
-        return shared | {
+        decoder = shared | {
             "num_hidden_layers": get["block_count"],
             "hidden_size": get["embedding_length"],
             "num_attention_heads": heads,
@@ -137,11 +143,37 @@ class GGUF:
             "intermediate_size": get["feed_forward_length"],
             "max_position_embeddings": get["context_length"],
             "rms_norm_eps": get["attention.layer_norm_rms_epsilon"],
-            "hidden_act": "silu",
             "attention_bias": "blk.0.attn_q.bias" in self.shapes,
             "mlp_bias": "blk.0.ffn_gate.bias" in self.shapes,
             "rope_theta": get.optional("rope.freq_base", 10000.0),
             "rope_scaling": self._rope_scaling(get, head_dim),
+        }
+        if self.architecture in ("gemma2", "gemma3"):
+            decoder |= self._gemma(get, head_dim)
+        return decoder
+
+    def _gemma(self, get: _Keys, head_dim: int) -> dict[str, Any]:
+        """What Gemma 2 and 3 have besides. llama.cpp has some of it in its code alone."""
+        layers, heads = get["block_count"], get["attention.head_count"]
+        large = layers == _LAYERS_OF_27B[self.architecture]
+        shared = {
+            "query_pre_attn_scalar": get["embedding_length"] // heads if large else head_dim,
+            "sliding_window": get["attention.sliding_window"],
+        }
+        if self.architecture == "gemma2":
+            return shared | {
+                "attn_logit_softcapping": get["attn_logit_softcapping"],
+                "final_logit_softcapping": get["final_logit_softcapping"],
+            }
+        pattern = get.optional("attention.sliding_window_pattern", 6)
+        if not isinstance(pattern, int):
+            kinds = ("full_attention", "sliding_attention")
+            shared["layer_types"] = [kinds[slides] for slides in pattern]
+        return shared | {
+            "model_type": "gemma3_text",
+            "sliding_window_pattern": pattern,
+            "rope_local_base_freq": get.optional("rope.freq_base_swa", 10000.0),
+            "final_logit_softcapping": get.optional("final_logit_softcapping", None),
         }
 
     def _rope_scaling(self, get: _Keys, head_dim: int) -> dict[str, Any] | None:

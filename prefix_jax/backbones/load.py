@@ -109,7 +109,7 @@ def load(
         table = family.hf_names(arch)
     else:
         checkpoint = gguf.open_gguf(path)
-        table = gguf.TABLES[arch.model_type]
+        table = gguf.TABLES[checkpoint.architecture]
     backbone = Backbone(arch)
     abstract = jax.eval_shape(backbone.init, jax.random.key(0))
     parameters = match(table, abstract, checkpoint.shapes, str(path))

@@ -58,12 +58,18 @@ class Matrix:
 
 @dataclasses.dataclass(frozen=True)
 class Vector:
-    """A bias or a scale, stored flat; attributes as in `Matrix`."""
+    """A bias or a scale, stored flat.
+
+    Attributes:
+        part, parts, by_head, interleaved: as in `Matrix`.
+        excess: what the stored one is larger by: llama.cpp adds 1 to the scales of Gemma's norms.
+    """
 
     part: int = 0
     parts: int = 1
     by_head: bool = False
     interleaved: bool = False
+    excess: float = 0.0
 
     def stored(self, shape: Shape) -> Shape:
         """The shape in the checkpoint of a parameter of this shape."""
@@ -74,6 +80,7 @@ class Vector:
         if self.by_head:
             return _of_heads(x, self.part, self.parts, shape)
         x = x.reshape(self.parts, -1)[self.part]
+        x = x - np.float32(self.excess) if self.excess else x
         return _split_halves(x, shape) if self.interleaved else x.reshape(shape)
 
 

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from prefix_jax.backbones.load import architecture, read_config
+from prefix_jax.backbones.load import architecture, load, read_config
 from prefix_jax.errors import BackboneError
 from prefix_jax.nn.rotary import Rotary
 
@@ -56,6 +58,16 @@ def test_older_configs_mean_the_same(variant: str) -> None:
 def test_the_first_gemma_means_the_approximate_gelu_by_its_name() -> None:
     config = read_config(FIXTURES / "gemma")
     assert architecture(config | {"hidden_act": "gelu"}, "") == architecture(config, "")
+
+
+def test_the_scale_of_embeddings_is_rounded_as_the_model_is() -> None:
+    """sqrt(32) = 5.657 is 5.656 in bfloat16."""
+    model = load(FIXTURES / "gemma", dtype="bfloat16")
+    ids_P = jnp.arange(5)
+    embeds, _, _ = model.backbone.read(model.params, ids_P)
+    table = model.params["embed"]["tokens_VD"]
+    scaled = table[ids_P] * jnp.asarray(5.65625, jnp.bfloat16)
+    np.testing.assert_array_equal(embeds.x_PD, scaled.astype(jnp.float32))
 
 
 def test_variants_that_are_not_computed_are_refused() -> None:

@@ -27,6 +27,9 @@ ARCHES = {
     "mistral": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma": gguf.MODEL_ARCH.GEMMA,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
 }
 
 
@@ -46,6 +49,8 @@ def convert(variant: str, path: Path, kind: gguf.GGMLQuantizationType = F16) -> 
                 x = x.reshape(heads, 2, len(x) // heads // 2, -1).swapaxes(1, 2).reshape(x.shape)
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             x = x.T
+        if "gemma" in config["model_type"] and name.endswith("norm.weight"):
+            x = x.astype(np.float32) + 1
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         stored = kind if x.ndim == 2 and x.shape[1] % 32 == 0 else F32
         writer.add_tensor(
@@ -76,6 +81,17 @@ def _write_llama(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     if "head_dim" in config:
         writer.add_key_length(config["head_dim"])
     rope = config["rope_parameters"]
+    if "sliding_attention" in rope:
+        writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+        rope = rope["full_attention"]
+    if "gemma" in config["model_type"] and "sliding_window" in config:
+        writer.add_sliding_window(config["sliding_window"])
+        if caps := config["attn_logit_softcapping"]:
+            writer.add_attn_logit_softcapping(caps)
+            writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+        else:
+            kinds = config["layer_types"]
+            writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
@@ -95,7 +111,7 @@ def close(writer: gguf.GGUFWriter) -> None:
     "variant",
     [
         "gpt2", "gpt2_untied", "llama_biases", "llama_linear", "llama_yarn", "smollm", "mistral",
-        "qwen2", "qwen3",
+        "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text",
     ],
 )  # fmt: skip
 def test_weights_and_architecture_equal_the_original_s(variant: str, tmp_path: Path) -> None:
@@ -107,12 +123,30 @@ def test_weights_and_architecture_equal_the_original_s(variant: str, tmp_path: P
         np.testing.assert_array_equal(np.asarray(a[path]), np.asarray(b[path]), err_msg=str(path))
 
     arch = original.backbone.arch
+    if arch.attention_scale is not None:
+        # No file says what llama.cpp divides queries by.
+        arch = dataclasses.replace(arch, attention_scale=arch.head_dim**-0.5)
     expected = dataclasses.replace(
         arch,
         model_type=arch.model_type.replace("mistral", "llama"),
         epsilon=float(np.float32(arch.epsilon)),
     )
     assert converted.backbone.arch == expected
+
+
+@pytest.mark.parametrize(("variant", "layers"), [("gemma2", 46), ("gemma3_text", 62)])
+def test_the_largest_gemma_divides_queries_by_another_number(
+    variant: str, layers: int, tmp_path: Path
+) -> None:
+    """144 and 168 at 27 billion, which is D / N; else the dimensions of a head."""
+    config = read_config(FIXTURES / variant) | {"num_hidden_layers": layers, "layer_types": []}
+    writer = gguf.GGUFWriter(
+        tmp_path / "model.gguf", gguf.MODEL_ARCH_NAMES[ARCHES[config["model_type"]]]
+    )
+    _write_llama(writer, config)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    close(writer)
+    assert architecture(read_config(tmp_path / "model.gguf"), "gguf").attention_scale == 8**-0.5
 
 
 def _write_divisors(path: Path, divisors: np.ndarray) -> None:
