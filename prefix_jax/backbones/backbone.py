@@ -241,7 +241,12 @@ class Backbone:
     # The forward pass.
 
     def empty_cache(self, params: Params, rows: int, columns: int) -> Cache:
-        """A cache for `rows` rows of up to `columns` tokens, in the dtype of the weights."""
+        """A cache for `rows` rows of up to `columns` tokens, in the dtype of the weights.
+
+        Raises:
+            BackboneError: the model is an encoder.
+        """
+        self._check_writes()
         listed = isinstance(params["layers"], tuple)
         return self._stack.empty_cache(_dtype(params), rows, columns, listed)
 
@@ -364,7 +369,12 @@ class Backbone:
         return stack.finish(weights, h_BSD)
 
     def unembed(self, params: Params, h_BTD: jax.Array) -> jax.Array:
-        """logits_BTV in float32. Ask only where there is a target: V is large."""
+        """logits_BTV in float32. Ask only where there is a target: V is large.
+
+        Raises:
+            BackboneError: the model is an encoder.
+        """
+        self._check_writes()
         a = self.arch
         if a.head_scale is not None:
             h_BTD = h_BTD * jnp.asarray(a.head_scale, h_BTD.dtype)
@@ -378,6 +388,14 @@ class Backbone:
         if a.logit_softcap is not None:
             logits_BTV = a.logit_softcap * jnp.tanh(logits_BTV / a.logit_softcap)
         return logits_BTV
+
+    def _check_writes(self) -> None:
+        if not self.arch.causal:
+            raise BackboneError(
+                f"{self.arch.model_type} is an encoder: it reads text and writes none. Train it "
+                "for a task with labels (task.name: classify, regress, tag, span or choice), or "
+                "take a decoder"
+            )
 
     def pool(self, params: Params, h_BD: jax.Array) -> jax.Array:
         """What BERT's pretrained pooler makes of each example's first token, h_BD to [B, D]."""

@@ -15,6 +15,7 @@ from decoders import V, hidden, lift, read, token_ids, weights
 from prefix_jax.backbones import bert
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.layer import Layer
+from prefix_jax.errors import BackboneError
 from prefix_jax.methods.prompt import PromptTuning
 from prefix_jax.nn.layers import View
 from prefix_jax.nn.mask import Seen, Tokens
@@ -299,3 +300,11 @@ def test_the_pooler_reads_one_state_of_each_example() -> None:
         jnp.tanh(h_BD @ pooler["weight_DD"] + pooler["bias_D"]),
     )
     assert "pooler" not in params_of("roberta")
+
+
+def test_an_encoder_writes_no_text_and_says_what_to_do_instead() -> None:
+    backbone, params = encoder("bert"), params_of("bert")
+    with pytest.raises(BackboneError, match=r"bert is an encoder.* task with labels"):
+        backbone.unembed(params, behind("bert", False))
+    with pytest.raises(BackboneError, match=r"bert is an encoder.* task with labels"):
+        backbone.empty_cache(params, B, T)

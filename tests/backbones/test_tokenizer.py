@@ -1,4 +1,5 @@
-"""Tokenizers that were taken apart into GGUF and rebuilt equal their originals."""
+"""Tokenizers that were taken apart into GGUF and rebuilt equal their originals; encoders' keep
+their special tokens."""
 
 from __future__ import annotations
 
@@ -8,9 +9,19 @@ from pathlib import Path
 
 import gguf
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    processors,
+    trainers,
+)
 from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedTokenizerFast
 
@@ -239,3 +250,67 @@ def test_a_directory_without_tokenizer_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(BackboneError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
+
+
+# Encoders'.
+
+
+def _pieces(tokenizer: PreTrainedTokenizerFast, *texts: str) -> list[str]:
+    return tokenizer.convert_ids_to_tokens(tokenizer(*texts)["input_ids"])
+
+
+def test_two_texts_stand_between_the_special_tokens_of_the_encoder(tmp_path: Path) -> None:
+    bert = load_tokenizer(tiny.write_encoder(tmp_path / "bert", "bert"))
+    assert _pieces(bert, "The films", "bad") == [
+        "[CLS]",
+        "the",
+        "film",
+        "##s",
+        "[SEP]",
+        "bad",
+        "[SEP]",
+    ]
+    assert bert("a film", "bad")["token_type_ids"] == [0, 0, 0, 0, 1, 1]
+    roberta = load_tokenizer(tiny.write_encoder(tmp_path / "roberta", "roberta"))
+    assert _pieces(roberta, "hi", "no") == ["<s>", "h", "i", "</s>", "</s>", "n", "o", "</s>"]
+    assert (bert.pad_token_id, roberta.pad_token_id) == (0, 1)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_vocabulary_alone_gives_the_same_tokenizer(kind: str, tmp_path: Path) -> None:
+    """As the first checkpoints have it: `vocab.txt`, or `vocab.json` with its merges."""
+    directory = tiny.write_encoder(tmp_path / kind, kind)
+    whole = load_tokenizer(directory)
+    vocab = whole.get_vocab()
+    if kind == "bert":
+        (directory / "vocab.txt").write_text("\n".join(sorted(vocab, key=vocab.__getitem__)))
+    else:
+        (directory / "vocab.json").write_text(json.dumps(vocab))
+        (directory / "merges.txt").write_text("#version: 0.2\n")
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer_config.json").unlink()
+    again = load_tokenizer(directory)
+    for texts in (("The FILM!",), ("The film", "was very bad")):
+        assert again(*texts) == whole(*texts)
+    assert again.decode(again("the film")["input_ids"]) == whole.decode(
+        whole("the film")["input_ids"]
+    )
+
+
+def test_a_unigram_tokenizer_is_read(tmp_path: Path) -> None:
+    """As XLM-R's tokenizer.json has it."""
+    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0)]
+    pieces += [("▁film", -2.0), ("▁", -3.0), ("s", -3.0)]
+    original = Tokenizer(models.Unigram(pieces, unk_id=3))
+    original.pre_tokenizer = pre.Metaspace()
+    original.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )
+    original.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
+    (tmp_path / "config.json").write_text('{"model_type": "xlm-roberta"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert _pieces(tokenizer, "a films") == ["<s>", "▁a", "▁film", "s", "</s>"]
+    assert tokenizer("a film", "films")["input_ids"] == original.encode("a film", "films").ids

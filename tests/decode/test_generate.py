@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.load import load
 from prefix_jax.config import DecodeConfig
 from prefix_jax.decode import Generator
 from prefix_jax.decode.loop import advance, read
 from prefix_jax.decode.options import make_search
-from prefix_jax.errors import ContextError, DataError
+from prefix_jax.errors import BackboneError, ContextError, DataError
 from prefix_jax.nn.mask import Tokens
 
 NEW = 8
@@ -236,3 +239,10 @@ class TestPrograms:
         memory = advance.lower(*args, state, one[0], one[0]).compile().memory_analysis()
         assert memory.alias_size_in_bytes >= cache
         assert memory.temp_size_in_bytes < cache
+
+
+def test_an_encoder_cannot_generate_and_says_what_it_is_for(tmp_path: Path) -> None:
+    model = load(tiny.write_encoder(tmp_path / "bert"))
+    generator = Generator(model.backbone, model.params, model.tokenizer)
+    with pytest.raises(BackboneError, match=r"bert is an encoder.*task\.name: classify"):
+        generator.generate(["a film"], DecodeConfig(max_new_tokens=2))
