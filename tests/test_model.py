@@ -6,20 +6,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoders import batch_of, decoder, examples, hidden, present, read, token_ids, weights
+from decoders import batch_of, decoder, examples, hidden, lift, present, read, token_ids, weights
 
 from prefix_jax.errors import ContextError
+from prefix_jax.methods.adapter import LlamaAdapter
+from prefix_jax.methods.base import normal_like
+from prefix_jax.methods.cartridge import Cartridge
 from prefix_jax.methods.hidden import HiddenPrefixTuning
+from prefix_jax.methods.multitask import MultitaskPromptTuning
+from prefix_jax.methods.plus import PrefixTuningPlus
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.methods.prompt import PromptTuning
+from prefix_jax.methods.ptuning import PTuning
 from prefix_jax.model import PrefixModel, start_from_ids
-from prefix_jax.prefix import Embeds, Hidden, Prefix
+from prefix_jax.prefix import Adapter, Embeds, Hidden, Prefix
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 P = 4
 BACKBONE = decoder("llama")
-METHODS = [PrefixTuning(P), PrefixTuning(P, mid=8), HiddenPrefixTuning(P), PromptTuning(P)]
+METHODS = {
+    "prefix": PrefixTuning(P),
+    "mlp": PrefixTuning(P, mid=8),
+    "hidden": HiddenPrefixTuning(P),
+    "prompt": PromptTuning(P),
+    "lstm": PTuning(P, encoder="lstm", hidden=8),
+    "multitask": MultitaskPromptTuning(P),
+    "cartridge": Cartridge(P),
+}
+# What stands beside the softmax is no text before the tokens.
+BESIDE = {"adapter": LlamaAdapter(P, layers=2), "plus": PrefixTuningPlus(layers=(0, 2))}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +64,7 @@ def example_losses(weights_, text) -> np.ndarray:
     return np.array([alone(example) for example in examples(6)])
 
 
-@pytest.mark.parametrize("method", METHODS, ids=["prefix", "mlp", "hidden", "prompt"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_packed_loss_is_the_sum_of_each_example_alone(method, weights_, text, example_losses):
     model = PrefixModel(BACKBONE, method)
     start = start_from_ids(BACKBONE, weights_, method.produces, text, P)
@@ -58,8 +74,27 @@ def test_a_packed_loss_is_the_sum_of_each_example_alone(method, weights_, text, 
     np.testing.assert_allclose(jax.jit(model.loss)(params, batch), example_losses.sum(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mlp", "hidden", "lstm", "multitask", *BESIDE])
+def test_a_baked_prefix_scores_as_what_it_was_made_of(name, weights_):
+    method = (METHODS | BESIDE)[name]
+    model = PrefixModel(BACKBONE, method)
+    start = normal_like(method.blank(BACKBONE.geometry), jax.random.key(1), 0.5)
+    if isinstance(start, Adapter):
+        start = start.replace(gate_LN=jnp.full_like(start.gate_LN, 0.5))
+    params = {
+        "backbone": weights_,
+        "prefix": method.init(jax.random.key(0), BACKBONE.geometry, start),
+    }
+    batch = jax.tree.map(lambda leaf: leaf[0], batch_of(examples(4)))
+    baked = lift(BACKBONE, weights_, model.produced(params))
+    scores = jax.jit(model.score)(weights_, baked, batch)
+    bare = jax.jit(model.score)(weights_, None, batch)
+    np.testing.assert_allclose(jax.jit(model.loss)(params, batch), scores.sum(), rtol=1e-5)
+    assert abs(float(scores.sum() - bare.sum())) > 0.01
+
+
 def test_scores_are_those_of_each_row(weights_, text, example_losses):
-    model = PrefixModel(BACKBONE, METHODS[0])
+    model = PrefixModel(BACKBONE, METHODS["prefix"])
     prefix = start_from_ids(BACKBONE, weights_, Prefix, text, P)
     batch = jax.tree.map(lambda leaf: leaf[0], batch_of(examples(6), rows_multiple=3))
     score_B = jax.jit(model.score)(weights_, prefix, batch)
@@ -95,7 +130,7 @@ def test_what_fits_beside_a_prefix_follows_from_where_text_starts():
 
     assert room(None) == 64
     assert room(PrefixTuning(P)) == room(PromptTuning(P)) == 60
-    assert room(PrefixTuning(P, offset=0)) == 64
+    assert room(PrefixTuning(P, offset=0)) == room(BESIDE["adapter"]) == room(BESIDE["plus"]) == 64
     assert room(PrefixTuning(P, offset=30)) == 34
 
 

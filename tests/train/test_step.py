@@ -14,9 +14,13 @@ from decoders import batch_of, decoder, examples, weights
 
 from prefix_jax.config import OptimConfig
 from prefix_jax.mesh import make_mesh, place_rows, replicated, weight_shardings
+from prefix_jax.methods.adapter import LlamaAdapter
 from prefix_jax.methods.base import Method
+from prefix_jax.methods.cartridge import Cartridge
+from prefix_jax.methods.plus import PrefixTuningPlus
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.methods.prompt import PromptTuning
+from prefix_jax.methods.ptuning import PTuning
 from prefix_jax.model import PrefixModel
 from prefix_jax.train.optimizer import make_optimizer, make_schedule
 from prefix_jax.train.partition import labels, merge, split
@@ -108,6 +112,32 @@ def assert_close(tree, expected, rtol=1e-4, atol=1e-5):
 
 
 # What moves, and by how much.
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        PTuning(4, hidden=8),
+        LlamaAdapter(4, layers=2),
+        Cartridge(4, frozen=2),
+        PrefixTuningPlus(layers=(1, 2)),
+    ],
+    ids=["ptuning", "adapter", "cartridge", "plus"],
+)
+def test_a_method_moves_all_that_it_trains_and_nothing_else(method):
+    trainer = Trainer(method, adamw(method))
+    before = jax.tree.map(np.asarray, trainer.train)
+    frozen = jax.tree.map(np.asarray, trainer.frozen)
+    state = None
+    for _ in range(2):  # gates open at the first step, and what is behind them moves at the second
+        state, metrics = trainer.run(batch_of(EXAMPLES), state)
+        assert metrics.finite
+    moved = jax.tree.map(lambda old, new: bool((old != new).any()), before, state.train)
+    assert all(jax.tree.leaves(moved))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.train)} == {jnp.dtype("float32")}
+    jax.tree.map(np.testing.assert_array_equal, trainer.frozen, frozen)
+    sinks = jax.tree.leaves(frozen["prefix"])
+    assert len(sinks) == (2 if isinstance(method, Cartridge) else 0)
 
 
 def test_the_loss_falls_and_frozen_weights_keep_every_bit():

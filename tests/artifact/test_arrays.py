@@ -1,0 +1,96 @@
+"""Whatever a method makes has named arrays of known shapes, and comes back from them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefix_jax.artifact import BackboneCard, make_card
+from prefix_jax.artifact.arrays import facts, from_arrays, problems, to_arrays
+from prefix_jax.methods import (
+    Cartridge,
+    LlamaAdapter,
+    Method,
+    PrefixTuning,
+    PrefixTuningPlus,
+    PTuning,
+)
+from prefix_jax.prefix import Gated, Geometry, Prefix, Produced, Site, SiteShape
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# Sites differ in depth and heads.
+GEOMETRY = Geometry(
+    d_model=32,
+    vocab=96,
+    encoder=SiteShape(2, 4, 4, 8),
+    decoder=SiteShape(3, 4, 2, 8),
+    cross=SiteShape(3, 4, 2, 8),
+)
+METHODS = {
+    "all sites": PrefixTuning(5),
+    "some sites": PrefixTuning(5, sites=("encoder", "cross"), offset=0, pinned=True),
+    "some layers": PrefixTuning(5, layers=(1,)),
+    "MLP": PrefixTuning(5, mid=7, sites=("decoder",), layers=(0, 2)),
+    "soft tokens": PTuning(5),
+    "adapter": LlamaAdapter(5, layers=2),
+    "adapter of all layers": LlamaAdapter(5),
+    "adapter with one gate a layer": LlamaAdapter(5, layers=(1,), gate="plain"),
+    "cartridge": Cartridge(5, frozen=2),
+    "memory": PrefixTuningPlus(),
+    "memory of some layers": PrefixTuningPlus(layers=(0,)),
+}
+each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def made_by(method: Method) -> Produced:
+    return method(method.init(jax.random.key(0), GEOMETRY, None))
+
+
+@each_method
+def test_what_a_method_makes_comes_back(method: Method) -> None:
+    produced = made_by(method)
+    arrays = to_arrays(produced)
+    assert problems(arrays, facts(produced), GEOMETRY) == []
+    again = from_arrays(facts(produced), arrays)
+    assert jax.tree.structure(again) == jax.tree.structure(produced)
+    jax.tree.map(np.testing.assert_array_equal, again, produced)
+
+
+@each_method
+def test_an_array_of_another_shape_or_without_a_name_is_a_problem(method: Method) -> None:
+    produced = made_by(method)
+    arrays = to_arrays(produced)
+    for name, x in arrays.items():
+        (found,) = problems(arrays | {name: x[:, :-1]}, facts(produced), GEOMETRY)
+        assert found.startswith(f"{name} is float32")
+    (found,) = problems(arrays | {"surplus": np.zeros(1)}, facts(produced), GEOMETRY)
+    assert found == "surplus is unknown"
+
+
+@pytest.mark.parametrize(
+    ("name", "positions", "layers"),
+    [
+        ("some layers", 5, {"encoder": (1,), "decoder": (1,), "cross": (1,)}),
+        ("adapter", 0, {"adapter": (1, 2)}),
+        ("memory", 0, {}),
+        ("memory of some layers", 0, {"encoder": (0,), "decoder": (0,), "cross": (0,)}),
+    ],
+)
+def test_a_card_tells_layers_and_the_positions_of_slots(name, positions, layers) -> None:
+    backbone = BackboneCard(source="some/model", model_type="t5", fingerprint="f", dtype="float32")
+    card = make_card(made_by(METHODS[name]), GEOMETRY, backbone)
+    assert card.layers == layers
+    assert card.positions == tuple(range(positions))
+
+
+def test_a_gate_that_is_baked_into_keys_and_values_comes_back() -> None:
+    pair = (jnp.ones((3, 5, 2, 8)), jnp.ones((3, 5, 2, 8)))
+    prefix = Prefix(Site(beside=Gated(*pair, jnp.ones((3, 4)))))
+    arrays = to_arrays(prefix)
+    assert set(arrays) == {f"decoder.gated.{name}" for name in ("k_LPKH", "v_LPKH", "gate_LN")}
+    assert problems(arrays, facts(prefix), GEOMETRY) == []
+    again = from_arrays(facts(prefix), arrays)
+    assert jax.tree.structure(again) == jax.tree.structure(prefix)
