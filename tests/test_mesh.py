@@ -92,7 +92,7 @@ def test_the_letters_of_a_name_shard_a_weight(mesh, name, shape, expected):
     assert weight_spec(path, shape, mesh) == PartitionSpec(*expected)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma3"])
 def test_every_large_weight_of_a_backbone_is_split(mesh, name):
     abstract = jax.eval_shape(decoder(name).init, jax.random.key(0))
     shardings = weight_shardings(abstract, mesh)

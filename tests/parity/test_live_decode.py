@@ -33,7 +33,10 @@ PROCESSORS = _import(TESTS / "decode" / "test_processors.py")
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("behind", [False, True], ids=["bare", "prefix"])
-@pytest.mark.parametrize("name", ["gpt2", "smollm", "qwen3", "mistral_window", "qwen2_window"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "smollm", "qwen3", "mistral_window", "qwen2_window", "gemma2", "gemma3_text", "neox"],
+)
 def test_decoding_equals_that_of_transformers(
     name: str, behind: bool, seed: int, difference: Any
 ) -> None:
