@@ -1,8 +1,9 @@
-"""Greedy decoding and beam search equal those of transformers, token for token, with PEFT's
-prefix and without; `tests/fixtures/make_decode.py` wrote what they give."""
+"""Greedy decoding and beam search equal those of transformers, token for token, with a prefix and
+without; `tests/fixtures/make_decode.py` wrote what they give."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -18,11 +19,11 @@ from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.load import Pretrained, load
 from prefix_jax.config import DecodeConfig
 from prefix_jax.decode import Generator
-from prefix_jax.prefix import KVPrefix, Prefix, Site
+from prefix_jax.prefix import KVPrefix, Prefix, Site, SiteName
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 RUNS = json.loads((FIXTURES / "decode.json").read_text(encoding="utf-8"))
-P = 5
+P, SLOTS = 5, 3
 
 
 def letter(token: int) -> str:
@@ -41,7 +42,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @functools.cache
 def model(name: str) -> Pretrained:
-    return load(FIXTURES / "backbones" / name, dtype="float32")
+    folders = (FIXTURES / "backbones" / name, FIXTURES / "encoder_decoders" / name)
+    return load(next(folder for folder in folders if folder.exists()), dtype="float32")
 
 
 def peft_prefix(backbone: Backbone, seed: int) -> Prefix:
@@ -53,20 +55,36 @@ def peft_prefix(backbone: Backbone, seed: int) -> Prefix:
     return Prefix(Site(KVPrefix(jnp.asarray(k_LPKH), jnp.asarray(v_LPKH))), offset=P)
 
 
+def sites_prefix(backbone: Backbone, seed: int) -> Prefix:
+    """The prefix of `make_encoder_decoders.random_sites`."""
+    rng = np.random.default_rng(seed)
+    sites: dict[SiteName, Site] = {}
+    for name in ("encoder", "decoder", "cross"):
+        shape = backbone.geometry.sites[name]
+        size = (2, shape.layers, SLOTS, shape.kv_heads, shape.head_dim)
+        sites[name] = Site(KVPrefix(*jnp.asarray(rng.normal(size=size), jnp.float32)))
+    return Prefix.of(sites, offset=SLOTS)
+
+
 def check(run: dict[str, Any], pretrained: Pretrained) -> float:
     """All prompts of a run in one ragged batch give what each gave transformers alone: its tokens,
     and its scores up to the difference that is returned, relative to 1 + |score|."""
     options = dict(run["options"])
     banned = options.pop("banned_words", [])
+    backbone, make_prefix = pretrained.backbone, peft_prefix
+    if backbone.arch.encoder is not None:
+        forced = {"first_id": options.pop("first", None), "last_id": options.pop("last", None)}
+        backbone = Backbone(dataclasses.replace(backbone.arch, **forced))
+        make_prefix = sites_prefix
     config = DecodeConfig(
         **options, banned_words=tuple("".join(map(letter, word)) for word in banned)
     )
     seed = run["prefix_seed"]
     generator = Generator(
-        pretrained.backbone,
+        backbone,
         pretrained.params,
         tokenizer(),
-        None if seed is None else peft_prefix(pretrained.backbone, seed),
+        None if seed is None else make_prefix(backbone, seed),
         eos=tuple(run["eos"]),
     )
     generations = generator.generate(run["prompts"], config)
@@ -84,5 +102,14 @@ def check(run: dict[str, Any], pretrained: Pretrained) -> float:
 def test_decoding_equals_that_of_transformers(name: str, behind: bool) -> None:
     runs = [r for r in RUNS if r["model"] == name and (r["prefix_seed"] is not None) == behind]
     assert len(runs) >= 6
+    for run in runs:
+        check(run, model(name))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_what_encoder_decoders_write_equals_that_of_transformers(name: str) -> None:
+    """T5 bare and with a prefix at every attention; BART with tokens forced at both ends."""
+    runs = [r for r in RUNS if r["model"] == name]
+    assert len(runs) >= 3
     for run in runs:
         check(run, model(name))

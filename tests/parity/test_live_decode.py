@@ -52,6 +52,20 @@ def test_decoding_equals_that_of_transformers(
             difference("scores of decoding, relative", delta, 1e-5, name)
 
 
+@pytest.mark.parametrize("behind", [False, True], ids=["bare", "prefix"])
+@pytest.mark.parametrize("name", ["t5", "t5_gated", "mt5", "bart"])
+def test_what_encoder_decoders_write_equals_that_of_transformers(name: str, behind: bool) -> None:
+    directory = TESTS / "fixtures" / "encoder_decoders"
+    for cases, ends in (
+        (MAKER.GREEDY, 1),
+        (MAKER.GREEDY_CONSTRAINED, 2),
+        (MAKER.TWO_SIDED, 2),
+        (MAKER.TWO_SIDED_CONSTRAINED, 1),
+    ):
+        for run in MAKER.run(directory, name, cases, behind, ends, seed=1):
+            STORED.check(run, STORED.model(name))
+
+
 def test_the_stored_processors_are_those_of_transformers(difference: Any) -> None:
     for name, made in MAKER.processed(seed=0).items():
         # What a processor forbids is minus infinity on both sides.
