@@ -1,0 +1,63 @@
+"""What the configurations and checkpoints of BART mean."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import safetensors.numpy
+import tiny
+
+from prefix_jax.backbones.load import architecture, load, read_config
+from prefix_jax.errors import BackboneError
+
+CONFIG = tiny.BART_CONFIG
+
+
+def test_the_position_table_bounds_source_and_target_apart():
+    arch = architecture(CONFIG, "bart")
+    assert arch.max_positions == arch.encoder.max_positions == 256
+    assert arch.positions == arch.encoder.positions == 258
+
+
+def test_embeddings_are_scaled_on_request():
+    assert architecture(CONFIG, "bart").embed_scale is None
+    assert architecture(CONFIG | {"scale_embedding": True}, "bart").embed_scale == 32**0.5
+
+
+def test_a_checkpoint_of_the_bare_model_has_no_bias_of_the_head(tmp_path):
+    path = tiny.write_bart(tmp_path / "bart")
+    assert load(path).backbone.arch.head_bias
+    tensors = safetensors.numpy.load_file(path / "model.safetensors")
+    tensors.pop("final_logits_bias")
+    safetensors.numpy.save_file(tensors, path / "model.safetensors")
+    assert not load(path).backbone.arch.head_bias
+
+
+def test_names_may_have_the_task_models_prefix_and_shared_embeddings_any_of_theirs(tmp_path):
+    path = tiny.write_bart(tmp_path / "bart")
+    usual = load(path).fingerprint
+    tensors = safetensors.numpy.load_file(path / "model.safetensors")
+    bias, table = tensors.pop("final_logits_bias"), tensors.pop("shared.weight")
+    for name in ("model.decoder.embed_tokens.weight", "lm_head.weight"):
+        stored = {f"model.{name}": x for name, x in tensors.items()}
+        stored |= {"final_logits_bias": bias, name: table}
+        safetensors.numpy.save_file(stored, path / "model.safetensors")
+        assert load(path).fingerprint == usual
+
+
+def test_newer_checkpoints_say_in_a_file_of_its_own_how_texts_begin_and_end(tmp_path):
+    path = tiny.write_bart(tmp_path / "bart")
+    arch = architecture(read_config(path), "bart")
+    assert (arch.start_id, arch.first_id, arch.last_id) == (256, 258, 256)
+    frame = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+    bare = {key: value for key, value in CONFIG.items() if key not in frame}
+    (path / "config.json").write_text(json.dumps(bare))
+    arch = architecture(read_config(path), "bart")
+    assert (arch.start_id, arch.first_id, arch.last_id) == (256, None, None)
+    generation = {key: CONFIG[key] for key in frame} | {"min_length": 56}
+    (path / "generation_config.json").write_text(json.dumps(generation))
+    assert read_config(path) == CONFIG
+    (path / "generation_config.json").write_text("[")
+    with pytest.raises(BackboneError, match=r"generation_config\.json is not valid JSON"):
+        read_config(path)
