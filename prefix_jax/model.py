@@ -15,6 +15,7 @@ from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.data.batch import Batch
 from prefix_jax.data.tokens import EncoderDecoder
 from prefix_jax.errors import ContextError
+from prefix_jax.heads import Head
 from prefix_jax.methods.base import Method
 from prefix_jax.nn.loss import (
     frozen_head_loss,
@@ -24,7 +25,7 @@ from prefix_jax.nn.loss import (
 )
 from prefix_jax.prefix import Adapter, Embeds, Hidden, Prefix, Produced
 
-# {"backbone": …, "prefix": …}: one plain tree, so that one label function partitions it.
+# {"backbone": …, "prefix": …, "head": …}: one plain tree, so that one label function partitions it.
 Params = Mapping[str, Any]
 
 
@@ -35,10 +36,12 @@ class PrefixModel:
     Attributes:
         backbone: the computation of the pretrained model.
         method: what trains; None is full fine-tuning without a prefix, the baseline.
+        head: what reads the last hidden states, and trains too; None is the language model's own.
     """
 
     backbone: Backbone
     method: Method[Any] | None
+    head: Head | None = None
 
     def produced(self, params: Params, rng: jax.Array | None = None) -> Produced | None:
         """What the method makes of its parameters; with `rng`, under dropout."""
@@ -49,13 +52,19 @@ class PrefixModel:
         return self.backbone.lift(params["backbone"], self.produced(params, rng))
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
-        """The summed negative log-likelihood of the batch's targets, in nats. Differentiable.
+        """The summed loss of the batch's targets: under the language model's own head their
+        negative log-likelihood, in nats. Differentiable.
 
         Args:
-            params: {"backbone": …, "prefix": …}.
+            params: {"backbone": …, "prefix": …, "head": …}.
             batch: packed rows.
             rng: for dropout; None evaluates.
         """
+        if self.head is not None:
+            prefix_rng, head_rng = (None, None) if rng is None else jax.random.split(rng)
+            prefix = self.prefix(params, prefix_rng)
+            out_BMY = self._answers(params["backbone"], params["head"], prefix, batch, head_rng)
+            return self.head.losses(out_BMY, batch).sum()
         h_BMD = self._predicting(params["backbone"], self.prefix(params, rng), batch)
         head_loss = training_head_loss if self.method is None else frozen_head_loss
         return head_loss(
@@ -73,6 +82,37 @@ class PrefixModel:
         h_BMD = self._predicting(backbone, prefix, batch)
         return row_losses(self.backbone.unembed, backbone, h_BMD, batch.label_BM, batch.weight_BM)
 
+    def answer(
+        self, backbone: Any, head: Any, prefix: Prefix | None, batch: Batch
+    ) -> tuple[jax.Array, jax.Array]:
+        """What the head makes of the batch.
+
+        Args:
+            backbone, head: the weights of each.
+            prefix: a lifted prefix; None is the bare model.
+            batch: packed rows.
+
+        Returns:
+            out_BMY, and the summed loss of each row's targets, [B].
+        """
+        assert self.head is not None, "this model has no head but its own"
+        out_BMY = self._answers(backbone, head, prefix, batch)
+        return out_BMY, self.head.losses(out_BMY, batch)
+
+    def _answers(
+        self,
+        backbone: Any,
+        head: Any,
+        prefix: Prefix | None,
+        batch: Batch,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        assert self.head is not None
+        h_BMD = self._predicting(backbone, prefix, batch)
+        if self.head.pooled:
+            h_BMD = self.backbone.pool(backbone, h_BMD)
+        return self.head(head, h_BMD, rng)
+
     def _predicting(self, backbone: Any, prefix: Prefix | None, batch: Batch) -> jax.Array:
         """The hidden states that predict the targets, h_BMD."""
         encoded = None
@@ -82,7 +122,9 @@ class PrefixModel:
         h_BTD, _ = self.backbone.hidden(
             backbone, batch.ids_BT, batch.tokens, prefix, encoded=encoded
         )
-        return gather_targets(h_BTD, batch.index_BM)
+        # Soft tokens before an encoder are the first columns of what it gives.
+        soft = h_BTD.shape[1] - batch.ids_BT.shape[1]
+        return gather_targets(h_BTD, batch.index_BM + soft)
 
     @functools.cached_property
     def _abstract(self) -> Prefix | None:

@@ -5,7 +5,8 @@
     prefix.safetensors     or these, if asked for
 
 What is stored is what the method produces without dropout, so nothing of the method is needed to
-use it: an MLP that computed keys and values in training is gone. `docs/export.md` says how to read
+use it: an MLP that computed keys and values in training is gone. Of a task with labels the arrays
+of its head lie beside those of the prefix, under names that begin with "head.". `docs/export.md` says how to read
 a prefix without this package.
 """
 
@@ -16,12 +17,13 @@ from prefix_jax.artifact.card import (
     FORMAT_VERSION,
     BackboneCard,
     Card,
+    TaskCard,
     TemplateCard,
     TokenizerCard,
     check,
     make_card,
 )
-from prefix_jax.artifact.store import Container, find, load, save
+from prefix_jax.artifact.store import Container, find, load, load_head, save
 
 __all__ = [
     "FORMAT_VERSION",
@@ -30,12 +32,14 @@ __all__ = [
     "Container",
     "Facts",
     "Kind",
+    "TaskCard",
     "TemplateCard",
     "TokenizerCard",
     "check",
     "facts",
     "find",
     "load",
+    "load_head",
     "make_card",
     "save",
 ]

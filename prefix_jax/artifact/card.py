@@ -64,6 +64,7 @@ class TemplateCard:
     Attributes:
         prepare: what added fields to records of a published set.
         input, target: templates with `{field}`.
+        pair: template of a second text, for a task with labels.
         messages: the field that held a chat.
         references: the field that held every acceptable target.
         loss: which tokens were learnt: "target" or "all".
@@ -74,6 +75,7 @@ class TemplateCard:
 
     prepare: str | None = None
     input: str | None = None
+    pair: str | None = None
     target: str | None = None
     messages: str | None = None
     references: str | None = None
@@ -81,6 +83,21 @@ class TemplateCard:
     max_length: int | None = None
     truncate: Literal["left", "right"] = "left"
     on_overflow: Literal["error", "drop"] = "error"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskCard:
+    """The task of a prefix that was trained together with a head.
+
+    Attributes:
+        config: the fields of `TaskConfig`, with the labels that were collected.
+        head: the fields of the head.
+        shapes: of its arrays, by name.
+    """
+
+    config: dict[str, Any]
+    head: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +115,7 @@ class Card(Facts):
         template: of the training data.
         decode: how text is generated unless one says otherwise: fields of `DecodeConfig`.
         tokenizer: of the training data.
+        task: what the head beside it answers; None where text is generated.
         metrics: results on held-out data; what is not finite is stored as None.
         package: the version of prefix_jax that made it.
         created: when, ISO 8601, UTC.
@@ -113,6 +131,7 @@ class Card(Facts):
     template: TemplateCard | None
     decode: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: TokenizerCard | None
+    task: TaskCard | None = None
     metrics: dict[str, Any]
     package: str
     created: str
@@ -134,6 +153,7 @@ def make_card(
     template: TemplateCard | None = None,
     decode: Mapping[str, Any] | None = None,
     tokenizer: TokenizerCard | None = None,
+    task: TaskCard | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Card:
     """The card of a prefix that was made just now. The arguments are the fields of `Card`.
@@ -157,6 +177,7 @@ def make_card(
         template=template,
         decode=dict(decode or {}),
         tokenizer=tokenizer,
+        task=task,
         metrics=dict(metrics or {}),
         package=_package_version(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -26,13 +26,20 @@ from prefix_jax.typed import build
 Container = Literal["orbax", "safetensors"]
 
 _CARD = "prefix.json"
+_HEAD = "head."
 _CONTAINERS: dict[Container, str] = {"orbax": "arrays", "safetensors": "prefix.safetensors"}
 # Under a run directory.
 _INNER = "prefix"
 _REMEDY = "copy it again from where it came from, or train it again"
 
 
-def save(path: str | Path, produced: Produced, card: Card, arrays: Container = "orbax") -> None:
+def save(
+    path: str | Path,
+    produced: Produced,
+    card: Card,
+    arrays: Container = "orbax",
+    head: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a prefix. What stood at `path` is replaced once the new one is safely on disk.
 
     In a run of several processes every one calls this, for Orbax's saving is collective; the
@@ -43,6 +50,7 @@ def save(path: str | Path, produced: Produced, card: Card, arrays: Container = "
         produced: what the method produces, without dropout.
         card: of `make_card`.
         arrays: the container of the arrays.
+        head: the arrays of a task's head, if the card has a task.
 
     Raises:
         PrefixError: the prefix contradicts its card or holds NaN, or `path` is something else.
@@ -52,8 +60,9 @@ def save(path: str | Path, produced: Produced, card: Card, arrays: Container = "
     path = Path(path).expanduser().resolve()
     if facts(produced) != card.facts:
         raise PrefixError(f"{path}: the card describes another prefix; make it with make_card")
-    content = to_arrays(produced)
-    if wrong := problems(content, card.facts, card.geometry):
+    of_head = {_HEAD + name: np.array(x, np.float32) for name, x in (head or {}).items()}
+    content = {**to_arrays(produced), **of_head}
+    if wrong := _problems(content, card):
         raise PrefixError(f"a prefix like this is not saved to {path}: {'; '.join(wrong)}")
     text = _to_json(card, content, arrays)
     first = jax.process_index() == 0
@@ -85,15 +94,28 @@ def load(path: str | Path) -> tuple[Produced, Card]:
     Raises:
         PrefixError: there is none, or it is damaged or of a newer format.
     """
+    produced, _, card = _load(path)
+    return produced, card
+
+
+def load_head(path: str | Path) -> dict[str, jax.Array]:
+    """Reads the arrays of the head beside a prefix; empty where there is none. See `load`."""
+    return _load(path)[1]
+
+
+def _load(path: str | Path) -> tuple[Produced, dict[str, jax.Array], Card]:
     path = find(path)
     card, stored = _read_card(path / _CARD)
     content = _read_arrays(path / _CONTAINERS[stored.container], stored.container)
-    wrong = problems(content, card.facts, card.geometry)
+    wrong = _problems(content, card)
     if not wrong and {name: _sha256(x) for name, x in content.items()} != stored.sha256:
         wrong = [f"its arrays are not those that {_CARD} was written for"]
     if wrong:
         raise PrefixError(f"{path} is damaged: {'; '.join(wrong)}; {_REMEDY}")
-    return from_arrays(card.facts, {name: jnp.asarray(x) for name, x in content.items()}), card
+    arrays = {name: jnp.asarray(x) for name, x in content.items()}
+    of_head = {name.removeprefix(_HEAD): x for name, x in arrays.items() if _of_head(name)}
+    own = {name: x for name, x in arrays.items() if not _of_head(name)}
+    return from_arrays(card.facts, own), of_head, card
 
 
 def find(path: str | Path) -> Path:
@@ -118,6 +140,27 @@ def find(path: str | Path) -> Path:
         f"{path} holds no prefix: neither {_CARD} nor {_INNER}/{_CARD} is there; "
         "give the directory of a prefix, or of a run that has ended"
     )
+
+
+def _of_head(name: str) -> bool:
+    return name.startswith(_HEAD)
+
+
+def _problems(content: Mapping[str, np.ndarray], card: Card) -> list[str]:
+    """Where the arrays are not those that the card promises, or not finite."""
+    own = {name: x for name, x in content.items() if not _of_head(name)}
+    found = problems(own, card.facts, card.geometry)
+    promised = {} if card.task is None else card.task.shapes
+    expected = {_HEAD + name: tuple(shape) for name, shape in promised.items()}
+    for name in expected | {name: None for name in content if _of_head(name)}:
+        x, shape = content.get(name), expected.get(name)
+        if x is None or shape is None:
+            found.append(f"{name} is {'missing' if x is None else 'unknown'}")
+        elif x.shape != shape or x.dtype != np.float32:
+            found.append(f"{name} is {x.dtype} {x.shape} instead of float32 {shape}")
+        elif not np.isfinite(x).all():
+            found.append(f"{name} has values that are NaN or infinite")
+    return found
 
 
 # Reading and writing.

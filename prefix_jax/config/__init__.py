@@ -11,7 +11,10 @@ from prefix_jax.config.schema import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    TaskConfig,
+    TaskName,
     TrainConfig,
+    check_metrics,
 )
 from prefix_jax.config.text import dump, load, parse, sections
 
@@ -26,7 +29,10 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",
+    "TaskConfig",
+    "TaskName",
     "TrainConfig",
+    "check_metrics",
     "dump",
     "load",
     "parse",

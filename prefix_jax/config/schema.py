@@ -25,6 +25,11 @@ Metric = Literal[
     "rougeLsum",
     "exact_match",
     "final_number",
+    "f1",
+    "f1_macro",
+    "matthews",
+    "pearson",
+    "spearman",
 ]
 
 
@@ -143,6 +148,8 @@ class DataConfig:
         prepare: what records of a published set need before templates render them: each name
             adds a field (see `data/prepare.py`); None adds nothing.
         input: template of the text that is given; None gives nothing (plain text modelling).
+        pair: template of a second text, for a task that reads two; of the text to search, for
+            `task.name: span`.
         target: template of the text to learn.
         messages: the field that holds a chat, a list of {"role": …, "content": …}. Excludes
             `input` and `target`; not for encoder-decoders.
@@ -169,6 +176,7 @@ class DataConfig:
     test: str | None = None
     prepare: Preparing | None = None
     input: str | None = None
+    pair: str | None = None
     target: str | None = None
     messages: str | None = None
     references: str | None = None
@@ -186,10 +194,6 @@ class DataConfig:
         templates = self.input is not None or self.target is not None
         _require(
             (
-                self.target is not None or self.messages is not None,
-                "give target (a template such as '{text}') or messages (the field of a chat)",
-            ),
-            (
                 not (templates and self.messages is not None),
                 "messages excludes input and target: a chat has its own turns",
             ),
@@ -202,6 +206,57 @@ class DataConfig:
         )
 
 
+TaskName = Literal["generate", "classify", "regress", "tag", "span", "choice"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What is made of a text: more text, or the answer of a head that trains beside the prefix.
+
+    Attributes:
+        name: "generate" text; "classify" a text, or a pair of them; "regress" a number; "tag" every
+            word; mark the "span" of a text that answers a question; or make a "choice" among texts.
+        label: the field of what is to be found: a label; a number; the tags of all words, in a
+            list; the answers, as SQuAD has them ({"text": […], "answer_start": […]}); the choice,
+            counted from 0.
+        labels: the names of the labels, in order; None collects them from the training data,
+            sorted. A number in the data counts them from 0.
+        words: for "tag", the field that holds the words, in a list.
+        choices: for "choice", templates of the texts to choose among. A field that holds a list
+            gives one for each of its texts.
+        stride: for "span", how many tokens successive windows of a long text share.
+        answer_tokens: for "span", how long an answer is at most.
+        unanswerable: for "span", whether a question may have no answer (SQuAD 2.0).
+        dropout: of the head's input, in training; where the model's own heads have it.
+    """
+
+    name: TaskName = "generate"
+    label: str = "label"
+    labels: tuple[str, ...] | None = None
+    words: str = "tokens"
+    choices: tuple[str, ...] | None = None
+    stride: int = 128
+    answer_tokens: int = 30
+    unanswerable: bool = False
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(
+            (
+                (self.choices is not None) == (self.name == "choice"),
+                "choices are the templates of the texts that name: choice chooses among; give them "
+                "there, and there alone",
+            ),
+            (
+                self.labels is None or len(set(self.labels)) == len(self.labels) >= 2,
+                "labels names each label once, and at least two",
+            ),
+            *_at_least(self, 0, "stride"),
+            *_at_least(self, 1, "answer_tokens"),
+            *_fraction(self, "dropout"),
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """How what trains is updated.
@@ -209,6 +264,7 @@ class OptimConfig:
     Attributes:
         name: "adamw" (Loshchilov & Hutter 2019) or "adafactor" (Shazeer & Stern 2018, without
             parameter scaling, as prompt tuning uses it).
+        head_learning_rate: the peak of a task's head; None is that of the prefix.
         learning_rate: the peak. What works follows the parameterisation: about 1e-2 for raw keys
             and values, 5e-5 under the paper's MLP, 0.3 for soft prompts with Adafactor.
         schedule: after the warmup, "constant", or "linear" or "cosine" down to 0 at the last step.
@@ -223,6 +279,7 @@ class OptimConfig:
 
     name: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = 1e-2
+    head_learning_rate: float | None = None
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: int = 0
     weight_decay: float = 0.0
@@ -235,6 +292,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _require(
             (self.learning_rate > 0, f"learning_rate must be positive, not {self.learning_rate}"),
+            (
+                self.head_learning_rate is None or self.head_learning_rate > 0,
+                f"head_learning_rate must be positive, not {self.head_learning_rate}",
+            ),
             (self.eps > 0, f"eps must be positive, not {self.eps}"),
             (
                 self.clip is None or self.clip > 0,
@@ -409,7 +470,10 @@ class EvaluateConfig:
             and of generated text "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum" and
             "exact_match". During training the first one alone is measured, and selects the best
             checkpoint.
-        labels: the answers among which accuracy chooses.
+            Of a task with labels, the loss and what `METRICS_OF` lists: "accuracy", "f1" (of the
+            last of two labels, else the mean over all; of entities, for tags; of words, for spans),
+            "f1_macro", "matthews", "pearson", "spearman", "exact_match".
+        labels: the answers among which accuracy chooses; of generated text alone.
         before: measure the bare model on the test data too, for comparison.
         batch_size: examples at a time.
         limit: examples at most; None takes all.
@@ -424,12 +488,51 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         _require(
             (bool(self.metrics), "metrics must name at least one"),
-            (
-                "accuracy" not in self.metrics or len(self.labels or ()) >= 2,
-                "accuracy chooses among labels: give at least two",
-            ),
             *_at_least(self, 1, "batch_size", "limit"),
         )
+
+
+# The metrics of each task.
+METRICS_OF: dict[str, tuple[Metric, ...]] = {
+    "classify": ("loss", "accuracy", "f1", "f1_macro", "matthews"),
+    "regress": ("loss", "pearson", "spearman"),
+    "tag": ("loss", "accuracy", "f1"),
+    "span": ("loss", "exact_match", "f1"),
+    "choice": ("loss", "accuracy"),
+}
+_OF_LABELS = ("f1", "f1_macro", "matthews", "pearson", "spearman")
+
+
+def check_metrics(task: TaskName, evaluate: EvaluateConfig) -> None:
+    """Raises ConfigError if the metrics are not those of the task."""
+    if task == "generate":
+        wrong = [metric for metric in evaluate.metrics if metric in _OF_LABELS]
+        _require(
+            (not wrong, f"evaluate.metrics: {', '.join(wrong)} measure a task.name with labels"),
+            (
+                "accuracy" not in evaluate.metrics or len(evaluate.labels or ()) >= 2,
+                "evaluate: accuracy chooses among labels: give at least two",
+            ),
+        )
+        return
+    known = METRICS_OF[task]
+    wrong = [metric for metric in evaluate.metrics if metric not in known]
+    _require(
+        (
+            not wrong,
+            f"evaluate.metrics: {', '.join(wrong)} cannot measure task.name {task}; "
+            f"there are {', '.join(known)}",
+        ),
+        (
+            not evaluate.before,
+            "evaluate.before measures the bare language model: a task has no head before training",
+        ),
+        (
+            evaluate.labels is None,
+            "evaluate.labels are the texts among which a language model chooses; the labels of a "
+            "task are task.labels",
+        ),
+    )
 
 
 def default_method() -> dict[str, Any]:
@@ -453,6 +556,7 @@ class Config:
         mesh: layout of the devices.
         decode: generation, for evaluation and for the use of the prefix afterwards.
         evaluate: metrics.
+        task: what is made of a text.
     """
 
     model: ModelConfig
@@ -465,9 +569,43 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     decode: DecodeConfig = DecodeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    task: TaskConfig = TaskConfig()
 
     def __post_init__(self) -> None:
+        check_metrics(self.task.name, self.evaluate)
+        data, generates = self.data, self.task.name == "generate"
         _require(
+            (
+                not generates or data.target is not None or data.messages is not None,
+                "data: give target (a template such as '{text}') or messages (the field of a "
+                "chat), or a task.name that learns labels",
+            ),
+            (
+                not generates or data.pair is None,
+                "data.pair is the second text of a task with labels: give task.name",
+            ),
+            (
+                generates or (data.target is data.messages is data.references is None),
+                f"data: task.name {self.task.name} learns task.label, not a target, messages or "
+                "references: leave them out",
+            ),
+            (
+                generates or self.task.name == "tag" or data.input is not None,
+                "data: give input, a template of the text to read, such as '{text}'",
+            ),
+            (
+                self.task.name != "tag" or (data.input is data.pair is None),
+                "data: task.name tag reads the list of words in the field task.words: leave input "
+                "and pair out",
+            ),
+            (
+                self.task.name != "span" or data.pair is not None,
+                "data: task.name span looks for the answer to input in pair: give both templates",
+            ),
+            (
+                self.task.name != "choice" or data.pair is None,
+                "data: task.name choice pairs the input with each of task.choices: leave pair out",
+            ),
             (isinstance(self.method.get("name"), str), "method.name must name a method"),
             (
                 self.data.batch_size % self.optim.accumulate == 0,

@@ -15,6 +15,22 @@ from prefix_jax.nn.mask import Tokens
 
 
 @dataclasses.dataclass(frozen=True)
+class Window:
+    """A stretch of a text in which the answer to a question may stand.
+
+    Attributes:
+        question: its number; successive windows of one text share it.
+        context: the whole text.
+        offset_T2: int32, where each token starts and ends in it, in characters; -1 for those that
+            are not of the text.
+    """
+
+    question: int
+    context: str
+    offset_T2: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Example:
     """One tokenised example: its tokens, and what is predicted from where.
 
@@ -36,6 +52,8 @@ class Example:
         candidates: whether the targets are candidates for one answer: the loss is that of choosing
             among them, and they count as one target. A label's bits then say of which answers its
             candidate is the right one (bit 0 the first answer, bit 1 the second).
+        window: what its tokens are, where an answer is to be found among them.
+        choices: the texts of the candidates, where they are texts.
     """
 
     ids_T: np.ndarray
@@ -50,6 +68,8 @@ class Example:
     segment_T: np.ndarray | None = None
     part_T: np.ndarray | None = None
     candidates: bool = False
+    window: Window | None = None
+    choices: tuple[str, ...] = ()
 
     @classmethod
     def of_text(

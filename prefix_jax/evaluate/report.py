@@ -15,6 +15,9 @@ from rich.table import Table
 from prefix_jax.errors import PrefixJaxError
 from prefix_jax.evaluate.metrics import METRICS
 
+PERCENTAGES = {*METRICS, "f1", "f1_macro", "matthews", "pearson", "spearman"}
+"""The metrics of text, and of answers with labels."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -67,12 +70,15 @@ class Prediction:
         prompt: the input as the model read it.
         prediction: what the model wrote.
         references: what it should have written.
+        scores: of an answer with labels, the probability of each; of a span, its score and that of
+            there being none. None where text was generated.
     """
 
     source: str
     prompt: str
     prediction: str
     references: Sequence[str]
+    scores: Mapping[str, float] | None = None
 
 
 def save_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:
@@ -128,13 +134,16 @@ def table(columns: Mapping[str, Mapping[str, float]], title: str | None = None) 
 
 
 def _line(prediction: Prediction) -> str:
-    return json.dumps(dataclasses.asdict(prediction), ensure_ascii=False)
+    fields = dataclasses.asdict(prediction)
+    if prediction.scores is None:
+        del fields["scores"]
+    return json.dumps(fields, ensure_ascii=False)
 
 
 def _cell(name: str, value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.2f}" if name in METRICS else f"{value:.4f}"
+    return f"{value:.2f}" if name in PERCENTAGES else f"{value:.4f}"
 
 
 def write_lines(path: str | Path, lines: Iterable[str]) -> None:

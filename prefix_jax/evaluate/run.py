@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from prefix_jax.backbones.load import Pretrained
 from prefix_jax.backbones.stack import Params
-from prefix_jax.config import DecodeConfig, EvaluateConfig
+from prefix_jax.config import DecodeConfig, EvaluateConfig, TaskConfig, check_metrics
 from prefix_jax.data.batch import Batch, Example
 from prefix_jax.data.pipeline import evaluation_batches
 from prefix_jax.data.tokens import group_references
@@ -54,6 +54,10 @@ class Evaluator:
         mesh: where its weights lie.
         config: metrics, labels, batch size and limit.
         decode: how text is generated.
+        task: what is made of a text, with its labels.
+
+    Raises:
+        ConfigError: the metrics are not those of the task.
     """
 
     def __init__(
@@ -63,11 +67,15 @@ class Evaluator:
         mesh: Mesh,
         config: EvaluateConfig = EvaluateConfig(),  # noqa: B008
         decode: DecodeConfig = DecodeConfig(),  # noqa: B008
+        task: TaskConfig = TaskConfig(),  # noqa: B008
     ):
+        check_metrics(task.name, config)
+        self._task = task
         self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
         self._config, self._decode = config, decode
         # Every host reads the scores of all rows.
         self._score = jax.jit(model.score, out_shardings=replicated(mesh))
+        self._answer = jax.jit(model.answer, out_shardings=replicated(mesh))
 
     def compare(
         self,
@@ -75,6 +83,7 @@ class Evaluator:
         prefixes: Mapping[str, Prefix | None],
         examples: Sequence[Example],
         phase: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
+        head: Params | None = None,
     ) -> dict[str, Evaluation]:
         """Measures several prefixes on the same examples, by all metrics of the config.
 
@@ -86,8 +95,15 @@ class Evaluator:
             prefixes: by name; None is the bare model.
             examples: with their references.
             phase: a context for what goes on at the moment, for a display.
+            head: the weights of a task's head.
         """
         metrics = self._config.metrics
+        if head is not None:
+            found = {}
+            for name, prefix in prefixes.items():
+                with phase(f"{', '.join(metrics)} {name}".rstrip()):
+                    found[name] = self(pretrained.stacked(), prefix, examples, metrics, head)
+            return found
         parts: dict[str, list[Evaluation]] = {name: [] for name in prefixes}
         likelihoods = [metric for metric in metrics if metric in LIKELIHOOD_METRICS]
         written = [metric for metric in metrics if metric not in LIKELIHOOD_METRICS]
@@ -109,7 +125,7 @@ class Evaluator:
         Raises:
             ContextError: a prompt leaves no room for `max_new_tokens` behind the prefix.
         """
-        if not examples or all(metric in LIKELIHOOD_METRICS for metric in metrics):
+        if not examples or self._task.name != "generate" or all(metric in LIKELIHOOD_METRICS for metric in metrics):
             return
         longest = max(examples[: self._config.limit], key=lambda example: example.prompt_length)
         sides, new = self._model.encoder_decoder, self._decode.max_new_tokens
@@ -130,6 +146,7 @@ class Evaluator:
         prefix: Prefix | None,
         examples: Sequence[Example],
         metrics: Iterable[str],
+        head: Params | None = None,
     ) -> Evaluation:
         """Measures one prefix by the named metrics.
 
@@ -138,9 +155,12 @@ class Evaluator:
             prefix: what stands before every example; None is the bare model.
             examples: with their references.
             metrics: names, see `EvaluateConfig`.
+            head: the weights of a task's head.
         """
         names = list(metrics)
         examples = examples[: self._config.limit]
+        if head is not None:
+            return self._measure_answers(params, head, prefix, examples, names)
         values: dict[str, float] = {}
         signatures: dict[str, str] = {}
         predictions: list[Prediction] = []
@@ -164,6 +184,50 @@ class Evaluator:
                 for example, text in zip(inputs, texts, strict=True)
             ]
         return Evaluation(Report(values, signatures, len(inputs)), predictions)
+
+    def _measure_answers(
+        self,
+        params: Params,
+        head: Params,
+        prefix: Prefix | None,
+        examples: Sequence[Example],
+        names: Sequence[str],
+    ) -> Evaluation:
+        # Imported here because scikit-learn takes a second.
+        from prefix_jax.evaluate.answers import read_answers, score_answers
+
+        outputs, loss = self.outputs(params, head, prefix, examples)
+        answers = read_answers(self._task, examples, outputs)
+        scores = score_answers(self._task, [name for name in names if name != "loss"], answers)
+        values = {"loss": loss} if "loss" in names else {}
+        values |= {name: score.value for name, score in scores.items()}
+        signatures = {name: score.signature for name, score in scores.items()}
+        predictions = [answer.prediction for answer in answers]
+        return Evaluation(Report(values, signatures, len(answers)), predictions)
+
+    def outputs(
+        self, params: Params, head: Params, prefix: Prefix | None, examples: Sequence[Example]
+    ) -> tuple[list[np.ndarray], float]:
+        """What a head makes of every example, out_MY, and its loss, averaged over targets.
+
+        Args:
+            params: the backbone's weights.
+            head: the head's.
+            prefix: what stands before every example.
+            examples: to be answered.
+        """
+        outputs: list[np.ndarray] = []
+        total = 0.0
+        for batch in self._batches(examples, pack=False):
+            with jax.set_mesh(self._mesh):
+                placed = place_rows(batch, self._mesh)
+                out_BMY, loss_B = jax.device_get(self._answer(params, head, prefix, placed))
+            total += float(loss_B.sum())
+            # A batch may end in rows of padding, its rows in targets of padding.
+            some = examples[len(outputs) : len(outputs) + self._config.batch_size]
+            rows = zip(some, out_BMY, strict=False)
+            outputs += [out_MY[: len(example.index_M)] for example, out_MY in rows]
+        return outputs, total / sum(example.targets for example in examples)
 
     def loss(self, params: Params, prefix: Prefix | None, examples: Sequence[Example]) -> float:
         """Mean negative log-likelihood of the target tokens, in nats."""

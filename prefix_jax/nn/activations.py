@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from prefix_jax.errors import BackboneError
 
@@ -15,6 +16,7 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": _tanh_gelu,
     "gelu_fast": _tanh_gelu,

@@ -27,6 +27,40 @@ def token_losses(logits_BMV: jax.Array, label_BM: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits_BMV, axis=-1) - picked_BM
 
 
+def squared_errors(value_BM: jax.Array, label_BM: jax.Array) -> jax.Array:
+    """The squared error of every target, [B, M]."""
+    return jnp.square(value_BM - label_BM)
+
+
+def candidate_losses(
+    logits_BMY: jax.Array, label_BM: jax.Array, weight_BM: jax.Array, question_BM: jax.Array
+) -> jax.Array:
+    """The summed loss of choosing among each question's candidates, [B], in nats.
+
+    Args:
+        logits_BMY: of every candidate, for each of Y answers to its question.
+        label_BM: bit y is set where the candidate is the right one for answer y.
+        weight_BM: 1 at the first candidate of each question, else 0.
+        question_BM: from 1; candidates of equal number stand for one answer. 0 is padding.
+
+    Returns:
+        The negative log-likelihood of the right candidates, averaged over the Y answers.
+    """
+    questions = question_BM.shape[1] + 1
+
+    def row(logits_MY: jax.Array, question_M: jax.Array) -> jax.Array:
+        """The log of each question's sum of exponentials, at each of its candidates."""
+        top_QY = jax.ops.segment_max(jax.lax.stop_gradient(logits_MY), question_M, questions)
+        top_MY = top_QY[question_M]
+        sum_QY = jax.ops.segment_sum(jnp.exp(logits_MY - top_MY), question_M, questions)
+        return jnp.log(sum_QY[question_M]) + top_MY
+
+    total_BMY = jax.vmap(row)(logits_BMY, question_BM)
+    right_BMY = (label_BM[..., None] >> jnp.arange(logits_BMY.shape[-1])) & 1
+    loss_BMY = weight_BM[..., None] * total_BMY - right_BMY * logits_BMY
+    return loss_BMY.mean(axis=-1).sum(axis=1)
+
+
 def _chunks(array: jax.Array, size: int) -> jax.Array:
     """[B, M, …] as [M / size, B, size, …], zeros filling the last chunk."""
     B, M = array.shape[:2]

@@ -19,7 +19,7 @@ from prefix_jax import config as configs
 from prefix_jax.artifact import Card
 from prefix_jax.backbones.fingerprint import fingerprint
 from prefix_jax.backbones.load import Pretrained
-from prefix_jax.config import Config
+from prefix_jax.config import Config, TaskConfig
 from prefix_jax.data.batch import Example
 from prefix_jax.errors import CheckpointError, ConfigError
 from prefix_jax.evaluate.run import Evaluation, Evaluator
@@ -57,6 +57,8 @@ class Run:
         card: what is known about it; None after `method: full`.
         step: the step that `produced` comes from: the best one on the dev split, or the last.
         evaluations: of the test split, by name: "after", and "before" where it was asked for.
+        head: the weights of a task's head; None where text is generated.
+        task: what is made of a text, with the labels that were collected.
         interrupted: the signal that ended the run early, if one did; the same command continues it.
     """
 
@@ -66,6 +68,8 @@ class Run:
     card: Card | None
     step: int
     evaluations: Mapping[str, Evaluation] = dataclasses.field(repr=False)
+    head: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
+    task: TaskConfig = TaskConfig()
     interrupted: signal.Signals | None = None
 
 
@@ -105,7 +109,12 @@ def fit(
         "examples": _digest(setup.splits["train"]),
     }
     evaluator = Evaluator(
-        setup.model, setup.pretrained.tokenizer, setup.mesh, config.evaluate, config.decode
+        setup.model,
+        setup.pretrained.tokenizer,
+        setup.mesh,
+        config.evaluate,
+        config.decode,
+        setup.task,
     )
     evaluator.check(setup.splits.get("dev", ()), config.evaluate.metrics[:1])
     evaluator.check(setup.splits.get("test", ()), config.evaluate.metrics)
@@ -267,14 +276,14 @@ def _finish(
     with jax.set_mesh(setup.mesh):
         produced = jax.jit(setup.model.produced)(params)
         prefix = jax.jit(setup.model.prefix)(params)
-    card = None
+    card, head = None, params.get("head")
     if produced is None:
         pretrained = copy.copy(pretrained)
         pretrained.params = params["backbone"]
         pretrained.fingerprint = fingerprint(pretrained.params)
     else:
-        card = _card(setup, produced, step)
-        artifact.save(directory / "prefix", produced, card)
+        card = _card(setup, produced, step, head)
+        artifact.save(directory / "prefix", produced, card, head=head)
 
     evaluations: dict[str, Evaluation] = {}
     if "test" in setup.splits:
@@ -286,15 +295,17 @@ def _finish(
         if produced is None:
             weights = [(setup.pretrained, bare), (pretrained, tuned)]
         for backbone, prefixes in weights:
-            evaluations |= evaluator.compare(backbone, prefixes, setup.splits["test"], report.phase)
+            evaluations |= evaluator.compare(
+                backbone, prefixes, setup.splits["test"], report.phase, head
+            )
         report.evaluation(step, evaluations["after"].report.metrics, kind="test")
     if card is not None and evaluations:
         metrics = {f"test_{k}": v for k, v in evaluations["after"].report.metrics.items()}
         card = dataclasses.replace(card, metrics={**card.metrics, **metrics})
-        artifact.save(directory / "prefix", produced, card)
+        artifact.save(directory / "prefix", produced, card, head=head)
     if jax.process_index() == 0:
         save_results(setup.config, Results(step, evaluations))
-    return Run(directory, pretrained, produced, card, step, evaluations)
+    return Run(directory, pretrained, produced, card, step, evaluations, head=head, task=setup.task)
 
 
 def _init(setup: Setup) -> str:
@@ -306,7 +317,9 @@ def _init(setup: Setup) -> str:
     return start if which is None or which == "" else f"{start}: {which}"
 
 
-def _card(setup: Setup, produced: Produced, step: int) -> Card:
+def _card(
+    setup: Setup, produced: Produced, step: int, head: Mapping[str, Any] | None = None
+) -> Card:
     config, pretrained = setup.config, setup.pretrained
     vocabulary = pretrained.tokenizer.get_vocab()
     data = config.data
@@ -326,5 +339,12 @@ def _card(setup: Setup, produced: Produced, step: int) -> Card:
             **{f.name: getattr(data, f.name) for f in dataclasses.fields(artifact.TemplateCard)}
         ),
         decode=dataclasses.asdict(config.decode),
+        task=None
+        if setup.model.head is None or head is None
+        else artifact.TaskCard(
+            config=dataclasses.asdict(setup.task),
+            head=dataclasses.asdict(setup.model.head),
+            shapes={name: x.shape for name, x in head.items()},
+        ),
         tokenizer=artifact.TokenizerCard.of(type(pretrained.tokenizer).__name__, vocabulary),
     )

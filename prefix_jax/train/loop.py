@@ -156,7 +156,8 @@ def train(
         params = setup.params(state)
         with jax.set_mesh(setup.mesh):
             prefix = lift(params)
-        found = evaluator(params["backbone"], prefix, setup.splits["dev"], [metric])
+        dev = setup.splits["dev"]
+        found = evaluator(params["backbone"], prefix, dev, [metric], params.get("head"))
         report.evaluation(step, found.report.metrics)
         improved = better(metric, found.report.metrics[metric], progress.best_value)
         if improved:

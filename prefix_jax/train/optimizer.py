@@ -7,16 +7,20 @@ from typing import Any
 import optax
 
 from prefix_jax.config import OptimConfig
+from prefix_jax.train.partition import part_of
 
 
-def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+def make_schedule(
+    config: OptimConfig, steps: int, peak: float | None = None
+) -> optax.Schedule:
     """The learning rate by optimizer step: linear warmup, then `config.schedule`.
 
     Args:
         config: the schedule's name, peak and warmup.
         steps: of the whole run; linear and cosine reach 0 there.
+        peak: None takes that of the config.
     """
-    peak, warmup = config.learning_rate, config.warmup
+    peak, warmup = config.learning_rate if peak is None else peak, config.warmup
     rest = max(steps - warmup, 1)
     after = {
         "constant": optax.constant_schedule(peak),
@@ -31,27 +35,44 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimConfig, schedule: optax.Schedule, labels: Any
+    config: OptimConfig,
+    schedule: optax.Schedule,
+    labels: Any,
+    head_schedule: optax.Schedule | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer of the whole tree: a zero update on whatever is frozen.
 
     Clipping stands inside the "train" branch. A norm over all gradients would make XLA compute
-    every frozen weight's, which nothing else asks for.
+    every frozen weight's, which nothing else asks for. A prefix and a head share one norm, as under
+    `torch.nn.utils.clip_grad_norm_` over all that trains.
+
+    Args:
+        config: the update rule.
+        schedule: the learning rate.
+        labels: of `partition.labels`.
+        head_schedule: the learning rate of a head; None is `schedule`.
     """
-    if config.name == "adamw":
-        update = optax.adamw(
-            schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay
-        )
-    else:
-        # Prompt tuning's Adafactor (Lester et al. 2021): no parameter scaling, and second moments
-        # unfactored, since a prefix is small. `optax.adafactor` would decay weights by
-        # `weight_decay` itself, whatever the learning rate.
-        update = optax.chain(
-            optax.scale_by_factored_rms(factored=False),
-            optax.clip_by_block_rms(1.0),
-            optax.add_decayed_weights(config.weight_decay),
-            optax.scale_by_learning_rate(schedule),
+    update = _rule(config, schedule)
+    if head_schedule is not None:
+        update = optax.multi_transform(
+            {"prefix": update, "head": _rule(config, head_schedule)}, part_of
         )
     if config.clip is not None:
         update = optax.chain(optax.clip_by_global_norm(config.clip), update)
     return optax.multi_transform({"train": update, "freeze": optax.set_to_zero()}, labels)
+
+
+def _rule(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    if config.name == "adamw":
+        return optax.adamw(
+            schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay
+        )
+    # Prompt tuning's Adafactor (Lester et al. 2021): no parameter scaling, and second moments
+    # unfactored, since a prefix is small. `optax.adafactor` would decay weights by
+    # `weight_decay` itself, whatever the learning rate.
+    return optax.chain(
+        optax.scale_by_factored_rms(factored=False),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )

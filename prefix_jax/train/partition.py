@@ -10,7 +10,7 @@ Label = Literal["train", "freeze"]
 
 
 def labels(params: Any, full: bool = False) -> Any:
-    """The label of every leaf of {"backbone": …, "prefix": …}.
+    """The label of every leaf of {"backbone": …, "prefix": …, "head": …}.
 
     The optimizer, the step, checkpoints and reports all go by these labels. Of what a method makes,
     all trains but what stands under a key "frozen" (a cartridge's first slots).
@@ -27,6 +27,15 @@ def labels(params: Any, full: bool = False) -> Any:
         return "freeze" if frozen and not full else "train"
 
     return jax.tree_util.tree_map_with_path(label, params)
+
+
+def part_of(params: Any) -> Any:
+    """Whether each leaf is of the "head", or of the "prefix" (or the backbone, where that trains)."""
+
+    def name(path: tuple[Any, ...], _: Any) -> Literal["prefix", "head"]:
+        return "head" if path[0].key == "head" else "prefix"
+
+    return jax.tree_util.tree_map_with_path(name, params)
 
 
 def split(params: Any, labels: Any) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from prefix_jax.backbones.load import Pretrained, load
 from prefix_jax.backbones.stack import Params
-from prefix_jax.config import Config
+from prefix_jax.config import Config, TaskConfig
 from prefix_jax.data.pipeline import Pipeline, load_examples
 from prefix_jax.data.tokens import Examples
 from prefix_jax.errors import ConfigError
@@ -26,6 +26,7 @@ from prefix_jax.train.optimizer import make_optimizer, make_schedule
 from prefix_jax.train.partition import labels, merge, split
 from prefix_jax.train.start import init_prefix
 from prefix_jax.train.step import Step, TrainState, init_state, make_step
+from prefix_jax.train.task import check_task, head_of, load_labelled_splits
 
 Records = Mapping[str, Iterable[Mapping[str, Any]]]
 
@@ -36,6 +37,7 @@ class Setup:
 
     Attributes:
         config: as it was given.
+        task: what is made of a text, with the labels that were collected.
         mesh: the devices.
         pretrained: the backbone; its weights are frozen, unless `model.method` is None.
         model: backbone and method.
@@ -49,6 +51,7 @@ class Setup:
     """
 
     config: Config
+    task: TaskConfig
     mesh: Mesh
     pretrained: Pretrained
     model: PrefixModel
@@ -89,13 +92,20 @@ def prepare(
             "method: full trains the weights themselves, which takes float32: load the backbone "
             "with model.dtype: float32"
         )
+    check_task(config, pretrained)
     mesh = pretrained.mesh
     backbone = dataclasses.replace(pretrained.backbone, remat=config.model.remat)
     model = PrefixModel(backbone, method)
 
-    splits = load_splits(config, model, pretrained, records)
-    if "train" not in splits:
+    sources = _sources(config, records)
+    if "train" not in sources:
         raise ConfigError("data.train: give a file, a TFDS name, or records from Python")
+    task = config.task
+    if task.name == "generate":
+        splits = load_splits(config, model, pretrained, sources)
+    else:
+        task, splits = load_labelled_splits(config, model, pretrained, sources)
+        model = dataclasses.replace(model, head=head_of(task, pretrained))
     pipeline = Pipeline(
         splits["train"],
         batch_size=config.data.batch_size,
@@ -115,10 +125,19 @@ def prepare(
     if method is not None:
         prefix = init_prefix(method, config.init, pretrained, splits["train"], config.train.seed)
         params["prefix"] = jax.device_put(prefix, replicated(mesh))
+    if model.head is not None:
+        # Another stream than that of the prefix, whatever that draws.
+        head_rng = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+        head = model.head.init(head_rng, backbone.arch.d_model)
+        params["head"] = jax.device_put(head, replicated(mesh))
     partition = labels(params, full=method is None)
     train, frozen = split(params, partition)
     schedule = make_schedule(config.optim, steps)
-    optimizer = make_optimizer(config.optim, schedule, partition)
+    head_peak = config.optim.head_learning_rate
+    head_schedule = None
+    if model.head is not None and head_peak is not None:
+        head_schedule = make_schedule(config.optim, steps, head_peak)
+    optimizer = make_optimizer(config.optim, schedule, partition, head_schedule)
     state = init_state(train, frozen, optimizer, mesh)
     step = jax.jit(
         make_step(model, optimizer, reduction=config.data.reduction, seed=config.train.seed),
@@ -127,8 +146,27 @@ def prepare(
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)),
     )
     return Setup(
-        config, mesh, pretrained, model, pipeline, splits, steps, schedule, frozen, state, step
+        config,
+        task,
+        mesh,
+        pretrained,
+        model,
+        pipeline,
+        splits,
+        steps,
+        schedule,
+        frozen,
+        state,
+        step,
     )
+
+
+def _sources(config: Config, records: Records | None) -> dict[str, Any]:
+    """Where the examples of each split come from."""
+    data = config.data
+    sources: dict[str, Any] = {"train": data.train, "dev": data.dev, "test": data.test}
+    sources |= records or {}
+    return {name: source for name, source in sources.items() if source is not None}
 
 
 def load_splits(

@@ -103,7 +103,9 @@ def make_step(
         reduction: mean per target "token", or sum per "example" averaged over examples.
         seed: of dropout.
     """
-    dropout = model.method is not None and model.method.draws
+    dropout = (model.method is not None and model.method.draws) or (
+        model.head is not None and model.head.dropout > 0
+    )
 
     def micro_loss(train: Any, frozen: Any, batch: Batch, rng: jax.Array | None) -> jax.Array:
         return model.loss(merge(train, frozen), batch, rng)

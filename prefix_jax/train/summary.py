@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from prefix_jax.evaluate.metrics import METRICS
+from prefix_jax.evaluate.report import PERCENTAGES
 
 _TITLES = {
     "loss": "token loss (nats)",
@@ -26,6 +26,11 @@ _TITLES = {
     "rougeLsum": "ROUGE-Lsum",
     "exact_match": "exact match (%)",
     "accuracy": "accuracy (%)",
+    "f1": "F1 (%)",
+    "f1_macro": "macro F1 (%)",
+    "matthews": "Matthews (%)",
+    "pearson": "Pearson (%)",
+    "spearman": "Spearman (%)",
 }
 _LOWER_IS_BETTER = {"loss", "perplexity"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -50,7 +55,7 @@ class Sample:
 
 def number(metric: str, value: float) -> str:
     """A metric's value with as many digits as mean something."""
-    return f"{value:.2f}" if metric in METRICS or metric == "perplexity" else f"{value:.4f}"
+    return f"{value:.2f}" if metric in PERCENTAGES or metric == "perplexity" else f"{value:.4f}"
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,396 @@
+"""Records → examples of a task with labels, tokenised as the backbone was pretrained to read them.
+
+Text gets the tokenizer's own special tokens, and two texts its template for pairs. An answer is
+predicted from the first token, which is [CLS], under an encoder, and from the last one under a
+decoder, as in transformers' models for these tasks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from prefix_jax.config import TaskConfig
+from prefix_jax.data.batch import Example, Window
+from prefix_jax.data.source import Record
+from prefix_jax.data.template import Template
+from prefix_jax.data.tokens import Examples
+from prefix_jax.errors import DataError
+
+if TYPE_CHECKING:  # its import takes seconds
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a backbone reads the texts of a task.
+
+    Attributes:
+        tokenizer: of the backbone.
+        task: what is to be found.
+        input, pair: templates; see `DataConfig`.
+        max_length: tokens of a text, or of a pair, at most; special ones counted.
+        truncate: the side on which longer ones are cut.
+        causal: whether a decoder reads them.
+        segments: whether the backbone embeds which of two texts a token belongs to.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    task: TaskConfig
+    input: str | None
+    pair: str | None
+    max_length: int
+    truncate: Literal["left", "right"]
+    causal: bool
+    segments: bool
+
+    def examples(self, records: Sequence[Record], answered: bool = True) -> Examples:
+        """The examples of records.
+
+        Args:
+            records: what fills the templates.
+            answered: whether the records hold what is to be found; else the labels are 0, and the
+                examples without references.
+
+        Raises:
+            DataError: a record cannot become an example; or a template is not one.
+        """
+        with self._cutting():
+            if self.task.name == "tag":
+                return self._tagged(records, answered)
+            if self.task.name == "span":
+                return self._windows(records, answered)
+            if self.task.name == "choice":
+                return self._choices(records, answered)
+            return self._whole(records, answered)
+
+    # The tasks.
+
+    def _whole(self, records: Sequence[Record], answered: bool) -> Examples:
+        """One answer for a text or a pair: a class or a value."""
+        found, cut = [], []
+        encodings = self._encode(*self._texts(records))
+        for record, encoding, prompt in zip(
+            records, encodings, self._prompts(records), strict=True
+        ):
+            label: float = 0
+            references: tuple[str, ...] = ()
+            if answered and self.task.name == "regress":
+                label = _number(record, self.task.label)
+                references = (str(label),)
+            elif answered:
+                names = self._names
+                label = _label(record, record.value(self.task.label), names)
+                references = (names[int(label)],)
+            kind = np.float32 if self.task.name == "regress" else np.int32
+            index_M = np.array([self._place(encoding)], np.int32)
+            example = self._example(record, [encoding], index_M, np.array([label], kind))
+            found.append(dataclasses.replace(example, references=references, prompt=prompt))
+            cut += [record.source] * bool(encoding.overflowing)
+        return Examples(found, cut)
+
+    def _tagged(self, records: Sequence[Record], answered: bool) -> Examples:
+        """One label for each word, predicted from its first token."""
+        words = [_list(record, self.task.words) for record in records]
+        found, cut = [], []
+        encodings = self._encode([" ".join(texts) for texts in words], None)
+        for record, texts, encoding in zip(records, words, encodings, strict=True):
+            index_M, kept = _first_tokens(texts, encoding)
+            labels, references = [0] * len(kept), ()
+            if answered:
+                tags = _list(record, self.task.label)
+                if len(tags) != len(texts):
+                    raise DataError(
+                        f"{record.source}: {len(tags)} tags in {self.task.label!r} for "
+                        f"{len(texts)} words in {self.task.words!r}; each word needs one"
+                    )
+                labels = [_label(record, tags[word], self._names) for word in kept]
+                references = tuple(self._names[label] for label in labels)
+            if not kept:
+                raise DataError(f"{record.source}: the tokenizer makes no token of its words")
+            example = self._example(
+                record, [encoding], index_M, np.array(labels, np.int32)
+            )
+            prompt = " ".join(texts[word] for word in kept)
+            found.append(dataclasses.replace(example, references=references, prompt=prompt))
+            cut += [record.source] * (len(kept) < len(texts))
+        return Examples(found, cut)
+
+    def _windows(self, records: Sequence[Record], answered: bool) -> Examples:
+        """Where the answer to a question starts and ends: in each window of the text, one after
+        another where it is long. Where a window does not hold it, it is the first token."""
+        questions, contexts = self._texts(records)
+        assert contexts is not None  # as the configuration checks
+        special = self.tokenizer.num_special_tokens_to_add(pair=True)
+        asked = self.tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]
+        found = []
+        for number, (record, question, context) in enumerate(
+            zip(records, questions, contexts, strict=True)
+        ):
+            if len(asked[number]) + special + self.task.stride >= self.max_length:
+                raise DataError(
+                    f"{record.source}: a question of {len(asked[number])} tokens and task.stride "
+                    f"{self.task.stride} leave no room for the text within {self.max_length} "
+                    "tokens; raise data.max_length or lower task.stride"
+                )
+            answers = _answers(record, self.task.label, context) if answered else []
+            encodings = self.tokenizer(
+                question,
+                context,
+                truncation="only_second",
+                max_length=self.max_length,
+                stride=self.task.stride,
+                return_overflowing_tokens=True,
+                verbose=False,
+            ).encodings
+            for encoding in encodings:
+                window = Window(number, context, _context_offsets(encoding))
+                start, end = _span(window.offset_T2, answers)
+                label_T = np.zeros(len(encoding.ids), np.int32)
+                label_T[start] |= 1
+                label_T[end] |= 2
+                index_T = np.arange(len(label_T), dtype=np.int32)
+                found.append(
+                    dataclasses.replace(
+                        self._example(record, [encoding], index_T, label_T),
+                        candidates=True,
+                        window=window,
+                        prompt=f"{question}\n{context}",
+                        references=tuple(dict.fromkeys(text for text, _ in answers)) or ("",)
+                        if answered
+                        else (),
+                    )
+                )
+        return Examples(found)
+
+    def _choices(self, records: Sequence[Record], answered: bool) -> Examples:
+        """One answer for several texts, each read apart behind the same input."""
+        templates = [Template(text) for text in self.task.choices or ()]
+        inputs, _ = self._texts(records)
+        texts = [[t for one in templates for t in one.render(record)] for record in records]
+        first = [given for given, several in zip(inputs, texts, strict=True) for _ in several]
+        encodings = iter(self._encode(first, [text for several in texts for text in several]))
+        found, cut = [], []
+        for record, given, several in zip(records, inputs, texts, strict=True):
+            parts = [next(encodings) for _ in several]
+            starts = np.cumsum([0, *(len(part.ids) for part in parts)])[:-1]
+            index_M = np.array(
+                [start + self._place(part) for start, part in zip(starts, parts, strict=True)],
+                np.int32,
+            )
+            label_M = np.zeros(len(parts), np.int32)
+            references: tuple[str, ...] = ()
+            if answered:
+                names = self.task.labels or tuple(map(str, range(len(parts))))
+                right = _label(record, record.value(self.task.label), names[: len(parts)])
+                label_M[right], references = 1, (several[right],)
+            found.append(
+                dataclasses.replace(
+                    self._example(record, parts, index_M, label_M),
+                    part_T=np.repeat(
+                        np.arange(len(parts), dtype=np.int32), [len(part.ids) for part in parts]
+                    ),
+                    candidates=True,
+                    choices=tuple(several),
+                    references=references,
+                    prompt=given,
+                )
+            )
+            cut += [record.source] * any(part.overflowing for part in parts)
+        return Examples(found, cut)
+
+    # Texts and tokens.
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        assert self.task.labels is not None, "the labels are not collected yet"
+        return self.task.labels
+
+    def _texts(self, records: Sequence[Record]) -> tuple[list[str], list[str] | None]:
+        """The rendered inputs, and the rendered pairs if there are any."""
+        assert self.input is not None  # as the configuration checks
+        first, second = Template(self.input), self.pair
+        inputs = [_render(first, record) for record in records]
+        if second is None:
+            return inputs, None
+        return inputs, [_render(Template(second), record) for record in records]
+
+    def _prompts(self, records: Sequence[Record]) -> list[str]:
+        inputs, pairs = self._texts(records)
+        if pairs is None:
+            return inputs
+        return [f"{one}\n{other}" for one, other in zip(inputs, pairs, strict=True)]
+
+    def _encode(self, texts: list[str], pairs: list[str] | None) -> list[Encoding]:
+        encodings: list[Encoding] = self.tokenizer(
+            texts, pairs, truncation=True, max_length=self.max_length, verbose=False
+        ).encodings
+        return encodings
+
+    @contextlib.contextmanager
+    def _cutting(self) -> Iterator[None]:
+        """The tokenizer cuts on the side that is asked for; of windows always on the right."""
+        before = self.tokenizer.truncation_side
+        self.tokenizer.truncation_side = "right" if self.task.name == "span" else self.truncate
+        try:
+            yield
+        finally:
+            self.tokenizer.truncation_side = before
+
+    def _place(self, encoding: Encoding) -> int:
+        """The column whose hidden state the head reads."""
+        return len(encoding.ids) - 1 if self.causal else 0
+
+    def _example(
+        self,
+        record: Record,
+        parts: Sequence[Encoding],
+        index_M: np.ndarray,
+        label_M: np.ndarray,
+    ) -> Example:
+        if not all(part.ids for part in parts):
+            raise DataError(f"{record.source}: the tokenizer makes no token of an empty text")
+        segment_T = None
+        if self.segments:
+            segment_T = np.array([i for part in parts for i in part.type_ids], np.int32)
+        return Example(
+            ids_T=np.array([i for part in parts for i in part.ids], np.int32),
+            index_M=index_M,
+            label_M=label_M,
+            source=record.source,
+            whole=True,
+            segment_T=segment_T,
+        )
+
+
+def collect_labels(records: Sequence[Record], task: TaskConfig) -> tuple[str, ...]:
+    """The names of the labels that records hold, sorted: numbers by size, texts by letter.
+
+    Raises:
+        DataError: there is one label alone; or a record has none.
+    """
+    found: set[Any] = set()
+    for record in records:
+        value = record.value(task.label)
+        found.update(_list(record, task.label) if task.name == "tag" else [value])
+    numbers = all(isinstance(value, int) for value in found)
+    names = tuple(map(str, sorted(found, key=None if numbers else str)))
+    if len(names) < 2:
+        raise DataError(
+            f"the training data holds one label, {names[0]!r}, in the field {task.label!r}; "
+            "there must be two at least"
+        )
+    return names
+
+
+def _render(template: Template, record: Record) -> str:
+    texts = template.render(record)
+    if len(texts) > 1:
+        raise DataError(
+            f"{record.source}: {template.text!r} has {len(texts)} alternatives; a text that is "
+            "read must be one"
+        )
+    return texts[0]
+
+
+def _list(record: Record, name: str) -> list[Any]:
+    value = record.value(name)
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{record.source}: field {name!r} must hold a list, one item a word")
+    return value
+
+
+def _number(record: Record, name: str) -> float:
+    try:
+        return float(record.value(name))
+    except (TypeError, ValueError):
+        raise DataError(
+            f"{record.source}: field {name!r} holds {record.value(name)!r}, not a number"
+        ) from None
+
+
+def _label(record: Record, value: Any, names: Sequence[str]) -> int:
+    """The number of a label: by its name, or counted from 0."""
+    if str(value) in names:
+        return list(names).index(str(value))
+    if isinstance(value, int) and 0 <= value < len(names):
+        return value
+    raise DataError(
+        f"{record.source}: the label {value!r} is none of {', '.join(map(repr, names))}; "
+        "name all of them in task.labels"
+    )
+
+
+def _first_tokens(words: Sequence[str], encoding: Encoding) -> tuple[np.ndarray, list[int]]:
+    """The column of each word's first token, ascending, and which words have one.
+
+    Words were joined by spaces, and some tokenizers put the space before a word into its token.
+    """
+    spans = [
+        (column, *span)
+        for column, (span, special) in enumerate(
+            zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+        )
+        if not special
+    ]
+    columns, kept = [], []
+    begin = at = 0
+    for number, word in enumerate(words):
+        end = begin + len(str(word))
+        while at < len(spans) and spans[at][2] <= begin:
+            at += 1
+        if at < len(spans) and spans[at][1] < end:
+            columns.append(spans[at][0])
+            kept.append(number)
+        begin = end + 1
+    return np.array(columns, np.int32), kept
+
+
+def _answers(record: Record, name: str, context: str) -> list[tuple[str, int]]:
+    """The texts of the answers, and where each starts, in characters of the context."""
+    value = record.value(name)
+    if isinstance(value, Mapping):
+        pairs = list(zip(value.get("text", ()), value.get("answer_start", ()), strict=True))
+    elif isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+        pairs = [(item.get("text"), item.get("answer_start")) for item in value]
+    else:
+        raise DataError(
+            f"{record.source}: field {name!r} must hold answers as SQuAD does: "
+            '{"text": […], "answer_start": […]}'
+        )
+    for text, start in pairs:
+        if not isinstance(text, str) or not isinstance(start, int):
+            raise DataError(f"{record.source}: an answer needs a text and an answer_start")
+        if context[start : start + len(text)] != text:
+            raise DataError(
+                f"{record.source}: the text at character {start} is "
+                f"{context[start : start + len(text)]!r}, not the answer {text!r}; offsets count "
+                "characters of data.pair as it is rendered"
+            )
+    return pairs
+
+
+def _context_offsets(encoding: Encoding) -> np.ndarray:
+    """Where each token stands in the context, in characters; -1 for those outside it."""
+    inside = [sequence == 1 for sequence in encoding.sequence_ids]
+    return np.where(np.array(inside)[:, None], np.array(encoding.offsets), -1).astype(np.int32)
+
+
+def _span(offset_T2: np.ndarray, answers: Sequence[tuple[str, int]]) -> tuple[int, int]:
+    """The columns of the first answer's first and last token; (0, 0) if the window lacks it."""
+    if not answers or not answers[0][0]:
+        return 0, 0
+    text, begin = answers[0]
+    end = begin + len(text)
+    inside = np.flatnonzero(offset_T2[:, 0] >= 0)
+    if not len(inside) or offset_T2[inside[0], 0] > begin or offset_T2[inside[-1], 1] < end:
+        return 0, 0
+    # The last token that starts by the answer's start, and the first that ends by its end.
+    start = inside[np.flatnonzero(offset_T2[inside, 0] <= begin)[-1]]
+    stop = inside[np.flatnonzero(offset_T2[inside, 1] >= end)[0]]
+    return int(start), int(stop)
