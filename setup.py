@@ -35,6 +35,9 @@ setup(
         # Metrics
         "sacrebleu>=2.5.1,<3",
         "rouge-score>=0.1.2,<0.2",
+        "scikit-learn>=1.8.0,<2",
+        "scipy>=1.17.1,<2",
+        "seqeval>=1.2.2,<2",
         # Configuration and reports; rich draws bars and tables alike and knows when it is piped
         "jsonargparse>=4.40.2,<5",
         "pyyaml>=6.0.2,<7",

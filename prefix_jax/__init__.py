@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from prefix_jax.api import Tuned, bake, fit, import_peft, load_prefix
     from prefix_jax.backbones.load import Pretrained, load
     from prefix_jax.config import Config, DecodeConfig
+    from prefix_jax.config import TaskConfig as Task
     from prefix_jax.config import load as load_config
     from prefix_jax.methods import (
         Cartridge,
@@ -53,6 +54,7 @@ __all__ = [
     "PrefixTuningPlus",
     "Pretrained",
     "PromptTuning",
+    "Task",
     "Tuned",
     "bake",
     "fit",
@@ -68,6 +70,7 @@ _HOMES = {
     **dict.fromkeys(("Tuned", "bake", "fit", "import_peft", "load_prefix"), "prefix_jax.api"),
     **dict.fromkeys(("Pretrained", "load"), "prefix_jax.backbones.load"),
     **dict.fromkeys(("Config", "DecodeConfig"), "prefix_jax.config"),
+    "Task": "prefix_jax.config:TaskConfig",
     "load_config": "prefix_jax.config:load",
     **dict.fromkeys(
         (

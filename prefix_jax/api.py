@@ -15,9 +15,9 @@ import jax
 from rich.console import Console
 
 from prefix_jax import artifact, config
-from prefix_jax.artifact import Card, Container
+from prefix_jax.artifact import Card, Container, TemplateCard
 from prefix_jax.backbones.load import Pretrained
-from prefix_jax.config import DecodeConfig, EvaluateConfig
+from prefix_jax.config import DecodeConfig, EvaluateConfig, TaskConfig
 from prefix_jax.data.pipeline import load_examples
 from prefix_jax.data.prepare import fields_needed, prepare
 from prefix_jax.data.source import Record, read_records
@@ -26,7 +26,8 @@ from prefix_jax.data.tokens import Examples
 from prefix_jax.decode.continuation import Generation
 from prefix_jax.decode.generate import Generator, OnText
 from prefix_jax.errors import ConfigError, DataError, PrefixError
-from prefix_jax.evaluate.report import Prediction, writing_predictions
+from prefix_jax.evaluate.answerer import Answerer
+from prefix_jax.evaluate.report import Prediction, save_predictions, writing_predictions
 from prefix_jax.evaluate.run import Evaluation, Evaluator
 from prefix_jax.interop import peft
 from prefix_jax.interop.backbone import backbone_of
@@ -52,12 +53,14 @@ class Tuned:
         produced: the prefix as its method produces it; None is the bare backbone.
         card: what is known about the prefix.
         run: the run that trained it; None if it was loaded.
+        head: the weights of the head that was trained beside it; None where text is generated.
     """
 
     pretrained: Pretrained
     produced: Produced | None = dataclasses.field(repr=False)
     card: Card | None
     run: Run | None = dataclasses.field(default=None, repr=False)
+    head: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
 
     @functools.cached_property
     def prefix(self) -> Prefix | None:
@@ -115,6 +118,11 @@ class Tuned:
             decode: None takes `decode` of this object.
             options: further arguments of `Generator.generate`.
         """
+        if self.head is not None:
+            raise PrefixError(
+                "this prefix was trained together with a head, which answers and writes no text: "
+                "use classify or answers (prefix-jax predict)"
+            )
         generator = Generator(
             self.pretrained.backbone,
             self.pretrained.listed(),
@@ -123,6 +131,60 @@ class Tuned:
         )
         encoded = [self._encode(prompt) for prompt in prompts]
         return generator.generate(encoded, self.decode if decode is None else decode, **options)
+
+    @property
+    def _answerer(self) -> Answerer:
+        if self.card is None or self.head is None:
+            raise PrefixError("there is no stored prefix with a head: this one generates text")
+        return Answerer(self.pretrained, self.prefix, self.head, self.card)
+
+    def classify(self, texts: Prompt | Sequence[Prompt], batch_size: int = 16) -> Any:
+        """The likeliest label of a text, or of each of several.
+
+        Args:
+            texts: texts that are taken as they are, or records that the templates of the training
+                data render.
+            batch_size: texts at a time.
+
+        Returns:
+            The name of a label for one text, a list for several. `answers` has probabilities too.
+
+        Raises:
+            PrefixError: the prefix was trained for another task.
+        """
+        answerer, single = self._answerer, isinstance(texts, str | Mapping)
+        if answerer.task.name != "classify":
+            raise PrefixError(f"this prefix was trained to {answerer.task.name}; use answers")
+        listed: Any = [texts] if single else texts
+        template = self.card.template if self.card is not None else None
+        if all(isinstance(text, str) for text in listed):
+            if template is not None and template.pair is not None:
+                raise PrefixError("this prefix reads two texts: give records, not texts")
+            template = dataclasses.replace(template or TemplateCard(), input="{text}", prepare=None)
+            listed = [{"text": text} for text in listed]
+        examples = answerer.examples(listed, answered=False, template=template)
+        found = [one.prediction for one in answerer.predictions(examples, batch_size)]
+        return found[0] if single else found
+
+    def answers(
+        self, data: Source, *, batch_size: int = 16, output: str | Path | None = None
+    ) -> list[Prediction]:
+        """What the head makes of every record of a file.
+
+        Args:
+            data: a file, `tfds:NAME/SPLIT`, or records, which need not hold what is to be found.
+            batch_size: examples at a time.
+            output: a file of JSON lines, one an answer in the order of the data.
+
+        Raises:
+            DataError: a record cannot be read as those of the training data.
+            PrefixError: the prefix was trained to generate text.
+        """
+        answerer = self._answerer
+        made = answerer.predictions(answerer.examples(data, answered=False), batch_size)
+        if output is not None:
+            save_predictions(output, made)
+        return list(made)
 
     def predict(
         self,
@@ -232,11 +294,14 @@ class Tuned:
             DataError: a record cannot become an example.
             PrefixError: the prefix was stored without its template.
         """
+        if self.head is not None:
+            return self._answerer.examples(data)
         template = None if self.card is None else self.card.template
         if template is None:
             raise PrefixError("this prefix has no template: nothing says how to render records")
         backbone = self.pretrained.backbone
         how = dataclasses.asdict(template)
+        del how["pair"]  # of tasks with labels
         if template.max_length is None:
             how["max_length"] = backbone.room(self.prefix, backbone.reader)
         return load_examples(
@@ -280,22 +345,26 @@ class Tuned:
             decode: how text is generated; None takes `decode` of this object.
             phase: a context for what is being measured at the moment, for a display.
         """
-        evaluator = Evaluator(
-            PrefixModel(self.pretrained.backbone, None),
-            self.pretrained.tokenizer,
-            self.pretrained.mesh,
-            settings,
-            self.decode if decode is None else decode,
-        )
+        if self.head is not None:
+            evaluator = self._answerer.evaluator(settings)
+        else:
+            evaluator = Evaluator(
+                PrefixModel(self.pretrained.backbone, None),
+                self.pretrained.tokenizer,
+                self.pretrained.mesh,
+                settings,
+                self.decode if decode is None else decode,
+            )
         examples = data if isinstance(data, Examples) else self.examples(data)
-        bare: dict[str, Prefix | None] = {"before": None} if settings.before else {}
-        return evaluator.compare(self.pretrained, {**bare, "after": self.prefix}, examples, phase)
+        prefixes: dict[str, Prefix | None] = {"before": None} if settings.before else {}
+        prefixes["after"] = self.prefix
+        return evaluator.compare(self.pretrained, prefixes, examples, phase, self.head)
 
     def save(self, path: str | Path, arrays: Container = "orbax") -> None:
         """Writes the prefix, without the backbone: see `artifact.save`."""
         if self.produced is None or self.card is None:
             raise PrefixError("there is no prefix to save: this is full fine-tuning")
-        artifact.save(path, self.produced, self.card, arrays)
+        artifact.save(path, self.produced, self.card, arrays, self.head)
 
     def export_peft(self, path: str | Path, *, bake: bool = False) -> None:
         """Writes the prefix as an adapter that `PeftModel.from_pretrained` loads.
@@ -331,6 +400,8 @@ def fit(
     input: str | None = None,
     target: str | None = None,
     messages: str | None = None,
+    pair: str | None = None,
+    task: TaskConfig | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     batch_size: int = 8,
@@ -349,6 +420,9 @@ def fit(
         input: template of the text that is given: "{facts} =>".
         target: template of the text to learn: " {text}".
         messages: the field that holds a chat, in place of both templates.
+        pair: template of a second text, for a task with labels.
+        task: what is made of a text: `Task("classify", label="label")`, say, trains a head beside
+            the prefix; None generates the target.
         steps, epochs: how long; one of them.
         batch_size: examples per step.
         learning_rate: the peak.
@@ -378,11 +452,13 @@ def fit(
             "input": input,
             "target": target,
             "messages": messages,
+            "pair": pair,
             "batch_size": batch_size,
             **named,
         },
         "optim": {"learning_rate": learning_rate},
         "train": {"steps": steps, "epochs": epochs},
+        "task": dataclasses.asdict(task or TaskConfig()),
         "output": str(output or tempfile.mkdtemp(prefix="prefix_jax-")),
     }
     run_config = config.parse(values, overrides)
@@ -410,8 +486,9 @@ def load_prefix(
         BackboneError: the backbone cannot be loaded.
     """
     produced, card = artifact.load(path)
+    head = None if card.task is None else artifact.load_head(path)
     pretrained = backbone_of(card, model, allow_other_weights=allow_other_weights)
-    return Tuned(pretrained, produced, card)
+    return Tuned(pretrained, produced, card, head=head)
 
 
 def import_peft(
@@ -434,4 +511,4 @@ def import_peft(
 
 
 def _tuned(run: Run) -> Tuned:
-    return Tuned(run.pretrained, run.produced, run.card, run)
+    return Tuned(run.pretrained, run.produced, run.card, run, run.head)

@@ -6,7 +6,8 @@
 
 What is stored is what the method produces without dropout, so nothing of the method is needed to
 use it: an MLP that computed keys and values in training is gone. Of a task with labels the arrays
-of its head lie beside those of the prefix, under names that begin with "head.". `docs/export.md` says how to read
+of its head lie beside those of the prefix, under names that begin with "head.".
+`docs/export.md` says how to read
 a prefix without this package.
 """
 

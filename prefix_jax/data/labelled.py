@@ -101,7 +101,8 @@ class Reading:
         encodings = self._encode([" ".join(texts) for texts in words], None)
         for record, texts, encoding in zip(records, words, encodings, strict=True):
             index_M, kept = _first_tokens(texts, encoding)
-            labels, references = [0] * len(kept), ()
+            labels = [0] * len(kept)
+            references: tuple[str, ...] = ()
             if answered:
                 tags = _list(record, self.task.label)
                 if len(tags) != len(texts):
@@ -113,9 +114,7 @@ class Reading:
                 references = tuple(self._names[label] for label in labels)
             if not kept:
                 raise DataError(f"{record.source}: the tokenizer makes no token of its words")
-            example = self._example(
-                record, [encoding], index_M, np.array(labels, np.int32)
-            )
+            example = self._example(record, [encoding], index_M, np.array(labels, np.int32))
             prompt = " ".join(texts[word] for word in kept)
             found.append(dataclasses.replace(example, references=references, prompt=prompt))
             cut += [record.source] * (len(kept) < len(texts))

@@ -125,7 +125,11 @@ class Evaluator:
         Raises:
             ContextError: a prompt leaves no room for `max_new_tokens` behind the prefix.
         """
-        if not examples or self._task.name != "generate" or all(metric in LIKELIHOOD_METRICS for metric in metrics):
+        if (
+            not examples
+            or self._task.name != "generate"
+            or all(metric in LIKELIHOOD_METRICS for metric in metrics)
+        ):
             return
         longest = max(examples[: self._config.limit], key=lambda example: example.prompt_length)
         sides, new = self._model.encoder_decoder, self._decode.max_new_tokens

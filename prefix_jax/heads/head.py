@@ -74,9 +74,7 @@ class Head:
         if self.activation is not None:
             if self.drop_input:
                 h_BMD = self._drop(h_BMD, first)
-            h_BMD = activation(self.activation)(
-                h_BMD @ params["dense_DE"] + params["dense_bias_E"]
-            )
+            h_BMD = activation(self.activation)(h_BMD @ params["dense_DE"] + params["dense_bias_E"])
         out_BMY = self._drop(h_BMD, last) @ params["out_DY"]
         return out_BMY + params["out_bias_Y"] if self.bias else out_BMY
 
@@ -94,9 +92,7 @@ class Head:
         """
         if self.kind in ("span", "choice"):
             assert batch.question_BM is not None  # as the examples of these tasks have it
-            return candidate_losses(
-                out_BMY, batch.label_BM, batch.weight_BM, batch.question_BM
-            )
+            return candidate_losses(out_BMY, batch.label_BM, batch.weight_BM, batch.question_BM)
         if self.kind == "regress":
             loss_BM = squared_errors(out_BMY[..., 0], batch.label_BM)
         else:
@@ -128,6 +124,4 @@ def make_head(
     # RoBERTa's multiple choice does read the pooler, its classification does not.
     if pooler and (own is None or kind == "choice"):
         return Head(kind, outputs, pooled=True, dropout=dropout)
-    return Head(
-        kind, outputs, activation=own or "tanh", dropout=dropout, drop_input=own != "relu"
-    )
+    return Head(kind, outputs, activation=own or "tanh", dropout=dropout, drop_input=own != "relu")

@@ -19,7 +19,7 @@ from prefix_jax import config as configs
 from prefix_jax.artifact import Card
 from prefix_jax.backbones.fingerprint import fingerprint
 from prefix_jax.backbones.load import Pretrained
-from prefix_jax.config import Config, TaskConfig
+from prefix_jax.config import Config
 from prefix_jax.data.batch import Example
 from prefix_jax.errors import CheckpointError, ConfigError
 from prefix_jax.evaluate.run import Evaluation, Evaluator
@@ -58,7 +58,6 @@ class Run:
         step: the step that `produced` comes from: the best one on the dev split, or the last.
         evaluations: of the test split, by name: "after", and "before" where it was asked for.
         head: the weights of a task's head; None where text is generated.
-        task: what is made of a text, with the labels that were collected.
         interrupted: the signal that ended the run early, if one did; the same command continues it.
     """
 
@@ -69,7 +68,6 @@ class Run:
     step: int
     evaluations: Mapping[str, Evaluation] = dataclasses.field(repr=False)
     head: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
-    task: TaskConfig = TaskConfig()
     interrupted: signal.Signals | None = None
 
 
@@ -305,7 +303,7 @@ def _finish(
         artifact.save(directory / "prefix", produced, card, head=head)
     if jax.process_index() == 0:
         save_results(setup.config, Results(step, evaluations))
-    return Run(directory, pretrained, produced, card, step, evaluations, head=head, task=setup.task)
+    return Run(directory, pretrained, produced, card, step, evaluations, head=head)
 
 
 def _init(setup: Setup) -> str:

@@ -10,9 +10,7 @@ from prefix_jax.config import OptimConfig
 from prefix_jax.train.partition import part_of
 
 
-def make_schedule(
-    config: OptimConfig, steps: int, peak: float | None = None
-) -> optax.Schedule:
+def make_schedule(config: OptimConfig, steps: int, peak: float | None = None) -> optax.Schedule:
     """The learning rate by optimizer step: linear warmup, then `config.schedule`.
 
     Args:

@@ -30,7 +30,7 @@ def labels(params: Any, full: bool = False) -> Any:
 
 
 def part_of(params: Any) -> Any:
-    """Whether each leaf is of the "head", or of the "prefix" (or the backbone, where that trains)."""
+    """Whether each leaf is of the "head", or of the "prefix" and what else may train."""
 
     def name(path: tuple[Any, ...], _: Any) -> Literal["prefix", "head"]:
         return "head" if path[0].key == "head" else "prefix"

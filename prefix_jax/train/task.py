@@ -55,7 +55,7 @@ def load_labelled_splits(
     """The examples of every split of a task with labels, and the task with its labels."""
     data, task = config.data, config.task
     model.check_context(data.max_length)
-    if task.name == "choice" and model.soft_rows:
+    if task.name == "choice" and not model.packs:
         raise ConfigError(
             "task.name choice reads several texts at a time, and soft tokens before an encoder "
             "take one: train keys and values instead (method.name: prefix)"

@@ -1,0 +1,109 @@
+"""A stored prefix and its head at work: from records to answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from prefix_jax.artifact import Card, TaskCard, TemplateCard
+from prefix_jax.backbones.load import Pretrained
+from prefix_jax.config import EvaluateConfig, TaskConfig
+from prefix_jax.data.labelled import Reading
+from prefix_jax.data.prepare import prepare
+from prefix_jax.data.source import read_records
+from prefix_jax.data.tokens import Examples
+from prefix_jax.errors import PrefixError
+from prefix_jax.evaluate.report import Prediction
+from prefix_jax.evaluate.run import Evaluator
+from prefix_jax.heads import Head
+from prefix_jax.model import PrefixModel
+from prefix_jax.prefix import Prefix
+from prefix_jax.typed import build
+
+
+@dataclasses.dataclass(frozen=True)
+class Answerer:
+    """What answers the questions of a task.
+
+    Attributes:
+        pretrained: the backbone.
+        prefix: what stands before every text; None is the bare backbone.
+        head: the weights of the head.
+        card: of the prefix.
+    """
+
+    pretrained: Pretrained
+    prefix: Prefix | None
+    head: Mapping[str, Any] = dataclasses.field(repr=False)
+    card: Card
+
+    @property
+    def task(self) -> TaskConfig:
+        """The task, with the labels that it was trained with."""
+        return build(TaskConfig, self._of_card.config)
+
+    @property
+    def _of_card(self) -> TaskCard:
+        if self.card.task is None:
+            raise PrefixError(
+                "this prefix has no head: it was trained to generate text; use generate"
+            )
+        return self.card.task
+
+    def examples(
+        self,
+        data: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+        answered: bool = True,
+        template: TemplateCard | None = None,
+    ) -> Examples:
+        """Examples as those of the training data.
+
+        Args:
+            data: a file, `tfds:NAME/SPLIT`, or records.
+            answered: whether they hold what is to be found.
+            template: None takes that of the training data.
+
+        Raises:
+            DataError: a record cannot become an example.
+        """
+        template = template or self.card.template or TemplateCard()
+        arch = self.pretrained.backbone.arch
+        room = arch.max_positions - self.card.offset
+        reading = Reading(
+            self.pretrained.tokenizer,
+            self.task,
+            template.input,
+            template.pair,
+            room if template.max_length is None else template.max_length,
+            template.truncate,
+            arch.causal,
+            arch.segments > 0,
+        )
+        return reading.examples(prepare(read_records(data), template.prepare), answered)
+
+    def evaluator(self, settings: EvaluateConfig) -> Evaluator:
+        """Measures by these settings.
+
+        Raises:
+            ConfigError: the metrics are not those of the task.
+        """
+        head = build(Head, self._of_card.head)
+        return Evaluator(
+            PrefixModel(self.pretrained.backbone, None, head),
+            self.pretrained.tokenizer,
+            self.pretrained.mesh,
+            settings,
+            task=self.task,
+        )
+
+    def predictions(self, examples: Examples, batch_size: int) -> Sequence[Prediction]:
+        """The answers, in the order of the examples; of spans one a question."""
+        # Imported here because scikit-learn takes a second.
+        from prefix_jax.evaluate.answers import read_answers
+
+        evaluator = self.evaluator(EvaluateConfig(batch_size=batch_size))
+        stacked = self.pretrained.stacked()
+        outputs, _ = evaluator.outputs(stacked, self.head, self.prefix, examples)
+        return [answer.prediction for answer in read_answers(self.task, examples, outputs)]
