@@ -69,8 +69,8 @@ class Answerer:
             DataError: a record cannot become an example.
         """
         template = template or self.card.template or TemplateCard()
-        arch = self.pretrained.backbone.arch
-        room = arch.max_positions - self.card.offset
+        backbone = self.pretrained.backbone
+        arch, room = backbone.arch, backbone.room(self.prefix, backbone.reader)
         reading = Reading(
             self.pretrained.tokenizer,
             self.task,

@@ -170,13 +170,11 @@ def _sources(config: Config, records: Records | None) -> dict[str, Any]:
 
 
 def load_splits(
-    config: Config, model: PrefixModel, pretrained: Pretrained, records: Records | None = None
+    config: Config, model: PrefixModel, pretrained: Pretrained, sources: Mapping[str, Any]
 ) -> dict[str, Examples]:
-    """The examples of every split that the config or `records` names."""
+    """The examples of every split."""
     data = config.data
     model.check_context(data.max_length)
-    sources: dict[str, Any] = {"train": data.train, "dev": data.dev, "test": data.test}
-    sources |= records or {}
     read = functools.partial(
         load_examples,
         tokenizer=pretrained.tokenizer,
@@ -192,4 +190,4 @@ def load_splits(
         tfds_dir=data.tfds_dir,
         encoder_decoder=model.encoder_decoder,
     )
-    return {name: read(source) for name, source in sources.items() if source is not None}
+    return {name: read(source) for name, source in sources.items()}
