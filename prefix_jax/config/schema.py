@@ -63,8 +63,8 @@ class ModelConfig:
     """The frozen backbone.
 
     Attributes:
-        path: a directory in Hugging Face layout, a GGUF file, `package:NAME` for the GGUF file
-            inside an installed Python package, or a hub id.
+        path: a directory in Hugging Face layout, a GGUF file, `package:NAME` for the first of
+            either inside an installed Python package, or a hub id.
         dtype: the backbone's weights and activations; "auto" is bfloat16 on TPU and GPU and
             float32 on CPU. What trains is float32 whatever stands here.
         remat: what the backward pass computes again instead of keeping: "none", every layer
