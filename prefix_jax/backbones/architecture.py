@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from prefix_jax.errors import BackboneError
 from prefix_jax.nn.relative import Relative
 from prefix_jax.nn.rotary import Rotary
 from prefix_jax.prefix import Geometry, SiteShape
@@ -135,12 +136,22 @@ def encoder_decoder(
         encoder, decoder: the two stacks.
         config: a Hugging Face configuration.
         start: the key of the token that it begins with where the configuration does not say.
+
+    Raises:
+        BackboneError: one of these is not one token.
     """
-    start_id = config.get("decoder_start_token_id")
+
+    def token(key: str) -> int | None:
+        found = config.get(key)
+        if found is not None and not isinstance(found, int):
+            raise BackboneError(f"{key} is {found!r}; only a single token is supported")
+        return found
+
+    start_id = token("decoder_start_token_id")
     return dataclasses.replace(
         decoder,
         encoder=encoder,
         start_id=config[start] if start_id is None else start_id,
-        first_id=config.get("forced_bos_token_id"),
-        last_id=config.get("forced_eos_token_id"),
+        first_id=token("forced_bos_token_id"),
+        last_id=token("forced_eos_token_id"),
     )

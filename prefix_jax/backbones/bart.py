@@ -14,6 +14,8 @@ MODEL_TYPES = ("bart",)
 # Rows of the position table before that of position 0.
 _OFFSET = 2
 
+_HEAD, _BIAS = "lm_head.weight", "final_logits_bias"
+
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
     """Reads a Hugging Face `config.json` of BART."""
@@ -75,9 +77,6 @@ def hf_names(arch: Architecture) -> NameTable:
         aliases=dict.fromkeys(same, "shared.weight"),
         ignored=(r"(en|de)coder\.version",),
     )
-
-
-_HEAD, _BIAS = "lm_head.weight", "final_logits_bias"
 
 
 def _norm(theirs: str, ours: str) -> list[Row]:

@@ -13,6 +13,8 @@ from prefix_jax.nn.relative import Relative
 # umT5 has relative positions of its own in every layer, and is not among them.
 MODEL_TYPES = ("t5", "mt5")
 
+_HEAD = "lm_head.weight"
+
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
     """Reads a Hugging Face `config.json` of T5 or mT5."""
@@ -21,8 +23,8 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     # "gated-gelu" came first and means the approximate one.
     activation = "gelu_new" if projection == "gated-gelu" else projection.split("-")[-1]
     tied = config.get("tie_word_embeddings") is not False
-    # The original T5 scales what its tied head reads. transformers 5 writes that down, and every
-    # T5 as tied; its predecessors, and mT5, let one stand for the other.
+    # The original T5 scales what its tied head reads; mT5 never does. transformers 5 writes that
+    # down, and every T5 as tied; before it, one stood for the other.
     scaled = model_type == "t5" and config.get("scale_decoder_outputs", tied)
     encoder = Architecture(
         model_type=model_type,
@@ -83,9 +85,6 @@ def hf_names(arch: Architecture) -> NameTable:
         # Older checkpoints have one that was never used.
         ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     )
-
-
-_HEAD = "lm_head.weight"
 
 
 def _stack(name: str, path: str, gated: bool, sublayers: tuple[str, ...]) -> list[Row]:

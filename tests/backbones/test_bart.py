@@ -61,3 +61,8 @@ def test_newer_checkpoints_say_in_a_file_of_its_own_how_texts_begin_and_end(tmp_
     (path / "generation_config.json").write_text("[")
     with pytest.raises(BackboneError, match=r"generation_config\.json is not valid JSON"):
         read_config(path)
+
+
+def test_more_than_one_forced_token_is_refused():
+    with pytest.raises(BackboneError, match=r"forced_eos_token_id is \[1, 2\]; only a single"):
+        architecture(CONFIG | {"forced_eos_token_id": [1, 2]}, "bart")
