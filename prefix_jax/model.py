@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from prefix_jax.prefix import Adapter, Embeds, Hidden, Prefix, Produced
 
 # {"backbone": …, "prefix": …, "head": …}: one plain tree, so that one label function partitions it.
 Params = Mapping[str, Any]
+Stack = Literal["encoder", "decoder"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,21 +163,24 @@ class PrefixModel:
         Args:
             max_length: tokens of text at most; None for as many as fit.
         """
-        positions, room = self.backbone.arch.max_positions, self.room
-        rooms = [room]
-        if self.backbone.arch.encoder is not None:
-            rooms.append(self.backbone.room(self._abstract, "decoder"))
-        if min(rooms) < 2:
-            raise ContextError(
-                f"a prefix after which text starts at position {positions - min(rooms)} leaves no "
-                f"room for it in the model's {positions} positions; take a shorter prefix"
-            )
-        if max_length is not None and max_length > room:
-            raise ContextError(
-                f"data.max_length {max_length} and text that starts at position "
-                f"{positions - room}, after the prefix, exceed the model's {positions} positions; "
-                f"at most {room} tokens fit, or take a shorter prefix"
-            )
+        backbone, reader = self.backbone, self.backbone.reader
+        stacks: tuple[Stack, ...] = (
+            (reader,) if backbone.arch.encoder is None else (reader, "decoder")
+        )
+        for stack in stacks:
+            positions, room = (backbone.room(p, stack) for p in (None, self._abstract))
+            start = positions - room
+            if room < 2:
+                raise ContextError(
+                    f"a prefix after which text starts at position {start} leaves no room for it "
+                    f"in the {positions} positions of the {stack}; take a shorter prefix"
+                )
+            if stack == reader and max_length is not None and max_length > room:
+                raise ContextError(
+                    f"data.max_length {max_length} and text that starts at position {start}, after "
+                    f"the prefix, exceed the model's {positions} positions; at most {room} tokens "
+                    "fit, or take a shorter prefix"
+                )
 
 
 def packs(prefix: Prefix | None) -> bool:
