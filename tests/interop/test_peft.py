@@ -27,7 +27,6 @@ from prefix_jax.interop.peft import export_peft, import_peft, tasks_of, to_peft
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.prefix import (
     Adapter,
-    Embeds,
     Gated,
     Geometry,
     Hidden,
@@ -215,14 +214,11 @@ def test_kinds_that_peft_lacks_are_refused() -> None:
         to_peft(adapter, card_of(adapter, geometry))
 
 
-def test_models_that_peft_cannot_steer_are_refused() -> None:
+def test_a_model_that_peft_cannot_steer_is_refused() -> None:
     geometry = Geometry(16, 32, encoder=SiteShape(2, 4, 2, 4))
     prefix = Prefix(encoder=Site(some()), offset=P)
     with pytest.raises(PrefixError, match=r"distilbert.*method.name=prompt"):
         to_peft(prefix, card_of(prefix, geometry, "distilbert"))
-    embeds = Embeds(jnp.ones((P, 16)))
-    with pytest.raises(PrefixError, match=r"ELECTRA.*method.name=prefix"):
-        to_peft(embeds, card_of(embeds, geometry, "electra"))
 
 
 def test_hidden_states_are_baked_if_one_says_so(

@@ -181,15 +181,16 @@ def _soft_tokens(files: Files, arch: Architecture, task: int | None) -> Embeds:
     # reads the second, but for a forward pass of MULTITASK_PROMPT_TUNING without generation.
     parts = files.number("num_transformer_submodules", 1 if arch.encoder is None else 2)
     P = _length(files, flat, parts)
-    if flat.shape[1] != arch.d_model:
+    width = arch.geometry.input_dim
+    if flat.shape[1] != width:
         raise PrefixError(
             f"{files.where / WEIGHTS}: prompt_embeddings is of width {flat.shape[1]}, and this "
-            f"backbone of {arch.d_model}: give the backbone that the adapter was trained for"
+            f"backbone of {width}: give the backbone that the adapter was trained for"
         )
     if task is not None:
         cols, rows = files.array("prefix_task_cols", 3), files.array("prefix_task_rows", 3)
         tasks, _, ranks = cols.shape
-        expected = (tasks, len(flat), ranks), (tasks, ranks, arch.d_model)
+        expected = (tasks, len(flat), ranks), (tasks, ranks, width)
         if (cols.shape, rows.shape) != expected:
             raise PrefixError(
                 f"{files.where / WEIGHTS}: prefix_task_cols and prefix_task_rows have shapes "

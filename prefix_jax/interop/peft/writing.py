@@ -161,11 +161,6 @@ def _keys_values(join: KVPrefix, card: Card) -> tuple[Config, Arrays]:
 
 def _soft_tokens(embeds: Embeds, card: Card) -> tuple[Config, Arrays]:
     geometry = card.geometry
-    if card.backbone.model_type == "electra":
-        raise PrefixError(
-            "PEFT puts soft tokens before the projection of an ELECTRA's embeddings, and ours "
-            f"stand behind it: train keys and values (method.name=prefix), {_OURS}"
-        )
     # PEFT takes these from the stack that reads the soft tokens, and makes no use of them.
     shape = geometry.encoder or geometry.main
     config = _config(card) | {
@@ -173,13 +168,13 @@ def _soft_tokens(embeds: Embeds, card: Card) -> tuple[Config, Arrays]:
         "num_layers": shape.layers,
         # With an encoder-decoder PEFT's own 2 adds a second half, which nothing reads.
         "num_transformer_submodules": 1,
-        "token_dim": geometry.d_model,
+        "token_dim": geometry.input_dim,
     }
     if card.method.get("name") == "ptuning":
         config |= {
             "peft_type": "P_TUNING",
             "encoder_dropout": 0.0,
-            "encoder_hidden_size": geometry.d_model,
+            "encoder_hidden_size": geometry.input_dim,
             "encoder_num_layers": 2,
             "encoder_reparameterization_type": "MLP",
         }

@@ -1,0 +1,283 @@
+"""What is exported computes in PEFT what it computes here, and what PEFT trained is imported.
+
+Logits, greedy and beam search, files, the gradient and a step of AdamW, method by family. Collected
+by `make parity` alone, whose environment has torch, transformers and peft.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefix_jax import artifact
+from prefix_jax.api import Tuned, import_peft
+from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.config import DecodeConfig, OptimConfig
+from prefix_jax.decode.generate import Generator
+from prefix_jax.nn.mask import Tokens
+from prefix_jax.prefix import Embeds, KVPrefix, Prefix, Produced, Site
+from prefix_jax.train.optimizer import make_optimizer, make_schedule
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+P, T, NEW = 5, 9, 8
+
+
+def _import(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MAKER = _import(FIXTURES / "make_peft.py")
+LETTERS = _import(FIXTURES.parent / "decode" / "test_transformers.py")
+
+CAUSAL = [f"backbones/{name}" for name in ("gpt2", "llama_grouped", "qwen3", "mistral_window")]
+CAUSAL += [f"backbones/{name}" for name in ("gemma", "gemma2", "gemma3_text", "opt", "neox")]
+SEQ2SEQ = [f"encoder_decoders/{name}" for name in ("t5", "t5_gated", "mt5", "bart", "bart_scaled")]
+# Of these, what stands below their heads.
+ENCODERS = [f"encoders/{name}" for name in ("bert", "roberta", "xlm_roberta", "electra")]
+MODELS = CAUSAL + SEQ2SEQ + ENCODERS
+
+
+@functools.cache
+def pretrained(name: str) -> Pretrained:
+    return load(FIXTURES / name, dtype="float32")
+
+
+def task_of(name: str) -> str:
+    if name in SEQ2SEQ:
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if name in CAUSAL else "FEATURE_EXTRACTION"
+
+
+def reference(name: str) -> Any:
+    return MAKER.reference(FIXTURES / name, task_of(name))
+
+
+def given(name: str) -> dict[str, np.ndarray]:
+    return MAKER.inputs(0, 90, name in SEQ2SEQ)
+
+
+def tuned(name: str, method: str) -> Tuned:
+    """A random prefix of a model."""
+    model, rng = pretrained(name), np.random.default_rng(3)
+    geometry = model.backbone.geometry
+    if method in ("prefix", "cartridge"):
+        shape = geometry.main
+        size = (2, shape.layers, P, shape.kv_heads, shape.head_dim)
+        k_LPKH, v_LPKH = jnp.asarray(rng.normal(size=size), jnp.float32)
+        site = Site(KVPrefix(k_LPKH, v_LPKH))
+        produced: Produced = Prefix.of({geometry.main_site: site}, offset=P)
+    else:
+        produced = Embeds(jnp.asarray(rng.normal(size=(P, geometry.input_dim)), jnp.float32))
+    card = artifact.make_card(
+        produced,
+        geometry,
+        artifact.BackboneCard(
+            source=str(FIXTURES / name),
+            model_type=model.backbone.arch.model_type,
+            fingerprint=model.fingerprint,
+            dtype="float32",
+        ),
+        method={"name": method, "frozen": 2},
+    )
+    return Tuned(model, produced, card)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def outputs(model: Any, params: Any, produced: Produced | None, text: Any) -> jax.Array:
+    """Logits, or states of an encoder, of the text alone: [2, T, …]."""
+    prefix = model.lift(params, produced)
+    tokens, ids, encoded = Tokens.plain(jnp.ones(text["ids"].shape, bool)), text["ids"], None
+    if "decoder_ids" in text:
+        encoded, ids = model.encode(params, ids, tokens, prefix), text["decoder_ids"]
+    h_BTD, _ = model.hidden(params, ids, tokens, prefix, encoded=encoded)
+    h_BTD = h_BTD[:, -ids.shape[1] :]
+    return model.unembed(params, h_BTD) if model.arch.causal else h_BTD
+
+
+def ours(of: Tuned, text: dict[str, np.ndarray]) -> np.ndarray:
+    model = of.pretrained
+    return np.asarray(outputs(model.backbone, model.stacked(), of.produced, text))
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_export_computes_the_same_in_peft(
+    name: str, method: str, tmp_path: Path, difference: Any
+) -> None:
+    mine, text = tuned(name, method), given(name)
+    mine.export_peft(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(reference(name), tmp_path / "ours").eval()
+    expected = MAKER.outputs(theirs, text)
+    bare = MAKER.outputs(reference(name), text)
+    assert np.max(np.abs(bare - expected)) > 1e-2, "the prefix should matter"
+    difference(f"export, {method}: {_what(name)}", relative(ours(mine, text), expected), 1e-5, name)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    for file in FILES:
+        assert (tmp_path / "theirs" / file).read_bytes() == (tmp_path / "ours" / file).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["cartridge", "ptuning"])
+def test_an_export_keeps_its_type(method: str, tmp_path: Path, difference: Any) -> None:
+    name = "backbones/llama_grouped"
+    mine, text = tuned(name, method), given(name)
+    mine.export_peft(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(reference(name), tmp_path / "ours").eval()
+    expected = "CARTRIDGE" if method == "cartridge" else "P_TUNING"
+    assert theirs.peft_config["default"].peft_type == expected
+    delta = relative(ours(mine, text), MAKER.outputs(theirs, text))
+    difference(f"export, {method}: {_what(name)}", delta, 1e-5, name)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for file in FILES:
+        assert (tmp_path / "theirs" / file).read_bytes() == (tmp_path / "ours" / file).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+@pytest.mark.parametrize("name", [CAUSAL[0], CAUSAL[1], SEQ2SEQ[0], SEQ2SEQ[3]])
+def test_an_export_writes_the_same_in_peft(
+    name: str, method: str, tmp_path: Path, difference: Any
+) -> None:
+    mine = tuned(name, method)
+    mine.export_peft(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(reference(name), tmp_path / "ours").eval()
+    prompts = given(name)["ids"].tolist()
+    end = theirs.config.eos_token_id if name in SEQ2SEQ else 0
+    model = mine.pretrained
+    generator = Generator(model.backbone, model.listed(), LETTERS.tokenizer(), mine.prefix, (end,))
+    for beams in (1, 5):
+        decode = DecodeConfig(max_new_tokens=NEW, beams=beams)
+        for prompt, found in zip(prompts, generator.generate(prompts, decode), strict=True):
+            ids, score = generated(theirs, prompt, beams, end, name in SEQ2SEQ)
+            assert list(found.samples[0].ids) == ids
+            if beams > 1:
+                what = f"export, {method}: scores of {beams} beams"
+                difference(what, found.samples[0].score - score, 1e-5, name)
+
+
+def generated(
+    model: Any, prompt: list[int], beams: int, end: int, seq2seq: bool
+) -> tuple[list[int], float]:
+    """The tokens that PEFT writes, and the score of its beam."""
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW,
+            num_beams=beams,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+    found = out.sequences[0, 1 if seq2seq else len(prompt) :].tolist()
+    length = found.index(end) + 1 if end in found else len(found)
+    return found[:length], out.sequences_scores[0].item() if beams > 1 else 0.0
+
+
+CONFIGS = {
+    "prefix": (peft.PrefixTuningConfig, {}),
+    "projected prefix": (peft.PrefixTuningConfig, {"prefix_projection": True}),
+    "cartridge": (peft.CartridgeConfig, {"num_frozen_tokens": 2}),
+    "prompt": (peft.PromptTuningConfig, {}),
+    "P-tuning": (peft.PromptEncoderConfig, {"encoder_hidden_size": 16}),
+}
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("name", [CAUSAL[1], SEQ2SEQ[1], ENCODERS[0]])
+def test_an_import_computes_the_same_here(
+    name: str, method: str, tmp_path: Path, difference: Any
+) -> None:
+    kind, options = CONFIGS[method]
+    config = kind(task_type=task_of(name), num_virtual_tokens=P, **options)
+    if name in SEQ2SEQ and kind in (peft.PrefixTuningConfig, peft.CartridgeConfig):
+        shape = pretrained(name).backbone.geometry.main
+        config.token_dim = shape.kv_heads * shape.head_dim
+        config.num_attention_heads, config.num_layers = shape.kv_heads, shape.layers
+    theirs, text = MAKER.random_adapter(reference(name), config, seed=1), given(name)
+    theirs.save_pretrained(tmp_path)
+    mine = import_peft(tmp_path, pretrained(name))
+    delta = relative(ours(mine, text), MAKER.outputs(theirs, text))
+    difference(f"import, {method}: {_what(name)}", delta, 1e-5, name)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+@pytest.mark.parametrize("name", [CAUSAL[0], CAUSAL[1], SEQ2SEQ[0], SEQ2SEQ[3], ENCODERS[0]])
+def test_gradients_and_a_step_of_adamw_agree(
+    name: str, method: str, tmp_path: Path, difference: Any
+) -> None:
+    mine, text = tuned(name, method), given(name)
+    mine.export_peft(tmp_path / "start")
+    theirs = peft.PeftModel.from_pretrained(reference(name), tmp_path / "start").eval()
+    weight = theirs.prompt_encoder["default"].embedding.weight.requires_grad_(True)
+    model = mine.pretrained
+    upstream = np.random.default_rng(4).normal(size=ours(mine, text).shape).astype(np.float32)
+
+    called = {"input_ids": torch.from_numpy(text["ids"]).long()}
+    called["attention_mask"] = torch.ones_like(called["input_ids"])
+    if "decoder_ids" in text:
+        called["decoder_input_ids"] = torch.from_numpy(text["decoder_ids"]).long()
+    made = theirs(**called)
+    made = made.logits if "logits" in made else made.last_hidden_state
+    (made[:, -upstream.shape[1] :] * torch.from_numpy(upstream)).sum().backward()
+    torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.1).step()
+
+    def loss(produced: Produced) -> jax.Array:
+        return jnp.sum(outputs(model.backbone, model.stacked(), produced, text) * upstream)
+
+    grads = jax.grad(loss)(mine.produced)
+    config = OptimConfig(weight_decay=0.1, schedule="constant", clip=None)
+    optimizer = make_optimizer(
+        config, make_schedule(config, 10), jax.tree.map(lambda _: "train", mine.produced)
+    )
+    updates, _ = optimizer.update(grads, optimizer.init(mine.produced), mine.produced)
+    stepped = jax.tree.map(jnp.add, mine.produced, updates)
+
+    # PEFT's gradient, and its parameters after the step, as we would import them.
+    for what, flat, found in (
+        ("gradient, relative", weight.grad, grads),
+        ("AdamW step", weight, stepped),
+    ):
+        theirs.save_pretrained(tmp_path / what)
+        _store(tmp_path / what, flat.detach().numpy())
+        expected = import_peft(tmp_path / what, model).produced
+        largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+        scale = max(1.0, largest) if "relative" in what else 1.0
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            difference(f"{method}: {what}", (a - b) / scale, 1e-5, name)
+
+
+def _store(folder: Path, flat: np.ndarray) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({"prompt_embeddings": flat.copy()}, folder / FILES[1])
+
+
+def _what(name: str) -> str:
+    return "states" if name in ENCODERS else "logits"
+
+
+def relative(x: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """The difference, in terms of the largest number where that is above 1.
+
+    Logits of these models are up to 10, and PyTorch's own float32 ones up to 1e-5 from its float64
+    ones.
+    """
+    return (x - expected) / max(1.0, np.abs(expected).max())
