@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
-from tiny import write_bart, write_model, write_t5
+from tiny import write_bart, write_encoder, write_model, write_t5
 
 from prefix_jax import config as configs
 from prefix_jax.backbones.load import Pretrained, load
@@ -55,6 +56,43 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
         {"sentence1": "It rained.", "sentence2": f"It was {word}.", "label": label, "idx": 0}
         for word, label in (("wet", 0), ("dry", 1), ("raining", 0))
     ],
+    "boolq": [
+        {"question": f"is the {word} good", "passage": f"The {word} is good.", "label": label}
+        for word, label in (("film", 1), ("plot", 0), ("cast", 1))
+    ],
+    "superglue rte": [
+        {"premise": "It rained.", "hypothesis": f"It was {word}.", "label": label}
+        for word, label in (("wet", 0), ("dry", 1), ("raining", 0))
+    ],
+    "copa": [
+        {"premise": f"The {word} fell.", "choice1": "It rained.", "choice2": "It broke.",
+         "question": question, "label": label}
+        for word, question, label in (("cup", "effect", 1), ("dam", "cause", 0), ("jar", 1, 1))
+    ],
+    "wic": [
+        {"word": "plot", "sentence1": f"A {word} plot.", "sentence2": "The plot.", "label": label,
+         "start1": 2, "end1": 6, "start2": 4, "end2": 8}
+        for word, label in (("good", 1), ("bad", 0), ("great", 1))
+    ],
+    "wsc": [
+        {"text": f"The {word} film was good.", "span1_index": 2, "span1_text": "film",
+         "span2_index": 3, "span2_text": "was", "label": label}
+        for word, label in (("good", 0), ("bad", 1), ("great", 0))
+    ],
+    "conll03": [
+        {"tokens": ["paris", "was", word], "ner": [5, 0, 0], "pos": [1, 2, 3], "chunks": [1, 2, 3]}
+        for word in ("good", "bad", "great")
+    ],
+    "squad": [
+        {"question": "where", "context": f"the {word} film was paris.", "id": word,
+         "answers": {"text": ["paris"], "answer_start": [len(f"the {word} film was ")]}}
+        for word in ("good", "bad", "great")
+    ],
+    "squad2": [
+        {"question": "where", "context": f"the {word} film was paris.", "id": word,
+         "answers": {"text": [], "answer_start": []}, "is_impossible": True}
+        for word in ("good", "bad", "great")
+    ],
     "gsm8k": [
         {"query": f"What is {n} + 1?", "response": f"{n} + 1 = {n + 1}. The answer is: {n + 1}"}
         for n in range(3)
@@ -63,6 +101,8 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
 
 # Which tiny model stands for the one that a recipe names.
 WRITERS: dict[str, Callable[[Path], Path]] = {
+    "roberta": functools.partial(write_encoder, kind="roberta"),
+    "bert": write_encoder,
     "gpt2": write_model,
     "llama": write_model,
     "gemma": write_model,
@@ -88,13 +128,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pretrain
 
 def small(config: Config, recipe: Path, folder: Path) -> Config:
     """The recipe with local data and few steps; what it is about stays."""
-    data_set = recipe.stem.partition("_")[0] if "web_nlg" not in recipe.stem else "web_nlg"
+    data_set = max((name for name in RECORDS if recipe.stem.startswith(name)), key=len, default="")
+    if data_set == "rte" and config.task.name == "classify":
+        data_set = "superglue rte"
     records = folder / "records.jsonl"
     records.write_text("".join(json.dumps(record) + "\n" for record in RECORDS[data_set]))
     splits = {name: str(records) for name in ("train", "dev", "test") if getattr(config.data, name)}
     accumulate = config.optim.accumulate
     return dataclasses.replace(
         config,
+        task=dataclasses.replace(config.task, stride=min(config.task.stride, 16)),
         method=config.method | {"length": min(config.method["length"], 4)},
         data=dataclasses.replace(config.data, **splits, batch_size=2 * accumulate, max_length=None),
         train=dataclasses.replace(config.train, steps=2, epochs=None, eval_every=2),
@@ -111,6 +154,11 @@ def test_a_recipe_runs(recipe, models, tmp_path):
     assert run.step in (1, 2)
     assert run.card is not None
     assert run.card.method["name"] == config.method["name"]
+
+
+def test_the_list_of_recipes_names_each():
+    listed = re.findall(r"^\| `([\w.]+)` \|", (ROOT / "configs/README.md").read_text(), re.M)
+    assert listed == [path.name for path in RECIPES]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
