@@ -32,7 +32,7 @@ from prefix_jax.evaluate.run import Evaluation, Evaluator
 from prefix_jax.interop import peft
 from prefix_jax.interop.backbone import backbone_of
 from prefix_jax.interop.export import baked
-from prefix_jax.methods import name_of
+from prefix_jax.methods import section_of
 from prefix_jax.methods.base import Method
 from prefix_jax.model import PrefixModel, encoder_decoder
 from prefix_jax.prefix import Prefix, Produced
@@ -444,10 +444,9 @@ def fit(
     records = {
         name: s for name, s in splits.items() if s is not None and not isinstance(s, str | Path)
     }
-    fields = {} if method is None else dataclasses.asdict(method)
     values = {
         "model": {"path": pretrained.source},
-        "method": {"name": name_of(method), **fields},
+        "method": section_of(method),
         "data": {
             "input": input,
             "target": target,

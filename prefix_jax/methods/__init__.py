@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping
 from typing import Any
@@ -32,6 +33,7 @@ __all__ = [
     "PromptTuning",
     "make_method",
     "name_of",
+    "section_of",
 ]
 
 # By the names that configs use.
@@ -76,3 +78,10 @@ def name_of(method: Method[Any] | None) -> str:
     if method is None:
         return FULL
     return next(name for name, cls in METHODS.items() if type(method) is cls)
+
+
+def section_of(method: Method[Any] | None) -> dict[str, Any]:
+    """The `method` section of a config that describes a method: undoes `make_method`."""
+    fields = () if method is None else dataclasses.fields(method)
+    values = {field.name: getattr(method, field.name) for field in fields if field.init}
+    return {"name": name_of(method), **values}

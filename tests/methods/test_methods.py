@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prefix_jax.errors import ConfigError
-from prefix_jax.methods import METHODS, make_method, name_of
+from prefix_jax.methods import METHODS, make_method, name_of, section_of
 from prefix_jax.methods.adapter import LlamaAdapter
 from prefix_jax.methods.base import normal, normal_like, zeros
 from prefix_jax.methods.cartridge import Cartridge
@@ -223,6 +223,11 @@ def test_methods_are_made_by_name():
 @pytest.mark.parametrize("name", [*METHODS, "full"])
 def test_a_method_knows_its_name(name):
     assert name_of(make_method({"name": name})) == name
+
+
+@pytest.mark.parametrize("method", [*METHOD.values(), None], ids=[*METHOD, "full"])
+def test_a_section_describes_a_method_whole(method):
+    assert make_method(section_of(method)) == method
 
 
 @pytest.mark.parametrize(
