@@ -1,0 +1,210 @@
+"""Records become labelled examples with the tokenizer's own special tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from prefix_jax.backbones.tokenizer import load_tokenizer
+from prefix_jax.config import TaskConfig
+from prefix_jax.data.labelled import Reading, collect_labels
+from prefix_jax.data.pack import Packing, arrange, materialise, measure
+from prefix_jax.data.source import read_records
+from prefix_jax.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load_tokenizer(tiny.write_encoder(tmp_path_factory.mktemp("bert") / "model"))
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = tmp_path_factory.mktemp("roberta") / "model"
+    return load_tokenizer(tiny.write_encoder(path, "roberta"))
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load_tokenizer(tiny.write_model(tmp_path_factory.mktemp("llama") / "model"))
+
+
+def reading(tokenizer: Any, task: TaskConfig, **fields: Any) -> Reading:
+    options = {"input": None, "pair": None, "max_length": 64, "truncate": "right"}
+    return Reading(tokenizer, task, **{**options, "causal": False, "segments": True, **fields})
+
+
+def examples(tokenizer: Any, task: TaskConfig, *records: dict[str, Any], **fields: Any) -> Any:
+    return reading(tokenizer, task, **fields).examples(read_records(records))
+
+
+# Classes and values.
+
+CLASSES = TaskConfig("classify", labels=("bad", "good"))
+
+
+def test_a_pair_is_one_example_predicted_from_its_first_token(bert: Any) -> None:
+    record = {"a": "the film", "b": "was great", "label": "good"}
+    (one,) = examples(bert, CLASSES, record, input="{a}", pair="{b}")
+    assert bert.decode(one.ids_T) == "[CLS] the film [SEP] was great [SEP]"
+    assert one.segment_T.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert (one.index_M.tolist(), one.label_M.tolist(), one.references) == ([0], [1], ("good",))
+
+
+def test_under_a_decoder_the_last_token_predicts(decoder: Any) -> None:
+    record = {"text": "abc", "label": 0}
+    (one,) = examples(decoder, CLASSES, record, input="{text}", causal=True, segments=False)
+    assert (one.index_M.tolist(), one.references) == ([2], ("bad",))
+    assert one.segment_T is None
+
+
+def test_a_long_text_is_cut_and_named(bert: Any) -> None:
+    record = {"text": "the a good bad film", "label": "bad"}
+    found = examples(bert, CLASSES, record, input="{text}", max_length=4)
+    assert bert.decode(found[0].ids_T) == "[CLS] the a [SEP]"
+    left = examples(bert, CLASSES, record, input="{text}", max_length=4, truncate="left")
+    assert bert.decode(left[0].ids_T) == "[CLS] bad film [SEP]"
+    assert found.truncated == left.truncated == ("record 1",)
+
+
+def test_labels_are_collected_by_size_or_letter() -> None:
+    def collect(*labels: Any, name: str = "classify") -> tuple[str, ...]:
+        records = read_records([{"label": label} for label in labels])
+        return collect_labels(records, TaskConfig(name))
+
+    assert collect(10, 9, 9) == ("9", "10")
+    assert collect("no", "yes", "maybe") == ("maybe", "no", "yes")
+    assert collect(["O", "B"], ["I"], name="tag") == ("B", "I", "O")
+    with pytest.raises(DataError, match="one label, 'a'"):
+        collect("a", "a")
+
+
+@pytest.mark.parametrize("label", ["fine", 2, -1, 0.5])
+def test_an_unknown_label_is_an_error_that_names_the_record(bert: Any, label: Any) -> None:
+    with pytest.raises(DataError, match=r"record 1: the label .* is none of 'bad', 'good'"):
+        examples(bert, CLASSES, {"text": "a", "label": label}, input="{text}")
+
+
+def test_a_value_is_a_number(bert: Any) -> None:
+    (one,) = examples(bert, TaskConfig("regress"), {"t": "a", "label": "2.5"}, input="{t}")
+    assert (one.label_M.dtype, one.label_M.tolist()) == (np.float32, [2.5])
+    with pytest.raises(DataError, match="holds 'much', not a number"):
+        examples(bert, TaskConfig("regress"), {"t": "a", "label": "much"}, input="{t}")
+
+
+def test_what_is_to_be_answered_needs_no_label(bert: Any) -> None:
+    read = reading(bert, CLASSES, input="{t}")
+    (one,) = read.examples(read_records([{"t": "good"}]), answered=False)
+    assert one.references == ()
+
+
+# Tags.
+
+TAGS = TaskConfig("tag", labels=("O", "B"))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "decoder"])
+def test_a_tag_is_predicted_from_its_words_first_token(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    tokenizer = request.getfixturevalue(kind)
+    words = ["xyz", "is", "-", "great"]
+    record = {"tokens": words, "label": ["B", "O", "O", "B"]}
+    (one,) = examples(tokenizer, TAGS, record, causal=kind == "decoder")
+    firsts = [tokenizer.decode([one.ids_T[column]]).strip(" #")[:1] for column in one.index_M]
+    # A space before a word may be in its first token, or be a token of its own.
+    assert all(first in ("", word[0]) or word.startswith(first)
+               for first, word in zip(firsts, words, strict=True))  # fmt: skip
+    assert one.label_M.tolist() == [1, 0, 0, 1]
+    assert (np.diff(one.index_M) > 0).all()
+
+
+def test_words_that_are_cut_off_have_no_tag(bert: Any) -> None:
+    record = {"tokens": ["good", "xyz", "film"], "label": ["B", "O", "B"]}
+    found = examples(bert, TAGS, record, max_length=5)
+    assert found[0].references == ("B", "O")
+    assert found.truncated == ("record 1",)
+
+
+def test_every_word_needs_a_tag(bert: Any) -> None:
+    with pytest.raises(DataError, match="record 1: 1 tags in 'label' for 2 words in 'tokens'"):
+        examples(bert, TAGS, {"tokens": ["a", "b"], "label": ["O"]})
+
+
+# Spans.
+
+SPANS = TaskConfig("span", label="answers", stride=3)
+CONTEXT = "the film was very great , the plot was bad , paris was where"
+
+
+def spans(tokenizer: Any, text: str, start: int, **fields: Any) -> Any:
+    answers = {"text": [text], "answer_start": [start]} if text else {"text": []}
+    record = {"q": "where was", "c": CONTEXT, "answers": answers}
+    given = {"input": "{q}", "pair": "{c}", "max_length": 13, **fields}
+    return examples(tokenizer, SPANS, record, **given)
+
+
+def test_windows_of_a_long_text_overlap_and_mark_the_answer_where_it_is(bert: Any) -> None:
+    found = spans(bert, "paris", CONTEXT.index("paris"))
+    assert len(found) == 3
+    assert {one.window.question for one in found} == {0}
+    for one in found:
+        assert len(one.ids_T) <= 13
+        start, end = (int(np.flatnonzero(one.label_M & bit)[0]) for bit in (1, 2))
+        text = "".join(CONTEXT[slice(*one.window.offset_T2[start])])
+        assert (start, end) == (0, 0) or text == "paris"
+    assert any(one.label_M[0] == 0 for one in found)
+    starts = [one.window.offset_T2[one.window.offset_T2[:, 0] >= 0][0, 0] for one in found]
+    assert starts == sorted(set(starts))
+
+
+def test_a_question_without_an_answer_points_at_the_first_token(bert: Any) -> None:
+    for one in spans(bert, "", 0):
+        assert one.label_M[0] == 3
+        assert one.references == ("",)
+
+
+def test_an_answer_must_stand_where_it_says(bert: Any) -> None:
+    with pytest.raises(DataError, match="the text at character 3 is ' film', not the answer"):
+        spans(bert, "paris", 3)
+
+
+def test_a_question_must_leave_room_for_the_text(bert: Any) -> None:
+    with pytest.raises(DataError, match="leave no room for the text within 8 tokens"):
+        spans(bert, "", 0, max_length=8)
+
+
+# Choices.
+
+
+def test_choices_are_parts_of_one_example_that_do_not_see_each_other(bert: Any) -> None:
+    task = TaskConfig("choice", choices=("{one}", "{two}"))
+    records = [
+        {"q": "the film was", "one": "good", "two": "very bad", "label": 1},
+        {"q": "the plot was", "one": "very great", "two": "awful", "label": 0},
+    ]
+    found = examples(bert, task, *records, input="{q}")
+    assert found[0].index_M.tolist() == [0, 7]
+    assert found[0].label_M.tolist() == [0, 1]
+    assert found[0].references == ("very bad",)
+    batch = materialise(arrange(measure(found), Packing()), found)
+    assert batch.weight_BM.sum() == 2
+    for row in range(len(batch.ids_BT)):
+        group = batch.tokens.group_BT[row]
+        for number in range(1, group.max() + 1):
+            columns = np.flatnonzero(group == number)
+            assert batch.tokens.position_BT[row, columns].tolist() == list(range(len(columns)))
+            assert batch.ids_BT[row, columns[0]] == bert.cls_token_id
+        real = batch.question_BM[row] > 0
+        assert (np.bincount(batch.question_BM[row][real])[1:] == 2).all()
+
+
+def test_a_field_of_texts_gives_a_choice_for_each(bert: Any) -> None:
+    task = TaskConfig("choice", choices=("{ends}",))
+    record = {"q": "the", "ends": ["film", "plot", "a"], "label": "2"}
+    (one,) = examples(bert, task, record, input="{q}")
+    assert one.choices == ("film", "plot", "a")
+    assert one.label_M.tolist() == [0, 0, 1]
