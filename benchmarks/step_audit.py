@@ -27,11 +27,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from prefix_jax.backbones import llama
 from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.load import architecture
 from prefix_jax.backbones.stack import Remat
 from prefix_jax.config import OptimConfig
-from prefix_jax.data.batch import Batch
+from prefix_jax.data.batch import Batch, Source
 from prefix_jax.methods import METHODS
 from prefix_jax.model import PrefixModel
 from prefix_jax.nn.mask import Tokens
@@ -54,6 +54,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "intermediate_size": 160,
         "vocab_size": 512,
         "tie_word_embeddings": True,
+    },
+    "tiny-T5": {
+        "model_type": "t5",
+        "num_layers": 4,
+        "num_decoder_layers": 3,
+        "d_model": 64,
+        "d_kv": 20,
+        "d_ff": 160,
+        "num_heads": 4,
+        "vocab_size": 512,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
     },
     "SmolLM2-135M": {
         "model_type": "llama",
@@ -86,6 +99,7 @@ class Case:
         model: a name in `CONFIGS`.
         method: a name in `METHODS`, or "full": the backbone trains, and there is no prefix.
         tokens, targets, length: T, M and P.
+        source: S, what an encoder reads; 0 for a decoder.
     """
 
     model: str
@@ -95,10 +109,12 @@ class Case:
     length: int
     dtype: str = "float32"
     remat: Remat = "none"
+    source: int = 0
 
 
 # Sizes that make no activation as large as a weight; see `audit`.
 TINY = Case("tiny", "prefix", tokens=72, targets=24, length=8)
+TINY_T5 = Case("tiny-T5", "prefix", tokens=36, targets=28, length=8, source=84)
 SMOLLM2 = Case("SmolLM2-135M", "prefix", tokens=512, targets=224, length=16)
 LLAMA = Case("Llama-3-8B", "prefix", tokens=1920, targets=840, length=32)
 
@@ -108,6 +124,7 @@ CASES = (
         for case in (TINY, SMOLLM2, LLAMA)
         for method in ("prefix", "hidden", "prompt", "adapter", "plus", "full")
     ),
+    *(dataclasses.replace(TINY_T5, method=method) for method in ("prefix", "prompt")),
     dataclasses.replace(SMOLLM2, tokens=40, targets=24),
     dataclasses.replace(SMOLLM2, remat="full"),
     dataclasses.replace(LLAMA, dtype="bfloat16"),
@@ -115,7 +132,7 @@ CASES = (
 
 
 def model_of(case: Case) -> PrefixModel:
-    backbone = Backbone(llama.architecture(CONFIGS[case.model]), case.remat)
+    backbone = Backbone(architecture(CONFIGS[case.model], case.model), case.remat)
     method = METHODS.get(case.method)
     if method is None:
         return PrefixModel(backbone, None)
@@ -150,7 +167,7 @@ def compile_step(
     def integers(size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, 1, size), jnp.int32)
 
-    T, M = case.tokens, case.targets
+    T, M, S = case.tokens, case.targets, case.source
     batch = Batch(
         ids_BT=integers(T),
         tokens=Tokens(integers(T), integers(T), integers(T)),
@@ -158,6 +175,7 @@ def compile_step(
         label_BM=integers(M),
         weight_BM=jax.ShapeDtypeStruct((1, 1, M), jnp.float32),
         examples=jax.ShapeDtypeStruct((1,), jnp.float32),
+        source=Source(integers(S), Tokens(integers(S), integers(S), integers(S))) if S else None,
     )
     lowered = jax.jit(make(model, optimizer), donate_argnums=0).lower(state, frozen, batch)
     # Nothing runs: optimise the program, but spare LLVM the work on its machine code.
@@ -178,6 +196,7 @@ def floor_of(case: Case) -> int:
         tokens=case.tokens,
         targets=case.targets,
         produced=produced,
+        source=case.source,
     ).total
 
 
@@ -231,6 +250,7 @@ COLUMNS: tuple[tuple[str, int, Callable[[Row], str]], ...] = (
     ("method", 6, lambda row: row["method"]),
     ("dtype", 8, lambda row: row["dtype"]),
     ("remat", 5, lambda row: row["remat"]),
+    ("S", 4, lambda row: str(row["source"])),
     ("T", 4, lambda row: str(row["tokens"])),
     ("M", 3, lambda row: str(row["targets"])),
     ("P", 2, lambda row: str(row["length"])),

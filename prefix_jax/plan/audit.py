@@ -78,7 +78,7 @@ def _matrices(backbone: Mapping[str, Any]) -> tuple[set[int], set[int]]:
     """The sizes of the matrices of one layer, and of all matrices as they are stored."""
     layer, stored = set(), set()
     for path, leaf in jax.tree.leaves_with_path(backbone):
-        stacked = path[0].key == "layers"
+        stacked = "layers" in [entry.key for entry in path]
         if "bias" in path[-1].key or leaf.ndim - stacked < 2:
             continue
         stored.add(leaf.size)

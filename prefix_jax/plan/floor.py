@@ -5,7 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 from prefix_jax.backbones.architecture import Architecture
-from prefix_jax.prefix import Adapter, Embeds, Gated, Hidden, KVPrefix, Memory, Prefix, Produced
+from prefix_jax.prefix import (
+    Adapter,
+    Embeds,
+    Gated,
+    Hidden,
+    KVPrefix,
+    Memory,
+    Prefix,
+    Produced,
+    Site,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +42,20 @@ class Floor:
     out (no gradient flows on from it to frozen embeddings) and what the last layer of the lift
     could is counted nevertheless, since scanned layers are all alike: less than 1/(2L) in all.
     Networks of a method's own that make what it produces are not counted.
+
+    An encoder-decoder reads sources of S tokens besides, which soft tokens make longer by P, and
+    these take no lift. Its encoder has W, L, N and H of its own, and each layer of its decoder has
+    the projections of an attention from T to S:
+
+        layers      4 · B·S · L·W           of the encoder
+                    4 · B · L · (T·2DNH + S·2DKH)
+        attention   12 · B·S · (S·L + P·J) · NH
+                                            of the encoder
+                    12 · B·T · (S·L + P·J) · NH
+                                            from the decoder
+
+    Where nothing trains at the encoder, no gradient flows back into it: it takes 2 for 4 and 4 for
+    12, as do the keys and values of S; the T queries' look at these takes 8.
     """
 
     layers: int
@@ -46,9 +70,15 @@ class Floor:
 
 
 def floor(
-    arch: Architecture, *, rows: int, tokens: int, targets: int, produced: Produced | None
+    arch: Architecture,
+    *,
+    rows: int,
+    tokens: int,
+    targets: int,
+    produced: Produced | None,
+    source: int = 0,
 ) -> Floor:
-    """The floor of one training step of a decoder.
+    """The floor of one training step of a decoder, or of an encoder-decoder.
 
     Args:
         arch: of the frozen backbone.
@@ -56,28 +86,71 @@ def floor(
         tokens: T, of each row.
         targets: M, of each row.
         produced: the (abstract) value that the method makes; None without a prefix.
+        source: S, what an encoder reads of each row.
     """
-    L, D, F, V = arch.layers, arch.d_model, arch.d_ff, arch.vocab
+    L, D = arch.layers, arch.d_model
     NH, KH = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    weights = D * (NH + 2 * KH) + NH * D + (3 if arch.gated else 2) * D * F
-    slots, memories, lift = 0, 0, 0
-    if isinstance(produced, Embeds):
+    weights = _weights(arch)
+    at = _Added.of(produced.decoder) if isinstance(produced, Prefix) else _Added()
+    lift = 0
+    if isinstance(produced, Embeds) and arch.encoder is None:
         length = len(produced.x_PD)
-        slots = length * L
+        at = _Added(slots=length * L)
         lift = 4 * length * L * weights + 12 * length * length * L * NH
     elif isinstance(produced, Hidden | Adapter):
-        slots = produced.h_LPD.shape[0] * produced.h_LPD.shape[1]
-        lift = 4 * slots * 2 * D * KH
-    elif isinstance(produced, Prefix) and produced.decoder is not None:
-        for part in (produced.decoder.join, produced.decoder.beside):
+        at = _Added(slots=produced.h_LPD.shape[0] * produced.h_LPD.shape[1])
+        lift = 4 * at.slots * 2 * D * KH
+    layers = 4 * tokens * L * weights
+    attention = at.cost(tokens, 12 * tokens * L, arch)
+    if arch.encoder is not None:
+        encoder, soft = arch.encoder, isinstance(produced, Embeds)
+        S = source + (len(produced.x_PD) if isinstance(produced, Embeds) else 0)
+        sites = produced if isinstance(produced, Prefix) else Prefix()
+        through = soft or sites.encoder is not None
+        back = 4 if through else 2
+        layers += back * S * (encoder.layers * _weights(encoder) + L * 2 * D * KH)
+        layers += 4 * tokens * L * 2 * D * NH
+        own = (12 if through else 4) * S * encoder.layers
+        attention += _Added.of(sites.encoder).cost(S, own, encoder)
+        across = (12 if through else 8) * S * L
+        attention += _Added.of(sites.cross).cost(tokens, across, arch)
+    return Floor(
+        layers=rows * layers,
+        attention=rows * attention,
+        head=4 * rows * targets * D * arch.vocab,
+        lift=lift,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Added:
+    """What a prefix adds to an attention, over all layers.
+
+    Attributes:
+        slots: P · J.
+        memories: J.
+    """
+
+    slots: int = 0
+    memories: int = 0
+
+    @classmethod
+    def of(cls, site: Site | None) -> _Added:
+        slots = memories = 0
+        for part in () if site is None else (site.join, site.beside):
             if isinstance(part, KVPrefix | Gated):
                 slots += part.k_LPKH.shape[0] * part.length
             elif isinstance(part, Memory):
                 memories += part.m_LNHH.shape[0]
-    return Floor(
-        layers=4 * rows * tokens * L * weights,
-        attention=12 * rows * tokens * (tokens * L + slots) * NH
-        + 6 * rows * tokens * memories * NH * arch.head_dim,
-        head=4 * rows * targets * D * V,
-        lift=lift,
-    )
+        return cls(slots, memories)
+
+    def cost(self, queries: int, tokens: int, arch: Architecture) -> int:
+        """Of an attention of so many queries, where each takes `tokens` · NH without a prefix."""
+        NH = arch.heads * arch.head_dim
+        return queries * NH * (tokens + 12 * self.slots + 6 * self.memories * arch.head_dim)
+
+
+def _weights(arch: Architecture) -> int:
+    """W, of self-attention and feed-forward."""
+    D, NH, KH = arch.d_model, arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    return D * (NH + 2 * KH) + NH * D + (3 if arch.gated else 2) * D * arch.d_ff

@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+import tiny
 
-from prefix_jax.backbones import gpt2, llama
+from prefix_jax.backbones import gpt2, llama, t5
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.methods import (
     HiddenPrefixTuning,
@@ -17,7 +20,7 @@ from prefix_jax.methods import (
     PromptTuning,
 )
 from prefix_jax.plan.floor import floor
-from prefix_jax.prefix import Produced
+from prefix_jax.prefix import Embeds, Prefix, Produced
 
 LLAMA = llama.architecture(
     {
@@ -99,3 +102,53 @@ def test_the_lift_is_free_for_keys_and_values_and_one_short_row_for_soft_tokens(
 def test_the_total_is_all_parts() -> None:
     least = floor(LLAMA, **SHAPE, produced=made_by(HiddenPrefixTuning(5)))
     assert least.total == sum(dataclasses.asdict(least).values())
+
+
+P = 5
+T5 = t5.architecture(tiny.T5_CONFIG)
+TWO_SIDED = {"rows": 2, "tokens": 10, "targets": 4, "source": 30}
+
+
+class TestEncoderDecoders:
+    @staticmethod
+    def produced(*sites: str) -> Prefix:
+        method = PrefixTuning(P, sites=sites)
+        geometry = T5.geometry
+        return jax.eval_shape(lambda: method(method.init(jax.random.key(0), geometry, None)))
+
+    def test_layers_read_both_sides(self) -> None:
+        params = jax.eval_shape(Backbone(T5).init, jax.random.key(0))
+
+        def matrices(layers: Any, *names: str) -> int:
+            return sum(
+                leaf.size
+                for path, leaf in jax.tree.leaves_with_path(layers)
+                if leaf.ndim > 2 and path[0].key in names
+            )
+
+        decoder, encoder = params["layers"], params["encoder"]["layers"]
+        memory = sum(decoder["cross"][name].size for name in ("k_DKH", "v_DKH"))
+        least = floor(T5, **TWO_SIDED, produced=self.produced("encoder")).layers
+        assert least == 4 * 2 * (
+            30 * (matrices(encoder, "attn", "mlp") + memory)
+            + 10 * (matrices(decoder, "attn", "mlp", "cross") - memory)
+        )
+
+    def test_attention_reads_the_slots_of_every_site(self) -> None:
+        NH, everywhere = 40, self.produced("encoder", "decoder", "cross")
+        assert floor(T5, **TWO_SIDED, produced=everywhere).attention == 12 * 2 * NH * (
+            30 * (30 + P) * 3 + 10 * (10 + P) * 2 + 10 * (30 + P) * 2
+        )
+
+    def test_soft_tokens_are_read_with_the_source(self) -> None:
+        soft = Embeds(jax.ShapeDtypeStruct((P, 32), jnp.float32))
+        longer = TWO_SIDED | {"source": 30 + P}
+        bare = floor(T5, **longer, produced=self.produced("encoder"))
+        found = floor(T5, **TWO_SIDED, produced=soft)
+        assert (found.layers, found.lift) == (bare.layers, 0)
+
+    def test_an_encoder_where_nothing_trains_is_only_read(self) -> None:
+        through = floor(T5, **TWO_SIDED, produced=self.produced("encoder"))
+        beside = floor(T5, **TWO_SIDED, produced=self.produced("decoder"))
+        writing = floor(T5, **TWO_SIDED | {"source": 0}, produced=None).layers
+        assert 2 * beside.layers - writing == through.layers

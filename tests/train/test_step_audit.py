@@ -50,6 +50,8 @@ def ratio(case: Any, found: Audit) -> float:
         dataclasses.replace(step_audit.TINY, method="prompt"),
         dataclasses.replace(step_audit.TINY, method="adapter"),
         dataclasses.replace(step_audit.TINY, method="plus"),
+        step_audit.TINY_T5,
+        dataclasses.replace(step_audit.TINY_T5, method="prompt"),
         step_audit.SMOLLM2,
         dataclasses.replace(step_audit.SMOLLM2, targets=300),  # not whole chunks of the loss
         step_audit.LLAMA,
