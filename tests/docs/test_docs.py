@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("README.md"), *sorted((ROOT / "docs").glob("*.md"))]
 
 BLOCK = re.compile(
-    r"^(?P<mark><!-- not run: .+ -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"^(?P<mark><!-- not run: [^\n]+ -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 
 
@@ -62,6 +62,7 @@ def test_marked_blocks_and_other_languages_are_left_out(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
         "```\nplain\n```\n\n```python\nfirst\n```\n\n<!-- not run: needs a TPU -->\n"
-        "```python\nmarked\n```\n\n```bash\nshell\n```\n```python\nsecond\n```\n"
+        "```python\nmarked\n```\n\n```bash\nshell\n```\n```python\nsecond\n```\n\n"
+        "<!-- not run: neither -->\n```python\nmarked\n```\n"
     )
     assert blocks(page) == [(6, "first\n"), (18, "second\n")]
