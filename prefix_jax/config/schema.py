@@ -92,8 +92,8 @@ class InitConfig:
         labels: for "labels", the classes; each takes one slot, with the mean of its tokens'
             embeddings, and the slots that remain are drawn as for "vocab" (Lester et al. 2021).
         top: tokens for "vocab" and "labels" are drawn from so many first ones of the vocabulary,
-            which are the most frequent as a rule (5,000 in prompt tuning's paper); None draws
-            from all.
+            which are the most frequent as a rule (5,000 in prompt tuning's paper); None, or more
+            than there are, draws from all.
         std: for "normal".
         path: for "prefix", the directory of a stored prefix or of a run.
     """

@@ -69,7 +69,7 @@ def _rule(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransf
     # unfactored, since a prefix is small. `optax.adafactor` would decay weights by
     # `weight_decay` itself, whatever the learning rate.
     return optax.chain(
-        optax.scale_by_factored_rms(factored=False),
+        optax.scale_by_factored_rms(factored=False, decay_rate=0.8),
         optax.clip_by_block_rms(1.0),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(schedule),

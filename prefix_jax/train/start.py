@@ -129,9 +129,8 @@ def _text_ids(
 
 def _drawn_ids(top: int | None, vocab: int, rng: jax.Array, count: int) -> np.ndarray:
     """Tokens drawn from the first `top` of the vocabulary, or from all of it."""
-    if top is not None and top > vocab:
-        raise ConfigError(f"init.top is {top}; this backbone's vocabulary has {vocab} tokens")
-    return np.asarray(jax.random.randint(rng, (count,), 0, top or vocab, jnp.int32))
+    most = vocab if top is None else min(top, vocab)
+    return np.asarray(jax.random.randint(rng, (count,), 0, most, jnp.int32))
 
 
 def _labels(

@@ -14,7 +14,17 @@ import pytest
 from prefix_jax.backbones.load import Pretrained
 from prefix_jax.errors import BackboneError, ConfigError, PrefixError
 from prefix_jax.interop.inspect import Norms, inspect, nearest_words, norms
-from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Produced, Site
+from prefix_jax.prefix import (
+    Adapter,
+    Embeds,
+    Gated,
+    Hidden,
+    KVPrefix,
+    Memory,
+    Prefix,
+    Produced,
+    Site,
+)
 
 Forms = dict[str, Produced]
 # The small models have no tokenizer.
@@ -50,6 +60,20 @@ def test_norms_of_hidden_states_and_of_soft_tokens() -> None:
     rows = jnp.array([[3.0, 4.0], [0.0, 1.0]])
     assert norms(Hidden(rows[None])) == (Norms("hidden states", 0, 1.0, 3.0, 5.0),)
     assert norms(Embeds(rows)) == (Norms("soft tokens", None, 1.0, 3.0, 5.0),)
+
+
+def test_norms_of_what_stands_beside_the_softmax() -> None:
+    adapter = Adapter(jnp.array([[[3.0, 4.0]]]), jnp.array([[-0.5, 0.25]]), layers=(7,))
+    states, gates = norms(adapter)
+    assert states == Norms("adapter states", 7, 5.0, 5.0, 5.0)
+    assert gates == Norms("gates", 7, 0.25, 0.375, 0.5)
+    k_LPKH = jnp.full((1, 2, 1, 4), 0.5)
+    gated = Prefix(Site(beside=Gated(k_LPKH, 2 * k_LPKH, adapter.gate_LN)))
+    assert [(entry.of, entry.max) for entry in norms(gated)] == [
+        ("keys", 1.0), ("values", 2.0), ("gates", 0.5)
+    ]  # fmt: skip
+    memory = Prefix(Site(beside=Memory(jnp.full((1, 2, 4, 4), 1.5)), layers=(3,)))
+    assert norms(memory) == (Norms("memory", 3, 3.0, 3.0, 3.0),)
 
 
 def test_the_nearest_words_are_those_of_the_largest_cosine(spelling: Pretrained) -> None:
