@@ -1,6 +1,7 @@
 """Typed configuration: what there is to set (`schema`), and how it is read and written (`text`)."""
 
 from prefix_jax.config.schema import (
+    METRICS_OF,
     Config,
     DataConfig,
     DecodeConfig,
@@ -19,6 +20,7 @@ from prefix_jax.config.schema import (
 from prefix_jax.config.text import dump, load, parse, sections
 
 __all__ = [
+    "METRICS_OF",
     "Config",
     "DataConfig",
     "DecodeConfig",

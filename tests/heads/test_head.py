@@ -1,0 +1,78 @@
+"""A head is the one that transformers gives its model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefix_jax.heads import Head, make_head
+
+D = 8
+RNG = jax.random.key(0)
+_BERT = {"model_type": "bert", "causal": False, "pooler": True, "dropout": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "expected"),
+    [
+        ("classify", {}, Head("classify", 3, pooled=True, dropout=0.1)),
+        ("choice", {}, Head("choice", 1, pooled=True, dropout=0.1)),
+        ("regress", {}, Head("regress", 1, pooled=True, dropout=0.1)),
+        ("tag", {}, Head("tag", 3, dropout=0.1)),
+        ("span", {}, Head("span", 2)),
+        (
+            "classify",
+            {"model_type": "roberta"},
+            Head("classify", 3, activation="tanh", dropout=0.1),
+        ),
+        ("choice", {"model_type": "roberta"}, Head("choice", 1, pooled=True, dropout=0.1)),
+        (
+            "classify",
+            {"model_type": "electra", "pooler": False},
+            Head("classify", 3, activation="gelu", dropout=0.1),
+        ),
+        (
+            "classify",
+            {"model_type": "distilbert", "pooler": False},
+            Head("classify", 3, activation="relu", dropout=0.1, drop_input=False),
+        ),
+        ("classify", {"pooler": False}, Head("classify", 3, activation="tanh", dropout=0.1)),
+        (
+            "classify",
+            {"model_type": "llama", "causal": True, "pooler": False},
+            Head("classify", 3, bias=False),
+        ),
+    ],
+)
+def test_every_model_has_its_own(kind: Any, model: dict[str, Any], expected: Head) -> None:
+    assert make_head(kind, 3, **(_BERT | model)) == expected
+
+
+def test_weights_start_small_and_biases_at_zero() -> None:
+    params = Head("classify", 3, activation="tanh").init(RNG, 400)
+    assert {name: x.shape for name, x in params.items()} == {
+        "dense_DE": (400, 400),
+        "dense_bias_E": (400,),
+        "out_DY": (400, 3),
+        "out_bias_Y": (3,),
+    }
+    assert float(params["dense_DE"].std()) == pytest.approx(0.02, rel=0.02)
+    assert not params["dense_bias_E"].any()
+    assert not params["out_bias_Y"].any()
+
+
+def test_dropout_falls_on_training_alone_and_keeps_the_mean() -> None:
+    head = Head("tag", 2, dropout=0.5)
+    params = {"out_DY": jnp.ones((D, 2)), "out_bias_Y": jnp.zeros(2)}
+    h_BMD = jnp.ones((1, 2000, D))
+    np.testing.assert_array_equal(head(params, h_BMD), D)
+    dropped = head(params, h_BMD, RNG)
+    assert float(dropped.mean()) == pytest.approx(D, rel=0.02)
+    assert len(np.unique(dropped)) > 3
+    still = dataclasses.replace(head, dropout=0.0)
+    np.testing.assert_array_equal(still(params, h_BMD, RNG), D)
