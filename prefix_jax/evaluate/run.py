@@ -288,6 +288,7 @@ def _with_target(example: Example, target: Sequence[int]) -> Example:
         np.concatenate([prompt, np.asarray(target, np.int32)]),
         np.arange(len(prompt) + len(target)) >= max(len(prompt), 1),
         example.source,
+        source_ids_S=example.source_ids_S,
     )
 
 
