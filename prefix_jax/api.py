@@ -382,7 +382,7 @@ class Tuned:
         produced, card = self.produced, self.card
         if bake:
             produced, card = baked(produced, card, self.pretrained)
-        peft.write(path, *peft.to_peft(produced, card))
+        peft.write(path, *peft.to_peft(produced, card, self.head))
 
 
 def bake(pretrained: Pretrained, produced: Produced | None) -> Prefix | None:
@@ -506,7 +506,7 @@ def import_peft(
         BackboneError: the backbone cannot be loaded.
     """
     imported = peft.import_peft(adapter, model, task=task)
-    return Tuned(imported.pretrained, imported.produced, imported.card)
+    return Tuned(imported.pretrained, imported.produced, imported.card, head=imported.head)
 
 
 def _tuned(run: Run) -> Tuned:

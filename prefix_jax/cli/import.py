@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     for task, place in places.items():
         imported = import_peft(args.adapter, model, task=task)
         model, card = imported.pretrained, imported.card
-        artifact.save(place, imported.produced, card, args.to)
+        artifact.save(place, imported.produced, card, args.to, imported.head)
         console.print(
             f"{place}: {card.length} slots of kind {card.kind!r}, {card.init}, for "
             f"{card.backbone.source}; text starts at position {card.offset}"

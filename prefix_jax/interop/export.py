@@ -51,7 +51,8 @@ def export(
     if bake and not isinstance(produced, Prefix):
         pretrained = backbone_of(card, model, allow_other_weights=allow_other_weights)
         produced, card = baked(produced, card, pretrained)
-    artifact.save(output, produced, card, to)
+    head = None if card.task is None else artifact.load_head(source)
+    artifact.save(output, produced, card, to, head)
     return card
 
 

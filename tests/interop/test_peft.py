@@ -23,6 +23,8 @@ from prefix_jax import artifact
 from prefix_jax.artifact import BackboneCard
 from prefix_jax.backbones.load import Pretrained, load
 from prefix_jax.errors import BackboneError, PrefixError
+from prefix_jax.heads import Head
+from prefix_jax.interop.export import export
 from prefix_jax.interop.peft import export_peft, import_peft, tasks_of, to_peft
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.prefix import (
@@ -61,9 +63,21 @@ def imported(folder: Path, task: int | None = None) -> pj.Tuned:
     return pj.import_peft(folder, backbone(config_of(folder)["base_model_name_or_path"]), task=task)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def outputs(model: Any, params: Any, produced: Produced | None, given: Any) -> jax.Array:
-    """Logits, or states of an encoder, of the text alone: [2, T, …]."""
+def answers(tuned: pj.Tuned, h_BTD: jax.Array) -> jax.Array:
+    """What the head of an adapter makes of the states of a text: [2, T, Y], or [2, Y] of all."""
+    head, model = Head(**tuned.card.task.head), tuned.pretrained
+    if head.kind == "classify":
+        h_BTD = h_BTD[:, -1] if model.backbone.arch.causal else h_BTD[:, 0]
+    if head.pooled:
+        h_BTD = model.backbone.pool(model.params, h_BTD)
+    return head(tuned.head, h_BTD)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def outputs(
+    model: Any, params: Any, produced: Produced | None, given: Any, states: bool
+) -> jax.Array:
+    """Logits, or states, of the text alone: [2, T, …]."""
     prefix = model.lift(params, produced)
     tokens = Tokens.plain(jnp.ones(given["ids"].shape, bool))
     encoded, ids = None, given["ids"]
@@ -71,7 +85,7 @@ def outputs(model: Any, params: Any, produced: Produced | None, given: Any) -> j
         encoded, ids = model.encode(params, ids, tokens, prefix), given["decoder_ids"]
     h_BTD, _ = model.hidden(params, ids, tokens, prefix, encoded=encoded)
     h_BTD = h_BTD[:, -T:]
-    return model.unembed(params, h_BTD) if model.arch.causal else h_BTD
+    return h_BTD if states else model.unembed(params, h_BTD)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,9 +94,13 @@ def test_an_adapter_computes_here_what_it_computes_in_peft(name: str) -> None:
     stored = np.load(ADAPTERS / name / "expected.npz")
     given = {key: x for key, x in stored.items() if key != "expected"}
     model = tuned.pretrained
-    ours = outputs(model.backbone, model.params, tuned.produced, given)
+    states = tuned.head is not None or not model.backbone.arch.causal
+    ours = outputs(model.backbone, model.params, tuned.produced, given, states)
+    if tuned.head is not None:
+        ours = answers(tuned, ours)
     np.testing.assert_allclose(ours, stored["expected"], rtol=0, atol=1e-5)
-    bare = outputs(model.backbone, model.params, None, given)
+    bare = outputs(model.backbone, model.params, None, given, states)
+    bare = bare if tuned.head is None else answers(tuned, bare)
     assert np.max(np.abs(bare - stored["expected"])) > 0.05
 
 
@@ -95,9 +113,10 @@ def test_what_was_imported_exports_to_the_same_bytes(name: str, tmp_path: Path) 
     assert after.read_bytes() == before.read_bytes()
     ours, theirs = config_of(tmp_path / "theirs"), config_of(ADAPTERS / name)
     assert list(ours) == list(theirs)
-    # What says how PEFT trained, and where the backbone was.
+    # What says how PEFT trained, and where the backbone was; PEFT names a head's modules twice.
     free = {"base_model_name_or_path", "prefix_projection", "encoder_hidden_size"}
-    free |= {"encoder_reparameterization_type"}
+    free |= {"encoder_reparameterization_type", "modules_to_save"}
+    assert set(ours.get("modules_to_save") or ()) == set(theirs.get("modules_to_save") or ())
     assert {k: v for k, v in ours.items() if k not in free} == {
         k: v for k, v in theirs.items() if k not in free
     }
@@ -274,7 +293,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Pa
         ({"num_virtual_tokens": 4}, "num_virtual_tokens 4.*has 3 rows"),
         ({"num_virtual_tokens": None}, "num_virtual_tokens is None"),
         ({"num_virtual_tokens": "3"}, "num_virtual_tokens is '3'"),
-        ({"task_type": "SEQ_2_SEQ_LM"}, "task_type is SEQ_2_SEQ_LM.*takes adapters of CAUSAL_LM"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "task_type is SEQ_2_SEQ_LM.*takes adapters of CAUSAL_LM,"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_an_error(
@@ -308,11 +327,74 @@ def test_soft_tokens_of_another_width_are_an_error(copy: Callable[..., Path]) ->
         imported(folder)
 
 
-def test_a_head_is_not_left_out_in_silence(copy: Callable[..., Path]) -> None:
-    head = {"base_model.classifier.weight": np.ones((2, 32), np.float32)}
-    folder = rewrite(copy(task_type="SEQ_CLS"), lambda arrays: arrays.update(head))
-    with pytest.raises(PrefixError, match=r"trained head.*base_model\.classifier\.weight"):
+# Heads.
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("classify_bert", "classify"), ("tag_bert", "tag"), ("span_bert", "span")],
+)
+def test_a_head_comes_with_its_task(name: str, task: str, tmp_path: Path) -> None:
+    tuned = imported(ADAPTERS / name)
+    tuned.save(tmp_path / "ours")
+    again = pj.load_prefix(tmp_path / "ours", tuned.pretrained)
+    config = again.card.task.config
+    assert config["name"] == task
+    assert config["labels"] == (None if task == "span" else ["LABEL_0", "LABEL_1", "LABEL_2"])
+    assert sorted(again.head) == ["out_DY", "out_bias_Y"]
+
+
+def test_one_output_is_a_regression(copy: Callable[..., Path]) -> None:
+    def first(arrays: dict[str, np.ndarray]) -> None:
+        for name in list(arrays):
+            if "classifier" in name:
+                arrays[name] = np.ascontiguousarray(arrays[name][:1])
+
+    folder = rewrite(copy("classify_bert"), first)
+    assert imported(folder).card.task.config["name"] == "regress"
+
+
+def test_a_head_where_there_should_be_none_is_an_error(copy: Callable[..., Path]) -> None:
+    head = {"base_model.lm_head.weight": np.ones((2, 32), np.float32)}
+    folder = rewrite(copy(), lambda arrays: arrays.update(head))
+    with pytest.raises(PrefixError, match=r"more than a prefix, base_model\.lm_head\.weight"):
         imported(folder)
+
+
+def test_a_head_that_is_missing_or_another_is_an_error(copy: Callable[..., Path]) -> None:
+    folder = copy("classify_bert")
+    whole = load_file(folder / WEIGHTS)
+    bare = {"prompt_embeddings": whole["prompt_embeddings"]}
+    save_file(bare, folder / WEIGHTS)
+    with pytest.raises(PrefixError, match="no weights of a head"):
+        imported(folder)
+    save_file(bare | {"base_model.score.weight": np.ones((3, 32), np.float32)}, folder / WEIGHTS)
+    with pytest.raises(PrefixError, match=r"base_model\.classifier\.bias.*has base_model\.score"):
+        imported(folder)
+    other = {"base_model.classifier.weight": np.ones((3, 16), np.float32)}
+    save_file(whole | other, folder / WEIGHTS)
+    with pytest.raises(PrefixError, match=r"shape \(3, 16\), and this backbone's head \(3, 32\)"):
+        imported(folder)
+
+
+def test_classification_behind_soft_tokens_is_refused(copy: Callable[..., Path]) -> None:
+    head = {
+        f"base_model.classifier.{layer}.{part}": np.ones(shape, np.float32)
+        for layer, outputs in (("dense", 32), ("out_proj", 3))
+        for part, shape in (("weight", (outputs, 32)), ("bias", (outputs,)))
+    }
+    folder = rewrite(copy("prompt_roberta", task_type="SEQ_CLS"), lambda x: x.update(head))
+    with pytest.raises(PrefixError, match="reads an encoder's first soft token"):
+        imported(folder)
+
+
+def test_a_copy_in_another_container_keeps_its_head(tmp_path: Path) -> None:
+    imported(ADAPTERS / "classify_roberta").save(tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "copy")
+    before, after = (artifact.load_head(tmp_path / name) for name in ("ours", "copy"))
+    assert sorted(after) == ["dense_DE", "dense_bias_E", "out_DY", "out_bias_Y"]
+    for name, x in before.items():
+        np.testing.assert_array_equal(after[name], x)
 
 
 def test_a_prefix_in_one_piece_for_an_encoder_decoder_is_refused(copy: Callable[..., Path]) -> None:

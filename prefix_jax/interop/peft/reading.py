@@ -15,6 +15,7 @@ from prefix_jax.artifact import Card
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.load import Pretrained, load
 from prefix_jax.errors import BackboneError, PrefixError
+from prefix_jax.interop.peft import heads
 from prefix_jax.interop.peft.files import CONFIG, WEIGHTS, Files, read
 from prefix_jax.interop.peft.layout import unflatten
 from prefix_jax.prefix import Adapter, Embeds, Geometry, KVPrefix, Prefix, Produced, Site
@@ -40,11 +41,13 @@ class Imported:
         pretrained: the backbone.
         produced: the prefix.
         card: what is known about it.
+        head: the arrays of the head beside it; None where there is none.
     """
 
     pretrained: Pretrained
     produced: Produced
     card: Card
+    head: dict[str, Any] | None = None
 
 
 def import_peft(
@@ -56,9 +59,10 @@ def import_peft(
     """Reads an adapter of PEFT: what it computes there, it computes here.
 
     PREFIX_TUNING (with or without projection) and CARTRIDGE become keys and values; PROMPT_TUNING,
-    P_TUNING and MULTITASK_PROMPT_TUNING soft tokens; ADAPTION_PROMPT a gated adapter. With an
-    encoder-decoder, keys and values are of the decoder's layers as PEFT reads them (see `layout`),
-    and soft tokens stand before the encoder's input, as PEFT generates.
+    P_TUNING and MULTITASK_PROMPT_TUNING soft tokens; ADAPTION_PROMPT a gated adapter. The heads of
+    SEQ_CLS, TOKEN_CLS and QUESTION_ANS come with them. With an encoder-decoder, keys and values are
+    of the decoder's layers as PEFT reads them (see `layout`), and soft tokens stand before the
+    encoder's input, as PEFT generates.
 
     Args:
         adapter: what `PeftModel.save_pretrained` wrote.
@@ -86,7 +90,11 @@ def import_peft(
         produced = _keys_values(files, arch)
     else:
         produced = _soft_tokens(files, arch, task)
-    return Imported(pretrained, produced, _card(files, pretrained, produced, task))
+    head, of_head = None, None
+    if files.config.get("task_type") in heads.TASK_TYPES.values():
+        head, of_head = heads.from_arrays(files, pretrained, produced)
+    card = dataclasses.replace(_card(files, pretrained, produced, task), task=of_head)
+    return Imported(pretrained, produced, card, head)
 
 
 def tasks_of(adapter: str | Path | Files) -> int | None:
@@ -128,23 +136,24 @@ def task_type(geometry: Geometry) -> str:
 
 
 def _check_task_type(files: Files, arch: Architecture) -> None:
-    found, ours = files.config.get("task_type"), task_type(arch.geometry)
-    heads = sorted(name for name in files.arrays if _is_head(name))
-    if heads:
-        raise PrefixError(
-            f"{files.where / WEIGHTS} has a trained head beside the prefix, {', '.join(heads)}: "
-            f"adapters of {found} are not read; train here, with the same data"
-        )
-    if found is not None and found != ours:
+    found, bare = files.config.get("task_type"), task_type(arch.geometry)
+    of_heads = [] if arch.encoder is not None else sorted({*heads.TASK_TYPES.values()})
+    if found is not None and found not in (bare, *of_heads):
         raise PrefixError(
             f"{files.where / CONFIG}: task_type is {found}, and the backbone, a "
-            f"{arch.model_type}, takes adapters of {ours}: give the backbone that the adapter was "
-            "trained for"
+            f"{arch.model_type}, takes adapters of {', '.join([bare, *of_heads])}: give the "
+            "backbone that the adapter was trained for"
         )
-
-
-def _is_head(name: str) -> bool:
-    return name.startswith("base_model.") and not _ADAPTION.fullmatch(name)
+    unread = sorted(
+        name
+        for name in files.arrays
+        if name.startswith("base_model.") and not _ADAPTION.fullmatch(name)
+    )
+    if unread and found not in of_heads:
+        raise PrefixError(
+            f"{files.where / WEIGHTS} has trained more than a prefix, {', '.join(unread)}: of "
+            f"adapters for {found} that is not read; train it again without modules_to_save"
+        )
 
 
 def _length(files: Files, flat: np.ndarray, copies: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from prefix_jax.backbones.load import Pretrained
 from prefix_jax.errors import PrefixError
 from prefix_jax.interop.backbone import backbone_of
 from prefix_jax.interop.export import baked
+from prefix_jax.interop.peft import heads
 from prefix_jax.interop.peft.files import VERSION, write
 from prefix_jax.interop.peft.layout import flatten, stored_layers
 from prefix_jax.interop.peft.reading import task_type
@@ -57,23 +59,37 @@ def export_peft(
     if bake and not isinstance(produced, Prefix):
         pretrained = backbone_of(card, model, allow_other_weights=allow_other_weights)
         produced, card = baked(produced, card, pretrained)
-    config, arrays = to_peft(produced, card)
+    head = None if card.task is None else artifact.load_head(source)
+    config, arrays = to_peft(produced, card, head)
     write(output, config, arrays)
     return config
 
 
-def to_peft(produced: Produced, card: Card) -> tuple[Config, Arrays]:
+def to_peft(
+    produced: Produced, card: Card, head: Mapping[str, Any] | None = None
+) -> tuple[Config, Arrays]:
     """The configuration and the arrays of the adapter that computes what a prefix does.
 
     Args:
         produced: the prefix.
         card: of it.
+        head: the arrays of the head beside it, if there is one.
 
     Raises:
         PrefixError: PEFT cannot express it; the message says which part, and what to do instead.
     """
     if isinstance(produced, Prefix) and produced.embeds_PD is not None and not produced.sites:
         produced = Embeds(produced.embeds_PD)
+    config, arrays = _prefix(produced, card)
+    if card.task is not None and head is not None:
+        more, of_head = heads.to_arrays(
+            head, card.task, produced, card.backbone.model_type, card.geometry
+        )
+        config, arrays = config | more, arrays | of_head
+    return config, arrays
+
+
+def _prefix(produced: Produced, card: Card) -> tuple[Config, Arrays]:
     if isinstance(produced, Embeds):
         return _soft_tokens(produced, card)
     if isinstance(produced, Prefix):
