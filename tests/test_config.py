@@ -166,6 +166,9 @@ def test_missing_values_are_named_with_their_type():
     assert "output: missing; expected str" in message
 
 
+_TASK = ["task.name=classify", "data.target=null", "data.input='{a}'"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
@@ -190,6 +193,20 @@ def test_missing_values_are_named_with_their_type():
         (["evaluate.metrics=[accuracy]"], "accuracy chooses among labels"),
         (["evaluate.metrics=[]"], "metrics must name at least one"),
         (["method.name=null"], "method.name must name a method"),
+        (["evaluate.metrics=[f1]"], "f1 measure a task.name with labels"),
+        (["data.pair='{b}'"], "data.pair is the second text of a task with labels"),
+        (["task.name=classify"], "learns task.label, not a target"),
+        ([*_TASK, "data.input=null"], "give input, a template of the text to read"),
+        ([*_TASK, "evaluate.metrics=[bleu]"], "bleu cannot measure task.name classify; there are"),
+        ([*_TASK, "evaluate.before=true"], "a task has no head before training"),
+        ([*_TASK, "evaluate.labels=[a,b]"], "the labels of a task are task.labels"),
+        ([*_TASK, "task.labels=[a,a]"], "labels names each label once"),
+        ([*_TASK, "task.choices=['{a}']"], "choices are the templates of the texts"),
+        ([*_TASK, "task.name=choice"], "choices are the templates of the texts"),
+        ([*_TASK, "task.name=tag"], "tag reads the list of words in the field task.words"),
+        ([*_TASK, "task.name=span"], "span looks for the answer to input in pair"),
+        ([*_TASK, "task.dropout=1"], "dropout must lie in [0, 1), not 1"),
+        ([*_TASK, "optim.head_learning_rate=0"], "head_learning_rate must be positive"),
     ],
 )
 def test_a_contradiction_is_refused(minimal, overrides, part):

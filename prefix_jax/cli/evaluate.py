@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metrics",
         metavar="NAME,…",
         help="loss, accuracy, bleu, chrf, rouge1, rouge2, rougeL, rougeLsum, exact_match, "
-        "final_number: "
+        "final_number; of a task with labels loss, accuracy, f1, f1_macro, matthews, pearson, "
+        "spearman, exact_match: "
         "short for evaluate.metrics=[…] (default: loss)",
     )
     parser.add_argument(

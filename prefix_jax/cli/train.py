@@ -133,10 +133,13 @@ def _size(directory: Path) -> str:
 
 
 def _command(config: Config) -> str | None:
-    """The command that uses the prefix on a held-out record."""
+    """The command that uses the prefix on a held-out record, or its head on all of them."""
     prefix = Path(config.output) / "prefix"
     if not prefix.exists():  # full fine-tuning
         return None
+    if config.task.name != "generate":
+        source = config.data.test or config.data.dev or config.data.train
+        return shlex.join([_executable(), "predict", str(prefix), "--input", source or "FILE"])
     words = [_executable(), "generate", str(prefix)]
     record = _held_out(config)
     if record is not None:

@@ -461,3 +461,49 @@ def test_any_damage_is_a_prefix_error_or_leaves_the_numbers_alone(
             Path(folder, name).write_bytes(content if name == damaged else intact)
         with contextlib.suppress(PrefixError):
             assert_equal(artifact.load(folder)[0], PREFIXES["kv"])
+
+
+# Heads of tasks.
+
+HEAD = {"out_DY": random(32, 2), "out_bias_Y": random(2)}
+TASK = artifact.TaskCard(
+    config={"name": "classify", "labels": ("no", "yes")},
+    head={"kind": "classify", "outputs": 2},
+    shapes={"out_DY": (32, 2), "out_bias_Y": (2,)},
+)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_head_lies_beside_its_prefix(container: artifact.Container, tmp_path: Path) -> None:
+    card = dataclasses.replace(card_of(keys_values()), task=TASK)
+    artifact.save(tmp_path / "a", keys_values(), card, container, head=HEAD)
+    produced, found = artifact.load(tmp_path / "a")
+    assert found.task is not None
+    assert (found.task.shapes, found.task.head) == (TASK.shapes, TASK.head)
+    np.testing.assert_array_equal(produced.decoder.join.k_LPKH, keys_values().decoder.join.k_LPKH)
+    head = artifact.load_head(tmp_path / "a")
+    assert sorted(head) == sorted(HEAD)
+    for name, x in HEAD.items():
+        np.testing.assert_array_equal(head[name], x)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ({}, "head.out_DY is missing"),
+        ({**HEAD, "dense_DE": random(32, 32)}, "head.dense_DE is unknown"),
+        ({**HEAD, "out_bias_Y": random(3)}, r"head.out_bias_Y is float32 \(3,\) instead of"),
+        ({**HEAD, "out_bias_Y": jnp.array([jnp.nan, 0])}, "head.out_bias_Y has values that"),
+    ],
+)
+def test_a_head_that_contradicts_its_card_is_not_saved(
+    head: Any, message: str, tmp_path: Path
+) -> None:
+    card = dataclasses.replace(card_of(keys_values()), task=TASK)
+    with pytest.raises(PrefixError, match=message):
+        artifact.save(tmp_path / "a", keys_values(), card, head=head)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_prefix_without_a_task_has_no_head(stored: Path) -> None:
+    assert artifact.load_head(stored) == {}

@@ -104,3 +104,37 @@ def test_confident_and_hopeless_logits_stay_finite():
     logits = jnp.array([[[1e4, 0.0], [0.0, 1e4]]])
     loss_BM = losses.token_losses(logits, jnp.array([[0, 0]]))
     np.testing.assert_allclose(loss_BM, [[0.0, 1e4]])
+
+
+# Candidates for one answer.
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+def test_the_loss_of_candidates_is_that_of_choosing_within_their_question(answers):
+    """Whatever else stands in the row, padding included."""
+    logits_BMY = jax.random.normal(jax.random.key(0), (2, 7, answers)) * 3
+    question_BM = jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 0]])
+    weight_BM = jnp.array([[1, 0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]], jnp.float32)
+    right = {(0, 1): [2, 0], (0, 2): [3, 4], (1, 1): [5, 1]}
+    label_BM = np.zeros((2, 7), np.int32)
+    for (row, _), columns in right.items():
+        for answer in range(answers):
+            label_BM[row, columns[answer]] |= 1 << answer
+
+    def plain(logits_BMY):
+        total = 0.0
+        for (row, question), columns in right.items():
+            own = jnp.flatnonzero(question_BM[row] == question)
+            for answer in range(answers):
+                log_p = jax.nn.log_softmax(logits_BMY[row, own, answer])
+                total -= log_p[columns[answer] - int(own[0])] / answers
+        return total
+
+    def ours(logits_BMY):
+        found = losses.candidate_losses(logits_BMY, jnp.array(label_BM), weight_BM, question_BM)
+        return found.sum()
+
+    expected, found = jax.value_and_grad(plain)(logits_BMY), jax.value_and_grad(ours)(logits_BMY)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    large = losses.candidate_losses(1e4 * logits_BMY, jnp.array(label_BM), weight_BM, question_BM)
+    assert np.isfinite(large).all()

@@ -10,6 +10,7 @@ import pytest
 
 from prefix_jax.config import OptimConfig
 from prefix_jax.train.optimizer import make_optimizer, make_schedule
+from prefix_jax.train.partition import labels
 
 LABELS = {"backbone": {"w": "freeze", "n": "freeze"}, "prefix": {"k": "train", "v": "train"}}
 PARAMS = {
@@ -128,3 +129,20 @@ def test_adafactor_is_that_of_optax_without_scaling_and_factors():
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found["prefix"], expected
         )
+
+
+# Heads.
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_head_has_a_rate_of_its_own_and_shares_the_norm(clip):
+    params = {**PARAMS, "head": {"out_DY": jnp.ones((2, 3))}}
+    grads = {**GRADS, "head": {"out_DY": jnp.full((2, 3), 0.7)}}
+    partition = labels(params)
+    config = OptimConfig(clip=clip, schedule="constant", learning_rate=0.1, eps=1e-2)
+    alike = make_optimizer(config, lambda _: 0.1, partition)
+    apart = make_optimizer(config, lambda _: 0.1, partition, lambda _: 0.002)
+    (same, _), (own, _) = (one.update(grads, one.init(params), params) for one in (alike, apart))
+    jax.tree.map(np.testing.assert_array_equal, own["prefix"], same["prefix"])
+    np.testing.assert_allclose(own["head"]["out_DY"], same["head"]["out_DY"] / 50, rtol=1e-5)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(own["backbone"]))
