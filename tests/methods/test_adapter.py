@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoders import decoder, hidden, lift, present, read, token_ids, weights
+from encoder_decoders import encoder_decoder, params_of, states
 
 from prefix_jax.errors import ConfigError
 from prefix_jax.methods.adapter import LlamaAdapter
@@ -106,3 +107,20 @@ def test_positions_of_the_text_are_not_moved():
     assert (prefix.offset, prefix.start("decoder")) == (0, 0)
     bare, _ = hidden(backbone, params, ids, tokens, None)
     np.testing.assert_array_equal(hidden(backbone, params, ids, tokens, prefix)[0], bare)
+
+
+def test_of_an_encoder_decoder_the_decoder_is_adapted():
+    backbone, params = encoder_decoder("t5"), params_of("t5")
+    ids, tokens = token_ids(1, 6), present(1, 6)
+    method = LlamaAdapter(P, layers=2)
+
+    def out(trained) -> jax.Array:
+        prefix = lift(backbone, params, method(trained))
+        assert set(prefix.sites) == {"decoder"}
+        return states(backbone, params, ids, tokens, ids, tokens, prefix)
+
+    trained = method.init(KEY, backbone.geometry, None)
+    bare = states(backbone, params, ids, tokens, ids, tokens, None)
+    np.testing.assert_array_equal(out(trained), bare)
+    opened = {"adapter": trained["adapter"].replace(gate_LN=jnp.ones((2, 4)))}
+    assert float(jnp.abs(out(opened) - bare).max()) > 0.01

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoders import decoder, hidden, lift, present, token_ids, weights
+from encoder_decoders import encoder_decoder, params_of, states
 
 from prefix_jax.methods.base import normal_like
 from prefix_jax.methods.plus import PrefixTuningPlus
@@ -54,3 +55,20 @@ def test_the_other_layers_stay_bare():
         return hidden(BACKBONE, params, ids, tokens, prefix)[0]
 
     np.testing.assert_array_equal(out(some, part), out(full, whole))
+
+
+@pytest.mark.parametrize("site", ["encoder", "decoder", "cross"])
+def test_every_attention_of_an_encoder_decoder_can_have_a_memory(site):
+    backbone, params = encoder_decoder("t5"), params_of("t5")
+    ids, tokens = token_ids(1, 6), present(1, 6)
+    method = PrefixTuningPlus(sites=(site,))
+
+    def out(start) -> jax.Array:
+        prefix = lift(backbone, params, method(method.init(KEY, backbone.geometry, start)))
+        assert set(prefix.sites) == {site}
+        return states(backbone, params, ids, tokens, ids, tokens, prefix)
+
+    bare = states(backbone, params, ids, tokens, ids, tokens, None)
+    np.testing.assert_array_equal(out(None), bare)
+    moved = out(normal_like(method.blank(backbone.geometry), KEY, 1.0))
+    assert float(jnp.abs(moved - bare).max()) > 0.01
