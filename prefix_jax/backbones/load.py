@@ -164,7 +164,9 @@ def _find_in_package(name: str) -> Path:
     for folder in spec.submodule_search_locations or ():
         for file in sorted(Path(folder).rglob("*.gguf")):
             return file
-        for weights in sorted(Path(folder).rglob("model*.safetensors")):
+        # The outermost: below a model of sentence-transformers its further layers have folders.
+        found = Path(folder).rglob("model*.safetensors")
+        for weights in sorted(found, key=lambda file: (len(file.parts), file)):
             if (weights.parent / "config.json").is_file():
                 return weights.parent
     raise BackboneError(

@@ -133,9 +133,12 @@ def test_a_directory_in_an_installed_package_is_found_too(
 ) -> None:
     folder = tmp_path / "tiny_encoder" / "model"
     (folder / "1_Pooling").mkdir(parents=True)
-    # A folder with a configuration alone is none.
-    for file in ("config.json", "model.safetensors", "1_Pooling/config.json"):
-        (folder / file).touch()
+    (folder / "2_Dense").mkdir()
+    # A folder with a configuration alone is none; of several, the outermost is the model's.
+    for where in (".", "1_Pooling", "2_Dense"):
+        (folder / where / "config.json").touch()
+    for where in (".", "2_Dense"):
+        (folder / where / "model.safetensors").touch()
     (tmp_path / "tiny_encoder" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     assert find("package:tiny_encoder") == folder
