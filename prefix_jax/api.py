@@ -195,7 +195,7 @@ class Tuned:
         output: str | Path | None = None,
         on_prediction: Callable[[Prediction], None] | None = None,
     ) -> list[Prediction]:
-        """Generates for every record of a file.
+        """Generates for every record of a file; with a head, answers as `answers` does.
 
         Args:
             data: a file, `tfds:NAME/SPLIT`, or records; the template of the training data renders
@@ -212,6 +212,12 @@ class Tuned:
         Raises:
             DataError, ContextError: a record does not make a prompt; nothing was generated.
         """
+        if self.head is not None:
+            answers = self.answers(data, batch_size=batch_size, output=output)
+            if on_prediction is not None:
+                for answer in answers:
+                    on_prediction(answer)
+            return answers
         read = read_records(data)
         prompts = [self._render(record) for record in read]
         waiting: dict[int, Generation] = {}

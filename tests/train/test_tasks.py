@@ -94,6 +94,7 @@ def test_what_was_stored_answers_alike(learnt: Run, encoder: Pretrained, tmp_pat
     made = tuned.answers([{"text": record["text"]} for record in TEST], output=tmp_path / "a.jsonl")
     stored = read_predictions(tmp_path / "a.jsonl")
     assert [one.scores for one in stored] == [one.scores for one in made]
+    assert tuned.predict(TEST) == tuned.answers(TEST)
     metrics = tuned.evaluate(TEST, ["loss", "accuracy", "f1"]).report.metrics
     assert metrics["loss"] == pytest.approx(learnt.evaluations["after"].report.metrics["loss"])
     assert (metrics["accuracy"], metrics["f1"]) == (100, 100)
@@ -210,3 +211,31 @@ def test_soft_tokens_before_an_encoder_take_a_row_for_each_text(
 def test_an_encoder_writes_no_text(encoder: Pretrained, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="writes no text: give task"):
         run(encoder, tmp_path, "data.target={label}", task={"name": "generate"}, train=TRAIN)
+
+
+def test_an_encoder_decoder_has_no_head(tmp_path: Path) -> None:
+    both = runs.on_one_device(tiny.write_bart(tmp_path / "bart"))
+    with pytest.raises(ConfigError, match="let it generate the label as text"):
+        run(both, tmp_path / "run", "data.input={text}", task={"name": "classify"}, train=TRAIN)
+
+
+def test_the_rate_of_a_head_needs_one(decoder: Pretrained, tmp_path: Path) -> None:
+    """`run` gives it."""
+    with pytest.raises(ConfigError, match="there is no head"):
+        run(decoder, tmp_path, "data.target={label}", task={"name": "generate"}, train=TRAIN)
+
+
+def test_full_fine_tuning_trains_a_head_too(encoder: Pretrained, tmp_path: Path) -> None:
+    found = run(
+        encoder,
+        tmp_path,
+        "data.input={text}",
+        "method=full",
+        "evaluate.metrics=[loss]",
+        task={"name": "classify"},
+        train=TRAIN[:8],
+        test=TEST[:4],
+    )
+    assert found.produced is None
+    assert found.head["out_bias_Y"].any()
+    assert found.pretrained.fingerprint != encoder.fingerprint
