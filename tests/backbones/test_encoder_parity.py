@@ -10,15 +10,20 @@ import numpy as np
 import pytest
 
 from prefix_jax.backbones.load import load
+from prefix_jax.mesh import make_mesh
 from prefix_jax.nn.mask import Tokens
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "encoders"
 VARIANTS = sorted(path.name for path in FIXTURES.iterdir())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_states_equal_those_of_transformers(variant: str) -> None:
-    model = load(FIXTURES / variant, dtype="float32")
+MESHES = [(variant, {}) for variant in VARIANTS]
+MESHES += [(variant, {"data": 2, "fsdp": 2, "tensor": 2}) for variant in ("bert", "electra")]
+
+
+@pytest.mark.parametrize(("variant", "mesh"), MESHES)
+def test_states_equal_those_of_transformers(variant: str, mesh: dict[str, int]) -> None:
+    model = load(FIXTURES / variant, dtype="float32", mesh=make_mesh(**mesh))
     expected = np.load(FIXTURES / variant / "expected.npz")
     tokens = Tokens.plain(jnp.asarray(expected["present"]))
     tokens = tokens.replace(segment_BT=jnp.asarray(expected["segments"]))
