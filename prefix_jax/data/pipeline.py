@@ -14,7 +14,7 @@ from prefix_jax.data.batch import Batch, Example
 from prefix_jax.data.order import Order
 from prefix_jax.data.pack import Packing, arrange, choose_shapes, materialise, measure
 from prefix_jax.data.prepare import prepare as prepare_records
-from prefix_jax.data.source import read_records
+from prefix_jax.data.source import Record, read_records
 from prefix_jax.data.template import Template, render, render_chat
 from prefix_jax.data.tokens import EncoderDecoder, Examples, tokenize
 from prefix_jax.errors import ConfigError, MeshError
@@ -28,7 +28,7 @@ _SAMPLE = 16_384
 
 
 def load_examples(
-    records: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+    records: str | os.PathLike[str] | Iterable[Mapping[str, Any] | Record],
     tokenizer: PreTrainedTokenizerBase,
     *,
     prepare: str | None = None,

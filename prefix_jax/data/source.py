@@ -58,7 +58,7 @@ class Record:
 
 
 def read_records(
-    spec: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+    spec: str | os.PathLike[str] | Iterable[Mapping[str, Any] | Record],
     *,
     tfds_dir: str | os.PathLike[str] | None = None,
 ) -> Sequence[Record]:
@@ -66,7 +66,8 @@ def read_records(
 
     Args:
         spec: a .jsonl, .csv or .parquet file; `tfds:NAME/SPLIT` (`tfds:glue/sst2/train[:10%]`) for
-            a TensorFlow dataset that was prepared as array_record; or an iterable of mappings.
+            a TensorFlow dataset that was prepared as array_record; or an iterable of mappings, or
+            of records that were read before.
         tfds_dir: the data directory of TensorFlow Datasets; None takes its default.
 
     Raises:
@@ -84,9 +85,12 @@ def read_records(
     return records
 
 
-def _read_mappings(mappings: Iterable[Mapping[str, Any]]) -> list[Record]:
+def _read_mappings(mappings: Iterable[Mapping[str, Any] | Record]) -> list[Record]:
     records = []
     for number, fields in enumerate(mappings, 1):
+        if isinstance(fields, Record):
+            records.append(fields)
+            continue
         if not isinstance(fields, Mapping):
             raise DataError(f"record {number} is a {type(fields).__name__}; it must be a mapping")
         records.append(Record(fields, f"record {number}"))

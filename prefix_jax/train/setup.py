@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,9 @@ from prefix_jax.backbones.load import Pretrained, load
 from prefix_jax.backbones.stack import Params
 from prefix_jax.config import Config, TaskConfig
 from prefix_jax.data.pipeline import Pipeline, load_examples
+from prefix_jax.data.prepare import prepare as prepare_records
+from prefix_jax.data.source import Record, read_records
+from prefix_jax.data.template import Template
 from prefix_jax.data.tokens import Examples
 from prefix_jax.errors import ConfigError
 from prefix_jax.mesh import batch_shards, make_mesh, replicated
@@ -82,6 +85,8 @@ def prepare(
         PrefixJaxError: something in the config, the data or the backbone does not fit.
     """
     method = make_method(config.method)
+    # Before the backbone, which takes longer to load than a mistake in the data to find.
+    sources = _read(config, records)
     if pretrained is None:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
         # What trains is float32: the steps of bfloat16 are too wide for small updates.
@@ -97,9 +102,6 @@ def prepare(
     backbone = dataclasses.replace(pretrained.backbone, remat=config.model.remat)
     model = PrefixModel(backbone, method)
 
-    sources = _sources(config, records)
-    if "train" not in sources:
-        raise ConfigError("data.train: give a file, a TFDS name, or records from Python")
     task = config.task
     if task.name == "generate":
         splits = load_splits(config, model, pretrained, sources)
@@ -161,16 +163,36 @@ def prepare(
     )
 
 
-def _sources(config: Config, records: Records | None) -> dict[str, Any]:
-    """Where the examples of each split come from."""
+def _read(config: Config, records: Records | None) -> dict[str, Sequence[Record]]:
+    """The records of each split.
+
+    Raises:
+        ConfigError: there are none to train on.
+        DataError: a source cannot be read, or the first record does not fit the templates.
+    """
     data = config.data
     sources: dict[str, Any] = {"train": data.train, "dev": data.dev, "test": data.test}
     sources |= records or {}
-    return {name: source for name, source in sources.items() if source is not None}
+    if sources["train"] is None:
+        raise ConfigError("data.train: give a file, a TFDS name, or records from Python")
+    found = {
+        name: read_records(source, tfds_dir=data.tfds_dir)
+        for name, source in sources.items()
+        if source is not None
+    }
+    for read in found.values():
+        (first,) = prepare_records(read[:1], data.prepare)
+        for template in (data.input, data.pair, data.target):
+            if template is not None:
+                Template(template).render(first)
+    return found
 
 
 def load_splits(
-    config: Config, model: PrefixModel, pretrained: Pretrained, sources: Mapping[str, Any]
+    config: Config,
+    model: PrefixModel,
+    pretrained: Pretrained,
+    sources: Mapping[str, Sequence[Record]],
 ) -> dict[str, Examples]:
     """The examples of every split."""
     data = config.data

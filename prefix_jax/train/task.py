@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from prefix_jax.backbones.load import Pretrained
 from prefix_jax.config import Config, TaskConfig
 from prefix_jax.data.labelled import Reading, collect_labels
 from prefix_jax.data.prepare import prepare
-from prefix_jax.data.source import read_records
+from prefix_jax.data.source import Record
 from prefix_jax.data.tokens import Examples
 from prefix_jax.errors import ConfigError
 from prefix_jax.heads import Head, make_head
@@ -50,7 +49,10 @@ def head_of(task: TaskConfig, pretrained: Pretrained) -> Head:
 
 
 def load_labelled_splits(
-    config: Config, model: PrefixModel, pretrained: Pretrained, sources: Mapping[str, Any]
+    config: Config,
+    model: PrefixModel,
+    pretrained: Pretrained,
+    sources: Mapping[str, Sequence[Record]],
 ) -> tuple[TaskConfig, dict[str, Examples]]:
     """The examples of every split of a task with labels, and the task with its labels."""
     data, task = config.data, config.task
@@ -60,10 +62,7 @@ def load_labelled_splits(
             "task.name choice reads several texts at a time, and soft tokens before an encoder "
             "take one: train keys and values instead (method.name: prefix)"
         )
-    records = {
-        name: prepare(read_records(source, tfds_dir=data.tfds_dir), data.prepare)
-        for name, source in sources.items()
-    }
+    records = {name: prepare(read, data.prepare) for name, read in sources.items()}
     if task.name in ("classify", "tag") and task.labels is None:
         task = dataclasses.replace(task, labels=collect_labels(records["train"], task))
     arch = pretrained.backbone.arch

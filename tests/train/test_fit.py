@@ -15,6 +15,7 @@ import pytest
 import runs
 
 from prefix_jax import artifact
+from prefix_jax import config as configs
 from prefix_jax.backbones.load import Pretrained, load
 from prefix_jax.data.pipeline import Pipeline
 from prefix_jax.errors import (
@@ -29,6 +30,7 @@ from prefix_jax.errors import (
 from prefix_jax.evaluate.run import Evaluator
 from prefix_jax.mesh import make_mesh
 from prefix_jax.train import checkpoint
+from prefix_jax.train.fit import fit
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +288,28 @@ def test_bad_input_is_told_before_anything_is_written(
         assert part in str(raised.value)
     # So the same directory is free for the corrected command.
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("data.train=nowhere.jsonl", "no such file"), ("data.input={facts}", "no field 'facts'")],
+)
+def test_a_mistake_in_the_data_is_told_before_the_backbone_is_loaded(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"sum": "1+1", "total": "2"}\n')
+    config = configs.parse(
+        {
+            "model": {"path": str(tmp_path / "no model")},
+            "data": {"train": str(path), "input": "{sum}", "target": "{total}"},
+            "train": {"steps": 1},
+            "output": str(tmp_path / "run"),
+        },
+        [override],
+    )
+    with pytest.raises(DataError, match=message):
+        fit(config, quiet=True)
 
 
 def test_a_batch_that_does_not_divide_over_the_mesh_is_an_error(
