@@ -6,7 +6,8 @@ Collected by `make parity` alone, whose environment has torch, transformers and 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,19 @@ def ours(pretrained: Pretrained, method: Method, params: Any) -> tuple[np.ndarra
     return np.asarray(logits), grads
 
 
-def assert_close(a: Any, b: Any, tolerance: float = 1e-5) -> None:
-    a, b = np.asarray(a), np.asarray(b)
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
+Close = Callable[..., None]
+
+
+@pytest.fixture
+def close(difference: Callable[..., None]) -> Close:
+    """Notes a difference, in terms of the largest number where that is above 1."""
+
+    def close(what: str, a: Any, b: Any, limit: float = 1e-5) -> None:
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.shape == b.shape
+        difference(what, (a - b) / max(1, np.abs(b).max()), limit)
+
+    return close
 
 
 # LLaMA-Adapter.
@@ -88,7 +99,7 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("variant", ["llama", "llama_grouped", "mistral"])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_adaption_prompts(variant: str | Path, layers: int, mistral: Path) -> None:
+def test_adaption_prompts(variant: str | Path, layers: int, mistral: Path, close: Close) -> None:
     variant = mistral if variant == "mistral" else variant
     config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=P, adapter_layers=layers)
     model = peft.get_peft_model(reference(variant), config).eval()
@@ -111,9 +122,11 @@ def test_adaption_prompts(variant: str | Path, layers: int, mistral: Path) -> No
     assert jax.tree.map(jnp.shape, {"adapter": adapter}) == jax.tree.map(jnp.shape, params)
     logits, grads = ours(pretrained, method, {"adapter": adapter})
     expected = theirs(model)
-    assert_close(logits, expected)
-    assert_close(grads["adapter"].h_LPD, np.stack([p.grad.numpy()[0] for p in prompts]))
-    assert_close(grads["adapter"].gate_LN, np.stack([g.grad.numpy() for g in gates]))
+    close("adapter: logits", logits, expected)
+    close(
+        "adapter: gradient", grads["adapter"].h_LPD, np.stack([p.grad.numpy()[0] for p in prompts])
+    )
+    close("adapter: gradient", grads["adapter"].gate_LN, np.stack([g.grad.numpy() for g in gates]))
 
 
 # Cartridge.
@@ -121,7 +134,7 @@ def test_adaption_prompts(variant: str | Path, layers: int, mistral: Path) -> No
 
 @pytest.mark.parametrize("variant", ["gpt2", "llama_grouped"])
 @pytest.mark.parametrize("frozen", [0, 1, 2])
-def test_cartridges(variant: str, frozen: int) -> None:
+def test_cartridges(variant: str, frozen: int, close: Close) -> None:
     config = peft.CartridgeConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=P, num_frozen_tokens=frozen
     )
@@ -139,9 +152,9 @@ def test_cartridges(variant: str, frozen: int) -> None:
     if frozen:
         params["frozen"] = pair(encoder.frozen_embedding)
     logits, grads = ours(pretrained, Cartridge(P, frozen=frozen), {"decoder": params})
-    assert_close(logits, theirs(model))
+    close("cartridge: logits", logits, theirs(model))
     expected = pair(encoder.trainable_embedding.grad)
-    jax.tree.map(assert_close, grads["decoder"]["trained"], expected)
+    jax.tree.map(partial(close, "cartridge: gradient"), grads["decoder"]["trained"], expected)
     trained = sum(leaf.size for leaf in jax.tree.leaves(params["trained"]))
     assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -179,7 +192,7 @@ def from_torch(state: Mapping[str, Any], encoder: str, layers: int) -> dict[str,
 @pytest.mark.parametrize(
     ("encoder", "hidden", "layers"), [("mlp", 24, 2), ("lstm", 12, 2), ("lstm", 7, 3)]
 )
-def test_prompt_encoders(encoder: str, hidden: int, layers: int) -> None:
+def test_prompt_encoders(encoder: str, hidden: int, layers: int, close: Close) -> None:
     config = peft.PromptEncoderConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=P,
@@ -194,23 +207,27 @@ def test_prompt_encoders(encoder: str, hidden: int, layers: int) -> None:
     params = from_torch(torch_encoder.state_dict(), encoder, layers)
     made = method.init(jax.random.key(0), pretrained.backbone.geometry, None)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, made)
-    assert_close(method(params).x_PD, torch_encoder(torch.arange(P)).detach().numpy())
+    close(
+        "P-tuning: soft tokens",
+        method(params).x_PD,
+        torch_encoder(torch.arange(P)).detach().numpy(),
+    )
 
     logits, grads = ours(pretrained, method, params)
     full = model(torch.from_numpy(IDS).long()).logits[:, P:]
-    assert_close(logits, full.detach().numpy())
+    close("P-tuning: logits", logits, full.detach().numpy())
     (full * torch.from_numpy(WEIGHT)).sum().backward()
     expected = from_torch(
         {name: p.grad for name, p in torch_encoder.named_parameters()}, encoder, layers
     )
-    jax.tree.map(assert_close, grads, expected)
+    jax.tree.map(partial(close, "P-tuning: gradient"), grads, expected)
 
 
 # Multitask prompts.
 
 
 @pytest.mark.parametrize("init", ["average", "exact", "shared"])
-def test_multitask_prompts_start_from_a_source(init: str, tmp_path: Path) -> None:
+def test_multitask_prompts_start_from_a_source(init: str, tmp_path: Path, close: Close) -> None:
     config = peft.MultitaskPromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=P, num_tasks=3, num_ranks=2
     )
@@ -239,4 +256,4 @@ def test_multitask_prompts_start_from_a_source(init: str, tmp_path: Path) -> Non
         params["rows_RD"] = jnp.asarray(encoder.prefix_task_rows.detach().numpy()[0])
     task = torch.zeros(1, dtype=torch.long)
     prompt = encoder(torch.arange(P)[None], task).detach().numpy()[0]
-    assert_close(method(params).x_PD, prompt, 1e-6)
+    close("multitask: soft tokens", method(params).x_PD, prompt, 1e-6)

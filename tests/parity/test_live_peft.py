@@ -6,6 +6,7 @@ by `make parity` alone, whose environment has torch, transformers and peft.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from pathlib import Path
@@ -22,6 +23,7 @@ from prefix_jax.api import Tuned, import_peft
 from prefix_jax.backbones.load import Pretrained, load
 from prefix_jax.config import DecodeConfig, OptimConfig
 from prefix_jax.decode.generate import Generator
+from prefix_jax.heads import make_head
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.prefix import Embeds, KVPrefix, Prefix, Produced, Site
 from prefix_jax.train.optimizer import make_optimizer, make_schedule
@@ -189,6 +191,61 @@ def generated(
     found = out.sequences[0, 1 if seq2seq else len(prompt) :].tolist()
     length = found.index(end) + 1 if end in found else len(found)
     return found[:length], out.sequences_scores[0].item() if beams > 1 else 0.0
+
+
+HEADS = [
+    (name, task, kind)
+    for name in ("encoders/bert", "encoders/roberta", "encoders/electra", "encoders/distilbert")
+    for task, kind in (("SEQ_CLS", "classify"), ("TOKEN_CLS", "tag"), ("QUESTION_ANS", "span"))
+    # PEFT gives DistilBERT no keys and values, and classifies by a soft token.
+    if (name, task) != ("encoders/distilbert", "SEQ_CLS")
+]
+HEADS += [(f"backbones/{name}", "SEQ_CLS", "classify") for name in ("gpt2", "llama_grouped")]
+HEADS += [(f"backbones/{name}", "TOKEN_CLS", "tag") for name in ("gpt2", "qwen3")]
+
+
+@pytest.mark.parametrize(("name", "task", "kind"), HEADS)
+def test_a_head_goes_out_and_comes_back_with_its_prefix(
+    name: str, task: str, kind: str, tmp_path: Path, difference: Any
+) -> None:
+    method = "prompt" if name == "encoders/distilbert" else "prefix"
+    mine, text = tuned(name, method), given(name)
+    model, rng = mine.pretrained, np.random.default_rng(5)
+    arch = model.backbone.arch
+    head = make_head(
+        kind, 3, model_type=arch.model_type, causal=arch.causal, pooler=arch.pooler, dropout=0.0
+    )
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape), jnp.float32),
+        head.init(jax.random.key(0), arch.d_model),
+    )
+    task_card = artifact.TaskCard(
+        config={"name": kind},
+        head=dataclasses.asdict(head),
+        shapes={part: x.shape for part, x in params.items()},
+    )
+    card = dataclasses.replace(mine.card, task=task_card)
+    mine = dataclasses.replace(mine, card=card, head=params)
+    mine.export_peft(tmp_path / "ours")
+    base = MAKER.reference(FIXTURES / name, task)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
+    expected = MAKER.outputs(theirs, text)
+
+    prefix = jax.jit(model.backbone.lift)(model.stacked(), mine.produced)
+    tokens = Tokens.plain(jnp.ones(text["ids"].shape, bool))
+    h_BTD, _ = model.backbone.hidden(model.params, jnp.asarray(text["ids"]), tokens, prefix)
+    h_BTD = h_BTD[:, -text["ids"].shape[1] :]
+    if kind == "classify":
+        h_BTD = h_BTD[:, -1 if arch.causal else 0]
+    h_BTD = model.backbone.pool(model.params, h_BTD) if head.pooled else h_BTD
+    delta = relative(np.asarray(head(params, h_BTD)), expected)
+    difference(f"export, head of {task}", delta, 1e-5, name)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = import_peft(tmp_path / "theirs", model)
+    assert sorted(again.head) == sorted(params)
+    for part, x in params.items():
+        np.testing.assert_array_equal(again.head[part], x)
 
 
 CONFIGS = {
