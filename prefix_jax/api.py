@@ -21,6 +21,7 @@ from prefix_jax.config import DecodeConfig, EvaluateConfig, TaskConfig
 from prefix_jax.data.pipeline import load_examples
 from prefix_jax.data.prepare import fields_needed, prepare
 from prefix_jax.data.source import Record, read_records
+from prefix_jax.data.tasks import of_task
 from prefix_jax.data.template import Template, render_chat_prompt
 from prefix_jax.data.tokens import Examples
 from prefix_jax.decode.continuation import Generation
@@ -66,6 +67,15 @@ class Tuned:
     def prefix(self) -> Prefix | None:
         """The prefix as plain keys and values, float32: `bake`d once, whatever the method."""
         return bake(self.pretrained, self.produced)
+
+    @property
+    def tasks(self) -> dict[str, Tuned]:
+        """What a run that trained several tasks made for each, by name; otherwise empty."""
+        trained = {} if self.run is None else self.run.tasks
+        return {
+            name: dataclasses.replace(self, produced=produced, card=card, run=None)
+            for name, (produced, card) in trained.items()
+        }
 
     @functools.cached_property
     def decode(self) -> DecodeConfig:
@@ -294,24 +304,28 @@ class Tuned:
         """Held-out examples, rendered, cut and tokenised as the training data was.
 
         Args:
-            data: a file, `tfds:NAME/SPLIT`, or records.
+            data: a file, `tfds:NAME/SPLIT`, or records. Of several tasks' records, those of the
+                task that the prefix is for are taken.
 
         Raises:
             DataError: a record cannot become an example.
             PrefixError: the prefix was stored without its template.
         """
-        if self.head is not None:
-            return self._answerer.examples(data)
         template = None if self.card is None else self.card.template
+        records: Any = data
+        if self.card is not None and template is not None and template.task is not None:
+            records = of_task(read_records(data), template.task, self.card.method["task"])
+        if self.head is not None:
+            return self._answerer.examples(records)
         if template is None:
             raise PrefixError("this prefix has no template: nothing says how to render records")
         backbone = self.pretrained.backbone
         how = dataclasses.asdict(template)
-        del how["pair"]  # of tasks with labels
+        del how["pair"], how["task"]  # of tasks with labels, and of several tasks
         if template.max_length is None:
             how["max_length"] = backbone.room(self.prefix, backbone.reader)
         return load_examples(
-            data,
+            records,
             self.pretrained.tokenizer,
             **how,
             encoder_decoder=encoder_decoder(backbone, self.prefix),

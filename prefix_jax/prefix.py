@@ -118,6 +118,9 @@ class Prefix:
             slots. P by default, as in PEFT and in the original GPT-2 code of Li & Liang (2021).
         pinned: whether the prefix stays visible when a sliding window has moved past it. False
             lets it fall out, as ordinary past tokens do.
+        tasks: A, where this is a bank: the prefixes of A tasks, of P slots each, one after another.
+            A token sees those of its own task alone, and they all stand at positions 0 to P - 1.
+            None is one prefix, of which every token sees all.
     """
 
     decoder: Site | None = None
@@ -126,6 +129,7 @@ class Prefix:
     embeds_PD: jax.Array | None = None
     offset: int = flax.struct.field(pytree_node=False, default=0)
     pinned: bool = flax.struct.field(pytree_node=False, default=False)
+    tasks: int | None = flax.struct.field(pytree_node=False, default=None)
 
     @classmethod
     def of(cls, sites: Mapping[SiteName, Site], *, offset: int = 0, pinned: bool = False) -> Prefix:
@@ -142,11 +146,34 @@ class Prefix:
 
     @property
     def length(self) -> int:
-        """P, the number of slots where there are most; 0 if there are none."""
+        """P, the number of slots where there are most; 0 if there are none. Of a bank, a task's."""
         lengths = [site.length for site in self.sites.values()]
         lengths += [s.beside.length for s in self.sites.values() if isinstance(s.beside, Gated)]
-        lengths += [] if self.embeds_PD is None else [len(self.embeds_PD)]
-        return max(lengths, default=0)
+        return max([*lengths, self.soft * (self.tasks or 1)]) // (self.tasks or 1)
+
+    @property
+    def soft(self) -> int:
+        """The number of soft tokens before the input of an encoder. Of a bank, a task's."""
+        return 0 if self.embeds_PD is None else len(self.embeds_PD) // (self.tasks or 1)
+
+    def apart(self) -> tuple[Prefix, ...]:
+        """The prefix of each task of a bank; of no bank, this alone."""
+        if self.tasks is None:
+            return (self,)
+        return tuple(self._of_task(task, self.tasks) for task in range(self.tasks))
+
+    def _of_task(self, task: int, tasks: int) -> Prefix:
+        def own(leaf: jax.Array, axis: int) -> jax.Array:
+            P = leaf.shape[axis] // tasks
+            return jax.lax.slice_in_dim(leaf, task * P, (task + 1) * P, axis=axis)
+
+        sites = {
+            name: dataclasses.replace(site, join=jax.tree.map(lambda leaf: own(leaf, 1), site.join))
+            for name, site in self.sites.items()
+        }
+        alone = Prefix.of(sites, offset=self.offset, pinned=self.pinned)
+        embeds_PD = None if self.embeds_PD is None else own(self.embeds_PD, 0)
+        return dataclasses.replace(alone, embeds_PD=embeds_PD)
 
     def start(self, stack: Literal["encoder", "decoder"]) -> int:
         """The position of the first token of text in a stack: 0 if nothing stands before it."""
@@ -179,9 +206,21 @@ class Adapter:
 
 @flax.struct.dataclass
 class Embeds:
-    """Soft tokens that stand before the tokens at the input embeddings, x_PD."""
+    """Soft tokens that stand before the tokens at the input embeddings.
+
+    Attributes:
+        x_PD: the soft tokens.
+        tasks: A, where this is a bank, as for `Prefix`: the soft tokens of A tasks, one after
+            another.
+    """
 
     x_PD: jax.Array
+    tasks: int | None = flax.struct.field(pytree_node=False, default=None)
+
+    def apart(self) -> tuple[Embeds, ...]:
+        """Those of each task of a bank; of no bank, these alone."""
+        x_APD = self.x_PD.reshape(self.tasks or 1, -1, self.x_PD.shape[1])
+        return tuple(Embeds(x_PD) for x_PD in x_APD)
 
 
 Produced = Embeds | Hidden | Adapter | Prefix

@@ -24,10 +24,11 @@ from prefix_jax.artifact.card import (
     check,
     make_card,
 )
-from prefix_jax.artifact.store import Container, find, load, load_head, save
+from prefix_jax.artifact.store import PREFIXES, Container, find, load, load_head, save
 
 __all__ = [
     "FORMAT_VERSION",
+    "PREFIXES",
     "BackboneCard",
     "Card",
     "Container",

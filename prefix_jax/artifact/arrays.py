@@ -58,8 +58,12 @@ def facts(produced: Produced) -> Facts:
     """The facts of a prefix.
 
     Raises:
-        PrefixError: it has no slots.
+        PrefixError: it has no slots, or is a bank.
     """
+    if isinstance(produced, Embeds | Prefix) and produced.tasks is not None:
+        raise PrefixError(
+            f"this is a bank of prefixes for {produced.tasks} tasks: store the prefix of each apart"
+        )
     if isinstance(produced, Embeds):
         P = produced.x_PD.shape[0]
         return Facts(kind="embeds", length=P, offset=P, pinned=False, layers={})
@@ -110,7 +114,7 @@ def _fields(where: str, owner: Any) -> dict[str, np.ndarray]:
 def from_arrays(stored: Facts, arrays: Mapping[str, jax.Array]) -> Produced:
     """The prefix of these arrays: undoes `to_arrays`."""
     if stored.kind == "embeds":
-        return Embeds(**arrays)
+        return Embeds(arrays["x_PD"])
     if stored.kind == "hidden":
         return Hidden(**arrays)
     if stored.kind == "adapter":

@@ -67,6 +67,7 @@ class TemplateCard:
         pair: template of a second text, for a task with labels.
         messages: the field that held a chat.
         references: the field that held every acceptable target.
+        task: the field that named a record's task, where several were trained together.
         loss: which tokens were learnt: "target" or "all".
         max_length: tokens of an example at most; None allowed what the backbone allows.
         truncate: the side on which longer inputs were cut: "left" or "right".
@@ -79,6 +80,7 @@ class TemplateCard:
     target: str | None = None
     messages: str | None = None
     references: str | None = None
+    task: str | None = None
     loss: Literal["target", "all"] = "target"
     max_length: int | None = None
     truncate: Literal["left", "right"] = "left"
@@ -109,7 +111,8 @@ class Card(Facts):
         positions: where the prefix's slots stand; none for what stands beside the softmax.
         geometry: of the backbone.
         backbone: the model that it was made for.
-        method: the name and the fields of the method that made it.
+        method: the name and the fields of the method that made it; of one of several tasks, its
+            name, "task", too.
         init: what it was before training.
         steps: optimizer steps of training.
         template: of the training data.

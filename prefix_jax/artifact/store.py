@@ -30,6 +30,8 @@ _HEAD = "head."
 _CONTAINERS: dict[Container, str] = {"orbax": "arrays", "safetensors": "prefix.safetensors"}
 # Under a run directory.
 _INNER = "prefix"
+# The same of a run that trained several tasks: a prefix for each, under its name.
+PREFIXES = "prefixes"
 _REMEDY = "copy it again from where it came from, or train it again"
 
 
@@ -136,6 +138,11 @@ def find(path: str | Path) -> Path:
             )
     if not path.is_dir():
         raise PrefixError(f"there is no directory {path}; give that of a prefix or of a run")
+    if inner := sorted(card.parent for card in (path / PREFIXES).glob(f"*/{_CARD}")):
+        raise PrefixError(
+            f"{path} is of several tasks and holds a prefix for each: give one of "
+            f"{', '.join(map(str, inner))}"
+        )
     raise PrefixError(
         f"{path} holds no prefix: neither {_CARD} nor {_INNER}/{_CARD} is there; "
         "give the directory of a prefix, or of a run that has ended"

@@ -17,6 +17,7 @@ from prefix_jax.backbones.stack import (
     Remat,
     Stack,
     normal,
+    task_of,
     to_listed,
     to_stacked,
 )
@@ -82,9 +83,8 @@ class Backbone:
         arch = self._encoder.arch if two_sided else self.arch
         if prefix is None:
             return arch.max_positions
-        soft_PD = prefix.embeds_PD if stack == "encoder" else None
-        slots: int = 0 if soft_PD is None else soft_PD.shape[0]
-        return arch.max_positions - prefix.start(stack) - slots
+        soft = prefix.soft if stack == "encoder" else 0
+        return arch.max_positions - prefix.start(stack) - soft
 
     # Weights.
 
@@ -130,9 +130,10 @@ class Backbone:
 
         Hidden states get their keys and values from each layer's frozen norm and projections, an
         adapter's states from the projections alone. Soft tokens before a decoder run once through
-        the frozen model, as one row of P: that equals prepending them to every row, and costs
-        less. Both stand at positions 0 to P - 1, and text follows at P. Soft tokens before an
-        encoder stay what they are. A site of some layers gets the others, where it does nothing.
+        the frozen model, as one row of P (of a bank, A rows): that equals prepending them to every
+        row, and costs less. Both stand at positions 0 to P - 1, and text follows at P. Soft tokens
+        before an encoder stay what they are. A site of some layers gets the others, where it does
+        nothing.
 
         Raises:
             PrefixError: the model has no such site.
@@ -144,12 +145,13 @@ class Backbone:
             return self._complete(produced)
         if isinstance(produced, Embeds):
             if self.arch.encoder is not None or not self.arch.causal:
-                return Prefix(embeds_PD=produced.x_PD)
-            tokens = Tokens.plain(jnp.ones((1, produced.x_PD.shape[0]), bool))
-            x_BTD = produced.x_PD[None].astype(_dtype(params))
+                return Prefix(embeds_PD=produced.x_PD, tasks=produced.tasks)
+            # The prompts of a bank are rows of one batch, which do not see each other.
+            x_BTD = jnp.stack([alone.x_PD for alone in produced.apart()]).astype(_dtype(params))
+            tokens = Tokens.plain(jnp.ones(x_BTD.shape[:2], bool))
             x_BTD = stack.place(params, x_BTD, tokens, 0)
             layers, _ = self._read(params, x_BTD, tokens)
-            return Prefix(decoder=_site(layers), offset=len(produced.x_PD))
+            return Prefix(decoder=_site(layers), offset=x_BTD.shape[1], tasks=produced.tasks)
         if isinstance(produced, Adapter):
             h_L1PD = produced.h_LPD[:, None].astype(_dtype(params))
             weights = _pick_layers(params, produced.layers)
@@ -236,7 +238,7 @@ class Backbone:
         if all(sites[name] is site for name, site in prefix.sites.items()):
             return prefix
         whole = Prefix.of(sites, offset=prefix.offset, pinned=prefix.pinned)
-        return dataclasses.replace(whole, embeds_PD=prefix.embeds_PD)
+        return dataclasses.replace(whole, embeds_PD=prefix.embeds_PD, tasks=prefix.tasks)
 
     # The forward pass.
 
@@ -267,7 +269,7 @@ class Backbone:
         """
         h_BSD = self._through(self._encoder, params, params["encoder"], ids_BS, tokens, prefix)
         if prefix is not None and prefix.embeds_PD is not None:
-            tokens = _behind_soft_tokens(tokens, len(prefix.embeds_PD))
+            tokens = _behind_soft_tokens(tokens, prefix.soft)
         return self._encoded(params, h_BSD, tokens)
 
     def _encoded(self, params: Params, h_BSD: jax.Array, tokens: Tokens) -> Encoded:
@@ -360,10 +362,9 @@ class Backbone:
         """Tokens through an encoder whose `weights` are a part of `params`."""
         x_BSD = self._embed(params, ids_BS)
         if prefix is not None and prefix.embeds_PD is not None:
-            soft_PD = prefix.embeds_PD.astype(x_BSD.dtype)
-            soft_BPD = jnp.broadcast_to(soft_PD, (len(x_BSD), *soft_PD.shape))
+            soft_BPD = _soft_tokens(prefix.embeds_PD.astype(x_BSD.dtype), prefix.tasks, tokens)
             x_BSD = jnp.concatenate([soft_BPD, x_BSD], axis=1)
-            tokens = _behind_soft_tokens(tokens, len(soft_PD))
+            tokens = _behind_soft_tokens(tokens, prefix.soft)
         start = 0 if prefix is None else prefix.start("encoder")
         h_BSD, _, _ = stack.run(weights, stack.place(weights, x_BSD, tokens, start), tokens, prefix)
         return stack.finish(weights, h_BSD)
@@ -419,13 +420,18 @@ def _stacked_layers(layers: Any) -> KeysValues:
 
 
 def _site(layers: KeysValues) -> Site:
-    """The keys and values of one row, [L, 1, K, P, H], as a site."""
+    """The keys and values of rows, [L, B, K, P, H], as a site."""
     return Site(KVPrefix(*_slots(layers)))
 
 
 def _slots(layers: KeysValues) -> tuple[jax.Array, jax.Array]:
-    """k_LPKH and v_LPKH of one row, [L, 1, K, P, H]."""
-    return layers.k_BKSH[:, 0].swapaxes(1, 2), layers.v_BKSH[:, 0].swapaxes(1, 2)
+    """k_LPKH and v_LPKH of rows, [L, B, K, P, H], one row after another."""
+
+    def joined(x_LBKPH: jax.Array) -> jax.Array:
+        L, B, K, P, H = x_LBKPH.shape
+        return x_LBKPH.swapaxes(2, 3).reshape(L, B * P, K, H)
+
+    return joined(layers.k_BKSH), joined(layers.v_BKSH)
 
 
 def _pick_layers(params: Params, layers: Layers) -> Params:
@@ -461,6 +467,14 @@ def _all_layers(site: Site, shape: SiteShape) -> Site:
             bias_LPN = jnp.zeros((len(site.layers), join.length, shape.query_heads))
         join = KVPrefix(scatter(join.k_LPKH), scatter(join.v_LPKH), scatter(bias_LPN, -jnp.inf))
     return Site(join, jax.tree.map(scatter, site.beside))
+
+
+def _soft_tokens(soft_PD: jax.Array, tasks: int | None, tokens: Tokens) -> jax.Array:
+    """The soft tokens before each row, [B, P, D]: of a bank, those of the row's task."""
+    if tasks is None:
+        return jnp.broadcast_to(soft_PD, (len(tokens.group_BT), *soft_PD.shape))
+    # A row holds one example, and padding on either side of it has task 0.
+    return soft_PD.reshape(tasks, -1, soft_PD.shape[1])[task_of(tokens).max(axis=1)]
 
 
 def _behind_soft_tokens(tokens: Tokens, slots: int) -> Tokens:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.layer import Layer, make_norm
+from prefix_jax.errors import PrefixError
 from prefix_jax.mesh import constrain_rows
 from prefix_jax.nn.layers import KeysValues, View
 from prefix_jax.nn.mask import Seen, Tokens, visible, visible_group, visible_prefix
@@ -328,20 +329,39 @@ class Stack:
         else:
             mask_BTS = visible_group(queries, keys)
         seen = Seen(mask_BTS)
+        tasks = 1 if prefix is None or prefix.tasks is None else prefix.tasks
+        slot_P = jnp.arange(slots) % max(slots // tasks, 1)
         if slots and prefix is not None and a.window is not None and not prefix.pinned:
-            mask_BTP = visible_prefix(position_BT, slots, window)
+            mask_BTP = visible_prefix(position_BT, slot_P, window)
+            seen = dataclasses.replace(seen, mask_BTP=mask_BTP)
+        if slots and prefix is not None and prefix.tasks is not None:
+            own_BTP = task_of(queries)[:, :, None] == jnp.arange(slots) // (slots // tasks)
+            mask_BTP = own_BTP if seen.mask_BTP is None else own_BTP & seen.mask_BTP
             seen = dataclasses.replace(seen, mask_BTP=mask_BTP)
         if a.relative is not None:
             table_RN = params["relative_RN"]
             bias_BNTS = a.relative.bias(table_RN, position_BT, keys.position_BT + start)
             seen = dataclasses.replace(seen, bias_BNTS=bias_BNTS)
             if slots:
-                slot_1P = jnp.arange(slots)[None]
-                bias_BNTP = a.relative.bias(table_RN, position_BT, slot_1P)
+                bias_BNTP = a.relative.bias(table_RN, position_BT, slot_P[None])
                 seen = dataclasses.replace(seen, bias_BNTP=bias_BNTP)
         rotary = a.sliding_rotary if sliding and a.sliding_rotary else a.rotary
         angles = None if rotary is None else rotary.angles(position_BT, a.head_dim)
         return View(seen, angles, column)
+
+
+def task_of(tokens: Tokens) -> jax.Array:
+    """task_BT, where a bank has prefixes for several.
+
+    Raises:
+        PrefixError: tokens do not say whose they are.
+    """
+    if tokens.task_BT is None:
+        raise PrefixError(
+            "the prefix is a bank of several tasks, and the tokens do not say whose they are: take "
+            "the prefix of one task, or give Tokens.task_BT"
+        )
+    return tokens.task_BT
 
 
 def stack(layers: Any) -> Any:

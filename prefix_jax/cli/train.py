@@ -114,8 +114,11 @@ def _samples(before: Evaluation | None, after: Evaluation | None) -> list[Sample
 
 def _written(directory: Path) -> dict[str, str]:
     """What the run directory holds."""
+    from prefix_jax import artifact
+
     names = {
         "prefix": "prefix",
+        "prefixes": artifact.PREFIXES,
         "checkpoints": "checkpoints",
         "metrics": "metrics.jsonl",
         "results": "results.json",
@@ -134,21 +137,27 @@ def _size(directory: Path) -> str:
 
 def _command(config: Config) -> str | None:
     """The command that uses the prefix on a held-out record, or its head on all of them."""
+    from prefix_jax import artifact
+
     prefix = Path(config.output) / "prefix"
-    if not prefix.exists():  # full fine-tuning
+    if not prefix.exists():
+        # Of several tasks, the first; none after full fine-tuning.
+        prefix = next(iter(sorted((Path(config.output) / artifact.PREFIXES).glob("*"))), prefix)
+    if not prefix.exists():
         return None
     if config.task.name != "generate":
         source = config.data.test or config.data.dev or config.data.train
         return shlex.join([_executable(), "predict", str(prefix), "--input", source or "FILE"])
     words = [_executable(), "generate", str(prefix)]
-    record = _held_out(config)
+    record = _held_out(config, prefix.name)
     if record is not None:
         words += ["--record", json.dumps(record, ensure_ascii=False)]
     return shlex.join(words)
 
 
-def _held_out(config: Config) -> dict[str, Any] | None:
-    """The fields of the first held-out record that make its prompt."""
+def _held_out(config: Config, task: str) -> dict[str, Any] | None:
+    """The fields of the first held-out record, of this task if there are several, that make its
+    prompt."""
     from prefix_jax.data.prepare import fields_needed
     from prefix_jax.data.source import read_records
     from prefix_jax.data.template import Template
@@ -157,7 +166,9 @@ def _held_out(config: Config) -> dict[str, Any] | None:
     source = data.test or data.dev or data.train
     if source is None or (data.input is None and data.messages is None):
         return None
-    record = read_records(source, tfds_dir=data.tfds_dir)[0]
+    records = read_records(source, tfds_dir=data.tfds_dir)
+    own = (r for r in records if data.task is None or str(r.fields.get(data.task)) == task)
+    record = next(own, records[0])
     if data.messages is not None:
         turns = list(record.fields[data.messages])
         while turns[-1]["role"] == "assistant":

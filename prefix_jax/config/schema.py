@@ -155,6 +155,8 @@ class DataConfig:
             `input` and `target`; not for encoder-decoders.
         references: the field that holds every acceptable target, for evaluation; None takes the
             rendered target.
+        task: the field that names the task of a record, where several train together, each with a
+            prefix of its own (`method.name: multitask`); None trains one.
         loss: learn "target" tokens only (of a chat, the assistant's turns) or "all" tokens, which
             an encoder-decoder cannot.
         reduction: the loss of a step is the mean over its target "token"s, or the sum over each
@@ -180,6 +182,7 @@ class DataConfig:
     target: str | None = None
     messages: str | None = None
     references: str | None = None
+    task: str | None = None
     loss: Literal["target", "all"] = "target"
     reduction: Literal["token", "example"] = "token"
     max_length: int | None = None
@@ -476,7 +479,7 @@ class EvaluateConfig:
         labels: the answers among which accuracy chooses; of generated text alone.
         before: measure the bare model on the test data too, for comparison.
         batch_size: examples at a time.
-        limit: examples at most; None takes all.
+        limit: examples at most, of each task where there are several; None takes all.
     """
 
     metrics: tuple[Metric, ...] = ("loss",)

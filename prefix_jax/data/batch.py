@@ -54,6 +54,7 @@ class Example:
             candidate is the right one (bit 0 the first answer, bit 1 the second).
         window: what its tokens are, where an answer is to be found among them.
         choices: the texts of the candidates, where they are texts.
+        task: which of several tasks it is of, from 0; None where there is one.
     """
 
     ids_T: np.ndarray
@@ -70,6 +71,7 @@ class Example:
     candidates: bool = False
     window: Window | None = None
     choices: tuple[str, ...] = ()
+    task: int | None = None
 
     @classmethod
     def of_text(

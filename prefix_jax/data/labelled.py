@@ -264,6 +264,7 @@ class Reading:
             source=record.source,
             whole=True,
             segment_T=segment_T,
+            task=record.task,
         )
 
 

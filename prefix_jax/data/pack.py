@@ -126,7 +126,7 @@ def measure(examples: Sequence[Example]) -> list[Item]:
     Raises:
         DataError: an example has no target, or one at its first token.
     """
-    sources: dict[tuple[bytes, ...], int] = {}
+    sources: dict[tuple[Any, ...], int] = {}
     items = []
     for example in examples:
         index_M = example.index_M
@@ -140,7 +140,9 @@ def measure(examples: Sequence[Example]) -> list[Item]:
         none = np.empty(0, np.int32)
         read = none if example.source_ids_S is None else example.source_ids_S
         what = read, example.ids_T[:shared], example.segment_T, example.part_T
-        key = tuple((none if array is None else array).tobytes() for array in what)
+        text = ((none if array is None else array).tobytes() for array in what)
+        # What tasks read alike they read behind prefixes of their own.
+        key = (example.task, *text)
         source = sources.setdefault(key, len(sources))
         items.append(Item(source, shared, laid - shared, len(index_M), len(read)))
     return items
@@ -232,12 +234,14 @@ def materialise(
     of_tokens, of_targets = (accumulate, size, shape.columns), (accumulate, size, shape.targets)
     ids, group, branch, position = (_zeros(*of_tokens) for _ in range(4))
     segment = None if examples[0].segment_T is None else _zeros(*of_tokens)
+    task = None if examples[0].task is None else _zeros(*of_tokens)
     column, label = _zeros(*of_targets), _zeros(*of_targets, dtype=examples[0].label_M.dtype)
     weight = _zeros(*of_targets, dtype=np.float32)
     question = _zeros(*of_targets) if examples[0].candidates else None
     read_ids, read_group, read_position = (
         _zeros(accumulate, size, shape.sources) for _ in range(3)
     )
+    read_task = None if task is None else np.zeros_like(read_ids)
     counts = _zeros(accumulate, dtype=np.float32)
     for number, blocks in enumerate(layout.rows):
         micro, row = divmod(number, shape.rows)
@@ -253,6 +257,8 @@ def materialise(
                 stretch = micro, row, slice(read_start, read_start + block.sources)
                 read_ids[stretch], read_group[stretch] = first.source_ids_S, g
                 read_position[stretch] = np.arange(block.sources)
+                if read_task is not None:
+                    read_task[stretch] = first.task
                 read_start += block.sources
             end = start + shared
             stretch = micro, row, slice(start, end)
@@ -276,17 +282,22 @@ def materialise(
                     asked += 1
                     weight[slots], question[slots] = np.arange(len(at)) == 0, asked
                 end, slot = end + own, slot + len(at)
+            if task is not None:
+                task[micro, row, start:end] = first.task
             start, g = end, g + 1 + int(parts.max(initial=0))
     batch: Batch = Batch(
         ids_BT=ids,
-        tokens=Tokens(group, branch, position, segment),
+        tokens=Tokens(group, branch, position, segment, task),
         index_BM=column,
         label_BM=label,
         weight_BM=weight,
         examples=counts,
         source=None
         if examples[0].source_ids_S is None
-        else Source(read_ids, Tokens(read_group, np.zeros_like(read_group), read_position)),
+        else Source(
+            read_ids,
+            Tokens(read_group, np.zeros_like(read_group), read_position, task_BT=read_task),
+        ),
         question_BM=question,
     )
     return batch if accumulate > 1 else jax.tree.map(lambda leaf: leaf[0], batch)

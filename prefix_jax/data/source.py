@@ -32,10 +32,12 @@ class Record:
     Attributes:
         fields: name → value.
         source: where the record came from, for messages: "train.jsonl:17".
+        task: which of several tasks it is of, from 0; None where there is one. See `tasks`.
     """
 
     fields: Mapping[str, Any]
     source: str
+    task: int | None = None
 
     def value(self, name: str) -> Any:
         """The value of a field.

@@ -36,12 +36,14 @@ class Rendered:
         references: every acceptable text of the last target.
         chat: whether a chat template made the segments. It then writes the special tokens, which
             are otherwise added around the text.
+        task: of the record.
     """
 
     segments: tuple[Segment, ...]
     source: str
     references: tuple[str, ...]
     chat: bool = False
+    task: int | None = None
 
     @property
     def prompt(self) -> str:
@@ -147,7 +149,8 @@ def render(
     accepted = tuple(answers if references is None else _texts(record, references))
     segments = [Segment(text, False) for text in given if text]
     return [
-        Rendered((*segments, Segment(answer, True)), record.source, accepted) for answer in answers
+        Rendered((*segments, Segment(answer, True)), record.source, accepted, task=record.task)
+        for answer in answers
     ]
 
 
@@ -183,7 +186,7 @@ def render_chat(record: Record, field: str, tokenizer: PreTrainedTokenizerBase) 
         segments += [Segment(before[len(done) :], False), Segment(after[len(before) :], True)]
         done = after
     answer = next(turn["content"] for turn in reversed(turns) if turn["role"] == "assistant")
-    return Rendered(tuple(segments), record.source, (answer,), chat=True)
+    return Rendered(tuple(segments), record.source, (answer,), chat=True, task=record.task)
 
 
 def render_chat_prompt(record: Record, field: str, tokenizer: PreTrainedTokenizerBase) -> str:

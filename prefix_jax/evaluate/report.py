@@ -19,6 +19,12 @@ PERCENTAGES = {*METRICS, "f1", "f1_macro", "matthews", "pearson", "spearman"}
 """The metrics of text, and of answers with labels."""
 
 
+def metrics_of(task: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of one task out of those of several, which are named "TASK.METRIC"."""
+    named = ((name.rpartition("."), value) for name, value in metrics.items())
+    return {metric: value for (of, _, metric), value in named if of == task}
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """The results of an evaluation.

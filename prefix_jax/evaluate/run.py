@@ -152,7 +152,8 @@ class Evaluator:
         metrics: Iterable[str],
         head: Params | None = None,
     ) -> Evaluation:
-        """Measures one prefix by the named metrics.
+        """Measures one prefix by the named metrics. Of a method with several tasks, on the examples
+        of each behind its own prefix: see `_over_tasks`.
 
         Args:
             params: the backbone's weights, stacked or listed (quicker where text is generated).
@@ -161,7 +162,26 @@ class Evaluator:
             metrics: names, see `EvaluateConfig`.
             head: the weights of a task's head.
         """
-        names = list(metrics)
+        metrics = list(metrics)
+        tasks = () if self._model.method is None else self._model.method.task_names
+        if not tasks:
+            return self._measure(params, prefix, examples, metrics, head)
+        prefixes = (None,) * len(tasks) if prefix is None else prefix.apart()
+        found = {}
+        for number, (task, alone) in enumerate(zip(tasks, prefixes, strict=True)):
+            if own := [example for example in examples if example.task == number]:
+                found[task] = self._measure(params, alone, own, metrics, head)
+        return _over_tasks(found)
+
+    def _measure(
+        self,
+        params: Params,
+        prefix: Prefix | None,
+        examples: Sequence[Example],
+        names: Sequence[str],
+        head: Params | None,
+    ) -> Evaluation:
+        """Measures one prefix of one task."""
         examples = examples[: self._config.limit]
         if head is not None:
             return self._measure_answers(params, head, prefix, examples, names)
@@ -304,6 +324,24 @@ def better(metric: str, value: float, than: float | None) -> bool:
     if than is None or math.isnan(than):
         return True
     return value < than if metric == "loss" else value > than
+
+
+def _over_tasks(found: Mapping[str, Evaluation]) -> Evaluation:
+    """Evaluations by task as one: a value of each, "TASK.METRIC", and the mean over tasks."""
+    reports = {task: evaluation.report for task, evaluation in found.items()}
+    first = next(iter(reports.values()))
+    metrics = {
+        name: sum(report.metrics[name] for report in reports.values()) / len(reports)
+        for name in first.metrics
+    }
+    metrics |= {
+        f"{task}.{name}": value
+        for task, report in reports.items()
+        for name, value in report.metrics.items()
+    }
+    predictions = [made for evaluation in found.values() for made in evaluation.predictions]
+    examples = sum(report.examples for report in reports.values())
+    return Evaluation(Report(metrics, first.signatures, examples), predictions)
 
 
 def _merged(parts: Sequence[Evaluation]) -> Evaluation:

@@ -59,6 +59,14 @@ class Method(abc.ABC, Generic[ProducedT]):
         return self.dropout > 0
 
     @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks of which each gets a prefix of its own; none if there is one for all text.
+
+        What the method produces is then a bank, in this order.
+        """
+        return ()
+
+    @property
     def text_start(self) -> int:
         """The position of the first token of text after the prefix."""
         return self.length

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import safetensors
 import safetensors.numpy
 
@@ -18,20 +20,29 @@ from prefix_jax.prefix import Embeds, Geometry
 # The arrays of a source, as PEFT's MULTITASK_PROMPT_TUNING names them: (P, D), (tasks, P, ranks)
 # and (tasks, ranks, D).
 _SHARED, _COLS, _ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
+# The file in a run's directory that holds them.
+PARTS = "multitask.safetensors"
+
+_NAME = re.compile(r"\w[\w-]*(\.[\w-]+)*")
 
 
 @dataclasses.dataclass(frozen=True)
 class MultitaskPromptTuning(Method[Embeds]):
-    """Trains a prompt of one task, as shared (P, D) * (cols (P, R) @ rows (R, D)), elementwise.
+    """Trains the prompt of a task, as shared (P, D) * (cols (P, R) @ rows (R, D)), elementwise.
 
-    This is the second stage of the paper: a target task starts from a prompt that was trained on
-    several source tasks, `source`, and what is stored is the product. The first stage, which
-    trains source tasks together and distils their teachers, is not here.
+    In the first stage of the paper several source tasks, `tasks`, train together: they share one
+    prompt, and each has its cols and rows. In the second, a target task starts from what was
+    trained there, `source`. What is stored is the product, one prefix a task. The paper's first
+    stage also distils teachers, prompts that were trained on each source task alone; that is not
+    here, nor in PEFT.
 
     Attributes:
         ranks: R, of the task's part (1 in the paper).
-        source: a multitask prompt in PEFT's format: adapter_model.safetensors, or its directory;
-            None starts as `init` says.
+        tasks: the tasks that train together, as the field `data.task` of the records names them;
+            None takes all that the training examples name, sorted. Without `data.task`, one task
+            trains.
+        source: a multitask prompt in PEFT's format: a run that trained several tasks, or
+            adapter_model.safetensors or its directory; None starts as `init` says.
         source_init: the task's part starts as the "average" of the source tasks' cols and rows
             (PEFT's AVERAGE_SOURCE_TASKS), as those of `source_task` ("exact",
             EXACT_SOURCE_TASK), or at random ("shared", ONLY_SOURCE_SHARED).
@@ -39,6 +50,7 @@ class MultitaskPromptTuning(Method[Embeds]):
     """
 
     ranks: int = 1
+    tasks: tuple[str, ...] | None = None
     source: str | None = None
     source_init: Literal["average", "exact", "shared"] = "average"
     source_task: int = 0
@@ -52,6 +64,30 @@ class MultitaskPromptTuning(Method[Embeds]):
             raise ConfigError(f"method.ranks is {self.ranks}; the task's part needs at least 1")
         if self.source_task < 0:
             raise ConfigError(f"method.source_task is {self.source_task}; tasks count from 0")
+        if self.tasks is not None:
+            self._check_tasks(self.tasks)
+
+    def _check_tasks(self, tasks: tuple[str, ...]) -> None:
+        if not tasks or len(set(tasks)) < len(tasks):
+            raise ConfigError(
+                f"method.tasks is [{', '.join(tasks)}]; it needs names, each of them once"
+            )
+        # Each names a directory.
+        if odd := [name for name in tasks if not _NAME.fullmatch(name)]:
+            raise ConfigError(
+                f"the task {odd[0]!r} cannot name a directory, where its prefix is stored: take "
+                "letters, digits, '_', '-' and inner dots"
+            )
+        if self.source is not None:
+            raise ConfigError(
+                "method.source is what one task starts from; several train together (data.task) "
+                "from a start of their own: leave it out, or train them one by one"
+            )
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """See `Method.task_names`."""
+        return self.tasks or ()
 
     def init(self, rng: jax.Array, geometry: Geometry, start: Embeds | None) -> Params:
         """See `Method.init`. Without start and source, PEFT's random initialisation.
@@ -61,11 +97,14 @@ class MultitaskPromptTuning(Method[Embeds]):
             PrefixError: the source is no multitask prompt, or one of another shape.
         """
         P, D, R = self.length, geometry.input_dim, self.ranks
+        # Names of parameters end in their axes, of which several tasks have one more.
+        (A, task) = ((), "") if self.tasks is None else ((len(self.tasks),), "A")
+        cols, rows = f"cols_{task}PR", f"rows_{task}RD"
         shared_rng, cols_rng, rows_rng = jax.random.split(rng, 3)
         params = {
             "shared_PD": jax.random.normal(shared_rng, (P, D)),
-            "cols_PR": 0.02 * jax.random.normal(cols_rng, (P, R)),
-            "rows_RD": 0.02 * jax.random.normal(rows_rng, (R, D)),
+            cols: 0.02 * jax.random.normal(cols_rng, (*A, P, R)),
+            rows: 0.02 * jax.random.normal(rows_rng, (*A, R, D)),
         }
         if start is not None and self.source is not None:
             raise ConfigError(
@@ -75,21 +114,16 @@ class MultitaskPromptTuning(Method[Embeds]):
             # The task's part is one everywhere, so that the start is met: the first rank carries
             # it, and the others come in as they grow from zero columns.
             params["shared_PD"] = start.x_PD
-            params["cols_PR"] = jnp.zeros((P, R)).at[:, 0].set(1)
-            params["rows_RD"] = params["rows_RD"].at[0].set(1)
+            params[cols] = jnp.zeros((*A, P, R)).at[..., 0].set(1)
+            params[rows] = params[rows].at[..., 0, :].set(1)
         return params if self.source is None else params | self._from_source(P, D)
 
     def _from_source(self, length: int, d_model: int) -> dict[str, jax.Array]:
         path = Path(str(self.source)).expanduser()
-        path = path / "adapter_model.safetensors" if path.is_dir() else path
-        try:
-            arrays = safetensors.numpy.load_file(path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise PrefixError(f"method.source {path} cannot be read: {error}") from None
-        if missing := {_SHARED, _COLS, _ROWS} - arrays.keys():
-            raise PrefixError(
-                f"method.source {path} is no multitask prompt: {', '.join(sorted(missing))} missing"
-            )
+        if path.is_dir():
+            own = path / PARTS
+            path = own if own.is_file() else path / "adapter_model.safetensors"
+        arrays = read_parts(path)
         shared_PD, cols_APR, rows_ARD = (jnp.float32(arrays[n]) for n in (_SHARED, _COLS, _ROWS))
         tasks = len(cols_APR)
         found = (shared_PD.shape, cols_APR.shape, rows_ARD.shape)
@@ -113,5 +147,30 @@ class MultitaskPromptTuning(Method[Embeds]):
         return params
 
     def __call__(self, params: Params, rng: jax.Array | None = None) -> Embeds:
-        task_PD = params["cols_PR"] @ params["rows_RD"]
-        return Embeds(self.drop(params["shared_PD"] * task_PD, rng))
+        if self.tasks is None:
+            task_PD = params["cols_PR"] @ params["rows_RD"]
+            return Embeds(self.drop(params["shared_PD"] * task_PD, rng))
+        task_APD = params["cols_APR"] @ params["rows_ARD"]
+        x_APD = self.drop(params["shared_PD"] * task_APD, rng)
+        return Embeds(x_APD.reshape(-1, x_APD.shape[-1]), tasks=len(self.tasks))
+
+
+def read_parts(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a multitask prompt in PEFT's format.
+
+    Raises:
+        PrefixError: the file is none.
+    """
+    try:
+        arrays: dict[str, np.ndarray] = safetensors.numpy.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise PrefixError(f"the multitask prompt {path} cannot be read: {error}") from None
+    if missing := {_SHARED, _COLS, _ROWS} - arrays.keys():
+        raise PrefixError(f"{path} is no multitask prompt: {', '.join(sorted(missing))} missing")
+    return arrays
+
+
+def to_parts(params: Params) -> dict[str, np.ndarray]:
+    """The parameters of several tasks in PEFT's format, as `source` reads them."""
+    names = {_SHARED: "shared_PD", _COLS: "cols_APR", _ROWS: "rows_ARD"}
+    return {theirs: np.array(params[ours], np.float32, order="C") for theirs, ours in names.items()}

@@ -26,12 +26,15 @@ class Tokens:
         position_BT: int32, from 0 at the first token of each example's text.
         segment_BT: int32, which of two texts of an example a token belongs to, for encoders that
             embed it (BERT); None where nothing asks.
+        task_BT: int32, whose prefix of a bank each token sees; 0 at padding. None where there is
+            no bank.
     """
 
     group_BT: jax.Array
     branch_BT: jax.Array
     position_BT: jax.Array
     segment_BT: jax.Array | None = None
+    task_BT: jax.Array | None = None
 
     @classmethod
     def plain(cls, present_BT: jax.Array) -> Tokens:
@@ -85,17 +88,17 @@ def visible(
     return mask_BTS
 
 
-def visible_prefix(position_BT: jax.Array, length: int, window: int | None) -> jax.Array:
+def visible_prefix(position_BT: jax.Array, slot_P: jax.Array, window: int | None) -> jax.Array:
     """Which prefix slots a sliding window still reaches, bool [B, T, P].
 
-    Slot p stands at position p, as in PEFT, so a prefix falls out like any past token.
+    Slots stand before the text, as in PEFT, so a prefix falls out like any past token.
 
     Args:
         position_BT: positions of the queries, the prefix's offset included.
-        length: P.
+        slot_P: positions of the slots.
         window: how many positions back a token sees, its own included; None for all.
     """
-    distance_BTP = position_BT[:, :, None] - jnp.arange(length)
+    distance_BTP = position_BT[:, :, None] - slot_P
     return distance_BTP < (jnp.iinfo(jnp.int32).max if window is None else window)
 
 

@@ -16,17 +16,19 @@ from rich.console import Console
 
 from prefix_jax import artifact
 from prefix_jax import config as configs
-from prefix_jax.artifact import Card
+from prefix_jax.artifact import PREFIXES, Card
 from prefix_jax.backbones.fingerprint import fingerprint
 from prefix_jax.backbones.load import Pretrained
 from prefix_jax.config import Config
 from prefix_jax.data.batch import Example
 from prefix_jax.errors import CheckpointError, ConfigError
+from prefix_jax.evaluate.report import metrics_of
 from prefix_jax.evaluate.run import Evaluation, Evaluator
 from prefix_jax.methods import name_of
-from prefix_jax.prefix import Produced
+from prefix_jax.prefix import Embeds, Produced
 from prefix_jax.train.checkpoint import Checkpoints
 from prefix_jax.train.loop import Progress, stop_signal, train
+from prefix_jax.train.multitask import save_parts
 from prefix_jax.train.report import Report
 from prefix_jax.train.results import Results, save_results, write_whole
 from prefix_jax.train.setup import Records, Setup, prepare
@@ -58,6 +60,8 @@ class Run:
         step: the step that `produced` comes from: the best one on the dev split, or the last.
         evaluations: of the test split, by name: "after", and "before" where it was asked for.
         head: the weights of a task's head; None where text is generated.
+        tasks: of a run that trained several tasks, the prefix of each and its card, by name.
+            `produced` then is all of them, a bank, and has no card.
         interrupted: the signal that ended the run early, if one did; the same command continues it.
     """
 
@@ -68,6 +72,7 @@ class Run:
     step: int
     evaluations: Mapping[str, Evaluation] = dataclasses.field(repr=False)
     head: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
+    tasks: Mapping[str, tuple[Produced, Card]] = dataclasses.field(default_factory=dict, repr=False)
     interrupted: signal.Signals | None = None
 
 
@@ -82,7 +87,8 @@ def fit(
     """Trains what `config` describes, or continues where it was interrupted.
 
     The run directory gets `config.yaml`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`,
-    `loss.png`, and at the end `prefix/`, `predictions.jsonl` and `results.json`.
+    `loss.png`, and at the end `prefix/`, `predictions.jsonl` and `results.json`. Of several tasks
+    each has its prefix in `prefixes/TASK/`, made of what `multitask.safetensors` holds.
 
     Args:
         config: the run.
@@ -207,6 +213,8 @@ def _digest(examples: Sequence[Example]) -> str:
         digest.update(len(example.ids_T).to_bytes(4, "little"))
         for array in (example.ids_T, example.index_M, example.label_M):
             digest.update(array.tobytes())
+        if example.task is not None:
+            digest.update(example.task.to_bytes(4, "little"))
         if example.source_ids_S is not None:
             digest.update(len(example.source_ids_S).to_bytes(4, "little"))
             digest.update(example.source_ids_S.tobytes())
@@ -274,14 +282,20 @@ def _finish(
     with jax.set_mesh(setup.mesh):
         produced = jax.jit(setup.model.produced)(params)
         prefix = jax.jit(setup.model.prefix)(params)
-    card, head = None, params.get("head")
+    head, tasks = params.get("head"), setup.model.method.task_names if setup.model.method else ()
+    # By task, or the only one under an empty name.
+    stored: dict[str, tuple[Produced, Card]] = {}
     if produced is None:
         pretrained = copy.copy(pretrained)
         pretrained.params = params["backbone"]
         pretrained.fingerprint = fingerprint(pretrained.params)
     else:
-        card = _card(setup, produced, step, head)
-        artifact.save(directory / "prefix", produced, card, head=head)
+        parts = produced.apart() if isinstance(produced, Embeds) else (produced,)
+        for name, part in zip(tasks or ("",), parts, strict=True):
+            stored[name] = part, _card(setup, part, step, head, name)
+        _save(directory, stored, head)
+    if tasks and jax.process_index() == 0:
+        save_parts(directory, params["prefix"])
 
     evaluations: dict[str, Evaluation] = {}
     if "test" in setup.splits:
@@ -297,13 +311,30 @@ def _finish(
                 backbone, prefixes, setup.splits["test"], report.phase, head
             )
         report.evaluation(step, evaluations["after"].report.metrics, kind="test")
-    if card is not None and evaluations:
-        metrics = {f"test_{k}": v for k, v in evaluations["after"].report.metrics.items()}
-        card = dataclasses.replace(card, metrics={**card.metrics, **metrics})
-        artifact.save(directory / "prefix", produced, card, head=head)
+    if stored and evaluations:
+        found = evaluations["after"].report.metrics
+        for name, (part, card) in stored.items():
+            own = found if not name else metrics_of(name, found)
+            metrics = {f"test_{metric}": value for metric, value in own.items()}
+            stored[name] = part, dataclasses.replace(card, metrics={**card.metrics, **metrics})
+        _save(directory, stored, head)
     if jax.process_index() == 0:
         save_results(setup.config, Results(step, evaluations))
-    return Run(directory, pretrained, produced, card, step, evaluations, head=head)
+    if tasks:
+        return Run(directory, pretrained, produced, None, step, evaluations, head, stored)
+    only = stored[""][1] if stored else None
+    return Run(directory, pretrained, produced, only, step, evaluations, head)
+
+
+def _save(
+    directory: Path,
+    stored: Mapping[str, tuple[Produced, Card]],
+    head: Mapping[str, Any] | None,
+) -> None:
+    """Stores the prefix of a run, or that of each of its tasks."""
+    for name, (produced, card) in stored.items():
+        place = directory / PREFIXES / name if name else directory / "prefix"
+        artifact.save(place, produced, card, head=head)
 
 
 def _init(setup: Setup) -> str:
@@ -316,9 +347,14 @@ def _init(setup: Setup) -> str:
 
 
 def _card(
-    setup: Setup, produced: Produced, step: int, head: Mapping[str, Any] | None = None
+    setup: Setup, produced: Produced, step: int, head: Mapping[str, Any] | None, task: str
 ) -> Card:
+    """The card of a prefix; of one of several tasks, with its name."""
     config, pretrained = setup.config, setup.pretrained
+    assert setup.model.method is not None
+    method = dict(config.method)
+    if task:
+        method |= {"tasks": list(setup.model.method.task_names), "task": task}
     vocabulary = pretrained.tokenizer.get_vocab()
     data = config.data
     return artifact.make_card(
@@ -330,7 +366,7 @@ def _card(
             fingerprint=pretrained.fingerprint,
             dtype=str(pretrained.params["embed"]["tokens_VD"].dtype),
         ),
-        method=config.method,
+        method=method,
         init=_init(setup),
         steps=step,
         template=artifact.TemplateCard(

@@ -25,6 +25,7 @@ from prefix_jax.errors import ConfigError
 from prefix_jax.mesh import batch_shards, make_mesh, replicated
 from prefix_jax.methods import make_method
 from prefix_jax.model import PrefixModel
+from prefix_jax.train.multitask import tell_tasks_apart
 from prefix_jax.train.optimizer import make_optimizer, make_schedule
 from prefix_jax.train.partition import labels, merge, split
 from prefix_jax.train.start import init_prefix
@@ -84,9 +85,9 @@ def prepare(
     Raises:
         PrefixJaxError: something in the config, the data or the backbone does not fit.
     """
-    method = make_method(config.method)
     # Before the backbone, which takes longer to load than a mistake in the data to find.
     sources = _read(config, records)
+    method, sources = tell_tasks_apart(config.data, make_method(config.method), sources)
     if pretrained is None:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
         # What trains is float32: the steps of bfloat16 are too wide for small updates.

@@ -55,7 +55,13 @@ class Sample:
 
 def number(metric: str, value: float) -> str:
     """A metric's value with as many digits as mean something."""
-    return f"{value:.2f}" if metric in PERCENTAGES or metric == "perplexity" else f"{value:.4f}"
+    kind = _kind(metric)
+    return f"{value:.2f}" if kind in PERCENTAGES or kind == "perplexity" else f"{value:.4f}"
+
+
+def _kind(metric: str) -> str:
+    """The name of a metric without the task that it is of, "TASK.METRIC"."""
+    return metric.rpartition(".")[2]
 
 
 def duration(seconds: float) -> str:
@@ -73,12 +79,13 @@ def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> Table
     for column in ("before", "after", "change") if before else ("held-out",):
         table.add_column(column, justify="right")
     for name in after:
-        title, value = _TITLES.get(name, name), Text(number(name, after[name]), style="bold")
+        title = name.removesuffix(_kind(name)) + _TITLES.get(_kind(name), _kind(name))
+        value = Text(number(name, after[name]), style="bold")
         if not before:
             table.add_row(title, value)
         elif name in before:
             change = after[name] - before[name]
-            better = change < 0 if name in _LOWER_IS_BETTER else change > 0
+            better = change < 0 if _kind(name) in _LOWER_IS_BETTER else change > 0
             style = "" if change == 0 or math.isnan(change) else "green" if better else "red"
             signed = ("+" if change > 0 else "") + number(name, change)
             table.add_row(title, number(name, before[name]), value, Text(signed, style=style))

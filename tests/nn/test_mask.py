@@ -68,6 +68,6 @@ def test_padding_neither_sees_nor_is_seen():
 
 @given(st.integers(0, 12), st.integers(1, 6), st.sampled_from([None, 1, 3, 8]))
 def test_a_window_reaches_prefix_slots_as_it_reaches_tokens(position, length, window):
-    seen_P = np.asarray(visible_prefix(jnp.array([[position]]), length, window))[0, 0]
+    seen_P = np.asarray(visible_prefix(jnp.array([[position]]), jnp.arange(length), window))[0, 0]
     expected = [window is None or position - slot < window for slot in range(length)]
     np.testing.assert_array_equal(seen_P, expected)

@@ -19,6 +19,7 @@ from prefix_jax.interop.peft import heads
 from prefix_jax.interop.peft.files import VERSION, write
 from prefix_jax.interop.peft.layout import flatten, stored_layers
 from prefix_jax.interop.peft.reading import task_type
+from prefix_jax.methods.multitask import PARTS, read_parts
 from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Produced
 
 _OURS = "or keep it in our own format (--to safetensors), which docs/export.md tells how to use"
@@ -40,7 +41,8 @@ def export_peft(
     """Writes a stored prefix as an adapter that `PeftModel.from_pretrained` loads.
 
     Args:
-        source: a stored prefix, or a run.
+        source: a stored prefix, or a run; one of several tasks becomes MULTITASK_PROMPT_TUNING,
+            whose task_ids count the tasks in the order of `method.tasks`, sorted if not said.
         output: the directory to write, which is absent or empty.
         bake: turn hidden states and soft tokens into the keys and values that they stand for. It
             takes the backbone.
@@ -55,6 +57,15 @@ def export_peft(
         BackboneError: the backbone cannot be loaded.
         CheckpointError: the adapter cannot be written.
     """
+    if (Path(source).expanduser() / PARTS).is_file():
+        if bake:
+            raise PrefixError(
+                f"{source} is of several tasks, which have keys and values of their own: bake the "
+                "prefix of one (in its folder prefixes)"
+            )
+        config, arrays = several_tasks(source)
+        write(output, config, arrays)
+        return config
     produced, card = artifact.load(source)
     if bake and not isinstance(produced, Prefix):
         pretrained = backbone_of(card, model, allow_other_weights=allow_other_weights)
@@ -103,6 +114,32 @@ def _prefix(produced: Produced, card: Card) -> tuple[Config, Arrays]:
         "PEFT's ADAPTION_PROMPT has no gates for single heads and layers of choice; it is read and "
         f"not written: train keys and values (method.name=prefix), {_OURS}"
     )
+
+
+def several_tasks(run: str | Path) -> tuple[Config, Arrays]:
+    """The configuration and the arrays of the adapter for a run that trained several tasks.
+
+    Raises:
+        PrefixError: the run is damaged, or PEFT cannot express its prompts.
+    """
+    path = Path(run).expanduser()
+    arrays = read_parts(path / PARTS)
+    places = sorted((path / artifact.PREFIXES).glob("*"))
+    if not places:
+        raise PrefixError(f"{path} has {PARTS} and no {artifact.PREFIXES}: copy it again")
+    embeds, card = artifact.load(places[0])
+    assert isinstance(embeds, Embeds)  # as that method stores
+    head = None if card.task is None else artifact.load_head(places[0])
+    config, others = to_peft(embeds, card, head)
+    tasks, _, ranks = arrays["prefix_task_cols"].shape
+    config |= {
+        "num_ranks": ranks,
+        "num_tasks": tasks,
+        "peft_type": "MULTITASK_PROMPT_TUNING",
+        "prompt_tuning_init_state_dict_path": None,
+        "prompt_tuning_init_task": 0,
+    }
+    return config, others | arrays
 
 
 def _join(prefix: Prefix, card: Card) -> KVPrefix:
