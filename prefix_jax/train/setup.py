@@ -164,7 +164,7 @@ def prepare(
     )
 
 
-def _read(config: Config, records: Records | None) -> dict[str, Sequence[Record]]:
+def _read(config: Config, records: Records | None) -> Mapping[str, Sequence[Record]]:
     """The records of each split.
 
     Raises:
