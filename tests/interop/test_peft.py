@@ -150,6 +150,27 @@ def test_a_multitask_prompt_is_one_prefix_a_task(tmp_path: Path) -> None:
         imported(ADAPTERS / "prompt", 0)
 
 
+def test_a_run_of_several_tasks_exports_as_one_multitask_prompt(tmp_path: Path) -> None:
+    folder, run = ADAPTERS / "multitask", tmp_path / "run"
+    for task, name in enumerate(("a", "b", "c")):
+        imported(folder, task).save(run / "prefixes" / name)
+    shutil.copy(folder / WEIGHTS, run / "multitask.safetensors")
+    config = export_peft(run, tmp_path / "theirs")
+    free = {"base_model_name_or_path"}
+    assert {k: v for k, v in config.items() if k not in free} == {
+        k: v for k, v in config_of(folder).items() if k not in free
+    }
+    expected, arrays = load_file(folder / WEIGHTS), load_file(tmp_path / "theirs" / WEIGHTS)
+    assert arrays.keys() == expected.keys()
+    for name, x in arrays.items():
+        np.testing.assert_array_equal(x, expected[name])
+    # A prefix of it is one of any kind.
+    alone = export_peft(run / "prefixes" / "b", tmp_path / "alone")
+    assert alone["peft_type"] == "PROMPT_TUNING"
+    with pytest.raises(PrefixError, match="bake the prefix of one"):
+        export_peft(run, tmp_path / "baked", bake=True)
+
+
 # A decoder reads stored layer 2l mod S.
 
 
