@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import runs
 import safetensors.numpy
+import tiny
 
 from prefix_jax import api, artifact
 from prefix_jax.backbones.load import Pretrained
@@ -169,3 +170,29 @@ def test_what_does_not_fit_is_told(fields, change, error, message):
 def test_a_method_without_tasks_takes_no_field_that_names_them():
     with pytest.raises(ConfigError, match=r"method\.name: multitask does"):
         tell_tasks_apart(DataConfig(task="kind"), PrefixTuning(4), {"train": read_records(RECORDS)})
+
+
+def test_tasks_of_an_encoder_share_a_head(tmp_path) -> None:
+    encoder = runs.on_one_device(tiny.write_encoder(tmp_path / "bert"))
+    labels = {"praise": ("yes", "no"), "blame": ("no", "yes")}
+    records = [
+        {"text": f"the film was {word}", "label": label, "kind": kind}
+        for kind, pair in labels.items()
+        for word, label in zip(("good", "bad"), pair, strict=True)
+    ]
+    run = runs.run(
+        encoder,
+        tmp_path / "run",
+        *("method={name: multitask, length: 3}", "data={input: '{text}', task: kind}"),
+        *("task={name: classify, label: label}", "init.start=text", "train.steps=2"),
+        "evaluate.metrics=[loss,accuracy]",
+        train=records,
+        test=records,
+    )
+    metrics = run.evaluations["after"].report.metrics
+    for name in labels:
+        tuned = api.load_prefix(run.directory / "prefixes" / name, encoder)
+        found = tuned.evaluate(records, ["loss"]).report
+        assert (found.examples, set(tuned.classify(["good"])) <= {"yes", "no"}) == (2, True)
+        assert found.metrics["loss"] == pytest.approx(metrics[f"{name}.loss"], rel=1e-5)
+    assert metrics["praise.loss"] != metrics["blame.loss"]
