@@ -382,9 +382,20 @@ class Tuned:
 
     def save(self, path: str | Path, arrays: Container = "orbax") -> None:
         """Writes the prefix, without the backbone: see `artifact.save`."""
+        artifact.save(path, *self._storable("save"), arrays, self.head)
+
+    def _storable(self, verb: str) -> tuple[Produced, Card]:
+        """The prefix and its card, if there is one.
+
+        Raises:
+            PrefixError: there is none, or one for each of several tasks.
+        """
+        if self.tasks:
+            names = ", ".join(map(repr, self.tasks))
+            raise PrefixError(f"each task has a prefix to {verb}: take tasks[…] of {names}")
         if self.produced is None or self.card is None:
-            raise PrefixError("there is no prefix to save: this is full fine-tuning")
-        artifact.save(path, self.produced, self.card, arrays, self.head)
+            raise PrefixError(f"there is no prefix to {verb}: this is full fine-tuning")
+        return self.produced, self.card
 
     def export_peft(self, path: str | Path, *, bake: bool = False) -> None:
         """Writes the prefix as an adapter that `PeftModel.from_pretrained` loads.
@@ -397,9 +408,7 @@ class Tuned:
             PrefixError: PEFT cannot express the prefix, or there is something at the path.
             CheckpointError: the adapter cannot be written.
         """
-        if self.produced is None or self.card is None:
-            raise PrefixError("there is no prefix to export: this is full fine-tuning")
-        produced, card = self.produced, self.card
+        produced, card = self._storable("export")
         if bake:
             produced, card = baked(produced, card, self.pretrained)
         peft.write(path, *peft.to_peft(produced, card, self.head))

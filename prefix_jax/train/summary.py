@@ -79,7 +79,8 @@ def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> Table
     for column in ("before", "after", "change") if before else ("held-out",):
         table.add_column(column, justify="right")
     for name in after:
-        title = name.removesuffix(_kind(name)) + _TITLES.get(_kind(name), _kind(name))
+        task, _, kind = name.rpartition(".")
+        title = f"{task}: " * bool(task) + _TITLES.get(kind, kind)
         value = Text(number(name, after[name]), style="bold")
         if not before:
             table.add_row(title, value)
