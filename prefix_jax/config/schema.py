@@ -7,55 +7,11 @@ stands for, and builds it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, Literal
 
-from prefix_jax.errors import ConfigError
-
-Preparing = Literal["e2e", "web_nlg", "dart", "copa", "sst2", "mrpc", "rte"]
-
-Metric = Literal[
-    "loss",
-    "accuracy",
-    "bleu",
-    "chrf",
-    "rouge1",
-    "rouge2",
-    "rougeL",
-    "rougeLsum",
-    "exact_match",
-    "final_number",
-    "f1",
-    "f1_macro",
-    "matthews",
-    "pearson",
-    "spearman",
-]
-
-
-# Beams x vocabulary are counted in 32 bits, and hardly any search gains from more than ten.
-_MOST_BEAMS = 1024
-
-
-def _require(*checks: tuple[bool, str]) -> None:
-    """Raises one `ConfigError` that lists every check that does not hold."""
-    broken = [message for holds, message in checks if not holds]
-    if broken:
-        raise ConfigError("; ".join(broken))
-
-
-def _at_least(config: object, low: float, *names: str) -> Iterator[tuple[bool, str]]:
-    """Checks that each named field is `low` or more; None (absent) passes, NaN does not."""
-    for name in names:
-        value = getattr(config, name)
-        yield value is None or value >= low, f"{name} must be at least {low}, not {value}"
-
-
-def _fraction(config: object, *names: str) -> Iterator[tuple[bool, str]]:
-    """Checks that each named field lies in [0, 1); None (absent) passes."""
-    for name in names:
-        value = getattr(config, name)
-        yield value is None or 0 <= value < 1, f"{name} must lie in [0, 1), not {value}"
+from prefix_jax.config.checks import at_least, fraction, require
+from prefix_jax.config.examples import DataConfig, TaskConfig
+from prefix_jax.config.results import DecodeConfig, EvaluateConfig, check_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +63,7 @@ class InitConfig:
     path: str | None = None
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             (
                 self.text is None or (self.start in (None, "text") and self.text != ""),
                 "text is what start: text begins with; it is not empty",
@@ -124,139 +80,12 @@ class InitConfig:
                 self.top is None or self.start in ("vocab", "labels"),
                 "top is where start: vocab and start: labels draw tokens from",
             ),
-            *_at_least(self, 1, "top"),
+            *at_least(self, 1, "top"),
             (
                 (self.path is not None) == (self.start == "prefix"),
                 "start: prefix needs path, the directory of a stored prefix; nothing else does",
             ),
-            *_at_least(self, 0, "std"),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where examples come from and how they become tokens.
-
-    Relative paths are relative to the working directory. An example is either an input and a
-    target, rendered from templates with `{field}`, or a chat.
-
-    Attributes:
-        train: a .jsonl, .csv or .parquet file, or `tfds:NAME/SPLIT`. None when the records come
-            from Python.
-        dev: like `train`, for evaluation during training; None does without.
-        test: like `train`, for the evaluation after training; None does without.
-        prepare: what records of a published set need before templates render them: each name
-            adds a field (see `data/prepare.py`); None adds nothing.
-        input: template of the text that is given; None gives nothing (plain text modelling).
-        pair: template of a second text, for a task that reads two; of the text to search, for
-            `task.name: span`.
-        target: template of the text to learn.
-        messages: the field that holds a chat, a list of {"role": …, "content": …}. Excludes
-            `input` and `target`; not for encoder-decoders.
-        references: the field that holds every acceptable target, for evaluation; None takes the
-            rendered target.
-        task: the field that names the task of a record, where several train together, each with a
-            prefix of its own (`method.name: multitask`); None trains one.
-        loss: learn "target" tokens only (of a chat, the assistant's turns) or "all" tokens, which
-            an encoder-decoder cannot.
-        reduction: the loss of a step is the mean over its target "token"s, or the sum over each
-            "example"'s targets, averaged over examples (Li & Liang 2021).
-        max_length: tokens of an example at most, the prefix not counted; None allows what the
-            backbone's positions allow. For an encoder-decoder, tokens of its input at most.
-        truncate: the side on which an example that is too long loses tokens of its input. The
-            target is never cut.
-        on_overflow: what happens to an example whose target alone is too long.
-        pack: put several examples into one row; each still sees itself and the prefix only.
-            Behind soft tokens before an encoder, each has a row of its own whatever stands here.
-        group_by_source: let targets that share their input meet in one row and share its tokens.
-        batch_size: examples per optimizer step, over all hosts and micro-batches.
-        tfds_dir: the data directory of TensorFlow Datasets; None takes its default.
-    """
-
-    train: str | None = None
-    dev: str | None = None
-    test: str | None = None
-    prepare: Preparing | None = None
-    input: str | None = None
-    pair: str | None = None
-    target: str | None = None
-    messages: str | None = None
-    references: str | None = None
-    task: str | None = None
-    loss: Literal["target", "all"] = "target"
-    reduction: Literal["token", "example"] = "token"
-    max_length: int | None = None
-    truncate: Literal["left", "right"] = "left"
-    on_overflow: Literal["error", "drop"] = "error"
-    pack: bool = True
-    group_by_source: bool = False
-    batch_size: int = 8
-    tfds_dir: str | None = None
-
-    def __post_init__(self) -> None:
-        templates = self.input is not None or self.target is not None
-        _require(
-            (
-                not (templates and self.messages is not None),
-                "messages excludes input and target: a chat has its own turns",
-            ),
-            (
-                not self.group_by_source or self.pack,
-                "group_by_source shares tokens inside packed rows: it needs pack: true",
-            ),
-            *_at_least(self, 1, "batch_size"),
-            *_at_least(self, 2, "max_length"),
-        )
-
-
-TaskName = Literal["generate", "classify", "regress", "tag", "span", "choice"]
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskConfig:
-    """What is made of a text: more text, or the answer of a head that trains beside the prefix.
-
-    Attributes:
-        name: "generate" text; "classify" a text, or a pair of them; "regress" a number; "tag" every
-            word; mark the "span" of a text that answers a question; or make a "choice" among texts.
-        label: the field of what is to be found: a label; a number; the tags of all words, in a
-            list; the answers, as SQuAD has them ({"text": […], "answer_start": […]}); the choice,
-            counted from 0.
-        labels: the names of the labels, in order; None collects them from the training data,
-            sorted. A number in the data counts them from 0.
-        words: for "tag", the field that holds the words, in a list.
-        choices: for "choice", templates of the texts to choose among. A field that holds a list
-            gives one for each of its texts.
-        stride: for "span", how many tokens successive windows of a long text share.
-        answer_tokens: for "span", how long an answer is at most.
-        unanswerable: for "span", whether a question may have no answer (SQuAD 2.0).
-        dropout: of the head's input, in training; where the model's own heads have it.
-    """
-
-    name: TaskName = "generate"
-    label: str = "label"
-    labels: tuple[str, ...] | None = None
-    words: str = "tokens"
-    choices: tuple[str, ...] | None = None
-    stride: int = 128
-    answer_tokens: int = 30
-    unanswerable: bool = False
-    dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        _require(
-            (
-                (self.choices is not None) == (self.name == "choice"),
-                "choices are the templates of the texts that name: choice chooses among; give them "
-                "there, and there alone",
-            ),
-            (
-                self.labels is None or len(set(self.labels)) == len(self.labels) >= 2,
-                "labels names each label once, and at least two",
-            ),
-            *_at_least(self, 0, "stride"),
-            *_at_least(self, 1, "answer_tokens"),
-            *_fraction(self, "dropout"),
+            *at_least(self, 0, "std"),
         )
 
 
@@ -293,7 +122,7 @@ class OptimConfig:
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             (self.learning_rate > 0, f"learning_rate must be positive, not {self.learning_rate}"),
             (
                 self.head_learning_rate is None or self.head_learning_rate > 0,
@@ -304,9 +133,9 @@ class OptimConfig:
                 self.clip is None or self.clip > 0,
                 f"clip must be positive, or null for no clipping, not {self.clip}",
             ),
-            *_at_least(self, 0, "warmup", "weight_decay"),
-            *_at_least(self, 1, "accumulate"),
-            *_fraction(self, "b1", "b2"),
+            *at_least(self, 0, "warmup", "weight_decay"),
+            *at_least(self, 1, "accumulate"),
+            *fraction(self, "b1", "b2"),
         )
 
 
@@ -335,7 +164,7 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             (
                 (self.steps is None) != (self.epochs is None),
                 "give exactly one of steps (optimizer steps) and epochs (passes over the data)"
@@ -349,8 +178,8 @@ class TrainConfig:
                 self.patience is None or self.eval_every is not None,
                 "patience counts evaluations: it needs eval_every",
             ),
-            *_at_least(self, 0, "seed"),
-            *_at_least(
+            *at_least(self, 0, "seed"),
+            *at_least(
                 self, 1, "steps", "eval_every", "checkpoint_every", "keep", "patience", "log_every"
             ),
         )
@@ -372,7 +201,7 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
-        _require(
+        require(
             *(
                 (size == -1 or size >= 1, f"{axis} must be -1 or at least 1, not {size}")
                 for axis, size in sizes.items()
@@ -382,160 +211,6 @@ class MeshConfig:
                 "only one of data, fsdp and tensor can be -1 (the devices that remain)",
             ),
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeConfig:
-    """How text is generated.
-
-    Attributes:
-        max_new_tokens: tokens generated at most; the start token of an encoder-decoder does not
-            count.
-        min_new_tokens: tokens before the end of text becomes possible.
-        beams: hypotheses kept by beam search; 1 is none.
-        length_penalty: a finished beam's score is its log-probability over length to this power.
-        early_stopping: stop a beam search as soon as `beams` hypotheses have finished.
-        temperature: divides the logits before sampling; 0 is greedy.
-        top_k: sample among so many of the likeliest tokens; None is off.
-        top_p: sample among the likeliest tokens that reach this probability together (nucleus
-            sampling, Holtzman et al. 2020); None is off.
-        min_p: drop tokens below this share of the likeliest token's probability; None is off.
-        repetition_penalty: divides (positive) or multiplies (negative) the logits of tokens that
-            have occurred (Keskar et al. 2019); 1 is off.
-        no_repeat_ngram: the length of n-grams that may not occur twice; 0 is off.
-        banned_words: texts that are never generated.
-        stop: texts that end the generation, and are cut from it.
-        samples: continuations per prompt.
-        seed: of the sampling.
-    """
-
-    max_new_tokens: int = 64
-    min_new_tokens: int = 0
-    beams: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool = False
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0
-    banned_words: tuple[str, ...] = ()
-    stop: tuple[str, ...] = ()
-    samples: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        sampling = self.temperature > 0
-        _require(
-            (
-                self.min_new_tokens <= self.max_new_tokens,
-                f"min_new_tokens {self.min_new_tokens} exceeds "
-                f"max_new_tokens {self.max_new_tokens}",
-            ),
-            (
-                not (sampling and self.beams > 1),
-                "beam search does not sample: give beams or a temperature",
-            ),
-            (
-                self.beams <= _MOST_BEAMS,
-                f"beams must be {_MOST_BEAMS} at most, not {self.beams}",
-            ),
-            (
-                sampling or self.samples <= self.beams,
-                f"samples {self.samples} would be equal to each other: give a temperature, "
-                "or as many beams",
-            ),
-            (
-                self.top_p is None or 0 < self.top_p <= 1,
-                f"top_p must lie in (0, 1], not {self.top_p}",
-            ),
-            (
-                self.repetition_penalty > 0,
-                f"repetition_penalty must be positive, not {self.repetition_penalty}",
-            ),
-            (
-                not any(text == "" for text in (*self.stop, *self.banned_words)),
-                "stop and banned_words hold no empty text",
-            ),
-            *_fraction(self, "min_p"),
-            *_at_least(self, 0, "min_new_tokens", "temperature", "no_repeat_ngram", "seed"),
-            *_at_least(self, 1, "max_new_tokens", "beams", "top_k", "samples"),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
-    """What is measured on held-out examples.
-
-    Attributes:
-        metrics: "loss" (token loss, with its perplexity), "accuracy" (the likeliest of `labels`),
-            and of generated text "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum" and
-            "exact_match". During training the first one alone is measured, and selects the best
-            checkpoint.
-            Of a task with labels, the loss and what `METRICS_OF` lists: "accuracy", "f1" (of the
-            last of two labels, else the mean over all; of entities, for tags; of words, for spans),
-            "f1_macro", "matthews", "pearson", "spearman", "exact_match".
-        labels: the answers among which accuracy chooses; of generated text alone.
-        before: measure the bare model on the test data too, for comparison.
-        batch_size: examples at a time.
-        limit: examples at most, of each task where there are several; None takes all.
-    """
-
-    metrics: tuple[Metric, ...] = ("loss",)
-    labels: tuple[str, ...] | None = None
-    before: bool = False
-    batch_size: int = 16
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        _require(
-            (bool(self.metrics), "metrics must name at least one"),
-            *_at_least(self, 1, "batch_size", "limit"),
-        )
-
-
-# The metrics of each task.
-METRICS_OF: dict[str, tuple[Metric, ...]] = {
-    "classify": ("loss", "accuracy", "f1", "f1_macro", "matthews"),
-    "regress": ("loss", "pearson", "spearman"),
-    "tag": ("loss", "accuracy", "f1"),
-    "span": ("loss", "exact_match", "f1"),
-    "choice": ("loss", "accuracy"),
-}
-_OF_LABELS = ("f1", "f1_macro", "matthews", "pearson", "spearman")
-
-
-def check_metrics(task: TaskName, evaluate: EvaluateConfig) -> None:
-    """Raises ConfigError if the metrics are not those of the task."""
-    if task == "generate":
-        wrong = [metric for metric in evaluate.metrics if metric in _OF_LABELS]
-        _require(
-            (not wrong, f"evaluate.metrics: {', '.join(wrong)} measure a task.name with labels"),
-            (
-                "accuracy" not in evaluate.metrics or len(evaluate.labels or ()) >= 2,
-                "evaluate: accuracy chooses among labels: give at least two",
-            ),
-        )
-        return
-    known = METRICS_OF[task]
-    wrong = [metric for metric in evaluate.metrics if metric not in known]
-    _require(
-        (
-            not wrong,
-            f"evaluate.metrics: {', '.join(wrong)} cannot measure task.name {task}; "
-            f"there are {', '.join(known)}",
-        ),
-        (
-            not evaluate.before,
-            "evaluate.before measures the bare language model: a task has no head before training",
-        ),
-        (
-            evaluate.labels is None,
-            "evaluate.labels are the texts among which a language model chooses; the labels of a "
-            "task are task.labels",
-        ),
-    )
 
 
 def default_method() -> dict[str, Any]:
@@ -570,14 +245,14 @@ class Config:
     init: InitConfig = InitConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
-    decode: DecodeConfig = DecodeConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    task: TaskConfig = TaskConfig()
+    decode: DecodeConfig = dataclasses.field(default_factory=DecodeConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
 
     def __post_init__(self) -> None:
         check_metrics(self.task.name, self.evaluate)
         data, generates = self.data, self.task.name == "generate"
-        _require(
+        require(
             (
                 not generates or data.target is not None or data.messages is not None,
                 "data: give target (a template such as '{text}') or messages (the field of a "
@@ -626,7 +301,7 @@ class GenerateConfig:
         decode: as in `Config`.
     """
 
-    decode: DecodeConfig = DecodeConfig()
+    decode: DecodeConfig = dataclasses.field(default_factory=DecodeConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -637,4 +312,4 @@ class MeasureConfig(GenerateConfig):
         evaluate: as in `Config`.
     """
 
-    evaluate: EvaluateConfig = EvaluateConfig()
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)

@@ -1,0 +1,185 @@
+"""The sections that say what is made of a prefix: text, and measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from prefix_jax.config.checks import at_least, fraction, require
+from prefix_jax.config.examples import TaskName
+
+Metric = Literal[
+    "loss",
+    "accuracy",
+    "bleu",
+    "chrf",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "rougeLsum",
+    "exact_match",
+    "final_number",
+    "f1",
+    "f1_macro",
+    "matthews",
+    "pearson",
+    "spearman",
+]
+
+
+# Beams x vocabulary are counted in 32 bits, and hardly any search gains from more than ten.
+_MOST_BEAMS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How text is generated.
+
+    Attributes:
+        max_new_tokens: tokens generated at most; the start token of an encoder-decoder does not
+            count.
+        min_new_tokens: tokens before the end of text becomes possible.
+        beams: hypotheses kept by beam search; 1 is none.
+        length_penalty: a finished beam's score is its log-probability over length to this power.
+        early_stopping: stop a beam search as soon as `beams` hypotheses have finished.
+        temperature: divides the logits before sampling; 0 is greedy.
+        top_k: sample among so many of the likeliest tokens; None is off.
+        top_p: sample among the likeliest tokens that reach this probability together (nucleus
+            sampling, Holtzman et al. 2020); None is off.
+        min_p: drop tokens below this share of the likeliest token's probability; None is off.
+        repetition_penalty: divides (positive) or multiplies (negative) the logits of tokens that
+            have occurred (Keskar et al. 2019); 1 is off.
+        no_repeat_ngram: the length of n-grams that may not occur twice; 0 is off.
+        banned_words: texts that are never generated.
+        stop: texts that end the generation, and are cut from it.
+        samples: continuations per prompt.
+        seed: of the sampling.
+    """
+
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    banned_words: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()
+    samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        sampling = self.temperature > 0
+        require(
+            (
+                self.min_new_tokens <= self.max_new_tokens,
+                f"min_new_tokens {self.min_new_tokens} exceeds "
+                f"max_new_tokens {self.max_new_tokens}",
+            ),
+            (
+                not (sampling and self.beams > 1),
+                "beam search does not sample: give beams or a temperature",
+            ),
+            (
+                self.beams <= _MOST_BEAMS,
+                f"beams must be {_MOST_BEAMS} at most, not {self.beams}",
+            ),
+            (
+                sampling or self.samples <= self.beams,
+                f"samples {self.samples} would be equal to each other: give a temperature, "
+                "or as many beams",
+            ),
+            (
+                self.top_p is None or 0 < self.top_p <= 1,
+                f"top_p must lie in (0, 1], not {self.top_p}",
+            ),
+            (
+                self.repetition_penalty > 0,
+                f"repetition_penalty must be positive, not {self.repetition_penalty}",
+            ),
+            (
+                not any(text == "" for text in (*self.stop, *self.banned_words)),
+                "stop and banned_words hold no empty text",
+            ),
+            *fraction(self, "min_p"),
+            *at_least(self, 0, "min_new_tokens", "temperature", "no_repeat_ngram", "seed"),
+            *at_least(self, 1, "max_new_tokens", "beams", "top_k", "samples"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured on held-out examples.
+
+    Attributes:
+        metrics: "loss" (token loss, with its perplexity), "accuracy" (the likeliest of `labels`),
+            and of generated text "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum" and
+            "exact_match". During training the first one alone is measured, and selects the best
+            checkpoint.
+            Of a task with labels, the loss and what `METRICS_OF` lists: "accuracy", "f1" (of the
+            last of two labels, else the mean over all; of entities, for tags; of words, for spans),
+            "f1_macro", "matthews", "pearson", "spearman", "exact_match".
+        labels: the answers among which accuracy chooses; of generated text alone.
+        before: measure the bare model on the test data too, for comparison.
+        batch_size: examples at a time.
+        limit: examples at most, of each task where there are several; None takes all.
+    """
+
+    metrics: tuple[Metric, ...] = ("loss",)
+    labels: tuple[str, ...] | None = None
+    before: bool = False
+    batch_size: int = 16
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            (bool(self.metrics), "metrics must name at least one"),
+            *at_least(self, 1, "batch_size", "limit"),
+        )
+
+
+# The metrics of each task.
+METRICS_OF: dict[str, tuple[Metric, ...]] = {
+    "classify": ("loss", "accuracy", "f1", "f1_macro", "matthews"),
+    "regress": ("loss", "pearson", "spearman"),
+    "tag": ("loss", "accuracy", "f1"),
+    "span": ("loss", "exact_match", "f1"),
+    "choice": ("loss", "accuracy"),
+}
+_OF_LABELS = ("f1", "f1_macro", "matthews", "pearson", "spearman")
+
+
+def check_metrics(task: TaskName, evaluate: EvaluateConfig) -> None:
+    """Raises ConfigError if the metrics are not those of the task."""
+    if task == "generate":
+        wrong = [metric for metric in evaluate.metrics if metric in _OF_LABELS]
+        require(
+            (not wrong, f"evaluate.metrics: {', '.join(wrong)} measure a task.name with labels"),
+            (
+                "accuracy" not in evaluate.metrics or len(evaluate.labels or ()) >= 2,
+                "evaluate: accuracy chooses among labels: give at least two",
+            ),
+        )
+        return
+    known = METRICS_OF[task]
+    wrong = [metric for metric in evaluate.metrics if metric not in known]
+    require(
+        (
+            not wrong,
+            f"evaluate.metrics: {', '.join(wrong)} cannot measure task.name {task}; "
+            f"there are {', '.join(known)}",
+        ),
+        (
+            not evaluate.before,
+            "evaluate.before measures the bare language model: a task has no head before training",
+        ),
+        (
+            evaluate.labels is None,
+            "evaluate.labels are the texts among which a language model chooses; the labels of a "
+            "task are task.labels",
+        ),
+    )
