@@ -1,0 +1,35 @@
+"""Records name the task that they are of."""
+
+from __future__ import annotations
+
+import pytest
+
+from prefix_jax.data.source import Record
+from prefix_jax.data.tasks import collect_tasks, of_task, with_tasks
+from prefix_jax.errors import DataError
+
+RECORDS = [Record({"kind": kind}, f"r:{n}") for n, kind in enumerate(["rte", "cola", 7, "rte"])]
+
+
+def test_tasks_are_collected_once_each_and_sorted():
+    assert collect_tasks(RECORDS, "kind") == ("7", "cola", "rte")
+
+
+def test_a_task_has_the_number_of_its_place():
+    found = with_tasks(RECORDS, "kind", ("rte", "7", "cola"))
+    assert [record.task for record in found] == [0, 2, 1, 0]
+    assert [record.fields for record in found] == [record.fields for record in RECORDS]
+
+
+def test_an_unknown_task_is_told_with_the_nearest():
+    with pytest.raises(
+        DataError, match=r"r:1: the task 'cola' .* did you mean 'colas'\? there are"
+    ):
+        with_tasks(RECORDS, "kind", ("rte", "colas", "7"))
+
+
+def test_records_of_one_task_name_it_or_none():
+    bare = Record({"text": "a"}, "r:9")
+    assert of_task([*RECORDS, bare], "kind", "rte") == [RECORDS[0], RECORDS[3], bare]
+    with pytest.raises(DataError, match="no record is of the task 'sst2'"):
+        of_task(RECORDS, "kind", "sst2")
