@@ -82,7 +82,9 @@ def _write_llama(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
         writer.add_key_length(config["head_dim"])
     rope = config["rope_parameters"]
     if "sliding_attention" in rope:
-        writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+        # gguf 0.17 has no methods for this key and the next one.
+        theta = rope["sliding_attention"]["rope_theta"]
+        writer.add_float32(f"{writer.arch}.rope.freq_base_swa", theta)
         rope = rope["full_attention"]
     if "gemma" in config["model_type"] and "sliding_window" in config:
         writer.add_sliding_window(config["sliding_window"])
@@ -91,7 +93,8 @@ def _write_llama(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
             writer.add_final_logit_softcapping(config["final_logit_softcapping"])
         else:
             kinds = config["layer_types"]
-            writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])
+            slides = [kind == "sliding_attention" for kind in kinds]
+            writer.add_array(f"{writer.arch}.attention.sliding_window_pattern", slides)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
