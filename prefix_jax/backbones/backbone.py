@@ -14,7 +14,6 @@ from prefix_jax.backbones.stack import (
     Cache,
     Encoded,
     Params,
-    Remat,
     Stack,
     normal,
     task_of,
@@ -26,6 +25,7 @@ from prefix_jax.errors import BackboneError, PrefixError
 from prefix_jax.mesh import gather_columns
 from prefix_jax.nn.layers import KeysValues
 from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.remat import Remat
 from prefix_jax.prefix import (
     Adapter,
     Embeds,
@@ -49,8 +49,7 @@ class Backbone:
 
     Attributes:
         arch: its shape and variant.
-        remat: what the backward pass computes again, in the stacked form: nothing ("none"), all
-            but the outputs of weight matrices ("dots"), or whole layers ("full").
+        remat: what the backward pass keeps: see `nn.remat`.
     """
 
     arch: Architecture

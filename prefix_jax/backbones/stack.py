@@ -24,15 +24,10 @@ from prefix_jax.errors import PrefixError
 from prefix_jax.mesh import constrain_rows
 from prefix_jax.nn.layers import KeysValues, View
 from prefix_jax.nn.mask import Seen, Tokens, visible, visible_group, visible_prefix
+from prefix_jax.nn.remat import Remat, rematerialised
 from prefix_jax.prefix import Prefix, Site
 
 Params = Mapping[str, Any]
-Remat = Literal["none", "dots", "full"]
-
-_REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 @flax.struct.dataclass
@@ -82,8 +77,7 @@ class Stack:
 
     Attributes:
         arch: its shape and variant.
-        remat: what the backward pass computes again, in the stacked form: nothing ("none"), all
-            but the outputs of weight matrices ("dots"), or whole layers ("full").
+        remat: what the backward pass keeps, in the stacked form: see `rematerialised`.
     """
 
     arch: Architecture
@@ -261,11 +255,11 @@ class Stack:
                 y_BTD, cache = layer(x_BTD, weights, view, sites, cache, memory)
                 return y_BTD, (x_BTD if entries else None, cache)
 
-            if self.remat != "none":
-                body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
             sliding_L = jnp.array(a.sliding) if a.sliding else None
             x_BTD, (h_LBTD, caches) = jax.lax.scan(
-                body, x_BTD, (params["layers"], sliding_L, sites, caches, memories)
+                rematerialised(body, self.remat),
+                x_BTD,
+                (params["layers"], sliding_L, sites, caches, memories),
             )
         if cache is not None:
             cache = Cache(caches, keys, cache.length + x_BTD.shape[1])

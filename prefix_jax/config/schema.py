@@ -12,6 +12,7 @@ from typing import Any, Literal
 from prefix_jax.config.checks import at_least, fraction, require
 from prefix_jax.config.examples import DataConfig, TaskConfig
 from prefix_jax.config.results import DecodeConfig, EvaluateConfig, check_metrics
+from prefix_jax.nn.remat import Remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +24,15 @@ class ModelConfig:
             either inside an installed Python package, or a hub id.
         dtype: the backbone's weights and activations; "auto" is bfloat16 on TPU and GPU and
             float32 on CPU. What trains is float32 whatever stands here.
-        remat: what the backward pass computes again instead of keeping: "none", every layer
-            ("full"), or all but the matrix products ("dots").
+        remat: what the backward pass keeps of each layer instead of computing it again, from the
+            most memory to the least: all that it needs ("none"), the products of all weight
+            matrices and what attention mixes ("dots"), those of the feed-forward ("mlp"), those of
+            attention ("attention"), or the layer's input alone ("full").
     """
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Remat = "none"
 
 
 @dataclasses.dataclass(frozen=True)

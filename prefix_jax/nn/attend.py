@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from prefix_jax.nn.mask import Seen
+from prefix_jax.nn.remat import keep
 from prefix_jax.prefix import Beside, KVPrefix, Memory, Site
 
 # Finite, so that a row that sees nothing (padding without a prefix) stays free of NaN.
@@ -137,8 +138,8 @@ def _forward(
         total_BKGT1 += prefix_BKGTP.sum(axis=-1, keepdims=True)
         out_BKGTH += _dot("BKGTP,PKH->BKGTH", prefix_BKGTP.astype(v_BSKH.dtype), join.v_LPKH)
 
-    out_BKGTH = (out_BKGTH / total_BKGT1).astype(q_BKGTH.dtype)
-    log_total_BKGT1 = peak_BKGT1 + jnp.log(total_BKGT1)
+    out_BKGTH = keep("mixed", (out_BKGTH / total_BKGT1).astype(q_BKGTH.dtype))
+    log_total_BKGT1 = keep("mixed", peak_BKGT1 + jnp.log(total_BKGT1))
     return out_BKGTH, (q_BKGTH, k_BSKH, v_BSKH, seen, join, out_BKGTH, log_total_BKGT1)
 
 

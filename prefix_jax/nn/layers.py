@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from prefix_jax.nn.attend import attend
 from prefix_jax.nn.mask import Seen
+from prefix_jax.nn.remat import Name, keep, recomputed
 from prefix_jax.nn.rotary import rotate
 from prefix_jax.prefix import Site
 
@@ -153,7 +154,8 @@ class Attention(nn.Module):
 
     def projected(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """k_BTKH and v_BTKH as the projections make them."""
-        k_BTKH, v_BTKH = _to_heads(x_BTD, self.k_DKH), _to_heads(x_BTD, self.v_DKH)
+        k_BTKH = keep("k", _to_heads(x_BTD, self.k_DKH))
+        v_BTKH = keep("v", _to_heads(x_BTD, self.v_DKH))
         if self.qkv_bias:
             k_BTKH, v_BTKH = k_BTKH + self.k_bias_KH, v_BTKH + self.v_bias_KH
         return k_BTKH, v_BTKH
@@ -166,7 +168,7 @@ class Attention(nn.Module):
         cache: KeysValues | None,
         memory: KeysValues | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
-        q_BTNH = _to_heads(x_BTD, self.q_DNH)
+        q_BTNH = keep("q", _to_heads(x_BTD, self.q_DNH))
         if self.qkv_bias:
             q_BTNH = q_BTNH + self.q_bias_NH
         if self.qk_norm is not None:
@@ -183,7 +185,7 @@ class Attention(nn.Module):
             k_BSKH, v_BSKH = cache.k_BKSH.swapaxes(1, 2), cache.v_BKSH.swapaxes(1, 2)
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
         y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, view.seen, site, scale, self.softcap)
-        y_BTD = _from_heads(y_BTNH, self.o_NHD)
+        y_BTD = keep("o", _from_heads(y_BTNH, self.o_NHD))
         if self.out_bias:
             y_BTD = y_BTD + self.o_bias_D
         return y_BTD, cache
@@ -200,7 +202,7 @@ def _to_heads(x_BTD: jax.Array, weight_DNH: jax.Array) -> jax.Array:
     def product(x_BTD: jax.Array, weight_DNH: jax.Array) -> jax.Array:
         return (x_BTD @ weight_DNH.reshape(D, N * H)).reshape(*x_BTD.shape[:2], N, H)
 
-    return _recomputed(product)(x_BTD, weight_DNH)
+    return recomputed(product)(x_BTD, weight_DNH)
 
 
 def _from_heads(y_BTNH: jax.Array, weight_NHD: jax.Array) -> jax.Array:
@@ -209,7 +211,7 @@ def _from_heads(y_BTNH: jax.Array, weight_NHD: jax.Array) -> jax.Array:
     def product(y_BTNH: jax.Array, weight_NHD: jax.Array) -> jax.Array:
         return y_BTNH.reshape(*y_BTNH.shape[:2], N * H) @ weight_NHD.reshape(N * H, D)
 
-    return _recomputed(product)(y_BTNH, weight_NHD)
+    return recomputed(product)(y_BTNH, weight_NHD)
 
 
 class MLP(nn.Module):
@@ -225,24 +227,18 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         D, F = self.d_model, self.d_ff
 
-        def project(x: jax.Array, name: str, shape: tuple[int, int]) -> jax.Array:
-            y = x @ self.param(name, _weights, shape)
+        def project(x: jax.Array, name: Name, axes: str, shape: tuple[int, int]) -> jax.Array:
+            y = x @ self.param(f"{name}_{axes}", _weights, shape)
             if self.bias:
-                kind, axes = name.rsplit("_", 1)
-                y = y + self.param(f"{kind}_bias_{axes[1]}", _zeros, (shape[1],))
-            return y
+                y = y + self.param(f"{name}_bias_{axes[1]}", _zeros, (shape[1],))
+            return keep(name, y)
 
-        y_BTF = project(x_BTD, "up_DF", (D, F))
+        y_BTF = project(x_BTD, "up", "DF", (D, F))
         # The backward pass computes the activation again: it is cheap, and what it would keep
         # (the sigmoid, its complement, the product, each F wide) is most of a layer's memory.
         if self.gated:
-            gate_BTF = project(x_BTD, "gate_DF", (D, F))
-            y_BTF = _recomputed(lambda gate, up: self.activation(gate) * up)(gate_BTF, y_BTF)
+            gate_BTF = project(x_BTD, "gate", "DF", (D, F))
+            y_BTF = recomputed(lambda gate, up: self.activation(gate) * up)(gate_BTF, y_BTF)
         else:
-            y_BTF = _recomputed(self.activation)(y_BTF)
-        return project(y_BTF, "down_FD", (F, D))
-
-
-def _recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    # Layers run inside a scan, where XLA cannot merge the second computation with the first.
-    return jax.checkpoint(function, prevent_cse=False)
+            y_BTF = recomputed(self.activation)(y_BTF)
+        return project(y_BTF, "down", "FD", (F, D))
