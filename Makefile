@@ -34,11 +34,12 @@ test: $(DEV)/installed ## run the test suite
 	@echo "Running the tests on Python $(VERSION), two at a time"
 	@$(DEV)/bin/python -m pytest --quiet --numprocesses 2 --dist loadfile
 
-lint: $(DEV)/installed ## ruff, import-linter, mypy
+lint: $(DEV)/installed ## ruff, import-linter, mypy, shellcheck
 	$(DEV)/bin/ruff check
 	$(DEV)/bin/ruff format --check
 	$(DEV)/bin/lint-imports
 	$(DEV)/bin/mypy
+	$(DEV)/bin/shellcheck run_tpu.sh
 
 parity: $(PARITY)/installed ## compare with transformers and PEFT on PyTorch, live
 	$(PARITY)/bin/python -m pytest --quiet tests/parity

