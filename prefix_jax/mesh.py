@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from prefix_jax.errors import MeshError
 
@@ -48,7 +48,7 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the rows of a batch are split."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
@@ -132,14 +132,42 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     )
 
 
-def gather_columns(table_VD: jax.Array) -> jax.Array:
-    """Makes rows of a table whole before they are looked up, under `jax.set_mesh`; does nothing
-    outside of a mesh. Without it XLA replicates what a lookup finds for the whole batch."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return table_VD
-    return jax.lax.with_sharding_constraint(
-        table_VD, PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
+def look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """Rows of a table, x_BTD, under `jax.set_mesh` or outside of a mesh.
+
+    Where devices hold columns of the table and rows of the batch, each looks up its columns for
+    its neighbours' rows too, and they exchange what they found: activations, where XLA would
+    gather the whole table.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    fits = not mesh.empty and not (
+        table_VD.shape[1] % mesh.shape["fsdp"] or ids_BT.shape[0] % row_shards()
     )
+    if not fits:
+        return table_VD[ids_BT]
+    ids_BT = jax.lax.with_sharding_constraint(ids_BT, PartitionSpec("data", None))
+    x_BTD = jax.lax.with_sharding_constraint(table_VD[ids_BT], PartitionSpec("data", None, "fsdp"))
+    return constrain_rows(x_BTD)
+
+
+def gathered(weights: Any, axis: int) -> Any:
+    """Weights with an axis whole on every device, under `jax.set_mesh`: for a loop that uses them
+    again and again, and would gather them each time. Does nothing outside of a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return weights
+
+    def gather(leaf: jax.Array) -> jax.Array:
+        spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * leaf.ndim
+        spec[axis] = None
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*spec))
+
+    return jax.tree.map(gather, weights)
+
+
+def row_shards() -> int:
+    """Into how many parts rows are split inside a jitted function; 1 outside of a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else batch_shards(mesh)
 
 
 def describe(mesh: Mesh | Mapping[str, int]) -> str:

@@ -68,9 +68,8 @@ class PrefixModel:
             return self.head.losses(out_BMY, batch).sum()
         h_BMD = self._predicting(params["backbone"], self.prefix(params, rng), batch)
         head_loss = training_head_loss if self.method is None else frozen_head_loss
-        return head_loss(
-            self.backbone.unembed, params["backbone"], h_BMD, batch.label_BM, batch.weight_BM
-        )
+        weights = self.backbone.unembedding(params["backbone"])
+        return head_loss(self.backbone.unembed, weights, h_BMD, batch.label_BM, batch.weight_BM)
 
     def score(self, backbone: Any, prefix: Prefix | None, batch: Batch) -> jax.Array:
         """The summed negative log-likelihood of each row's targets, [B], in nats.
@@ -81,7 +80,8 @@ class PrefixModel:
             batch: packed rows.
         """
         h_BMD = self._predicting(backbone, prefix, batch)
-        return row_losses(self.backbone.unembed, backbone, h_BMD, batch.label_BM, batch.weight_BM)
+        weights = self.backbone.unembedding(backbone)
+        return row_losses(self.backbone.unembed, weights, h_BMD, batch.label_BM, batch.weight_BM)
 
     def answer(
         self, backbone: Any, head: Any, prefix: Prefix | None, batch: Batch

@@ -22,7 +22,7 @@ from prefix_jax.backbones.stack import (
 )
 from prefix_jax.backbones.stack import stack as stack_layers
 from prefix_jax.errors import BackboneError, PrefixError
-from prefix_jax.mesh import gather_columns
+from prefix_jax.mesh import gathered, look_up
 from prefix_jax.nn.layers import KeysValues
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.nn.remat import Remat
@@ -389,6 +389,14 @@ class Backbone:
             logits_BTV = a.logit_softcap * jnp.tanh(logits_BTV / a.logit_softcap)
         return logits_BTV
 
+    def unembedding(self, params: Params) -> Params:
+        """What `unembed` reads, gathered where devices share it: for a loop over targets."""
+        head = params.get("head", {})
+        if self.arch.tied:
+            table_VD = gathered(params["embed"]["tokens_VD"], 1)
+            return {"embed": {"tokens_VD": table_VD}, "head": head}
+        return {"head": {**head, "unembed_DV": gathered(head["unembed_DV"], 0)}}
+
     def _check_writes(self) -> None:
         if not self.arch.causal:
             raise BackboneError(
@@ -404,7 +412,7 @@ class Backbone:
 
     def _embed(self, params: Params, ids_BT: jax.Array) -> jax.Array:
         """Token embeddings, scaled, in the dtype of the weights."""
-        x_BTD = gather_columns(params["embed"]["tokens_VD"])[ids_BT]
+        x_BTD = look_up(params["embed"]["tokens_VD"], ids_BT)
         if self.arch.embed_scale is not None:
             x_BTD = x_BTD * jnp.asarray(self.arch.embed_scale, x_BTD.dtype)
         return x_BTD

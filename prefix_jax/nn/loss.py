@@ -9,11 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from prefix_jax.mesh import row_shards
+
 Unembed = Callable[[Any, jax.Array], jax.Array]
 
-# How many targets one chunk of logits holds, at most. More would cost memory (256 x 128k float32
-# logits are 128 MiB); fewer would read the head's weights more often than their products pay for.
-CHUNK_TARGETS = 256
+# How many targets one chunk of logits holds on each device, at most. More would cost memory
+# (512 x 128k float32 logits are 256 MiB); fewer would read the head's weights more often than their
+# products pay for (a TPU does some 250 operations in the time that it reads a byte).
+CHUNK_TARGETS = 512
 
 
 def gather_targets(h_BTD: jax.Array, index_BM: jax.Array) -> jax.Array:
@@ -71,7 +74,7 @@ def _chunks(array: jax.Array, size: int) -> jax.Array:
 def _chunk_size(h_BMD: jax.Array) -> int:
     """Columns of a chunk: M in equal parts, so that hardly any padding is computed."""
     B, M = h_BMD.shape[:2]
-    parts = -(-M // max(1, CHUNK_TARGETS // B))
+    parts = -(-M // max(1, CHUNK_TARGETS * row_shards() // B))
     return -(-M // parts)
 
 
