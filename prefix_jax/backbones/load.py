@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ _GENERATION = {"decoder_start_token_id", "forced_bos_token_id", "forced_eos_toke
 _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Some repositories hold the weights twice more, as pickles and as "consolidated" files.
-_HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
+_HUB_FILES = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 @dataclasses.dataclass
@@ -103,10 +103,9 @@ def load(
     arch = architecture(read_config(path), str(path))
     checkpoint: TensorSource
     if path.is_dir():
-        checkpoint, family = Safetensors(path), _FAMILY_OF[arch.model_type]
-        if hasattr(family, "as_stored"):
-            arch = family.as_stored(arch, checkpoint.shapes)
-        table = family.hf_names(arch)
+        checkpoint = Safetensors(path)
+        arch = _as_stored(arch, checkpoint)
+        table = _FAMILY_OF[arch.model_type].hf_names(arch)
     else:
         checkpoint = gguf.open_gguf(path)
         table = gguf.TABLES[checkpoint.architecture]
@@ -121,13 +120,38 @@ def load(
     return Pretrained(backbone, params, mesh, str(source), path, fingerprint(params))
 
 
-def find(source: str | Path) -> Path:
+def architecture_of(source: str | Path) -> Architecture:
+    """The architecture of a pretrained model whose weights may be absent.
+
+    Args:
+        source: as for `load`; of a hub id the configuration alone is fetched.
+
+    Raises:
+        BackboneError: the source is absent, unreadable or of an unsupported architecture.
+    """
+    path = find(source, ["*.json"])
+    arch = architecture(read_config(path), str(path))
+    weighed = path.is_dir() and any(path.glob("*.safetensors"))
+    return _as_stored(arch, Safetensors(path)) if weighed else arch
+
+
+def _as_stored(arch: Architecture, checkpoint: Safetensors) -> Architecture:
+    """The architecture with what the checkpoint alone tells."""
+    family: Any = _FAMILY_OF[arch.model_type]
+    if not hasattr(family, "as_stored"):
+        return arch
+    stored: Architecture = family.as_stored(arch, checkpoint.shapes)
+    return stored
+
+
+def find(source: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
     """The directory or GGUF file that a source names.
 
     Args:
         source: a directory in Hugging Face layout; a `.gguf` file; "package:NAME" for the first
             of either inside an installed Python package, which is not imported; or the id of a
             model on the Hugging Face hub, which is downloaded unless it is cached.
+        files: patterns of what is downloaded.
 
     Raises:
         BackboneError: there is no such thing.
@@ -145,7 +169,7 @@ def find(source: str | Path) -> Path:
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(text):
         raise BackboneError(f"there is no directory or file {path}")
     try:
-        return Path(huggingface_hub.snapshot_download(text, allow_patterns=_HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(text, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BackboneError(

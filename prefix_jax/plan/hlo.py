@@ -13,10 +13,18 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a program: its element type as HLO names it ("f32", "bf16"), and its axes."""
+    """One array of a program.
+
+    Attributes:
+        dtype: its element type as HLO names it ("f32", "bf16").
+        dims: its axes.
+        space: where it lies: 0 is the device's memory; on a TPU 1 is the chip's own (VMEM), and
+            others are smaller still. Arrays are equal wherever they lie.
+    """
 
     dtype: str
     dims: tuple[int, ...]
+    space: int = dataclasses.field(default=0, compare=False)
 
     @property
     def elements(self) -> int:
@@ -82,6 +90,7 @@ class Module:
 
 
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_PLACED_ARRAY = re.compile(rf"{_ARRAY.pattern}(?:\{{[^{{}}]*?(?:S\((\d+)\))?\}})?")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _BRACES = re.compile(r"\{[^{}]*\}")
@@ -176,8 +185,10 @@ def _closing(text: str, start: int) -> int:
 
 
 def _arrays(text: str) -> tuple[Array, ...]:
-    found = _ARRAY.findall(_BRACES.sub("", text))
-    return tuple(Array(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in found)
+    return tuple(
+        Array(dtype, tuple(int(n) for n in dims.split(",") if n), int(space or 0))
+        for dtype, dims, space in _PLACED_ARRAY.findall(text)
+    )
 
 
 def _operands(text: str) -> tuple[str, ...]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
 
 import numpy as np
 
 from prefix_jax.plan.hlo import Array, Computation, Instruction, Module
+from prefix_jax.plan.walk import visits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,13 @@ def products(module: Module) -> list[Product]:
     Raises:
         ValueError: a loop holds products, and the text does not tell how often it runs.
     """
-    return sorted(_walk(module, module.entry), key=lambda product: -product.flops)
+    found = []
+    for visit in visits(module, cost):
+        if each := cost(visit.computation, visit.instruction):
+            inputs = _inputs(visit.computation, visit.instruction)
+            name, out = visit.instruction.op_name, visit.instruction.results[0]
+            found.append(Product(name, out, inputs, visit.times, each * visit.times))
+    return sorted(found, key=lambda product: -product.flops)
 
 
 def flops(module: Module) -> int:
@@ -68,88 +74,12 @@ def opaque(module: Module) -> tuple[str, ...]:
     return tuple(sorted(target for target in targets if not _LIBRARY.search(target)))
 
 
-def _walk(module: Module, name: str) -> Iterator[Product]:
-    """The products of one run of a computation."""
-    computation = module.computations[name]
-    for instruction in computation.values():
-        if cost := _cost(computation, instruction):
-            inputs = _inputs(computation, instruction)
-            yield Product(instruction.op_name, instruction.results[0], inputs, 1, cost)
-        elif instruction.opcode == "while":
-            # The condition runs once more than the body, and holds no products worth a thought.
-            inside = list(_walk(module, _called(instruction, "body")))
-            trips = _trips(module, computation, instruction) if inside else 0
-            for product in inside:
-                yield dataclasses.replace(
-                    product, count=product.count * trips, flops=product.flops * trips
-                )
-        elif instruction.opcode == "conditional":
-            names = instruction.listed("branch_computations") or (
-                _called(instruction, "true_computation"),
-                _called(instruction, "false_computation"),
-            )
-            branches = [list(_walk(module, branch)) for branch in names]
-            yield from max(branches, key=lambda branch: sum(product.flops for product in branch))
-        elif instruction.opcode in ("fusion", "async-start"):
-            yield from _walk(module, _called(instruction, "calls"))
-        elif instruction.opcode == "call":
-            yield from _walk(module, _called(instruction, "to_apply"))
-
-
-def _called(instruction: Instruction, key: str) -> str:
-    name = instruction.word(key)
-    if name is None:
-        raise ValueError(f"the {instruction.opcode} {instruction.name} names no {key}")
-    return name
-
-
-def _trips(module: Module, computation: Computation, loop: Instruction) -> int:
-    """How often the body of a loop runs.
-
-    CPU and GPU programs say so. TPU programs do not, but a scan is known by its looks: it counts
-    from 0, by 1, up to a constant.
-    """
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-    if known:
-        return int(known[1])
-
-    def producer(computation: Computation, name: str) -> Instruction:
-        while computation[name].opcode in ("copy", "bitcast"):
-            (name,) = computation[name].operands
-        return computation[name]
-
-    def constant(computation: Computation, name: str) -> str | None:
-        made = producer(computation, name)
-        return made.operands[0] if made.opcode == "constant" else None
-
-    condition = module.computations[_called(loop, "condition")]
-    body = module.computations[_called(loop, "body")]
-    test, result = (
-        next(instruction for instruction in inside.values() if instruction.root)
-        for inside in (condition, body)
-    )
-    start = producer(computation, loop.operands[0])
-    if test.opcode == "compare" and test.word("direction") == "LT" and start.opcode == "tuple":
-        counter = producer(condition, test.operands[0])
-        limit = constant(condition, test.operands[1])
-        if counter.opcode == "get-tuple-element" and limit is not None:
-            index = int(counter.word("index") or 0)
-            step = producer(body, result.operands[index])
-            if (
-                constant(computation, start.operands[index]) == "0"
-                and step.opcode == "add"
-                and "1" in (constant(body, operand) for operand in step.operands)
-            ):
-                return int(limit)
-    raise ValueError(f"the text does not tell how often the loop {loop.name} runs")
-
-
 def _inputs(computation: Computation, instruction: Instruction) -> tuple[Array, Array]:
     left, right = (computation[operand].results[0] for operand in instruction.operands[:2])
     return left, right
 
 
-def _cost(computation: Computation, instruction: Instruction) -> int:
+def cost(computation: Computation, instruction: Instruction) -> int:
     """Operations of one run of the instruction itself; 0 if it is no product."""
     if instruction.opcode == "dot":
         left, _ = _inputs(computation, instruction)

@@ -26,10 +26,10 @@ from prefix_jax.mesh import batch_shards, make_mesh, replicated
 from prefix_jax.methods import make_method
 from prefix_jax.model import PrefixModel
 from prefix_jax.train.multitask import tell_tasks_apart
-from prefix_jax.train.optimizer import make_optimizer, make_schedule
-from prefix_jax.train.partition import labels, merge, split
+from prefix_jax.train.partition import merge
+from prefix_jax.train.program import make_program
 from prefix_jax.train.start import init_prefix
-from prefix_jax.train.step import Step, TrainState, init_state, make_step
+from prefix_jax.train.step import Step, TrainState
 from prefix_jax.train.task import check_task, head_of, load_labelled_splits
 
 Records = Mapping[str, Iterable[Mapping[str, Any]]]
@@ -133,21 +133,7 @@ def prepare(
         head_rng = jax.random.fold_in(jax.random.key(config.train.seed), 1)
         head = model.head.init(head_rng, backbone.arch.d_model)
         params["head"] = jax.device_put(head, replicated(mesh))
-    partition = labels(params, full=method is None)
-    train, frozen = split(params, partition)
-    schedule = make_schedule(config.optim, steps)
-    head_peak = config.optim.head_learning_rate
-    head_schedule = None
-    if model.head is not None and head_peak is not None:
-        head_schedule = make_schedule(config.optim, steps, head_peak)
-    optimizer = make_optimizer(config.optim, schedule, partition, head_schedule)
-    state = init_state(train, frozen, optimizer, mesh)
-    step = jax.jit(
-        make_step(model, optimizer, reduction=config.data.reduction, seed=config.train.seed),
-        donate_argnums=0,
-        # What comes out lies where it came from, so that every step runs one program.
-        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)),
-    )
+    program = make_program(config, model, params, steps, mesh)
     return Setup(
         config,
         task,
@@ -157,10 +143,10 @@ def prepare(
         pipeline,
         splits,
         steps,
-        schedule,
-        frozen,
-        state,
-        step,
+        program.schedule,
+        program.frozen,
+        program.state,
+        program.step,
     )
 
 

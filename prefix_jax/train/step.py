@@ -64,20 +64,38 @@ def init_state(
 
     The trained leaves are copied: steps donate their state, and must not eat what it came from.
     """
+    shapes = abstract_state(train, frozen, optimizer, mesh)
+    where = jax.tree.map(lambda shape: shape.sharding, shapes.optimizer)
+    return TrainState(
+        jax.device_put(jnp.zeros((), jnp.int32), shapes.step.sharding),
+        jax.tree.map(jnp.copy, train),
+        jax.jit(optimizer.init, out_shardings=where)(merge(train, frozen)),
+    )
+
+
+def abstract_state(
+    train: Any, frozen: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The shapes of that state, and where they lie; all leaves may be abstract themselves."""
     whole = merge(train, frozen)
+    made = jax.eval_shape(optimizer.init, whole)
     # Moments lie where their parameters lie; counters and the like are on every device.
     shardings = optax.tree_map_params(
         optimizer,
         lambda moment, leaf: moment if isinstance(moment, optax.MaskedNode) else leaf.sharding,
-        jax.eval_shape(optimizer.init, whole),
+        made,
         whole,
         transform_non_params=lambda _: replicated(mesh),
         is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
+
+    def placed(leaf: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
     return TrainState(
-        jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)),
-        jax.tree.map(jnp.copy, train),
-        jax.jit(optimizer.init, out_shardings=shardings)(whole),
+        placed(jax.ShapeDtypeStruct((), jnp.int32), replicated(mesh)),
+        jax.tree.map(lambda leaf: placed(leaf, leaf.sharding), train),
+        jax.tree.map(placed, made, shardings),
     )
 
 

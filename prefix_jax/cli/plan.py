@@ -1,0 +1,89 @@
+r"""Say what a run needs on a TPU, and what limits it, without one.
+
+  prefix-jax plan configs/quickstart.yaml --topology v5e:1x1
+  prefix-jax plan --model llama-3-8b --topology v5e:2x4 --tokens 2048 \
+      data.batch_size=16 mesh.fsdp=8 model.remat=full
+
+The TPU's own compiler, which pip install "prefix_jax[tpu]" brings, compiles the
+training step ahead of time, on any machine. Neither weights nor data are read:
+of the model its config.json will do, or the name of a preset (--model). A step
+has data.batch_size rows, all of --tokens tokens; data that is packed makes
+fewer rows of as many examples.
+
+Exits with 1 if the step does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from prefix_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prefix_jax.config import Config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The config, the chips, and the shape of a row."""
+    parser.add_argument(
+        "settings",
+        metavar="[CONFIG] key.path=value",
+        nargs="*",
+        default=[],
+        help="a YAML file, unless --model is given, and what changes in it: data.batch_size=16",
+    )
+    parser.add_argument(
+        "--topology", required=True, help="v5e:4x4, v5p:2x2x1, v5e:1x1 for one chip, 2*v5e:4x4, …"
+    )
+    parser.add_argument("--slices", type=int, metavar="N", help="so many of them, over the network")
+    parser.add_argument(
+        "--model", metavar="NAME", help="a preset such as llama-3-8b, in place of model.path"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="T",
+        help="of a row (default: data.max_length, else 2,048 or what the model takes)",
+    )
+    parser.add_argument(
+        "--targets", type=int, metavar="M", help="tokens of a row to learn (default: all)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compiles, and prints what came of it."""
+    from rich.console import Console
+
+    from prefix_jax.plan.plan import plan
+    from prefix_jax.plan.report import as_json, table
+    from prefix_jax.plan.topology import Topology
+
+    config = _config(args)
+    topology = Topology.parse(args.topology, args.slices)
+    with Console(stderr=True).status(f"compiling for {topology}"):
+        found = plan(config, topology, tokens=args.tokens, targets=args.targets)
+    if args.json:
+        print(json.dumps(as_json(found), indent=2))
+    else:
+        Console(highlight=False).print(table(found))
+    return 0 if found.fits else 1
+
+
+def _config(args: argparse.Namespace) -> Config:
+    from prefix_jax import config as configs
+    from prefix_jax.plan.presets import PREFIX
+
+    settings = list(args.settings)
+    path = settings.pop(0) if settings and "=" not in settings[0] else None
+    if path is None and args.model is None:
+        raise ConfigError("give a config, or --model and the name of a preset")
+    if args.model is not None:
+        settings.append(f"model.path={PREFIX}{args.model}")
+    if path is not None:
+        return configs.load(path, settings)
+    # What a config has to say, and a plan does not ask.
+    values = {"data": {"target": "{text}"}, "train": {"steps": 1}, "output": "plan"}
+    return configs.parse(values, settings)

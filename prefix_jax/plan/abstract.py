@@ -1,0 +1,207 @@
+"""A run without weights and data: all of its shapes, and where they would lie."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from prefix_jax.backbones.architecture import Architecture
+from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.load import architecture, architecture_of
+from prefix_jax.config import Config
+from prefix_jax.data.batch import Batch, Source
+from prefix_jax.errors import ConfigError
+from prefix_jax.heads import make_head
+from prefix_jax.mesh import check_rows, replicated, rows_sharding, weight_shardings
+from prefix_jax.methods import make_method
+from prefix_jax.model import Params, PrefixModel
+from prefix_jax.nn.mask import Tokens
+from prefix_jax.plan.presets import PREFIX, preset
+
+# Of a model whose positions allow more, and a config that does not say.
+_USUAL_TOKENS = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The rows of one step, on all devices together.
+
+    Attributes:
+        rows: B.
+        tokens: T of each row; of an encoder-decoder, of the decoder.
+        targets: M of each row.
+        source: S, what an encoder reads of each row; 0 for a single stack.
+        micro: micro-batches that they come in.
+    """
+
+    rows: int
+    tokens: int
+    targets: int
+    source: int = 0
+    micro: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractRun:
+    """What a config describes, as far as shapes go.
+
+    Attributes:
+        config: the run.
+        model: backbone, method and head.
+        dtype: of the weights.
+    """
+
+    config: Config
+    model: PrefixModel
+    dtype: str
+
+    @classmethod
+    def of(cls, config: Config) -> AbstractRun:
+        """Reads the shape of the model; neither its weights nor the data.
+
+        Raises:
+            PrefixJaxError: there is no such model, or something in the config contradicts it.
+        """
+        arch = read_architecture(config.model.path)
+        method = make_method(config.method)
+        if method is not None and config.data.task is not None and not method.task_names:
+            raise ConfigError(
+                "data.task: a plan reads no data, so name the tasks: method.tasks=[a, b]"
+            )
+        dtype = config.model.dtype
+        if dtype == "auto":
+            # As `load` has it on a TPU; what trains is float32.
+            dtype = "bfloat16" if method is not None else "float32"
+        model = PrefixModel(Backbone(arch, config.model.remat), method)
+        task = config.task
+        if task.name != "generate":
+            head = make_head(
+                task.name,
+                len(task.labels or ("", "")),
+                model_type=arch.model_type,
+                causal=arch.causal,
+                pooler=arch.pooler,
+                dropout=task.dropout,
+            )
+            model = dataclasses.replace(model, head=head)
+        model.check_context(config.data.max_length)
+        return cls(config, model, dtype)
+
+    def rows(self, tokens: int | None = None, targets: int | None = None) -> Rows:
+        """The rows of a step: an example a row, each as long as it may be, learnt as a whole.
+
+        How many rows packing makes of the examples is known to the data alone: fewer, at most as
+        many.
+
+        Args:
+            tokens: T (of an encoder-decoder, S); None takes `data.max_length`, or 2,048, or what
+                the model's positions allow.
+            targets: M; None takes all of them, and for a head what its task has.
+
+        Raises:
+            ConfigError: these do not fit the model.
+        """
+        model, data = self.model, self.config.data
+        room = model.room
+        tokens = tokens or data.max_length or min(_USUAL_TOKENS, room)
+        if not 2 <= tokens <= room:
+            raise ConfigError(
+                f"--tokens {tokens}: a row has 2 tokens at least, and {room} fit the model's "
+                "positions beside the prefix"
+            )
+        micro = self.config.optim.accumulate
+        count = data.batch_size
+        if model.backbone.arch.encoder is not None:
+            written = targets or tokens
+            return Rows(count, written, written, tokens, micro)
+        if targets is None:
+            targets = tokens if self.config.task.name in ("generate", "tag", "span") else 1
+        if targets > tokens:
+            raise ConfigError(f"--targets {targets} are more than the {tokens} tokens of a row")
+        return Rows(count, tokens, targets, 0, micro)
+
+    def params(self, mesh: Mesh) -> Params:
+        """{"backbone": …, "prefix": …, "head": …}, abstract, placed as training places them."""
+        model, backbone = self.model, self.model.backbone
+        made: dict[str, Any] = {
+            "backbone": jax.eval_shape(lambda: backbone.init(jax.random.key(0), self.dtype))
+        }
+        made["backbone"] = placed(made["backbone"], weight_shardings(made["backbone"], mesh))
+        if (method := model.method) is not None:
+            init = jax.eval_shape(lambda: method.init(jax.random.key(0), backbone.geometry, None))
+            made["prefix"] = everywhere(init, mesh)
+        if (head := model.head) is not None:
+            init = jax.eval_shape(lambda: head.init(jax.random.key(0), backbone.arch.d_model))
+            made["head"] = everywhere(init, mesh)
+        return made
+
+    def batch(self, rows: Rows, mesh: Mesh) -> Batch:
+        """The batch of a step, abstract, rows over the batch axes.
+
+        Raises:
+            MeshError: its rows do not divide over the mesh.
+        """
+        count = rows.rows // rows.micro
+        check_rows(mesh, count, "data.batch_size" if rows.micro == 1 else "a micro-batch of")
+        head, arch = self.model.head, self.model.backbone.arch
+
+        def of(size: int, dtype: Any = jnp.int32) -> Any:
+            return jax.ShapeDtypeStruct(
+                (rows.micro, count, size), dtype, sharding=rows_sharding(mesh, 3, leading=1)
+            )
+
+        def tokens(size: int) -> Tokens:
+            segments = arch.segments > 0 and head is not None
+            tasks = self.model.method is not None and bool(self.model.method.task_names)
+            return Tokens(
+                of(size),
+                of(size),
+                of(size),
+                of(size) if segments else None,
+                of(size) if tasks else None,
+            )
+
+        M = rows.targets
+        examples: Any = jax.ShapeDtypeStruct((rows.micro,), jnp.float32, sharding=replicated(mesh))
+        regress = head is not None and head.kind == "regress"
+        candidates = head is not None and head.kind in ("span", "choice")
+        return Batch(
+            ids_BT=of(rows.tokens),
+            tokens=tokens(rows.tokens),
+            index_BM=of(M),
+            label_BM=of(M, jnp.float32 if regress else jnp.int32),
+            weight_BM=of(M, jnp.float32),
+            examples=examples,
+            source=Source(of(rows.source), tokens(rows.source)) if rows.source else None,
+            question_BM=of(M) if candidates else None,
+        )
+
+
+def read_architecture(source: str) -> Architecture:
+    """The shape of a model: of a preset, or of anything that `load` reads, of which the
+    configuration will do.
+
+    Raises:
+        BackboneError: there is no such thing, or it is not supported.
+    """
+    if source.startswith(PREFIX):
+        return architecture(preset(source), source)
+    return architecture_of(source)
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Abstract arrays with a sharding each."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def everywhere(shapes: Any, mesh: Mesh) -> Any:
+    """Abstract arrays that are whole on every device."""
+    return placed(shapes, jax.tree.map(lambda _: replicated(mesh), shapes))

@@ -1,0 +1,135 @@
+"""What devices send each other in a compiled program."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from prefix_jax.plan.hlo import Instruction
+from prefix_jax.plan.walk import Visit
+
+Kind = Literal["all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"]
+KINDS: tuple[Kind, ...] = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One exchange between devices.
+
+    Attributes:
+        kind: what it is.
+        op_name: where in the traced Python program it comes from.
+        nbytes: of one device's array where it is whole: what is gathered, reduced or scattered.
+        groups: numbers of the devices that exchange with each other, [groups, size].
+        hidden: whether other work goes on meanwhile.
+        count: how many times the program does it.
+    """
+
+    kind: Kind
+    op_name: str
+    nbytes: int
+    groups: np.ndarray
+    hidden: bool
+    count: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends in one of them, over the best of algorithms."""
+        n = self.groups.shape[1]
+        if self.kind == "collective-permute":
+            return self.nbytes
+        return self.nbytes * (n - 1) / n * (2 if self.kind == "all-reduce" else 1)
+
+
+def collectives(found: Sequence[Visit]) -> list[Collective]:
+    """Every exchange of a walk.
+
+    The TPU compiler spreads an asynchronous one over several fusions, each of which names it: all
+    of them with one channel are one.
+    """
+    made, seen = [], set()
+    for visit in found:
+        instruction = visit.instruction
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        channel = instruction.word("channel_id")
+        key = (visit.run, channel)
+        if channel is not None and key in seen:
+            continue
+        seen.add(key)
+        groups = _groups(instruction)
+        if groups.shape[1] < 2:
+            continue
+        made.append(
+            Collective(
+                kind,
+                instruction.op_name,
+                _whole(visit, kind, groups.shape[1]),
+                groups,
+                visit.fused or instruction.opcode.endswith("-start"),
+                visit.count,
+            )
+        )
+    return made
+
+
+def _whole(visit: Visit, kind: Kind, size: int) -> int:
+    """Bytes of the array that is gathered, reduced, scattered or sent."""
+    operands = [
+        array for name in visit.instruction.operands for array in visit.computation[name].results
+    ]
+    given = sum(array.nbytes for array in operands)
+    return given * size if kind == "all-gather" else given
+
+
+def _groups(instruction: Instruction) -> np.ndarray:
+    """Devices by group, [groups, size]."""
+    text = instruction.attributes
+    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
+        found = [
+            [int(number) for number in pair] for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1])
+        ]
+        moved = [pair for pair in found if pair[0] != pair[1]]
+        return np.array(moved or [[0]])
+    if listed := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", text):
+        return np.array(
+            [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+        )
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\S+?)(?:,\s|$)", text):
+        return _iota(iota[2]).reshape(_numbers(iota[1]))
+    if mesh := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", text
+    ):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        ids = _iota(mesh[2]) if mesh[2] else np.arange(math.prod(sizes.values()))
+        names = re.findall(r"'(\w+)'", mesh[3])
+        if mesh[3].replace(" ", "") == ",".join(f"'{name}'" for name in names):
+            axes = [list(sizes).index(name) for name in names]
+            rest = [axis for axis in range(len(sizes)) if axis not in axes]
+            size = math.prod(sizes[name] for name in names)
+            return ids.reshape(tuple(sizes.values())).transpose(*rest, *axes).reshape(-1, size)
+    raise ValueError(f"the devices of {instruction.name} are not understood: {text:.200}")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def _iota(text: str) -> np.ndarray:
+    """So many numbers, reshaped and transposed: of "[2,4]T(1,0)"."""
+    found: Any = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    dims = _numbers(found[1])
+    numbers = np.arange(math.prod(dims)).reshape(dims)
+    return numbers.transpose(_numbers(found[2])) if found[2] else numbers

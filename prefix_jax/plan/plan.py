@@ -1,0 +1,208 @@
+"""What a run needs on a TPU that is not there, from the TPU's own compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from prefix_jax.config import Config
+from prefix_jax.mesh import make_mesh
+from prefix_jax.plan.abstract import AbstractRun, Rows
+from prefix_jax.plan.floor import floor
+from prefix_jax.plan.hlo import parse
+from prefix_jax.plan.roofline import Roofline, roofline
+from prefix_jax.plan.topology import Shortage, Topology
+from prefix_jax.prefix import Produced
+from prefix_jax.train.program import make_program
+from prefix_jax.train.step import abstract_state
+
+Job = Literal["train", "decode"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+        weights: of the frozen backbone, and of what trains.
+        arguments: all that the step is given: weights, optimizer state, the batch.
+        temporaries: what it needs besides, on its way.
+        total: all together.
+        limit: what the compiler gives to a program.
+    """
+
+    weights: int
+    arguments: int
+    temporaries: int
+    total: int
+    limit: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a step needs, and what limits it.
+
+    Attributes:
+        model: as the config names it.
+        method: by name.
+        topology: the chips.
+        mesh: how they are laid out.
+        job: "train" or "decode".
+        rows: the rows of the step.
+        memory: on one device; where the step does not fit, what the compiler said it needs.
+        needs: bytes that one device needs in all.
+        limit: bytes that it has.
+        floor: the least that the step computes, on all devices together; None where no formula
+            is known.
+        roofline: how long it takes at least; None if it does not fit.
+        compile_seconds: that the compiler took.
+    """
+
+    model: str
+    method: str
+    topology: str
+    chips: int
+    devices: int
+    mesh: Mapping[str, int]
+    job: Job
+    rows: Rows
+    needs: int
+    limit: int
+    memory: Memory | None
+    floor: int | None
+    roofline: Roofline | None
+    compile_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory of a device is enough."""
+        return self.memory is not None
+
+    @property
+    def over(self) -> int:
+        """Bytes that one device lacks; 0 if the step fits."""
+        return 0 if self.fits else self.needs - self.limit
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens that all devices together read (or, decoding, write) in a second, at most."""
+        if self.roofline is None:
+            return None
+        rows = self.rows
+        each = rows.tokens + rows.source if self.job == "train" else 1
+        return rows.rows * each / self.roofline.seconds
+
+
+def plan(
+    config: Config,
+    topology: Topology | str,
+    *,
+    tokens: int | None = None,
+    targets: int | None = None,
+    mesh: Mapping[str, int] | None = None,
+) -> Plan:
+    """Compiles the training step of a config for a topology, weights abstract.
+
+    Args:
+        config: the run. Neither its weights nor its data are read.
+        topology: "v5e:4x4".
+        tokens, targets: of a row, see `AbstractRun.rows`.
+        mesh: sizes of data, fsdp and tensor, in place of the config's.
+
+    Raises:
+        PrefixJaxError: something in the config does not fit together, or to the topology; or the
+            compiler for TPUs is not installed. A step that does not fit is no error.
+    """
+    topology = Topology.parse(topology) if isinstance(topology, str) else topology
+    run = AbstractRun.of(config)
+    rows = run.rows(tokens, targets)
+    sizes = dataclasses.asdict(config.mesh) if mesh is None else dict(mesh)
+    return compile_step(run, rows, topology, make_mesh(**sizes, devices=topology.devices))
+
+
+def compile_step(run: AbstractRun, rows: Rows, topology: Topology, mesh: Mesh) -> Plan:
+    """Compiles one step on one mesh."""
+    params, batch = run.params(mesh), run.batch(rows, mesh)
+    program = make_program(run.config, run.model, params, 1, mesh, start=abstract_state)
+    begin = time.perf_counter()
+    compiled, shortage = None, None
+    with jax.set_mesh(mesh):
+        lowered = program.step.lower(program.state, program.frozen, batch)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            shortage = Shortage.read(str(error))
+            if shortage is None:
+                raise
+    took = time.perf_counter() - begin
+    limit = topology.hbm_limit
+    memory, found, needs = None, None, 0
+    if compiled is not None:
+        memory = _memory(compiled, params, limit)
+        needs = memory.total
+        text = compiled.as_text()
+        assert text is not None  # as the TPU compiler shows it
+        found = roofline(parse(text), topology, list(mesh.devices.flat))
+    elif shortage is not None:
+        needs = shortage.used
+    return Plan(
+        model=run.config.model.path,
+        method=str(run.config.method["name"]),
+        topology=str(topology),
+        chips=topology.chips,
+        devices=mesh.size,
+        mesh=dict(mesh.shape),
+        job="train",
+        rows=rows,
+        needs=needs,
+        limit=limit,
+        memory=memory,
+        floor=_floor(run, rows),
+        roofline=found,
+        compile_seconds=took,
+    )
+
+
+def _memory(compiled: jax.stages.Compiled, params: Any, limit: int) -> Memory:
+    stats = compiled.memory_analysis()
+    assert stats is not None  # as the TPU compiler has it
+    arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+    made = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    total = arguments + temporaries + made + stats.generated_code_size_in_bytes
+    return Memory(bytes_on_one(params), arguments, temporaries, total, limit)
+
+
+def bytes_on_one(tree: Any) -> int:
+    """Bytes of abstract arrays that lie on one device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        size = leaf.dtype.itemsize
+        for length in shape:
+            size *= length
+        total += size
+    return total
+
+
+def _floor(run: AbstractRun, rows: Rows) -> int | None:
+    """The least that the step computes; None for full fine-tuning and heads."""
+    model = run.model
+    method, arch = model.method, model.backbone.arch
+    if method is None or model.head is not None:
+        return None
+    produced: Produced = jax.eval_shape(
+        lambda: method(method.init(jax.random.key(0), arch.geometry, None))
+    )
+    return floor(
+        arch,
+        rows=rows.rows,
+        tokens=rows.tokens,
+        targets=rows.targets,
+        produced=produced,
+        source=rows.source,
+    ).total

@@ -1,0 +1,180 @@
+"""How long a compiled program takes at least, by the figures of the chips that it is for."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from prefix_jax.plan.collectives import KINDS, Collective, collectives
+from prefix_jax.plan.hlo import Module
+from prefix_jax.plan.products import cost
+from prefix_jax.plan.topology import Topology
+from prefix_jax.plan.traffic import moved
+from prefix_jax.plan.walk import visits
+
+Bound = Literal["compute", "memory", "network"]
+
+# From one chip to its neighbour, about: https://jax-ml.github.io/scaling-book/sharding.
+_HOP = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """The collectives of one kind.
+
+    Attributes:
+        count: how many a step does.
+        sent: bytes that each device sends in all of them.
+        seconds: that they take, one after another.
+    """
+
+    count: int
+    sent: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """What one device does in a step, and how long it takes at the peak of what it can.
+
+    A kernel takes what its products or its memory traffic take, whichever is longer. Exchanges
+    that the compiler lets go on beside kernels cost what these do not hide, others all they take.
+    Real steps are slower: no program runs at the peak.
+
+    Attributes:
+        flops: of matrix products.
+        moved: bytes between memory and chip.
+        exchanges: by kind, those that there are.
+        compute: seconds of the products alone.
+        memory: seconds of the memory traffic alone.
+        network: seconds of all exchanges alone.
+        seconds: of the step.
+    """
+
+    flops: int
+    moved: int
+    exchanges: Mapping[str, Exchange]
+    compute: float
+    memory: float
+    network: float
+    seconds: float
+
+    @property
+    def sent(self) -> int:
+        """Bytes that each device sends."""
+        return sum(exchange.sent for exchange in self.exchanges.values())
+
+    @property
+    def bound(self) -> Bound:
+        """What takes longest."""
+        times: dict[Bound, float] = {
+            "compute": self.compute,
+            "memory": self.memory,
+            "network": self.network,
+        }
+        return max(times, key=times.__getitem__)
+
+
+def roofline(module: Module, topology: Topology, devices: Sequence[object]) -> Roofline:
+    """Reads a compiled program.
+
+    Args:
+        module: the program of one device.
+        topology: the chips.
+        devices: in the order in which the program numbers them: that of the mesh.
+
+    Raises:
+        ValueError: a loop holds products, and the text does not tell how often it runs.
+    """
+    found = list(visits(module, cost))
+    peak = topology.chip.bf16 / topology.chip.devices
+    fast = topology.chip.int8 / topology.chip.devices
+    bandwidth = topology.chip.bandwidth / topology.chip.devices
+
+    flops = traffic = 0
+    compute = 0.0
+    # By kernel, seconds of its products and of its memory traffic.
+    products: dict[tuple[int, str], float] = collections.defaultdict(float)
+    memory: dict[tuple[int, str], float] = collections.defaultdict(float)
+    ahead = 0.0
+    for visit in found:
+        key = visit.run, visit.kernel.name
+        if each := cost(visit.computation, visit.instruction):
+            operands = visit.instruction.operands[:2]
+            types = {visit.computation[name].results[0].dtype for name in operands}
+            seconds = each * visit.times / (fast if types <= {"s8", "u8"} else peak)
+            flops += each * visit.times
+            compute += seconds
+            products[key] += seconds
+        if each := moved(module, visit):
+            traffic += each * visit.count
+            seconds = each * visit.count / bandwidth
+            if visit.instruction.opcode.endswith("-start"):
+                ahead += seconds
+            else:
+                memory[key] += seconds
+    kernels = sum(max(products[key], memory[key]) for key in products.keys() | memory.keys())
+    exchanges = collectives(found)
+    times = [(one, one.count * seconds_of(one, topology, devices)) for one in exchanges]
+    hidden = sum(seconds for one, seconds in times if one.hidden)
+    exposed = sum(seconds for one, seconds in times if not one.hidden)
+    by_kind: dict[str, Exchange] = {
+        kind: Exchange(
+            sum(one.count for one in exchanges if one.kind == kind),
+            round(sum(one.count * one.sent for one in exchanges if one.kind == kind)),
+            sum(seconds for one, seconds in times if one.kind == kind),
+        )
+        for kind in KINDS
+        if any(one.kind == kind for one in exchanges)
+    }
+    in_memory = traffic / bandwidth
+    return Roofline(
+        flops=flops,
+        moved=traffic,
+        exchanges=by_kind,
+        compute=compute,
+        memory=in_memory,
+        network=hidden + exposed,
+        seconds=max(kernels, in_memory, hidden) + exposed,
+    )
+
+
+def seconds_of(one: Collective, topology: Topology, devices: Sequence[object]) -> float:
+    """How long one exchange takes: that of its slowest group, all of them at once."""
+    slowest = 0.0
+    for numbers in one.groups:
+        members = [devices[number] for number in numbers]
+        bandwidth, hops = _links(members, topology)
+        sent = one.sent
+        if one.kind == "all-to-all":
+            # Around a ring or along a line, a quarter of a gathering (jax-ml scaling book).
+            sent = one.nbytes * len(numbers) / 4
+        slowest = max(slowest, sent / bandwidth + hops * _HOP)
+    return slowest
+
+
+def _links(members: Sequence[object], topology: Topology) -> tuple[float, int]:
+    """Bytes a second that each of these devices can send to the others, and hops between them."""
+    chip = topology.chip
+    if len({getattr(device, "slice_index", None) for device in members}) > 1:
+        return chip.dcn / chip.devices, 1
+    coords = np.array([getattr(device, "coords", (0, 0, 0)) for device in members])
+    shape = (*topology.shape, 1, 1)
+    spans = coords.max(0) - coords.min(0) + 1
+    links = hops = 0
+    for span, size in zip(spans, shape, strict=False):
+        if span > 1:
+            ring = span == size >= chip.ring
+            links += 2 if ring else 1
+            hops += math.ceil((span - 1) / (2 if ring else 1))
+    if not links:
+        # Two devices of one chip, between which there is more than all of its links together.
+        return 6 * chip.link, 1
+    # Of chips that stand apart, the links are shared with those between them.
+    filled = len(np.unique(coords, axis=0)) / math.prod(int(span) for span in spans)
+    return links * chip.link * filled / chip.devices, hops

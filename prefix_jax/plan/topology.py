@@ -1,0 +1,236 @@
+"""TPUs that are not there: what their chips can do, and devices to compile for.
+
+`libtpu` brings the compiler along, so that a machine without a TPU can compile for any of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from prefix_jax.errors import MeshError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one chip can do at most, as Google publishes it.
+
+    Attributes:
+        bf16, int8: operations a second in matrix products.
+        hbm: bytes of memory. Of them the compiler leaves a little to the system: see `hbm_limit`.
+        bandwidth: bytes a second between memory and the chip.
+        link: bytes a second that one link to a neighbouring chip carries each way.
+        ring: chips along an axis from which on its ends are linked, so that traffic goes both
+            ways round; below, an axis is a line.
+        axes: of the mesh of chips in a slice.
+        devices: that JAX shows for one chip.
+        dcn: bytes a second of the data centre's network for each chip, between slices.
+        options: for the compiler, so that a device is what users see of this chip.
+    """
+
+    bf16: float
+    int8: float
+    hbm: int
+    bandwidth: float
+    link: float
+    ring: int
+    axes: int
+    devices: int
+    dcn: float
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# https://docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x, "System architecture"; links
+# are the bidirectional bandwidth of a chip over its 4 or 6 links, halved, and rings as in
+# https://jax-ml.github.io/scaling-book/tpus. v4 computes int8 no faster than bf16; tpu7x has fp8
+# where others have int8, and computes int8 as bf16. v4's two cores are one device to its users
+# ("megacore"); those of tpu7x are two.
+CHIPS = {
+    "v4": Chip(
+        275e12, 275e12, 32 * GIB, 1228e9, 50e9, 4, 3, 1, 3.1e9, {"chip_config_name": "megacore"}
+    ),
+    "v5e": Chip(197e12, 393e12, 16 * GIB, 819e9, 50e9, 16, 2, 1, 3.1e9),
+    "v5p": Chip(459e12, 918e12, 95 * GIB, 2765e9, 100e9, 4, 3, 1, 6.2e9),
+    "v6e": Chip(918e12, 1836e12, 32 * GIB, 1638e9, 100e9, 16, 2, 1, 12.5e9),
+    "tpu7x": Chip(2307e12, 2307e12, 192 * GIB, 7380e9, 100e9, 4, 3, 2, 12.5e9),
+}
+
+_NAME = re.compile(r"(?:(\d+)\*)?([a-z0-9]+):(\d+(?:x\d+)*)")
+_EXAMPLES = "v5e:4x4 (16 chips), v5p:2x2x1, v5e:1x1 (one chip), 2*v5e:4x4 (two slices)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Chips in a row, a rectangle or a box, once or several times.
+
+    Attributes:
+        name: of the chip, in `CHIPS`.
+        shape: chips along every axis of a slice.
+        slices: how many there are; the data centre's network is between them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @classmethod
+    def parse(cls, text: str, slices: int | None = None) -> Topology:
+        """Reads "v5e:4x4", or "2*v5e:4x4".
+
+        Raises:
+            MeshError: that is none.
+        """
+        found = _NAME.fullmatch(text.strip().lower())
+        if not found:
+            raise MeshError(f"topology {text!r}: write it as one of {_EXAMPLES}")
+        count, name, shape = found.groups()
+        if name not in CHIPS:
+            raise MeshError(f"topology {text}: the chip {name!r} is not one of {', '.join(CHIPS)}")
+        sizes = tuple(map(int, shape.split("x")))
+        axes = CHIPS[name].axes
+        if len(sizes) != axes or not all(sizes):
+            example = ":".join((name, "x".join("4" * axes)))
+            raise MeshError(f"topology {text}: {name} has {axes} axes of chips, as in {example}")
+        if count is not None and slices not in (None, int(count)):
+            raise MeshError(f"topology {text} is of {count} slices, and {slices} are asked for")
+        number = int(count) if count is not None else slices or 1
+        if number < 1:
+            raise MeshError(f"topology {text}: there has to be one slice at least")
+        return cls(name, sizes, number)
+
+    def __str__(self) -> str:
+        one = f"{self.name}:{'x'.join(map(str, self.shape))}"
+        return one if self.slices == 1 else f"{self.slices}*{one}"
+
+    @property
+    def chip(self) -> Chip:
+        """What each of its chips can do."""
+        return CHIPS[self.name]
+
+    @property
+    def chips(self) -> int:
+        """How many there are, in all slices."""
+        return math.prod(self.shape) * self.slices
+
+    @functools.cached_property
+    def devices(self) -> Sequence[jax.Device]:
+        """Devices to compile for. None of them computes anything.
+
+        Raises:
+            MeshError: `libtpu` is missing, or knows no such topology.
+        """
+        if importlib.util.find_spec("libtpu") is None:
+            raise MeshError(
+                "libtpu, the compiler for TPUs, is not installed: "
+                'pip install "prefix_jax[tpu]" (no TPU is needed)'
+            )
+        asked: dict[str, Any] = dict(self.chip.options)
+        # By default a host has 2x2 chips; slices that have fewer along an axis are one host's.
+        usual = (2, 2, 1)
+        bounds = (*self.shape, *(1 for _ in range(3 - len(self.shape))))
+        if any(size % host for size, host in zip(bounds, usual, strict=True)):
+            asked["chips_per_host_bounds"] = bounds
+        if self.slices > 1:
+            asked["num_slices"] = self.slices
+        try:
+            with _ready_to_load():
+                found = topologies.get_topology_desc(
+                    f"{self.name}:{'x'.join(map(str, self.shape))}", "tpu", **asked
+                )
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise MeshError(f"the TPU compiler knows no topology {self}: {reason}") from None
+        return found.devices
+
+    @functools.cached_property
+    def hbm_limit(self) -> int:
+        """Bytes of memory that the compiler gives to a program on one device.
+
+        It tells when it is asked for too much, which takes it a few hundredths of a second.
+        """
+        too_much = jax.ShapeDtypeStruct(
+            (2**42,), jnp.int8, sharding=SingleDeviceSharding(self.devices[0])
+        )
+        try:
+            jax.jit(lambda x: x + 1).lower(too_much).compile()
+        except jax.errors.JaxRuntimeError as error:
+            found = Shortage.read(str(error))
+            if found is not None:
+                return found.limit
+            raise
+        raise AssertionError("no chip has 4 TiB of memory")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shortage:
+    """What the compiler says of a program that does not fit.
+
+    Attributes:
+        used: bytes that it needs on one device.
+        limit: bytes that there are.
+    """
+
+    used: int
+    limit: int
+
+    @classmethod
+    def read(cls, message: str) -> Shortage | None:
+        """Reads an error of the compiler; None if it is another one.
+
+        Of programs whose arguments alone are too large it says only how much these take.
+        """
+        if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+            return None
+        size = r"([\d.]+)([BKMGT]?)"
+        for form in (rf"Used {size} of {size}", rf"\({size}\) exceeds available HBM \({size}\)"):
+            if found := re.search(form, message):
+                used, unit, limit, limit_unit = found.groups()
+                return cls(_bytes(used, unit), _bytes(limit, limit_unit))
+        return None
+
+
+def _bytes(number: str, unit: str) -> int:
+    return round(float(number) * 1024 ** "BKMGT".index(unit or "B"))
+
+
+@contextlib.contextmanager
+def _ready_to_load() -> Iterator[None]:
+    """Lets `libtpu` load where there is no TPU: without looking for one in the network, without
+    its notices, and beside another process that has loaded it as well."""
+    if not _attached():
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # What is written before its log begins goes to the file descriptor itself.
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _attached() -> bool:
+    """Whether this machine has a TPU."""
+    return Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()

@@ -1,0 +1,110 @@
+"""What a compiled program moves between memory and chip."""
+
+from __future__ import annotations
+
+from prefix_jax.plan.hlo import Array, Computation, Instruction, Module
+from prefix_jax.plan.walk import Visit
+
+# These pass arrays on, or are counted where they begin.
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "opt-barrier",
+    "partition-id",
+    "replica-id",
+    "after-all",
+}
+# Custom calls of the TPU compiler that name memory and move nothing.
+_FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}
+_PARTS = ("dynamic-slice", "slice", "gather")
+
+
+def moved(module: Module, visit: Visit) -> int:
+    """Bytes that one run of a kernel reads from memory and writes to it; 0 for a part of one.
+
+    Arrays that live in the chip's own memory are free. Of an operand that a kernel only slices,
+    the slices count, and of a result that it only updates, the update. Bytes are those of the
+    elements: the padding of layouts is not counted.
+    """
+    instruction = visit.instruction
+    if visit.fused or instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+        return 0
+    if instruction.word("custom_call_target") in _FREE_CALLS:
+        return 0
+    operands = [visit.computation[name] for name in instruction.operands]
+    arrays = [[a for a in operand.results if a.space == 0] for operand in operands]
+    if instruction.opcode == "fusion":
+        inside = module.computations[instruction.word("calls") or ""]
+        return _fusion(module, inside, instruction, arrays)
+    if instruction.opcode in ("copy-start", "slice-start"):
+        # Their result is (destination, source, …), or the other way round.
+        ends = instruction.results[:2]
+        return sum(array.space == 0 for array in ends) * min(array.nbytes for array in ends)
+    if instruction.opcode.endswith("-start"):
+        return _size(instruction.results)
+    if instruction.opcode in _PARTS:
+        return 2 * _size(instruction.results)
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * _size(operands[1].results)
+    return sum(map(_size, arrays)) + _size(instruction.results)
+
+
+def _size(arrays: list[Array] | tuple[Array, ...]) -> int:
+    return sum(array.nbytes for array in arrays if array.space == 0)
+
+
+def _fusion(
+    module: Module, inside: Computation, fusion: Instruction, arrays: list[list[Array]]
+) -> int:
+    total = 0
+    for number, held in enumerate(arrays):
+        if held:
+            total += _read(module, inside, number, sum(array.nbytes for array in held))
+    root = next(instruction for instruction in inside.values() if instruction.root)
+    made = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    for result, maker in zip(fusion.results, made, strict=False):
+        if result.space == 0:
+            total += _written(inside, maker, result)
+    return total
+
+
+def _read(module: Module, inside: Computation, number: int, whole: int) -> int:
+    """Bytes that a fusion reads of an operand which is `whole` large."""
+    names = {
+        name
+        for name, instruction in inside.items()
+        if instruction.opcode == "parameter" and instruction.operands[0] == str(number)
+    }
+    total = 0
+    # Users stand behind what they use.
+    for name, user in inside.items():
+        used = [place for place, operand in enumerate(user.operands) if operand in names]
+        if not used or user.opcode == "parameter":
+            continue
+        if user.opcode == "bitcast":
+            names.add(name)
+        elif user.opcode in _PARTS and used == [0]:
+            total += sum(array.nbytes for array in user.results)
+        elif user.opcode == "fusion":
+            called = module.computations[user.word("calls") or ""]
+            total += sum(_read(module, called, place, whole) for place in used)
+        elif user.opcode != "dynamic-update-slice" or used != [0]:
+            return whole
+    return min(total, whole)
+
+
+def _written(inside: Computation, maker: Instruction, result: Array) -> int:
+    """Bytes of a result that a fusion writes."""
+    while maker.opcode == "bitcast":
+        maker = inside[maker.operands[0]]
+    if maker.opcode == "parameter":
+        return 0
+    if maker.opcode == "dynamic-update-slice":
+        return sum(array.nbytes for array in inside[maker.operands[1]].results)
+    return result.nbytes

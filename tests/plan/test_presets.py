@@ -1,0 +1,49 @@
+"""Presets are the published models: they have as many parameters as their checkpoints."""
+
+import jax
+import pytest
+
+from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.load import architecture
+from prefix_jax.errors import BackboneError
+from prefix_jax.plan.presets import PRESETS, preset
+
+# As the models' cards on the Hugging Face hub count them; of Gemma 3, without what sees images.
+PUBLISHED = {
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "gemma-3-4b": 3_880_263_168,
+    "gemma-3-12b": 11_766_034_176,
+    "gemma-3-27b": 27_009_346_304,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-32b": 32_762_123_264,
+    "mistral-7b": 7_248_023_552,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "t5-large": 783_150_080,
+    "t5-xl": 2_849_757_184,
+    "t5-xxl": 11_135_332_352,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_has_the_parameters_of_its_checkpoint(name: str) -> None:
+    backbone = Backbone(architecture(preset(name), name))
+    shapes = jax.eval_shape(lambda: backbone.init(jax.random.key(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == PUBLISHED[name]
+
+
+def test_an_unknown_preset_lists_the_known_ones() -> None:
+    with pytest.raises(BackboneError, match=r"no preset 'llama-9'; there are llama-3-8b, "):
+        preset("llama-9")
