@@ -65,12 +65,14 @@ def check_rows(mesh: Mesh, rows: int, what: str) -> None:
 
 
 def weight_spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """How a parameter is split, from the letters at the end of its name.
+    """How a parameter is split, from the letters at the end of its name. The integers and the
+    scales of a quantised one are split alike, as far as they have the axis.
 
     Vectors are replicated, and so is an axis that its mesh axis does not divide (3 key/value heads
     over 2 devices, say).
     """
-    names = [str(getattr(entry, "key", entry)) for entry in path]
+    # A quantised parameter's leaves are attributes below its name.
+    names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
     letters = names[-1].rsplit("_", 1)[-1]
     if len(letters) == len(shape) - 1:
         letters = "L" + letters

@@ -22,9 +22,10 @@ from prefix_jax.backbones.stack import (
 )
 from prefix_jax.backbones.stack import stack as stack_layers
 from prefix_jax.errors import BackboneError, PrefixError
-from prefix_jax.mesh import gathered, look_up
+from prefix_jax.mesh import gathered
 from prefix_jax.nn.layers import KeysValues
 from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.quantized import matmul, take
 from prefix_jax.nn.remat import Remat
 from prefix_jax.prefix import (
     Adapter,
@@ -378,11 +379,8 @@ class Backbone:
         a = self.arch
         if a.head_scale is not None:
             h_BTD = h_BTD * jnp.asarray(a.head_scale, h_BTD.dtype)
-        if a.tied:
-            spec, weight = "...D,VD->...V", params["embed"]["tokens_VD"]
-        else:
-            spec, weight = "...D,DV->...V", params["head"]["unembed_DV"]
-        logits_BTV = jnp.einsum(spec, h_BTD, weight, preferred_element_type=jnp.float32)
+        weight = params["embed"]["tokens_VD"] if a.tied else params["head"]["unembed_DV"]
+        logits_BTV = matmul(h_BTD, weight, transposed=a.tied, dtype=jnp.float32)
         if a.head_bias:
             logits_BTV = logits_BTV + params["head"]["bias_V"]
         if a.logit_softcap is not None:
@@ -412,7 +410,7 @@ class Backbone:
 
     def _embed(self, params: Params, ids_BT: jax.Array) -> jax.Array:
         """Token embeddings, scaled, in the dtype of the weights."""
-        x_BTD = look_up(params["embed"]["tokens_VD"], ids_BT)
+        x_BTD = take(params["embed"]["tokens_VD"], ids_BT)
         if self.arch.embed_scale is not None:
             x_BTD = x_BTD * jnp.asarray(self.arch.embed_scale, x_BTD.dtype)
         return x_BTD

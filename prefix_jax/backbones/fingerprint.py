@@ -13,6 +13,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
+from prefix_jax.nn.quantized import QTensor
+
 _SCHEME = b"prefix_jax fingerprint 1"
 _TINY = 2.0**-126  # the smallest normal number; some backends flush what is smaller to zero
 _FACTORS = (40503, 31337, 52711, 60493)
@@ -28,8 +30,8 @@ def fingerprint(params: Mapping[str, Any]) -> str:
     axis leaves the devices.
 
     Values are rounded to bfloat16 first, so that one checkpoint has one fingerprint whether it was
-    loaded in float32 or in bfloat16, from one file or from shards. A quantised copy has other
-    weights, and another fingerprint.
+    loaded in float32 or in bfloat16, from one file or from shards. A quantised
+    copy has the fingerprint of its integers and scales, which are the same in either dtype.
 
     Args:
         params: the backbone's parameters, layers stacked; arrays may be sharded.
@@ -38,13 +40,24 @@ def fingerprint(params: Mapping[str, Any]) -> str:
         32 hexadecimal digits.
     """
     digest = hashlib.sha256(_SCHEME)
-    for path, leaf in sorted(flatten_dict(dict(params), sep="/").items()):
+    quantised = jax.tree.map(_fields, dict(params), is_leaf=_is_quantised)
+    for path, leaf in sorted(flatten_dict(quantised, sep="/").items()):
         whole = leaf.sharding.shard_shape(leaf.shape)[:1] == leaf.shape[:1]
         in_turn = whole and leaf.dtype != jnp.bfloat16
         checksums = np.asarray(_compiled(leaf.sharding, in_turn)(leaf), "<u2")
         digest.update(f"{path} {leaf.shape}\n".encode())
         digest.update(checksums.tobytes())
     return digest.hexdigest()[:32]
+
+
+def _is_quantised(node: Any) -> bool:
+    return isinstance(node, QTensor)
+
+
+def _fields(leaf: Any) -> Any:
+    if not _is_quantised(leaf):
+        return leaf
+    return {name: x for name, x in vars(leaf).items() if x is not None}
 
 
 @functools.cache
@@ -78,6 +91,8 @@ def _checksums(x: jax.Array, in_turn: bool) -> jax.Array:
 
 
 def _checksum(entry: jax.Array, index: jax.Array) -> jax.Array:
+    if jnp.issubdtype(entry.dtype, jnp.integer):
+        entry = entry.astype(jnp.bfloat16)  # exact for int8 and int4
     rounded = jnp.where(jnp.abs(entry) < _TINY, 0, entry).astype(jnp.bfloat16)
     bits = jax.lax.bitcast_convert_type(rounded, jnp.uint16)
     place = jnp.broadcast_to(index * jnp.uint16(_FACTORS[0]), entry.shape)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub
-import jax
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
@@ -22,6 +21,7 @@ from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.fingerprint import fingerprint
 from prefix_jax.backbones.names import match
+from prefix_jax.backbones.quantized import Quantize, abstract_params
 from prefix_jax.backbones.stack import Params
 from prefix_jax.backbones.tokenizer import load_tokenizer
 from prefix_jax.backbones.weights import Safetensors, TensorSource, stream
@@ -53,6 +53,7 @@ class Pretrained:
         source: what was asked for: a path, a hub id or a package.
         path: where it was found: a directory or a GGUF file.
         fingerprint: of the weights.
+        quantize: how they are quantised.
     """
 
     backbone: Backbone
@@ -61,6 +62,7 @@ class Pretrained:
     source: str
     path: Path
     fingerprint: str
+    quantize: Quantize = "none"
 
     def stacked(self) -> Params:
         """The weights with their layers stacked: for training and likelihoods."""
@@ -87,6 +89,7 @@ def load(
     *,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     mesh: Mesh | None = None,
+    quantize: Quantize = "none",
 ) -> Pretrained:
     """Loads a pretrained backbone, streaming its weights into their shards.
 
@@ -94,6 +97,7 @@ def load(
         source: a directory, a GGUF file, a package or a hub id: see `find`.
         dtype: of the weights; "auto" is float32 on CPU, where bfloat16 is slow, else bfloat16.
         mesh: the devices to shard over; None copies the weights to every device there is.
+        quantize: "int8" or "int4" for a backbone that stays frozen: see `quantize_params`.
 
     Raises:
         BackboneError: the source is absent, unreadable, incomplete or of an unsupported
@@ -110,14 +114,14 @@ def load(
         checkpoint = gguf.open_gguf(path)
         table = gguf.TABLES[checkpoint.architecture]
     backbone = Backbone(arch)
-    abstract = jax.eval_shape(backbone.init, jax.random.key(0))
-    parameters = match(table, abstract, checkpoint.shapes, str(path))
     mesh = make_mesh() if mesh is None else mesh
     if dtype == "auto":
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         dtype = "float32" if on_cpu else "bfloat16"
-    params = stream(parameters, checkpoint, dtype, weight_shardings(abstract, mesh))
-    return Pretrained(backbone, params, mesh, str(source), path, fingerprint(params))
+    abstract = abstract_params(backbone, dtype, quantize)
+    parameters = match(table, abstract, checkpoint.shapes, str(path))
+    params = stream(parameters, checkpoint, abstract, weight_shardings(abstract, mesh))
+    return Pretrained(backbone, params, mesh, str(source), path, fingerprint(params), quantize)
 
 
 def architecture_of(source: str | Path) -> Architecture:

@@ -1,7 +1,8 @@
 """Streams a checkpoint's tensors into sharded parameters, one parameter at a time.
 
 Host memory never holds more than the parameters that are placed already, the one that is being
-stacked, and one tensor of the checkpoint. Files are mapped tensor by tensor, so that their pages
+stacked, and one tensor of the checkpoint; of quantised parameters, no more than what they become
+and one tensor in float32. Files are mapped tensor by tensor, so that their pages
 leave memory with the tensor, and only the slices that this host's devices hold are read.
 """
 
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from prefix_jax.backbones.names import Parameter, Shape
 from prefix_jax.errors import BackboneError
+from prefix_jax.nn.quantized import QTensor, quantize_like
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -122,7 +124,7 @@ def _header(file: Path) -> dict[str, tuple[str, Shape, int]]:
 def stream(
     parameters: Iterable[Parameter],
     source: TensorSource,
-    dtype: jax.typing.DTypeLike,
+    abstract: Mapping[str, Any],
     shardings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Reads parameters into the devices' memory.
@@ -130,45 +132,66 @@ def stream(
     Args:
         parameters: where each comes from, of `names.match`.
         source: the checkpoint.
-        dtype: to convert every tensor to.
-        shardings: a tree of shardings of the parameters' structure.
+        abstract: the parameter tree: the dtype of each, and how it is quantised where a `QTensor`
+            stands.
+        shardings: a tree of shardings of the same structure.
 
     Returns:
         The parameter tree, of committed arrays.
     """
-    sharding_of = flatten_dict(dict(shardings))
+    like, sharding_of = flatten_dict(dict(abstract)), flatten_dict(dict(shardings))
     leaves = {}
     # Large ones first: the peak is then early, while little else is in memory.
     for parameter in sorted(parameters, key=lambda p: math.prod(p.shape), reverse=True):
-        leaves[parameter.path] = _place(
-            parameter, source, np.dtype(dtype), sharding_of[parameter.path]
-        )
+        path = parameter.path
+        leaves[path] = _place(parameter, source, like[path], sharding_of[path])
     return unflatten_dict(leaves)
 
 
-def _place(
-    parameter: Parameter, source: TensorSource, dtype: np.dtype, sharding: jax.sharding.Sharding
-) -> jax.Array:
-    shape = parameter.shape
-
-    def bounds(index: tuple[slice, ...] | None) -> tuple[tuple[int, int], ...]:
-        return tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
-
-    shards = {
-        key: _aligned(tuple(stop - start for start, stop in key), dtype)
-        for key in map(bounds, sharding.addressable_devices_indices_map(shape).values())
-    }
+def _place(parameter: Parameter, source: TensorSource, like: Any, shardings: Any) -> Any:
+    abstract, structure = jax.tree.flatten(like)
+    arrays = [
+        _Shards(leaf.shape, leaf.dtype, sharding)
+        for leaf, sharding in zip(abstract, jax.tree.leaves(shardings), strict=True)
+    ]
     for layer, name in enumerate(parameter.names):
-        stored = source.read(name)
-        for key, shard in shards.items():
-            if parameter.stacked:
-                (first, end), *rest = key
-                if first <= layer < end:
-                    view = parameter.storage(stored, shape[1:])
-                    shard[layer - first] = view[tuple(slice(*b) for b in rest)]
-            else:
-                shard[...] = parameter.storage(stored, shape)[tuple(slice(*b) for b in key)]
-    return jax.make_array_from_callback(shape, sharding, lambda index: shards[bounds(index)])
+        shape = parameter.shape[1:] if parameter.stacked else parameter.shape
+        tensor: Any = parameter.storage(source.read(name), shape)
+        if isinstance(like, QTensor):
+            tensor = quantize_like(tensor, like)
+        for array, values in zip(arrays, jax.tree.leaves(tensor), strict=True):
+            array.fill(layer if parameter.stacked else None, values)
+    return jax.tree.unflatten(structure, [array.place() for array in arrays])
+
+
+class _Shards:
+    """What this host's devices hold of one array, filled layer by layer."""
+
+    def __init__(self, shape: Shape, dtype: np.dtype, sharding: jax.sharding.Sharding) -> None:
+        self._shape, self._sharding = shape, sharding
+        self._parts = {
+            key: _aligned(tuple(stop - start for start, stop in key), np.dtype(dtype))
+            for key in map(self._bounds, sharding.addressable_devices_indices_map(shape).values())
+        }
+
+    def _bounds(self, index: tuple[slice, ...] | None) -> tuple[tuple[int, int], ...]:
+        return tuple(s.indices(n)[:2] for s, n in zip(index or (), self._shape, strict=True))
+
+    def fill(self, layer: int | None, values: np.ndarray) -> None:
+        """Takes what it needs of one layer's values; of those of the whole array, for None."""
+        for key, part in self._parts.items():
+            if layer is None:
+                part[...] = values[tuple(slice(*b) for b in key)]
+                continue
+            (first, end), *rest = key
+            if first <= layer < end:
+                part[layer - first] = values[tuple(slice(*b) for b in rest)]
+
+    def place(self) -> jax.Array:
+        """The array in the devices' memory."""
+        return jax.make_array_from_callback(
+            self._shape, self._sharding, lambda index: self._parts[self._bounds(index)]
+        )
 
 
 def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The parts that transformer layers are made of.
 
 Parameter names end in their axes (`q_DNH`). The mesh shards by these letters, and the name tables
-of checkpoints aim at them.
+of checkpoints aim at them. In place of a weight matrix there may be a `QTensor`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from prefix_jax.nn.attend import attend
 from prefix_jax.nn.mask import Seen
+from prefix_jax.nn.quantized import matmul
 from prefix_jax.nn.remat import Name, keep, recomputed
 from prefix_jax.nn.rotary import rotate
 from prefix_jax.prefix import Site
@@ -154,8 +155,8 @@ class Attention(nn.Module):
 
     def projected(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """k_BTKH and v_BTKH as the projections make them."""
-        k_BTKH = keep("k", _to_heads(x_BTD, self.k_DKH))
-        v_BTKH = keep("v", _to_heads(x_BTD, self.v_DKH))
+        k_BTKH = keep("k", matmul(x_BTD, self.k_DKH))
+        v_BTKH = keep("v", matmul(x_BTD, self.v_DKH))
         if self.qkv_bias:
             k_BTKH, v_BTKH = k_BTKH + self.k_bias_KH, v_BTKH + self.v_bias_KH
         return k_BTKH, v_BTKH
@@ -168,7 +169,7 @@ class Attention(nn.Module):
         cache: KeysValues | None,
         memory: KeysValues | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
-        q_BTNH = keep("q", _to_heads(x_BTD, self.q_DNH))
+        q_BTNH = keep("q", matmul(x_BTD, self.q_DNH))
         if self.qkv_bias:
             q_BTNH = q_BTNH + self.q_bias_NH
         if self.qk_norm is not None:
@@ -185,33 +186,10 @@ class Attention(nn.Module):
             k_BSKH, v_BSKH = cache.k_BKSH.swapaxes(1, 2), cache.v_BKSH.swapaxes(1, 2)
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
         y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, view.seen, site, scale, self.softcap)
-        y_BTD = keep("o", _from_heads(y_BTNH, self.o_NHD))
+        y_BTD = keep("o", matmul(y_BTNH, self.o_NHD, inputs=2))
         if self.out_bias:
             y_BTD = y_BTD + self.o_bias_D
         return y_BTD, cache
-
-
-# Projections to and from heads, as one product of matrices: an einsum over N and H apart makes XLA
-# transpose the weight at every use. The flat weight is made again in the backward pass, where a
-# scan would otherwise have kept a copy of every layer's.
-
-
-def _to_heads(x_BTD: jax.Array, weight_DNH: jax.Array) -> jax.Array:
-    D, N, H = weight_DNH.shape
-
-    def product(x_BTD: jax.Array, weight_DNH: jax.Array) -> jax.Array:
-        return (x_BTD @ weight_DNH.reshape(D, N * H)).reshape(*x_BTD.shape[:2], N, H)
-
-    return recomputed(product)(x_BTD, weight_DNH)
-
-
-def _from_heads(y_BTNH: jax.Array, weight_NHD: jax.Array) -> jax.Array:
-    N, H, D = weight_NHD.shape
-
-    def product(y_BTNH: jax.Array, weight_NHD: jax.Array) -> jax.Array:
-        return y_BTNH.reshape(*y_BTNH.shape[:2], N * H) @ weight_NHD.reshape(N * H, D)
-
-    return recomputed(product)(y_BTNH, weight_NHD)
 
 
 class MLP(nn.Module):
@@ -228,7 +206,7 @@ class MLP(nn.Module):
         D, F = self.d_model, self.d_ff
 
         def project(x: jax.Array, name: Name, axes: str, shape: tuple[int, int]) -> jax.Array:
-            y = x @ self.param(f"{name}_{axes}", _weights, shape)
+            y = matmul(x, self.param(f"{name}_{axes}", _weights, shape))
             if self.bias:
                 y = y + self.param(f"{name}_bias_{axes[1]}", _zeros, (shape[1],))
             return keep(name, y)
