@@ -493,10 +493,10 @@ def _behind_soft_tokens(tokens: Tokens, slots: int) -> Tokens:
     def prepend(first_BP: jax.Array, rest_BT: jax.Array) -> jax.Array:
         return jnp.concatenate([first_BP, rest_BT], axis=1)
 
-    segment_BT = tokens.segment_BT
+    branch_BT, segment_BT = tokens.branch_BT, tokens.segment_BT
     return Tokens(
         group_BT=prepend(ones_BP, tokens.group_BT),
-        branch_BT=prepend(0 * ones_BP, tokens.branch_BT),
+        branch_BT=None if branch_BT is None else prepend(0 * ones_BP, branch_BT),
         position_BT=prepend(jnp.arange(slots) * ones_BP, tokens.position_BT + slots),
         segment_BT=None if segment_BT is None else prepend(0 * ones_BP, segment_BT),
     )

@@ -23,7 +23,7 @@ from prefix_jax.backbones.layer import Layer, make_norm
 from prefix_jax.errors import PrefixError
 from prefix_jax.mesh import constrain_rows
 from prefix_jax.nn.layers import KeysValues, View
-from prefix_jax.nn.mask import Seen, Tokens, visible, visible_group, visible_prefix
+from prefix_jax.nn.mask import Seen, Sight, Tokens, visible, visible_prefix
 from prefix_jax.nn.remat import Remat, rematerialised
 from prefix_jax.prefix import Prefix, Site
 
@@ -188,17 +188,18 @@ class Stack:
         """All layers. Returns their output, the cache if there is one, and with `entries` the
         states that entered each of them, h_LBTD."""
         a = self.arch
-        keys, column = tokens, None
+        keys, column, there = tokens, None, None
         if cache is not None:
             column = cache.length
-            keys = jax.tree.map(
-                lambda old_BS, new_BT: jax.lax.dynamic_update_slice(old_BS, new_BT, (0, column)),
-                cache.tokens,
-                tokens,
-            )
+            there = cache.tokens.write(tokens, column)
+            # A cache of as many columns as there are tokens holds these tokens and nothing else.
+            keys = tokens if there.group_BT.shape == tokens.group_BT.shape else there
+        kinds = set(a.sliding) or {False}
+        # The layers of one scan are of one kind as far as anything static goes.
+        mixed = len(kinds) == 2 and not isinstance(params["layers"], tuple)
         views = {
-            sliding: self._view(params, tokens, keys, prefix, column, sliding, lineage_BTS)
-            for sliding in set(a.sliding) or {False}
+            sliding: self._view(params, tokens, keys, prefix, column, sliding, mixed, lineage_BTS)
+            for sliding in kinds
         }
         sites: tuple[Site | None, Site | None] = (None, None)
         if prefix is not None:
@@ -207,7 +208,7 @@ class Stack:
             sites = (getattr(prefix, self.site), cross)
         cross_view = None
         if encoded is not None:
-            cross_view = View(Seen(visible_group(tokens, encoded.tokens)))
+            cross_view = View(Seen(Sight(tokens, encoded.tokens, causal=False)))
 
         def layer(
             x_BTD: jax.Array,
@@ -244,9 +245,11 @@ class Stack:
 
             def body(x_BTD: jax.Array, per_layer: Any) -> tuple[jax.Array, Any]:
                 weights, sliding, sites, cache, memory = per_layer
-                if len(views) == 2:
+                if mixed:
                     view = jax.tree.map(
-                        lambda wide, narrow: jnp.where(sliding, narrow, wide),
+                        lambda wide, narrow: (
+                            wide if wide is narrow else jnp.where(sliding, narrow, wide)
+                        ),
                         views[False],
                         views[True],
                     )
@@ -261,8 +264,8 @@ class Stack:
                 x_BTD,
                 (params["layers"], sliding_L, sites, caches, memories),
             )
-        if cache is not None:
-            cache = Cache(caches, keys, cache.length + x_BTD.shape[1])
+        if cache is not None and there is not None:
+            cache = Cache(caches, there, cache.length + x_BTD.shape[1])
         return x_BTD, cache, h_LBTD
 
     def over_layers(self, params: Params, method: Callable[..., Any], *per_layer: Any) -> Any:
@@ -309,20 +312,22 @@ class Stack:
         prefix: Prefix | None,
         column: jax.Array | None,
         sliding: bool,
+        mixed: bool,
         lineage_BTS: jax.Array | None,
     ) -> View:
-        """What layers of this kind see."""
+        """What layers of this kind see; `mixed` if it is to be chosen layer by layer in a scan."""
         a = self.arch
         window = a.window if sliding else None
         site = None if prefix is None else getattr(prefix, self.site)
         slots = 0 if site is None else site.length
         start = 0 if prefix is None else prefix.start(self.site)
         position_BT = queries.position_BT + start
-        if a.causal:
-            mask_BTS = visible(queries, keys, window, lineage_BTS)
+        if lineage_BTS is not None:
+            seen = Seen(visible(queries, keys, window, lineage_BTS))
+        elif mixed:
+            seen = Seen(Sight(queries, keys, a.causal, a.window, jnp.asarray(sliding)))
         else:
-            mask_BTS = visible_group(queries, keys)
-        seen = Seen(mask_BTS)
+            seen = Seen(Sight(queries, keys, a.causal, window))
         tasks = 1 if prefix is None or prefix.tasks is None else prefix.tasks
         slot_P = jnp.arange(slots) % max(slots // tasks, 1)
         if slots and prefix is not None and a.window is not None and not prefix.pinned:

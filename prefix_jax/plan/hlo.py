@@ -95,6 +95,8 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _BRACES = re.compile(r"\{[^{}]*\}")
 _COMMENT = re.compile(r"/\*.*?\*/")
+# The metadata of a Pallas kernel stands on lines of its own.
+_CONTINUED = re.compile(r'\n(?="|\}\})')
 
 # Instructions that pass arrays on and fill none of their own.
 _NO_BUFFER = {
@@ -118,7 +120,7 @@ def parse(text: str) -> Module:
     """
     computations: dict[str, dict[str, Instruction]] = {}
     entry, inside = None, None
-    for line in text.splitlines():
+    for line in _CONTINUED.sub("", text).splitlines():
         if line.startswith("}"):
             inside = None
         elif inside is not None:
