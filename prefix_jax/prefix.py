@@ -134,9 +134,13 @@ class Prefix:
     @classmethod
     def of(cls, sites: Mapping[SiteName, Site], *, offset: int = 0, pinned: bool = False) -> Prefix:
         """A prefix of sites by name."""
-        found = {name: sites.get(name) for name in SITES}
-        prefix: Prefix = cls(**found, offset=offset, pinned=pinned)  # type: ignore[arg-type]
-        return prefix
+        return cls(
+            decoder=sites.get("decoder"),
+            encoder=sites.get("encoder"),
+            cross=sites.get("cross"),
+            offset=offset,
+            pinned=pinned,
+        )
 
     @property
     def sites(self) -> dict[SiteName, Site]:

