@@ -75,7 +75,7 @@ def fit(
         name: s for name, s in splits.items() if s is not None and not isinstance(s, str | Path)
     }
     values = {
-        "model": {"path": pretrained.source},
+        "model": {"path": pretrained.source, "quantize": pretrained.quantize},
         "method": section_of(method),
         "data": {
             "input": input,

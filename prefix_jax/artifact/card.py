@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from prefix_jax.artifact.arrays import Facts, facts
 from prefix_jax.errors import PrefixError
+from prefix_jax.nn.quantized import Quantize
 from prefix_jax.prefix import Adapter, Geometry, Prefix, Produced
 
 FORMAT_VERSION = 2
@@ -28,12 +29,14 @@ class BackboneCard:
         model_type: the name that its checkpoint gives its architecture.
         fingerprint: of its weights.
         dtype: of its weights while the prefix was trained.
+        quantize: how they were quantised.
     """
 
     source: str
     model_type: str
     fingerprint: str
     dtype: str
+    quantize: Quantize = "none"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,7 +194,12 @@ def make_card(
 
 
 def check(
-    card: Card, geometry: Geometry, fingerprint: str, *, allow_other_weights: bool = False
+    card: Card,
+    geometry: Geometry,
+    fingerprint: str,
+    quantize: Quantize = "none",
+    *,
+    allow_other_weights: bool = False,
 ) -> None:
     """Checks that a stored prefix belongs to a backbone.
 
@@ -199,6 +207,7 @@ def check(
         card: of the prefix.
         geometry: of the backbone.
         fingerprint: of the backbone's weights.
+        quantize: how these are quantised.
         allow_other_weights: accept a backbone of the same shape with other weights: a quantised
             copy, say, whose fingerprint differs.
 
@@ -219,11 +228,14 @@ def check(
             + "\nload the backbone that it was made for, or train a prefix for this one"
         )
     if card.backbone.fingerprint != fingerprint and not allow_other_weights:
+        own, other = card.backbone.fingerprint, fingerprint
+        if card.backbone.quantize != quantize:
+            own += f" (quantize: {card.backbone.quantize})"
+            other += f" (quantize: {quantize})"
         raise PrefixError(
-            f"the prefix was made for {made_for} with weights {card.backbone.fingerprint}, and "
-            f"this backbone has weights {fingerprint}; load the one that it was made for, or "
-            "accept another, a quantised copy say, with allow_other_weights=True "
-            "(--allow-other-weights)"
+            f"the prefix was made for {made_for} with weights {own}, and this backbone has "
+            f"weights {other}; load the one that it was made for, or accept another, a quantised "
+            "copy say, with allow_other_weights=True (--allow-other-weights)"
         )
 
 

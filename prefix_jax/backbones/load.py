@@ -21,12 +21,13 @@ from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.fingerprint import fingerprint
 from prefix_jax.backbones.names import match
-from prefix_jax.backbones.quantized import Quantize, abstract_params
+from prefix_jax.backbones.quantized import abstract_params
 from prefix_jax.backbones.stack import Params
 from prefix_jax.backbones.tokenizer import load_tokenizer
 from prefix_jax.backbones.weights import Safetensors, TensorSource, stream
 from prefix_jax.errors import BackboneError
 from prefix_jax.mesh import make_mesh, weight_shardings
+from prefix_jax.nn.quantized import Quantize
 
 # Each has MODEL_TYPES, architecture(config) and hf_names(arch). Where a config does not tell all,
 # it has as_stored(arch, names) too, which looks at what the checkpoint holds.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,7 @@ from flax.traverse_util import path_aware_map
 
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.stack import Params
-from prefix_jax.nn.quantized import QTensor, quantize
-
-Quantize = Literal["none", "int8", "int4"]
+from prefix_jax.nn.quantized import QTensor, Quantize, quantize
 
 # The axes that a product sums over, of every weight that is quantised: counted from the end, so
 # that they hold for one layer and for a stack of them. What is missing here, norms, biases and

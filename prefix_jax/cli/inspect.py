@@ -70,7 +70,9 @@ def _facts(found: Inspection) -> Table:
         else f"{card.positions[0]} to {card.positions[-1]}, text from {card.offset}"
         + (", pinned" if card.pinned else ""),
         "size": f"{found.parameters:,} parameters, {found.bytes:,} bytes on disk",
-        "backbone": f"{card.backbone.source} ({card.backbone.model_type}, {card.backbone.dtype})",
+        "backbone": f"{card.backbone.source} ({card.backbone.model_type}, {card.backbone.dtype}"
+        + ("" if card.backbone.quantize == "none" else f", {card.backbone.quantize}")
+        + ")",
         "weights": card.backbone.fingerprint,
         "shape": f"width {g.d_model}, vocabulary {g.vocab:,}",
         **{

@@ -24,6 +24,9 @@ class ModelConfig:
             either inside an installed Python package, or a hub id.
         dtype: the backbone's weights and activations; "auto" is bfloat16 on TPU and GPU and
             float32 on CPU. What trains is float32 whatever stands here.
+        quantize: in how many bits the weights' matrices are held while they stay frozen: those of
+            `dtype` ("none"); "int8", one scale an output; or "int4", a scale and a zero for every
+            32 inputs of an output, the token tables in int8. They are quantised as they load.
         remat: what the backward pass keeps of each layer instead of computing it again, from the
             most memory to the least: all that it needs ("none"), the products of all weight
             matrices and what attention mixes ("dots"), those of the feed-forward ("mlp"), those of
@@ -32,6 +35,7 @@ class ModelConfig:
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantize: Literal["none", "int8", "int4"] = "none"
     remat: Remat = "none"
 
 

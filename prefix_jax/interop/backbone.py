@@ -17,7 +17,7 @@ def backbone_of(
     *,
     allow_other_weights: bool = False,
 ) -> Pretrained:
-    """The backbone of a prefix, in the dtype that the prefix was trained with.
+    """The backbone of a prefix, in the dtype that the prefix was trained with, quantised as then.
 
     Args:
         card: of the prefix.
@@ -31,7 +31,11 @@ def backbone_of(
     if not isinstance(model, Pretrained):
         dtype = cast(Literal["float32", "bfloat16"], card.backbone.dtype)
         try:
-            model = load(card.backbone.source if model is None else model, dtype=dtype)
+            model = load(
+                card.backbone.source if model is None else model,
+                dtype=dtype,
+                quantize=card.backbone.quantize,
+            )
         except BackboneError as error:
             if model is not None:
                 raise
@@ -43,6 +47,7 @@ def backbone_of(
         card,
         model.backbone.geometry,
         model.fingerprint,
+        model.quantize,
         allow_other_weights=allow_other_weights,
     )
     return model

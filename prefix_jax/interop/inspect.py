@@ -15,6 +15,7 @@ from prefix_jax.artifact import Card
 from prefix_jax.backbones.load import Pretrained
 from prefix_jax.errors import BackboneError, ConfigError
 from prefix_jax.interop.backbone import backbone_of
+from prefix_jax.nn.quantized import QTensor, Weight, dequantize
 from prefix_jax.prefix import Adapter, Embeds, Gated, Hidden, KVPrefix, Memory, Produced
 
 
@@ -192,7 +193,7 @@ def _norms(of: str, layer: int | None, x: jax.Array) -> Norms:
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def _nearest(table_VD: jax.Array, x_PD: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def _nearest(table_VD: Weight, x_PD: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Cosines, largest first, and ids, both [P, count]."""
 
     def unit(x: jax.Array) -> jax.Array:
@@ -200,6 +201,8 @@ def _nearest(table_VD: jax.Array, x_PD: jax.Array, count: int) -> tuple[jax.Arra
         # The rows that fill up a vocabulary may be zero.
         return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-20)
 
+    if isinstance(table_VD, QTensor):
+        table_VD = dequantize(table_VD)
     cosines_PV = jnp.matmul(unit(x_PD), unit(table_VD).T, precision="highest")
     cosines_PC, ids_PC = jax.lax.top_k(cosines_PV, count)
     return cosines_PC, ids_PC

@@ -23,6 +23,8 @@ import numpy as np
 from prefix_jax.mesh import look_up
 from prefix_jax.nn.remat import recomputed
 
+Quantize = Literal["none", "int8", "int4"]
+
 # The smallest normal bfloat16: what is smaller counts as zero, on some hardware in any case.
 _TINY = 2.0**-126
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.load import architecture, architecture_of
+from prefix_jax.backbones.quantized import abstract_params
 from prefix_jax.config import Config
 from prefix_jax.data.batch import Batch, Source
 from prefix_jax.errors import ConfigError
@@ -21,6 +22,7 @@ from prefix_jax.methods import make_method
 from prefix_jax.model import Params, PrefixModel
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.plan.presets import PREFIX, preset
+from prefix_jax.train.setup import check_quantized
 
 # Of a model whose positions allow more, and a config that does not say.
 _USUAL_TOKENS = 2048
@@ -72,6 +74,7 @@ class AbstractRun:
             raise ConfigError(
                 "data.task: a plan reads no data, so name the tasks: method.tasks=[a, b]"
             )
+        check_quantized(config, full=method is None)
         dtype = config.model.dtype
         if dtype == "auto":
             # As `load` has it on a TPU; what trains is float32.
@@ -128,7 +131,7 @@ class AbstractRun:
         """{"backbone": …, "prefix": …, "head": …}, abstract, placed as training places them."""
         model, backbone = self.model, self.model.backbone
         made: dict[str, Any] = {
-            "backbone": jax.eval_shape(lambda: backbone.init(jax.random.key(0), self.dtype))
+            "backbone": abstract_params(backbone, self.dtype, self.config.model.quantize)
         }
         made["backbone"] = placed(made["backbone"], weight_shardings(made["backbone"], mesh))
         if (method := model.method) is not None:

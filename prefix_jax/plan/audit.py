@@ -68,7 +68,10 @@ def audit(compiled: jax.stages.Compiled, backbone: Mapping[str, Any], state: Any
         weight_gradients=tuple(p for p in found if p.out.elements in layer | stored),
         weight_copies=tuple(array for array in arrays if array.elements in stored),
         temp_bytes=memory.temp_size_in_bytes,
-        backbone_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backbone)),
+        backbone_bytes=sum(
+            leaf.size * jax.dtypes.itemsize_bits(leaf.dtype) // 8
+            for leaf in jax.tree.leaves(backbone)
+        ),
         train_elements=_elements(jax.tree.leaves(state.train)),
         optimizer_elements=_elements(jax.tree.leaves(state.optimizer)),
     )
@@ -78,8 +81,10 @@ def _matrices(backbone: Mapping[str, Any]) -> tuple[set[int], set[int]]:
     """The sizes of the matrices of one layer, and of all matrices as they are stored."""
     layer, stored = set(), set()
     for path, leaf in jax.tree.leaves_with_path(backbone):
-        stacked = "layers" in [entry.key for entry in path]
-        if "bias" in path[-1].key or leaf.ndim - stacked < 2:
+        # The integers and scales of a quantised one are attributes below its name.
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        stacked = "layers" in names
+        if "bias" in names[-1] or leaf.ndim - stacked < 2:
             continue
         stored.add(leaf.size)
         if stacked:

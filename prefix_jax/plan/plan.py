@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -182,10 +183,7 @@ def bytes_on_one(tree: Any) -> int:
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape)
-        size = leaf.dtype.itemsize
-        for length in shape:
-            size *= length
-        total += size
+        total += math.prod(shape) * jax.dtypes.itemsize_bits(leaf.dtype) // 8
     return total
 
 

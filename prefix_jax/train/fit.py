@@ -25,6 +25,7 @@ from prefix_jax.errors import CheckpointError, ConfigError
 from prefix_jax.evaluate.report import metrics_of
 from prefix_jax.evaluate.run import Evaluation, Evaluator
 from prefix_jax.methods import name_of
+from prefix_jax.nn.quantized import QTensor
 from prefix_jax.prefix import Embeds, Produced
 from prefix_jax.train.checkpoint import Checkpoints
 from prefix_jax.train.loop import Progress, stop_signal, train
@@ -246,10 +247,15 @@ def _restore(
 def _announce(setup: Setup, state: TrainState, report: Report) -> None:
     """Says what is about to happen, and what happened to the data."""
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.train))
-    frozen = sum(leaf.size for leaf in jax.tree.leaves(setup.frozen))
+    frozen = sum(
+        leaf.size
+        for leaf in jax.tree.leaves(setup.frozen, is_leaf=lambda x: isinstance(x, QTensor))
+    )
+    held = setup.pretrained.quantize
     train_examples = setup.splits["train"]
     report.message(
-        f"{setup.pretrained.source}: {frozen:,} parameters frozen, {trained:,} trained "
+        f"{setup.pretrained.source}: {frozen:,} parameters frozen"
+        f"{'' if held == 'none' else f' in {held}'}, {trained:,} trained "
         f"({name_of(setup.model.method)}); {len(train_examples):,} training examples, "
         f"{setup.steps} steps of {setup.config.data.batch_size}"
     )
@@ -365,6 +371,7 @@ def _card(
             model_type=pretrained.backbone.arch.model_type,
             fingerprint=pretrained.fingerprint,
             dtype=str(pretrained.params["embed"]["tokens_VD"].dtype),
+            quantize=pretrained.quantize,
         ),
         method=method,
         init=_init(setup),

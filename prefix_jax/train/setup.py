@@ -88,11 +88,12 @@ def prepare(
     # Before the backbone, which takes longer to load than a mistake in the data to find.
     sources = _read(config, records)
     method, sources = tell_tasks_apart(config.data, make_method(config.method), sources)
+    check_quantized(config, method is None, pretrained)
     if pretrained is None:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
         # What trains is float32: the steps of bfloat16 are too wide for small updates.
         dtype = "float32" if (method, config.model.dtype) == (None, "auto") else config.model.dtype
-        pretrained = load(config.model.path, dtype=dtype, mesh=mesh)
+        pretrained = load(config.model.path, dtype=dtype, mesh=mesh, quantize=config.model.quantize)
     if method is None and pretrained.params["embed"]["tokens_VD"].dtype != jnp.float32:
         raise ConfigError(
             "method: full trains the weights themselves, which takes float32: load the backbone "
@@ -148,6 +149,22 @@ def prepare(
         program.state,
         program.step,
     )
+
+
+def check_quantized(config: Config, full: bool, pretrained: Pretrained | None = None) -> None:
+    """Raises ConfigError if `model.quantize` is not of a backbone that was given, or not of one
+    that stays frozen."""
+    asked = config.model.quantize
+    if pretrained is not None and pretrained.quantize != asked:
+        raise ConfigError(
+            f"model.quantize is {asked}, and the backbone that was given was loaded with "
+            f"quantize={pretrained.quantize!r}: load it as the configuration says"
+        )
+    if full and asked != "none":
+        raise ConfigError(
+            f"method: full trains the weights themselves, which integers cannot: leave out "
+            f"model.quantize ({asked}), or train a prefix"
+        )
 
 
 def _read(config: Config, records: Records | None) -> Mapping[str, Sequence[Record]]:

@@ -162,7 +162,7 @@ def _labels(
 def _stored(path: str | None, method: Method[Any], pretrained: Pretrained) -> Produced:
     assert path is not None  # as InitConfig checks
     produced, card = artifact.load(path)
-    artifact.check(card, pretrained.backbone.geometry, pretrained.fingerprint)
+    artifact.check(card, pretrained.backbone.geometry, pretrained.fingerprint, pretrained.quantize)
 
     def make(rng: jax.Array) -> Produced:
         made: Produced = method(method.init(rng, pretrained.backbone.geometry, None))

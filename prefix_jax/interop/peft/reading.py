@@ -254,6 +254,7 @@ def _card(files: Files, pretrained: Pretrained, produced: Produced, task: int | 
         model_type=pretrained.backbone.arch.model_type,
         fingerprint=pretrained.fingerprint,
         dtype=str(pretrained.params["embed"]["tokens_VD"].dtype),
+        quantize=pretrained.quantize,
     )
     return artifact.make_card(
         produced,

