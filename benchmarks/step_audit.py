@@ -170,12 +170,12 @@ def compile_step(
     T, M, S = case.tokens, case.targets, case.source
     batch = Batch(
         ids_BT=integers(T),
-        tokens=Tokens(integers(T), integers(T), integers(T)),
+        tokens=Tokens(integers(T), None, integers(T)),
         index_BM=integers(M),
         label_BM=integers(M),
         weight_BM=jax.ShapeDtypeStruct((1, 1, M), jnp.float32),
         examples=jax.ShapeDtypeStruct((1,), jnp.float32),
-        source=Source(integers(S), Tokens(integers(S), integers(S), integers(S))) if S else None,
+        source=Source(integers(S), Tokens(integers(S), None, integers(S))) if S else None,
     )
     lowered = jax.jit(make(model, optimizer), donate_argnums=0).lower(state, frozen, batch)
     # Nothing runs: optimise the program, but spare LLVM the work on its machine code.

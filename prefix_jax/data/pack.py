@@ -95,11 +95,13 @@ class Layout:
         shape: of a micro-batch.
         rows: the blocks of each row, micro-batch after micro-batch.
         items: the examples as they were measured.
+        branches: whether blocks may have several examples.
     """
 
     shape: Shape
     rows: tuple[tuple[Block, ...], ...]
     items: tuple[Item, ...]
+    branches: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,12 +114,15 @@ class Packing:
         accumulate: micro-batches in a batch, all of one shape.
         shapes: shapes to prefer, as `choose_shapes` finds them. A batch that fits none of them
             gets a shape from a coarse ladder.
+        branches: whether examples may share their source in a row: see `branching`. Where nothing
+            branches, attention's kernels have half of the work.
     """
 
     pack: bool = True
     rows_multiple: int = 1
     accumulate: int = 1
     shapes: tuple[Shape, ...] = ()
+    branches: bool = True
 
 
 def measure(examples: Sequence[Example]) -> list[Item]:
@@ -148,12 +153,19 @@ def measure(examples: Sequence[Example]) -> list[Item]:
     return items
 
 
+def branching(items: Sequence[Item], pack: bool) -> bool:
+    """Whether some of all examples of a run can meet as branches of one source: the same for all
+    its batches, so that they are the same programs."""
+    return pack and len({item.source for item in items}) < len(items)
+
+
 def arrange(items: Sequence[Item], packing: Packing) -> Layout:
     """Finds the cheapest layout of a batch."""
     rows_of: dict[int, list[list[Block]]] = {}
 
     def layout(shape: Shape) -> Layout:
-        return Layout(shape, tuple(map(tuple, rows_of[shape.rows])), tuple(items))
+        rows = tuple(map(tuple, rows_of[shape.rows]))
+        return Layout(shape, rows, tuple(items), packing.branches)
 
     for shape in sorted(packing.shapes, key=lambda shape: (shape.cost, shape)):
         if not packing.pack and shape.rows * packing.accumulate < len(items):
@@ -287,7 +299,7 @@ def materialise(
             start, g = end, g + 1 + int(parts.max(initial=0))
     batch: Batch = Batch(
         ids_BT=ids,
-        tokens=Tokens(group, branch, position, segment, task),
+        tokens=Tokens(group, branch if layout.branches else None, position, segment, task),
         index_BM=column,
         label_BM=label,
         weight_BM=weight,
@@ -296,7 +308,7 @@ def materialise(
         if examples[0].source_ids_S is None
         else Source(
             read_ids,
-            Tokens(read_group, np.zeros_like(read_group), read_position, task_BT=read_task),
+            Tokens(read_group, None, read_position, task_BT=read_task),
         ),
         question_BM=question,
     )

@@ -12,7 +12,14 @@ import grain
 
 from prefix_jax.data.batch import Batch, Example
 from prefix_jax.data.order import Order
-from prefix_jax.data.pack import Packing, arrange, choose_shapes, materialise, measure
+from prefix_jax.data.pack import (
+    Packing,
+    arrange,
+    branching,
+    choose_shapes,
+    materialise,
+    measure,
+)
 from prefix_jax.data.prepare import prepare as prepare_records
 from prefix_jax.data.source import Record, read_records
 from prefix_jax.data.template import Template, render, render_chat
@@ -150,7 +157,12 @@ class Pipeline:
         self._part = part
         groups = [item.source for item in self._items] if group_by_source else None
         self.order = Order(len(examples), batch_size, seed=seed, groups=groups)
-        packing = Packing(pack=pack, rows_multiple=rows_multiple, accumulate=accumulate)
+        packing = Packing(
+            pack=pack,
+            rows_multiple=rows_multiple,
+            accumulate=accumulate,
+            branches=branching(self._items, pack),
+        )
         sample = range(min(max(_SAMPLE // batch_size, 16), 512))
         batches = [[self._items[i] for i in self.order.step(step)] for step in sample]
         self.packing = dataclasses.replace(packing, shapes=choose_shapes(batches, packing))
@@ -206,7 +218,7 @@ def evaluation_batches(
     items = measure(examples)
     order = sorted(range(len(items)), key=lambda i: items[i].source) if pack else range(len(items))
     chunks = [order[i : i + batch_size] for i in range(0, len(items), batch_size)]
-    packing = Packing(pack=pack, rows_multiple=rows_multiple)
+    packing = Packing(pack=pack, rows_multiple=rows_multiple, branches=branching(items, pack))
     measured = [[items[i] for i in chunk] for chunk in chunks]
     if measured:
         # These batches are all there are: a shape that saves less than one is not worth compiling.

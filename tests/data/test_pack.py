@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefix_jax.data.batch import Example
-from prefix_jax.data.pack import Packing, Shape, arrange, choose_shapes, materialise, measure
+from prefix_jax.data.pack import (
+    Packing,
+    Shape,
+    arrange,
+    branching,
+    choose_shapes,
+    materialise,
+    measure,
+)
 from prefix_jax.errors import DataError
 
 
@@ -74,7 +82,7 @@ def read_of(micro, row, group):
     if micro.source is None:
         return ()
     at = micro.source.tokens
-    assert not at.branch_BT.any()
+    assert at.branch_BT is None
     here = at.group_BT[row] == group
     assert at.position_BT[row][here].tolist() == list(range(here.sum()))
     return micro.source.ids_BS[row][here].tolist()
@@ -118,7 +126,7 @@ def test_rows_hold_sources_once_and_targets_without_their_last_token(examples, p
         assert batch.read == laid + read
         sides.append((batch.source.ids_BS, batch.source.tokens))
     for ids, at in sides:
-        for leaf in (ids, at.branch_BT, at.position_BT):
+        for leaf in jax.tree.leaves((ids, at)):
             assert not leaf[at.group_BT == 0].any()
     assert sorted(i for row in layout.rows for block in row for i in block.members) == list(
         range(len(examples))
@@ -160,6 +168,33 @@ def test_a_layout_does_not_depend_on_how_sources_are_numbered(examples, packing,
     items = measure(examples)
     renumbered = [item._replace(source=shift - item.source) for item in items]
     assert arrange(items, packing).rows == arrange(renumbered, packing).rows
+
+
+@settings(deadline=None)
+@given(batches(), packings)
+def test_columns_stand_in_the_order_of_what_sees_what(examples, packing):
+    """Kernels compare columns: no token sees one behind it, and positions go up one by one."""
+    for micro in micro_batches(materialise(arrange(measure(examples), packing), examples)):
+        at = micro.tokens
+        for group, branch, position in zip(at.group_BT, at.branch_BT, at.position_BT, strict=True):
+            for column in np.flatnonzero(group):
+                sees = (group == group[column]) & (position <= position[column])
+                sees &= (branch == 0) | (branch == branch[column])
+                assert np.flatnonzero(sees).max() == column
+                steps = np.diff(position[sees & (branch == branch[column])])
+                assert (steps == 1).all()
+
+
+def test_only_where_sources_are_shared_can_rows_branch():
+    def tokens(sources, pack=True):
+        examples = [example([7, source], [True] * 3) for source in sources]
+        items = measure(examples)
+        packing = Packing(pack=pack, branches=branching(items, pack))
+        return materialise(arrange(items, packing), examples).tokens
+
+    assert tokens([8, 9, 8]).branch_BT.any()
+    assert tokens([8, 9, 8], pack=False).branch_BT is None
+    assert tokens([8, 9, 10]).branch_BT is None
 
 
 def test_targets_of_one_source_share_its_tokens_as_branches():

@@ -1,0 +1,103 @@
+"""A model whose attention runs in kernels: what it computes, and what a TPU's program holds."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoders import decoder, token_ids, weights
+from jax.sharding import NamedSharding
+
+from prefix_jax.mesh import make_mesh, replicated, rows_sharding, weight_shardings
+from prefix_jax.nn import splash
+from prefix_jax.nn.mask import Tokens
+from prefix_jax.plan.hlo import parse, temporaries
+from prefix_jax.prefix import KVPrefix, Prefix, Site
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# Gemma 2: the layers of one scan alternate between a window and none, and soft caps bend.
+BACKBONE = decoder("gemma2")
+P = 5
+
+
+def prefix() -> Prefix:
+    g = BACKBONE.geometry.main
+    k, v = jax.random.normal(jax.random.key(3), (2, g.layers, P, g.kv_heads, g.head_dim))
+    return Prefix(Site(KVPrefix(k, v)), offset=P)
+
+
+def texts(rows: int, columns: int) -> tuple[jax.Array, Tokens]:
+    """Rows of two groups and padding."""
+    group_T = jnp.asarray([1] * (columns // 2) + [2] * (columns // 4) + [0] * (columns // 4))
+    position_T = jnp.where(group_T == 2, jnp.arange(columns) - columns // 2, jnp.arange(columns))
+    group_BT, position_BT = (jnp.tile(x, (rows, 1)) for x in (group_T, position_T))
+    return token_ids(rows, columns), Tokens(group_BT, None, position_BT)
+
+
+def loss(prefix, params, ids_BT, tokens):
+    h_BTD, _ = BACKBONE.hidden(params, ids_BT, tokens, prefix)
+    return jnp.sum(jnp.where((tokens.group_BT > 0)[..., None], h_BTD, 0) ** 3)
+
+
+def test_kernels_change_neither_a_loss_nor_its_gradients():
+    step = jax.value_and_grad(loss)
+    args = prefix(), weights(BACKBONE), *texts(2, 128)
+    plain = jax.jit(step)(*args)
+    with splash.interpreted():
+        fused = jax.jit(lambda *args: step(*args))(*args)
+    assert fused[0] != plain[0]
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4)
+    close(fused[0], plain[0])
+    jax.tree.map(
+        lambda ours, theirs: close(ours, theirs, atol=1e-5 * float(jnp.abs(theirs).max())),
+        fused[1],
+        plain[1],
+    )
+
+
+def test_prompts_are_read_by_kernels_and_continued_without():
+    params = jax.eval_shape(lambda: weights(BACKBONE))
+
+    def read(params, ids_BT, tokens):
+        cache = BACKBONE.empty_cache(params, *ids_BT.shape)
+        return BACKBONE.hidden(params, ids_BT, tokens, None, cache)[1].grow(128)
+
+    def advance(params, ids_BT, tokens, cache):
+        return BACKBONE.hidden(
+            params, ids_BT[:, :1], jax.tree.map(lambda x: x[:, :1], tokens), None, cache
+        )
+
+    args = params, *texts(2, 128)
+    assert "pallas_call" in str(jax.make_jaxpr(read)(*args))
+    cache = jax.eval_shape(read, *args)
+    assert "pallas_call" not in str(jax.make_jaxpr(advance)(*args, cache))
+
+
+def test_no_array_of_a_TPU_program_holds_weights_of_queries_on_keys():
+    """Compiled for 8 chips, of which each holds parts of the rows, of D and of the heads."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    T = 256
+    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    mesh = make_mesh(2, 2, 2, devices=chips)
+
+    def on(mesh_sharding: NamedSharding, leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh_sharding)
+
+    params = jax.eval_shape(lambda: weights(BACKBONE))
+    rows = rows_sharding(mesh, 2)
+    args = (
+        jax.tree.map(functools.partial(on, replicated(mesh)), jax.eval_shape(prefix)),
+        jax.tree.map(on, weight_shardings(params, mesh), params),
+        *jax.tree.map(functools.partial(on, rows), jax.eval_shape(lambda: texts(4, T))),
+    )
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.value_and_grad(loss)).lower(*args).compile().as_text()
+    for kernel in ("fwd", "dq", "dkv"):
+        assert f"splash_mqa_{kernel}" in program
+    assert not [array for array in temporaries(parse(program)) if array.dims.count(T) > 1]

@@ -1,0 +1,178 @@
+"""The kernels compute what XLA computes, in values and in gradients.
+
+Pallas interprets them here; that they compile for a TPU is in `tests/backbones/test_stack.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefix_jax.mesh import make_mesh
+from prefix_jax.nn import splash
+from prefix_jax.nn.attend import attend
+from prefix_jax.nn.mask import Seen, Sight, Tokens, visible
+from prefix_jax.prefix import KVPrefix, Site
+
+pytestmark = pytest.mark.usefixtures("quick_compilation", "small_blocks")
+
+B, T, K, G, H = 2, 256, 2, 2, 8
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several blocks."""
+    monkeypatch.setattr(splash, "BLOCK", 128)
+
+
+class Case(NamedTuple):
+    q_BTNH: jax.Array
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+    join: KVPrefix | None
+
+
+def case(S: int = T, P: int = 3, columns: int = T, rows: int = B) -> Case:
+    normal = functools.partial(np.random.default_rng(0).normal)
+
+    def array(*shape: int) -> jax.Array:
+        return jnp.asarray(normal(size=shape), jnp.float32)
+
+    join = KVPrefix(array(P, K, H), array(P, K, H), array(P, K * G)) if P else None
+    return Case(array(rows, columns, K * G, H), array(rows, S, K, H), array(rows, S, K, H), join)
+
+
+def packed(columns: int, branches: int = 0, rows: int = B) -> Tokens:
+    """Rows of groups of many lengths, each a source with `branches` targets, and then padding."""
+    rng = np.random.default_rng(columns)
+    group, branch, position = np.zeros((3, rows, columns), np.int32)
+    for row in range(rows):
+        start, number = 0, 1
+        while start < columns - 40:
+            source = end = start + int(rng.integers(10, 30))
+            position[row, start:end] = np.arange(end - start)
+            for b in range(1, branches + 1):
+                target, end = end, end + int(rng.integers(1, 12))
+                branch[row, target:end] = b
+                position[row, target:end] = source - start + np.arange(end - target)
+            group[row, start:end] = number
+            # Columns behind the row's end were cut off.
+            start, number = end, number + 1
+    arrays = map(jnp.asarray, (group, branch, position))
+    tokens = Tokens(*arrays)
+    return tokens if branches else dataclasses.replace(tokens, branch_BT=None)
+
+
+def found(
+    case: Case, seen: Seen, softcap: float | None = None, fused: bool = True
+) -> tuple[jax.Array, Case]:
+    """What the queries that are no padding read, and the gradients of a sum of it."""
+    weight_BTNH = jnp.asarray(np.random.default_rng(1).normal(size=case.q_BTNH.shape), jnp.float32)
+    assert isinstance(seen.tokens, Sight)
+    real_BT11 = (seen.tokens.queries.group_BT > 0)[..., None, None]
+
+    def scalar(case: Case) -> tuple[jax.Array, jax.Array]:
+        out = attend(*case[:3], seen, Site(case.join), 0.5, softcap)
+        out = jnp.where(real_BT11, out, 0)
+        return jnp.sum(out * weight_BTNH), out
+
+    def both(case: Case) -> tuple[jax.Array, Case]:
+        (_, out), gradients = jax.value_and_grad(scalar, has_aux=True)(case)
+        return out, gradients
+
+    if not fused:
+        return jax.jit(both)(case)
+    with splash.interpreted():
+        program = jax.jit(both).trace(case)
+    # Forward, and backward for queries and for keys.
+    assert str(program.jaxpr).count("pallas_call[") >= 3
+    return program.lower().compile()(case)
+
+
+def compare(case: Case, seen: Seen, softcap: float | None = None) -> None:
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        found(case, seen, softcap),
+        found(case, seen, softcap, fused=False),
+    )
+
+
+def test_packed_rows_behind_a_prefix_with_biases_and_a_soft_cap():
+    tokens = packed(T)
+    compare(case(), Seen(Sight(tokens, tokens)), softcap=2.0)
+
+
+def test_rows_that_are_no_multiple_of_a_block():
+    tokens = packed(200)
+    compare(case(S=200, P=0, columns=200), Seen(Sight(tokens, tokens)))
+
+
+def test_targets_that_branch_from_one_source():
+    tokens = packed(T, branches=3)
+    compare(case(), Seen(Sight(tokens, tokens)))
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_windows_of_layers_that_differ_in_them(narrow: bool):
+    """A prefix falls out of a window too."""
+    tokens = packed(T)
+    sight = Sight(tokens, tokens, window=9, narrow=jnp.asarray(narrow))
+    mask_BTP = jnp.broadcast_to((tokens.position_BT < 9)[..., None], (B, T, 3))
+    compare(case(), Seen(sight, mask_BTP))
+
+
+def test_encoders_and_what_attends_to_them():
+    compare(case(S=384), Seen(Sight(packed(T), packed(384), causal=False)))
+
+
+@pytest.mark.parametrize(("sizes", "rows"), [((2, 1, 4), 2), ((4, 1, 2), 2)])
+def test_devices_share_rows_and_heads(sizes: tuple[int, int, int], rows: int):
+    """Of 2 key heads on 4 devices, two devices hold each, with one of its query heads. 2 rows on 4
+    devices are on all of them."""
+    inputs, tokens = case(S=128, columns=128, rows=rows), packed(128, rows=rows)
+    seen = Seen(Sight(tokens, tokens))
+    plain = found(inputs, seen, fused=False)
+    with jax.set_mesh(make_mesh(*sizes)):
+        split = found(inputs, seen)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), split, plain)
+
+
+def test_a_query_that_sees_nothing_is_finite_and_sends_no_gradient():
+    nobody = Tokens.plain(jnp.zeros((1, 128), bool))
+    seen = Seen(Sight(nobody, nobody))
+
+    @jax.jit
+    def pulled(case: Case) -> tuple[jax.Array, Case]:
+        out, pull = jax.vjp(lambda case: attend(*case[:3], seen, None, 0.5), case)
+        return out, *pull(jnp.ones_like(out))
+
+    with splash.interpreted():
+        out, gradients = pulled(case(P=0, S=128, columns=128, rows=1))
+    assert jnp.isfinite(out).all()
+    for leaf in jax.tree.leaves(gradients):
+        assert not leaf.any()
+
+
+def test_what_the_kernels_cannot_do_is_left_to_XLA():
+    tokens, branched = packed(T), packed(T, branches=2)
+    short = packed(100)
+    q, k = jnp.zeros((B, K, G, T, H)), jnp.zeros((B, T, K, H))
+
+    def fits(seen: Seen, q: jax.Array = q, k: jax.Array = k) -> bool:
+        return splash.fits(q, k, seen)
+
+    rule = Seen(Sight(tokens, tokens))
+    assert fits(rule)
+    assert fits(Seen(Sight(branched, branched)))
+    assert not fits(Seen(visible(tokens, tokens)))
+    assert not fits(dataclasses.replace(rule, bias_BNTS=jnp.zeros((1, K * G, T, T))))
+    assert not fits(Seen(Sight(branched, branched, window=9)))
+    assert not fits(Seen(Sight(short, short)), q[:, :, :, :100], k[:, :100])
+    # A cache with room for more.
+    assert not fits(Seen(Sight(packed(128), tokens)), q[:, :, :, :128])
