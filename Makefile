@@ -32,7 +32,7 @@ quickstart: .venv/installed ## tune a prefix on a real 135M model, on CPU, in mi
 
 test: $(DEV)/installed ## run the test suite
 	@echo "Running the tests on Python $(VERSION), two at a time"
-	@$(DEV)/bin/python -m pytest --quiet --numprocesses 2 --dist loadfile
+	@$(DEV)/bin/python -m pytest --quiet --numprocesses 2 --dist worksteal
 
 lint: $(DEV)/installed ## ruff, import-linter, mypy, shellcheck
 	$(DEV)/bin/ruff check

@@ -11,6 +11,9 @@ from hypothesis import settings
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Several devices, so that meshes are real. A computation on one of them is no slower for it.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Compiling a small program takes longer than running it once: quickly, here and in processes that
+# tests start. What looks at what the compiler makes of a program asks for `full_compilation`.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # Tests compile the same small programs again and again. Workers of pytest-xdist write at the same
 # time, so that each has a cache of its own.
 worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
@@ -44,12 +47,17 @@ def tiny_encoder_dir(request: pytest.FixtureRequest, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """For modules of many small programs, whose compilation takes longer than they do."""
+def full_compilation() -> Iterator[None]:
+    """Compiles as users do; programs of one kind round otherwise than those of the other."""
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
     jax.config.update("jax_disable_most_optimizations", False)
-    # What was compiled so rounds otherwise, and must not serve modules that compare bits.
     jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> None:
+    """What every test does already; of modules that still ask for it."""

@@ -12,6 +12,8 @@ import pytest
 from prefix_jax.backbones.load import architecture, load, read_config
 from prefix_jax.nn.mask import Tokens
 
+pytestmark = pytest.mark.usefixtures("full_compilation")
+
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "backbones"
 VARIANTS = sorted(path.name for path in FIXTURES.iterdir())
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,14 +17,6 @@ from prefix_jax.nn.rotary import Rotary
 from prefix_jax.prefix import KVPrefix, Prefix, Site
 
 P = 3
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compile_quickly() -> Iterator[None]:
-    """Here many small programs run once each."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,8 @@ from prefix_jax.errors import BackboneError, ContextError, DataError
 from prefix_jax.nn.mask import Tokens
 
 NEW = 8
-PROMPTS = st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=14), min_size=1, max_size=4)
+# Three or four, which share the programs of four rows.
+PROMPTS = st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=14), min_size=3, max_size=4)
 few = settings(max_examples=15)
 
 

@@ -87,17 +87,17 @@ class TestStreaming:
     def test_on_done_hears_of_every_prompt_once(self, generator: Generator) -> None:
         heard = {}
         generations = generator.generate(
-            self.PROMPTS, DecodeConfig(max_new_tokens=4), batch_size=2, on_done=heard.__setitem__
+            self.PROMPTS, DecodeConfig(max_new_tokens=4), batch_size=1, on_done=heard.__setitem__
         )
         assert [heard[index] for index in range(3)] == generations
 
     def test_a_stop_text_ends_a_continuation_whether_heard_or_not(
         self, generator: Generator
     ) -> None:
-        config = DecodeConfig(max_new_tokens=40)
+        config = DecodeConfig(max_new_tokens=16)
         free = [generation.samples[0] for generation in generator.generate(self.PROMPTS, config)]
         stop = free[0].text[5:7]
-        stopping = DecodeConfig(max_new_tokens=40, stop=(stop,))
+        stopping = DecodeConfig(max_new_tokens=16, stop=(stop,))
         heard: list[str] = []
         generations = generator.generate(self.PROMPTS, stopping)
         assert generations == generator.generate(
@@ -110,4 +110,4 @@ class TestStreaming:
             assert sample.ids == before.ids[: len(sample.ids)]
             assert sample.finish == ("stop" if stop in before.text else before.finish)
         assert generations[0].samples[0].finish == "stop"
-        assert len(generations[0].samples[0].ids) < 40
+        assert len(generations[0].samples[0].ids) < 16

@@ -11,6 +11,8 @@ import pytest
 from prefix_jax.plan.hlo import parse
 from prefix_jax.plan.products import flops, opaque, products
 
+pytestmark = pytest.mark.usefixtures("full_compilation")
+
 
 def compiled_flops(function: Callable[..., Any], *shapes: tuple[int, ...]) -> int:
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]

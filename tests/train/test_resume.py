@@ -58,7 +58,7 @@ def whole(pretrained: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
-    tiny_model_dir: Path, tmp_path: Path
+    tiny_model_dir: Path, pretrained: Pretrained, tmp_path: Path
 ) -> None:
     seed = time.time_ns()
     print("seed", seed)
@@ -73,9 +73,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
         assert process.returncode == -signal.SIGKILL
         assert not (tmp_path / "killed" / "prefix").exists()
     for output in ("killed", "whole"):
-        process = start(tiny_model_dir, tmp_path / output)
-        process.communicate()
-        assert process.returncode == 0
+        run_hard(pretrained, tmp_path / output)
     assert runs.outcome(tmp_path / "killed") == runs.outcome(tmp_path / "whole")
 
 
@@ -186,7 +184,9 @@ def test_a_signal_during_an_evaluation_saves_too(
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
 
 
-def test_processes_stop_together_at_the_signal_of_one(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_processes_stop_together_at_the_signal_of_one(
+    tiny_model_dir: Path, pretrained: Pretrained, tmp_path: Path
+) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -195,8 +195,7 @@ def test_processes_stop_together_at_the_signal_of_one(tiny_model_dir: Path, tmp_
     ]
     told = [process.communicate(timeout=300)[0].splitlines()[-2:] for process in processes]
     assert told == [["15 10", "None 12"]] * 2
-    one = load(tiny_model_dir, mesh=make_mesh(2, 1, 1, devices=jax.devices()[:2]))
-    run_in_part(one, tmp_path / "one")
+    run_in_part(pretrained, tmp_path / "one")
     for kind in ("train", "dev", "test"):
         expected = runs.losses(tmp_path / "one", kind)
         assert runs.losses(tmp_path / "two", kind) == pytest.approx(expected, rel=1e-5)

@@ -23,6 +23,8 @@ from prefix_jax.plan.audit import Audit, audit
 from prefix_jax.train.partition import merge
 from prefix_jax.train.step import TrainState, make_step
 
+pytestmark = pytest.mark.usefixtures("full_compilation")
+
 
 def _benchmark() -> ModuleType:
     script = Path(__file__).parents[2] / "benchmarks" / "step_audit.py"
