@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from prefix_jax.errors import MeshError
@@ -170,6 +171,11 @@ def row_shards() -> int:
     """Into how many parts rows are split inside a jitted function; 1 outside of a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else batch_shards(mesh)
+
+
+def agreed(value: int) -> int:
+    """What the first process says, on every process of the run. All of them call it."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def describe(mesh: Mesh | Mapping[str, int]) -> str:

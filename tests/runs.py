@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,9 +119,14 @@ def bits(tree: Any) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 def state(directory: Path, step: int) -> dict[str, Any]:
     """The arrays of a checkpoint, read by plain Orbax."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sharding info not provided")
-        return bits(ocp.load(directory / "checkpoints" / str(step)))
+    path = directory / "checkpoints" / str(step)
+    # Wherever the arrays lay that were saved.
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        ocp.metadata(path).metadata,
+    )
+    return bits(ocp.load(path, like))
 
 
 def outcome(directory: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefix_jax.cli import _stored
+from prefix_jax.cli import _processes, _stored
 from prefix_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write what the scripts of e2e-metrics, WebNLG and DART read there: hypotheses.txt, "
         "references.e2e.txt, reference0, … (takes a metric of generated text)",
     )
+    _processes.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
             f"{args.output} holds a run, whose own results these would replace; "
             "choose another directory for --output"
         )
-    progress = Console(stderr=True, highlight=False)
+    first = _processes.first()
+    progress = Console(stderr=True, highlight=False, quiet=not first)
     with progress.status("loading"):
         tuned, settings = _stored.load(args, MeasureConfig)
         if args.official is not None and set(settings.evaluate.metrics) <= {*LIKELIHOOD_METRICS}:
@@ -87,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
                 f"warning: {len(sources)} examples were {what} (first: {sources[0]})", markup=False
             )
     found = tuned.compare(examples, settings.evaluate, settings.decode, progress.status)
+    if not first:
+        return 0
     before, after = found.get("before"), found["after"]
     Console(highlight=False).print(
         comparison({} if before is None else before.report.metrics, after.report.metrics)

@@ -14,11 +14,13 @@ import logging
 import os
 import pkgutil
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import prefix_jax.cli
+from prefix_jax.cli import _processes
 from prefix_jax.errors import PrefixJaxError
 
 
@@ -32,19 +34,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quieten()
     _keep_programs()
     try:
+        _processes.join(args)
         code: int = args.run(args)
         sys.stdout.flush()
         return code
     except PrefixJaxError as error:
         print(f"error: {error}", file=sys.stderr)
+        _processes.leave(2)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        _processes.leave(130)
         return 130
     except BrokenPipeError:
         # Python flushes stdout once more at exit, and would complain there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception:
+        _processes.leave(1, f"{traceback.format_exc()}{_processes.ALONE}")
+        raise
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefix_jax.cli import _processes
+
 if TYPE_CHECKING:
     from prefix_jax.config import Config
     from prefix_jax.evaluate.run import Evaluation
@@ -36,26 +38,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="changes the config: train.steps=500, data.train=mine.jsonl",
     )
+    parser.add_argument(
+        "--profile",
+        metavar="STEPS",
+        nargs="?",
+        type=int,
+        const=5,
+        help="trace some steps for XProf (default: 5), short for train.profile=5",
+    )
+    _processes.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains, and shows what came of it; returns 128 + the signal that stopped it, if one did."""
-    import jax
     from rich.console import Console
 
     from prefix_jax import config as configs
+    from prefix_jax.mesh import agreed
     from prefix_jax.train.fit import fit
     from prefix_jax.train.results import Results, read_results
 
+    if args.profile is not None:
+        args.settings.append(f"train.profile={args.profile}")
     config = configs.load(args.config, args.settings)
     console = Console(highlight=False)
-    results = read_results(config)
-    if results is not None:
-        console.print(
-            f"The run in {config.output} has finished. Its results follow; to train anew, remove "
-            "that directory or choose another with output=…",
-            markup=False,
-        )
+    results = read_results(config) if _processes.first() else None
+    if agreed(results is not None):
+        if results is not None:
+            console.print(
+                f"The run in {config.output} has finished. Its results follow; to train anew, "
+                "remove that directory or choose another with output=…",
+                markup=False,
+            )
     else:
         try:
             ended = fit(config, console=console)
@@ -64,11 +78,12 @@ def run(args: argparse.Namespace) -> int:
                 "interrupted; the same command goes on from the last checkpoint, if there is one",
                 file=sys.stderr,
             )
+            _processes.leave(128 + signal.SIGINT)
             return 128 + signal.SIGINT
         if ended.interrupted is not None:
             return 128 + ended.interrupted
         results = Results(ended.step, ended.evaluations)
-    if jax.process_index() == 0:
+    if results is not None and _processes.first():
         _close(console, config, results)
     return 0
 

@@ -159,6 +159,7 @@ class TrainConfig:
         keep: how many of the latest checkpoints stay on disk; the best one stays besides.
         patience: evaluations without improvement after which training stops; None never does.
         log_every: optimizer steps between lines of metrics.
+        profile: how many steps to trace for XProf, from the third one of a start on; None is none.
     """
 
     steps: int | None = None
@@ -169,6 +170,7 @@ class TrainConfig:
     keep: int = 2
     patience: int | None = None
     log_every: int = 10
+    profile: int | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -187,7 +189,15 @@ class TrainConfig:
             ),
             *at_least(self, 0, "seed"),
             *at_least(
-                self, 1, "steps", "eval_every", "checkpoint_every", "keep", "patience", "log_every"
+                self,
+                1,
+                "steps",
+                "eval_every",
+                "checkpoint_every",
+                "keep",
+                "patience",
+                "log_every",
+                "profile",
             ),
         )
 

@@ -26,11 +26,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from prefix_jax.artifact.replace import sync, sync_entry
 from prefix_jax.errors import CheckpointError
+from prefix_jax.mesh import agreed
 from prefix_jax.train.step import TrainState
 
 # In the format of coreutils: `sha256sum --check SHA256SUMS` verifies a checkpoint by hand.
@@ -160,10 +160,10 @@ class Checkpoints:
             CheckpointError: it is missing, damaged, or holds other arrays than `like`.
         """
         path = self.directory / str(step)
-        if not _agreed(path.is_dir()):
+        if not agreed(path.is_dir()):
             raise CheckpointError(f"there is no checkpoint {path}; complete ones: {self.steps()}")
         damage = _damage(path) if jax.process_index() == 0 else None
-        if _agreed(damage is not None):
+        if agreed(damage is not None):
             raise CheckpointError(f"checkpoint {path} is damaged ({damage}); use another one")
         return _load(path, like)
 
@@ -185,10 +185,10 @@ class Checkpoints:
                     break
                 self._damaged.add(step)
                 self._warn(f"skipped the damaged checkpoint {self.directory / str(step)}: {damage}")
-        found = _agreed(found)
+        found = agreed(found)
         if found >= 0:
             return _load(self.directory / str(found), like)
-        if _agreed(bool(self.steps())):
+        if agreed(bool(self.steps())):
             raise CheckpointError(
                 f"every checkpoint in {self.directory} is damaged; "
                 "delete the directory to start anew, or use another output directory"
@@ -322,11 +322,6 @@ def _delete(path: Path) -> None:
     old = path.with_name(path.name + ".old")
     path.rename(old)
     shutil.rmtree(old)
-
-
-def _agreed(value: int) -> int:
-    """What the first process says, on every process."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from prefix_jax.train.results import Results, save_results, write_whole
 from prefix_jax.train.setup import Records, Setup, prepare
 from prefix_jax.train.start import start_of
 from prefix_jax.train.step import TrainState
+from prefix_jax.train.watch import Watch
 
 # What a run that goes on may be told otherwise than before. The rest decides its numbers.
 _FREE = (
@@ -46,6 +49,7 @@ _FREE = (
     "train.checkpoint_every",
     "train.keep",
     "train.log_every",
+    "train.profile",
 )
 
 
@@ -105,9 +109,11 @@ def fit(
     directory = Path(config.output)
     _refuse_another_run(directory, config)
     console = console or Console()
-    with contextlib.nullcontext() if quiet else console.status("loading the model and the data"):
+    first = jax.process_index() == 0
+    hidden = quiet or not first
+    with contextlib.nullcontext() if hidden else console.status("loading the model and the data"):
         setup = prepare(config, pretrained=pretrained, records=records)
-    if jax.process_index() == 0:
+    if first:
         write_whole(directory / "config.yaml", configs.dump(config))
     identity = {
         "fingerprint": setup.pretrained.fingerprint,
@@ -137,13 +143,16 @@ def fit(
                 log_every=config.train.log_every,
                 console=console,
                 quiet=quiet,
-                primary=jax.process_index() == 0,
+                primary=first,
             )
         )
         for warning in warnings:
             report.warning(warning)
         _announce(setup, state, report)
-        with stop_signal() as stop:
+        # Where a process stands still, it alone can say so.
+        warn = report.warning if first else functools.partial(print, "warning:", file=sys.stderr)
+        watch = Watch(warn, (jax.process_index(), jax.process_count()))
+        with stop_signal() as stop, watch:
             state = train(
                 setup,
                 state,
@@ -153,6 +162,7 @@ def fit(
                 evaluator=evaluator,
                 metadata=identity,
                 stop=stop,
+                watch=watch,
             )
         report.plot(reduction=config.data.reduction)
         step = int(state.step)

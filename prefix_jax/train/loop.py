@@ -12,18 +12,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from prefix_jax.errors import NonFiniteError
 from prefix_jax.evaluate.run import Evaluator, better
 from prefix_jax.mesh import describe, place_rows, replicated
 from prefix_jax.train.checkpoint import Checkpoints
+from prefix_jax.train.profile import Profile
 from prefix_jax.train.report import Report
 from prefix_jax.train.setup import Setup
 from prefix_jax.train.step import StepMetrics, TrainState
-
-# Steps between two agreements of several processes on whether to stop: each waits for the devices.
-_AGREE_EVERY = 10
+from prefix_jax.train.together import Together, Told
+from prefix_jax.train.watch import Watch
 
 
 @dataclasses.dataclass
@@ -44,21 +43,13 @@ class Progress:
 
 
 class Stop(threading.Event):
-    """Asks a run to save and end.
+    """Asks a run to save and end; of several processes all do, if one of them is asked.
 
     Attributes:
         cause: the signal that asked, if one did.
     """
 
     cause: signal.Signals | None = None
-
-    def asked(self, step: int) -> bool:
-        """Whether to end after `step`: all processes, if one of them is asked to."""
-        if jax.process_count() == 1:
-            return self.is_set()
-        if step % _AGREE_EVERY:
-            return False
-        return bool(multihost_utils.process_allgather(np.bool_(self.is_set())).any())
 
 
 @contextlib.contextmanager
@@ -95,6 +86,7 @@ def train(
     evaluator: Evaluator,
     metadata: dict[str, Any],
     stop: Stop,
+    watch: Watch,
 ) -> TrainState:
     """Runs the steps that are left.
 
@@ -106,7 +98,8 @@ def train(
         report: what is shown and recorded.
         evaluator: of the dev split.
         metadata: what every checkpoint says about the run.
-        stop: set it to save and return after the step at hand.
+        stop: set it to save and return after the step at hand; of several processes, the next.
+        watch: is told how long steps take.
 
     Returns:
         The state after the last step that was run.
@@ -123,6 +116,8 @@ def train(
     batches = setup.pipeline.iterate(done, setup.steps)
     go = jax.device_put(np.bool_(True), replicated(setup.mesh))
     pending: tuple[int, StepMetrics] | None = None
+    together, told = Together(), Told(False, [])
+    profile = Profile(report.directory / "profile", done, train_config.profile)
     clock = time.perf_counter()
 
     def save(step: int) -> None:
@@ -149,6 +144,7 @@ def train(
             )
         values["learning_rate"] = float(setup.schedule(step - 1))
         report.step(step, values, now - clock)
+        watch.step(step, now - clock, told.busy)
         clock = now
 
     def evaluate(step: int) -> bool:
@@ -166,29 +162,36 @@ def train(
         return improved
 
     while done < setup.steps and not progress.stopped:
-        micro = next(batches)
-        if config.optim.accumulate == 1:
-            micro = jax.tree.map(lambda leaf: leaf[None], micro)
-        with jax.set_mesh(setup.mesh):
+        begun = time.perf_counter()
+        with watch.doing(f"reading the batch of step {done + 1}"):
+            micro = next(batches)
+            if config.optim.accumulate == 1:
+                micro = jax.tree.map(lambda leaf: leaf[None], micro)
             placed = place_rows(micro, setup.mesh, leading=1)
+        busy = time.perf_counter() - begun
+        with jax.set_mesh(setup.mesh), jax.profiler.StepTraceAnnotation("train", step_num=done):
             state, metrics = setup.step(state, setup.frozen, placed, go)
         done, go = done + 1, metrics.finite
         # The metrics of the step before: this one is running already.
         settle()
-        pending = (done, metrics)
+        pending, told = (done, metrics), together.tell(stop.is_set(), busy)
 
-        last = done == setup.steps or stop.asked(done)
+        last = done == setup.steps or told.stop
         every = train_config.eval_every
         must_evaluate = "dev" in setup.splits and (
             done == setup.steps or (every is not None and done % every == 0)
         )
         must_save = done % train_config.checkpoint_every == 0
-        if not (must_evaluate or must_save or last):
+        must_turn = profile.at(done)
+        if not (must_evaluate or must_save or must_turn or last):
             continue
         settle()
+        if must_turn or last:
+            profile.turn(done)
         if must_evaluate:
-            must_save |= evaluate(done)
-            last |= stop.asked(done)
+            with watch.doing("evaluating"):
+                must_save |= evaluate(done)
+            last |= together.tell(stop.is_set(), 0.0).stop
             if train_config.patience is not None and progress.stale >= train_config.patience:
                 progress.stopped = last = True
                 report.message(
@@ -196,9 +199,12 @@ def train(
                     f"{progress.stale} evaluations (best at step {progress.best_step})"
                 )
         if must_save or last:
-            save(done)
+            with watch.doing(f"saving step {done}"):
+                save(done)
+        watch.alive()
         clock = time.perf_counter()
         if last:
             break
-    checkpoints.wait()
+    with watch.doing("writing the last checkpoint"):
+        checkpoints.wait()
     return state

@@ -1,0 +1,186 @@
+"""A run of two processes, as two hosts would make it. Run as a script, this file is one of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1]))
+
+import runs
+
+from prefix_jax import config
+from prefix_jax.backbones.load import load
+from prefix_jax.cli.main import main
+from prefix_jax.mesh import make_mesh
+from prefix_jax.train.fit import fit
+from prefix_jax.train.together import Together
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONFIG = """
+model: {path: MODEL}
+method: {name: prefix, length: 4, dropout: 0.2}
+data: {train: HERE/train.jsonl, dev: HERE/some.jsonl, test: HERE/some.jsonl, batch_size: 4,
+       input: "{sum}=", target: "{total}"}
+optim: {accumulate: 2}
+train: {steps: 12, checkpoint_every: 3}
+evaluate: {metrics: [loss, accuracy, exact_match], labels: ["02", "03"], batch_size: 4}
+decode: {max_new_tokens: 4}
+"""
+# Far more than either should take; a process that waits for a dead one fails the test by it.
+PATIENCE = 240
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    text = CONFIG.replace("MODEL", str(tiny_model_dir)).replace("HERE", str(folder))
+    (folder / "config.yaml").write_text(text)
+    for name, records in (("train", runs.RECORDS), ("some", runs.SOME)):
+        lines = (json.dumps(record) + "\n" for record in records)
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """A run of two processes that nothing interrupted."""
+    assert [code for code, _ in pair(folder, "whole")] == [0, 0]
+    return folder / "whole"
+
+
+def pair(
+    folder: Path, output: str, number: signal.Signals | None = None, step: int = 0
+) -> list[tuple[int, str]]:
+    """The exit codes of two processes, and what they printed.
+
+    Args:
+        folder: of the config.
+        output: the run directory.
+        number: a signal that the second process gets, None is none.
+        step: when it gets it.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for index in range(2):
+        words = [f"output={output}", "--distributed", f"--process={index}"]
+        kill = [str(int(number)), str(step)] if index == 1 and number is not None else ["0", "0"]
+        environment = {
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "XLA_FLAGS": "",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": "2",
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, __file__, *kill, "train", "config.yaml", *words],
+                cwd=folder,
+                env=os.environ | environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        printed = [process.communicate(timeout=PATIENCE)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(processes, printed, strict=True)]
+
+
+def take_part(number: int, step: int, words: list[str]) -> int:
+    """One process, which sends itself a signal when it has started a step."""
+    tell, calls = Together.tell, []
+
+    def telling(self: Together, stop: bool, busy: float) -> object:
+        calls.append(stop)
+        if number and len(calls) == step:
+            signal.raise_signal(number)
+            stop |= number == signal.SIGTERM
+        return tell(self, stop, busy)
+
+    Together.tell = telling
+    return main(words)
+
+
+def alone(folder: Path, output: Path) -> None:
+    """The same run as one process, with two devices of its own."""
+    settings = config.load(folder / "config.yaml", [f"output={output}"])
+    mesh = make_mesh(2, 1, 1, devices=jax.devices()[:2])
+    fit(settings, pretrained=load(settings.model.path, mesh=mesh), quiet=True)
+
+
+def test_two_processes_make_the_run_of_one(folder: Path, whole: Path, tmp_path: Path) -> None:
+    alone(folder, tmp_path)
+    assert runs.outcome(tmp_path) == runs.outcome(whole)
+
+
+def test_stopped_and_killed_and_started_again_it_ends_as_if_nothing_had_been(
+    folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    # The signal reaches one process, and both stop after the same step.
+    ended = pair(folder, "hard", signal.SIGTERM, step=4)
+    assert [code for code, _ in ended] == [128 + signal.SIGTERM] * 2, ended
+    assert "interrupted after step 5, which is saved" in ended[0][1]
+    # Only the first process prints.
+    assert "step" not in ended[1][1]
+
+    (first, text), (second, _) = pair(folder, "hard", signal.SIGKILL, step=3)
+    assert second == -signal.SIGKILL
+    assert first not in (0, 128 + signal.SIGTERM), text
+    assert "error: this process cannot go on" in text
+    assert not (folder / "hard" / "prefix").exists()
+
+    # What two have saved, one can go on with.
+    shutil.copytree(folder / "hard", tmp_path / "moved")
+    alone(folder, tmp_path / "moved")
+    assert runs.outcome(tmp_path / "moved") == runs.outcome(whole)
+
+    assert [code for code, _ in pair(folder, "hard")] == [0, 0]
+    assert runs.outcome(folder / "hard") == runs.outcome(whole)
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "message"),
+    [
+        (["--processes", "2"], {}, "need --coordinator HOST:PORT"),
+        (["--coordinator", "localhost"], {}, "no port"),
+        (["--distributed"], {}, "--coordinator HOST:PORT --processes N --process I"),
+        (["--distributed"], {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES 'two'"),
+        (
+            ["--coordinator", "h:1", "--processes", "2", "--process", "2"],
+            {},
+            "--process 2 is not one of 0 to 1",
+        ),
+    ],
+)
+def test_a_process_that_does_not_know_who_it_is_says_so(
+    words, environment, message, monkeypatch, capsys
+) -> None:
+    def initialize(*_, **__) -> None:
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "config.yaml", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    sys.exit(take_part(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))
