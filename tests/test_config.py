@@ -79,6 +79,14 @@ def test_an_override_replaces_one_value(minimal, override, value):
     assert node == value
 
 
+def test_yes_and_no_are_labels_and_true_is_a_truth_value(minimal):
+    config = load(minimal, ["task.labels=[no, yes, off]", "data.pack=false"])
+    assert config.task.labels == ("no", "yes", "off")
+    assert config.data.pack is False
+    minimal.write_text(dump(config))
+    assert load(minimal) == config
+
+
 def test_the_last_of_two_overrides_wins(minimal):
     assert load(minimal, ["train.seed=1", "train.seed=2"]).train.seed == 2
 

@@ -53,7 +53,10 @@ class Rendering:
         """As `text`, of a record that knows where it came from."""
         template = self.template
         if template is None:
-            raise PrefixError("this prefix has no template: give prompts as text, not as records")
+            raise PrefixError(
+                "this prefix has no template: give prompts as text, not as records; an adapter of "
+                "PEFT is imported with data.input=…"
+            )
         (record,) = prepare([record], template.prepare)
         if template.messages is not None:
             return render_chat_prompt(record, template.messages, self.tokenizer)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from prefix_jax import artifact
+from prefix_jax import artifact, config
 from prefix_jax.api.tuned import Tuned
 from prefix_jax.backbones.load import Pretrained
 from prefix_jax.interop import peft
@@ -35,7 +36,11 @@ def load_prefix(
 
 
 def import_peft(
-    adapter: str | Path, model: Pretrained | str | Path | None = None, *, task: int | None = None
+    adapter: str | Path,
+    model: Pretrained | str | Path | None = None,
+    *,
+    task: int | None = None,
+    overrides: Sequence[str] = (),
 ) -> Tuned:
     """Loads an adapter of Hugging Face PEFT: what it computes there, it computes here.
 
@@ -44,10 +49,14 @@ def import_peft(
             tokens; see `prefix_jax.interop.peft`.
         model: its backbone, or where to load it from; None loads the one that the adapter names.
         task: which task of a multitask prompt, counted from 0.
+        overrides: what an adapter does not tell, as on the command line: how records become text,
+            "data.input={text}", and the names of a head's labels, "task.labels=[bad, good]".
 
     Raises:
+        ConfigError: an override is not one of `data` or `task`.
         PrefixError: the adapter is damaged, of another type, or made for another backbone.
         BackboneError: the backbone cannot be loaded.
     """
-    imported = peft.import_peft(adapter, model, task=task)
+    settings = config.sections(peft.ImportConfig, {}, overrides)
+    imported = peft.import_peft(adapter, model, task=task, settings=settings)
     return Tuned(imported.pretrained, imported.produced, imported.card, head=imported.head)

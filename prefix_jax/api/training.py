@@ -21,7 +21,7 @@ from prefix_jax.train.fit import fit as fit_config
 
 
 def fit(
-    pretrained: Pretrained,
+    pretrained: Pretrained | str | Path,
     method: Method[Any] | None,
     train: Source,
     *,
@@ -44,7 +44,7 @@ def fit(
     """Tunes a prefix.
 
     Args:
-        pretrained: of `load`.
+        pretrained: of `load`, or what it takes.
         method: what trains: `PrefixTuning(length=16)`, say; None fine-tunes the whole backbone.
         train, dev, test: files, `tfds:NAME/SPLIT`, or iterables of records.
         input: template of the text that is given: "{facts} =>".
@@ -69,13 +69,20 @@ def fit(
             f"method is {method!r}; give one such as PrefixTuning(length=16), or None, which "
             "trains the whole backbone"
         )
+    if task is not None and not isinstance(task, TaskConfig):
+        raise ConfigError(f"task is {task!r}; give one such as Task('classify', label='label')")
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides is {overrides!r}; give a list, such as [{overrides!r}]")
+    loaded = pretrained if isinstance(pretrained, Pretrained) else None
     splits = {"train": train, "dev": dev, "test": test}
     named = {name: str(s) for name, s in splits.items() if isinstance(s, str | Path)}
     records = {
         name: s for name, s in splits.items() if s is not None and not isinstance(s, str | Path)
     }
     values = {
-        "model": {"path": pretrained.source, "quantize": pretrained.quantize},
+        "model": {"path": str(pretrained)}
+        if loaded is None
+        else {"path": loaded.source, "quantize": loaded.quantize},
         "method": section_of(method),
         "data": {
             "input": input,
@@ -91,7 +98,5 @@ def fit(
         "output": str(output or tempfile.mkdtemp(prefix="prefix_jax-")),
     }
     run_config = config.parse(values, overrides)
-    run = fit_config(
-        run_config, pretrained=pretrained, records=records, console=console, quiet=quiet
-    )
+    run = fit_config(run_config, pretrained=loaded, records=records, console=console, quiet=quiet)
     return Tuned(run.pretrained, run.produced, run.card, run, run.head)

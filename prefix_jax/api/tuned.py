@@ -137,7 +137,10 @@ class Tuned:
     @property
     def _answerer(self) -> Answerer:
         if self.card is None or self.head is None:
-            raise PrefixError("there is no stored prefix with a head: this one generates text")
+            raise PrefixError(
+                "there is no stored prefix with a head: this one generates text; use generate "
+                "(prefix-jax generate)"
+            )
         return Answerer(self.pretrained, self.prefix, self.head, self.card)
 
     def classify(self, texts: Prompt | Sequence[Prompt], batch_size: int = 16) -> Any:
@@ -289,7 +292,10 @@ class Tuned:
         if self.head is not None:
             return self._answerer.examples(records)
         if template is None:
-            raise PrefixError("this prefix has no template: nothing says how to render records")
+            raise PrefixError(
+                "this prefix was stored without templates, and nothing says how records become "
+                "text; an adapter of PEFT is imported with data.input=… and data.target=…"
+            )
         backbone = self.pretrained.backbone
         how = dataclasses.asdict(template)
         del how["pair"], how["task"]  # of tasks with labels, and of several tasks
@@ -305,7 +311,7 @@ class Tuned:
     def evaluate(
         self,
         data: Source,
-        metrics: Sequence[str] = ("loss",),
+        metrics: str | Sequence[str] = ("loss",),
         *,
         decode: DecodeConfig | None = None,
         **options: Any,
@@ -314,11 +320,12 @@ class Tuned:
 
         Args:
             data: a file, `tfds:NAME/SPLIT`, or records, or what `examples` made of them.
-            metrics: "loss", "accuracy", "bleu", …: see `EvaluateConfig`.
+            metrics: "loss", "accuracy", "bleu", …, one or several: see `EvaluateConfig`.
             decode: how text is generated; None takes `decode` of this object.
             options: further fields of `EvaluateConfig`.
         """
-        settings = build(EvaluateConfig, {"metrics": tuple(metrics), **options})
+        names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+        settings = build(EvaluateConfig, {"metrics": names, **options})
         return self.compare(data, dataclasses.replace(settings, before=False), decode)["after"]
 
     def compare(
@@ -365,7 +372,7 @@ class Tuned:
             names = ", ".join(map(repr, self.tasks))
             raise PrefixError(f"each task has a prefix to {verb}: take tasks[…] of {names}")
         if self.produced is None or self.card is None:
-            raise PrefixError(f"there is no prefix to {verb}: this is full fine-tuning")
+            raise PrefixError(f"there is no prefix to {verb}: this is a backbone alone")
         return self.produced, self.card
 
     def export_peft(self, path: str | Path, *, bake: bool = False) -> None:

@@ -2,6 +2,11 @@
 
 It computes here what it computes there: docs/from_peft.md. A multitask prompt becomes one prefix a
 task, OUTPUT/task-0 and so on, unless --task picks one.
+
+  prefix-jax import adapter mine data.input="{text}" "task.labels=[bad, good]"
+
+An adapter does not tell how records become text, nor the names of labels; what stands behind it
+does, by the keys of a config.
 """
 
 from __future__ import annotations
@@ -14,6 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The adapter, the prefix to write, and the backbone."""
     parser.add_argument("adapter", help="the directory that PeftModel.save_pretrained wrote")
     parser.add_argument("output", help="the directory to write")
+    parser.add_argument(
+        "settings",
+        metavar="key.path=value",
+        nargs="*",
+        help="how records become text, data.input={text}, and the names of labels",
+    )
     parser.add_argument("--model", help="the backbone (default: the one that the adapter names)")
     parser.add_argument("--task", type=int, help="a task of a multitask prompt, counted from 0")
     parser.add_argument(
@@ -28,9 +39,11 @@ def run(args: argparse.Namespace) -> int:
     """Writes the prefixes and says what they are."""
     from rich.console import Console
 
-    from prefix_jax import artifact
+    from prefix_jax import artifact, config
     from prefix_jax.errors import PrefixError
-    from prefix_jax.interop.peft import import_peft, tasks_of
+    from prefix_jax.interop.peft import ImportConfig, import_peft, tasks_of
+
+    settings = config.sections(ImportConfig, {}, args.settings)
 
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -42,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     model = args.model
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for task, place in places.items():
-        imported = import_peft(args.adapter, model, task=task)
+        imported = import_peft(args.adapter, model, task=task, settings=settings)
         model, card = imported.pretrained, imported.card
         artifact.save(place, imported.produced, card, args.to, imported.head)
         console.print(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from prefix_jax.artifact import TaskCard
     from prefix_jax.interop.inspect import Inspection, Norms
 
 
@@ -65,6 +67,7 @@ def _facts(found: Inspection) -> Table:
         "started as": card.init,
         "trained": None if card.steps is None else f"{card.steps:,} steps",
         "prefix": f"{card.length} slots of kind {card.kind}",
+        "task": None if card.task is None else _task(card.task),
         "positions": None
         if not card.positions
         else f"{card.positions[0]} to {card.positions[-1]}, text from {card.offset}"
@@ -89,6 +92,13 @@ def _facts(found: Inspection) -> Table:
     for name, value in dataclasses.asdict(card.template).items() if card.template else ():
         rows[f"template: {name}"] = None if value is None else repr(value)
     return _grid(f"{found.path}", rows)
+
+
+def _task(task: TaskCard) -> str:
+    labels = task.config.get("labels") or ()
+    size = sum(math.prod(shape) for shape in task.shapes.values())
+    named = f" ({', '.join(labels)})" if labels else ""
+    return f"{task.config['name']}{named}, by a head of {size:,} parameters"
 
 
 def _fields(values: dict[str, object]) -> str:

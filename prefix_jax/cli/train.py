@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from prefix_jax.train.summary import Sample
 
 _SAMPLES = 3
+_LONG = 500  # characters of a record that one would not read in a command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +98,7 @@ def _close(console: Any, config: Config, results: Results) -> None:
         console,
         before={} if before is None else before.report.metrics,
         after=_dev(directory, results.step) if after is None else after.report.metrics,
-        samples=_samples(before, after),
+        samples=_samples(before, after, config),
         written=_written(directory),
         command=_command(config),
     )
@@ -114,15 +115,16 @@ def _dev(directory: Path, step: int) -> dict[str, float]:
     return {}
 
 
-def _samples(before: Evaluation | None, after: Evaluation | None) -> list[Sample]:
-    """A few held-out generations."""
+def _samples(before: Evaluation | None, after: Evaluation | None, config: Config) -> list[Sample]:
+    """A few held-out generations, or answers of a head."""
     from prefix_jax.train.summary import Sample
 
     if after is None:
         return []
     without = {} if before is None else {p.source: p.prediction for p in before.predictions}
+    how = "generated" if config.task.name == "generate" else "answered"
     return [
-        Sample(made.prompt, made.references[0], without.get(made.source), made.prediction)
+        Sample(made.prompt, made.references[0], without.get(made.source), made.prediction, how)
         for made in after.predictions[:_SAMPLES]
     ]
 
@@ -160,13 +162,14 @@ def _command(config: Config) -> str | None:
         prefix = next(iter(sorted((Path(config.output) / artifact.PREFIXES).glob("*"))), prefix)
     if not prefix.exists():
         return None
+    source = config.data.test or config.data.dev or config.data.train
     if config.task.name != "generate":
-        source = config.data.test or config.data.dev or config.data.train
         return shlex.join([_executable(), "predict", str(prefix), "--input", source or "FILE"])
     words = [_executable(), "generate", str(prefix)]
     record = _held_out(config, prefix.name)
-    if record is not None:
-        words += ["--record", json.dumps(record, ensure_ascii=False)]
+    if record is not None and source is not None:
+        text = json.dumps(record, ensure_ascii=False)
+        words += ["--record", text] if len(text) <= _LONG else ["--input", source]
     return shlex.join(words)
 
 

@@ -119,6 +119,13 @@ for _cls in (_Loader, _Dumper):
         re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
         list("-+0123456789"),
     )
+# Nor are YAML 1.2's yes and no, on and off, truth values: they may be labels.
+for _letter, _resolvers in _Loader.yaml_implicit_resolvers.items():
+    _bool = "tag:yaml.org,2002:bool"
+    _Loader.yaml_implicit_resolvers[_letter] = [(t, e) for t, e in _resolvers if t != _bool]
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -138,6 +138,11 @@ class Reading:
                     "tokens; raise data.max_length or lower task.stride"
                 )
             answers = _answers(record, self.task.label, context) if answered else []
+            if answered and not answers and not self.task.unanswerable:
+                raise DataError(
+                    f"{record.source}: there is no answer; leave the record out, or set "
+                    "task.unanswerable=true, where a question may have none (SQuAD 2.0)"
+                )
             encodings = self.tokenizer(
                 question,
                 context,
@@ -186,7 +191,8 @@ class Reading:
             references: tuple[str, ...] = ()
             if answered:
                 names = self.task.labels or tuple(map(str, range(len(parts))))
-                right = _label(record, record.value(self.task.label), names[: len(parts)])
+                given_answer = record.value(self.task.label)
+                right = _label(record, given_answer, names[: len(parts)], "choice")
                 label_M[right], references = 1, (several[right],)
             found.append(
                 dataclasses.replace(
@@ -300,29 +306,33 @@ def _render(template: Template, record: Record) -> str:
 
 def _list(record: Record, name: str) -> list[Any]:
     value = record.value(name)
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
         raise DataError(f"{record.source}: field {name!r} must hold a list, one item a word")
+    if not value:
+        raise DataError(f"{record.source}: field {name!r} holds an empty list; remove the record")
     return value
 
 
 def _number(record: Record, name: str) -> float:
+    value = record.value(name)
     try:
-        return float(record.value(name))
+        number = float(value)
     except (TypeError, ValueError):
-        raise DataError(
-            f"{record.source}: field {name!r} holds {record.value(name)!r}, not a number"
-        ) from None
+        raise DataError(f"{record.source}: field {name!r} holds {value!r}, not a number") from None
+    if not abs(number) <= float(np.finfo(np.float32).max):
+        raise DataError(f"{record.source}: field {name!r} holds {value!r}, which is not finite")
+    return number
 
 
-def _label(record: Record, value: Any, names: Sequence[str]) -> int:
+def _label(record: Record, value: Any, names: Sequence[str], what: str = "label") -> int:
     """The number of a label: by its name, or counted from 0."""
     if str(value) in names:
         return list(names).index(str(value))
     if isinstance(value, int) and 0 <= value < len(names):
         return value
     raise DataError(
-        f"{record.source}: the label {value!r} is none of {', '.join(map(repr, names))}; "
-        "name all of them in task.labels"
+        f"{record.source}: the {what} {value!r} is none of {', '.join(map(repr, names))}; "
+        + ("those are counted from 0" if what == "choice" else "name all of them in task.labels")
     )
 
 

@@ -105,6 +105,8 @@ def _read_file(path: Path) -> list[Record]:
             f"{path}: unknown kind of data {path.suffix!r}; give a file that ends in "
             f"{', '.join(READERS)}, or {TFDS}NAME/SPLIT"
         )
+    if path.is_dir():
+        raise DataError(f"{path} is a directory; give one of the files in it")
     if not path.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         where = "" if path.parent.is_dir() else f"; there is no directory {path.parent}"
@@ -124,7 +126,9 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
                 continue
             source = f"{path.name}:{number}"
             try:
-                fields = json.loads(line)
+                fields = json.loads(line, object_pairs_hook=_unique)
+            except _TwiceError as error:
+                raise DataError(f"{path}:{number}: the field {error} stands twice") from error
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{path}:{number}: malformed JSON, {error.msg} at column {error.colno}"
@@ -135,6 +139,19 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
                     "each line must hold one JSON object"
                 )
             yield Record(fields, source)
+
+
+class _TwiceError(Exception):
+    """A key of a JSON object that stands there twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What JSON's reader would make of an object, where it takes the last of equal keys."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(repr(next(name for name in names if names.count(name) > 1)))
+    return fields
 
 
 def _read_csv(path: Path) -> Iterator[Record]:

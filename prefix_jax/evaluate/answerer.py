@@ -69,6 +69,16 @@ class Answerer:
             DataError: a record cannot become an example.
         """
         template = template or self.card.template or TemplateCard()
+        if template.input is None and self.task.name != "tag":
+            raise PrefixError(
+                "this prefix was stored without templates, and nothing says how records become "
+                "text; an adapter of PEFT is imported with data.input=…"
+            )
+        if template.pair is None and self.task.name == "span":
+            raise PrefixError(
+                "this prefix was stored without the template of the text to search; an adapter of "
+                "PEFT is imported with data.pair=…"
+            )
         backbone = self.pretrained.backbone
         arch, room = backbone.arch, backbone.room(self.prefix, backbone.reader)
         reading = Reading(

@@ -53,6 +53,19 @@ _FREE = (
 )
 
 
+# What a run writes besides its config: none of it may be somebody else's.
+_WRITTEN = (
+    "checkpoints",
+    "metrics.jsonl",
+    "results.json",
+    "predictions.jsonl",
+    "loss.png",
+    "prefix",
+    PREFIXES,
+)
+_SHOWN = 20  # labels that are named
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What a run leaves.
@@ -187,6 +200,11 @@ def _refuse_another_run(directory: Path, config: Config) -> None:
         raise ConfigError(f"output {directory} is a file; choose a directory for the run")
     path = directory / "config.yaml"
     if not path.exists():
+        if found := [name for name in _WRITTEN if (directory / name).exists()]:
+            raise ConfigError(
+                f"{directory} holds no run, and the run would replace {', '.join(found)} there; "
+                "choose another output"
+            )
         return
     if not (directory / "checkpoints").exists() and path.read_text() != configs.dump(config):
         raise ConfigError(
@@ -266,9 +284,14 @@ def _announce(setup: Setup, state: TrainState, report: Report) -> None:
     report.message(
         f"{setup.pretrained.source}: {frozen:,} parameters frozen"
         f"{'' if held == 'none' else f' in {held}'}, {trained:,} trained "
-        f"({name_of(setup.model.method)}); {len(train_examples):,} training examples, "
+        f"({name_of(setup.model.method)}{' and head' * (setup.model.head is not None)}); "
+        f"{len(train_examples):,} training examples, "
         f"{setup.steps} steps of {setup.config.data.batch_size}"
     )
+    labels = setup.task.labels or ()
+    if labels:
+        more = f", … ({len(labels)} in all)" if len(labels) > _SHOWN else ""
+        report.message(f"labels: {', '.join(map(repr, labels[:_SHOWN]))}{more}")
     for name, examples in setup.splits.items():
         for what, sources in (("cut to fit", examples.truncated), ("dropped", examples.dropped)):
             if sources:

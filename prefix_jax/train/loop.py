@@ -136,7 +136,7 @@ def train(
         if not values.pop("finite"):
             save(step - 1)
             checkpoints.wait()
-            sources = ", ".join(setup.pipeline.batch_sources(step - 1))
+            sources = ", ".join(dict.fromkeys(setup.pipeline.batch_sources(step - 1)))
             raise NonFiniteError(
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; "
                 f"its batch holds {sources}. The state before it is saved; look at these "

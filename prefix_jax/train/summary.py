@@ -45,12 +45,14 @@ class Sample:
         reference: what it should write.
         before: what it wrote without the prefix; None if that was not asked for.
         after: what it writes with the prefix.
+        made: what that is: "generated", or "answered" by a head.
     """
 
     input: str
     reference: str
     before: str | None
     after: str
+    made: str = "generated"
 
 
 def number(metric: str, value: float) -> str:
@@ -105,7 +107,7 @@ def _generation(sample: Sample) -> Panel:
     given.add_row("input", _plain(sample.input))
     given.add_row("reference", _plain(sample.reference))
     if sample.before is None:
-        given.add_row("generated", _plain(sample.after), style="bold")
+        given.add_row(sample.made, _plain(sample.after), style="bold")
         return Panel(given)
 
     sides = Table(box=box.SIMPLE_HEAD, expand=True, show_edge=False, pad_edge=False)

@@ -37,9 +37,14 @@ def tuned(model: pj.Pretrained, tmp_path_factory: pytest.TempPathFactory) -> pj.
 
 
 def test_three_lines_make_a_tuned_model(tiny_model_dir: Path) -> None:
-    model = pj.load(tiny_model_dir)
-    tuned = pj.fit(model, pj.PromptTuning(2), runs.RECORDS, **TEMPLATES, steps=2, quiet=True)
+    method = pj.PromptTuning(2)
+    tuned = pj.fit(tiny_model_dir, method, runs.RECORDS, **TEMPLATES, steps=2, quiet=True)
     assert isinstance(tuned.generate({"sum": "1+1"}, max_new_tokens=4), str)
+
+
+def test_one_metric_may_stand_alone(tuned: pj.Tuned) -> None:
+    some = runs.RECORDS[:2]
+    assert tuned.evaluate(some, "loss").report == tuned.evaluate(some, ["loss"]).report
 
 
 def test_training_lowers_the_loss(tuned: pj.Tuned) -> None:
@@ -209,6 +214,10 @@ def test_held_out_text_that_does_not_fit_is_an_error(tuned: pj.Tuned) -> None:
 def test_a_method_by_its_name_is_refused_with_what_to_give(model: pj.Pretrained) -> None:
     with pytest.raises(ConfigError, match=r"method is 'prefix'; give one such as PrefixTuning"):
         pj.fit(model, "prefix", runs.RECORDS, **TEMPLATES, **SHORT)
+    with pytest.raises(ConfigError, match=r"task is 'classify'; give one such as Task\("):
+        pj.fit(model, pj.PrefixTuning(2), runs.RECORDS, input="{sum}", task="classify", steps=1)
+    with pytest.raises(ConfigError, match=r"overrides is 'train.seed=1'; give a list"):
+        pj.fit(model, pj.PrefixTuning(2), runs.RECORDS, **TEMPLATES, overrides="train.seed=1")
 
 
 def test_a_tuned_model_is_shown_in_a_few_lines(tuned: pj.Tuned) -> None:

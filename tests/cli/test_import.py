@@ -7,6 +7,7 @@ from prefix_jax.cli.main import main
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 LLAMA = FIXTURES / "backbones" / "llama_grouped"
+BERT = FIXTURES / "encoders" / "bert"
 
 
 def run(*words: object) -> int:
@@ -21,6 +22,19 @@ def test_it_writes_a_prefix_and_says_what_it_is(tmp_path, capsys):
         "text starts at position 3\n"
     )
     assert artifact.load(output)[1].method == {"name": "cartridge", "length": 3, "frozen": 2}
+
+
+def test_templates_and_names_of_labels_come_with_the_import(tmp_path, capsys):
+    adapter, output = FIXTURES / "peft" / "classify_bert", tmp_path / "mine"
+    settings = ("data.input={text}", "task.labels=[no, perhaps, yes]")
+    assert run("import", adapter, output, *settings, "--model", BERT) == 0
+    _, card = artifact.load(output)
+    assert card.template.input == "{text}"
+    assert card.task.config["labels"] == ["no", "perhaps", "yes"]
+    assert run("import", adapter, tmp_path / "b", "task.labels=[a, b]", "--model", BERT) == 2
+    assert "tells 3 labels apart, and task.labels names 2" in capsys.readouterr().err
+    assert run("import", adapter, tmp_path / "b", "data.inptu={text}", "--model", BERT) == 2
+    assert "did you mean data.input" in capsys.readouterr().err
 
 
 def test_there_and_back_is_the_same_file(tmp_path, capsys):

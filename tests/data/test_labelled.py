@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,9 @@ def test_a_value_is_a_number(bert: Any) -> None:
     assert (one.label_M.dtype, one.label_M.tolist()) == (np.float32, [2.5])
     with pytest.raises(DataError, match="holds 'much', not a number"):
         examples(bert, TaskConfig("regress"), {"t": "a", "label": "much"}, input="{t}")
+    for infinite in ("inf", 1e39):
+        with pytest.raises(DataError, match="which is not finite"):
+            examples(bert, TaskConfig("regress"), {"t": "a", "label": infinite}, input="{t}")
 
 
 def test_what_is_to_be_answered_needs_no_label(bert: Any) -> None:
@@ -144,7 +148,8 @@ def spans(tokenizer: Any, text: str, start: int, **fields: Any) -> Any:
     answers = {"text": [text], "answer_start": [start]} if text else {"text": []}
     record = {"q": "where was", "c": CONTEXT, "answers": answers}
     given = {"input": "{q}", "pair": "{c}", "max_length": 13, **fields}
-    return examples(tokenizer, SPANS, record, **given)
+    task = dataclasses.replace(SPANS, unanswerable=given.pop("unanswerable", False))
+    return examples(tokenizer, task, record, **given)
 
 
 def test_windows_of_a_long_text_overlap_and_mark_the_answer_where_it_is(bert: Any) -> None:
@@ -162,9 +167,14 @@ def test_windows_of_a_long_text_overlap_and_mark_the_answer_where_it_is(bert: An
 
 
 def test_a_question_without_an_answer_points_at_the_first_token(bert: Any) -> None:
-    for one in spans(bert, "", 0):
+    for one in spans(bert, "", 0, unanswerable=True):
         assert one.label_M[0] == 3
         assert one.references == ("",)
+
+
+def test_a_question_has_an_answer_unless_one_says_otherwise(bert: Any) -> None:
+    with pytest.raises(DataError, match=r"record 1: there is no answer; .*task\.unanswerable"):
+        spans(bert, "", 0)
 
 
 def test_an_answer_must_stand_where_it_says(bert: Any) -> None:
@@ -208,3 +218,5 @@ def test_a_field_of_texts_gives_a_choice_for_each(bert: Any) -> None:
     (one,) = examples(bert, task, record, input="{q}")
     assert one.choices == ("film", "plot", "a")
     assert one.label_M.tolist() == [0, 0, 1]
+    with pytest.raises(DataError, match="the choice 3 is none of '0', '1', '2'; those are counted"):
+        examples(bert, task, {**record, "label": 3}, input="{q}")

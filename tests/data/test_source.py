@@ -25,6 +25,12 @@ def test_a_malformed_json_line_is_named(tmp_path, line):
         read_records(path)
 
 
+def test_a_field_that_stands_twice_is_an_error(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"x": 1}\n{"x": 1, "y": 2, "x": 3}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: the field 'x' stands twice"):
+        read_records(path)
+
+
 def test_csv_cells_keep_commas_quotes_and_line_breaks(tmp_path):
     path = write(tmp_path / "a.csv", 'x,y\n"one, ""two""","three\nfour"\nfive,six\n')
     records = read_records(path)
@@ -99,6 +105,9 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path):
         read_records(tmp_path / "trian.jsonl")
     with pytest.raises(DataError, match="there is no directory"):
         read_records(tmp_path / "nowhere" / "train.jsonl")
+    (tmp_path / "split.jsonl").mkdir()
+    with pytest.raises(DataError, match="is a directory"):
+        read_records(tmp_path / "split.jsonl")
 
 
 def test_an_unknown_kind_of_file_lists_the_known_ones(tmp_path):

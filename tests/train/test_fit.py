@@ -388,3 +388,7 @@ def test_a_file_that_is_not_of_a_run_is_not_replaced(
     assert own.read_text().startswith("# mine")
     with pytest.raises(ConfigError, match=r"config\.yaml is a file"):
         runs.run(pretrained, own)
+    own.rename(tmp_path / "metrics.jsonl")
+    with pytest.raises(ConfigError, match=r"holds no run, .* would replace metrics\.jsonl there"):
+        runs.run(pretrained, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text().startswith("# mine")

@@ -80,7 +80,7 @@ def test_paths_and_the_command_can_be_copied_whole():
         console,
         before={"loss": 2.0},
         after={"loss": 1.0},
-        samples=[Sample("in", "ref", "old", "new")],
+        samples=[Sample("in", "ref", "old", "new"), Sample("in", "yes", None, "no", "answered")],
         written={"prefix": "b" * 100, "loss curve": "c.png"},
         command=command,
     )

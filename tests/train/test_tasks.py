@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import runs
 import tiny
+from rich.console import Console
 
 import prefix_jax as pj
 from prefix_jax import artifact, config
@@ -46,7 +48,12 @@ def decoder(tiny_model_dir: Path) -> Pretrained:
 
 
 def run(
-    pretrained: Pretrained, output: Path, *overrides: str, task: dict[str, Any], **records: Any
+    pretrained: Pretrained,
+    output: Path,
+    *overrides: str,
+    task: dict[str, Any],
+    console: Console | None = None,
+    **records: Any,
 ) -> Run:
     values = {
         "model": {"path": pretrained.source},
@@ -59,7 +66,8 @@ def run(
         "output": str(output),
     }
     parsed = config.parse(values, overrides)
-    return fit(parsed, pretrained=pretrained, records=records, quiet=True)
+    quiet = console is None
+    return fit(parsed, pretrained=pretrained, records=records, console=console, quiet=quiet)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +112,17 @@ def test_what_was_stored_answers_alike(learnt: Run, encoder: Pretrained, tmp_pat
         tuned.evaluate(TEST, ["bleu"])
 
 
+def test_without_templates_texts_answer_and_records_are_refused(
+    learnt: Run, encoder: Pretrained
+) -> None:
+    """As after an import from PEFT that was not told any."""
+    tuned = pj.load_prefix(learnt.directory, encoder)
+    bare = dataclasses.replace(tuned, card=dataclasses.replace(tuned.card, template=None))
+    assert bare.classify("a good film") == "yes"
+    with pytest.raises(PrefixError, match=r"stored without templates.* data\.input"):
+        bare.answers(TEST)
+
+
 def test_the_container_holds_the_head(learnt: Run, encoder: Pretrained, tmp_path: Path) -> None:
     tuned = pj.load_prefix(learnt.directory, encoder)
     tuned.save(tmp_path / "again", "safetensors")
@@ -122,6 +141,8 @@ def test_the_command_line_answers_and_measures(
     arguments = ["--data", str(data), "--metrics", "accuracy"]
     assert main(["evaluate", str(learnt.directory), *arguments]) == 0
     assert "100.00" in capsys.readouterr().out
+    assert main(["inspect", str(learnt.directory)]) == 0
+    assert "classify (no, yes), by a head of 66 parameters" in capsys.readouterr().out
     assert main(["generate", str(learnt.directory), "--prompt", "a"]) == 2
     assert "prefix-jax predict" in capsys.readouterr().err
 
@@ -168,16 +189,20 @@ def test_every_task_trains_is_measured_and_answers(
 
 
 def test_a_decoder_classifies_by_its_last_token(decoder: Pretrained, tmp_path: Path) -> None:
+    console = runs.console()
     found = run(
         decoder,
         tmp_path,
         "data.input={text}",
         "evaluate.metrics=[accuracy]",
         task={"name": "classify"},
+        console=console,
         train=TRAIN[:8],
         test=TEST[:4],
     )
     assert sorted(found.head) == ["out_DY"]
+    assert "(prefix and head); 8 training examples" in runs.shown(console)
+    assert "labels: 'no', 'yes'" in runs.shown(console)
     assert len(found.evaluations["after"].predictions) == 4
 
 

@@ -8,7 +8,7 @@ values lie in it, `reading` makes our prefix of it, `writing` makes it of our pr
 from __future__ import annotations
 
 from prefix_jax.interop.peft.files import write
-from prefix_jax.interop.peft.reading import Imported, import_peft, tasks_of
+from prefix_jax.interop.peft.reading import ImportConfig, Imported, import_peft, tasks_of
 from prefix_jax.interop.peft.writing import export_peft, to_peft
 
-__all__ = ["Imported", "export_peft", "import_peft", "tasks_of", "to_peft", "write"]
+__all__ = ["ImportConfig", "Imported", "export_peft", "import_peft", "tasks_of", "to_peft", "write"]

@@ -89,15 +89,16 @@ def to_arrays(
 
 
 def from_arrays(
-    files: Files, pretrained: Pretrained, produced: Produced
+    files: Files, pretrained: Pretrained, produced: Produced, given: TaskConfig
 ) -> tuple[dict[str, Any], TaskCard]:
     """The head of an adapter, and the task that it is for.
 
-    The names of labels are the backbone's, where its configuration has as many, or "LABEL_0" and so
-    on, as in transformers.
+    The names of labels are those that are given; or the backbone's, where its configuration has as
+    many; or "LABEL_0" and so on, as in transformers.
 
     Raises:
-        PrefixError: it lacks arrays, or has some that the backbone's head does not have.
+        PrefixError: it lacks arrays, or has some that the backbone's head does not have, or more or
+            fewer labels than are given.
     """
     arch, task_type = pretrained.backbone.arch, files.config["task_type"]
     outputs = _outputs(files)
@@ -134,8 +135,15 @@ def from_arrays(
                 f"{shapes[ours][::-1]}: give the backbone that the adapter was trained for"
             )
         head[ours] = jnp.asarray(x)
-    labels = _labels(pretrained, outputs) if kind in ("classify", "tag") else None
-    task = TaskConfig(name=kind, labels=labels)
+    labels = None
+    if kind in ("classify", "tag"):
+        labels = given.labels or _labels(pretrained, outputs)
+        if len(labels) != outputs:
+            raise PrefixError(
+                f"{files.where}: the head tells {outputs} labels apart, and task.labels names "
+                f"{len(labels)}"
+            )
+    task = dataclasses.replace(given, name=kind, labels=labels)
     return head, TaskCard(
         config=dataclasses.asdict(task),
         head=dataclasses.asdict(of),

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefix_jax import artifact
-from prefix_jax.artifact import Card
+from prefix_jax.artifact import Card, TemplateCard
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.config import TaskConfig
+from prefix_jax.data.template import Template
 from prefix_jax.errors import BackboneError, PrefixError
 from prefix_jax.interop.peft import heads
 from prefix_jax.interop.peft.files import CONFIG, WEIGHTS, Files, read
@@ -31,6 +33,25 @@ _METHODS = {
     "ADAPTION_PROMPT": "adapter",
 }
 _ADAPTION = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.self_attn\.adaption_(\w+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportConfig:
+    """What an adapter does not tell, and the configuration of a run does.
+
+    Attributes:
+        data: how records become text: `input`, `target`, `pair`, … of `DataConfig`.
+        task: of a head, the fields that records are read from, and the names of its labels. What
+            it answers the adapter tells.
+    """
+
+    data: TemplateCard = dataclasses.field(default_factory=TemplateCard)
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+
+    def __post_init__(self) -> None:
+        for text in (self.data.input, self.data.pair, self.data.target):
+            if text is not None:
+                Template(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +76,7 @@ def import_peft(
     model: Pretrained | str | Path | None = None,
     *,
     task: int | None = None,
+    settings: ImportConfig = ImportConfig(),
 ) -> Imported:
     """Reads an adapter of PEFT: what it computes there, it computes here.
 
@@ -68,6 +90,7 @@ def import_peft(
         adapter: what `PeftModel.save_pretrained` wrote.
         model: its backbone, or where to load it from; None takes the one that the adapter names.
         task: which task of MULTITASK_PROMPT_TUNING, counted from 0; see `tasks_of`.
+        settings: what the adapter does not tell.
 
     Raises:
         PrefixError: the adapter is damaged, of another type, or made for another backbone.
@@ -92,8 +115,12 @@ def import_peft(
         produced = _soft_tokens(files, arch, task)
     head, of_head = None, None
     if files.config.get("task_type") in heads.TASK_TYPES.values():
-        head, of_head = heads.from_arrays(files, pretrained, produced)
-    card = dataclasses.replace(_card(files, pretrained, produced, task), task=of_head)
+        head, of_head = heads.from_arrays(files, pretrained, produced, settings.task)
+    card = dataclasses.replace(
+        _card(files, pretrained, produced, task),
+        task=of_head,
+        template=None if settings.data == TemplateCard() else settings.data,
+    )
     return Imported(pretrained, produced, card, head)
 
 
