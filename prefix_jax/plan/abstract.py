@@ -162,7 +162,7 @@ class AbstractRun:
             tasks = self.model.method is not None and bool(self.model.method.task_names)
             return Tokens(
                 of(size),
-                of(size),
+                of(size) if self.config.data.group_by_source else None,
                 of(size),
                 of(size) if segments else None,
                 of(size) if tasks else None,
