@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(path: Path, acts: bool = True) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Yields a new directory beside `path`, which takes its place when the block ends well.
 
     If the block fails, the new directory is removed and `path` is what it was. A process that is
@@ -18,23 +18,18 @@ def replacing(path: Path, acts: bool = True) -> Iterator[Path]:
 
     Args:
         path: the directory to make or to replace.
-        acts: whether this process handles the directories; of several that write into one, the
-            first does.
     """
     new = path.with_name(f".{path.name}.unfinished")
     try:
-        if acts:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if new.exists():  # of a run that was killed
-                shutil.rmtree(new)
-            new.mkdir()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if new.exists():  # of a run that was killed
+            shutil.rmtree(new)
+        new.mkdir()
         yield new
-        if acts:
-            sync(new)
-            _put_in_place(new, path)
+        sync(new)
+        _put_in_place(new, path)
     finally:
-        if acts:
-            shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def replaced(path: Path) -> Path:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from prefix_jax.artifact.arrays import facts, from_arrays, problems, to_arrays
@@ -44,8 +45,8 @@ def save(
 ) -> None:
     """Writes a prefix. What stood at `path` is replaced once the new one is safely on disk.
 
-    In a run of several processes every one calls this, for Orbax's saving is collective; the
-    first one writes, and the prefix is complete when its call returns.
+    In a run of several processes every one calls this, and the first one writes: `path` may be on
+    a disk of its own. The prefix is complete when the call returns.
 
     Args:
         path: the directory; an existing one must be a prefix.
@@ -67,24 +68,35 @@ def save(
     if wrong := _problems(content, card):
         raise PrefixError(f"a prefix like this is not saved to {path}: {'; '.join(wrong)}")
     text = _to_json(card, content, arrays)
-    first = jax.process_index() == 0
-    if first and path.exists() and not _replaceable(path):
-        raise PrefixError(
-            f"{path} exists and is not a prefix; choose another place for the new one"
-        )
+    failure: Exception | None = None
+    if jax.process_index() == 0:
+        if path.exists() and not _replaceable(path):
+            failure = PrefixError(
+                f"{path} exists and is not a prefix; choose another place for the new one"
+            )
+        else:
+            failure = _write(path, text, content, arrays)
+    if multihost_utils.broadcast_one_to_all(np.bool_(failure is not None)):
+        raise failure or CheckpointError(f"the first process could not write the prefix to {path}")
 
+
+def _write(
+    path: Path, text: str, content: dict[str, np.ndarray], arrays: Container
+) -> CheckpointError | None:
     try:
-        with replacing(path, acts=first) as new:
+        with replacing(path) as new:
             _write_arrays(new / _CONTAINERS[arrays], content, arrays)
-            if first:
-                (new / _CARD).write_text(text, encoding="utf-8")
+            (new / _CARD).write_text(text, encoding="utf-8")
     # A full disk is an OSError, or whatever Orbax and TensorStore make of it: a ValueError, today.
     except Exception as error:
         before = "the prefix that was there is unharmed" if path.exists() else "nothing was there"
-        raise CheckpointError(
+        failure = CheckpointError(
             f"cannot write the prefix to {path} ({before}): {_reason(error)}; "
             "make room or choose another place, and save again"
-        ) from error
+        )
+        failure.__cause__ = error
+        return failure
+    return None
 
 
 def load(path: str | Path) -> tuple[Produced, Card]:
@@ -217,8 +229,12 @@ def _read_card(file: Path) -> tuple[Card, _Stored]:
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray], container: Container) -> None:
     if container == "orbax":
-        ocp.save(path, arrays)
-    elif jax.process_index() == 0:
+        # Of several processes, this one alone.
+        context = ocp.Context()
+        context.multiprocessing.active_processes = {0}
+        with context:
+            ocp.save(path, arrays)
+    else:
         path.write_bytes(safetensors.numpy.save(arrays))
 
 

@@ -57,13 +57,17 @@ def run(args: argparse.Namespace) -> int:
     from prefix_jax import config as configs
     from prefix_jax.mesh import agreed
     from prefix_jax.train.fit import fit
+    from prefix_jax.train.place import Place
     from prefix_jax.train.results import Results, read_results
 
     if args.profile is not None:
         args.settings.append(f"train.profile={args.profile}")
     config = configs.load(args.config, args.settings)
     console = Console(highlight=False)
-    results = read_results(config) if _processes.first() else None
+    place = Place(config.output)
+    place.fetch()
+    directory = place.directory
+    results = read_results(directory, config) if _processes.first() else None
     if agreed(results is not None):
         if results is not None:
             console.print(
@@ -85,14 +89,13 @@ def run(args: argparse.Namespace) -> int:
             return 128 + ended.interrupted
         results = Results(ended.step, ended.evaluations)
     if results is not None and _processes.first():
-        _close(console, config, results)
+        _close(console, directory, config, results)
     return 0
 
 
-def _close(console: Any, config: Config, results: Results) -> None:
+def _close(console: Any, directory: Path, config: Config, results: Results) -> None:
     from prefix_jax.train.summary import print_closing
 
-    directory = Path(config.output)
     before, after = results.evaluations.get("before"), results.evaluations.get("after")
     print_closing(
         console,
@@ -100,7 +103,7 @@ def _close(console: Any, config: Config, results: Results) -> None:
         after=_dev(directory, results.step) if after is None else after.report.metrics,
         samples=_samples(before, after, config),
         written=_written(directory),
-        command=_command(config),
+        command=_command(directory, config),
     )
 
 
@@ -152,14 +155,14 @@ def _size(directory: Path) -> str:
     return f"{count / 1000:,.0f} kB"
 
 
-def _command(config: Config) -> str | None:
+def _command(directory: Path, config: Config) -> str | None:
     """The command that uses the prefix on a held-out record, or its head on all of them."""
     from prefix_jax import artifact
 
-    prefix = Path(config.output) / "prefix"
+    prefix = directory / "prefix"
     if not prefix.exists():
         # Of several tasks, the first; none after full fine-tuning.
-        prefix = next(iter(sorted((Path(config.output) / artifact.PREFIXES).glob("*"))), prefix)
+        prefix = next(iter(sorted((directory / artifact.PREFIXES).glob("*"))), prefix)
     if not prefix.exists():
         return None
     source = config.data.test or config.data.dev or config.data.train

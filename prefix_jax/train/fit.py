@@ -32,6 +32,7 @@ from prefix_jax.prefix import Embeds, Produced
 from prefix_jax.train.checkpoint import Checkpoints
 from prefix_jax.train.loop import Progress, stop_signal, train
 from prefix_jax.train.multitask import save_parts
+from prefix_jax.train.place import Place
 from prefix_jax.train.report import Report
 from prefix_jax.train.results import Results, save_results, write_whole
 from prefix_jax.train.setup import Records, Setup, prepare
@@ -106,7 +107,8 @@ def fit(
 
     The run directory gets `config.yaml`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`,
     `loss.png`, and at the end `prefix/`, `predictions.jsonl` and `results.json`. Of several tasks
-    each has its prefix in `prefixes/TASK/`, made of what `multitask.safetensors` holds.
+    each has its prefix in `prefixes/TASK/`, made of what `multitask.safetensors` holds. Of several
+    processes, each calls this; the first one writes and prints. See `Place` for a run in a bucket.
 
     Args:
         config: the run.
@@ -119,10 +121,13 @@ def fit(
         PrefixJaxError: something in the config, the data or the backbone does not fit, a disk is
             full, or the loss is not finite. What was saved before stays.
     """
-    directory = Path(config.output)
-    _refuse_another_run(directory, config)
-    console = console or Console()
     first = jax.process_index() == 0
+    place = Place(config.output)
+    place.fetch()
+    directory = place.directory
+    if first:
+        _refuse_another_run(directory, config)
+    console = console or Console()
     hidden = quiet or not first
     with contextlib.nullcontext() if hidden else console.status("loading the model and the data"):
         setup = prepare(config, pretrained=pretrained, records=records)
@@ -144,8 +149,10 @@ def fit(
     evaluator.check(setup.splits.get("test", ()), config.evaluate.metrics)
     warnings: list[str] = []
     with contextlib.ExitStack() as stack:
+        # Last, and however the run ends.
+        stack.callback(place.publish)
         checkpoints = stack.enter_context(
-            Checkpoints(directory / "checkpoints", config.train.keep, warnings.append)
+            Checkpoints(place.checkpoints, config.train.keep, warnings.append)
         )
         state, progress = _restore(setup, checkpoints, identity)
         report = stack.enter_context(
@@ -171,6 +178,7 @@ def fit(
                 state,
                 progress,
                 checkpoints=checkpoints,
+                publish=place.publish,
                 report=report,
                 evaluator=evaluator,
                 metadata=identity,
@@ -358,7 +366,7 @@ def _finish(
             stored[name] = part, dataclasses.replace(card, metrics={**card.metrics, **metrics})
         _save(directory, stored, head)
     if jax.process_index() == 0:
-        save_results(setup.config, Results(step, evaluations))
+        save_results(directory, setup.config, Results(step, evaluations))
     if tasks:
         return Run(directory, pretrained, produced, None, step, evaluations, head, stored)
     only = stored[""][1] if stored else None

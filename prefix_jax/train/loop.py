@@ -7,7 +7,7 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -82,6 +82,7 @@ def train(
     progress: Progress,
     *,
     checkpoints: Checkpoints,
+    publish: Callable[[], None],
     report: Report,
     evaluator: Evaluator,
     metadata: dict[str, Any],
@@ -95,6 +96,7 @@ def train(
         state: where to start from; consumed.
         progress: belongs to `state`; updated in place.
         checkpoints: where states are saved.
+        publish: brings what was recorded to where the checkpoints are; called before each.
         report: what is shown and recorded.
         evaluator: of the dev split.
         metadata: what every checkpoint says about the run.
@@ -122,6 +124,7 @@ def train(
 
     def save(step: int) -> None:
         content = {**metadata, "mesh": describe(setup.mesh), "progress": vars(progress).copy()}
+        publish()
         checkpoints.save(step, state, content, best=progress.best_step)
 
     def settle() -> None:

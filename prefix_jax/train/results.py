@@ -28,13 +28,12 @@ class Results:
     evaluations: Mapping[str, Evaluation]
 
 
-def save_results(config: Config, results: Results) -> None:
+def save_results(directory: Path, config: Config, results: Results) -> None:
     """Writes results into the run directory: the last thing that a run does.
 
     Raises:
         PrefixJaxError: the disk does not take them.
     """
-    directory = Path(config.output)
     for name, found in results.evaluations.items():
         path = _predictions(directory, name)
         if found.predictions:
@@ -49,13 +48,12 @@ def save_results(config: Config, results: Results) -> None:
     write_whole(directory / "results.json", json.dumps(content, indent=2) + "\n")
 
 
-def read_results(config: Config) -> Results | None:
+def read_results(directory: Path, config: Config) -> Results | None:
     """What the run of a config measured; None if it has not come to its end.
 
     Raises:
         PrefixJaxError: the files are damaged.
     """
-    directory = Path(config.output)
     path = directory / "results.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

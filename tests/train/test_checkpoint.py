@@ -27,10 +27,11 @@ from orbax.checkpoint import v1 as ocp
 from prefix_jax.config import OptimConfig
 from prefix_jax.errors import CheckpointError
 from prefix_jax.mesh import make_mesh, replicated
-from prefix_jax.train import checkpoint
-from prefix_jax.train.checkpoint import SUMS, Checkpoints
+from prefix_jax.train import shelf
+from prefix_jax.train.checkpoint import Checkpoints
 from prefix_jax.train.optimizer import make_optimizer
 from prefix_jax.train.partition import labels, split
+from prefix_jax.train.shelf import SUMS
 from prefix_jax.train.step import TrainState
 
 
@@ -202,10 +203,8 @@ def test_the_latest_and_the_best_stay(checkpoints):
 
 def test_a_checkpoint_is_not_listed_before_it_is_complete(checkpoints, monkeypatch):
     seen = []
-    seal = checkpoint._seal
-    monkeypatch.setattr(
-        checkpoint, "_seal", lambda path: (seen.append(checkpoints.steps()), seal(path))
-    )
+    seal = shelf._seal
+    monkeypatch.setattr(shelf, "_seal", lambda path: (seen.append(checkpoints.steps()), seal(path)))
     for step in (1, 2, 3):
         checkpoints.save(step, state_of(step), {})
     checkpoints.wait()
@@ -375,7 +374,7 @@ def test_what_ended_the_run_comes_before_a_failed_checkpoint(tmp_path, told, mon
             if ended_by:
                 raise ended_by
 
-    monkeypatch.setattr(checkpoint, "_seal", full)
+    monkeypatch.setattr(shelf, "_seal", full)
     with pytest.raises(KeyboardInterrupt):
         run(KeyboardInterrupt())
     assert "No space left" in told[0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 
@@ -26,39 +27,39 @@ def results(predictions=(), loss=2.5):
 
 
 def test_results_come_back(run):
-    assert read_results(run) is None
-    save_results(run, results(PREDICTIONS))
-    assert read_results(run) == results(PREDICTIONS)
+    assert read_results(Path(run.output), run) is None
+    save_results(Path(run.output), run, results(PREDICTIONS))
+    assert read_results(Path(run.output), run) == results(PREDICTIONS)
 
 
 def test_what_was_not_finite_comes_back_as_nan(run):
-    save_results(run, results(loss=math.inf))
-    found = read_results(run)
+    save_results(Path(run.output), run, results(loss=math.inf))
+    found = read_results(Path(run.output), run)
     assert math.isnan(found.evaluations["after"].report.metrics["loss"])
 
 
 def test_results_of_another_config_are_none(run):
-    save_results(run, results())
+    save_results(Path(run.output), run, results())
     other = dataclasses.replace(run, decode=config.DecodeConfig(beams=2))
-    assert read_results(other) is None
+    assert read_results(Path(other.output), other) is None
 
 
 def test_results_move_with_their_directory(run, tmp_path):
-    save_results(run, results(PREDICTIONS))
+    save_results(Path(run.output), run, results(PREDICTIONS))
     (tmp_path / "run").rename(tmp_path / "moved")
     moved = dataclasses.replace(run, output=str(tmp_path / "moved"))
-    assert read_results(moved) == results(PREDICTIONS)
+    assert read_results(Path(moved.output), moved) == results(PREDICTIONS)
 
 
 def test_predictions_of_before_do_not_stay(run):
-    save_results(run, results(PREDICTIONS))
-    save_results(run, results())
-    assert read_results(run) == results([])
+    save_results(Path(run.output), run, results(PREDICTIONS))
+    save_results(Path(run.output), run, results())
+    assert read_results(Path(run.output), run) == results([])
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"config": 1', '{"step": 1}'])
 def test_damaged_results_are_told(run, tmp_path, content):
-    save_results(run, results())
+    save_results(Path(run.output), run, results())
     (tmp_path / "run" / "results.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"results\.json cannot be read"):
-        read_results(run)
+        read_results(Path(run.output), run)

@@ -1,0 +1,77 @@
+"""A bucket for tests: `gs://` paths that lie in a folder, and can do no more than a bucket can."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from etils.epath import backend, gpath
+
+
+class FakeBackend(backend.Backend):
+    """What `etils.epath` asks of Google Cloud Storage, answered by a folder.
+
+    As there, nothing can be renamed, there are no empty directories, and `walk` forgets "gs://".
+
+    Attributes:
+        failure: is raised instead of writing, if it is set.
+    """
+
+    failure: Exception | None = None
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def _real(self, path: Any) -> Path:
+        return self._root / os.fspath(path).removeprefix("gs://")
+
+    def open(self, path: Any, mode: str) -> Any:
+        if "w" in mode:
+            if self.failure is not None:
+                raise self.failure
+            self._real(path).parent.mkdir(parents=True, exist_ok=True)
+        return self._real(path).open(mode)
+
+    def exists(self, path: Any) -> bool:
+        return self._real(path).exists()
+
+    def isdir(self, path: Any) -> bool:
+        return self._real(path).is_dir()
+
+    def listdir(self, path: Any) -> list[str]:
+        return sorted(entry.name for entry in self._real(path).iterdir())
+
+    def glob(self, path: Any) -> list[str]:
+        assert "**" not in os.fspath(path)
+        pattern = os.fspath(path).removeprefix("gs://")
+        return [f"gs://{found.relative_to(self._root)}" for found in self._root.glob(pattern)]
+
+    def walk(self, path: Any, **_: Any) -> Any:
+        for folder, folders, files in os.walk(self._real(path)):
+            yield str(Path(folder).relative_to(self._root)), folders, files
+
+    def remove(self, path: Any) -> None:
+        real = self._real(path)
+        real.unlink()
+        while not any(real.parent.iterdir()):
+            real = real.parent
+            real.rmdir()
+
+    def rmtree(self, path: Any) -> None:
+        for folder, _, files in os.walk(self._real(path), topdown=False):
+            for name in files:
+                self.remove(Path(folder, name).relative_to(self._root))
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError("a bucket cannot do this")
+
+    makedirs = mkdir = rename = replace = copy = stat = _refuse
+
+
+def install(root: Path, patch: Any) -> FakeBackend:
+    """Lets `gs://` paths lie in a folder, for as long as a monkeypatch holds."""
+    root.mkdir(exist_ok=True)
+    fake = FakeBackend(root)
+    patch.setitem(gpath._PREFIX_TO_BACKEND, "gs", fake)
+    return fake

@@ -1,0 +1,130 @@
+"""A run in a bucket: what is recorded goes there, and comes back to a machine that has nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import buckets
+import pytest
+import runs
+from etils import epath
+
+from prefix_jax.errors import CheckpointError, ConfigError
+from prefix_jax.train import fit as fitting
+from prefix_jax.train.place import Place
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+OUTPUT = "gs://bucket/some/run"
+
+
+@pytest.fixture
+def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> buckets.FakeBackend:
+    monkeypatch.setitem(sys.modules, "gcsfs", sys)
+    monkeypatch.chdir(tmp_path)
+    return buckets.install(tmp_path / "cloud", monkeypatch)
+
+
+def stored(tmp_path: Path) -> dict[str, bytes]:
+    root = tmp_path / "cloud/bucket/some/run"
+    return {
+        str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()
+    }
+
+
+def test_a_directory_is_its_own_place(tmp_path: Path) -> None:
+    place = Place(str(tmp_path / "run"))
+    assert place.directory == tmp_path / "run"
+    assert Path(place.checkpoints) == tmp_path / "run" / "checkpoints"
+    place.fetch()
+    place.publish()
+    assert not place.directory.exists()
+
+
+def test_a_run_comes_back_to_another_machine(cloud, tmp_path: Path) -> None:
+    place = Place(OUTPUT)
+    assert place.checkpoints == epath.Path(OUTPUT) / "checkpoints"
+    assert place.directory == Path("runs/bucket/some/run")
+    place.fetch()
+    (place.directory / "prefix").mkdir(parents=True)
+    (place.directory / "prefix" / "prefix.json").write_text("{}")
+    (place.directory / "metrics.jsonl").write_text("1\n")
+    place.publish()
+    (place.checkpoints / "3" / "array").write_text("not to be copied")
+
+    (place.directory / "left.over").write_text("of another run")
+    Place(OUTPUT).fetch()
+    found = {str(f.relative_to(place.directory)) for f in place.directory.rglob("*") if f.is_file()}
+    assert found == {"prefix/prefix.json", "metrics.jsonl"}
+
+
+def test_only_what_has_changed_is_sent_and_what_is_gone_goes(cloud, tmp_path: Path) -> None:
+    place = Place(OUTPUT)
+    place.directory.mkdir(parents=True)
+    for name in ("a", "b"):
+        (place.directory / name).write_text(name)
+    place.publish()
+    (tmp_path / "cloud/bucket/some/run/a").write_text("seen whether it is sent again")
+    (place.directory / "b").unlink()
+    (place.directory / "c").write_text("c")
+    place.publish()
+    assert stored(tmp_path) == {"a": b"seen whether it is sent again", "c": b"c"}
+
+
+def test_the_results_which_end_a_run_come_last(cloud, tmp_path: Path, monkeypatch) -> None:
+    sent: list[str] = []
+    opened = buckets.FakeBackend.open
+
+    def open_and_tell(self, path, mode):
+        if "w" in mode:
+            sent.append(Path(path).name)
+        return opened(self, path, mode)
+
+    monkeypatch.setattr(buckets.FakeBackend, "open", open_and_tell)
+    place = Place(OUTPUT)
+    place.directory.mkdir(parents=True)
+    for name in ("results.json", "loss.png", "tail.txt"):
+        (place.directory / name).write_text(name)
+    place.publish()
+    assert sent == ["loss.png", "tail.txt", "results.json"]
+
+
+def test_a_bucket_that_refuses_says_what_to_look_at(cloud) -> None:
+    place = Place(OUTPUT)
+    place.directory.mkdir(parents=True)
+    (place.directory / "a").write_text("a")
+    cloud.failure = RuntimeError("403 Forbidden\nmore")
+    with pytest.raises(CheckpointError, match=r"cannot write .*403 Forbidden\. Is the bucket"):
+        place.publish()
+
+
+def test_a_bucket_takes_one_more_package(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ConfigError, match=r"pip install 'prefix-jax\[gcs\]'"):
+        Place(OUTPUT)
+
+
+def test_other_addresses_are_refused() -> None:
+    with pytest.raises(ConfigError, match="gs://BUCKET/PATH"):
+        Place("s3://bucket/run")
+
+
+def test_a_run_that_loses_its_machine_ends_as_if_it_had_not(
+    cloud, tiny_model_dir: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """The checkpoints stand on disk here, for TensorStore writes their arrays itself: with a real
+    bucket, or an emulator of one, see docs/tpu.md."""
+    shelf = tmp_path / "checkpoints"
+    monkeypatch.setattr(fitting.Place, "checkpoints", property(lambda _: epath.Path(shelf)))
+    pretrained = runs.on_one_device(tiny_model_dir)
+    with runs.killed_at(7):
+        runs.run(pretrained, OUTPUT)
+    (tmp_path / "runs").rename(tmp_path / "lost")
+    runs.run(pretrained, OUTPUT)
+    assert "results.json" in stored(tmp_path)
+    moved = shelf.rename(tmp_path / "runs/bucket/some/run/checkpoints").parent
+    shelf = tmp_path / "whole" / "checkpoints"
+    runs.run(pretrained, str(tmp_path / "whole"))
+    before, after = runs.outcome(moved), runs.outcome(tmp_path / "whole")
+    assert before == after
