@@ -148,6 +148,11 @@ def find(path: str | Path) -> Path:
                 f"saving to {place} was interrupted; the prefix that was there before is "
                 f"{replaced(place)}: rename it to {place}"
             )
+    if str(path).startswith("gs:"):
+        raise PrefixError(
+            f"{path.name} is in a bucket: copy it first, gcloud storage cp --recursive, and give "
+            "the copy"
+        )
     if not path.is_dir():
         raise PrefixError(f"there is no directory {path}; give that of a prefix or of a run")
     if inner := sorted(card.parent for card in (path / PREFIXES).glob(f"*/{_CARD}")):

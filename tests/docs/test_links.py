@@ -51,7 +51,9 @@ def test_the_readme_shows_every_verb() -> None:
 @pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: str(value)[:60])
 def test_commands_can_be_given(page: str, words: list[str], monkeypatch) -> None:
     args = _parse(words[1:])
-    if words[1] == "train":
+    if words[1] == "plan":
+        args.config, *args.settings = args.settings
+    if words[1] in ("train", "plan"):
         monkeypatch.chdir(ROOT)
         config.load(args.config, args.settings)
     elif hasattr(args, "settings"):
