@@ -100,7 +100,7 @@ def test_a_chat_is_used_from_its_first_question(folder):
     settings = ["data.input=null", "data.target=null", "data.messages=chat", chat]
     run = config.load(folder / "config.yaml", [*settings, f"output={folder / 'run'}"])
     (folder / "run" / "prefix").mkdir(parents=True)
-    words = shlex.split(verb._command(run))
+    words = shlex.split(verb._command(folder / "run", run))
     assert json.loads(words[-1]) == {"chat": turns[:1]}
 
 

@@ -259,7 +259,7 @@ def test_a_missing_checkpoint_is_named(checkpoints):
 
 def damages(path: Path):
     """Every way in which a file can be cut, emptied, zeroed, changed or lost."""
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+    for file in sorted(file for file in Path(path).rglob("*") if file.is_file()):
         written = file.read_bytes()
         for damage in (
             lambda file, data: file.unlink(),
