@@ -1,0 +1,157 @@
+"""Which mesh is the fastest that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+
+from prefix_jax.errors import MeshError
+from prefix_jax.mesh import make_mesh
+from prefix_jax.plan.abstract import AbstractRun, Rows
+from prefix_jax.plan.plan import Plan, bytes_on_one, compile_step
+from prefix_jax.plan.topology import Topology
+
+Sizes = Mapping[str, int]
+
+# Programs that fit and are compared; those that turn out not to fit come on top.
+_FEW = 3
+# Meshes within so much of the fastest are as good: the one that keeps weights wholest wins.
+_CLOSE = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Guess:
+    """What can be said of a mesh before anything is compiled.
+
+    Attributes:
+        sizes: of its axes.
+        seconds: of a step, about.
+        weights: bytes of the backbone on one device.
+    """
+
+    sizes: Sizes
+    seconds: float
+    weights: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The mesh that was chosen.
+
+    Attributes:
+        best: its plan.
+        compiled: the plans of all that were compiled, in their order.
+        possible: how many meshes there were.
+    """
+
+    best: Plan
+    compiled: tuple[Plan, ...]
+    possible: int
+
+
+def choose_mesh(
+    run: AbstractRun,
+    rows: Rows,
+    topology: Topology,
+    tried: Callable[[Plan], None] = lambda _: None,
+) -> Choice:
+    """Compiles the step on the meshes that promise most, and takes the fastest that fits.
+
+    A prefix's gradients are kilobytes, so copies of the backbone (data) need next to no network
+    and are taken where they fit. Else the weights are split and gathered as they are used (fsdp),
+    or each layer is (tensor), which exchanges activations.
+
+    Args:
+        run: the run.
+        rows: of its step.
+        topology: the chips.
+        tried: called with every plan.
+
+    Raises:
+        MeshError: the rows divide over none.
+    """
+    guesses = sorted(
+        (guess(run, rows, topology, sizes) for sizes in meshes(run, rows, topology)),
+        key=lambda made: (made.seconds, made.weights * -1),
+    )
+    if not guesses:
+        raise MeshError(
+            f"{rows.rows} rows in {rows.micro} micro-batches divide over no mesh of "
+            f"{len(topology.devices)} devices; choose data.batch_size accordingly"
+        )
+    limit = topology.hbm_limit
+    hopeful = [made for made in guesses if made.weights < limit] or guesses[-1:]
+    plans: list[Plan] = []
+    best: Plan | None = None
+    for made in hopeful:
+        if best is not None and best.roofline is not None:
+            fitting = sum(plan.fits for plan in plans)
+            # A guess is a floor: no program of this mesh is faster.
+            if fitting >= _FEW or made.seconds > best.roofline.seconds:
+                break
+        mesh = make_mesh(**made.sizes, devices=topology.devices)
+        plan = compile_step(run, rows, topology, mesh)
+        plans.append(plan)
+        tried(plan)
+        best = better(best, plan)
+    assert best is not None  # as there is a hopeful one
+    return Choice(best, tuple(plans), len(guesses))
+
+
+def better(one: Plan | None, other: Plan) -> Plan:
+    """The faster of two that fit; of two that do not, the one that lacks less."""
+    if one is None or (other.fits and not one.fits):
+        return other
+    if one.roofline is None or other.roofline is None:
+        return one if one.fits or one.over <= other.over else other
+    ratio = other.roofline.seconds / one.roofline.seconds
+    if abs(ratio - 1) > _CLOSE:
+        return one if ratio > 1 else other
+    return one if _split(one.mesh) <= _split(other.mesh) else other
+
+
+def _split(sizes: Sizes) -> int:
+    return sizes["fsdp"] * sizes["tensor"]
+
+
+def meshes(run: AbstractRun, rows: Rows, topology: Topology) -> Iterator[Sizes]:
+    """The meshes that the rows divide over and the heads can be split by."""
+    devices, arch = len(topology.devices), run.model.backbone.arch
+    for tensor in _divisors(devices):
+        if arch.heads % tensor or arch.d_ff % tensor:
+            continue
+        if topology.slices > 1 and tensor > devices // topology.slices:
+            continue
+        for fsdp in _divisors(devices // tensor):
+            data = devices // tensor // fsdp
+            if (rows.rows // rows.micro) % (data * fsdp) == 0 and arch.d_model % fsdp == 0:
+                yield {"data": data, "fsdp": fsdp, "tensor": tensor}
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def guess(run: AbstractRun, rows: Rows, topology: Topology, sizes: Sizes) -> Guess:
+    """A floor of the time of a step: products at the peak, the gathering of weights hidden behind
+    them, the exchange of activations not, and all links of a chip used both ways."""
+    arch, chip = run.model.backbone.arch, topology.chip
+    mesh = make_mesh(**sizes, devices=topology.devices)
+    backbone = run.params(mesh)["backbone"]
+    weights = bytes_on_one(backbone)
+    W = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(backbone))
+    tokens = rows.rows * (rows.tokens + rows.source)
+    devices = len(topology.devices)
+    remat = run.config.model.remat == "full"
+    compute = (4 + 2 * remat) * W * tokens / devices / (chip.bf16 / chip.devices)
+    links = 2 * chip.axes * chip.link / chip.devices
+    fsdp, tensor = sizes["fsdp"], sizes["tensor"]
+    passes = 2 + remat
+    gathered = passes * weights * (fsdp - 1) / links
+    # After attention and after the feed-forward, forwards and backwards.
+    share = tokens / sizes["data"] / fsdp * arch.d_model * 2
+    summed = 2 * passes * arch.layers * share * 2 * (tensor - 1) / tensor / links
+    return Guess(sizes, max(compute, gathered) + summed, weights)

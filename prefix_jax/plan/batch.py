@@ -1,0 +1,95 @@
+"""The largest batch that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from jax.sharding import Mesh
+
+from prefix_jax.mesh import batch_shards
+from prefix_jax.plan.abstract import AbstractRun, Rows
+from prefix_jax.plan.plan import Plan, compile_step
+from prefix_jax.plan.topology import Topology
+
+# A batch that still fits at so many rows a shard is not searched further: nobody's step.
+_MOST = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Largest:
+    """What was found.
+
+    Attributes:
+        rows: of the largest batch that fits; 0 if none does.
+        plan: of it; if none fits, of the smallest.
+        above: of the smallest batch that was seen not to fit; None if all did.
+        compiled: how many programs that took.
+    """
+
+    rows: int
+    plan: Plan
+    above: Plan | None
+    compiled: int
+
+
+def largest_batch(
+    run: AbstractRun,
+    rows: Rows,
+    topology: Topology,
+    mesh: Mesh,
+    tried: Callable[[Plan], None] = lambda _: None,
+) -> Largest:
+    """Compiles a few batches until the largest that fits is known.
+
+    A line through what was compiled says what to try next, as memory grows with rows by as much
+    each time, nearly: three or four programs, as a rule.
+
+    Args:
+        run: the run.
+        rows: of a step; their number is what is sought.
+        topology, mesh: the devices. The number is a multiple of the mesh's batch shards, and of
+            the micro-batches.
+        tried: called with every plan.
+    """
+    unit = batch_shards(mesh) * rows.micro
+    plans: dict[int, Plan] = {}
+
+    def at(units: int) -> Plan:
+        found = compile_step(run, dataclasses.replace(rows, rows=unit * units), topology, mesh)
+        plans[units] = found
+        tried(found)
+        return found
+
+    fits, above = 0, None
+    units = 1
+    while True:
+        if at(units).fits:
+            fits = units
+        else:
+            above = units
+        if (above is not None and above - fits == 1) or fits >= _MOST:
+            break
+        units = _next(plans, fits, above)
+    best = plans[fits] if fits else plans[1]
+    return Largest(fits * unit, best, None if above is None else plans[above], len(plans))
+
+
+def _next(plans: dict[int, Plan], fits: int, above: int | None) -> int:
+    """How many units to try: where the line through two plans meets the limit."""
+    known = sorted(plans)
+    limit = plans[known[0]].limit
+    if len(known) == 1:
+        # All of the temporaries may grow with the rows, and nothing else does.
+        (only,) = known
+        memory = plans[only].memory
+        assert memory is not None  # or the search is over
+        each = max(memory.total - memory.weights, 1) / only
+        guess = int((limit - memory.weights) / each)
+    else:
+        # The last that fits, and what is next to it.
+        low = fits or known[0]
+        high = above if above is not None else max(n for n in known if n < low)
+        slope = (plans[high].needs - plans[low].needs) / (high - low)
+        guess = low + int((limit - plans[low].needs) / max(slope, 1))
+    return max(fits + 1, min(guess, _MOST if above is None else above - 1))
