@@ -2,7 +2,7 @@ r"""Say what a run needs on a TPU, and what limits it, without one.
 
   prefix-jax plan configs/quickstart.yaml --topology v5e:1x1
   prefix-jax plan --model llama-3-8b --topology v5e:2x4 --tokens 2048 \
-      data.batch_size=16 mesh.fsdp=8 model.remat=full
+      data.batch_size=16 mesh=auto model.remat=full
 
 The TPU's own compiler, which pip install "prefix_jax[tpu]" brings, compiles the
 training step ahead of time, on any machine. Neither weights nor data are read:
@@ -10,14 +10,15 @@ of the model its config.json will do, or the name of a preset (--model). A step
 has data.batch_size rows, all of --tokens tokens; data that is packed makes
 fewer rows of as many examples.
 
-Exits with 1 if the step does not fit.
+Of a step that does not fit, changes of the config are tried that may help. The
+exit code then is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefix_jax.errors import ConfigError
 
@@ -42,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="NAME", help="a preset such as llama-3-8b, in place of model.path"
     )
     parser.add_argument(
+        "--for",
+        dest="job",
+        choices=("train", "decode"),
+        default="train",
+        help="a step of training (the default), or one token of decoding for every row",
+    )
+    parser.add_argument(
         "--tokens",
         type=int,
         metavar="T",
@@ -50,26 +58,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--targets", type=int, metavar="M", help="tokens of a row to learn (default: all)"
     )
+    parser.add_argument(
+        "--max-batch",
+        action="store_true",
+        help="find the largest batch that fits, which takes a few compilations",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compiles, and prints what came of it."""
+    import jax
+
+    # The devices are not there. Those that are stay free for whoever uses them.
+    jax.config.update("jax_platforms", "cpu")
     from rich.console import Console
 
-    from prefix_jax.plan.plan import plan
-    from prefix_jax.plan.report import as_json, table
+    from prefix_jax.plan import report
+    from prefix_jax.plan.abstract import AbstractRun
+    from prefix_jax.plan.auto import choose_mesh
+    from prefix_jax.plan.batch import largest_batch
+    from prefix_jax.plan.plan import Plan, compile_step
+    from prefix_jax.plan.remedies import Remedy, remedies
     from prefix_jax.plan.topology import Topology
 
     config = _config(args)
     topology = Topology.parse(args.topology, args.slices)
-    with Console(stderr=True).status(f"compiling for {topology}"):
-        found = plan(config, topology, tokens=args.tokens, targets=args.targets)
+    run = AbstractRun.of(config, args.job)
+    rows = run.rows(args.tokens, args.targets)
+    console = Console(highlight=False, soft_wrap=True)
+    answer: dict[str, Any] = {}
+    with Console(stderr=True).status(f"compiling for {topology}") as status:
+
+        def show(plan: Plan) -> None:
+            status.update(f"compiling for {topology}; so far: {report.line(plan)}")
+
+        def show_remedy(remedy: Remedy) -> None:
+            show(remedy.plan)
+
+        if config.mesh.auto:
+            choice = choose_mesh(run, rows, topology, show)
+            plan = choice.best
+            answer["meshes"] = [report.as_json(each) for each in choice.compiled]
+        else:
+            choice = None
+            plan = compile_step(run, rows, topology, topology.mesh(config.mesh.sizes))
+            show(plan)
+        answer["plan"] = report.as_json(plan)
+        mesh = topology.mesh(plan.mesh)
+        largest = largest_batch(run, rows, topology, mesh, show) if args.max_batch else None
+        if largest is not None:
+            answer["largest"] = report.largest_as_json(largest)
+        helpful = () if plan.fits else remedies(plan, run, rows, topology, show_remedy)
+        if not plan.fits:
+            answer["remedies"] = {each.settings: report.as_json(each.plan) for each in helpful}
     if args.json:
-        print(json.dumps(as_json(found), indent=2))
-    else:
-        Console(highlight=False).print(table(found))
-    return 0 if found.fits else 1
+        print(json.dumps(answer, indent=2))
+        return 0 if plan.fits else 1
+    console.print(report.table(plan))
+    if choice is not None:
+        console.print(report.compared(choice))
+    if not plan.fits:
+        console.print(report.advice(helpful))
+    if largest is not None:
+        console.print(report.largest_line(largest))
+    return 0 if plan.fits else 1
 
 
 def _config(args: argparse.Namespace) -> Config:

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from prefix_jax import config as configs
-    from prefix_jax.mesh import agreed
+    from prefix_jax.mesh import agreed, describe
     from prefix_jax.train.fit import fit
     from prefix_jax.train.place import Place
     from prefix_jax.train.results import Results, read_results
@@ -76,6 +76,12 @@ def run(args: argparse.Namespace) -> int:
                 markup=False,
             )
     else:
+        if config.mesh.auto:
+            from prefix_jax.plan.auto import settle
+
+            with console.status("choosing the mesh"):
+                config = settle(config)
+            console.print(f"mesh: {describe(config.mesh.sizes)}", markup=False)
         try:
             ended = fit(config, console=console)
         except KeyboardInterrupt:

@@ -210,15 +210,27 @@ class MeshConfig:
         data: copies of the backbone, each with its share of the batch.
         fsdp: shares of every weight, gathered for use; the batch is split here too.
         tensor: shares of every layer's heads and features.
+        auto: choose the sizes, by compiling the step for a few (see docs/plan.md); TPUs only. A
+            bare word in YAML, `mesh: auto`, stands for `{auto: true}`.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    auto: bool = False
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the axes, by name."""
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
 
     def __post_init__(self) -> None:
-        sizes = dataclasses.asdict(self)
+        sizes = self.sizes
         require(
+            (
+                not self.auto or sizes == {"data": -1, "fsdp": 1, "tensor": 1},
+                "auto chooses data, fsdp and tensor: leave them out",
+            ),
             *(
                 (size == -1 or size >= 1, f"{axis} must be -1 or at least 1, not {size}")
                 for axis, size in sizes.items()

@@ -64,14 +64,14 @@ def sections(
     Raises:
         ConfigError: every problem found, one a line.
     """
-    values = _name_method(copy.deepcopy(values))
+    values = _spell_out(copy.deepcopy(values))
     given: dict[str, str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
             raise ConfigError(f"override {override!r}: expected key.path=value")
         _put(values, key, _override_value(cls, key, text), override)
-        _name_method(values)
+        _spell_out(values)
         given[key] = f"override {override}"
 
     problems: list[Problem] = []
@@ -140,10 +140,13 @@ def _read(path: Path) -> dict[str, Any]:
     return values or {}
 
 
-def _name_method(values: dict[str, Any]) -> dict[str, Any]:
-    """Spells out `method: full` as `method: {name: full}`."""
+def _spell_out(values: dict[str, Any]) -> dict[str, Any]:
+    """Spells out `method: full` as `method: {name: full}`, and `mesh: auto` as
+    `mesh: {auto: true}`."""
     if isinstance(values.get("method"), str):
         values["method"] = {"name": values["method"]}
+    if values.get("mesh") == "auto":
+        values["mesh"] = {"auto": True}
     return values
 
 

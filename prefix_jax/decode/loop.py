@@ -83,27 +83,37 @@ def advance(
     end: jax.Array,
 ) -> State:
     """Generates up to step `until`, or until everything has ended. Uses up `state`."""
-
-    def step(state: State) -> State:
-        B, M, _ = state.ids_BMW.shape
-        position_B = state.prompt_B + state.step - 1
-        tokens = Tokens(
-            group_BT=jnp.ones((B, M), jnp.int32),
-            branch_BT=jnp.broadcast_to(jnp.arange(1, M + 1), (B, M)),
-            position_BT=jnp.broadcast_to(position_B[:, None], (B, M)),
-        )
-        h_BMD, cache = backbone.hidden(
-            params,
-            state.last_BM,
-            tokens,
-            prefix,
-            state.cache,
-            search.lineage(state),
-            state.encoded,
-        )
-        state = dataclasses.replace(state, cache=cache)
-        return search.choose(state, backbone.unembed(params, h_BMD), end)
-
     return jax.lax.while_loop(
-        lambda state: (state.step < until) & search.running(state), step, state
+        lambda state: (state.step < until) & search.running(state),
+        lambda state: step(backbone, params, prefix, search, state, end),
+        state,
     )
+
+
+def step(
+    backbone: Backbone,
+    params: Params,
+    prefix: Prefix | None,
+    search: Search,
+    state: State,
+    end: jax.Array,
+) -> State:
+    """Generates one token of every continuation."""
+    B, M, _ = state.ids_BMW.shape
+    position_B = state.prompt_B + state.step - 1
+    tokens = Tokens(
+        group_BT=jnp.ones((B, M), jnp.int32),
+        branch_BT=jnp.broadcast_to(jnp.arange(1, M + 1), (B, M)),
+        position_BT=jnp.broadcast_to(position_B[:, None], (B, M)),
+    )
+    h_BMD, cache = backbone.hidden(
+        params,
+        state.last_BM,
+        tokens,
+        prefix,
+        state.cache,
+        search.lineage(state),
+        state.encoded,
+    )
+    state = dataclasses.replace(state, cache=cache)
+    return search.choose(state, backbone.unembed(params, h_BMD), end)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from prefix_jax.model import Params, PrefixModel
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.plan.presets import PREFIX, preset
 from prefix_jax.train.setup import check_quantized
+
+Job = Literal["train", "decode"]
 
 # Of a model whose positions allow more, and a config that does not say.
 _USUAL_TOKENS = 2048
@@ -54,15 +56,19 @@ class AbstractRun:
     Attributes:
         config: the run.
         model: backbone, method and head.
-        dtype: of the weights.
+        dtype: of the weights, and of the scales of quantised ones.
+        quantize: how they are quantised.
+        job: "train" or "decode".
     """
 
     config: Config
     model: PrefixModel
     dtype: str
+    quantize: Quantize = "none"
+    job: Job = "train"
 
     @classmethod
-    def of(cls, config: Config) -> AbstractRun:
+    def of(cls, config: Config, job: Job = "train") -> AbstractRun:
         """Reads the shape of the model; neither its weights nor the data.
 
         Raises:
@@ -92,7 +98,14 @@ class AbstractRun:
             )
             model = dataclasses.replace(model, head=head)
         model.check_context(config.data.max_length)
-        return cls(config, model, dtype)
+        if job == "decode":
+            _check_decoding(model)
+        return cls(config, model, dtype, job=job)
+
+    def changed(self, config: Config) -> AbstractRun:
+        """The same of another config, with weights as these are."""
+        other = AbstractRun.of(config, self.job)
+        return dataclasses.replace(other, dtype=self.dtype, quantize=self.quantize)
 
     def rows(self, tokens: int | None = None, targets: int | None = None) -> Rows:
         """The rows of a step: an example a row, each as long as it may be, learnt as a whole.
@@ -130,10 +143,8 @@ class AbstractRun:
     def params(self, mesh: Mesh) -> Params:
         """{"backbone": …, "prefix": …, "head": …}, abstract, placed as training places them."""
         model, backbone = self.model, self.model.backbone
-        made: dict[str, Any] = {
-            "backbone": abstract_params(backbone, self.dtype, self.config.model.quantize)
-        }
-        made["backbone"] = placed(made["backbone"], weight_shardings(made["backbone"], mesh))
+        weights = abstract_params(backbone, self.dtype, self.config.model.quantize)
+        made: dict[str, Any] = {"backbone": placed(weights, weight_shardings(weights, mesh))}
         if (method := model.method) is not None:
             init = jax.eval_shape(lambda: method.init(jax.random.key(0), backbone.geometry, None))
             made["prefix"] = everywhere(init, mesh)
@@ -158,11 +169,12 @@ class AbstractRun:
             )
 
         def tokens(size: int) -> Tokens:
+            branches = self.config.data.group_by_source
             segments = arch.segments > 0 and head is not None
             tasks = self.model.method is not None and bool(self.model.method.task_names)
             return Tokens(
                 of(size),
-                of(size) if self.config.data.group_by_source else None,
+                of(size) if branches else None,
                 of(size),
                 of(size) if segments else None,
                 of(size) if tasks else None,
@@ -194,6 +206,16 @@ def read_architecture(source: str) -> Architecture:
     if source.startswith(PREFIX):
         return architecture(preset(source), source)
     return architecture_of(source)
+
+
+def _check_decoding(model: PrefixModel) -> None:
+    if model.head is not None or not model.backbone.arch.causal:
+        raise ConfigError(
+            "--for decode: a task with labels answers in one pass and writes no text; plan its "
+            "training step"
+        )
+    if model.method is not None and model.method.task_names:
+        raise ConfigError("--for decode: text is written behind the prefix of one task")
 
 
 def placed(shapes: Any, shardings: Any) -> Any:

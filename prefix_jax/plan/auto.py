@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 
+from prefix_jax.config import Config, MeshConfig
 from prefix_jax.errors import MeshError
-from prefix_jax.mesh import make_mesh
+from prefix_jax.mesh import AXES, describe
 from prefix_jax.plan.abstract import AbstractRun, Rows
 from prefix_jax.plan.plan import Plan, bytes_on_one, compile_step
 from prefix_jax.plan.topology import Topology
@@ -75,7 +76,7 @@ def choose_mesh(
     """
     guesses = sorted(
         (guess(run, rows, topology, sizes) for sizes in meshes(run, rows, topology)),
-        key=lambda made: (made.seconds, made.weights * -1),
+        key=lambda made: (made.seconds, -made.weights),
     )
     if not guesses:
         raise MeshError(
@@ -92,8 +93,7 @@ def choose_mesh(
             # A guess is a floor: no program of this mesh is faster.
             if fitting >= _FEW or made.seconds > best.roofline.seconds:
                 break
-        mesh = make_mesh(**made.sizes, devices=topology.devices)
-        plan = compile_step(run, rows, topology, mesh)
+        plan = compile_step(run, rows, topology, topology.mesh(made.sizes))
         plans.append(plan)
         tried(plan)
         best = better(best, plan)
@@ -139,19 +139,48 @@ def guess(run: AbstractRun, rows: Rows, topology: Topology, sizes: Sizes) -> Gue
     """A floor of the time of a step: products at the peak, the gathering of weights hidden behind
     them, the exchange of activations not, and all links of a chip used both ways."""
     arch, chip = run.model.backbone.arch, topology.chip
-    mesh = make_mesh(**sizes, devices=topology.devices)
-    backbone = run.params(mesh)["backbone"]
+    backbone = run.params(topology.mesh(sizes))["backbone"]
     weights = bytes_on_one(backbone)
     W = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(backbone))
-    tokens = rows.rows * (rows.tokens + rows.source)
+    trains = run.job == "train"
+    tokens = rows.rows * (rows.tokens + rows.source if trains else 1)
     devices = len(topology.devices)
-    remat = run.config.model.remat == "full"
-    compute = (4 + 2 * remat) * W * tokens / devices / (chip.bf16 / chip.devices)
+    # How often the weights are gone through: forwards, backwards, and forwards again.
+    passes = 2 + (run.config.model.remat == "full") if trains else 1
+    compute = 2 * passes * W * tokens / devices / (chip.bf16 / chip.devices)
+    read = passes * weights * sizes["fsdp"] / (chip.bandwidth / chip.devices)
     links = 2 * chip.axes * chip.link / chip.devices
     fsdp, tensor = sizes["fsdp"], sizes["tensor"]
-    passes = 2 + remat
     gathered = passes * weights * (fsdp - 1) / links
     # After attention and after the feed-forward, forwards and backwards.
     share = tokens / sizes["data"] / fsdp * arch.d_model * 2
     summed = 2 * passes * arch.layers * share * 2 * (tensor - 1) / tensor / links
-    return Guess(sizes, max(compute, gathered) + summed, weights)
+    return Guess(sizes, max(compute, read, gathered) + summed, weights)
+
+
+def settle(config: Config, devices: Sequence[jax.Device] | None = None) -> Config:
+    """The config with the mesh that `mesh: auto` asks for, on devices that are there; any other
+    as it is.
+
+    Args:
+        config: of a training run.
+        devices: None takes all of this machine.
+
+    Raises:
+        MeshError: the devices are several and no TPUs, or nothing fits them.
+    """
+    if not config.mesh.auto:
+        return config
+    devices = jax.devices() if devices is None else devices
+    sizes: Sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+    if len(devices) > 1:
+        run = AbstractRun.of(config)
+        best = choose_mesh(run, run.rows(), Topology.of(devices)).best
+        if not best.fits:
+            raise MeshError(
+                f"mesh: auto: the step fits {len(devices)} devices on no mesh; on "
+                f"{describe(best.mesh)} it takes {best.over / 2**30:.1f} GiB too much. "
+                "See prefix-jax plan"
+            )
+        sizes = best.mesh
+    return dataclasses.replace(config, mesh=MeshConfig(*(sizes[axis] for axis in AXES)))

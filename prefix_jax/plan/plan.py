@@ -6,14 +6,17 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from prefix_jax.backbones.quantized import Quantize
 from prefix_jax.config import Config
-from prefix_jax.mesh import make_mesh
-from prefix_jax.plan.abstract import AbstractRun, Rows
+from prefix_jax.model import Params
+from prefix_jax.plan.abstract import AbstractRun, Job, Rows
+from prefix_jax.plan.decode import lower_step
 from prefix_jax.plan.floor import floor
 from prefix_jax.plan.hlo import parse
 from prefix_jax.plan.roofline import Roofline, roofline
@@ -21,8 +24,6 @@ from prefix_jax.plan.topology import Shortage, Topology
 from prefix_jax.prefix import Produced
 from prefix_jax.train.program import make_program
 from prefix_jax.train.step import abstract_state
-
-Job = Literal["train", "decode"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Plan:
     Attributes:
         model: as the config names it.
         method: by name.
+        quantize: the weights.
         topology: the chips.
         mesh: how they are laid out.
         job: "train" or "decode".
@@ -66,6 +68,7 @@ class Plan:
 
     model: str
     method: str
+    quantize: Quantize
     topology: str
     chips: int
     devices: int
@@ -105,41 +108,42 @@ def plan(
     *,
     tokens: int | None = None,
     targets: int | None = None,
-    mesh: Mapping[str, int] | None = None,
+    job: Job = "train",
 ) -> Plan:
-    """Compiles the training step of a config for a topology, weights abstract.
+    """Compiles a step of a config for a topology, weights abstract.
 
     Args:
         config: the run. Neither its weights nor its data are read.
         topology: "v5e:4x4".
         tokens, targets: of a row, see `AbstractRun.rows`.
-        mesh: sizes of data, fsdp and tensor, in place of the config's.
+        job: the step of training, or one of decoding.
 
     Raises:
         PrefixJaxError: something in the config does not fit together, or to the topology; or the
             compiler for TPUs is not installed. A step that does not fit is no error.
     """
     topology = Topology.parse(topology) if isinstance(topology, str) else topology
-    run = AbstractRun.of(config)
+    run = AbstractRun.of(config, job)
     rows = run.rows(tokens, targets)
-    sizes = dataclasses.asdict(config.mesh) if mesh is None else dict(mesh)
-    return compile_step(run, rows, topology, make_mesh(**sizes, devices=topology.devices))
+    return compile_step(run, rows, topology, topology.mesh(config.mesh.sizes))
 
 
 def compile_step(run: AbstractRun, rows: Rows, topology: Topology, mesh: Mesh) -> Plan:
-    """Compiles one step on one mesh."""
-    params, batch = run.params(mesh), run.batch(rows, mesh)
-    program = make_program(run.config, run.model, params, 1, mesh, start=abstract_state)
+    """Compiles one step on one mesh.
+
+    Raises:
+        MeshError: the rows do not divide over the mesh.
+    """
+    arch = run.model.backbone.arch
     begin = time.perf_counter()
+    lowered, params = _lower(run, rows, mesh)
     compiled, shortage = None, None
-    with jax.set_mesh(mesh):
-        lowered = program.step.lower(program.state, program.frozen, batch)
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            shortage = Shortage.read(str(error))
-            if shortage is None:
-                raise
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        shortage = Shortage.read(str(error))
+        if shortage is None:
+            raise
     took = time.perf_counter() - begin
     limit = topology.hbm_limit
     memory, found, needs = None, None, 0
@@ -148,17 +152,24 @@ def compile_step(run: AbstractRun, rows: Rows, topology: Topology, mesh: Mesh) -
         needs = memory.total
         text = compiled.as_text()
         assert text is not None  # as the TPU compiler shows it
-        found = roofline(parse(text), topology, list(mesh.devices.flat))
+        found = roofline(
+            parse(text),
+            topology,
+            list(mesh.devices.flat),
+            # The encoder of an encoder-decoder is not; its tiles all count.
+            causal=arch.causal and arch.encoder is None,
+        )
     elif shortage is not None:
         needs = shortage.used
     return Plan(
         model=run.config.model.path,
         method=str(run.config.method["name"]),
+        quantize=run.quantize,
         topology=str(topology),
         chips=topology.chips,
         devices=mesh.size,
         mesh=dict(mesh.shape),
-        job="train",
+        job=run.job,
         rows=rows,
         needs=needs,
         limit=limit,
@@ -167,6 +178,16 @@ def compile_step(run: AbstractRun, rows: Rows, topology: Topology, mesh: Mesh) -
         roofline=found,
         compile_seconds=took,
     )
+
+
+def _lower(run: AbstractRun, rows: Rows, mesh: Mesh) -> tuple[jax.stages.Lowered, Params]:
+    """The traced step, and the weights that it reads."""
+    if run.job == "decode":
+        return lower_step(run, rows.rows, max(rows.tokens, rows.source), mesh)
+    params, batch = run.params(mesh), run.batch(rows, mesh)
+    program = make_program(run.config, run.model, params, 1, mesh, start=abstract_state)
+    with jax.set_mesh(mesh):
+        return program.step.lower(program.state, program.frozen, batch), params
 
 
 def _memory(compiled: jax.stages.Compiled, params: Any, limit: int) -> Memory:
@@ -188,10 +209,10 @@ def bytes_on_one(tree: Any) -> int:
 
 
 def _floor(run: AbstractRun, rows: Rows) -> int | None:
-    """The least that the step computes; None for full fine-tuning and heads."""
+    """The least that a training step computes; None for full fine-tuning and heads."""
     model = run.model
     method, arch = model.method, model.backbone.arch
-    if method is None or model.head is not None:
+    if run.job == "decode" or method is None or model.head is not None:
         return None
     produced: Produced = jax.eval_shape(
         lambda: method(method.init(jax.random.key(0), arch.geometry, None))

@@ -5,16 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from prefix_jax.mesh import make_mesh
-from prefix_jax.nn.remat import Remat
 from prefix_jax.plan.abstract import AbstractRun, Rows
 from prefix_jax.plan.plan import Plan, compile_step
 from prefix_jax.plan.topology import Topology
 
 # Enough to choose from; every one costs a compilation.
 _ENOUGH = 2
-# From the fastest to what needs least memory.
-_REMAT: tuple[Remat, ...] = ("none", "dots", "attention", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +45,8 @@ def remedies(
     """
     found: list[Remedy] = []
     for settings, other, changed, sizes in _changes(failed, run, rows):
-        mesh = make_mesh(**sizes, devices=topology.devices)
-        remedy = Remedy(settings, compile_step(other, changed, topology, mesh))
+        plan = compile_step(other, changed, topology, topology.mesh(sizes))
+        remedy = Remedy(settings, plan)
         found.append(remedy)
         tried(remedy)
         if sum(one.plan.fits for one in found) == _ENOUGH:
@@ -65,7 +61,7 @@ def _changes(
     model = run.config.model
     if model.remat != "full":
         config = dataclasses.replace(run.config, model=dataclasses.replace(model, remat="full"))
-        yield "model.remat=full", run.of(config), rows, sizes
+        yield "model.remat=full", run.changed(config), rows, sizes
     # As many micro-batches as there are rows for each shard.
     shards = sizes["data"] * sizes["fsdp"]
     most = rows.rows // shards

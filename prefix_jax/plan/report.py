@@ -1,14 +1,19 @@
-"""A plan as a table, and as JSON."""
+"""Plans as tables, and as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from prefix_jax.mesh import describe
+from prefix_jax.plan.auto import Choice
+from prefix_jax.plan.batch import Largest
 from prefix_jax.plan.plan import Plan
+from prefix_jax.plan.remedies import Remedy
 
 GIB = 2**30
 
@@ -23,79 +28,144 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return found
 
 
+def largest_as_json(largest: Largest) -> dict[str, Any]:
+    """The rows that fit, and the plans on either side of the limit."""
+    return {
+        "rows": largest.rows,
+        "compiled": largest.compiled,
+        "plan": as_json(largest.plan),
+        "above": None if largest.above is None else as_json(largest.above),
+    }
+
+
 def table(plan: Plan) -> Table:
     """What a person wants to know."""
     made = Table(title=_title(plan), title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
     made.add_column("what", no_wrap=True)
+    made.add_column("time", justify="right", no_wrap=True)
     made.add_column("figures")
-    for what, figures in _lines(plan):
-        made.add_row(what, figures)
+    for line_of in _lines(plan):
+        made.add_row(*line_of)
     return made
 
 
+def line(plan: Plan) -> str:
+    """A plan in a few words."""
+    shape = f"{plan.rows.rows} rows on {describe(plan.mesh)}"
+    if plan.roofline is None:
+        return f"{shape} lack {gib(plan.over)}"
+    return f"{shape}: {gib(plan.needs)}, at least {_ms(plan.roofline.seconds)}"
+
+
+def compared(choice: Choice) -> Table:
+    """The meshes that were compiled."""
+    compiled, possible = len(choice.compiled), choice.possible
+    made = Table(
+        title=f"Compiled {compiled} of {possible} meshes",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("mesh", "memory", "step", "sent", "bound by"):
+        made.add_column(name, justify="left" if name in ("mesh", "bound by") else "right")
+    for plan in choice.compiled:
+        found = plan.roofline
+        mark = " (chosen)" if plan is choice.best else ""
+        made.add_row(
+            describe(plan.mesh) + mark,
+            gib(plan.needs) if plan.fits else f"[red]{gib(plan.over)} too much[/]",
+            "" if found is None else _ms(found.seconds),
+            "" if found is None else gib(found.sent),
+            "" if found is None else found.bound,
+        )
+    return made
+
+
+def advice(tried: Sequence[Remedy]) -> str:
+    """What was tried to make a step fit, and what came of it."""
+    lines = ["What was tried to make it fit:"]
+    for remedy in tried:
+        plan = remedy.plan
+        if plan.roofline is None:
+            came = f"still {gib(plan.over)} too much"
+        else:
+            came = f"fits, {gib(plan.needs)} a device, at least {_ms(plan.roofline.seconds)} a step"
+        lines.append(f"  {remedy.settings}: {came}")
+    if not any(remedy.plan.fits for remedy in tried):
+        lines.append("Nothing of it is enough: take more chips, or shorter rows (data.max_length).")
+    return "\n".join(lines)
+
+
+def largest_line(largest: Largest) -> str:
+    """The largest batch in a sentence."""
+    if not largest.rows:
+        least = largest.plan.rows.rows
+        return f"Not even {least} rows fit: {gib(largest.plan.over)} too much."
+    said = (
+        f"The largest batch that fits has {largest.rows} rows ({gib(largest.plan.needs)} a device)"
+    )
+    if largest.above is not None:
+        said += f"; {largest.above.rows.rows} take {gib(largest.above.over)} too much"
+    return f"{said}. {largest.compiled} programs were compiled."
+
+
 def _title(plan: Plan) -> str:
-    mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     chips = f"{plan.chips} chip{'s' if plan.chips > 1 else ''}"
     if plan.devices != plan.chips:
         chips += f", {plan.devices} devices"
-    return f"{plan.model}, {plan.method}, on {plan.topology} ({chips}), mesh {mesh}"
+    job = plan.method if plan.job == "train" else f"decoding behind {plan.method}"
+    weights = "" if plan.quantize == "none" else f" in {plan.quantize}"
+    return f"{plan.model}{weights}, {job}, on {plan.topology} ({chips}), {describe(plan.mesh)}"
 
 
-def _lines(plan: Plan) -> list[tuple[str, str]]:
-    rows = plan.rows
-    shape = f"{rows.rows} rows of {rows.tokens:,} tokens, {rows.targets:,} of them targets"
-    if rows.source:
-        shape = f"{rows.rows} sources of {rows.source:,} tokens, {rows.tokens:,} tokens written"
-    if rows.micro > 1:
-        shape += f", in {rows.micro} micro-batches"
-    lines = [("step", shape)]
-    percent = 100 * plan.needs / plan.limit
+def _lines(plan: Plan) -> list[tuple[str, str, str]]:
+    lines = [("step", "", _shape(plan))]
     if plan.memory is None:
-        lines += [
-            (
-                "memory",
-                f"[red]does not fit[/]: {gib(plan.needs)} of {gib(plan.limit)} a device, "
-                f"{gib(plan.over)} too much",
-            )
-        ]
+        said = (
+            f"[red]does not fit[/]: {gib(plan.needs)} of {gib(plan.limit)} a device, "
+            f"{gib(plan.over)} too much"
+        )
     else:
         memory = plan.memory
-        lines += [
-            (
-                "memory",
-                f"[green]fits[/]: {gib(memory.total)} of {gib(memory.limit)} a device "
-                f"({percent:.0f} %): weights {gib(memory.weights)}, other arguments "
-                f"{gib(memory.arguments - memory.weights)}, temporaries {gib(memory.temporaries)}",
-            )
-        ]
+        said = (
+            f"[green]fits[/]: {gib(memory.total)} of {gib(memory.limit)} a device "
+            f"({100 * memory.total / memory.limit:.0f} %): weights {gib(memory.weights)}, other "
+            f"arguments {gib(max(memory.arguments - memory.weights, 0))}, temporaries "
+            f"{gib(memory.temporaries)}"
+        )
+    lines.append(("memory", "", said))
     found = plan.roofline
     if found is not None:
         flops = f"{found.flops / 1e12:,.2f} TFLOP a device"
         if plan.floor is not None:
             ratio = found.flops * plan.devices / plan.floor
-            flops += f", {ratio:.2f} times the least that it takes"
+            flops += f", {ratio:.2f} of the least with dense attention"
         lines += [
-            ("compute", f"{_ms(found.compute)}: {flops}"),
-            ("memory traffic", f"{_ms(found.memory)}: {gib(found.moved)} a device"),
-            ("network", f"{_ms(found.network)}: {gib(found.sent)} sent by each device"),
-        ]
-        for kind, exchange in found.exchanges.items():
-            lines.append(
-                (
-                    f"  {kind}",
-                    f"{_ms(exchange.seconds)}: {exchange.count:,} of {gib(exchange.sent)} together",
-                )
-            )
-        rate = plan.tokens_per_second or 0
-        lines.append(
+            ("compute", _ms(found.compute), flops),
+            ("memory traffic", _ms(found.memory), f"{gib(found.moved)} a device"),
+            ("network", _ms(found.network), f"{gib(found.sent)} sent by each device"),
+            *(
+                (f"  {kind}", _ms(one.seconds), f"{one.count:,}, {gib(one.sent)} together")
+                for kind, one in found.exchanges.items()
+            ),
             (
-                "step time",
-                f"at least {_ms(found.seconds)}, bound by {found.bound}: "
-                f"at most {rate:,.0f} tokens a second",
-            )
-        )
-    lines.append(("compiled in", f"{plan.compile_seconds:.0f} s"))
+                "step, at least",
+                _ms(found.seconds),
+                f"bound by {found.bound}; at most {plan.tokens_per_second or 0:,.0f} tokens a "
+                "second",
+            ),
+        ]
+    lines.append(("compiled in", f"{plan.compile_seconds:.0f} s", ""))
     return lines
+
+
+def _shape(plan: Plan) -> str:
+    rows = plan.rows
+    if plan.job == "decode":
+        return f"a token for each of {rows.rows} rows, behind up to {rows.tokens:,} others"
+    shape = f"{rows.rows} rows of {rows.tokens:,} tokens, {rows.targets:,} of them targets"
+    if rows.source:
+        shape = f"{rows.rows} sources of {rows.source:,} tokens, {rows.tokens:,} written for each"
+    return shape + (f", in {rows.micro} micro-batches" if rows.micro > 1 else "")
 
 
 def gib(count: float) -> str:

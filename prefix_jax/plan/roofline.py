@@ -12,6 +12,7 @@ import numpy as np
 
 from prefix_jax.plan.collectives import KINDS, Collective, collectives
 from prefix_jax.plan.hlo import Module
+from prefix_jax.plan.kernels import kernel
 from prefix_jax.plan.products import cost
 from prefix_jax.plan.topology import Topology
 from prefix_jax.plan.traffic import moved
@@ -47,7 +48,7 @@ class Roofline:
     Real steps are slower: no program runs at the peak.
 
     Attributes:
-        flops: of matrix products.
+        flops: of matrix products, those of known kernels among them.
         moved: bytes between memory and chip.
         exchanges: by kind, those that there are.
         compute: seconds of the products alone.
@@ -80,13 +81,16 @@ class Roofline:
         return max(times, key=times.__getitem__)
 
 
-def roofline(module: Module, topology: Topology, devices: Sequence[object]) -> Roofline:
+def roofline(
+    module: Module, topology: Topology, devices: Sequence[object], *, causal: bool = False
+) -> Roofline:
     """Reads a compiled program.
 
     Args:
         module: the program of one device.
         topology: the chips.
         devices: in the order in which the program numbers them: that of the mesh.
+        causal: whether attention over as many keys as queries is causal: see `kernel`.
 
     Raises:
         ValueError: a loop holds products, and the text does not tell how often it runs.
@@ -111,7 +115,12 @@ def roofline(module: Module, topology: Topology, devices: Sequence[object]) -> R
             flops += each * visit.times
             compute += seconds
             products[key] += seconds
-        if each := moved(module, visit):
+        known = kernel(visit.computation, visit.instruction, causal)
+        if known is not None:
+            flops += known.flops * visit.times
+            compute += known.flops * visit.times / peak
+            products[key] += known.flops * visit.times / peak
+        if each := moved(module, visit) + (0 if known is None else known.again):
             traffic += each * visit.count
             seconds = each * visit.count / bandwidth
             if visit.instruction.opcode.endswith("-start"):

@@ -13,16 +13,18 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from prefix_jax.errors import MeshError
+from prefix_jax.mesh import make_mesh
 
 GIB = 2**30
 
@@ -71,6 +73,16 @@ CHIPS = {
     "tpu7x": Chip(2307e12, 2307e12, 192 * GIB, 7380e9, 100e9, 4, 3, 2, 12.5e9),
 }
 
+# By what JAX calls their devices.
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+}
+
 _NAME = re.compile(r"(?:(\d+)\*)?([a-z0-9]+):(\d+(?:x\d+)*)")
 _EXAMPLES = "v5e:4x4 (16 chips), v5p:2x2x1, v5e:1x1 (one chip), 2*v5e:4x4 (two slices)"
 
@@ -83,11 +95,13 @@ class Topology:
         name: of the chip, in `CHIPS`.
         shape: chips along every axis of a slice.
         slices: how many there are; the data centre's network is between them.
+        attached: the devices, if they are there; None compiles for some that are not.
     """
 
     name: str
     shape: tuple[int, ...]
     slices: int = 1
+    attached: tuple[jax.Device, ...] | None = None
 
     @classmethod
     def parse(cls, text: str, slices: int | None = None) -> Topology:
@@ -114,6 +128,24 @@ class Topology:
             raise MeshError(f"topology {text}: there has to be one slice at least")
         return cls(name, sizes, number)
 
+    @classmethod
+    def of(cls, devices: Sequence[jax.Device]) -> Topology:
+        """The topology of devices that are there.
+
+        Raises:
+            MeshError: they are no TPUs, or of an unknown kind.
+        """
+        kind = devices[0].device_kind
+        if kind not in _KINDS:
+            raise MeshError(
+                f"mesh: auto goes by the figures of TPUs ({', '.join(CHIPS)}) and knows none of "
+                f"{len(devices)} x {kind}: give the sizes, as in mesh.fsdp={len(devices)}"
+            )
+        coords = np.array([device.coords for device in devices])
+        sizes = tuple(int(size) for size in coords.max(0) - coords.min(0) + 1)
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+        return cls(_KINDS[kind], sizes[: CHIPS[_KINDS[kind]].axes], slices, tuple(devices))
+
     def __str__(self) -> str:
         one = f"{self.name}:{'x'.join(map(str, self.shape))}"
         return one if self.slices == 1 else f"{self.slices}*{one}"
@@ -135,6 +167,8 @@ class Topology:
         Raises:
             MeshError: `libtpu` is missing, or knows no such topology.
         """
+        if self.attached is not None:
+            return self.attached
         if importlib.util.find_spec("libtpu") is None:
             raise MeshError(
                 "libtpu, the compiler for TPUs, is not installed: "
@@ -157,6 +191,14 @@ class Topology:
             reason = str(error).strip().splitlines()[0]
             raise MeshError(f"the TPU compiler knows no topology {self}: {reason}") from None
         return found.devices
+
+    def mesh(self, sizes: Mapping[str, int]) -> Mesh:
+        """The devices as `data` × `fsdp` × `tensor`.
+
+        Raises:
+            MeshError: the sizes do not multiply to their number.
+        """
+        return make_mesh(**sizes, devices=self.devices)
 
     @functools.cached_property
     def hbm_limit(self) -> int:

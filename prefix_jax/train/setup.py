@@ -90,7 +90,9 @@ def prepare(
     method, sources = tell_tasks_apart(config.data, make_method(config.method), sources)
     check_quantized(config, method is None, pretrained)
     if pretrained is None:
-        mesh = make_mesh(**dataclasses.asdict(config.mesh))
+        if config.mesh.auto:
+            raise ConfigError("mesh: auto is settled before a run: see prefix_jax.plan.auto.settle")
+        mesh = make_mesh(*config.mesh.sizes.values())
         # What trains is float32: the steps of bfloat16 are too wide for small updates.
         dtype = "float32" if (method, config.model.dtype) == (None, "auto") else config.model.dtype
         pretrained = load(config.model.path, dtype=dtype, mesh=mesh, quantize=config.model.quantize)
