@@ -52,6 +52,8 @@ setup(
         "cuda": ["jax[cuda13]"],
         "gcs": ["gcsfs"],
         "dev": [
+            # The compiler for TPUs, which compiles on any machine.
+            "jax[tpu]",
             "pytest",
             "pytest-xdist",
             "hypothesis",

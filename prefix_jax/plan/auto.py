@@ -10,7 +10,7 @@ import jax
 
 from prefix_jax.config import Config, MeshConfig
 from prefix_jax.errors import MeshError
-from prefix_jax.mesh import AXES, describe
+from prefix_jax.mesh import describe
 from prefix_jax.plan.abstract import AbstractRun, Rows
 from prefix_jax.plan.plan import Plan, bytes_on_one, compile_step
 from prefix_jax.plan.topology import Topology
@@ -183,4 +183,6 @@ def settle(config: Config, devices: Sequence[jax.Device] | None = None) -> Confi
                 "See prefix-jax plan"
             )
         sizes = best.mesh
-    return dataclasses.replace(config, mesh=MeshConfig(*(sizes[axis] for axis in AXES)))
+    return dataclasses.replace(
+        config, mesh=MeshConfig(sizes["data"], sizes["fsdp"], sizes["tensor"])
+    )

@@ -34,6 +34,10 @@ class Collective:
         groups: numbers of the devices that exchange with each other, [groups, size].
         hidden: whether other work goes on meanwhile.
         count: how many times the program does it.
+        opposed: whether one like it goes the other way round at the same time, over the other
+            direction of the same links.
+        written: bytes of its result that reach the device's memory inside of fusions, where `moved`
+            does not count them.
     """
 
     kind: Kind
@@ -42,6 +46,8 @@ class Collective:
     groups: np.ndarray
     hidden: bool
     count: int
+    opposed: bool = False
+    written: int = 0
 
     @property
     def sent(self) -> float:
@@ -55,9 +61,20 @@ class Collective:
 def collectives(found: Sequence[Visit]) -> list[Collective]:
     """Every exchange of a walk.
 
-    The TPU compiler spreads an asynchronous one over several fusions, each of which names it: all
-    of them with one channel are one.
+    The TPU compiler spreads an asynchronous one over several fusions, some of them in loops that
+    run meanwhile. Each names it, and one of them starts it.
     """
+    starting = {
+        (visit.run, visit.kernel.name)
+        for visit in found
+        if visit.instruction.word("custom_call_target") == "AsyncCollectiveStart"
+    }
+    started = {
+        visit.instruction.word("channel_id")
+        for visit in found
+        if (visit.run, visit.kernel.name) in starting
+    }
+    pairs = {(visit.run, _pairs(visit.instruction)) for visit in found}
     made, seen = [], set()
     for visit in found:
         instruction = visit.instruction
@@ -66,7 +83,8 @@ def collectives(found: Sequence[Visit]) -> list[Collective]:
             continue
         channel = instruction.word("channel_id")
         key = (visit.run, channel)
-        if channel is not None and key in seen:
+        elsewhere = channel in started and (visit.run, visit.kernel.name) not in starting
+        if channel is not None and (elsewhere or key in seen):
             continue
         seen.add(key)
         groups = _groups(instruction)
@@ -80,6 +98,9 @@ def collectives(found: Sequence[Visit]) -> list[Collective]:
                 groups,
                 visit.fused or instruction.opcode.endswith("-start"),
                 visit.count,
+                (visit.run, tuple(sorted(pair[::-1] for pair in _pairs(instruction)))) in pairs
+                and len(groups) > 2,
+                visit.fused * sum(a.nbytes for a in instruction.results if a.space == 0),
             )
         )
     return made
@@ -94,15 +115,18 @@ def _whole(visit: Visit, kind: Kind, size: int) -> int:
     return given * size if kind == "all-gather" else given
 
 
+def _pairs(instruction: Instruction) -> tuple[tuple[int, int], ...]:
+    """Who sends to whom, of a permutation, those that send to themselves left out."""
+    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.attributes)
+    pairs = re.findall(r"(\d+),(\d+)", found[1]) if found else ()
+    return tuple(sorted((int(a), int(b)) for a, b in pairs if a != b))
+
+
 def _groups(instruction: Instruction) -> np.ndarray:
     """Devices by group, [groups, size]."""
     text = instruction.attributes
-    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
-        found = [
-            [int(number) for number in pair] for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1])
-        ]
-        moved = [pair for pair in found if pair[0] != pair[1]]
-        return np.array(moved or [[0]])
+    if "source_target_pairs=" in text:
+        return np.array(_pairs(instruction) or [[0]])
     if listed := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", text):
         return np.array(
             [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]

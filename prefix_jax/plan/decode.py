@@ -78,7 +78,7 @@ def _spec(shape: tuple[int, ...], rows: int, mesh: Mesh) -> PartitionSpec:
     """Rows come first, and the heads of keys and values second: [B, K, S, H]."""
     if not shape or shape[0] != rows or rows % batch_shards(mesh):
         return PartitionSpec()
-    heads = WEIGHT_AXES["K"] if len(shape) == 4 else None
-    if heads is not None and shape[1] % mesh.shape[heads]:
-        heads = None
-    return PartitionSpec(BATCH_AXES, heads, *(None for _ in shape[2:]))
+    heads = WEIGHT_AXES["K"]
+    if len(shape) == 4 and shape[1] % mesh.shape[heads] == 0:
+        return PartitionSpec(BATCH_AXES, heads)
+    return PartitionSpec(BATCH_AXES)

@@ -98,8 +98,8 @@ def advice(tried: Sequence[Remedy]) -> str:
 def largest_line(largest: Largest) -> str:
     """The largest batch in a sentence."""
     if not largest.rows:
-        least = largest.plan.rows.rows
-        return f"Not even {least} rows fit: {gib(largest.plan.over)} too much."
+        least, over = largest.plan.rows.rows, gib(largest.plan.over)
+        return f"No batch fits: {over} too much at {least} row{'s' if least > 1 else ''}."
     said = (
         f"The largest batch that fits has {largest.rows} rows ({gib(largest.plan.needs)} a device)"
     )

@@ -129,6 +129,7 @@ def roofline(
                 memory[key] += seconds
     kernels = sum(max(products[key], memory[key]) for key in products.keys() | memory.keys())
     exchanges = collectives(found)
+    traffic += sum(one.count * one.written for one in exchanges)
     times = [(one, one.count * seconds_of(one, topology, devices)) for one in exchanges]
     hidden = sum(seconds for one, seconds in times if one.hidden)
     exposed = sum(seconds for one, seconds in times if not one.hidden)
@@ -155,6 +156,8 @@ def roofline(
 
 def seconds_of(one: Collective, topology: Topology, devices: Sequence[object]) -> float:
     """How long one exchange takes: that of its slowest group, all of them at once."""
+    if one.kind == "collective-permute":
+        return _permuting(one, topology, devices)
     slowest = 0.0
     for numbers in one.groups:
         members = [devices[number] for number in numbers]
@@ -167,10 +170,24 @@ def seconds_of(one: Collective, topology: Topology, devices: Sequence[object]) -
     return slowest
 
 
+def _permuting(one: Collective, topology: Topology, devices: Sequence[object]) -> float:
+    """Of a permutation: all of its pairs share the links between them."""
+    pairs = [[devices[number] for number in pair] for pair in one.groups]
+    if any(_across_slices(pair) for pair in pairs):
+        return one.nbytes / (topology.chip.dcn / topology.chip.devices)
+    hops = [_links(pair, topology)[1] for pair in pairs]
+    link = topology.chip.link / topology.chip.devices * (2 if one.opposed else 1)
+    return one.nbytes * float(np.mean(hops)) / link + max(hops) * _HOP
+
+
+def _across_slices(members: Sequence[object]) -> bool:
+    return len({getattr(device, "slice_index", None) for device in members}) > 1
+
+
 def _links(members: Sequence[object], topology: Topology) -> tuple[float, int]:
     """Bytes a second that each of these devices can send to the others, and hops between them."""
     chip = topology.chip
-    if len({getattr(device, "slice_index", None) for device in members}) > 1:
+    if _across_slices(members):
         return chip.dcn / chip.devices, 1
     coords = np.array([getattr(device, "coords", (0, 0, 0)) for device in members])
     shape = (*topology.shape, 1, 1)

@@ -41,6 +41,7 @@ class Chip:
         ring: chips along an axis from which on its ends are linked, so that traffic goes both
             ways round; below, an axis is a line.
         axes: of the mesh of chips in a slice.
+        pod: chips in a slice at most.
         devices: that JAX shows for one chip.
         dcn: bytes a second of the data centre's network for each chip, between slices.
         options: for the compiler, so that a device is what users see of this chip.
@@ -53,6 +54,7 @@ class Chip:
     link: float
     ring: int
     axes: int
+    pod: int
     devices: int
     dcn: float
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -65,12 +67,22 @@ class Chip:
 # ("megacore"); those of tpu7x are two.
 CHIPS = {
     "v4": Chip(
-        275e12, 275e12, 32 * GIB, 1228e9, 50e9, 4, 3, 1, 3.1e9, {"chip_config_name": "megacore"}
+        275e12,
+        275e12,
+        32 * GIB,
+        1228e9,
+        50e9,
+        4,
+        3,
+        4096,
+        1,
+        3.1e9,
+        {"chip_config_name": "megacore"},
     ),
-    "v5e": Chip(197e12, 393e12, 16 * GIB, 819e9, 50e9, 16, 2, 1, 3.1e9),
-    "v5p": Chip(459e12, 918e12, 95 * GIB, 2765e9, 100e9, 4, 3, 1, 6.2e9),
-    "v6e": Chip(918e12, 1836e12, 32 * GIB, 1638e9, 100e9, 16, 2, 1, 12.5e9),
-    "tpu7x": Chip(2307e12, 2307e12, 192 * GIB, 7380e9, 100e9, 4, 3, 2, 12.5e9),
+    "v5e": Chip(197e12, 393e12, 16 * GIB, 819e9, 50e9, 16, 2, 256, 1, 3.1e9),
+    "v5p": Chip(459e12, 918e12, 95 * GIB, 2765e9, 100e9, 4, 3, 8960, 1, 6.2e9),
+    "v6e": Chip(918e12, 1836e12, 32 * GIB, 1638e9, 100e9, 16, 2, 256, 1, 12.5e9),
+    "tpu7x": Chip(2307e12, 2307e12, 192 * GIB, 7380e9, 100e9, 4, 3, 9216, 2, 12.5e9),
 }
 
 # By what JAX calls their devices.
@@ -121,6 +133,11 @@ class Topology:
         if len(sizes) != axes or not all(sizes):
             example = ":".join((name, "x".join("4" * axes)))
             raise MeshError(f"topology {text}: {name} has {axes} axes of chips, as in {example}")
+        if math.prod(sizes) > CHIPS[name].pod:
+            raise MeshError(
+                f"topology {text}: a slice of {name} has {CHIPS[name].pod:,} chips at most; "
+                "write several as 2*…"
+            )
         if count is not None and slices not in (None, int(count)):
             raise MeshError(f"topology {text} is of {count} slices, and {slices} are asked for")
         number = int(count) if count is not None else slices or 1

@@ -30,7 +30,7 @@ def moved(module: Module, visit: Visit) -> int:
 
     Arrays that live in the chip's own memory are free. Of an operand that a kernel only slices,
     the slices count, and of a result that it only updates, the update. Bytes are those of the
-    elements: the padding of layouts is not counted.
+    elements: the padding of layouts is not counted. Exchanges inside of fusions are not either.
     """
     instruction = visit.instruction
     if visit.fused or instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
@@ -91,6 +91,8 @@ def _read(module: Module, inside: Computation, number: int, whole: int) -> int:
             names.add(name)
         elif user.opcode in _PARTS and used == [0]:
             total += sum(array.nbytes for array in user.results)
+        elif _is_exchange(user):
+            continue
         elif user.opcode == "fusion":
             called = module.computations[user.word("calls") or ""]
             total += sum(_read(module, called, place, whole) for place in used)
@@ -99,11 +101,18 @@ def _read(module: Module, inside: Computation, number: int, whole: int) -> int:
     return min(total, whole)
 
 
+def _is_exchange(instruction: Instruction) -> bool:
+    """Whether it is of an exchange between devices, whose arrays a fusion only passes on."""
+    target = instruction.word("custom_call_target") or ""
+    exchanged = instruction.opcode.startswith(("all-", "reduce-scatter", "collective-"))
+    return instruction.opcode == "tuple" or exchanged or target.startswith("AsyncCollective")
+
+
 def _written(inside: Computation, maker: Instruction, result: Array) -> int:
     """Bytes of a result that a fusion writes."""
-    while maker.opcode == "bitcast":
+    while maker.opcode in ("bitcast", "get-tuple-element"):
         maker = inside[maker.operands[0]]
-    if maker.opcode == "parameter":
+    if maker.opcode == "parameter" or _is_exchange(maker):
         return 0
     if maker.opcode == "dynamic-update-slice":
         return sum(array.nbytes for array in inside[maker.operands[1]].results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator
 
@@ -102,7 +103,8 @@ def _trips(module: Module, computation: Computation, loop: Instruction) -> int |
     """How often the body of a loop runs; None if the text does not tell.
 
     CPU and GPU programs say so. TPU programs do not, but a scan is known by its looks: it counts
-    from 0, by 1, up to a constant.
+    from a constant to another, in equal steps. (Products that gather their weights piece by piece
+    take two at a time, one from either side.)
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
@@ -113,9 +115,9 @@ def _trips(module: Module, computation: Computation, loop: Instruction) -> int |
             (name,) = computation[name].operands
         return computation[name]
 
-    def constant(computation: Computation, name: str) -> str | None:
+    def constant(computation: Computation, name: str) -> int | None:
         made = producer(computation, name)
-        return made.operands[0] if made.opcode == "constant" else None
+        return int(made.operands[0]) if made.opcode == "constant" else None
 
     condition = module.computations[_called(loop, "condition")]
     body = module.computations[_called(loop, "body")]
@@ -129,11 +131,10 @@ def _trips(module: Module, computation: Computation, loop: Instruction) -> int |
         limit = constant(condition, test.operands[1])
         if counter.opcode == "get-tuple-element" and limit is not None:
             index = int(counter.word("index") or 0)
-            step = producer(body, result.operands[index])
-            if (
-                constant(computation, start.operands[index]) == "0"
-                and step.opcode == "add"
-                and "1" in (constant(body, operand) for operand in step.operands)
-            ):
-                return int(limit)
+            first = constant(computation, start.operands[index])
+            next_one = producer(body, result.operands[index])
+            steps = [constant(body, operand) for operand in next_one.operands]
+            step = next((step for step in steps if step is not None), None)
+            if next_one.opcode == "add" and first is not None and step:
+                return max(math.ceil((limit - first) / step), 0)
     return None

@@ -152,8 +152,13 @@ def test_a_loop_of_a_tpu_program_is_counted_by_its_condition() -> None:
     assert flops(parse(text)) == 30 * 2 * 4 * 8 * 8
 
 
-def test_a_loop_of_unknown_length_is_refused() -> None:
+def test_a_loop_that_takes_two_at_a_time_runs_half_as_often() -> None:
     text = entry(*WHILE, before=LOOP.format(step=2))
+    assert flops(parse(text)) == 15 * 2 * 4 * 8 * 8
+
+
+def test_a_loop_of_unknown_length_is_refused() -> None:
+    text = entry(*WHILE, before=LOOP.format(step=1).replace("LT", "NE"))
     with pytest.raises(ValueError, match="how often the loop loop runs"):
         flops(parse(text))
 

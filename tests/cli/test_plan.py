@@ -1,0 +1,75 @@
+"""`prefix-jax plan` answers from a config or a preset, and takes too much as an answer."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prefix_jax.plan.presets import PRESETS
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "vocab_size": 128,
+    }
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(model))
+    (tmp_path / "config.yaml").write_text(
+        "{model: {path: model}, data: {target: '{text}', max_length: 16, batch_size: 2}, "
+        "train: {steps: 1}, output: run, method: {name: prefix, length: 4}}"
+    )
+    return tmp_path
+
+
+def test_a_config_is_planned_without_its_weights_and_data(run_in, folder: Path) -> None:
+    ran = run_in(folder, "plan", "config.yaml", "--topology", "v5e:2x2", "mesh=auto",
+               "data.batch_size=4", "--json")  # fmt: skip
+    assert ran.code == 0
+    answer = json.loads(ran.out)
+    assert answer["plan"]["fits"]
+    assert answer["plan"]["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
+    assert answer["plan"]["roofline"]["bound"] in ("compute", "memory", "network")
+    assert answer["plan"] in answer["meshes"]
+    assert not (folder / "run").exists()
+
+
+def test_a_table_says_it_to_people(run_in, folder: Path) -> None:
+    ran = run_in(folder, "plan", "config.yaml", "--topology", "v5e:1x1")
+    assert ran.code == 0
+    for words in ("on v5e:1x1 (1 chip)", "2 rows of 16 tokens", "fits", "step, at least"):
+        assert words in ran.out
+
+
+def test_of_what_does_not_fit_it_is_said_by_how_much(run_in, folder: Path) -> None:
+    ran = run_in(folder, "plan", "--model", "llama-3-70b", "--topology", "v5e:1x1", "--tokens", "32",
+               "data.batch_size=1", "model.remat=full", "--max-batch")  # fmt: skip
+    assert ran.code == 1
+    assert "does not fit" in ran.out
+    assert "GiB too much" in ran.out
+    assert "No batch fits" in ran.out
+    assert "take more chips" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--topology", "v5e:1x1"), "give a config, or --model"),
+        (("--model", "llama-9", "--topology", "v5e:1x1"), f"there are {next(iter(PRESETS))}"),
+        (("config.yaml", "--topology", "v5e"), "write it as one of"),
+        (("config.yaml", "--topology", "v5e:2x2", "mesh.fsdp=3"), "does not fit 4 devices"),
+        (("none.yaml", "--topology", "v5e:1x1"), "cannot read"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(
+    run_in, folder: Path, words: tuple[str, ...], message: str
+) -> None:
+    ran = run_in(folder, "plan", *words)
+    assert ran.code == 2
+    assert message in ran.err
+    assert "Traceback" not in ran.err

@@ -1,0 +1,125 @@
+"""What devices send each other is read from a program, however the compiler wrote it."""
+
+import numpy as np
+import pytest
+
+from prefix_jax.plan.collectives import collectives
+from prefix_jax.plan.hlo import parse
+from prefix_jax.plan.products import cost
+from prefix_jax.plan.roofline import seconds_of
+from prefix_jax.plan.topology import Topology
+from prefix_jax.plan.walk import visits
+
+
+def found(*lines: str, before: str = "") -> list:
+    body = "".join(f"  {line}\n" for line in lines)
+    text = f"{before}ENTRY %main (a: bf16[64,16]) -> bf16[64,16] {{\n{body}}}\n"
+    return collectives(list(visits(parse(text), cost)))
+
+
+ARGUMENT = "%a = bf16[64,16]{1,0} parameter(0)"
+BYTES = 64 * 16 * 2
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ("{{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("mesh['axis_0'=2,'axis_1'=2] {'axis_1'}", [[0, 1], [2, 3]]),
+        ("mesh['axis_0'=2,'axis_1'=2] {'axis_0'}", [[0, 2], [1, 3]]),
+        (
+            "mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_0'}",
+            [[0, 1], [2, 3]],
+        ),
+    ],
+)
+def test_groups_are_read_in_every_notation(groups: str, expected: list[list[int]]) -> None:
+    (one,) = found(
+        ARGUMENT,
+        f"ROOT %r = bf16[64,16]{{1,0}} all-reduce(%a), channel_id=1, replica_groups={groups}, "
+        "use_global_device_ids=true, to_apply=%add",
+    )
+    np.testing.assert_array_equal(one.groups, expected)
+    assert one.nbytes == BYTES
+    assert one.sent == BYTES * 2 / 2
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "sent"),
+    [
+        ("all-gather(%a), dimensions={0}", "all-gather", 4 * BYTES * 3 / 4),
+        ("all-reduce(%a), to_apply=%add", "all-reduce", 2 * BYTES * 3 / 4),
+        ("reduce-scatter(%a), to_apply=%add", "reduce-scatter", BYTES * 3 / 4),
+        ("all-to-all(%a), dimensions={0}", "all-to-all", BYTES * 3 / 4),
+    ],
+)
+def test_every_kind_sends_what_the_best_algorithm_does(line: str, kind: str, sent: float) -> None:
+    call, _, rest = line.partition(",")
+    (one,) = found(
+        ARGUMENT, f"ROOT %r = bf16[64,16]{{1,0}} {call}, replica_groups={{{{0,1,2,3}}}},{rest}"
+    )
+    assert (one.kind, one.sent, one.hidden) == (kind, sent, False)
+
+
+def test_an_asynchronous_one_hides_behind_other_work_and_counts_once() -> None:
+    (one,) = found(
+        ARGUMENT,
+        "%s = (bf16[64,16]{1,0}, bf16[64,16]{1,0}) collective-permute-start(%a), channel_id=1, "
+        "source_target_pairs={{0,0},{1,2},{2,1}}",
+        "ROOT %r = bf16[64,16]{1,0} collective-permute-done(%s)",
+    )
+    assert (one.kind, one.hidden, one.sent, one.count) == ("collective-permute", True, BYTES, 1)
+    np.testing.assert_array_equal(one.groups, [[1, 2], [2, 1]])
+
+
+def test_fusions_that_share_one_channel_are_one_exchange() -> None:
+    part = """%part.{0} (p: bf16[64,16]) -> bf16[128,16] {{
+  %p = bf16[64,16]{{1,0}} parameter(0)
+  ROOT %g.{0} = bf16[128,16]{{1,0}} all-gather(%p), channel_id=7, replica_groups={{{{0,1}}}}
+}}
+
+"""
+    (one,) = found(
+        ARGUMENT,
+        "%f = bf16[128,16]{1,0} fusion(%a), kind=kCustom, calls=%part.1",
+        "ROOT %h = bf16[128,16]{1,0} fusion(%a), kind=kCustom, calls=%part.2",
+        before=part.format(1) + part.format(2),
+    )
+    assert (one.kind, one.hidden, one.nbytes) == ("all-gather", True, 2 * BYTES)
+
+
+def test_an_exchange_with_oneself_is_none() -> None:
+    line = "ROOT %r = bf16[64,16]{1,0} all-reduce(%a), replica_groups={{0},{1}}, to_apply=%add"
+    assert found(ARGUMENT, line) == []
+
+
+@pytest.mark.parametrize(
+    ("topology", "devices", "links"),
+    [
+        ("v5e:2x4", [0, 1], 1),  # Neighbours.
+        ("v5e:2x2", [0, 1, 2, 3], 2),  # A square: both axes.
+        ("v5e:16x16", list(range(256)), 4),  # Rings along both.
+        ("v5p:2x2x4", list(range(16)), 4),  # One ring of three axes.
+    ],
+)
+def test_an_exchange_takes_what_the_links_between_its_chips_allow(
+    topology: str, devices: list[int], links: int
+) -> None:
+    chips = Topology.parse(topology)
+    group = ",".join(map(str, devices))
+    big = "bf16[65536,16384]"
+    (one,) = found(
+        f"%a = {big}{{1,0}} parameter(0)",
+        f"ROOT %r = {big}{{1,0}} all-reduce(%a), replica_groups={{{{{group}}}}}, to_apply=%add",
+    )
+    at_most = one.sent / (links * chips.chip.link)
+    assert at_most <= seconds_of(one, chips, chips.devices) < 1.01 * at_most
+
+
+def test_between_slices_there_is_the_network_of_the_data_centre() -> None:
+    chips = Topology.parse("2*v5e:2x2")
+    line = "ROOT %r = bf16[64,16]{1,0} all-reduce(%a), replica_groups={{0,4}}, to_apply=%add"
+    (one,) = found(ARGUMENT, line)
+    assert seconds_of(one, chips, chips.devices) > one.sent / chips.chip.dcn

@@ -1,0 +1,250 @@
+"""A plan says what the TPU's compiler says, and finds its way among batches and meshes."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from prefix_jax import config as configs
+from prefix_jax.errors import ConfigError, MeshError
+from prefix_jax.plan import auto, batch, remedies
+from prefix_jax.plan.abstract import AbstractRun, Rows
+from prefix_jax.plan.plan import Memory, Plan, plan
+from prefix_jax.plan.roofline import Exchange, Roofline
+from prefix_jax.plan.topology import GIB, Topology
+
+TINY = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 128,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that is a config and nothing else."""
+    made = tmp_path_factory.mktemp("tiny")
+    (made / "config.json").write_text(json.dumps(TINY))
+    return made
+
+
+def config_of(path: Path | str, *overrides: str) -> configs.Config:
+    values = {
+        "model": {"path": str(path)},
+        "data": {"target": "{text}", "max_length": 16},
+        "method": {"name": "prefix", "length": 4},
+        "train": {"steps": 1},
+        "output": "plan",
+    }
+    return configs.parse(values, overrides)
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Plan:
+    return plan(config_of(folder, "mesh.tensor=2"), "v5e:2x2")
+
+
+def test_a_step_is_compiled_from_a_config_alone(trained: Plan) -> None:
+    assert trained.fits
+    assert trained.over == 0
+    assert trained.mesh == {"data": 2, "fsdp": 1, "tensor": 2}
+    assert trained.rows == Rows(8, 16, 16)
+    memory, found = trained.memory, trained.roofline
+    assert memory is not None
+    assert found is not None
+    assert trained.floor is not None
+    assert memory.weights <= memory.arguments < memory.total == trained.needs < memory.limit
+    # Half of the matrices: two devices hold each.
+    count = 2 * 128 * 32 + 2 * (32 * 16 * 4 + 3 * 32 * 64)
+    assert count < memory.weights < 2 * count
+    # Nothing of it is computed twice; the compiler may leave out what nobody needs.
+    assert 0.8 < found.flops * 4 / trained.floor < 1.2
+    assert found.moved > memory.weights
+    assert found.exchanges["all-reduce"].count >= 2 * 2  # of a layer, forwards and backwards
+    assert found.seconds >= max(found.compute, found.memory)
+    assert found.sent == sum(one.sent for one in found.exchanges.values())
+    rate = trained.tokens_per_second
+    assert rate == pytest.approx(8 * 16 / found.seconds)
+
+
+def test_decoding_writes_a_token_for_every_row(folder: Path) -> None:
+    found = plan(config_of(folder, "data.batch_size=4"), "v5e:1x1", tokens=32, job="decode")
+    assert found.memory is not None
+    assert found.roofline is not None
+    cache = 2 * 2 * 4 * 2 * 32 * 8 * 2
+    assert found.memory.arguments >= found.memory.weights + cache
+    assert found.tokens_per_second == pytest.approx(4 / found.roofline.seconds)
+
+
+def test_what_does_not_fit_is_an_answer() -> None:
+    config = config_of("preset:llama-3-70b", "data.batch_size=1")
+    found = plan(config, "v5e:1x1", tokens=256)
+    assert not found.fits
+    assert found.over == found.needs - found.limit > 50 * GIB
+    assert found.memory is found.roofline is found.tokens_per_second is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "arguments", "message"),
+    [
+        ((), {"tokens": 1}, "--tokens 1: a row has 2 tokens at least"),
+        ((), {"tokens": 3000}, "and 2044 fit the model's"),
+        ((), {"targets": 17}, "--targets 17 are more than the 16 tokens"),
+        (("task.name=classify", "data.target=null", "data.input={a}"), {"job": "decode"}, "labels"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_said(
+    folder: Path, overrides: tuple[str, ...], arguments: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(config_of(folder, *overrides), "v5e:1x1", **arguments)
+
+
+def test_rows_have_to_divide_over_the_mesh(folder: Path) -> None:
+    with pytest.raises(MeshError, match=r"data\.batch_size 6 does not divide over 4"):
+        plan(config_of(folder, "data.batch_size=6"), "v5e:2x2")
+
+
+# From here on nothing is compiled: a formula says what a step needs.
+
+
+def formula(needs: Callable[[Rows, Any], float], seconds: Callable[[Any], float] = lambda _: 1.0):
+    """A stand-in for `compile_step`."""
+    seen: list[Plan] = []
+
+    def compile_step(run: AbstractRun, rows: Rows, topology: Topology, mesh: Any) -> Plan:
+        total, limit = int(needs(rows, mesh.shape) * GIB), 16 * GIB
+        fits = total <= limit
+        times = seconds(mesh.shape)
+        exchanges = {"all-reduce": Exchange(1, 1, 0.0)}
+        made = Plan(
+            model="model",
+            method="prefix",
+            quantize="none",
+            topology=str(topology),
+            chips=topology.chips,
+            devices=mesh.size,
+            mesh=dict(mesh.shape),
+            job="train",
+            rows=rows,
+            needs=total,
+            limit=limit,
+            memory=Memory(0, 0, 0, total, limit) if fits else None,
+            floor=None,
+            roofline=Roofline(1, 1, exchanges, times, 0.0, 0.0, times) if fits else None,
+            compile_seconds=0.0,
+        )
+        seen.append(made)
+        return made
+
+    return compile_step, seen
+
+
+@pytest.mark.parametrize("largest", [1, 2, 7, 48, 1000])
+def test_the_largest_batch_takes_few_programs(
+    folder: Path, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # More than linear at first, as some buffers are shared.
+    compile_step, seen = formula(lambda rows, _: 3 + 13 * (rows.rows / 4 / (largest + 0.5)) ** 0.9)
+    monkeypatch.setattr(batch, "compile_step", compile_step)
+    topology, run = Topology.parse("v5e:2x2"), AbstractRun.of(config_of(folder))
+    mesh = topology.mesh({"data": 2, "fsdp": 2, "tensor": 1})
+    found = batch.largest_batch(run, Rows(8, 16, 16), topology, mesh)
+    assert found.rows == 4 * largest
+    assert found.plan.fits
+    assert found.above is not None
+    assert found.above.rows.rows == 4 * largest + 4
+    assert found.compiled == len(seen) <= 8
+
+
+def test_where_no_batch_fits_the_smallest_says_by_how_much(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_step, seen = formula(lambda rows, _: 20.0)
+    monkeypatch.setattr(batch, "compile_step", compile_step)
+    topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
+    mesh = topology.mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    found = batch.largest_batch(run, Rows(8, 16, 16), topology, mesh)
+    assert (found.rows, found.compiled, found.plan.over) == (0, 1, 4 * GIB)
+    assert len(seen) == 1
+
+
+def test_weights_stay_whole_where_they_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_step, seen = formula(lambda rows, mesh: 4.0)
+    monkeypatch.setattr(auto, "compile_step", compile_step)
+    run = AbstractRun.of(config_of(folder, "data.batch_size=16"))
+    choice = auto.choose_mesh(run, run.rows(), Topology.parse("v5e:4x4"))
+    assert choice.best.mesh == {"data": 16, "fsdp": 1, "tensor": 1}
+    assert len(seen) <= 3 < choice.possible
+
+
+def test_weights_are_split_where_they_do_not_fit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_step, _ = formula(lambda rows, mesh: 40.0 / mesh["fsdp"] / mesh["tensor"])
+    monkeypatch.setattr(auto, "compile_step", compile_step)
+    run = AbstractRun.of(config_of(folder, "data.batch_size=16"))
+    best = auto.choose_mesh(run, run.rows(), Topology.parse("v5e:4x4")).best
+    assert best.fits
+    assert best.mesh["fsdp"] * best.mesh["tensor"] == 4
+
+
+def test_a_mesh_has_as_many_batch_shards_as_rows_divide_by(folder: Path) -> None:
+    run = AbstractRun.of(config_of(folder, "data.batch_size=2"))
+    sizes = list(auto.meshes(run, run.rows(), Topology.parse("v5e:2x4")))
+    assert sizes
+    assert all(2 % (mesh["data"] * mesh["fsdp"]) == 0 for mesh in sizes)
+    run = AbstractRun.of(config_of(folder, "data.batch_size=3"))
+    with pytest.raises(MeshError, match="3 rows in 1 micro-batches divide over no mesh of 8"):
+        auto.choose_mesh(run, run.rows(), Topology.parse("v5e:2x4"))
+
+
+def test_what_would_make_a_step_fit_is_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_step, _ = formula(lambda rows, mesh: 2 + 2 * rows.rows / rows.micro / mesh["tensor"])
+    monkeypatch.setattr(remedies, "compile_step", compile_step)
+    run = AbstractRun.of(config_of(folder, "data.batch_size=16"))
+    rows, topology = run.rows(), Topology.parse("v5e:1x1")
+    failed = compile_step(run, rows, topology, topology.mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+    found = remedies.remedies(failed, run, rows, topology)
+    assert [(one.settings, one.plan.fits) for one in found] == [
+        ("model.remat=full", False),
+        ("optim.accumulate=2", False),
+        ("optim.accumulate=16", True),
+    ]
+
+
+def test_on_one_device_there_is_one_mesh(folder: Path) -> None:
+    config = config_of(folder, "mesh=auto")
+    assert config.mesh.auto
+    settled = auto.settle(config, jax.devices()[:1])
+    assert settled.mesh.sizes == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert auto.settle(settled) is settled
+    with pytest.raises(MeshError, match="goes by the figures of TPUs"):
+        auto.settle(config, jax.devices())
+
+
+def test_auto_takes_no_sizes(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="auto chooses data, fsdp and tensor"):
+        config_of(folder, "mesh=auto", "mesh.fsdp=2")
+
+
+def test_what_is_quantised_counts_by_its_bits(folder: Path) -> None:
+    from prefix_jax.plan.plan import bytes_on_one
+
+    run = AbstractRun.of(config_of("preset:llama-3-8b"))
+    mesh = Topology.parse("v5e:1x1").mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    sizes = [
+        bytes_on_one(dataclasses.replace(run, quantize=how).params(mesh)) / 2**30
+        for how in ("none", "int8", "int4")
+    ]
+    assert sizes[0] == pytest.approx(14.96, abs=0.02)
+    assert 7.4 < sizes[1] < 9
+    assert 3.7 < sizes[2] < 6

@@ -1,0 +1,141 @@
+"""Topologies are read as people write them, and what is wrong with one is said."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from prefix_jax.errors import MeshError
+from prefix_jax.plan.topology import CHIPS, GIB, Shortage, Topology
+
+
+@pytest.mark.parametrize(
+    ("text", "chips", "devices"),
+    [
+        ("v5e:1x1", 1, 1),
+        ("v5e:4x4", 16, 16),
+        ("v5e:1x4", 4, 4),
+        ("V6E:2x2", 4, 4),
+        ("v4:2x2x1", 4, 4),
+        ("v5p:2x2x1", 4, 4),
+        ("v5p:1x1x1", 1, 1),
+        ("tpu7x:2x2x1", 4, 8),
+        ("2*v5e:4x4", 32, 32),
+    ],
+)
+def test_a_topology_has_its_chips(text: str, chips: int, devices: int) -> None:
+    topology = Topology.parse(text)
+    assert topology.chips == chips
+    assert len(topology.devices) == devices
+    assert {device.platform for device in topology.devices} == {"tpu"}
+    assert str(topology) == text.lower()
+    again = Topology.of(topology.devices)
+    assert (again.name, again.shape, again.slices) == (
+        topology.name,
+        topology.shape,
+        topology.slices,
+    )
+
+
+def test_slices_can_be_said_apart() -> None:
+    assert Topology.parse("v5e:2x2", 2) == Topology.parse("2*v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    ("text", "slices", "message"),
+    [
+        ("v5e", None, "topology 'v5e': write it as one of v5e:4x4"),
+        ("v9:2x2", None, "the chip 'v9' is not one of v4, v5e, v5p, v6e, tpu7x"),
+        ("v5p:2x2", None, "v5p has 3 axes of chips, as in v5p:4x4x4"),
+        ("v5e:16x32", None, "a slice of v5e has 256 chips at most"),
+        ("v5e:0x2", None, "v5e has 2 axes of chips"),
+        ("2*v5e:2x2", 3, "is of 2 slices, and 3 are asked for"),
+        ("v5e:2x2", -1, "one slice at least"),
+    ],
+)
+def test_what_is_wrong_with_a_topology_is_said(text: str, slices: int | None, message: str) -> None:
+    with pytest.raises(MeshError, match=message.replace("*", r"\*")):
+        Topology.parse(text, slices)
+
+
+def test_without_its_compiler_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MeshError, match=r'pip install "prefix_jax\[tpu\]"'):
+        _ = Topology.parse("v5e:2x2").devices
+
+
+def test_other_devices_than_tpus_are_refused() -> None:
+    import jax
+
+    with pytest.raises(MeshError, match=r"knows none of \d+ x cpu"):
+        Topology.of(jax.devices())
+
+
+@pytest.mark.parametrize("name", ["v5e:2x2", "v4:2x2x1", "tpu7x:2x2x1"])
+def test_the_compiler_leaves_nearly_all_of_the_memory_to_a_program(name: str) -> None:
+    topology = Topology.parse(name)
+    published = topology.chip.hbm / topology.chip.devices
+    assert published - 2 * GIB < topology.hbm_limit < published
+
+
+def test_every_chip_is_within_reach_of_the_figures_of_another() -> None:
+    for chip in CHIPS.values():
+        assert 1e14 < chip.bf16 <= chip.int8 <= 2.1 * chip.bf16
+        # So many operations a byte: what makes a large product worth it on all of them.
+        assert 150 < chip.bf16 / chip.bandwidth < 700
+
+
+@pytest.mark.parametrize(
+    ("message", "used", "limit"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (65.90G) exceeds available HBM (15.75G).",
+            65.9,
+            15.75,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
+            "space hbm. Used 18.96G of 15.75G hbm. Exceeded hbm capacity by 3.21G.",
+            18.96,
+            15.75,
+        ),
+        ("RESOURCE_EXHAUSTED: … Used 1.50T of 512.00M hbm.", 1536, 0.5),
+    ],
+)
+def test_the_compiler_says_how_much_a_program_needs(
+    message: str, used: float, limit: float
+) -> None:
+    found = Shortage.read(message)
+    assert found is not None
+    assert (found.used, found.limit) == (round(used * GIB), round(limit * GIB))
+
+
+def test_another_error_is_no_shortage() -> None:
+    assert Shortage.read("INVALID_ARGUMENT: 3.0G of what?") is None
+
+
+_QUIET = """
+from prefix_jax.plan.topology import Topology
+print(len(Topology.parse("v5e:2x2").devices))
+"""
+
+
+def test_two_processes_load_the_compiler_at_once_and_neither_speaks() -> None:
+    # Else each of two says that the other holds a lock, or what it misses of a real TPU.
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "ALLOW"))
+    }
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", _QUIET],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for process in both:
+        assert process.communicate(timeout=120) == ("4\n", "")

@@ -1,0 +1,114 @@
+"""Memory traffic is what kernels read and write of the device's memory."""
+
+import pytest
+
+from prefix_jax.plan.hlo import parse
+from prefix_jax.plan.kernels import kernel
+from prefix_jax.plan.products import cost
+from prefix_jax.plan.traffic import moved
+from prefix_jax.plan.walk import visits
+
+ROW = 128 * 4
+
+
+def traffic(*lines: str, before: str = "") -> int:
+    body = "".join(f"  {line}\n" for line in lines)
+    module = parse(f"{before}ENTRY %main (a: f32[64,128]) -> f32[64,128] {{\n{body}}}\n")
+    return sum(moved(module, visit) * visit.count for visit in visits(module, cost))
+
+
+A = "%a = f32[64,128]{1,0} parameter(0)"
+
+
+def test_a_kernel_reads_its_operands_and_writes_its_result() -> None:
+    assert traffic(A, "ROOT %r = f32[64,128]{1,0} tanh(%a)") == 2 * 64 * ROW
+
+
+def test_arrays_in_the_chips_own_memory_are_free() -> None:
+    lines = (
+        A,
+        "%b = f32[64,128]{1,0:T(8,128)S(1)} tanh(%a)",
+        "ROOT %r = f32[64,128]{1,0:T(8,128)} negate(%b)",
+    )
+    assert traffic(*lines) == 2 * 64 * ROW
+
+
+def test_what_only_passes_arrays_on_is_free() -> None:
+    lines = (A, "%b = f32[128,64]{1,0} bitcast(%a)", "ROOT %t = (f32[128,64]{1,0}) tuple(%b)")
+    assert traffic(*lines) == 0
+
+
+def test_a_copy_to_the_chip_reads_once() -> None:
+    lines = (
+        A,
+        "%s = (f32[64,128]{1,0:S(1)}, f32[64,128]{1,0}, u32[]{:S(2)}) copy-start(%a)",
+        "ROOT %r = f32[64,128]{1,0:S(1)} copy-done(%s)",
+    )
+    assert traffic(*lines) == 64 * ROW
+
+
+SLICED = """%inside (p: f32[64,128], i: s32[]) -> f32[1,128] {
+  %p = f32[64,128]{1,0} parameter(0)
+  %i = s32[]{:S(6)} parameter(1)
+  ROOT %r = f32[1,128]{1,0} dynamic-slice(%p, %i, %i), dynamic_slice_sizes={1,128}
+}
+
+"""
+UPDATED = """%inside (p: f32[64,128], q: f32[1,128], i: s32[]) -> f32[64,128] {
+  %p = f32[64,128]{1,0} parameter(0)
+  %q = f32[1,128]{1,0} parameter(1)
+  %i = s32[]{:S(6)} parameter(2)
+  ROOT %r = f32[64,128]{1,0} dynamic-update-slice(%p, %q, %i, %i)
+}
+
+"""
+NESTED = (
+    SLICED.replace("%inside", "%within")
+    + """%inside (p: f32[64,128], i: s32[]) -> f32[1,128] {
+  %p = f32[64,128]{1,0} parameter(0)
+  %i = s32[]{:S(6)} parameter(1)
+  ROOT %f = f32[1,128]{1,0} fusion(%p, %i), kind=kLoop, calls=%within
+}
+
+"""
+)
+
+
+@pytest.mark.parametrize("inside", [SLICED, NESTED])
+def test_of_what_a_fusion_slices_the_slice_counts(inside: str) -> None:
+    lines = (
+        A,
+        "%i = s32[]{:S(6)} parameter(1)",
+        "ROOT %f = f32[1,128]{1,0} fusion(%a, %i), kind=kLoop, calls=%inside",
+    )
+    assert traffic(*lines, before=inside) == 2 * ROW
+
+
+def test_of_what_a_fusion_updates_the_update_counts() -> None:
+    lines = (
+        A,
+        "%b = f32[1,128]{1,0} parameter(1)",
+        "%i = s32[]{:S(6)} parameter(2)",
+        "ROOT %f = f32[64,128]{1,0} fusion(%a, %b, %i), kind=kLoop, calls=%inside",
+    )
+    assert traffic(*lines, before=UPDATED) == 2 * ROW
+
+
+@pytest.mark.parametrize(("name", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
+def test_splash_attention_counts_the_tiles_that_are_seen(name: str, products: int) -> None:
+    text = f"""ENTRY %main () -> bf16[6,4,2048,64] {{
+  %m = s8[1,4,4]{{2,1,0}} parameter(0)
+  %q = bf16[6,4,2048,64]{{3,2,1,0}} parameter(1)
+  %k = bf16[6,2048,64]{{2,1,0}} parameter(2)
+  ROOT %splash_mqa_{name}_segmented.1 = bf16[6,4,2048,64]{{3,2,1,0}} custom-call(%m, %m, %q, %k, \
+%k), custom_call_target="tpu_custom_call"
+}}
+"""
+    (last,) = [v for v in visits(parse(text), cost) if v.instruction.root]
+    dense = 2 * 6 * 4 * 2048 * 2048 * 64
+    both, causal = (kernel(last.computation, last.instruction, causal) for causal in (False, True))
+    assert both is not None
+    assert causal is not None
+    assert both.flops == products * dense
+    assert causal.flops == products * dense * 10 // 16
+    assert 0 < causal.again < both.again
