@@ -57,14 +57,12 @@ class AbstractRun:
         config: the run.
         model: backbone, method and head.
         dtype: of the weights, and of the scales of quantised ones.
-        quantize: how they are quantised.
         job: "train" or "decode".
     """
 
     config: Config
     model: PrefixModel
     dtype: str
-    quantize: Quantize = "none"
     job: Job = "train"
 
     @classmethod
@@ -102,10 +100,10 @@ class AbstractRun:
             _check_decoding(model)
         return cls(config, model, dtype, job=job)
 
-    def changed(self, config: Config) -> AbstractRun:
-        """The same of another config, with weights as these are."""
-        other = AbstractRun.of(config, self.job)
-        return dataclasses.replace(other, dtype=self.dtype, quantize=self.quantize)
+    def with_model(self, **fields: Any) -> AbstractRun:
+        """The same with other settings of `model`."""
+        model = dataclasses.replace(self.config.model, **fields)
+        return AbstractRun.of(dataclasses.replace(self.config, model=model), self.job)
 
     def rows(self, tokens: int | None = None, targets: int | None = None) -> Rows:
         """The rows of a step: an example a row, each as long as it may be, learnt as a whole.

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from prefix_jax.backbones.quantized import Quantize
 from prefix_jax.config import Config
 from prefix_jax.model import Params
+from prefix_jax.nn.quantized import Quantize
 from prefix_jax.plan.abstract import AbstractRun, Job, Rows
 from prefix_jax.plan.decode import lower_step
 from prefix_jax.plan.floor import floor
@@ -139,7 +139,8 @@ def compile_step(run: AbstractRun, rows: Rows, topology: Topology, mesh: Mesh) -
     lowered, params = _lower(run, rows, mesh)
     compiled, shortage = None, None
     try:
-        compiled = lowered.compile()
+        with _nothing_kept():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         shortage = Shortage.read(str(error))
         if shortage is None:
@@ -164,7 +165,7 @@ def compile_step(run: AbstractRun, rows: Rows, topology: Topology, mesh: Mesh) -
     return Plan(
         model=run.config.model.path,
         method=str(run.config.method["name"]),
-        quantize=run.quantize,
+        quantize=run.config.model.quantize,
         topology=str(topology),
         chips=topology.chips,
         devices=mesh.size,
@@ -178,6 +179,18 @@ def compile_step(run: AbstractRun, rows: Rows, topology: Topology, mesh: Mesh) -
         roofline=found,
         compile_seconds=took,
     )
+
+
+@contextlib.contextmanager
+def _nothing_kept() -> Iterator[None]:
+    """Keeps programs out of the persistent cache: without a TPU, JAX cannot read them from it."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[name]
+    jax.config.update(name, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _lower(run: AbstractRun, rows: Rows, mesh: Mesh) -> tuple[jax.stages.Lowered, Params]:

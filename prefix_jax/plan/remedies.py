@@ -60,8 +60,9 @@ def _changes(
     sizes = dict(failed.mesh)
     model = run.config.model
     if model.remat != "full":
-        config = dataclasses.replace(run.config, model=dataclasses.replace(model, remat="full"))
-        yield "model.remat=full", run.changed(config), rows, sizes
+        yield "model.remat=full", run.with_model(remat="full"), rows, sizes
+    if model.quantize == "none" and run.model.method is not None:
+        yield "model.quantize=int8", run.with_model(quantize="int8"), rows, sizes
     # As many micro-batches as there are rows for each shard.
     shards = sizes["data"] * sizes["fsdp"]
     most = rows.rows // shards

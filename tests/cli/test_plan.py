@@ -47,8 +47,8 @@ def test_a_table_says_it_to_people(run_in, folder: Path) -> None:
 
 
 def test_of_what_does_not_fit_it_is_said_by_how_much(run_in, folder: Path) -> None:
-    ran = run_in(folder, "plan", "--model", "llama-3-70b", "--topology", "v5e:1x1", "--tokens", "32",
-               "data.batch_size=1", "model.remat=full", "--max-batch")  # fmt: skip
+    ran = run_in(folder, "plan", "--model", "llama-3-70b", "--topology", "v5e:1x1", "--tokens=32",
+                 "data.batch_size=1", "model.remat=full", "--max-batch")  # fmt: skip
     assert ran.code == 1
     assert "does not fit" in ran.out
     assert "GiB too much" in ran.out

@@ -1,6 +1,5 @@
 """A plan says what the TPU's compiler says, and finds its way among batches and meshes."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -216,6 +215,7 @@ def test_what_would_make_a_step_fit_is_tried(folder: Path, monkeypatch: pytest.M
     found = remedies.remedies(failed, run, rows, topology)
     assert [(one.settings, one.plan.fits) for one in found] == [
         ("model.remat=full", False),
+        ("model.quantize=int8", False),
         ("optim.accumulate=2", False),
         ("optim.accumulate=16", True),
     ]
@@ -242,7 +242,7 @@ def test_what_is_quantised_counts_by_its_bits(folder: Path) -> None:
     run = AbstractRun.of(config_of("preset:llama-3-8b"))
     mesh = Topology.parse("v5e:1x1").mesh({"data": 1, "fsdp": 1, "tensor": 1})
     sizes = [
-        bytes_on_one(dataclasses.replace(run, quantize=how).params(mesh)) / 2**30
+        bytes_on_one(run.with_model(quantize=how).params(mesh)) / 2**30
         for how in ("none", "int8", "int4")
     ]
     assert sizes[0] == pytest.approx(14.96, abs=0.02)
