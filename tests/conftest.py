@@ -14,10 +14,9 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 # Compiling a small program takes longer than running it once: quickly, here and in processes that
 # tests start. What looks at what the compiler makes of a program asks for `full_compilation`.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-# Tests compile the same small programs again and again. Workers of pytest-xdist write at the same
-# time, so that each has a cache of its own.
-worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".jax_cache" / worker)
+# Tests compile the same small programs again and again, in several processes. They share a cache:
+# whoever reads a program that another is about to write compiles it as if it were not there.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".jax_cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"

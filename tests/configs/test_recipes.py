@@ -99,14 +99,15 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
     ],
 }  # fmt: skip
 
-# Which tiny model stands for the one that a recipe names.
+# Which tiny model stands for the one that a recipe names. What decodes unrolls its layers.
+_decoder = functools.partial(write_model, num_hidden_layers=1)
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "roberta": functools.partial(write_encoder, kind="roberta"),
     "bert": write_encoder,
-    "gpt2": write_model,
-    "llama": write_model,
-    "gemma": write_model,
-    "bart": write_bart,
+    "gpt2": _decoder,
+    "llama": _decoder,
+    "gemma": _decoder,
+    "bart": functools.partial(write_bart, decoder_layers=1),
     "t5": write_t5,
 }
 

@@ -64,7 +64,7 @@ class TestBatches:
         self, generator: Generator, params, config: DecodeConfig
     ) -> None:
         stacked = dataclasses.replace(generator, params=params)
-        prompts = [[1, 2, 3], [4]]
+        prompts = [[1, 2, 3], [4], [5, 6]]
         assert ids_of(stacked.generate(prompts, config)) == ids_of(
             generator.generate(prompts, config)
         )
@@ -94,7 +94,7 @@ def test_greedy_tokens_are_the_likeliest_of_a_forward_pass_over_the_whole_text(
 
 def test_a_prefix_changes_what_is_generated(generator: Generator) -> None:
     bare = dataclasses.replace(generator, prefix=None)
-    prompts = [[i] for i in range(8)]
+    prompts = [[i] for i in range(4)]
     config = DecodeConfig(max_new_tokens=NEW)
     assert ids_of(bare.generate(prompts, config)) != ids_of(generator.generate(prompts, config))
 
