@@ -44,10 +44,14 @@ class Rendering:
         """The prompt of a record; text is one already.
 
         Raises:
-            DataError: the template needs a field that the record lacks.
+            DataError: the template needs a field that the record lacks; or it is no record.
             PrefixError: there is no template for inputs.
         """
-        return prompt if isinstance(prompt, str) else self.of_record(Record(prompt, "the record"))
+        if isinstance(prompt, str):
+            return prompt
+        if not isinstance(prompt, Mapping):
+            raise DataError(f"a prompt is a text or a record, not {prompt!r:.80}")
+        return self.of_record(Record(prompt, "the record"))
 
     def of_record(self, record: Record) -> str:
         """As `text`, of a record that knows where it came from."""

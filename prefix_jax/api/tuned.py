@@ -99,7 +99,8 @@ class Tuned:
             place of each text.
         """
         single = isinstance(prompts, str | Mapping)
-        listed: Any = [prompts] if single else prompts
+        several = isinstance(prompts, Iterable) and not single
+        listed: Any = list(prompts) if several else [prompts]
         decode = build(DecodeConfig, dataclasses.asdict(self.decode) | options)
         found = self.generations(listed, decode, on_text=on_text)
         texts = [

@@ -89,7 +89,7 @@ class DecodeConfig:
                 f"beams must be {_MOST_BEAMS} at most, not {self.beams}",
             ),
             (
-                sampling or self.samples <= self.beams,
+                sampling or self.samples <= max(self.beams, 1),
                 f"samples {self.samples} would be equal to each other: give a temperature, "
                 "or as many beams",
             ),
@@ -158,10 +158,11 @@ def check_metrics(task: TaskName, evaluate: EvaluateConfig) -> None:
     if task == "generate":
         wrong = [metric for metric in evaluate.metrics if metric in _OF_LABELS]
         require(
-            (not wrong, f"evaluate.metrics: {', '.join(wrong)} measure a task.name with labels"),
+            (not wrong, f"evaluate.metrics: a task.name with labels has {', '.join(wrong)}"),
             (
                 "accuracy" not in evaluate.metrics or len(evaluate.labels or ()) >= 2,
-                "evaluate: accuracy chooses among labels: give at least two",
+                "evaluate: accuracy chooses among texts: give two of them at least as "
+                "evaluate.labels (--labels)",
             ),
         )
         return

@@ -63,6 +63,14 @@ def baked(produced: Produced, card: Card, pretrained: Pretrained) -> tuple[Prefi
         produced: of the method.
         card: of `produced`.
         pretrained: the backbone that it was made for.
+
+    Raises:
+        PrefixError: it has none, for it is soft tokens before an encoder.
     """
     prefix = jax.jit(pretrained.backbone.lift)(pretrained.params, produced)
+    if prefix.embeds_PD is not None:
+        raise PrefixError(
+            "soft tokens before an encoder stand for no keys and values of their own: what they "
+            "become depends on the text behind them; leave --bake out"
+        )
     return prefix, dataclasses.replace(card, **dataclasses.asdict(artifact.facts(prefix)))

@@ -211,6 +211,12 @@ def test_held_out_text_that_does_not_fit_is_an_error(tuned: pj.Tuned) -> None:
         tuned.evaluate([{"sum": "1+1", "total": "0" * 256}])
 
 
+@pytest.mark.parametrize("prompt", [5, [7, 8]])
+def test_a_prompt_is_a_text_or_a_record(tuned: pj.Tuned, prompt: object) -> None:
+    with pytest.raises(DataError, match="a prompt is a text or a record, not"):
+        tuned.generate(prompt)
+
+
 def test_a_method_by_its_name_is_refused_with_what_to_give(model: pj.Pretrained) -> None:
     with pytest.raises(ConfigError, match=r"method is 'prefix'; give one such as PrefixTuning"):
         pj.fit(model, "prefix", runs.RECORDS, **TEMPLATES, **SHORT)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from prefix_jax import artifact
 from prefix_jax.artifact import Container
@@ -20,7 +21,7 @@ from prefix_jax.errors import BackboneError, PrefixError
 from prefix_jax.interop.export import export
 from prefix_jax.nn.attend import attend
 from prefix_jax.nn.mask import Seen
-from prefix_jax.prefix import Prefix, Produced, Site
+from prefix_jax.prefix import Embeds, Prefix, Produced, Site
 
 Forms = dict[str, Produced]
 CONTAINERS = ["orbax", "safetensors"]
@@ -62,6 +63,19 @@ def test_baking_loads_the_backbone_of_the_training_by_itself(
     forms: Forms, save, tmp_path: Path
 ) -> None:
     assert export(save(forms["embeds"]), tmp_path / "baked", bake=True).kind == "kv"
+
+
+def test_soft_tokens_before_an_encoder_cannot_be_baked(tmp_path: Path) -> None:
+    encoder = load(tiny.write_encoder(tmp_path / "bert"), dtype="float32")
+    produced = Embeds(jnp.ones((2, 32)))
+    backbone = artifact.BackboneCard(
+        source=encoder.source, model_type="bert", fingerprint=encoder.fingerprint, dtype="float32"
+    )
+    card = artifact.make_card(produced, encoder.backbone.geometry, backbone)
+    artifact.save(tmp_path / "soft", produced, card)
+    with pytest.raises(PrefixError, match="depends on the text behind them; leave --bake out"):
+        export(tmp_path / "soft", tmp_path / "baked", bake=True)
+    assert not (tmp_path / "baked").exists()
 
 
 def test_keys_and_values_are_baked_already_and_need_no_backbone(
