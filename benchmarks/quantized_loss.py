@@ -52,13 +52,14 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(task: str, how: str, limit: int, output: Path) -> dict[str, float]:
+def measure(task: str, how: str, limit: int, steps: int | None, output: Path) -> dict[str, float]:
     """Loss before and after, and the bytes of the backbone's weights.
 
     Args:
         task: of `TASKS`.
         how: "bfloat16", "int8" or "int4".
         limit: held-out examples.
+        steps: of training; None for the task's own number.
         output: the run directory.
     """
     import jax
@@ -77,7 +78,7 @@ def measure(task: str, how: str, limit: int, output: Path) -> dict[str, float]:
         "evaluate": {"metrics": ["loss"], "limit": limit},
         "output": str(output),
     }
-    config = parse(values)
+    config = parse(values, [] if steps is None else [f"train.steps={steps}"])
     pretrained = load(config.model.path, dtype="float32", quantize=quantize)
     if how == "bfloat16":
         pretrained.params = jax.tree.map(
@@ -109,29 +110,34 @@ def measure(task: str, how: str, limit: int, output: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--limit", type=int, default=400, help="held-out examples")
+    parser.add_argument("--steps", type=int, help="of training (default: as above)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of these")
     common.output_argument(parser)
     parser.add_argument("--worker", nargs=3, metavar=("TASK", "HOW", "DIRECTORY"), help="-")
     arguments = parser.parse_args()
     if arguments.worker:
         task, how, directory = arguments.worker
-        print(json.dumps(measure(task, how, arguments.limit, Path(directory))))
+        found = measure(task, how, arguments.limit, arguments.steps, Path(directory))
+        print(json.dumps(found))
         return
 
     common.e2e("dev.csv")
     results: dict[str, dict[str, dict[str, float]]] = {}
     rows = []
-    for task in TASKS:
-        found = results.setdefault(task, {})
+    options = ["--limit", str(arguments.limit)]
+    if arguments.steps is not None:
+        options += ["--steps", str(arguments.steps)]
+    for task in arguments.tasks:
+        measured = results.setdefault(task, {})
         for how in ("bfloat16", *GOALS):
             with tempfile.TemporaryDirectory() as directory:
-                found[how] = common.run_worker(
-                    __file__, "--limit", str(arguments.limit), "--worker", task, how, directory
-                )
-            print(task, how, found[how], flush=True)
-            cells = [task, how, f"{found[how]['megabytes']:.0f}"]
+                found = common.run_worker(__file__, *options, "--worker", task, how, directory)
+            measured[how] = found
+            print(task, how, found, flush=True)
+            cells = [task, how, f"{found['megabytes']:.0f}"]
             for when in ("before", "after"):
-                loss = found[how][when]
-                change = 100 * (loss / found["bfloat16"][when] - 1)
+                loss = found[when]
+                change = 100 * (loss / measured["bfloat16"][when] - 1)
                 cells.append(f"{loss:.4f}" + (f" ({change:+.2f} %)" if how in GOALS else ""))
             rows.append([*cells, f"{GOALS[how]:.0f} %" if how in GOALS else ""])
     common.print_table(
@@ -139,7 +145,8 @@ def main() -> None:
         ["", "weights", "MB", "bare model", "trained", "goal: within"],
         rows,
     )
-    common.write_json("quantized_loss", {"limit": arguments.limit, **results}, arguments.output)
+    what = {"limit": arguments.limit, "steps": arguments.steps}
+    common.write_json("quantized_loss", {**what, **results}, arguments.output)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Host memory never holds more than the parameters that are placed already, the one that is being
 stacked, and one tensor of the checkpoint; of quantised parameters, no more than what they become
-and one tensor in float32. Files are mapped tensor by tensor, so that their pages
+and that tensor. Files are mapped tensor by tensor, so that their pages
 leave memory with the tensor, and only the slices that this host's devices hold are read.
 """
 
@@ -31,6 +31,9 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+
+
+_PART = 1 << 24  # numbers that are quantised at a time
 
 
 class TensorSource(Protocol):
@@ -158,10 +161,25 @@ def _place(parameter: Parameter, source: TensorSource, like: Any, shardings: Any
         shape = parameter.shape[1:] if parameter.stacked else parameter.shape
         tensor: Any = parameter.storage(source.read(name), shape)
         if isinstance(like, QTensor):
-            tensor = quantize_like(tensor, like)
+            tensor = _quantised(tensor, like)
         for array, values in zip(arrays, jax.tree.leaves(tensor), strict=True):
             array.fill(layer if parameter.stacked else None, values)
     return jax.tree.unflatten(structure, [array.place() for array in arrays])
+
+
+def _quantised(tensor: np.ndarray, like: QTensor) -> QTensor:
+    """A tensor in few bits, some of its outputs at a time: in float32, as it is rounded, the whole
+    of a large one would be several times the memory of what it becomes."""
+    blocks = like.scale.shape[-tensor.ndim :]
+    # An axis of which every index has scales of its own.
+    axis = max(
+        (axis for axis in range(tensor.ndim) if blocks[axis] == tensor.shape[axis]),
+        key=lambda axis: tensor.shape[axis],
+    )
+    count = min(tensor.shape[axis], -(-tensor.size // _PART))
+    parts = [quantize_like(part, like) for part in np.array_split(tensor, count, axis)]
+    whole: QTensor = jax.tree.map(lambda *found: np.concatenate(found, axis), *parts)
+    return whole
 
 
 class _Shards:

@@ -104,9 +104,12 @@ def quantize(weight: Any, bits: Literal[4, 8], blocks: Sequence[int], dtype: Any
 
 
 def quantize_like(weight: Any, like: QTensor) -> QTensor:
-    """Quantises a weight as an (abstract) one is that it is to become, or one layer of."""
+    """Quantises a weight as an (abstract) one is, of which it may be a layer and some outputs."""
     bits: Literal[4, 8] = 8 if like.q.dtype == jnp.int8 else 4
-    return quantize(weight, bits, like.scale.shape[-weight.ndim :], like.dtype)
+    sizes, counts = like.shape[-weight.ndim :], like.scale.shape[-weight.ndim :]
+    axes = zip(weight.shape, sizes, counts, strict=True)
+    blocks = [own if count == size else count for own, size, count in axes]
+    return quantize(weight, bits, blocks, like.dtype)
 
 
 def _representable(scale: Any) -> Any:
