@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from prefix_jax.plan.remedies import Remedy, remedies
     from prefix_jax.plan.topology import Topology
 
-    config = _config(args)
+    config = config_of(args)
     topology = Topology.parse(args.topology, args.slices)
     run = AbstractRun.of(config, args.job)
     rows = run.rows(args.tokens, args.targets)
@@ -125,7 +125,12 @@ def run(args: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
-def _config(args: argparse.Namespace) -> Config:
+def config_of(args: argparse.Namespace) -> Config:
+    """The config that the arguments describe.
+
+    Raises:
+        ConfigError: they do not, or it is none.
+    """
     from prefix_jax import config as configs
     from prefix_jax.plan.presets import PREFIX
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from prefix_jax import config
+from prefix_jax.cli import plan
 from prefix_jax.cli.main import _parse
 
 ROOT = Path(__file__).parents[2]
@@ -52,8 +53,9 @@ def test_the_readme_shows_every_verb() -> None:
 def test_commands_can_be_given(page: str, words: list[str], monkeypatch) -> None:
     args = _parse(words[1:])
     if words[1] == "plan":
-        args.config, *args.settings = args.settings
-    if words[1] in ("train", "plan"):
+        monkeypatch.chdir(ROOT)
+        plan.config_of(args)
+    elif words[1] == "train":
         monkeypatch.chdir(ROOT)
         config.load(args.config, args.settings)
     elif hasattr(args, "settings"):

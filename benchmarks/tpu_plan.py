@@ -1,0 +1,270 @@
+"""What prefix tuning needs on TPUs, from the TPU's compiler, on any machine.
+
+    python benchmarks/tpu_plan.py --part batches [--only NAME] [--goals]
+
+Parts: `batches` (the largest global batch that fits), `flops` (of the step, over the least that it
+takes), `collectives` (what layouts make devices send), `auto` (`mesh: auto` against every mesh),
+`full` (against full fine-tuning), `depth` (how long compilation takes). Rows of 2,048 tokens, all
+of them targets, behind 32 slots of keys and values. Each part writes
+benchmarks/results/tpu_plan_PART.json, row by row; what stands there already is not compiled again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from prefix_jax import config as configs
+from prefix_jax.plan.abstract import AbstractRun, Rows
+from prefix_jax.plan.auto import choose_mesh, meshes
+from prefix_jax.plan.batch import largest_batch
+from prefix_jax.plan.plan import Plan, compile_step
+from prefix_jax.plan.report import as_json, line
+from prefix_jax.plan.topology import Topology
+
+RESULTS = Path(__file__).parent / "results"
+TOKENS = 2048
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A step.
+
+    Attributes:
+        model: a preset.
+        topology: the chips.
+        mesh: data, fsdp and tensor.
+        rows: of the step; where the largest batch is sought, the goal.
+        remat, quantize: as in `model` of a config.
+        method: as in a config.
+    """
+
+    model: str
+    topology: str
+    mesh: tuple[int, int, int]
+    rows: int
+    remat: str = "full"
+    quantize: str = "none"
+    method: str = "prefix"
+
+    @property
+    def name(self) -> str:
+        """In one word, for --only and the results."""
+        mesh = "x".join(map(str, self.mesh))
+        parts = (self.model, self.topology, mesh, self.quantize, self.remat, self.method)
+        return "/".join((*parts, str(self.rows)))
+
+    def run(self) -> AbstractRun:
+        method = {"name": "prefix", "length": 32} if self.method == "prefix" else "full"
+        values = {
+            "model": {"path": f"preset:{self.model}", "remat": self.remat},
+            "data": {"target": "{text}", "batch_size": self.rows, "max_length": TOKENS},
+            "method": method,
+            "train": {"steps": 1},
+            "output": "plan",
+        }
+        return AbstractRun.of(configs.parse(values, [f"model.quantize={self.quantize}"]))
+
+    def prepared(self) -> tuple[AbstractRun, Rows, Topology]:
+        run = self.run()
+        return run, run.rows(), Topology.parse(self.topology)
+
+    def plan(self) -> Plan:
+        run, rows, topology = self.prepared()
+        return compile_step(run, rows, topology, topology.mesh(sizes(self.mesh)))
+
+
+def sizes(mesh: tuple[int, int, int]) -> dict[str, int]:
+    return dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+
+
+# The goals of the project, and what a throw-away step had reached.
+BATCHES = (
+    Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 48),
+    Case("llama-3-8b", "v5e:2x2", (1, 4, 1), 16, quantize="int8"),
+    Case("llama-3-8b", "v5e:1x1", (1, 1, 1), 4, quantize="int8"),
+    Case("llama-3-8b", "v5e:1x1", (1, 1, 1), 8, quantize="int4"),
+    Case("llama-3-70b", "v5p:2x2x1", (1, 4, 1), 16),
+    Case("llama-3-70b", "v5e:4x4", (1, 16, 1), 16, quantize="int8"),
+    # What does not fit, and by how much.
+    Case("llama-3-8b", "v5e:1x1", (1, 1, 1), 1),
+    Case("llama-3-70b", "v5e:4x4", (1, 16, 1), 16),
+    Case("gemma-3-27b", "v6e:2x4", (1, 8, 1), 8),
+    Case("qwen3-32b", "v6e:2x4", (1, 8, 1), 8),
+    Case("mistral-7b", "v6e:1x1", (1, 1, 1), 1),
+    Case("t5-xxl", "v5e:2x4", (1, 8, 1), 8),
+    Case("llama-3-70b", "tpu7x:2x2x1", (1, 8, 1), 8),
+)
+
+FLOPS = (
+    Case("llama-3-8b", "v5p:2x2x1", (4, 1, 1), 4, remat="none"),
+    Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 24, remat="attention"),
+    Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 24, remat="mlp"),
+    Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 48),
+)
+
+COLLECTIVES = (
+    Case("llama-3.2-3b", "v5e:2x4", (8, 1, 1), 8),
+    Case("llama-3.2-3b", "v5e:2x4", (1, 8, 1), 8),
+    Case("llama-3.2-3b", "v5e:2x4", (1, 1, 8), 8),
+    Case("llama-3.2-3b", "v5e:2x4", (2, 4, 1), 8),
+    Case("llama-3.2-3b", "v5e:2x4", (2, 1, 4), 8),
+)
+
+AUTO = (
+    Case("smollm2-135m", "v5e:2x2", (-1, 1, 1), 16),
+    Case("gpt2-xl", "v5e:2x2", (-1, 1, 1), 16, remat="full"),
+    Case("llama-3.2-1b", "v5e:2x4", (-1, 1, 1), 16),
+    Case("llama-3.2-3b", "v5e:2x4", (-1, 1, 1), 16),
+    Case("llama-3-8b", "v5e:2x4", (-1, 1, 1), 16),
+    Case("llama-3-8b", "v5p:2x2x1", (-1, 1, 1), 16),
+)
+
+FULL = tuple(
+    Case("llama-3.2-1b", "v5p:2x2x1", (1, 4, 1), 8, method=method, remat=remat)
+    for method in ("prefix", "full")
+    for remat in ("none", "full")
+)
+
+DEPTH = ("llama-3-8b", "v5e:2x4", (1, 8, 1), 16)
+
+
+def batches(case: Case, goals: bool) -> Row:
+    """The largest batch, or whether the goal fits."""
+    run, rows, topology = case.prepared()
+    if goals:
+        plan = case.plan()
+        return {"rows": case.rows if plan.fits else None, "plan": as_json(plan)}
+    mesh = topology.mesh(sizes(case.mesh))
+    found = largest_batch(run, rows, topology, mesh, lambda plan: print("   ", line(plan)))
+    above = found.above
+    return {
+        "rows": found.rows,
+        "goal": case.rows,
+        "compiled": found.compiled,
+        "plan": as_json(found.plan),
+        "above": None if above is None else {"rows": above.rows.rows, "over": above.over},
+    }
+
+
+def one(case: Case, _: bool) -> Row:
+    """A plan."""
+    return {"plan": as_json(case.plan())}
+
+
+def auto(case: Case, _: bool) -> Row:
+    """What auto chooses, and every mesh."""
+    run, rows, topology = case.prepared()
+    choice = choose_mesh(run, rows, topology, lambda plan: print("   ", line(plan)))
+    plans = list(choice.compiled)
+    for mesh in meshes(run, rows, topology):
+        if all(plan.mesh != mesh for plan in plans):
+            plans.append(compile_step(run, rows, topology, topology.mesh(mesh)))
+            print("   ", line(plans[-1]))
+    times = [plan.roofline.seconds for plan in plans if plan.roofline is not None]
+    chosen = choice.best.roofline
+    return {
+        "chosen": dict(choice.best.mesh),
+        "compiled": len(choice.compiled),
+        "meshes": len(plans),
+        "over_the_best": chosen.seconds / min(times) if chosen is not None else None,
+        "plans": [as_json(plan) for plan in plans],
+    }
+
+
+def depth(layers: int) -> Row:
+    """How long the step takes to compile with so many layers."""
+    run, rows, topology = Case(*DEPTH).prepared()
+    backbone = run.model.backbone
+    arch = dataclasses.replace(backbone.arch, layers=layers)
+    model = dataclasses.replace(run.model, backbone=dataclasses.replace(backbone, arch=arch))
+    run = dataclasses.replace(run, model=model)
+    plan = compile_step(run, rows, topology, topology.mesh(sizes(DEPTH[2])))
+    return {"layers": layers, "seconds": plan.compile_seconds, "plan": as_json(plan)}
+
+
+CASES: dict[str, tuple[tuple[Case, ...], Callable[[Case, bool], Row]]] = {
+    "batches": (BATCHES, batches),
+    "flops": (FLOPS, one),
+    "collectives": (COLLECTIVES, one),
+    "auto": (AUTO, auto),
+    "full": (FULL, one),
+}
+
+
+def work(part: str, goals: bool) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """The rows of a part, by name."""
+    if part == "depth":
+        for layers in (8, 16, 32):
+            yield f"{layers} layers", lambda layers=layers: depth(layers)
+        return
+    cases, measure = CASES[part]
+    for case in cases:
+        yield case.name, lambda case=case: measure(case, goals)
+
+
+def told(row: Row) -> str:
+    """A row in a line."""
+    plan = row.get("plan")
+    if plan is None:
+        return (
+            f"chosen {row['chosen']}, {row['over_the_best']:.3f} of the best, "
+            f"{row['compiled']} of {row['meshes']} compiled"
+        )
+    memory = f"{plan['needs'] / 2**30:.2f} of {plan['limit'] / 2**30:.2f} GiB"
+    if not plan["fits"]:
+        return f"{plan['rows']['rows']} rows do not fit: {memory}"
+    found, floor = plan["roofline"], plan["floor"]
+    ratio = f"{found['flops'] * plan['devices'] / floor:.3f} of the floor, " if floor else ""
+    return (
+        f"{plan['rows']['rows']} rows, {memory}, {ratio}{found['sent'] / 2**30:.2f} GiB sent, "
+        f"at least {1e3 * found['seconds']:.0f} ms ({found['bound']}), "
+        f"compiled in {plan['compile_seconds']:.0f} s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=(*CASES, "depth"), required=True)
+    parser.add_argument("--only", metavar="TEXT", help="rows whose name has this in it")
+    parser.add_argument(
+        "--goals", action="store_true", help="of batches: see whether the goals fit, no more"
+    )
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+
+    output = args.output or RESULTS / f"tpu_plan_{args.part}.json"
+    rows: dict[str, Row] = {}
+    if output.exists():
+        rows = json.loads(output.read_text())["rows"]
+    for name, measure in work(args.part, args.goals):
+        if args.only is not None and args.only not in name:
+            continue
+        if name not in rows:
+            print(name, flush=True)
+            rows[name] = measure()
+            about = {
+                "date": datetime.date.today().isoformat(),
+                "python": platform.python_version(),
+                **{package: version(package) for package in ("jax", "jaxlib", "libtpu")},
+                "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            }
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        print(f"{name}: {told(rows[name])}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
