@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +18,7 @@ import numpy as np
 from prefix_jax.config import TaskConfig
 from prefix_jax.data.batch import Example, Window
 from prefix_jax.data.source import Record
-from prefix_jax.data.template import Template
+from prefix_jax.data.template import Template, check_unicode
 from prefix_jax.data.tokens import Examples
 from prefix_jax.errors import DataError
 
@@ -96,7 +97,7 @@ class Reading:
 
     def _tagged(self, records: Sequence[Record], answered: bool) -> Examples:
         """One label for each word, predicted from its first token."""
-        words = [_list(record, self.task.words) for record in records]
+        words = [_words(record, self.task.words) for record in records]
         found, cut = [], []
         encodings = self._encode([" ".join(texts) for texts in words], None)
         for record, texts, encoding in zip(records, words, encodings, strict=True):
@@ -283,7 +284,13 @@ def collect_labels(records: Sequence[Record], task: TaskConfig) -> tuple[str, ..
     found: set[Any] = set()
     for record in records:
         value = record.value(task.label)
-        found.update(_list(record, task.label) if task.name == "tag" else [value])
+        for label in _list(record, task.label) if task.name == "tag" else [value]:
+            if not isinstance(label, str | int | float):
+                raise DataError(
+                    f"{record.source}: field {task.label!r} holds a {type(label).__name__} where "
+                    "a label is a text or a number"
+                )
+            found.add(label)
     numbers = all(isinstance(value, int) for value in found)
     names = tuple(map(str, sorted(found, key=None if numbers else str)))
     if len(names) < 2:
@@ -313,12 +320,27 @@ def _list(record: Record, name: str) -> list[Any]:
     return value
 
 
+def _words(record: Record, name: str) -> list[str]:
+    words = _list(record, name)
+    for word in words:
+        if not isinstance(word, str | int | float):
+            raise DataError(
+                f"{record.source}: field {name!r} holds a {type(word).__name__} where a word is "
+                "a text or a number"
+            )
+    texts = [str(word) for word in words]
+    check_unicode(texts, record.source)
+    return texts
+
+
 def _number(record: Record, name: str) -> float:
     value = record.value(name)
     try:
         number = float(value)
     except (TypeError, ValueError):
         raise DataError(f"{record.source}: field {name!r} holds {value!r}, not a number") from None
+    except OverflowError:
+        number = math.inf
     if not abs(number) <= float(np.finfo(np.float32).max):
         raise DataError(f"{record.source}: field {name!r} holds {value!r}, which is not finite")
     return number
@@ -351,7 +373,7 @@ def _first_tokens(words: Sequence[str], encoding: Encoding) -> tuple[np.ndarray,
     columns, kept = [], []
     begin = at = 0
     for number, word in enumerate(words):
-        end = begin + len(str(word))
+        end = begin + len(word)
         while at < len(spans) and spans[at][2] <= begin:
             at += 1
         if at < len(spans) and spans[at][1] < end:
@@ -364,8 +386,16 @@ def _first_tokens(words: Sequence[str], encoding: Encoding) -> tuple[np.ndarray,
 def _answers(record: Record, name: str, context: str) -> list[tuple[str, int]]:
     """The texts of the answers, and where each starts, in characters of the context."""
     value = record.value(name)
-    if isinstance(value, Mapping):
-        pairs = list(zip(value.get("text", ()), value.get("answer_start", ()), strict=True))
+    if isinstance(value, Mapping) and all(
+        isinstance(value.get(key, []), list) for key in ("text", "answer_start")
+    ):
+        texts, starts = value.get("text", []), value.get("answer_start", [])
+        if len(texts) != len(starts):
+            raise DataError(
+                f"{record.source}: field {name!r} has {len(texts)} texts and {len(starts)} "
+                "answer_starts; each answer needs both"
+            )
+        pairs = list(zip(texts, starts, strict=True))
     elif isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
         pairs = [(item.get("text"), item.get("answer_start")) for item in value]
     else:

@@ -80,8 +80,10 @@ def read_records(
     elif isinstance(spec, str | os.PathLike):
         path = Path(spec)
         name, records = str(path), _read_file(path)
-    else:
+    elif isinstance(spec, Iterable):
         name, records = "the records", _read_mappings(spec)
+    else:
+        raise DataError(f"the records are {spec!r:.80}; give a file, or an iterable of mappings")
     if not records:
         raise DataError(f"{name}: no records; at least one is needed")
     return records
@@ -238,5 +240,5 @@ def _plain(value: Any) -> Any:
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1)
+    close = difflib.get_close_matches(name, map(str, names), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -120,7 +120,22 @@ def _texts(record: Record, name: str) -> list[str]:
             )
     if not values:
         raise DataError(f"{record.source}: field {name!r} is an empty list")
-    return [str(item) for item in values]
+    texts = [str(item) for item in values]
+    check_unicode(texts, record.source)
+    return texts
+
+
+def check_unicode(texts: Iterable[str], source: str) -> None:
+    """Raises DataError if texts hold half of a surrogate pair, as JSON can: no tokenizer reads it.
+
+    Args:
+        texts: of a record.
+        source: of the record.
+    """
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{source}: not valid Unicode text: {error.reason}") from None
 
 
 def render(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from prefix_jax.data.batch import Example
-from prefix_jax.data.template import Rendered
+from prefix_jax.data.template import Rendered, check_unicode
 from prefix_jax.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # its import takes seconds
@@ -237,10 +237,7 @@ def _ids(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> di
     if tokenizer.eos_token_id is None and not all(item.chat for item in rendered):
         raise DataError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
     for item in rendered:
-        try:
-            "".join(segment.text for segment in item.segments).encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{item.source}: not valid Unicode text: {error.reason}") from None
+        check_unicode((segment.text for segment in item.segments), item.source)
     texts = list(dict.fromkeys(segment.text for item in rendered for segment in item.segments))
     # verbose: no warning about the length of a segment; max_length is what decides.
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]

@@ -81,6 +81,8 @@ def test_labels_are_collected_by_size_or_letter() -> None:
     assert collect(["O", "B"], ["I"], name="tag") == ("B", "I", "O")
     with pytest.raises(DataError, match="one label, 'a'"):
         collect("a", "a")
+    with pytest.raises(DataError, match="record 1: field 'label' holds a list where a label is"):
+        collect(["a"], "b")
 
 
 @pytest.mark.parametrize("label", ["fine", 2, -1, 0.5])
@@ -94,7 +96,7 @@ def test_a_value_is_a_number(bert: Any) -> None:
     assert (one.label_M.dtype, one.label_M.tolist()) == (np.float32, [2.5])
     with pytest.raises(DataError, match="holds 'much', not a number"):
         examples(bert, TaskConfig("regress"), {"t": "a", "label": "much"}, input="{t}")
-    for infinite in ("inf", 1e39):
+    for infinite in ("inf", 1e39, 10**400):
         with pytest.raises(DataError, match="which is not finite"):
             examples(bert, TaskConfig("regress"), {"t": "a", "label": infinite}, input="{t}")
 
@@ -133,6 +135,16 @@ def test_words_that_are_cut_off_have_no_tag(bert: Any) -> None:
     assert found.truncated == ("record 1",)
 
 
+def test_a_word_is_a_text_or_a_number(bert: Any) -> None:
+    task = TaskConfig("tag", labels=("O", "B"))
+    (one,) = examples(bert, task, {"tokens": ["film", 3], "label": ["O", "B"]})
+    assert one.prompt == "film 3"
+    with pytest.raises(DataError, match="record 1: field 'tokens' holds a list where a word is"):
+        examples(bert, task, {"tokens": ["film", ["a"]], "label": ["O", "B"]})
+    with pytest.raises(DataError, match="record 1: not valid Unicode"):
+        examples(bert, task, {"tokens": ["film", "\ud800"], "label": ["O", "B"]})
+
+
 def test_every_word_needs_a_tag(bert: Any) -> None:
     with pytest.raises(DataError, match="record 1: 1 tags in 'label' for 2 words in 'tokens'"):
         examples(bert, TAGS, {"tokens": ["a", "b"], "label": ["O"]})
@@ -150,6 +162,21 @@ def spans(tokenizer: Any, text: str, start: int, **fields: Any) -> Any:
     given = {"input": "{q}", "pair": "{c}", "max_length": 13, **fields}
     task = dataclasses.replace(SPANS, unanswerable=given.pop("unanswerable", False))
     return examples(tokenizer, task, record, **given)
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({"text": "film", "answer_start": 4}, "must hold answers as SQuAD does"),
+        ({"text": ["film"], "answer_start": []}, "has 1 texts and 0 answer_starts"),
+        ({"text": ["film"]}, "has 1 texts and 0 answer_starts"),
+        ([{"text": "film"}], "an answer needs a text and an answer_start"),
+    ],
+)
+def test_answers_of_another_form_are_an_error(bert: Any, answers: Any, message: str) -> None:
+    record = {"q": "where", "c": "the film", "answers": answers}
+    with pytest.raises(DataError, match=f"record 1: .*{message}"):
+        examples(bert, SPANS, record, input="{q}", pair="{c}")
 
 
 def test_windows_of_a_long_text_overlap_and_mark_the_answer_where_it_is(bert: Any) -> None:

@@ -83,6 +83,11 @@ def test_python_mappings_are_numbered():
         read_records([{"x": 1}, "x"])
 
 
+def test_what_holds_no_records_is_an_error():
+    with pytest.raises(DataError, match="the records are None; give a file, or an iterable"):
+        read_records(None)
+
+
 def test_an_unknown_field_names_the_fields_there_are_and_the_nearest():
     record = Record({"name": "a", "area": "b"}, "a.jsonl:7")
     with pytest.raises(DataError, match=r"a\.jsonl:7: no field 'nane' \(did you mean 'name'\?\)"):

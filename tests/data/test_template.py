@@ -151,3 +151,8 @@ def test_a_chat_is_prompted_up_to_its_last_answer(tokenizer):
     assert rendered.prompt == prompt
     with pytest.raises(DataError, match="no turn to answer"):
         render_chat_prompt(Record({"chat": []}, "r"), "chat", tokenizer)
+
+
+def test_half_of_a_surrogate_pair_is_an_error():
+    with pytest.raises(DataError, match=r"a\.jsonl:3: not valid Unicode text"):
+        Template("{x}").render(record(x="\ud800"))
