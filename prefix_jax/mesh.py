@@ -6,7 +6,9 @@ every backbone.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -123,6 +125,16 @@ def place_rows(batch: Any, mesh: Mesh, leading: int = 0) -> Any:
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
 
     return jax.tree.map(place, batch)
+
+
+def on_mesh_of(arrays: Any) -> AbstractContextManager[Any]:
+    """The context of programs that read these arrays: the mesh on which they lie, without which
+    kernels cannot be split over its devices. No context where they lie on no such mesh."""
+    for leaf in jax.tree.leaves(arrays):
+        mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+        if isinstance(mesh, Mesh) and mesh.axis_names == AXES:
+            return jax.set_mesh(mesh)
+    return contextlib.nullcontext()
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:

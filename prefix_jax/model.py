@@ -16,6 +16,7 @@ from prefix_jax.data.batch import Batch
 from prefix_jax.data.tokens import EncoderDecoder
 from prefix_jax.errors import ContextError
 from prefix_jax.heads import Head
+from prefix_jax.mesh import on_mesh_of
 from prefix_jax.methods.base import Method
 from prefix_jax.nn.loss import (
     frozen_head_loss,
@@ -210,7 +211,8 @@ def start_from_ids(
         length: P.
     """
     ids_P = jnp.asarray(np.resize(np.asarray(ids, np.int32), length))
-    embeds, hidden, prefix = jax.jit(backbone.read)(params, ids_P)
-    if kind is Adapter:
-        return jax.jit(backbone.adapted)(params, hidden)
+    with on_mesh_of(params):
+        embeds, hidden, prefix = jax.jit(backbone.read)(params, ids_P)
+        if kind is Adapter:
+            return jax.jit(backbone.adapted)(params, hidden)
     return {Embeds: embeds, Hidden: hidden, Prefix: prefix}[kind]

@@ -16,6 +16,7 @@ from prefix_jax.mesh import (
     constrain_rows,
     describe,
     make_mesh,
+    on_mesh_of,
     place_rows,
     rows_sharding,
     weight_shardings,
@@ -148,3 +149,11 @@ def test_rows_are_kept_over_the_batch_axes_under_a_mesh_and_left_alone_without(m
     with jax.set_mesh(mesh):
         out = jax.jit(lambda x: constrain_rows(x + 1))(token_ids(8, 2))
     assert out.sharding.shard_shape((8, 2)) == (2, 2)
+
+
+def test_programs_run_on_the_mesh_where_their_arrays_lie(mesh):
+    placed = place_rows({"ids": np.zeros((8, 3), np.int32)}, mesh)
+    with on_mesh_of(placed):
+        assert jax.sharding.get_abstract_mesh() == mesh.abstract_mesh
+    with on_mesh_of({"ids": jnp.zeros(3)}):
+        assert jax.sharding.get_abstract_mesh().empty

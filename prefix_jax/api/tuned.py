@@ -29,6 +29,7 @@ from prefix_jax.evaluate.report import Prediction, save_predictions, writing_pre
 from prefix_jax.evaluate.run import Evaluation, Evaluator
 from prefix_jax.interop import peft
 from prefix_jax.interop.export import baked
+from prefix_jax.mesh import on_mesh_of
 from prefix_jax.model import PrefixModel, encoder_decoder
 from prefix_jax.prefix import Prefix, Produced
 from prefix_jax.train.fit import Run
@@ -395,4 +396,5 @@ class Tuned:
 
 def bake(pretrained: Pretrained, produced: Produced | None) -> Prefix | None:
     """Turns what a method produced into plain keys and values under a backbone."""
-    return jax.jit(pretrained.backbone.lift)(pretrained.params, produced)
+    with on_mesh_of(pretrained.params):
+        return jax.jit(pretrained.backbone.lift)(pretrained.params, produced)

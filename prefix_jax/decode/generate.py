@@ -20,6 +20,7 @@ from prefix_jax.decode.options import make_search
 from prefix_jax.decode.state import Beams, State
 from prefix_jax.decode.text import TextStream
 from prefix_jax.errors import ContextError, DataError
+from prefix_jax.mesh import on_mesh_of
 from prefix_jax.prefix import Prefix
 
 OnText = Callable[[int, int, str], None]
@@ -91,7 +92,8 @@ class Generator:
             by_length += sorted(window, key=lambda index: len(encoded[index]))
         for start in range(0, len(by_length), batch_size):
             batch = {index: encoded[index] for index in by_length[start : start + batch_size]}
-            continuations = self._continue(batch, config, on_text)
+            with on_mesh_of(self.params):
+                continuations = self._continue(batch, config, on_text)
             for index, samples in zip(batch, continuations, strict=True):
                 generations[index] = Generation(samples)
                 if on_done is not None:

@@ -12,6 +12,7 @@ from prefix_jax.artifact import Card, Container
 from prefix_jax.backbones.load import Pretrained
 from prefix_jax.errors import PrefixError
 from prefix_jax.interop.backbone import backbone_of
+from prefix_jax.mesh import on_mesh_of
 from prefix_jax.prefix import Prefix, Produced
 
 
@@ -67,7 +68,8 @@ def baked(produced: Produced, card: Card, pretrained: Pretrained) -> tuple[Prefi
     Raises:
         PrefixError: it has none, for it is soft tokens before an encoder.
     """
-    prefix = jax.jit(pretrained.backbone.lift)(pretrained.params, produced)
+    with on_mesh_of(pretrained.params):
+        prefix = jax.jit(pretrained.backbone.lift)(pretrained.params, produced)
     if prefix.embeds_PD is not None:
         raise PrefixError(
             "soft tokens before an encoder stand for no keys and values of their own: what they "

@@ -65,7 +65,8 @@ def fits(q_BKGTH: jax.Array, k_BSKH: jax.Array, seen: Seen) -> bool:
 
     They add no bias to logits (T5), know no mask of any form (beams), and none where columns
     count otherwise than positions: in a cache that has other columns than the queries', and in
-    the window of a target that branches from a source further back.
+    the window of a target that branches from a source further back. And they are split by the mesh
+    of `jax.set_mesh`: where there is none, but several devices, the program may be of them all.
     """
     sight = seen.tokens
     if not isinstance(sight, Sight) or seen.bias_BNTS is not None:
@@ -75,6 +76,8 @@ def fits(q_BKGTH: jax.Array, k_BSKH: jax.Array, seen: Seen) -> bool:
         return False
     branched = sight.causal and sight.keys.branch_BT is not None
     if branched and (sight.window is not None or S > _BRANCHES):
+        return False
+    if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1 and not interpreting():
         return False
     return min(T, S) >= LANES
 

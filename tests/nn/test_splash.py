@@ -165,9 +165,12 @@ def test_what_the_kernels_cannot_do_is_left_to_XLA():
     q, k = jnp.zeros((B, K, G, T, H)), jnp.zeros((B, T, K, H))
 
     def fits(seen: Seen, q: jax.Array = q, k: jax.Array = k) -> bool:
-        return splash.fits(q, k, seen)
+        with jax.set_mesh(make_mesh()):
+            return splash.fits(q, k, seen)
 
     rule = Seen(Sight(tokens, tokens))
+    # 8 devices, and nothing that says how many of them the program is for.
+    assert not splash.fits(q, k, rule)
     assert fits(rule)
     assert fits(Seen(Sight(branched, branched)))
     assert not fits(Seen(visible(tokens, tokens)))
