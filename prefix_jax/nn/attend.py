@@ -90,7 +90,10 @@ def _by_platform(
     kernel: Callable[..., Any],
     plain: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """The tokens' part for the platform that the program is lowered for."""
+    """The tokens' part for the platform that the program is lowered for.
+
+    The choice is made inside each pass: a derivative of it would keep what either path saves.
+    """
     if not splash.fits(q_BKGTH, k_BSKH, seen):
         return plain
     if splash.interpreting():
