@@ -7,6 +7,7 @@ takes), `collectives` (what layouts make devices send), `auto` (`mesh: auto` aga
 `full` (against full fine-tuning), `depth` (how long compilation takes). Rows of 2,048 tokens, all
 of them targets, behind 32 slots of keys and values. Each part writes
 benchmarks/results/tpu_plan_PART.json, row by row; what stands there already is not compiled again.
+`--part batches --goals` compiles the step at the goals alone, into tpu_plan_goals.json.
 """
 
 from __future__ import annotations
@@ -245,7 +246,8 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
 
-    output = args.output or RESULTS / f"tpu_plan_{args.part}.json"
+    name = "goals" if args.goals else args.part
+    output = args.output or RESULTS / f"tpu_plan_{name}.json"
     rows: dict[str, Row] = {}
     if output.exists():
         rows = json.loads(output.read_text())["rows"]
