@@ -257,7 +257,7 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
         BackboneError: it is unsupported or incomplete.
     """
     model_type = config.get("model_type")
-    if model_type not in _FAMILY_OF:
+    if not isinstance(model_type, str) or model_type not in _FAMILY_OF:
         raise BackboneError(
             f"{where} is of the unsupported architecture {model_type!r}; "
             f"supported: {', '.join(_FAMILY_OF)}"
@@ -266,3 +266,9 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
         return _FAMILY_OF[model_type].architecture(config)
     except KeyError as error:
         raise BackboneError(f"the configuration of {where} lacks {error}") from None
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        # A number that is null or zero, say: the families compute with what they find.
+        raise BackboneError(
+            f"the configuration of {where} holds values that no {model_type} has ({error}); "
+            "compare it with the original's"
+        ) from error

@@ -33,6 +33,14 @@ def test_an_unsupported_architecture_lists_the_supported_ones(model: Path) -> No
         load(model)
 
 
+@pytest.mark.parametrize("value", [None, 0, "4"])
+def test_a_config_with_values_that_cannot_be_is_an_error(model: Path, value: object) -> None:
+    config = read_config(model) | {"num_attention_heads": value}
+    config.pop("head_dim", None)
+    with pytest.raises(BackboneError, match="configuration of here holds values that no "):
+        architecture(config, "here")
+
+
 def test_a_config_that_lacks_a_number_names_it(model: Path) -> None:
     config = read_config(model)
     del config["num_hidden_layers"]

@@ -138,7 +138,7 @@ def tasks_of(adapter: str | Path | Files) -> int | None:
 
 def _type_of(files: Files) -> str:
     kind = files.config.get("peft_type")
-    if kind not in _METHODS:
+    if not isinstance(kind, str) or kind not in _METHODS:
         raise PrefixError(
             f"{files.where / CONFIG}: peft_type is {kind!r}; what is read are prefixes: "
             f"{', '.join(_METHODS)}"
