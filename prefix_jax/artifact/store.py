@@ -40,7 +40,7 @@ def save(
     path: str | Path,
     produced: Produced,
     card: Card,
-    arrays: Container = "orbax",
+    arrays: Container | None = None,
     head: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a prefix. What stood at `path` is replaced once the new one is safely on disk.
@@ -52,7 +52,8 @@ def save(
         path: the directory; an existing one must be a prefix.
         produced: what the method produces, without dropout.
         card: of `make_card`.
-        arrays: the container of the arrays.
+        arrays: the container of the arrays; None is "orbax", and of several processes
+            "safetensors": they save by Orbax only together, to a disk that all of them see.
         head: the arrays of a task's head, if the card has a task.
 
     Raises:
@@ -67,6 +68,10 @@ def save(
     content = {**to_arrays(produced), **of_head}
     if wrong := _problems(content, card):
         raise PrefixError(f"a prefix like this is not saved to {path}: {'; '.join(wrong)}")
+    several = jax.process_count() > 1
+    if several and arrays == "orbax":
+        raise PrefixError(f"{path}: one of several processes stores no Orbax; give safetensors")
+    arrays = arrays or ("safetensors" if several else "orbax")
     text = _to_json(card, content, arrays)
     failure: Exception | None = None
     if jax.process_index() == 0:
@@ -234,11 +239,7 @@ def _read_card(file: Path) -> tuple[Card, _Stored]:
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray], container: Container) -> None:
     if container == "orbax":
-        # Of several processes, this one alone.
-        context = ocp.Context()
-        context.multiprocessing.active_processes = {0}
-        with context:
-            ocp.save(path, arrays)
+        ocp.save(path, arrays)
     else:
         path.write_bytes(safetensors.numpy.save(arrays))
 

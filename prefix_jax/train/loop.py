@@ -118,7 +118,7 @@ def train(
     batches = setup.pipeline.iterate(done, setup.steps)
     go = jax.device_put(np.bool_(True), replicated(setup.mesh))
     pending: tuple[int, StepMetrics] | None = None
-    together, told = Together(), Told(False, [])
+    together, told, busy = Together(stop), Told(False, []), 0.0
     profile = Profile(report.directory / "profile", done, train_config.profile)
     clock = time.perf_counter()
 
@@ -129,7 +129,7 @@ def train(
 
     def settle() -> None:
         """Waits for the metrics of the pending step, and records them."""
-        nonlocal pending, clock
+        nonlocal pending, told, clock
         if pending is None:
             return
         step, metrics = pending
@@ -147,7 +147,11 @@ def train(
             )
         values["learning_rate"] = float(setup.schedule(step - 1))
         report.step(step, values, now - clock)
-        watch.step(step, now - clock, told.busy)
+        told = together.hear()
+        # The time covers the batch that this process has just read, for the step after.
+        spent = [*told.busy]
+        spent[jax.process_index()] = max(spent[jax.process_index()], busy)
+        watch.step(step, now - clock, spent)
         clock = now
 
     def evaluate(step: int) -> bool:
@@ -174,10 +178,11 @@ def train(
         busy = time.perf_counter() - begun
         with jax.set_mesh(setup.mesh), jax.profiler.StepTraceAnnotation("train", step_num=done):
             state, metrics = setup.step(state, setup.frozen, placed, go)
-        done, go = done + 1, metrics.finite
+        done += 1
         # The metrics of the step before: this one is running already.
         settle()
-        pending, told = (done, metrics), together.tell(stop.is_set(), busy)
+        pending = (done, metrics)
+        go = together.tell(busy, metrics.finite)
 
         last = done == setup.steps or told.stop
         every = train_config.eval_every
@@ -194,7 +199,8 @@ def train(
         if must_evaluate:
             with watch.doing("evaluating"):
                 must_save |= evaluate(done)
-            last |= together.tell(stop.is_set(), 0.0).stop
+            go = together.tell(0.0, go)
+            last |= together.hear().stop
             if train_config.patience is not None and progress.stale >= train_config.patience:
                 progress.stopped = last = True
                 report.message(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 
 import jax
@@ -24,33 +25,56 @@ class Told:
 
 
 class Together:
-    """Lets every process hear what all told, one step later and without waiting.
+    """Lets every process hear what all told at a step, when that step has ended.
 
-    The sum runs on the devices behind the step that was started before it: when the next step has
-    been started, it is there. Every process makes the same calls in the same order, and hears the
-    same.
+    The words are gathered on the devices between two steps, by the arrays that each hands to the
+    next: on CPU programs that do not depend on each other may run in another order in another
+    process, and then their messages get mixed up. Every process makes the same calls in the same
+    order, and hears the same.
+
+    Args:
+        stop: is set where this process is asked to end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop, self._busy = stop, 0.0
         self._several = jax.process_count() > 1
         self._underway: jax.Array | None = None
         if self._several:
             mesh = Mesh(np.asarray(jax.devices()), "devices")
             self._spread = NamedSharding(mesh, PartitionSpec("devices"))
-            self._gather = jax.jit(
-                lambda told_N2: told_N2, out_shardings=NamedSharding(mesh, PartitionSpec())
-            )
-            self._owners = np.array([device.process_index for device in jax.devices()])
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            self._gather = jax.jit(_gather, out_shardings=(everywhere, everywhere))
+            owners = np.array([device.process_index for device in jax.devices()])
+            self._firsts = [np.argmax(owners == index) for index in range(jax.process_count())]
 
-    def tell(self, stop: bool, busy: float) -> Told:
-        """Tells the others, and returns what all told at the call before; on one process, now."""
+    def tell(self, busy: float, go: jax.Array) -> jax.Array:
+        """Tells the others, behind the step that was started last.
+
+        Args:
+            busy: what this process spent on its own work, in seconds.
+            go: bool, from that step.
+
+        Returns:
+            `go` for the next step.
+        """
+        self._busy = busy
         if not self._several:
-            return Told(stop, [busy])
-        before = self._underway
-        own = np.tile(np.array([stop, busy], np.float32), (jax.local_device_count(), 1))
-        self._underway = self._gather(jax.make_array_from_process_local_data(self._spread, own))
-        if before is None:
-            return Told(False, [])
-        told_N2 = np.asarray(before)
-        firsts = [np.argmax(self._owners == index) for index in range(jax.process_count())]
-        return Told(bool(told_N2[:, 0].any()), told_N2[firsts, 1].tolist())
+            return go
+        own = np.array([self._stop.is_set(), busy], np.float32)
+        rows = np.tile(own, (jax.local_device_count(), 1))
+        told_N2 = jax.make_array_from_process_local_data(self._spread, rows)
+        self._underway, go = self._gather(told_N2, go)
+        return go
+
+    def hear(self) -> Told:
+        """What all told last; waits for the step behind which they did."""
+        if self._underway is None:
+            return Told(self._stop.is_set() and not self._several, [self._busy])
+        told_N2 = np.asarray(self._underway)
+        return Told(bool(told_N2[:, 0].any()), told_N2[self._firsts, 1].tolist())
+
+
+def _gather(told_N2: jax.Array, go: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Always true, and known only once all is gathered.
+    return told_N2, go & (told_N2 >= 0).all()

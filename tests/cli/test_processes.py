@@ -107,12 +107,11 @@ def take_part(number: int, step: int, words: list[str]) -> int:
     """One process, which sends itself a signal when it has started a step."""
     tell, calls = Together.tell, []
 
-    def telling(self: Together, stop: bool, busy: float) -> object:
-        calls.append(stop)
+    def telling(self: Together, busy: float, go: object) -> object:
+        calls.append(busy)
         if number and len(calls) == step:
             signal.raise_signal(number)
-            stop |= number == signal.SIGTERM
-        return tell(self, stop, busy)
+        return tell(self, busy, go)
 
     Together.tell = telling
     return main(words)
