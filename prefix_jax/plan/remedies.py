@@ -59,13 +59,14 @@ def _changes(
 ) -> Iterator[tuple[str, AbstractRun, Rows, dict[str, int]]]:
     sizes = dict(failed.mesh)
     model = run.config.model
-    if model.remat != "full":
+    trains = run.job == "train"
+    if trains and model.remat != "full":
         yield "model.remat=full", run.with_model(remat="full"), rows, sizes
     if model.quantize == "none" and run.model.method is not None:
         yield "model.quantize=int8", run.with_model(quantize="int8"), rows, sizes
     # As many micro-batches as there are rows for each shard.
     shards = sizes["data"] * sizes["fsdp"]
-    most = rows.rows // shards
+    most = rows.rows // shards if trains else 1
     for micro in dict.fromkeys((2 * rows.micro, most)):
         if rows.micro < micro <= most and rows.rows % (micro * shards) == 0:
             changed = dataclasses.replace(rows, micro=micro)
