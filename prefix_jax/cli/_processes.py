@@ -24,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Whether the run has several processes, and which of them this is."""
     group = parser.add_argument_group(
         "several processes",
-        "One process a host, all started by the same command. Cloud TPU, Slurm, Open MPI and "
-        "Kubernetes tell who they are; elsewhere say so, by options or by the environment.",
+        "One process a host, all started by the same command. Cloud TPU, Slurm, Open MPI\n"
+        "and Kubernetes tell who they are; elsewhere say so, by options or by the\n"
+        "environment.",
     )
     group.add_argument("--distributed", action="store_true", help="this is one process of several")
     group.add_argument(
