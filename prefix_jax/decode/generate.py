@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerFast
 
 from prefix_jax.backbones.backbone import Backbone
@@ -193,7 +194,7 @@ class Generator:
     ) -> list[tuple[Continuation, ...]]:
         while True:
             # Everything but the cache, which stays on the device.
-            now = jax.device_get(_without_cache(state))
+            now = _fetch(_without_cache(state))
             done_BM = now.found.done_BM.copy()
             for row, samples in enumerate(writers):
                 ids_MU = now.ids_BMW[row, :, now.prompt_B[row] :]
@@ -213,7 +214,7 @@ class Generator:
         self, search: Search, state: State, config: DecodeConfig, writers: list[list[Writer]]
     ) -> list[tuple[Continuation, ...]]:
         state = self._advance(search, state, config.max_new_tokens, config)
-        now = jax.device_get(_without_cache(state))
+        now = _fetch(_without_cache(state))
         found: Beams = now.found
         continuations = []
         for row, samples in enumerate(writers):
@@ -244,6 +245,16 @@ class Generator:
 def _without_cache(state: State) -> Any:
     """All of a state but what stays on the device."""
     return dataclasses.replace(state, cache=cast(Any, None), encoded=None)
+
+
+def _fetch(tree: Any) -> Any:
+    """Arrays of the devices as numpy's: whole on every process, where several hold their rows."""
+
+    def whole(x: Any) -> Any:
+        here = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+        return x if here else multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def bucket(size: int, smallest: int = 16) -> int:
