@@ -13,8 +13,6 @@ from prefix_jax.backbones.load import load
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.prefix import SITES, KVPrefix, Prefix, Site
 
-pytestmark = pytest.mark.usefixtures("full_compilation")
-
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "encoder_decoders"
 VARIANTS = sorted(path.name for path in FIXTURES.iterdir())
 

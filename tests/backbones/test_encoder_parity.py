@@ -13,8 +13,6 @@ from prefix_jax.backbones.load import load
 from prefix_jax.mesh import make_mesh
 from prefix_jax.nn.mask import Tokens
 
-pytestmark = pytest.mark.usefixtures("full_compilation")
-
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "encoders"
 VARIANTS = sorted(path.name for path in FIXTURES.iterdir())
 
