@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import common
@@ -52,93 +51,106 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(task: str, how: str, limit: int, steps: int | None, output: Path) -> dict[str, float]:
-    """Loss before and after, and the bytes of the backbone's weights.
+def measure(task: str, limit: int, steps: int | None) -> dict[str, dict[str, float]]:
+    """Loss before and after, and the megabytes of the backbone's weights, by their kind.
 
     Args:
         task: of `TASKS`.
-        how: "bfloat16", "int8" or "int4".
         limit: held-out examples.
         steps: of training; None for the task's own number.
-        output: the run directory.
     """
     import jax
     import jax.numpy as jnp
 
     from prefix_jax.backbones.load import load
     from prefix_jax.config import parse
+    from prefix_jax.data.source import read_records
     from prefix_jax.evaluate.run import Evaluator
-    from prefix_jax.train.fit import fit
     from prefix_jax.train.setup import prepare
 
-    quantize: Any = "none" if how == "bfloat16" else how
-    values = TASKS[task] | {
-        "model": TASKS[task]["model"] | {"quantize": quantize},
-        "method": {"name": "prefix", "length": 16},
-        "evaluate": {"metrics": ["loss"], "limit": limit},
-        "output": str(output),
-    }
-    config = parse(values, [] if steps is None else [f"train.steps={steps}"])
-    pretrained = load(config.model.path, dtype="float32", quantize=quantize)
-    if how == "bfloat16":
-        pretrained.params = jax.tree.map(
-            lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), pretrained.params
+    found = {}
+    for how in ("bfloat16", *GOALS):
+        quantize: Any = "none" if how == "bfloat16" else how
+        values = TASKS[task] | {
+            "model": TASKS[task]["model"] | {"quantize": quantize},
+            "method": {"name": "prefix", "length": 16},
+            "evaluate": {"metrics": ["loss"], "limit": limit},
+            "output": "unused",
+        }
+        config = parse(values, [] if steps is None else [f"train.steps={steps}"])
+        pretrained = load(config.model.path, dtype="float32", quantize=quantize)
+        if how == "bfloat16":
+            pretrained.params = jax.tree.map(
+                lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), pretrained.params
+            )
+        data, size = config.data, config.data.batch_size * (config.train.steps or 0)
+        records = {
+            "train": _spread(read_records(data.train or ""), size),
+            "test": _spread(read_records(data.test or ""), limit),
+        }
+        setup = prepare(config, pretrained=pretrained, records=records)
+        evaluator = Evaluator(
+            setup.model,
+            pretrained.tokenizer,
+            setup.mesh,
+            config.evaluate,
+            config.decode,
+            setup.task,
         )
-    setup = prepare(config, pretrained=pretrained)
-    evaluator = Evaluator(
-        setup.model,
-        pretrained.tokenizer,
-        setup.mesh,
-        config.evaluate,
-        config.decode,
-        setup.task,
-    )
-    head = setup.params(setup.state).get("head")
-    bare = evaluator.compare(pretrained, {"bare": None}, setup.splits["test"], head=head)
-    run = fit(config, pretrained=pretrained, quiet=True)
-    # As they lie on a TPU: a bfloat16 takes two bytes, and two numbers of int4 one.
-    integers = [x for x in jax.tree.leaves(pretrained.params) if x.dtype != jnp.float32]
-    others = [x for x in jax.tree.leaves(pretrained.params) if x.dtype == jnp.float32]
-    size = sum(x.size * jax.dtypes.itemsize_bits(x.dtype) // 8 for x in integers)
-    return {
-        "before": bare["bare"].report.metrics["loss"],
-        "after": run.evaluations["after"].report.metrics["loss"],
-        "megabytes": (size + 2 * sum(x.size for x in others)) / 1e6,
-    }
+
+        def loss(params: Any, prefix: Any, evaluator: Any = evaluator, setup: Any = setup) -> float:
+            examples, head = setup.splits["test"], params.get("head")
+            measured = evaluator(params["backbone"], prefix, examples, ["loss"], head)
+            return float(measured.report.metrics["loss"])
+
+        state = setup.state
+        with jax.set_mesh(setup.mesh):
+            before = loss(setup.params(state), None)
+            for batch in setup.pipeline.iterate(0, setup.steps):
+                micro = jax.tree.map(lambda leaf: leaf[None], batch)
+                state, _ = setup.step(state, setup.frozen, micro)
+            params = setup.params(state)
+            after = loss(params, jax.jit(setup.model.prefix)(params))
+        # As they lie on a TPU: a bfloat16 takes two bytes, and two numbers of int4 one.
+        bits = [
+            x.size * (16 if x.dtype == jnp.float32 else jax.dtypes.itemsize_bits(x.dtype))
+            for x in jax.tree.leaves(pretrained.params)
+        ]
+        found[how] = {"before": before, "after": after, "megabytes": sum(bits) / 8e6}
+        print(task, how, found[how], flush=True)
+    return found
+
+
+def _spread(records: Sequence[Any], count: int) -> list[Any]:
+    """So many, from all over a file: neighbours are alike."""
+    return list(records[:: max(1, len(records) // count)][:count])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--limit", type=int, default=400, help="held-out examples")
     parser.add_argument("--steps", type=int, help="of training (default: as above)")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of these")
     common.output_argument(parser)
-    parser.add_argument("--worker", nargs=3, metavar=("TASK", "HOW", "DIRECTORY"), help="-")
+    parser.add_argument("--worker", choices=TASKS, help="-")
     arguments = parser.parse_args()
     if arguments.worker:
-        task, how, directory = arguments.worker
-        found = measure(task, how, arguments.limit, arguments.steps, Path(directory))
-        print(json.dumps(found))
+        print(json.dumps(measure(arguments.worker, arguments.limit, arguments.steps)))
         return
 
     common.e2e("dev.csv")
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    rows = []
     options = ["--limit", str(arguments.limit)]
     if arguments.steps is not None:
         options += ["--steps", str(arguments.steps)]
-    for task in arguments.tasks:
-        measured = results.setdefault(task, {})
-        for how in ("bfloat16", *GOALS):
-            with tempfile.TemporaryDirectory() as directory:
-                found = common.run_worker(__file__, *options, "--worker", task, how, directory)
-            measured[how] = found
-            print(task, how, found, flush=True)
-            cells = [task, how, f"{found['megabytes']:.0f}"]
+    results = {task: common.run_worker(__file__, *options, "--worker", task) for task in TASKS}
+    rows = []
+    for task, found in results.items():
+        for how, measured in found.items():
+            cells = [task, how, f"{measured['megabytes']:.0f}"]
             for when in ("before", "after"):
-                loss = found[when]
-                change = 100 * (loss / measured["bfloat16"][when] - 1)
-                cells.append(f"{loss:.4f}" + (f" ({change:+.2f} %)" if how in GOALS else ""))
+                change = 100 * (measured[when] / found["bfloat16"][when] - 1)
+                cells.append(
+                    f"{measured[when]:.4f}" + (f" ({change:+.2f} %)" if how in GOALS else "")
+                )
             rows.append([*cells, f"{GOALS[how]:.0f} %" if how in GOALS else ""])
     common.print_table(
         "Loss on held-out data under quantised weights",
