@@ -55,8 +55,3 @@ def full_compilation() -> Iterator[None]:
     yield
     jax.config.update("jax_disable_most_optimizations", True)
     jax.clear_caches()
-
-
-@pytest.fixture(scope="module")
-def quick_compilation() -> None:
-    """What every test does already; of modules that still ask for it."""

@@ -21,8 +21,6 @@ from prefix_jax.methods.ptuning import PTuning
 from prefix_jax.model import PrefixModel, start_from_ids
 from prefix_jax.prefix import Adapter, Embeds, Hidden, Prefix
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 P = 4
 BACKBONE = decoder("llama")
 METHODS = {

@@ -23,8 +23,6 @@ from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.methods.prompt import PromptTuning
 from prefix_jax.model import PrefixModel
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 P = 4
 BACKBONE = Backbone(t5.architecture(tiny.T5_CONFIG))
 METHODS = {

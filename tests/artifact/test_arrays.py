@@ -19,8 +19,6 @@ from prefix_jax.methods import (
 )
 from prefix_jax.prefix import Gated, Geometry, Prefix, Produced, Site, SiteShape
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Sites differ in depth and heads.
 GEOMETRY = Geometry(
     d_model=32,

@@ -15,8 +15,6 @@ from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Site
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Together all that `decoders` has: Gemma 3 windows, q/k norms and two rotaries, Gemma 2 soft caps,
 # GPT-NeoX parallel layers that turn in part.
 NAMES = ("gpt2", "llama", "gemma2", "gemma3", "neox")

@@ -23,8 +23,6 @@ from prefix_jax.model import PrefixModel
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.prefix import Embeds
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 P, R, TASKS = 5, 2, ("a", "b", "c")
 A = len(TASKS)
 TOGETHER, ALONE = MultitaskPromptTuning(P, ranks=R, tasks=TASKS), MultitaskPromptTuning(P, ranks=R)

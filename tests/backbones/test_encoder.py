@@ -21,8 +21,6 @@ from prefix_jax.nn.layers import View
 from prefix_jax.nn.mask import Seen, Tokens
 from prefix_jax.prefix import Adapter, Embeds, Hidden, KVPrefix, Prefix, Produced, Site
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 B, P, T, L = 2, 5, 6, 3
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
 

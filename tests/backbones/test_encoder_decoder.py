@@ -28,10 +28,7 @@ from prefix_jax.mesh import make_mesh
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.prefix import SITES, Embeds, Hidden, KVPrefix, Prefix, Site
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.parametrize("name", NAMES),
-]
+pytestmark = pytest.mark.parametrize("name", NAMES)
 
 B, P, S, T = 2, 3, 7, 6
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)

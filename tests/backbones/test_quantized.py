@@ -21,8 +21,6 @@ from prefix_jax.mesh import make_mesh, weight_shardings
 from prefix_jax.nn.quantized import QTensor, dequantize
 from prefix_jax.prefix import Hidden
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 LLAMA = FIXTURES / "backbones" / "llama_grouped"
 

@@ -17,8 +17,6 @@ from prefix_jax.nn.mask import Tokens
 from prefix_jax.plan.hlo import parse, temporaries
 from prefix_jax.prefix import KVPrefix, Prefix, Site
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Gemma 2: the layers of one scan alternate between a window and none, and soft caps bend.
 BACKBONE = decoder("gemma2")
 P = 5

@@ -26,8 +26,6 @@ from prefix_jax.mesh import make_mesh
 from prefix_jax.train.fit import fit
 from prefix_jax.train.together import Together
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = """
 model: {path: MODEL}
 method: {name: prefix, length: 4, dropout: 0.2}

@@ -20,8 +20,6 @@ from prefix_jax.config import Config
 from prefix_jax.mesh import make_mesh
 from prefix_jax.train.fit import fit
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "quickstart")
 

@@ -39,8 +39,6 @@ from prefix_jax.prefix import (
     SiteShape,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ADAPTERS = FIXTURES / "peft"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

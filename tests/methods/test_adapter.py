@@ -15,8 +15,6 @@ from prefix_jax.methods.base import normal_like
 from prefix_jax.model import start_from_ids
 from prefix_jax.prefix import Adapter, Geometry, Prefix, SiteShape
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 G = Geometry(d_model=32, vocab=50, decoder=SiteShape(3, 4, 2, 8))
 P, KEY = 5, jax.random.key(0)
 

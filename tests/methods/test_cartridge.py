@@ -13,8 +13,6 @@ from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.prefix import Geometry, Prefix, SiteShape
 from prefix_jax.train.partition import labels
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPE = SiteShape(3, 4, 2, 8)
 G = Geometry(d_model=32, vocab=50, decoder=SHAPE)
 P, KEY = 5, jax.random.key(0)

@@ -22,8 +22,6 @@ from prefix_jax.methods.prompt import PromptTuning
 from prefix_jax.methods.ptuning import PTuning
 from prefix_jax.prefix import Embeds, Geometry, Hidden, KVPrefix, Prefix, Site, SiteShape
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 G = Geometry(d_model=32, vocab=50, decoder=SiteShape(3, 4, 2, 8))
 P, KEY = 5, jax.random.key(0)
 

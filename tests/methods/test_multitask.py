@@ -15,8 +15,6 @@ from prefix_jax.methods.base import normal
 from prefix_jax.methods.multitask import MultitaskPromptTuning
 from prefix_jax.prefix import Embeds, Geometry, SiteShape
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 G = Geometry(d_model=12, vocab=50, decoder=SiteShape(2, 4, 2, 8))
 P, R, TASKS, KEY = 5, 2, 3, jax.random.key(0)
 RNG = np.random.default_rng(0)

@@ -12,8 +12,6 @@ from encoder_decoders import encoder_decoder, params_of, states
 from prefix_jax.methods.base import normal_like
 from prefix_jax.methods.plus import PrefixTuningPlus
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY = jax.random.key(0)
 BACKBONE = decoder("llama")
 G = BACKBONE.geometry

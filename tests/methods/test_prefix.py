@@ -15,8 +15,6 @@ from prefix_jax.methods.base import normal_like
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.prefix import SITES, Geometry, SiteShape
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # The decoder is deeper than the encoder, whose heads are grouped otherwise.
 G = Geometry(
     d_model=32,

@@ -11,8 +11,6 @@ from prefix_jax.methods.base import normal
 from prefix_jax.methods.ptuning import PTuning
 from prefix_jax.prefix import Embeds, Geometry, SiteShape
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 G = Geometry(d_model=12, vocab=50, decoder=SiteShape(2, 4, 2, 8))
 P, KEY = 5, jax.random.key(0)
 

@@ -16,8 +16,6 @@ from prefix_jax.nn.attend import attend
 from prefix_jax.nn.mask import Seen
 from prefix_jax.prefix import Beside, Gated, KVPrefix, Memory, Site
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class Case(NamedTuple):
     q_BTNH: jax.Array

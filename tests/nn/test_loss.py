@@ -9,8 +9,6 @@ import pytest
 
 from prefix_jax.nn import loss as losses
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 B, M, D, V = 3, 7, 5, 11
 
 

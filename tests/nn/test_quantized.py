@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 
 from prefix_jax.nn.quantized import QTensor, dequantize, matmul, quantize, take
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Of a weight w_DNH, whose input is D: a scale for each output, and one for every 8 inputs of it.
 BLOCKS = {8: (1, 4, 6), 4: (2, 4, 6)}
 

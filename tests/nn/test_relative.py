@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from prefix_jax.nn.relative import Relative
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 T5 = {False: Relative(32, 128, False), True: Relative(32, 128, True)}
 
 

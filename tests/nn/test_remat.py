@@ -12,8 +12,6 @@ from prefix_jax.plan.products import products
 from prefix_jax.prefix import Hidden
 from tests.decoders import decoder, present, weights
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 B, T, P = 2, 20, 3
 NH, KH, D, F, L = 4 * 8, 2 * 8, 32, 48, 3
 TOKEN = 2 * B * T * L  # of each number in a layer's matrices: a multiply-add counts as two

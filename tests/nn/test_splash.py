@@ -20,7 +20,7 @@ from prefix_jax.nn.attend import attend
 from prefix_jax.nn.mask import Seen, Sight, Tokens, visible
 from prefix_jax.prefix import KVPrefix, Site
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "small_blocks")
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 B, T, K, G, H = 2, 256, 2, 2, 8
 

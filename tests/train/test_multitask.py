@@ -21,8 +21,6 @@ from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.prefix import Embeds
 from prefix_jax.train.multitask import tell_tasks_apart
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Two tasks that only their prompts tell apart: the same texts have other answers.
 RECORDS = [
     {"sum": record["sum"], "total": total, "kind": kind}

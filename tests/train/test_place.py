@@ -14,8 +14,6 @@ from prefix_jax.errors import CheckpointError, ConfigError
 from prefix_jax.train import fit as fitting
 from prefix_jax.train.place import Place
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 OUTPUT = "gs://bucket/some/run"
 
 

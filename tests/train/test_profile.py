@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import runs
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_a_run_leaves_a_trace_of_the_steps_asked_for(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -31,8 +31,6 @@ from prefix_jax.model import start_from_ids
 from prefix_jax.prefix import Prefix, Produced, Site
 from prefix_jax.train.start import init_prefix, make_start, start_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 P = 4
 METHODS = [PrefixTuning(P), HiddenPrefixTuning(P), PromptTuning(P), Cartridge(P)]
 each_method = pytest.mark.parametrize(

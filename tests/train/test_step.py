@@ -26,8 +26,6 @@ from prefix_jax.train.optimizer import make_optimizer, make_schedule
 from prefix_jax.train.partition import labels, merge, split
 from prefix_jax.train.step import Step, TrainState, init_state, make_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BACKBONE = decoder("llama")
 PREFIX, PROMPT = PrefixTuning(4), PromptTuning(4)
 EXAMPLES = examples(8)

@@ -23,8 +23,6 @@ from prefix_jax.errors import ConfigError, PrefixError
 from prefix_jax.evaluate.report import read_predictions
 from prefix_jax.train.fit import Run, fit
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _review(seed: int) -> dict[str, str]:
     """Three words; one of them decides."""
