@@ -20,6 +20,7 @@ setup(
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "numpy>=2.2.6,<3",
+        "etils[epath]>=1.13.0,<2",
         # Models and tokenizers; chat templates are Jinja
         "transformers>=5.10.4,<6",
         "huggingface_hub>=1.33.0,<3",

@@ -374,7 +374,10 @@ class Tuned:
             names = ", ".join(map(repr, self.tasks))
             raise PrefixError(f"each task has a prefix to {verb}: take tasks[…] of {names}")
         if self.produced is None or self.card is None:
-            raise PrefixError(f"there is no prefix to {verb}: this is a backbone alone")
+            raise PrefixError(
+                f"there is no prefix to {verb}: this is a backbone alone, as it was or after full "
+                "fine-tuning"
+            )
         return self.produced, self.card
 
     def export_peft(self, path: str | Path, *, bake: bool = False) -> None:

@@ -337,8 +337,13 @@ def _spread(items: Sequence[Item], rows: int, packing: Packing) -> list[list[Blo
         for i in range(len(items)):
             spread[i].append(_block(items, [i]))
         return spread
+    if packing.branches:
+        blocks = _blocks(items, rows)
+    else:
+        # Also of an example that a batch over the end of an epoch holds twice.
+        blocks = [_block(items, [i]) for i in range(len(items))]
     free = [(0, row) for row in range(rows)]
-    for block in sorted(_blocks(items, rows), key=lambda block: (-block.size, block.members)):
+    for block in sorted(blocks, key=lambda block: (-block.size, block.members)):
         filled, row = free[0]
         spread[row].append(block)
         heapq.heapreplace(free, (filled + block.size, row))

@@ -114,7 +114,7 @@ def test_full_fine_tuning_leaves_a_model_that_generates(
     assert tuned.generate("1+1=", max_new_tokens=4) != pj.Tuned(model, None, None).generate(
         "1+1=", max_new_tokens=4
     )
-    with pytest.raises(PrefixError, match="full fine-tuning"):
+    with pytest.raises(PrefixError, match=r"no prefix to save.*full fine-tuning"):
         tuned.save(tmp_path / "prefix")
 
 

@@ -197,6 +197,14 @@ def test_only_where_sources_are_shared_can_rows_branch():
     assert tokens([8, 9, 10]).branch_BT is None
 
 
+def test_a_batch_over_the_end_of_an_epoch_holds_an_example_twice_and_apart():
+    examples = [example([7, 8], [True, True])] * 2
+    packing = Packing(branches=False)
+    tokens = materialise(arrange(measure(examples), packing), examples).tokens
+    assert tokens.branch_BT is None
+    assert sorted(tokens.position_BT[tokens.group_BT > 0]) == [0, 0, 1, 1, 2, 2]
+
+
 def test_targets_of_one_source_share_its_tokens_as_branches():
     examples = [example([7, 8, 9], [True] * 3, start=10 * i) for i in range(3)]
     batch = materialise(arrange(measure(examples), Packing()), examples)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+from etils import epath
 
 from prefix_jax import artifact
 from prefix_jax import config as configs
@@ -29,7 +30,7 @@ from prefix_jax.errors import (
 )
 from prefix_jax.evaluate.run import Evaluator
 from prefix_jax.mesh import make_mesh
-from prefix_jax.train import checkpoint
+from prefix_jax.train import shelf
 from prefix_jax.train.fit import fit
 
 
@@ -322,14 +323,14 @@ def test_a_batch_that_does_not_divide_over_the_mesh_is_an_error(
 
 
 def full_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
-    seal = checkpoint._seal
+    seal = shelf._seal
 
-    def full(path: Path) -> None:
+    def full(path: epath.Path) -> None:
         if int(path.stem) > 3:
             raise OSError(errno.ENOSPC, "No space left on device")
         seal(path)
 
-    monkeypatch.setattr(checkpoint, "_seal", full)
+    monkeypatch.setattr(shelf, "_seal", full)
 
 
 def full_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
