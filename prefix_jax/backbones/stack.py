@@ -11,6 +11,7 @@ Layer weights come in one of two forms, and everything here takes either:
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -230,7 +231,7 @@ class Stack:
             for index, weights in enumerate(params["layers"]):
                 states.append(x_BTD)
                 view = views[a.sliding[index] if a.sliding else False]
-                sites_here = jax.tree.map(lambda leaf: leaf[index], sites)  # noqa: B023
+                sites_here = jax.tree.map(operator.itemgetter(index), sites)
                 x_BTD, cache_layer = layer(
                     x_BTD,
                     weights,
@@ -284,7 +285,7 @@ class Stack:
         if isinstance(params["layers"], tuple):
             return stack(
                 [
-                    call((weights, jax.tree.map(lambda leaf: leaf[index], per_layer)))  # noqa: B023
+                    call((weights, jax.tree.map(operator.itemgetter(index), per_layer)))
                     for index, weights in enumerate(params["layers"])
                 ]
             )

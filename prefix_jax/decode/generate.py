@@ -56,7 +56,7 @@ class Generator:
     def generate(
         self,
         prompts: Sequence[str | Sequence[int]],
-        config: DecodeConfig = DecodeConfig(),  # noqa: B008
+        config: DecodeConfig = DecodeConfig(),
         *,
         batch_size: int = 16,
         names: Sequence[str] | None = None,

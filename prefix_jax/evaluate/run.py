@@ -65,9 +65,9 @@ class Evaluator:
         model: PrefixModel,
         tokenizer: PreTrainedTokenizerFast,
         mesh: Mesh,
-        config: EvaluateConfig = EvaluateConfig(),  # noqa: B008
-        decode: DecodeConfig = DecodeConfig(),  # noqa: B008
-        task: TaskConfig = TaskConfig(),  # noqa: B008
+        config: EvaluateConfig = EvaluateConfig(),
+        decode: DecodeConfig = DecodeConfig(),
+        task: TaskConfig = TaskConfig(),
     ):
         check_metrics(task.name, config)
         self._task = task

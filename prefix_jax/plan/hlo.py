@@ -99,7 +99,7 @@ _COMMENT = re.compile(r"/\*.*?\*/")
 _CONTINUED = re.compile(r'\n(?="|\}\})')
 
 # Instructions that pass arrays on and fill none of their own.
-_NO_BUFFER = {
+PASSING = {
     "parameter",
     "constant",
     "tuple",
@@ -151,7 +151,7 @@ def temporaries(module: Module) -> list[Array]:
         for name, computation in module.computations.items()
         if name not in fused
         for instruction in computation.values()
-        if instruction.opcode not in _NO_BUFFER
+        if instruction.opcode not in PASSING
         for array in instruction.results
     }
     return sorted(arrays, key=lambda array: (-array.nbytes, str(array)))

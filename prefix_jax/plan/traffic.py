@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from prefix_jax.plan.hlo import Array, Computation, Instruction, Module
+from prefix_jax.plan.hlo import PASSING, Array, Computation, Instruction, Module
 from prefix_jax.plan.walk import Visit
 
-# These pass arrays on, or are counted where they begin.
-_FREE = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "while",
-    "conditional",
-    "call",
-    "opt-barrier",
-    "partition-id",
-    "replica-id",
-    "after-all",
-}
+# What moves nothing besides, or is counted where it begins.
+_FREE = PASSING | {"partition-id", "replica-id", "after-all"}
 # Custom calls of the TPU compiler that name memory and move nothing.
 _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}
 _PARTS = ("dynamic-slice", "slice", "gather")

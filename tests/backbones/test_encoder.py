@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -163,7 +164,7 @@ def test_hidden_states_stand_before_the_tokens_of_every_layer(name: str) -> None
         tokens = present(B, T, name)
         x_BTD = stack.place(params, params["embed"]["tokens_VD"][texts()], tokens, P)
         for index in range(L):
-            layer = jax.tree.map(lambda leaf: leaf[index], params["layers"])  # noqa: B023
+            layer = jax.tree.map(operator.itemgetter(index), params["layers"])
             states_BPD = jnp.tile(random_states()[index], (B, 1, 1))
             x_BSD = jnp.concatenate([states_BPD, x_BTD], axis=1)
             y_BSD, _ = Layer(backbone.arch).apply(

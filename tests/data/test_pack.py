@@ -1,4 +1,5 @@
 import dataclasses
+import operator
 
 import jax
 import numpy as np
@@ -53,7 +54,7 @@ packings = st.builds(
 def micro_batches(batch):
     if batch.ids_BT.ndim == 2:
         return [batch]
-    return [jax.tree.map(lambda leaf: leaf[a], batch) for a in range(len(batch.ids_BT))]  # noqa: B023
+    return [jax.tree.map(operator.itemgetter(a), batch) for a in range(len(batch.ids_BT))]
 
 
 def predictions(batch):

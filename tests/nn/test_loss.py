@@ -69,7 +69,10 @@ def test_row_losses_are_those_of_each_row_alone(arrays):
 
 def test_the_gradient_of_a_frozen_head_scales_with_the_cotangent(arrays):
     params, h_BMD, *targets = arrays
-    value = lambda h: losses.frozen_head_loss(unembed, params, h, *targets)  # noqa: E731
+
+    def value(h_BMD):
+        return losses.frozen_head_loss(unembed, params, h_BMD, *targets)
+
     tripled = jax.grad(lambda h: 3 * value(h))(h_BMD)
     np.testing.assert_allclose(tripled, 3 * jax.grad(value)(h_BMD), rtol=1e-5)
 

@@ -73,7 +73,8 @@ def test_a_warmup_of_one_step_is_the_peak_and_one_of_all_steps_never_falls():
 def test_a_frozen_leaf_gets_a_zero_update_and_has_no_state(name):
     transform = optimizer(name=name, weight_decay=0.1)
     updates = update(transform)
-    for leaf, like in zip(*map(jax.tree.leaves, (updates["backbone"], PARAMS["backbone"]))):  # noqa: B905
+    leaves = map(jax.tree.leaves, (updates["backbone"], PARAMS["backbone"]))
+    for leaf, like in zip(*leaves, strict=True):
         assert (leaf == 0).all()
         assert leaf.dtype == like.dtype
     assert all((leaf != 0).any() for leaf in jax.tree.leaves(updates["prefix"]))
