@@ -27,9 +27,9 @@ class FakeBackend(backend.Backend):
         return self._root / os.fspath(path).removeprefix("gs://")
 
     def open(self, path: Any, mode: str) -> Any:
+        if self.failure is not None:
+            raise self.failure
         if "w" in mode:
-            if self.failure is not None:
-                raise self.failure
             self._real(path).parent.mkdir(parents=True, exist_ok=True)
         return self._real(path).open(mode)
 

@@ -66,18 +66,21 @@ class Place:
         """
         if self._remote is None or jax.process_index() != 0:
             return
-        shutil.rmtree(self.directory, ignore_errors=True)
+        # Beside the old copy, which is not to be lost with the connection.
+        new = self.directory.with_name(f"{self.directory.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
         with self._talking("read"):
-            if not self._remote.exists():
-                return
-            for file in files_below(self._remote):
+            for file in files_below(self._remote) if self._remote.exists() else ():
                 name = str(file.relative_to(self._remote))
                 if name.startswith(f"{_CHECKPOINTS}/"):
                     continue
-                copy = self.directory / name
+                copy = new / name
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_bytes(file.read_bytes())
                 self._there[name] = _stamp(copy)
+        shutil.rmtree(self.directory, ignore_errors=True)
+        if new.exists():
+            new.rename(self.directory)
 
     def publish(self) -> None:
         """Makes the bucket what the working copy holds; the results of a run last.

@@ -97,6 +97,17 @@ def test_a_bucket_that_refuses_says_what_to_look_at(cloud) -> None:
         place.publish()
 
 
+def test_a_bucket_that_cannot_be_read_costs_no_working_copy(cloud) -> None:
+    place = Place(OUTPUT)
+    place.directory.mkdir(parents=True)
+    (place.directory / "metrics.jsonl").write_text("1\n")
+    place.publish()
+    cloud.failure = RuntimeError("503 Unavailable")
+    with pytest.raises(CheckpointError, match=r"cannot read .*503 Unavailable"):
+        Place(OUTPUT).fetch()
+    assert (place.directory / "metrics.jsonl").read_text() == "1\n"
+
+
 def test_a_bucket_takes_one_more_package(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ConfigError, match=r"pip install 'prefix-jax\[gcs\]'"):
