@@ -144,11 +144,25 @@ def _leaf(hint: Any, value: Any, key: str, problems: list[Problem]) -> Any:
             raise ArgumentError(None, "null")
         return _parser(hint).parse_object({"value": value}).value
     except ArgumentError:
-        # A list of one is easily written without its brackets.
-        lists = not isinstance(value, list) and _is_value(hint, [value])
-        remedy = f"; write [{value}]" if lists else ""
-        problems.append(Problem(key, f"expected {described(hint)}; got {value!r}{remedy}"))
+        expected = f"expected {described(hint)}; got {value!r}"
+        problems.append(Problem(key, expected + _remedy(hint, value)))
         return None
+
+
+def _remedy(hint: Any, value: Any) -> str:
+    """What to write instead of a value, where it is one of two mistakes that are easily made."""
+    if not isinstance(value, list):
+        return f"; write [{value}]" if _is_value(hint, [value]) else ""
+    # A shell takes the quotes off "{a}", and YAML then reads a mapping.
+    texts = [f"{{{next(iter(v))}}}" if _braces(v) else v for v in value]
+    if texts == value or not _is_value(hint, texts):
+        return ""
+    return f"; put quotes around braces, and around the whole in a shell: {texts}"
+
+
+def _braces(value: Any) -> bool:
+    """Whether YAML made this of "{a}"."""
+    return isinstance(value, dict) and list(value.values()) == [None]
 
 
 def _is_value(hint: Any, value: Any) -> bool:

@@ -147,6 +147,7 @@ def test_an_unknown_key_that_resembles_nothing_gets_no_guess(minimal):
         ("model.path=null", "model.path: expected str; got None"),
         ("decode.stop=a", "decode.stop: expected list of str; got 'a'; write [a]"),
         ("evaluate.metrics=bleu", "got 'bleu'; write [bleu]"),
+        ("task.choices=[{a}, b]", "and around the whole in a shell: ['{a}', 'b']"),
         ("evaluate.metrics=[blue]", "evaluate.metrics: expected list of one of loss, "),
         ("optim=5", "optim: expected a section with keys name, learning_rate"),
         ("optim.clip.x=5", "optim.clip: expected float or null; got {'x': 5}"),

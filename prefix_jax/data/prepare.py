@@ -104,10 +104,14 @@ PREPARE = {
 
 
 def fields_needed(names: Iterable[str], name: str | None) -> tuple[str, ...]:
-    """The fields that a record must have if templates name these, before it is prepared."""
+    """The fields that a record must have if templates name these, before it is prepared.
+
+    Raises:
+        ConfigError: the name of the preparation is unknown.
+    """
     if name is None:
         return tuple(names)
-    made = PREPARE[name]
+    made = _named_preparation(name)
     expanded = (made.needs if field == made.field else (field,) for field in names)
     return tuple(dict.fromkeys(field for part in expanded for field in part))
 
@@ -121,15 +125,19 @@ def prepare(records: Iterable[Record], name: str | None) -> list[Record]:
     """
     if name is None:
         return list(records)
-    if name not in PREPARE:
-        near = difflib.get_close_matches(name, PREPARE, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"data.prepare {name!r}: {hint}there are {', '.join(PREPARE)}")
-    made = PREPARE[name]
+    made = _named_preparation(name)
     return [
         dataclasses.replace(record, fields={**record.fields, made.field: made.make(record)})
         for record in records
     ]
+
+
+def _named_preparation(name: str) -> Preparation:
+    if name not in PREPARE:
+        near = difflib.get_close_matches(name, PREPARE, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"data.prepare {name!r}: {hint}there are {', '.join(PREPARE)}")
+    return PREPARE[name]
 
 
 def _text(record: Record, field: str) -> str:

@@ -67,6 +67,8 @@ def test_a_record_of_another_set_is_named(name, fields, message):
 def test_a_name_that_is_unknown_gets_a_hint():
     with pytest.raises(ConfigError, match="did you mean 'e2e'"):
         prepare([], "e2")
+    with pytest.raises(ConfigError, match=r"data.prepare '': there are e2e"):
+        fields_needed(("source",), "")
 
 
 def test_without_a_name_records_stay_as_they_are():
