@@ -16,13 +16,13 @@ from prefix_jax.backbones.quantized import abstract_params
 from prefix_jax.config import Config
 from prefix_jax.data.batch import Batch, Source
 from prefix_jax.errors import ConfigError
-from prefix_jax.heads import make_head
 from prefix_jax.mesh import check_rows, replicated, rows_sharding, weight_shardings
 from prefix_jax.methods import make_method
 from prefix_jax.model import Params, PrefixModel
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.plan.presets import PREFIX, preset
 from prefix_jax.train.setup import check_quantized
+from prefix_jax.train.task import check_task, head_of
 
 Job = Literal["train", "decode"]
 
@@ -79,21 +79,15 @@ class AbstractRun:
                 "data.task: a plan reads no data, so name the tasks: method.tasks=[a, b]"
             )
         check_quantized(config, full=method is None)
+        check_task(config, arch, config.model.path)
         dtype = config.model.dtype
         if dtype == "auto":
             # As `load` has it on a TPU; what trains is float32.
             dtype = "bfloat16" if method is not None else "float32"
         model = PrefixModel(Backbone(arch, config.model.remat), method)
-        task = config.task
-        if task.name != "generate":
-            head = make_head(
-                task.name,
-                len(task.labels or ("", "")),
-                model_type=arch.model_type,
-                causal=arch.causal,
-                pooler=arch.pooler,
-                dropout=task.dropout,
-            )
+        if config.task.name != "generate":
+            # The data tells how many labels there are, where the config does not: two at least.
+            head = head_of(config.task, arch, len(config.task.labels or ("", "")))
             model = dataclasses.replace(model, head=head)
         model.check_context(config.data.max_length)
         if job == "decode":
@@ -114,29 +108,32 @@ class AbstractRun:
         Args:
             tokens: T (of an encoder-decoder, S); None takes `data.max_length`, or 2,048, or what
                 the model's positions allow.
-            targets: M; None takes all of them, and for a head what its task has.
+            targets: M (of an encoder-decoder, T as well); None takes all of them, and for a head
+                what its task has.
 
         Raises:
             ConfigError: these do not fit the model.
         """
         model, data = self.model, self.config.data
         room = model.room
-        tokens = tokens or data.max_length or min(_USUAL_TOKENS, room)
+        if tokens is None:
+            tokens = data.max_length or min(_USUAL_TOKENS, room)
         if not 2 <= tokens <= room:
             raise ConfigError(
                 f"--tokens {tokens}: a row has 2 tokens at least, and {room} fit the model's "
                 "positions beside the prefix"
             )
-        micro = self.config.optim.accumulate
-        count = data.batch_size
-        if model.backbone.arch.encoder is not None:
-            written = targets or tokens
-            return Rows(count, written, written, tokens, micro)
+        two_sided = model.encoder_decoder
+        most = tokens if two_sided is None else two_sided.max_target
         if targets is None:
-            targets = tokens if self.config.task.name in ("generate", "tag", "span") else 1
-        if targets > tokens:
-            raise ConfigError(f"--targets {targets} are more than the {tokens} tokens of a row")
-        return Rows(count, tokens, targets, 0, micro)
+            all_of_them = self.config.task.name in ("generate", "tag", "span")
+            targets = min(tokens, most) if all_of_them else 1
+        if not 1 <= targets <= most:
+            raise ConfigError(f"--targets {targets}: a row has 1 at least, and {most:,} at most")
+        count, micro = data.batch_size, self.config.optim.accumulate if self.job == "train" else 1
+        if two_sided is None:
+            return Rows(count, tokens, targets, 0, micro)
+        return Rows(count, targets, targets, tokens, micro)
 
     def params(self, mesh: Mesh) -> Params:
         """{"backbone": …, "prefix": …, "head": …}, abstract, placed as training places them."""

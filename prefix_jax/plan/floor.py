@@ -36,16 +36,17 @@ class Floor:
         lift        0                       for keys and values, and memories
                     4 · P · J·2DKH          for hidden and adapter states: their keys and values
                     4 · P · L·W + 12 · P·P · L·NH
-                                            for soft tokens: a forward pass of one row of P
+                                            for soft tokens: a forward pass of one row of P (of a
+                                            bank, of a row for each task)
 
     Attention is dense: T keys for every query, masked or not. What the first layer could leave
     out (no gradient flows on from it to frozen embeddings) and what the last layer of the lift
     could is counted nevertheless, since scanned layers are all alike: less than 1/(2L) in all.
     Networks of a method's own that make what it produces are not counted.
 
-    An encoder-decoder reads sources of S tokens besides, which soft tokens make longer by P, and
-    these take no lift. Its encoder has W, L, N and H of its own, and each layer of its decoder has
-    the projections of an attention from T to S:
+    An encoder-decoder reads sources of S tokens besides, which soft tokens (of a bank, those of one
+    task) make longer by P, and these take no lift. Its encoder has W, L, N and H of its own, and
+    each layer of its decoder has the projections of an attention from T to S:
 
         layers      4 · B·S · L·W           of the encoder
                     4 · B · L · (T·2DNH + S·2DKH)
@@ -93,20 +94,22 @@ def floor(
     weights = _weights(arch)
     at = _Added.of(produced.decoder) if isinstance(produced, Prefix) else _Added()
     lift = 0
-    if isinstance(produced, Embeds) and arch.encoder is None:
-        length = len(produced.x_PD)
-        at = _Added(slots=length * L)
-        lift = 4 * length * L * weights + 12 * length * length * L * NH
+    soft, prompts = 0, 1
+    if isinstance(produced, Embeds):
+        prompts = produced.tasks or 1
+        soft = len(produced.x_PD) // prompts
+    if soft and arch.encoder is None:
+        at = _Added(slots=prompts * soft * L)
+        lift = prompts * (4 * soft * L * weights + 12 * soft * soft * L * NH)
     elif isinstance(produced, Hidden | Adapter):
         at = _Added(slots=produced.h_LPD.shape[0] * produced.h_LPD.shape[1])
         lift = 4 * at.slots * 2 * D * KH
     layers = 4 * tokens * L * weights
     attention = at.cost(tokens, 12 * tokens * L, arch)
     if arch.encoder is not None:
-        encoder, soft = arch.encoder, isinstance(produced, Embeds)
-        S = source + (len(produced.x_PD) if isinstance(produced, Embeds) else 0)
+        encoder, S = arch.encoder, source + soft
         sites = produced if isinstance(produced, Prefix) else Prefix()
-        through = soft or sites.encoder is not None
+        through = soft > 0 or sites.encoder is not None
         back = 4 if through else 2
         layers += back * S * (encoder.layers * _weights(encoder) + L * 2 * D * KH)
         layers += 4 * tokens * L * 2 * D * NH

@@ -140,7 +140,7 @@ class Topology:
             )
         if count is not None and slices not in (None, int(count)):
             raise MeshError(f"topology {text} is of {count} slices, and {slices} are asked for")
-        number = int(count) if count is not None else slices or 1
+        number = int(count or (1 if slices is None else slices))
         if number < 1:
             raise MeshError(f"topology {text}: there has to be one slice at least")
         return cls(name, sizes, number)

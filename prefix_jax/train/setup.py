@@ -101,7 +101,7 @@ def prepare(
             "method: full trains the weights themselves, which takes float32: load the backbone "
             "with model.dtype: float32"
         )
-    check_task(config, pretrained)
+    check_task(config, pretrained.backbone.arch, pretrained.source)
     mesh = pretrained.mesh
     backbone = dataclasses.replace(pretrained.backbone, remat=config.model.remat)
     model = PrefixModel(backbone, method)
@@ -111,7 +111,8 @@ def prepare(
         splits = load_splits(config, model, pretrained, sources)
     else:
         task, splits = load_labelled_splits(config, model, pretrained, sources)
-        model = dataclasses.replace(model, head=head_of(task, pretrained))
+        head = head_of(task, backbone.arch, len(task.labels or ()))
+        model = dataclasses.replace(model, head=head)
     pipeline = Pipeline(
         splits["train"],
         batch_size=config.data.batch_size,
@@ -134,8 +135,8 @@ def prepare(
     if model.head is not None:
         # Another stream than that of the prefix, whatever that draws.
         head_rng = jax.random.fold_in(jax.random.key(config.train.seed), 1)
-        head = model.head.init(head_rng, backbone.arch.d_model)
-        params["head"] = jax.device_put(head, replicated(mesh))
+        weights = model.head.init(head_rng, backbone.arch.d_model)
+        params["head"] = jax.device_put(weights, replicated(mesh))
     program = make_program(config, model, params, steps, mesh)
     return Setup(
         config,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.load import Pretrained
 from prefix_jax.config import Config, TaskConfig
 from prefix_jax.data.labelled import Reading, collect_labels
@@ -16,31 +17,30 @@ from prefix_jax.heads import Head, make_head
 from prefix_jax.model import PrefixModel
 
 
-def check_task(config: Config, pretrained: Pretrained) -> None:
-    """Raises ConfigError if the task is not one for this backbone or this method."""
-    arch, task, optim = pretrained.backbone.arch, config.task.name, config.optim
+def check_task(config: Config, arch: Architecture, source: str) -> None:
+    """Raises ConfigError if the task is not one for the backbone that was read from `source`."""
+    task, optim = config.task.name, config.optim
     if task == "generate":
         if not arch.causal:
             raise ConfigError(
-                f"{pretrained.source} is an encoder, which writes no text: give task.name, one of "
+                f"{source} is an encoder, which writes no text: give task.name, one of "
                 "classify, regress, tag, span and choice"
             )
         if optim.head_learning_rate is not None:
             raise ConfigError("optim.head_learning_rate: there is no head; give task.name")
     elif arch.encoder is not None:
         raise ConfigError(
-            f"task.name {task}: heads read an encoder or a decoder, and {pretrained.source} is "
-            "both; let it generate the label as text (task.name: generate)"
+            f"task.name {task}: heads read an encoder or a decoder, and {source} is both; "
+            "let it generate the label as text (task.name: generate)"
         )
 
 
-def head_of(task: TaskConfig, pretrained: Pretrained) -> Head:
-    """The head for a task whose labels are known."""
+def head_of(task: TaskConfig, arch: Architecture, labels: int) -> Head:
+    """The head for a task of so many labels."""
     assert task.name != "generate"
-    arch = pretrained.backbone.arch
     return make_head(
         task.name,
-        len(task.labels or ()),
+        labels,
         model_type=arch.model_type,
         causal=arch.causal,
         pooler=arch.pooler,

@@ -15,6 +15,7 @@ from prefix_jax.methods import (
     HiddenPrefixTuning,
     LlamaAdapter,
     Method,
+    MultitaskPromptTuning,
     PrefixTuning,
     PrefixTuningPlus,
     PromptTuning,
@@ -99,6 +100,15 @@ def test_the_lift_is_free_for_keys_and_values_and_one_short_row_for_soft_tokens(
     assert lift(LlamaAdapter(5, layers=2)) == 4 * 5 * 2 * 2 * 24 * 16
 
 
+def test_the_prompts_of_a_bank_are_lifted_as_rows_that_do_not_see_each_other() -> None:
+    alone = floor(LLAMA, **SHAPE, produced=made_by(MultitaskPromptTuning(5)))
+    bank = made_by(MultitaskPromptTuning(5, tasks=("a", "b", "c")))
+    together = floor(LLAMA, **SHAPE, produced=bank)
+    assert together.lift == 3 * alone.lift
+    # Attention is dense: all slots of the bank are before every token.
+    assert together.attention == floor(LLAMA, **SHAPE, produced=made_by(PromptTuning(15))).attention
+
+
 def test_the_total_is_all_parts() -> None:
     least = floor(LLAMA, **SHAPE, produced=made_by(HiddenPrefixTuning(5)))
     assert least.total == sum(dataclasses.asdict(least).values())
@@ -146,6 +156,12 @@ class TestEncoderDecoders:
         bare = floor(T5, **longer, produced=self.produced("encoder"))
         found = floor(T5, **TWO_SIDED, produced=soft)
         assert (found.layers, found.lift) == (bare.layers, 0)
+
+    def test_of_a_bank_each_source_gets_the_soft_tokens_of_its_task(self) -> None:
+        x_PD = jax.ShapeDtypeStruct((P, 32), jnp.float32)
+        bank = jax.ShapeDtypeStruct((3 * P, 32), jnp.float32)
+        alone, together = Embeds(x_PD), Embeds(bank, tasks=3)
+        assert floor(T5, **TWO_SIDED, produced=together) == floor(T5, **TWO_SIDED, produced=alone)
 
     def test_an_encoder_where_nothing_trains_is_only_read(self) -> None:
         through = floor(T5, **TWO_SIDED, produced=self.produced("encoder"))

@@ -94,9 +94,21 @@ def test_what_does_not_fit_is_an_answer() -> None:
 @pytest.mark.parametrize(
     ("overrides", "arguments", "message"),
     [
+        ((), {"tokens": 0}, "--tokens 0: a row has 2 tokens at least"),
         ((), {"tokens": 1}, "--tokens 1: a row has 2 tokens at least"),
         ((), {"tokens": 3000}, "and 2044 fit the model's"),
-        ((), {"targets": 17}, "--targets 17 are more than the 16 tokens"),
+        ((), {"targets": 17}, "--targets 17: a row has 1 at least, and 16 at most"),
+        ((), {"targets": 0}, "--targets 0: a row has 1 at least, and 16 at most"),
+        (
+            (
+                "task.name=classify",
+                "data.target=null",
+                "data.input={a}",
+                "model.path=preset:t5-large",
+            ),
+            {},
+            "heads read an encoder or a decoder, and preset:t5-large is both",
+        ),
         (("task.name=classify", "data.target=null", "data.input={a}"), {"job": "decode"}, "labels"),
     ],
 )
@@ -110,6 +122,25 @@ def test_what_does_not_fit_the_model_is_said(
 def test_rows_have_to_divide_over_the_mesh(folder: Path) -> None:
     with pytest.raises(MeshError, match=r"data\.batch_size 6 does not divide over 4"):
         plan(config_of(folder, "data.batch_size=6"), "v5e:2x2")
+
+
+def test_micro_batches_are_of_training_alone(folder: Path) -> None:
+    config = config_of(folder, "optim.accumulate=4")
+    assert AbstractRun.of(config).rows() == Rows(8, 16, 16, micro=4)
+    assert AbstractRun.of(config, "decode").rows() == Rows(8, 16, 16, micro=1)
+
+
+def test_what_a_decoder_writes_fits_its_positions(tmp_path: Path) -> None:
+    bart = {"d_model": 32, "vocab_size": 64, "max_position_embeddings": 40, "eos_token_id": 2}
+    for stack in ("encoder", "decoder"):
+        bart |= {f"{stack}_{what}": size for what, size in
+                 (("layers", 1), ("attention_heads", 4), ("ffn_dim", 48))}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bart", **bart}))
+    config = config_of(tmp_path, "method.sites=[decoder]", "data.max_length=40")
+    run = AbstractRun.of(config)
+    assert run.rows() == Rows(8, tokens=36, targets=36, source=40)
+    with pytest.raises(ConfigError, match="--targets 37: a row has 1 at least, and 36 at most"):
+        run.rows(targets=37)
 
 
 # From here on nothing is compiled: a formula says what a step needs.

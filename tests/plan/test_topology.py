@@ -52,6 +52,7 @@ def test_slices_can_be_said_apart() -> None:
         ("v5e:0x2", None, "v5e has 2 axes of chips"),
         ("2*v5e:2x2", 3, "is of 2 slices, and 3 are asked for"),
         ("v5e:2x2", -1, "one slice at least"),
+        ("v5e:2x2", 0, "one slice at least"),
     ],
 )
 def test_what_is_wrong_with_a_topology_is_said(text: str, slices: int | None, message: str) -> None:
