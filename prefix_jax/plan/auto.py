@@ -12,6 +12,7 @@ from prefix_jax.config import Config, MeshConfig
 from prefix_jax.errors import MeshError
 from prefix_jax.mesh import describe
 from prefix_jax.plan.abstract import AbstractRun, Rows
+from prefix_jax.plan.floor import floor
 from prefix_jax.plan.plan import Plan, bytes_on_one, compile_step
 from prefix_jax.plan.topology import Topology
 
@@ -136,18 +137,29 @@ def _divisors(number: int) -> list[int]:
 
 
 def guess(run: AbstractRun, rows: Rows, topology: Topology, sizes: Sizes) -> Guess:
-    """A floor of the time of a step: products at the peak, the gathering of weights hidden behind
-    them, the exchange of activations not, and all links of a chip used both ways."""
+    """A floor of the time of a step: products with weights at the peak, the gathering of weights
+    hidden behind them, the exchange of activations not, and all links of a chip used both ways."""
     arch, chip = run.model.backbone.arch, topology.chip
     backbone = run.params(topology.mesh(sizes))["backbone"]
     weights = bytes_on_one(backbone)
-    W = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(backbone))
     trains = run.job == "train"
     tokens = rows.rows * (rows.tokens + rows.source if trains else 1)
     devices = len(topology.devices)
     # How often the weights are gone through: forwards, backwards, and forwards again.
     passes = 2 + (run.config.model.remat == "full") if trains else 1
-    compute = 2 * passes * W * tokens / devices / (chip.bf16 / chip.devices)
+    if trains:
+        least = floor(
+            arch,
+            rows=rows.rows,
+            tokens=rows.tokens,
+            targets=rows.targets,
+            produced=None,
+            source=rows.source,
+        )
+        flops = least.layers * passes / 2 + least.head
+    else:
+        flops = 2 * tokens * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(backbone))
+    compute = flops / devices / (chip.bf16 / chip.devices)
     read = passes * weights * sizes["fsdp"] / (chip.bandwidth / chip.devices)
     links = 2 * chip.axes * chip.link / chip.devices
     fsdp, tensor = sizes["fsdp"], sizes["tensor"]

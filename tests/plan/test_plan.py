@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import pytest
+import tiny
 
 from prefix_jax import config as configs
 from prefix_jax.errors import ConfigError, MeshError
 from prefix_jax.plan import auto, batch, remedies
 from prefix_jax.plan.abstract import AbstractRun, Rows
+from prefix_jax.plan.floor import floor
 from prefix_jax.plan.plan import Memory, Plan, plan
 from prefix_jax.plan.roofline import Exchange, Roofline
 from prefix_jax.plan.topology import GIB, Topology
@@ -225,6 +227,19 @@ def test_weights_are_split_where_they_do_not_fit(
     best = auto.choose_mesh(run, run.rows(), Topology.parse("v5e:4x4")).best
     assert best.fits
     assert best.mesh["fsdp"] * best.mesh["tensor"] == 4
+
+
+def test_no_mesh_is_guessed_to_be_slower_than_what_it_has_to_compute(tmp_path: Path) -> None:
+    # Each stack of an encoder-decoder reads tokens of its own, and the head targets alone.
+    t5 = tiny.T5_CONFIG | {"d_model": 512, "d_ff": 2048, "d_kv": 64, "vocab_size": 32_000}
+    (tmp_path / "config.json").write_text(json.dumps(t5))
+    run = AbstractRun.of(config_of(tmp_path, "data.max_length=256", "data.batch_size=64"))
+    rows, topology = run.rows(targets=16), Topology.parse("v5e:1x1")
+    least = floor(
+        run.model.backbone.arch, rows=64, tokens=16, targets=16, source=256, produced=None
+    )
+    guessed = auto.guess(run, rows, topology, {"data": 1, "fsdp": 1, "tensor": 1})
+    assert 0.5 * least.total < guessed.seconds * topology.chip.bf16 < least.total
 
 
 def test_a_mesh_has_as_many_batch_shards_as_rows_divide_by(folder: Path) -> None:
