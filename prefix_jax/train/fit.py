@@ -33,6 +33,7 @@ from prefix_jax.train.checkpoint import Checkpoints
 from prefix_jax.train.loop import Progress, stop_signal, train
 from prefix_jax.train.multitask import save_parts
 from prefix_jax.train.place import Place
+from prefix_jax.train.profile import Profile
 from prefix_jax.train.report import Report
 from prefix_jax.train.results import Results, save_results, write_whole
 from prefix_jax.train.setup import Records, Setup, prepare
@@ -172,7 +173,8 @@ def fit(
         # Where a process stands still, it alone can say so.
         warn = report.warning if first else functools.partial(print, "warning:", file=sys.stderr)
         watch = Watch(warn, (jax.process_index(), jax.process_count()))
-        with stop_signal() as stop, watch:
+        profile = Profile(directory / "profile", int(state.step), config.train.profile)
+        with stop_signal() as stop, watch, profile:
             state = train(
                 setup,
                 state,
@@ -184,6 +186,7 @@ def fit(
                 metadata=identity,
                 stop=stop,
                 watch=watch,
+                profile=profile,
             )
         report.plot(reduction=config.data.reduction)
         step = int(state.step)

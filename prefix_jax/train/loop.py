@@ -88,6 +88,7 @@ def train(
     metadata: dict[str, Any],
     stop: Stop,
     watch: Watch,
+    profile: Profile,
 ) -> TrainState:
     """Runs the steps that are left.
 
@@ -102,6 +103,7 @@ def train(
         metadata: what every checkpoint says about the run.
         stop: set it to save and return after the step at hand; of several processes, the next.
         watch: is told how long steps take.
+        profile: traces some of them.
 
     Returns:
         The state after the last step that was run.
@@ -119,7 +121,6 @@ def train(
     go = jax.device_put(np.bool_(True), replicated(setup.mesh))
     pending: tuple[int, StepMetrics] | None = None
     together, told, busy = Together(stop), Told(False, []), 0.0
-    profile = Profile(report.directory / "profile", done, train_config.profile)
     clock = time.perf_counter()
 
     def save(step: int) -> None:
@@ -195,7 +196,7 @@ def train(
             continue
         settle()
         if must_turn or last:
-            profile.turn(done)
+            profile.turn(last)
         if must_evaluate:
             with watch.doing("evaluating"):
                 must_save |= evaluate(done)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import TracebackType
 
 import jax
 
@@ -11,7 +12,8 @@ _BEFORE = 2
 
 
 class Profile:
-    """Traces some steps of this process into a directory, from the third one on.
+    """Traces some steps of this process into a directory, from the third one on; what is traced
+    when it is left ends there.
 
     Args:
         directory: gets `plugins/profile/…`, as XProf and TensorBoard read it.
@@ -25,15 +27,27 @@ class Profile:
         self._stop = self._start + (steps or 0)
         self._running = False
 
+    def __enter__(self) -> Profile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # JAX traces one at a time: another run in this process could not.
+        self.turn(last=True)
+
     def at(self, done: int) -> bool:
         """Whether tracing starts or ends after step `done`, which should then have ended."""
         return self._start < self._stop and done in (self._start, self._stop)
 
-    def turn(self, done: int) -> None:
-        """Starts the trace after the step where it starts; ends it after another."""
-        if self.at(done) and done == self._start:
-            jax.profiler.start_trace(self._directory)
-            self._running = True
-        elif self._running:
+    def turn(self, last: bool) -> None:
+        """Ends the trace that runs; where none does, starts it, unless this was the last step."""
+        if self._running:
             self._running = False
             jax.profiler.stop_trace()
+        elif not last:
+            jax.profiler.start_trace(self._directory)
+            self._running = True

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
+import pytest
 import runs
+
+from prefix_jax.errors import NonFiniteError
+from prefix_jax.train.profile import Profile
+
+
+def nothing_is_traced(tmp_path: Path) -> bool:
+    """JAX traces one at a time, and refuses a second."""
+    with jax.profiler.trace(tmp_path / "next"):
+        return True
 
 
 def test_a_run_leaves_a_trace_of_the_steps_asked_for(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -25,3 +36,20 @@ def test_a_run_leaves_a_trace_of_the_steps_asked_for(tiny_model_dir: Path, tmp_p
 def test_a_run_that_ends_first_leaves_what_it_traced(tiny_model_dir: Path, tmp_path: Path) -> None:
     runs.run(runs.on_one_device(tiny_model_dir), tmp_path, "train.profile=50", "train.steps=4")
     assert list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))
+
+
+def test_a_run_that_ends_where_its_trace_would_begin_starts_none(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    runs.run(runs.on_one_device(tiny_model_dir), tmp_path, "train.profile=1", "train.steps=2")
+    assert not (tmp_path / "profile").exists()
+    assert nothing_is_traced(tmp_path)
+
+
+def test_a_failure_ends_the_trace(tmp_path: Path) -> None:
+    profile = Profile(tmp_path / "failed", 0, 5)
+    profile.turn(last=False)
+    with pytest.raises(NonFiniteError), profile:
+        raise NonFiniteError("step 3: loss nan")
+    assert list(tmp_path.glob("failed/plugins/profile/*/*.xplane.pb"))
+    assert nothing_is_traced(tmp_path)
