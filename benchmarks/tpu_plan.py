@@ -111,6 +111,7 @@ BATCHES = (
 FLOPS = (
     Case("llama-3-8b", "v5p:2x2x1", (4, 1, 1), 4, remat="none"),
     Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 24, remat="attention"),
+    Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 24, remat="projections"),
     Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 24, remat="mlp"),
     Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 48),
 )

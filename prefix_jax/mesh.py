@@ -165,20 +165,6 @@ def look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     return constrain_rows(x_BTD)
 
 
-def gathered(weights: Any, axis: int) -> Any:
-    """Weights with an axis whole on every device, under `jax.set_mesh`: for a loop that uses them
-    again and again, and would gather them each time. Does nothing outside of a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return weights
-
-    def gather(leaf: jax.Array) -> jax.Array:
-        spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * leaf.ndim
-        spec[axis] = None
-        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*spec))
-
-    return jax.tree.map(gather, weights)
-
-
 def row_shards() -> int:
     """Into how many parts rows are split inside a jitted function; 1 outside of a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

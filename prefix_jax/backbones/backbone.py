@@ -22,7 +22,7 @@ from prefix_jax.backbones.stack import (
 )
 from prefix_jax.backbones.stack import stack as stack_layers
 from prefix_jax.errors import BackboneError, PrefixError
-from prefix_jax.mesh import gathered
+from prefix_jax.nn import vocabulary
 from prefix_jax.nn.layers import KeysValues
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.nn.quantized import matmul, take
@@ -388,12 +388,12 @@ class Backbone:
         return logits_BTV
 
     def unembedding(self, params: Params) -> Params:
-        """What `unembed` reads, gathered where devices share it: for a loop over targets."""
+        """What `unembed` reads, as a loop over targets wants it on a mesh."""
         head = params.get("head", {})
         if self.arch.tied:
-            table_VD = gathered(params["embed"]["tokens_VD"], 1)
+            table_VD = vocabulary.head(params["embed"]["tokens_VD"], 0)
             return {"embed": {"tokens_VD": table_VD}, "head": head}
-        return {"head": {**head, "unembed_DV": gathered(head["unembed_DV"], 0)}}
+        return {"head": {**head, "unembed_DV": vocabulary.head(head["unembed_DV"], 1)}}
 
     def _check_writes(self) -> None:
         if not self.arch.causal:

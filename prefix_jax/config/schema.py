@@ -29,7 +29,8 @@ class ModelConfig:
             32 inputs of an output, the token tables in int8. They are quantised as they load.
         remat: what the backward pass keeps of each layer instead of computing it again, from the
             most memory to the least: all that it needs ("none"), the products of all weight
-            matrices and what attention mixes ("dots"), those of the feed-forward ("mlp"), those of
+            matrices and what attention mixes ("dots"), those of the feed-forward ("mlp"), of
+            attention's matrices and the feed-forward's first ("projections"), those of
             attention ("attention"), or the layer's input alone ("full").
     """
 

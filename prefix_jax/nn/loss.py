@@ -9,14 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from prefix_jax.mesh import row_shards
+from prefix_jax.mesh import constrain_rows
+from prefix_jax.nn import vocabulary
 
 Unembed = Callable[[Any, jax.Array], jax.Array]
-
-# How many targets one chunk of logits holds on each device, at most. More would cost memory
-# (512 x 128k float32 logits are 256 MiB); fewer would read the head's weights more often than their
-# products pay for (a TPU does some 250 operations in the time that it reads a byte).
-CHUNK_TARGETS = 512
 
 
 def gather_targets(h_BTD: jax.Array, index_BM: jax.Array) -> jax.Array:
@@ -74,7 +70,7 @@ def _chunks(array: jax.Array, size: int) -> jax.Array:
 def _chunk_size(h_BMD: jax.Array) -> int:
     """Columns of a chunk: M in equal parts, so that hardly any padding is computed."""
     B, M = h_BMD.shape[:2]
-    parts = -(-M // max(1, CHUNK_TARGETS * row_shards() // B))
+    parts = -(-M // max(1, vocabulary.chunk_targets() // B))
     return -(-M // parts)
 
 
@@ -87,6 +83,7 @@ def _chunk_losses(
     unembed: Unembed, params: Any, h_BCD: jax.Array, label_BC: jax.Array, weight_BC: jax.Array
 ) -> jax.Array:
     """The weighted sum of each row's losses, [B]."""
+    h_BCD, label_BC, weight_BC = map(vocabulary.rows, (h_BCD, label_BC, weight_BC))
     return jnp.sum(token_losses(unembed(params, h_BCD), label_BC) * weight_BC, axis=1)
 
 
@@ -124,9 +121,10 @@ def _forward(
 ) -> tuple[jax.Array, jax.Array]:
     def chunk(part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         h_BCD, *targets = part
-        return jax.value_and_grad(
+        loss, dh_BCD = jax.value_and_grad(
             lambda h_BCD: _chunk_losses(unembed, params, h_BCD, *targets).sum()
         )(h_BCD)
+        return loss, constrain_rows(dh_BCD)
 
     loss_C, dh_CBCD = jax.lax.map(chunk, _parts(h_BMD, label_BM, weight_BM))
     dh_BMD = jnp.moveaxis(dh_CBCD, 0, 1).reshape(h_BMD.shape[0], -1, h_BMD.shape[2])

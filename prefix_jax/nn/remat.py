@@ -13,7 +13,7 @@ from typing import Literal, ParamSpec, TypeVar, get_args
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-Remat = Literal["none", "dots", "mlp", "attention", "full"]
+Remat = Literal["none", "dots", "mlp", "projections", "attention", "full"]
 
 # What weight matrices make, and what attention mixes, with its log-denominators.
 Name = Literal["q", "k", "v", "mixed", "o", "up", "gate", "down"]
@@ -21,6 +21,7 @@ Name = Literal["q", "k", "v", "mixed", "o", "up", "gate", "down"]
 _KEPT: dict[Remat, tuple[Name, ...]] = {
     "dots": get_args(Name),
     "mlp": ("up", "gate"),
+    "projections": ("q", "k", "v", "o", "up"),
     "attention": ("q", "k", "v", "mixed", "o"),
     "full": (),
 }
@@ -37,7 +38,8 @@ def keep(name: Name, x: jax.Array) -> jax.Array:
 def rematerialised(layer: Callable[Arguments, Result], remat: Remat) -> Callable[Arguments, Result]:
     """A layer of a scan, whose backward pass keeps its input and what `remat` names: every product
     of a weight matrix and the mix of attention ("dots"), those of the feed-forward alone ("mlp"),
-    those of attention alone ("attention"), nothing ("full"); or all that it needs ("none")."""
+    those of attention's matrices and of the feed-forward's first ("projections"), those of
+    attention alone ("attention"), nothing ("full"); or all that it needs ("none")."""
     if remat == "none":
         return layer
     policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])

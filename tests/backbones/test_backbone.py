@@ -246,7 +246,7 @@ def test_conversion_keeps_every_bit_and_frees_what_it_converted():
     jax.tree.map(np.testing.assert_array_equal, again, before)
 
 
-@pytest.mark.parametrize("mode", ["dots", "mlp", "attention", "full"])
+@pytest.mark.parametrize("mode", ["dots", "mlp", "projections", "attention", "full"])
 def test_recomputing_gives_equal_gradients(mode):
     ids_BT = texts()[1]
 

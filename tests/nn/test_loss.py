@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from prefix_jax.nn import loss as losses
+from prefix_jax.nn import vocabulary
 
 B, M, D, V = 3, 7, 5, 11
 
@@ -36,7 +37,7 @@ def plain(params, h_BMD, label_BM, weight_BM):
 # 2 targets a chunk leave a last chunk that is half empty; 1 is the least; 99 is one chunk.
 @pytest.fixture(params=[1, 2 * B, 99 * B], ids=["single", "ragged", "whole"])
 def chunked(request, monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_TARGETS", request.param)
+    monkeypatch.setattr(vocabulary, "chunk_targets", lambda: request.param)
 
 
 @pytest.mark.usefixtures("chunked")

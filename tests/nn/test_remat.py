@@ -50,6 +50,11 @@ def test_keeping_the_feed_forward_computes_attention_again(least):
     assert flops("mlp") == least + projections + mixing
 
 
+def test_keeping_projections_computes_the_gate_and_mixes_again(least):
+    mixing = 2 * B * T * (T + P) * NH * L
+    assert flops("projections") == least + TOKEN * D * F + mixing
+
+
 def test_keeping_attention_computes_the_feed_forward_again_but_for_its_last_product(least):
     assert flops("attention") == least + TOKEN * 2 * D * F
 

@@ -1,0 +1,89 @@
+"""A head on a mesh: who holds which logits, and that no loss depends on it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefix_jax.mesh import make_mesh, place_rows
+from prefix_jax.nn import vocabulary
+from prefix_jax.nn.loss import frozen_head_loss
+from prefix_jax.nn.quantized import matmul, quantize
+
+B, M, D = 8, 3, 8
+MESHES = {"fsdp": (1, 4, 1), "all": (2, 2, 2), "data": (4, 1, 1)}
+
+
+def mesh_of(name: str):
+    sizes = MESHES[name]
+    return make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+
+
+def unembed(weights_DV, h_BMD):
+    return matmul(h_BMD, weights_DV, dtype=jnp.float32)
+
+
+@jax.jit
+def loss_and_gradient(weights_DV, h_BMD, label_BM):
+    def loss(h_BMD):
+        weight_BM = jnp.ones(label_BM.shape)
+        return frozen_head_loss(unembed, vocabulary.head(weights_DV, 1), h_BMD, label_BM, weight_BM)
+
+    return jax.value_and_grad(loss)(h_BMD)
+
+
+@functools.cache
+def problem(V: int):
+    rng = np.random.default_rng(V)
+    weights_DV, h_BMD = rng.normal(size=(D, V)), rng.normal(size=(B, M, D))
+    return weights_DV.astype(np.float32), h_BMD.astype(np.float32), rng.integers(0, V, (B, M))
+
+
+@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("V", [32, 30, 7])
+@pytest.mark.parametrize("few", [1, 16], ids=["gathered", "shared"])
+def test_a_mesh_changes_neither_loss_nor_gradient(few, V, name, monkeypatch):
+    monkeypatch.setattr(vocabulary, "_FEW", few)
+    weights_DV, h_BMD, label_BM = problem(V)
+    expected = loss_and_gradient(weights_DV, h_BMD, label_BM)
+    loss_and_gradient.clear_cache()
+    mesh = mesh_of(name)
+    with jax.set_mesh(mesh):
+        found = loss_and_gradient(weights_DV, *place_rows((h_BMD, label_BM), mesh))
+    for ours, alone in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_few_devices_take_a_part_of_the_vocabulary_each(bits):
+    weights_DV = jnp.ones((D, 32))
+    if bits:
+        weights_DV = quantize(weights_DV, bits, (1, 32), jnp.float32)
+    with jax.set_mesh(mesh_of("all")):
+        placed = jax.jit(lambda weights: vocabulary.head(weights, 1))(weights_DV)
+    for leaf in jax.tree.leaves(placed):
+        assert leaf.sharding.shard_shape(leaf.shape) == (leaf.shape[0], 8)
+
+
+def test_many_devices_gather_the_head(monkeypatch):
+    monkeypatch.setattr(vocabulary, "_FEW", 1)
+    with jax.set_mesh(mesh_of("fsdp")):
+        placed = jax.jit(lambda weights: vocabulary.head(weights, 1))(jnp.ones((D, 32)))
+    assert placed.sharding.is_fully_replicated
+
+
+def test_chunks_are_as_large_as_the_products_and_the_exchange_need():
+    assert vocabulary.chunk_targets() == 512
+    for mesh, targets in {(4, 1, 1): 4 * 512, (1, 4, 1): 512, (1, 8, 1): 1024}.items():
+        devices = jax.devices()[: int(np.prod(mesh))]
+        with jax.set_mesh(make_mesh(*mesh, devices=devices)):
+            found = jax.eval_shape(lambda: jnp.zeros(vocabulary.chunk_targets()))
+        assert found.shape == (targets,)
+
+
+def test_outside_of_a_mesh_nothing_happens():
+    weights_DV = jnp.ones((D, 32))
+    assert vocabulary.head(weights_DV, 1) is weights_DV
+    assert vocabulary.rows(weights_DV) is weights_DV
