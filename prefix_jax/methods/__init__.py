@@ -74,14 +74,28 @@ def make_method(section: Mapping[str, Any]) -> Method[Any] | None:
 
 
 def name_of(method: Method[Any] | None) -> str:
-    """The name under which a method is registered."""
+    """The name under which a method is registered.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if method is None:
         return FULL
-    return next(name for name, cls in METHODS.items() if type(method) is cls)
+    for name, cls in METHODS.items():
+        if type(method) is cls:
+            return name
+    raise ConfigError(
+        f"the method {type(method).__name__} is in no line of prefix_jax.methods.METHODS, which "
+        "gives it the name that configs and stored prefixes know it by: add it there"
+    )
 
 
 def section_of(method: Method[Any] | None) -> dict[str, Any]:
-    """The `method` section of a config that describes a method: undoes `make_method`."""
+    """The `method` section of a config that describes a method: undoes `make_method`.
+
+    Raises:
+        ConfigError: it is not registered.
+    """
     fields = () if method is None else dataclasses.fields(method)
     values = {field.name: getattr(method, field.name) for field in fields if field.init}
     return {"name": name_of(method), **values}

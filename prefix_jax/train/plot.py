@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -112,11 +111,11 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def _series(records: Iterable[Mapping[str, Any]], kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and losses of one kind, those that were not finite left out."""
+    """Steps and losses of one kind, without those that were not finite, which are null."""
     points = {
         record["step"]: record["loss"]
         for record in records
-        if record["kind"] == kind and math.isfinite(record.get("loss") or math.nan)
+        if record["kind"] == kind and record.get("loss") is not None
     }
     steps = sorted(points)
     return np.array(steps, int), np.array([points[step] for step in steps], float)

@@ -228,6 +228,15 @@ def test_a_section_describes_a_method_whole(method):
     assert make_method(section_of(method)) == method
 
 
+def test_a_method_of_ones_own_has_to_be_registered():
+    class Own(PrefixTuning):
+        pass
+
+    for describe in (name_of, section_of):
+        with pytest.raises(ConfigError, match=r"Own is in no line of prefix_jax\.methods\.METHODS"):
+            describe(Own())
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [

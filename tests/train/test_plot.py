@@ -43,6 +43,12 @@ def test_a_single_spike_does_not_flatten_the_rest(tmp_path):
     assert heights[1] > heights[0] / 4
 
 
+def test_a_loss_of_zero_is_drawn(tmp_path):
+    # As float32 has it, where a head is certain of every answer.
+    plot_loss([{"step": 1, "kind": "dev", "loss": 0.0}], tmp_path / "loss.png", title="run")
+    assert len(red(imread(tmp_path / "loss.png"))) > 10
+
+
 @pytest.mark.parametrize("title", ["$x", "$a_$", "$\\frac$", "run_1"])
 def test_any_title_is_shown_as_it_stands(tmp_path, title):
     plot_loss(records(), tmp_path / "loss.png", title=title)
