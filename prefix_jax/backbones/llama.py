@@ -15,6 +15,24 @@ from prefix_jax.backbones.rope import read_rotary
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
+# What transformers takes for what a configuration leaves out.
+_QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_USUAL: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 4096,
+    },
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+}
+
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
     """Reads a Hugging Face `config.json` of the Llama family.
@@ -23,6 +41,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         BackboneError: the config asks for a variant that is not computed here.
     """
     model_type = config["model_type"]
+    config = _USUAL[model_type] | dict(config)
     L, D, N = config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"]
     attention_bias = model_type == "qwen2" or config.get("attention_bias", False)
     window, sliding = _windows(config, L)
@@ -32,10 +51,10 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         d_model=D,
         heads=N,
         kv_heads=config.get("num_key_value_heads") or N,
-        head_dim=config.get("head_dim") or (128 if model_type == "qwen3" else D // N),
+        head_dim=config.get("head_dim") or D // N,
         d_ff=config["intermediate_size"],
         vocab=config["vocab_size"],
-        max_positions=config.get("max_position_embeddings", 2048),
+        max_positions=config["max_position_embeddings"],
         norm="rms",
         epsilon=config.get("rms_norm_eps", 1e-6),
         activation=config.get("hidden_act", "silu"),
@@ -53,14 +72,14 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """The width of the sliding window, and which layers use it."""
-    window = config.get("sliding_window")
-    if config["model_type"] in ("qwen2", "qwen3") and not config.get("use_sliding_window"):
-        window = None
-    if window is None:
+    window, model_type = config.get("sliding_window"), config["model_type"]
+    # Qwen's has to be asked for. Llama has none, whatever a model that was converted to it says.
+    slides = model_type == "mistral" or (model_type != "llama" and config.get("use_sliding_window"))
+    if window is None or not slides:
         return None, ()
     if kinds := config.get("layer_types"):
         return window, tuple(kind == "sliding_attention" for kind in kinds)
-    first = config.get("max_window_layers", 28) if config["model_type"] != "mistral" else 0
+    first = 0 if model_type == "mistral" else config["max_window_layers"]
     return window, tuple(layer >= first for layer in range(layers))
 
 
