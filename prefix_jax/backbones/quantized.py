@@ -83,13 +83,3 @@ def abstract_params(
 
     abstract: Params = jax.eval_shape(make, jax.random.key(0))
     return abstract
-
-
-def quantization(params: Params) -> Quantize:
-    """How weights are quantised."""
-    kinds = {
-        str(leaf.q.dtype)
-        for leaf in jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, QTensor))
-        if isinstance(leaf, QTensor)
-    }
-    return "int4" if "int4" in kinds else "int8" if kinds else "none"
