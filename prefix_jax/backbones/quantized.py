@@ -12,7 +12,7 @@ from flax.traverse_util import path_aware_map
 
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.stack import Params
-from prefix_jax.nn.quantized import QTensor, Quantize, quantize
+from prefix_jax.nn.quantized import Quantize, quantize
 
 # The axes that a product sums over, of every weight that is quantised: counted from the end, so
 # that they hold for one layer and for a stack of them. What is missing here, norms, biases and
