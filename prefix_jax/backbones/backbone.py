@@ -10,13 +10,14 @@ import jax.numpy as jnp
 
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.layer import Layer
+from prefix_jax.backbones.sites import complete, site_of, slots_of
+from prefix_jax.backbones.soft import prepend
 from prefix_jax.backbones.stack import (
     Cache,
     Encoded,
     Params,
     Stack,
     normal,
-    task_of,
     to_listed,
     to_stacked,
 )
@@ -33,13 +34,11 @@ from prefix_jax.prefix import (
     Gated,
     Geometry,
     Hidden,
-    KVPrefix,
     Layers,
     Prefix,
     Produced,
     Site,
     SiteName,
-    SiteShape,
 )
 
 
@@ -142,7 +141,7 @@ class Backbone:
             return None
         stack, site = self._stack, self._stack.site
         if isinstance(produced, Prefix):
-            return self._complete(produced)
+            return complete(produced, self.geometry.sites)
         if isinstance(produced, Embeds):
             if self.arch.encoder is not None or not self.arch.causal:
                 return Prefix(embeds_PD=produced.x_PD, tasks=produced.tasks)
@@ -151,15 +150,16 @@ class Backbone:
             tokens = Tokens.plain(jnp.ones(x_BTD.shape[:2], bool))
             x_BTD = stack.place(params, x_BTD, tokens, 0)
             layers, _ = self._read(params, x_BTD, tokens)
-            return Prefix(decoder=_site(layers), offset=x_BTD.shape[1], tasks=produced.tasks)
+            return Prefix(decoder=site_of(layers), offset=x_BTD.shape[1], tasks=produced.tasks)
         if isinstance(produced, Adapter):
             h_L1PD = produced.h_LPD[:, None].astype(_dtype(params))
             weights = _pick_layers(params, produced.layers)
             made = stack.over_layers(weights, Layer.adapter_keys_values, h_L1PD)
-            k_LPKH, v_LPKH = _slots(made)
+            k_LPKH, v_LPKH = slots_of(made)
             heads = (len(produced.gate_LN), self.arch.heads)
             gated = Gated(k_LPKH, v_LPKH, jnp.broadcast_to(produced.gate_LN, heads))
-            return self._complete(Prefix.of({site: Site(None, gated, produced.layers)}))
+            adapter = Prefix.of({site: Site(None, gated, produced.layers)})
+            return complete(adapter, self.geometry.sites)
         if self.arch.encoder is not None:
             raise PrefixError(
                 "hidden states stand before the tokens of a single stack; for an encoder-decoder "
@@ -167,7 +167,7 @@ class Backbone:
             )
         tokens = Tokens.plain(jnp.ones((1, produced.h_LPD.shape[1]), bool))
         h_L1PD = produced.h_LPD[:, None].astype(_dtype(params))
-        joined = _site(stack.keys_values(params, h_L1PD, tokens))
+        joined = site_of(stack.keys_values(params, h_L1PD, tokens))
         return Prefix.of({site: joined}, offset=produced.h_LPD.shape[1])
 
     def read(self, params: Params, ids_P: jax.Array) -> tuple[Embeds, Hidden, Prefix]:
@@ -185,13 +185,13 @@ class Backbone:
             encoder, weights = self._encoder, params["encoder"]
             x_BTD = encoder.place(weights, embeds_1PD, tokens, 0)
             h_BTD, _, h_LBTD = encoder.run(weights, x_BTD, tokens, entries=True)
-            sites["encoder"] = _site(encoder.keys_values(weights, h_LBTD, tokens))
+            sites["encoder"] = site_of(encoder.keys_values(weights, h_LBTD, tokens))
             encoded = self._encoded(params, encoder.finish(weights, h_BTD), tokens)
-            sites["cross"] = _site(_stacked_layers(encoded.layers))
+            sites["cross"] = site_of(_stacked_layers(encoded.layers))
         stack = self._stack
         x_BTD = stack.place(params, embeds_1PD, tokens, 0)
         layers, h_LBTD = self._read(params, x_BTD, tokens, encoded)
-        sites[stack.site] = _site(layers)
+        sites[stack.site] = site_of(layers)
         found = (
             Embeds(embeds_1PD[0]),
             Hidden(h_LBTD[:, 0]),
@@ -221,25 +221,6 @@ class Backbone:
         )
         return _stacked_layers(cache.layers), h_LBTD
 
-    def _complete(self, prefix: Prefix) -> Prefix:
-        """The prefix with every site at all layers.
-
-        Raises:
-            PrefixError: the model has no such site, or no such layer.
-        """
-        shapes = self.geometry.sites
-        sites: dict[SiteName, Site] = {}
-        for name, site in prefix.sites.items():
-            if name not in shapes:
-                raise PrefixError(
-                    f"the prefix has a site {name!r}; this model's are {', '.join(shapes)}"
-                )
-            sites[name] = _all_layers(site, shapes[name])
-        if all(sites[name] is site for name, site in prefix.sites.items()):
-            return prefix
-        whole = Prefix.of(sites, offset=prefix.offset, pinned=prefix.pinned)
-        return dataclasses.replace(whole, embeds_PD=prefix.embeds_PD, tasks=prefix.tasks)
-
     # The forward pass.
 
     def empty_cache(self, params: Params, rows: int, columns: int) -> Cache:
@@ -267,9 +248,9 @@ class Backbone:
         Raises:
             BackboneError: the model has no encoder.
         """
-        h_BSD = self._through(self._encoder, params, params["encoder"], ids_BS, tokens, prefix)
-        if prefix is not None and prefix.embeds_PD is not None:
-            tokens = _behind_soft_tokens(tokens, prefix.soft)
+        h_BSD, tokens = self._through(
+            self._encoder, params, params["encoder"], ids_BS, tokens, prefix
+        )
         return self._encoded(params, h_BSD, tokens)
 
     def _encoded(self, params: Params, h_BSD: jax.Array, tokens: Tokens) -> Encoded:
@@ -343,7 +324,7 @@ class Backbone:
                 "`encode` read"
             )
         if not self.arch.causal:
-            return self._through(self._stack, params, params, ids_BT, tokens, prefix), None
+            return self._through(self._stack, params, params, ids_BT, tokens, prefix)[0], None
         stack = self._stack
         x_BTD = self._embed(params, ids_BT)
         x_BTD = stack.place(params, x_BTD, tokens, 0 if prefix is None else prefix.start("decoder"))
@@ -358,16 +339,13 @@ class Backbone:
         ids_BS: jax.Array,
         tokens: Tokens,
         prefix: Prefix | None,
-    ) -> jax.Array:
-        """Tokens through an encoder whose `weights` are a part of `params`."""
-        x_BSD = self._embed(params, ids_BS)
-        if prefix is not None and prefix.embeds_PD is not None:
-            soft_BPD = _soft_tokens(prefix.embeds_PD.astype(x_BSD.dtype), prefix.tasks, tokens)
-            x_BSD = jnp.concatenate([soft_BPD, x_BSD], axis=1)
-            tokens = _behind_soft_tokens(tokens, prefix.soft)
+    ) -> tuple[jax.Array, Tokens]:
+        """Tokens through an encoder whose `weights` are a part of `params`, and where they stand
+        there, behind soft ones if the prefix has some."""
+        x_BSD, tokens = prepend(prefix, self._embed(params, ids_BS), tokens)
         start = 0 if prefix is None else prefix.start("encoder")
         h_BSD, _, _ = stack.run(weights, stack.place(weights, x_BSD, tokens, start), tokens, prefix)
-        return stack.finish(weights, h_BSD)
+        return stack.finish(weights, h_BSD), tokens
 
     def unembed(self, params: Params, h_BTD: jax.Array) -> jax.Array:
         """logits_BTV in float32. Ask only where there is a target: V is large.
@@ -424,21 +402,6 @@ def _stacked_layers(layers: Any) -> KeysValues:
     return stack_layers(layers) if isinstance(layers, tuple) else layers
 
 
-def _site(layers: KeysValues) -> Site:
-    """The keys and values of rows, [L, B, K, P, H], as a site."""
-    return Site(KVPrefix(*_slots(layers)))
-
-
-def _slots(layers: KeysValues) -> tuple[jax.Array, jax.Array]:
-    """k_LPKH and v_LPKH of rows, [L, B, K, P, H], one row after another."""
-
-    def joined(x_LBKPH: jax.Array) -> jax.Array:
-        L, B, K, P, H = x_LBKPH.shape
-        return x_LBKPH.swapaxes(2, 3).reshape(L, B * P, K, H)
-
-    return joined(layers.k_BKSH), joined(layers.v_BKSH)
-
-
 def _pick_layers(params: Params, layers: Layers) -> Params:
     """The weights of some layers."""
     if layers is None:
@@ -447,56 +410,3 @@ def _pick_layers(params: Params, layers: Layers) -> Params:
         return {"layers": tuple(params["layers"][layer] for layer in layers)}
     index = jnp.array(layers)
     return {"layers": jax.tree.map(lambda leaf: leaf[index], params["layers"])}
-
-
-def _all_layers(site: Site, shape: SiteShape) -> Site:
-    """The site at all layers: absent slots, and gates and matrices of zero, where it had none.
-
-    Raises:
-        PrefixError: the model has no such layer.
-    """
-    if site.layers is None:
-        return site
-    if max(site.layers) >= shape.layers:
-        raise PrefixError(
-            f"the prefix is of layer {max(site.layers)}; this model's are 0 to {shape.layers - 1}"
-        )
-    index, join = jnp.array(site.layers), site.join
-
-    def scatter(leaf: jax.Array, rest: float = 0.0) -> jax.Array:
-        return jnp.full((shape.layers, *leaf.shape[1:]), rest, leaf.dtype).at[index].set(leaf)
-
-    if join is not None:
-        bias_LPN = join.bias_LPN
-        if bias_LPN is None:
-            bias_LPN = jnp.zeros((len(site.layers), join.length, shape.query_heads))
-        join = KVPrefix(scatter(join.k_LPKH), scatter(join.v_LPKH), scatter(bias_LPN, -jnp.inf))
-    return Site(join, jax.tree.map(scatter, site.beside))
-
-
-def _soft_tokens(soft_PD: jax.Array, tasks: int | None, tokens: Tokens) -> jax.Array:
-    """The soft tokens before each row, [B, P, D]: of a bank, those of the row's task."""
-    if tasks is None:
-        return jnp.broadcast_to(soft_PD, (len(tokens.group_BT), *soft_PD.shape))
-    # A row holds one example, and padding on either side of it has task 0.
-    return soft_PD.reshape(tasks, -1, soft_PD.shape[1])[task_of(tokens).max(axis=1)]
-
-
-def _behind_soft_tokens(tokens: Tokens, slots: int) -> Tokens:
-    """Where tokens stand behind soft ones, which take the first columns.
-
-    Rows hold one example each: what soft tokens become depends on the text behind them.
-    """
-    B = tokens.group_BT.shape[0]
-    ones_BP = jnp.ones((B, slots), jnp.int32)
-
-    def prepend(first_BP: jax.Array, rest_BT: jax.Array) -> jax.Array:
-        return jnp.concatenate([first_BP, rest_BT], axis=1)
-
-    branch_BT, segment_BT = tokens.branch_BT, tokens.segment_BT
-    return Tokens(
-        group_BT=prepend(ones_BP, tokens.group_BT),
-        branch_BT=None if branch_BT is None else prepend(0 * ones_BP, branch_BT),
-        position_BT=prepend(jnp.arange(slots) * ones_BP, tokens.position_BT + slots),
-        segment_BT=None if segment_BT is None else prepend(0 * ones_BP, segment_BT),
-    )

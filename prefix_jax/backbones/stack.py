@@ -293,17 +293,16 @@ class Stack:
 
     def keys_values(self, params: Params, h_LBTD: jax.Array, tokens: Tokens) -> KeysValues:
         """The keys and values of hidden states at the entry of every layer, [L, B, K, T, H]."""
-        a = self.arch
-
-        def angles(sliding: bool) -> Any:
-            rotary = a.sliding_rotary if sliding and a.sliding_rotary else a.rotary
-            return None if rotary is None else rotary.angles(tokens.position_BT, a.head_dim)
-
-        kinds = a.sliding or (False,) * a.layers
-        made: KeysValues = self.over_layers(
-            params, Layer.keys_values, h_LBTD, stack([angles(kind) for kind in kinds])
-        )
+        kinds = self.arch.sliding or (False,) * self.arch.layers
+        angles = stack([self._angles(tokens.position_BT, kind) for kind in kinds])
+        made: KeysValues = self.over_layers(params, Layer.keys_values, h_LBTD, angles)
         return made
+
+    def _angles(self, position_BT: jax.Array, sliding: bool) -> tuple[jax.Array, jax.Array] | None:
+        """Rotary angles at positions, in layers of this kind; None where nothing turns."""
+        a = self.arch
+        rotary = a.sliding_rotary if sliding and a.sliding_rotary else a.rotary
+        return None if rotary is None else rotary.angles(position_BT, a.head_dim)
 
     def _view(
         self,
@@ -345,9 +344,7 @@ class Stack:
             if slots:
                 bias_BNTP = a.relative.bias(table_RN, position_BT, slot_P[None])
                 seen = dataclasses.replace(seen, bias_BNTP=bias_BNTP)
-        rotary = a.sliding_rotary if sliding and a.sliding_rotary else a.rotary
-        angles = None if rotary is None else rotary.angles(position_BT, a.head_dim)
-        return View(seen, angles, column)
+        return View(seen, self._angles(position_BT, sliding), column)
 
 
 def task_of(tokens: Tokens) -> jax.Array:
