@@ -11,6 +11,8 @@ import pytest
 from prefix_jax import config
 from prefix_jax.cli import plan
 from prefix_jax.cli.main import _parse
+from prefix_jax.mesh import check_rows
+from prefix_jax.plan.topology import Topology
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("examples/*/README.md")]
@@ -19,14 +21,14 @@ LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)")
 SHELL = re.compile(r"```(?:bash|console)\n(.*?)```", re.DOTALL)
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    """The page and the words of every `prefix-jax` command."""
+def commands(name: str = "prefix-jax") -> list[tuple[str, list[str]]]:
+    """The page and the words of every command of this name."""
     return [
         (page.name, shlex.split(line, comments=True))
         for page in PAGES
         for block in SHELL.findall(page.read_text("utf-8"))
         for line in block.replace("\\\n", " ").splitlines()
-        if line.startswith("prefix-jax ")
+        if line.startswith(f"{name} ")
     ]
 
 
@@ -54,12 +56,24 @@ def test_commands_can_be_given(page: str, words: list[str], monkeypatch) -> None
     args = _parse(words[1:])
     if words[1] == "plan":
         monkeypatch.chdir(ROOT)
-        plan.config_of(args)
+        shown = plan.config_of(args)
+        topology = Topology.parse(args.topology, args.slices)
+        if not shown.mesh.auto:
+            check_rows(topology.mesh(shown.mesh.sizes), shown.data.batch_size, page)
     elif words[1] == "train":
         monkeypatch.chdir(ROOT)
         config.load(args.config, args.settings)
     elif hasattr(args, "settings"):
         config.sections(config.MeasureConfig, {}, args.settings)
+
+
+@pytest.mark.parametrize("words", [words for _, words in commands("./run_tpu.sh")], ids=" ".join)
+def test_what_is_shown_on_a_tpu_divides_over_its_chips(words: list[str]) -> None:
+    kind, chips = words[words.index("--accelerator") + 1].split("-")
+    assert kind == "v5litepod"  # of others the number is that of cores
+    (path,) = (word for word in words if word.endswith(".yaml"))
+    shown = config.load(ROOT / path, [word for word in words[1:] if "=" in word])
+    assert shown.data.batch_size % int(chips) == 0
 
 
 def test_make_targets_exist() -> None:
