@@ -63,16 +63,15 @@ pause() { [[ $dry_run == yes ]] || sleep "${RUN_TPU_PAUSE:-20}"; }
 
 # ---------------------------------------------------------------------------------- arguments
 
-step=all config='' output='' env_file='' zone='' project='' name=prefix-jax
+step='' config='' output='' env_file='' zone='' project='' name=prefix-jax
 accelerator='' topology='' version='' slices=1
 spot=no reserved=no queued=no keep=no restarts=20 dry_run=no
 settings=()
 
 parse() {
-    case "${1:-}" in
-        all | create | install | train | logs | status | fetch | delete) step=$1 && shift ;;
-    esac
     while (($#)); do
+        # As gcloud takes them: --zone=ZONE.
+        [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
         case $1 in
             --help | -h) usage && exit 0 ;;
             --spot) spot=yes ;;
@@ -98,19 +97,27 @@ parse() {
                 shift
                 ;;
             -*) die "there is no option $1; see --help" 2 ;;
+            all | create | install | train | logs | status | fetch | delete)
+                [[ -z $step ]] || die "two steps, $step and $1; see --help" 2
+                step=$1
+                ;;
+            output=*) die "the output is told by --output: what lies elsewhere is not fetched" 2 ;;
             *=*) settings+=("$1") ;;
             *)
                 [[ -z $config ]] || die "two configs, $config and $1; see --help" 2
-                config=$1
+                config=${1#"$here"/}
                 ;;
         esac
         shift
     done
+    step=${step:-all}
 }
 
 # What a step needs is asked for before the first command, and all of it at once.
 check() {
     local missing=()
+    [[ -z $config || -f $here/$config || $config == *[./]* ]] ||
+        die "$config is neither a step nor a config; see --help" 2
     [[ $step == fetch || -n $zone ]] || missing+=('--zone ZONE')
     case $step in
         all | create | train) [[ -n $accelerator ]] || missing+=('--accelerator TYPE') ;;
@@ -131,7 +138,16 @@ worker does not see another's; make a bucket with: gcloud storage buckets create
     [[ -z $config || -f $here/$config ]] ||
         die "there is no $config in $here, which is what the workers get a copy of" 2
     [[ -z $env_file || -f $env_file ]] || die "there is no file $env_file" 2
+    [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
+        die "--name $name is not one for a TPU: lower-case letters, digits and hyphens" 2
     [[ -z $accelerator || -n $version ]] || version=$(version_of "$accelerator")
+    if [[ -n $topology ]]; then
+        [[ $accelerator != *-* ]] ||
+            die "--topology takes a type without its size: --accelerator ${accelerator%%-*}" 2
+    else
+        [[ -z $accelerator || $accelerator == *-* ]] ||
+            die "--accelerator $accelerator has no size: give it (v5p-8), or --topology" 2
+    fi
     [[ $dry_run == yes ]] || command -v gcloud >/dev/null ||
         die "gcloud is not installed: see https://cloud.google.com/sdk/docs/install"
     # Several slices find each other as parts of one queued resource alone.
@@ -420,7 +436,8 @@ all() {
     train
     fetch
     if [[ $keep == yes ]]; then
-        say "$name is still there, and costs until: ./run_tpu.sh delete --zone $zone --name $name"
+        say "$name is still there, and costs until: ./run_tpu.sh delete --zone $zone --name $name\
+${project:+ --project $project}$([[ $queued == no ]] || echo ' --queued')"
     else
         delete
     fi

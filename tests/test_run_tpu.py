@@ -148,12 +148,11 @@ def test_several_slices_are_one_queued_resource(cloud) -> None:
 
 def test_one_slice_may_wait_in_the_queue_too(cloud) -> None:
     cloud.states("absent", "ACTIVE")
-    ended = cloud.run("create", *WHERE, "--queued", "--reserved", "--topology", "4x4")
+    ended = cloud.run("create", "--zone", "us-west4-a", "--accelerator", "v5litepod", "--queued",
+                      "--reserved", "--topology", "4x4")  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     create = next(call for call in cloud.calls if _verb(call) == "create")
-    assert {"--node-id=prefix-jax", "--reserved", "--type=v5litepod-16", "--topology=4x4"} <= {
-        *create
-    }
+    assert {"--node-id=prefix-jax", "--reserved", "--type=v5litepod", "--topology=4x4"} <= {*create}
 
 
 @pytest.mark.parametrize(
@@ -305,6 +304,20 @@ def test_keep_leaves_the_tpu(cloud) -> None:
     assert "delete --zone us-west4-a" in ended.stderr
 
 
+def test_what_deletes_a_kept_tpu_is_told_as_a_whole(cloud) -> None:
+    where = (*WHERE, "--project", "mine", "--name", "two")
+    ended = cloud.run(*where, "--slices", "2", *WHAT, "--keep")
+    shown = re.search(r"\./run_tpu\.sh (delete .*)", ended.stderr)
+    assert shown is not None
+    cloud.states("ACTIVE")
+    before = len(cloud.calls)
+    assert cloud.run(*shown[1].split()).returncode == 0
+    call = cloud.calls[-1]
+    assert len(cloud.calls) > before
+    assert call[2:5] == ["queued-resources", "delete", "two"]
+    assert "--project=mine" in call
+
+
 def test_a_dry_run_prints_every_command_and_runs_none(cloud) -> None:
     dry = cloud.run("--dry-run", *WHERE, *WHAT)
     assert dry.returncode == 0, dry.stderr
@@ -329,6 +342,12 @@ def test_a_dry_run_prints_every_command_and_runs_none(cloud) -> None:
         (("--zone", "z", "--accelerator", "tpu7x-8", *WHAT), "Kubernetes"),
         (("--zone", "z", "--accelerator", "h100", *WHAT), "--version"),
         ((*WHAT,), "--zone ZONE --accelerator TYPE"),
+        (("creat", "--zone", "z"), "creat is neither a step nor a config"),
+        (("create", "delete", *WHERE), "two steps, create and delete"),
+        ((*WHERE, *WHAT, "output=runs/x"), "--output"),
+        ((*WHERE, *WHAT, "--name", "../My TPU"), "--name ../My TPU"),
+        (("--zone", "z", "--accelerator", "v5p", *WHAT), "--accelerator v5p has no size"),
+        ((*WHERE, *WHAT, "--topology", "4x4"), "--topology takes a type without its size"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_done(cloud, words, message: str) -> None:
@@ -337,6 +356,22 @@ def test_a_mistake_is_told_before_anything_is_done(cloud, words, message: str) -
     assert message in ended.stderr
     assert ended.stderr.count("\n") == 1
     assert cloud.calls == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--dry-run", "--zone=us-west4-a", "--accelerator=v5litepod-16", *WHAT),
+        ("--dry-run", *WHERE, "--output", "gs://bucket/run", str(ROOT / CONFIG)),
+    ],
+)
+def test_options_and_paths_may_be_written_in_other_ways(cloud, words: tuple[str, ...]) -> None:
+    other = re.sub(r"/tmp\.\w+", "", cloud.run(*words).stderr)
+    assert other == re.sub(r"/tmp\.\w+", "", cloud.run("--dry-run", *WHERE, *WHAT).stderr)
+
+
+def test_a_step_may_stand_anywhere(cloud) -> None:
+    assert cloud.run("--dry-run", "--zone", "z", "delete").stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("code", [0, 3])
