@@ -6,10 +6,9 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import hashlib
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +21,24 @@ from prefix_jax.artifact import PREFIXES, Card
 from prefix_jax.backbones.fingerprint import fingerprint
 from prefix_jax.backbones.load import Pretrained
 from prefix_jax.config import Config
-from prefix_jax.data.batch import Example
-from prefix_jax.errors import CheckpointError, ConfigError
 from prefix_jax.evaluate.report import metrics_of
 from prefix_jax.evaluate.run import Evaluation, Evaluator
 from prefix_jax.methods import name_of
 from prefix_jax.nn.quantized import QTensor
 from prefix_jax.prefix import Embeds, Produced
 from prefix_jax.train.checkpoint import Checkpoints
-from prefix_jax.train.loop import Progress, stop_signal, train
+from prefix_jax.train.loop import stop_signal, train
 from prefix_jax.train.multitask import save_parts
 from prefix_jax.train.place import Place
 from prefix_jax.train.profile import Profile
 from prefix_jax.train.report import Report
 from prefix_jax.train.results import Results, save_results, write_whole
+from prefix_jax.train.resume import identity_of, refuse_another_run, restore
 from prefix_jax.train.setup import Records, Setup, prepare
 from prefix_jax.train.start import start_of
 from prefix_jax.train.step import TrainState
 from prefix_jax.train.watch import Watch
 
-# What a run that goes on may be told otherwise than before. The rest decides its numbers.
-_FREE = (
-    "output",
-    "mesh",
-    "evaluate",
-    "decode",
-    "train.eval_every",
-    "train.checkpoint_every",
-    "train.keep",
-    "train.log_every",
-    "train.profile",
-)
-
-
-# What a run writes besides its config: none of it may be somebody else's.
-_WRITTEN = (
-    "checkpoints",
-    "metrics.jsonl",
-    "results.json",
-    "predictions.jsonl",
-    "loss.png",
-    "prefix",
-    PREFIXES,
-)
 _SHOWN = 20  # labels that are named
 
 
@@ -127,17 +101,13 @@ def fit(
     place.fetch()
     directory = place.directory
     if first:
-        _refuse_another_run(directory, config)
+        refuse_another_run(directory, config)
     console = console or Console()
     hidden = quiet or not first
     with contextlib.nullcontext() if hidden else console.status("loading the model and the data"):
         setup = prepare(config, pretrained=pretrained, records=records)
     if first:
         write_whole(directory / "config.yaml", configs.dump(config))
-    identity = {
-        "fingerprint": setup.pretrained.fingerprint,
-        "examples": _digest(setup.splits["train"]),
-    }
     evaluator = Evaluator(
         setup.model,
         setup.pretrained.tokenizer,
@@ -155,7 +125,8 @@ def fit(
         checkpoints = stack.enter_context(
             Checkpoints(place.checkpoints, config.train.keep, warnings.append)
         )
-        state, progress = _restore(setup, checkpoints, identity)
+        identity = identity_of(setup)
+        state, progress = restore(setup, checkpoints, identity)
         report = stack.enter_context(
             Report(
                 directory,
@@ -199,88 +170,6 @@ def fit(
             step = progress.best_step
             state = checkpoints.restore(step, state)[0]
         return _finish(setup, state, step, evaluator, report, directory)
-
-
-def _refuse_another_run(directory: Path, config: Config) -> None:
-    """Makes sure that a directory is free, or holds the run that is to go on.
-
-    Raises:
-        ConfigError: it holds another run.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"output {directory} is a file; choose a directory for the run")
-    path = directory / "config.yaml"
-    if not path.exists():
-        if found := [name for name in _WRITTEN if (directory / name).exists()]:
-            raise ConfigError(
-                f"{directory} holds no run, and the run would replace {', '.join(found)} there; "
-                "choose another output"
-            )
-        return
-    if not (directory / "checkpoints").exists() and path.read_text() != configs.dump(config):
-        raise ConfigError(
-            f"the run would replace {path}, which is not of a run; choose another output"
-        )
-    before, now = _flat(dataclasses.asdict(configs.load(path))), _flat(dataclasses.asdict(config))
-    differing = [
-        f"{key} ({before.get(key)}, not {now.get(key)})"
-        for key in {**before, **now}
-        if before.get(key) != now.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
-    ]
-    if differing:
-        raise ConfigError(
-            f"{directory} holds a run with another {', '.join(differing)}; "
-            "choose another output, or remove that directory to start anew"
-        )
-
-
-def _flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Nested sections by dotted keys. Of the metrics the first one is named: it selects."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        key = f"{where}{name}"
-        found |= _flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
-    if "evaluate.metrics" in found:
-        found["first of evaluate.metrics"] = found["evaluate.metrics"][0]
-    return found
-
-
-def _digest(examples: Sequence[Example]) -> str:
-    """Tells whether the examples are those that a run began with."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(len(example.ids_T).to_bytes(4, "little"))
-        for array in (example.ids_T, example.index_M, example.label_M):
-            digest.update(array.tobytes())
-        if example.task is not None:
-            digest.update(example.task.to_bytes(4, "little"))
-        if example.source_ids_S is not None:
-            digest.update(len(example.source_ids_S).to_bytes(4, "little"))
-            digest.update(example.source_ids_S.tobytes())
-    return digest.hexdigest()
-
-
-def _restore(
-    setup: Setup, checkpoints: Checkpoints, identity: Mapping[str, str]
-) -> tuple[TrainState, Progress]:
-    """The latest state of an interrupted run, or the first one.
-
-    Raises:
-        CheckpointError: it began with another backbone or other examples.
-    """
-    found = checkpoints.restore_latest(setup.state)
-    if found is None:
-        return setup.state, Progress()
-    state, metadata = found
-    for key, what in (("fingerprint", "another backbone"), ("examples", "other training examples")):
-        if metadata[key] != identity[key]:
-            raise CheckpointError(
-                f"the run in {checkpoints.directory.parent} began with {what} "
-                f"({key} {metadata[key][:12]}…, not {identity[key][:12]}…); "
-                "choose another output, or put back what it began with"
-            )
-    return state, Progress(**metadata["progress"])
 
 
 def _announce(setup: Setup, state: TrainState, report: Report) -> None:
