@@ -13,6 +13,7 @@ from prefix_jax.artifact import PREFIXES
 from prefix_jax.config import Config
 from prefix_jax.data.batch import Example
 from prefix_jax.errors import CheckpointError, ConfigError
+from prefix_jax.methods.multitask import PARTS
 from prefix_jax.train.checkpoint import Checkpoints
 from prefix_jax.train.loop import Progress
 from prefix_jax.train.setup import Setup
@@ -37,9 +38,11 @@ _WRITTEN = (
     "metrics.jsonl",
     "results.json",
     "predictions.jsonl",
+    "predictions-before.jsonl",
     "loss.png",
     "prefix",
     PREFIXES,
+    PARTS,
 )
 
 

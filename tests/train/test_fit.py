@@ -389,7 +389,9 @@ def test_a_file_that_is_not_of_a_run_is_not_replaced(
     assert own.read_text().startswith("# mine")
     with pytest.raises(ConfigError, match=r"config\.yaml is a file"):
         runs.run(pretrained, own)
-    own.rename(tmp_path / "metrics.jsonl")
-    with pytest.raises(ConfigError, match=r"holds no run, .* would replace metrics\.jsonl there"):
-        runs.run(pretrained, tmp_path)
-    assert (tmp_path / "metrics.jsonl").read_text().startswith("# mine")
+    # What another program wrote, or a run elsewhere: a second stage may start from its parts.
+    for name in ("metrics.jsonl", "predictions-before.jsonl", "multitask.safetensors"):
+        own = own.rename(tmp_path / name)
+        with pytest.raises(ConfigError, match=f"holds no run, .* would replace {name} there"):
+            runs.run(pretrained, tmp_path)
+        assert own.read_text().startswith("# mine")
