@@ -4,10 +4,10 @@
 
 Parts: `batches` (the largest global batch that fits), `flops` (of the step, over the least that it
 takes), `collectives` (what layouts make devices send), `auto` (`mesh: auto` against every mesh),
-`full` (against full fine-tuning), `depth` (how long compilation takes). Rows of 2,048 tokens, all
-of them targets, behind 32 slots of keys and values. Each part writes
-benchmarks/results/tpu_plan_PART.json, row by row; what stands there already is not compiled again.
-`--part batches --goals` compiles the step at the goals alone, into tpu_plan_goals.json.
+`full` (against full fine-tuning), `long` (long rows), `depth` (how long compilation takes). Rows
+of 2,048 tokens but for `long`, all of them targets, behind 32 slots of keys and values. Each part
+writes benchmarks/results/tpu_plan_PART.json, row by row; what stands there already is not compiled
+again. `--part batches --goals` compiles the step at the goals alone, into tpu_plan_goals.json.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Case:
         rows: of the step; where the largest batch is sought, the goal.
         remat, quantize: as in `model` of a config.
         method: as in a config.
+        tokens: of a row.
     """
 
     model: str
@@ -58,19 +59,21 @@ class Case:
     remat: str = "full"
     quantize: str = "none"
     method: str = "prefix"
+    tokens: int = TOKENS
 
     @property
     def name(self) -> str:
         """In one word, for --only and the results."""
         mesh = "x".join(map(str, self.mesh))
         parts = (self.model, self.topology, mesh, self.quantize, self.remat, self.method)
-        return "/".join((*parts, str(self.rows)))
+        rows = str(self.rows) if self.tokens == TOKENS else f"{self.rows}x{self.tokens}"
+        return "/".join((*parts, rows))
 
     def run(self) -> AbstractRun:
         method = {"name": "prefix", "length": 32} if self.method == "prefix" else "full"
         values = {
             "model": {"path": f"preset:{self.model}", "remat": self.remat},
-            "data": {"target": "{text}", "batch_size": self.rows, "max_length": TOKENS},
+            "data": {"target": "{text}", "batch_size": self.rows, "max_length": self.tokens},
             "method": method,
             "train": {"steps": 1},
             "output": "plan",
@@ -139,6 +142,14 @@ FULL = tuple(
     for remat in ("none", "full")
 )
 
+# A row a device, and fewer rows than devices.
+LONG = (
+    Case("llama-3.1-8b", "v5e:2x4", (1, 8, 1), 8, tokens=8192),
+    Case("llama-3.1-8b", "v5e:2x4", (1, 8, 1), 8, tokens=32768),
+    Case("llama-3.1-8b", "v5e:2x4", (1, 2, 4), 2, tokens=32768),
+    Case("llama-3.1-8b", "v5e:2x4", (1, 1, 8), 1, tokens=32768),
+)
+
 DEPTH = ("llama-3-8b", "v5e:2x4", (1, 8, 1), 16)
 
 
@@ -202,6 +213,7 @@ CASES: dict[str, tuple[tuple[Case, ...], Callable[[Case, bool], Row]]] = {
     "collectives": (COLLECTIVES, one),
     "auto": (AUTO, auto),
     "full": (FULL, one),
+    "long": (LONG, one),
 }
 
 
