@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefix_jax.errors import ConfigError
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[CONFIG] key.path=value",
         nargs="*",
         default=[],
-        help="a YAML file, unless --model is given, and what changes in it: data.batch_size=16",
+        help="a YAML file, unless a model is named, and what changes in it: data.batch_size=16",
     )
     parser.add_argument(
         "--topology", required=True, help="v5e:4x4, v5p:2x2x1, v5e:1x1 for one chip, 2*v5e:4x4, …"
@@ -136,11 +137,19 @@ def config_of(args: argparse.Namespace) -> Config:
 
     settings = list(args.settings)
     path = settings.pop(0) if settings and "=" not in settings[0] else None
-    if path is None and args.model is None:
-        raise ConfigError("give a config, or --model and the name of a preset")
+    named = [setting for setting in settings if setting.startswith("model.path=")]
     if args.model is not None:
-        settings.append(f"model.path={PREFIX}{args.model}")
+        if named:
+            raise ConfigError(f"--model {args.model} and {named[-1]} name two models")
+        settings.append(f"model.path={PREFIX}{args.model.removeprefix(PREFIX)}")
+    elif path is None and not named:
+        raise ConfigError("give a config, --model and the name of a preset, or model.path=…")
     if path is not None:
+        if not Path(path).is_file() and not path.endswith((".yaml", ".yml")):
+            raise ConfigError(
+                f"there is no config {path}; a model is named by --model (a preset) or "
+                f"model.path={path}"
+            )
         return configs.load(path, settings)
     # What a config has to say, and a plan does not ask.
     values = {"data": {"target": "{text}"}, "train": {"steps": 1}, "output": "plan"}

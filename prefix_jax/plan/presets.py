@@ -6,6 +6,7 @@ computation; `tests/plan/test_presets.py` counts their parameters.
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from prefix_jax.errors import BackboneError
@@ -21,7 +22,9 @@ def preset(name: str) -> dict[str, Any]:
     """
     key = name.lower().removeprefix(PREFIX)
     if key not in PRESETS:
-        raise BackboneError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+        near = difflib.get_close_matches(key, PRESETS, n=1)
+        hint = f" did you mean {near[0]!r}?" if near else ""
+        raise BackboneError(f"there is no preset {key!r};{hint} there are {', '.join(PRESETS)}")
     return dict(PRESETS[key])
 
 

@@ -96,6 +96,8 @@ _KINDS = {
 }
 
 _NAME = re.compile(r"(?:(\d+)\*)?([a-z0-9]+):(\d+(?:x\d+)*)")
+# As Cloud TPU names slices with two axes, by their chips: v5litepod-16 is v5e:4x4.
+_CLOUD = re.compile(r"((?:\d+\*)?)(v5e|v5litepod|v6e)-(1|4|8|16|32|64|128|256)")
 _EXAMPLES = "v5e:4x4 (16 chips), v5p:2x2x1, v5e:1x1 (one chip), 2*v5e:4x4 (two slices)"
 
 
@@ -124,6 +126,8 @@ class Topology:
         """
         found = _NAME.fullmatch(text.strip().lower())
         if not found:
+            if cloud := _CLOUD.fullmatch(text.strip().lower()):
+                raise MeshError(f"topology {text!r}: write its chips, {_written(cloud)}")
             raise MeshError(f"topology {text!r}: write it as one of {_EXAMPLES}")
         count, name, shape = found.groups()
         if name not in CHIPS:
@@ -262,6 +266,13 @@ class Shortage:
                 used, unit, limit, limit_unit = found.groups()
                 return cls(_bytes(used, unit), _bytes(limit, limit_unit))
         return None
+
+
+def _written(cloud: re.Match[str]) -> str:
+    """A slice with two axes as we write it: a square, or two beside each other."""
+    slices, name, chips = cloud.groups()
+    width = 2 ** ((int(chips).bit_length() - 1) // 2)
+    return f"{slices}{name.replace('litepod', 'e')}:{width}x{int(chips) // width}"
 
 
 def _bytes(number: str, unit: str) -> int:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from prefix_jax.cli.main import _parse
+from prefix_jax.cli.plan import config_of
 from prefix_jax.plan.presets import PRESETS
 
 
@@ -59,9 +61,13 @@ def test_of_what_does_not_fit_it_is_said_by_how_much(run_in, folder: Path) -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--topology", "v5e:1x1"), "give a config, or --model"),
+        (("--topology", "v5e:1x1"), "give a config, --model"),
         (("--model", "llama-9", "--topology", "v5e:1x1"), f"there are {next(iter(PRESETS))}"),
+        (("--model", "gpt-2", "--topology", "v5e:1x1"), "no preset 'gpt-2'; did you mean 'gpt2'?"),
+        (("--model", "gpt2", "--topology", "v5e:1x1", "model.path=model"), "model.path=model"),
+        (("model", "--topology", "v5e:1x1"), "model.path=model"),
         (("config.yaml", "--topology", "v5e"), "write it as one of"),
+        (("config.yaml", "--topology", "v5litepod-8"), "write its chips, v5e:2x4"),
         (("config.yaml", "--topology", "v5e:2x2", "mesh.fsdp=3"), "does not fit 4 devices"),
         (("none.yaml", "--topology", "v5e:1x1"), "cannot read"),
     ],
@@ -73,3 +79,14 @@ def test_mistakes_are_told_in_a_line(
     assert ran.code == 2
     assert message in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_a_preset_or_a_model_is_named_in_any_of_its_ways() -> None:
+    def path_of(*words: str) -> str:
+        args = _parse(["plan", "--topology", "v5e:1x1", *words])
+        return config_of(args).model.path
+
+    assert path_of("--model", "gpt2") == "preset:gpt2"
+    assert path_of("--model", "preset:gpt2") == "preset:gpt2"
+    assert path_of("model.path=preset:gpt2") == "preset:gpt2"
+    assert path_of("model.path=some/model") == "some/model"

@@ -45,5 +45,7 @@ def test_a_preset_has_the_parameters_of_its_checkpoint(name: str) -> None:
 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:
-    with pytest.raises(BackboneError, match=r"no preset 'llama-9'; there are llama-3-8b, "):
+    with pytest.raises(
+        BackboneError, match=r"no preset 'llama-9'; did you .* there are llama-3-8b, "
+    ):
         preset("llama-9")

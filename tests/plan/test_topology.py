@@ -53,6 +53,10 @@ def test_slices_can_be_said_apart() -> None:
         ("2*v5e:2x2", 3, "is of 2 slices, and 3 are asked for"),
         ("v5e:2x2", -1, "one slice at least"),
         ("v5e:2x2", 0, "one slice at least"),
+        ("v5litepod-16", None, "topology 'v5litepod-16': write its chips, v5e:4x4"),
+        ("2*v6e-4", None, "write its chips, 2*v6e:2x2"),
+        ("v6e-128", None, "write its chips, v6e:8x16"),
+        ("v5litepod-3", None, "write it as one of v5e:4x4"),
     ],
 )
 def test_what_is_wrong_with_a_topology_is_said(text: str, slices: int | None, message: str) -> None:
