@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,10 @@ from prefix_jax.nn.loss import (
     row_losses,
     training_head_loss,
 )
-from prefix_jax.prefix import Adapter, Embeds, Hidden, Prefix, Produced
+from prefix_jax.prefix import Adapter, Embeds, Hidden, Prefix, Produced, StackName
 
 # {"backbone": …, "prefix": …, "head": …}: one plain tree, so that one label function partitions it.
 Params = Mapping[str, Any]
-Stack = Literal["encoder", "decoder"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +164,7 @@ class PrefixModel:
             max_length: tokens of text at most; None for as many as fit.
         """
         backbone, reader = self.backbone, self.backbone.reader
-        stacks: tuple[Stack, ...] = (
+        stacks: tuple[StackName, ...] = (
             (reader,) if backbone.arch.encoder is None else (reader, "decoder")
         )
         for stack in stacks:

@@ -25,6 +25,9 @@ from prefix_jax.errors import ConfigError
 SiteName = Literal["encoder", "decoder", "cross"]
 SITES: tuple[SiteName, ...] = ("encoder", "decoder", "cross")
 
+# A stack of layers: of a model that only reads or only writes, the one that it is.
+StackName = Literal["encoder", "decoder"]
+
 # Which layers the leading axis L of a prefix stands for, ascending; None for all of them.
 Layers = tuple[int, ...] | None
 
@@ -179,7 +182,7 @@ class Prefix:
         embeds_PD = None if self.embeds_PD is None else own(self.embeds_PD, 0)
         return dataclasses.replace(alone, embeds_PD=embeds_PD)
 
-    def start(self, stack: Literal["encoder", "decoder"]) -> int:
+    def start(self, stack: StackName) -> int:
         """The position of the first token of text in a stack: 0 if nothing stands before it."""
         site: Site | None = getattr(self, stack)
         slots = 0 if site is None else site.length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from prefix_jax.prefix import (
     Produced,
     Site,
     SiteName,
+    StackName,
 )
 
 
@@ -72,11 +73,11 @@ class Backbone:
         return Stack(self.arch.encoder, self.remat)
 
     @property
-    def reader(self) -> Literal["encoder", "decoder"]:
+    def reader(self) -> StackName:
         """The stack that reads the text that is given."""
         return self._stack.site if self.arch.encoder is None else "encoder"
 
-    def room(self, prefix: Prefix | None, stack: Literal["encoder", "decoder"]) -> int:
+    def room(self, prefix: Prefix | None, stack: StackName) -> int:
         """How many tokens of text the positions of a stack leave beside a prefix."""
         two_sided = self.arch.encoder is not None and stack == "encoder"
         arch = self._encoder.arch if two_sided else self.arch

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import flax.struct
 import jax
@@ -26,7 +26,7 @@ from prefix_jax.mesh import constrain_rows
 from prefix_jax.nn.layers import KeysValues, View
 from prefix_jax.nn.mask import Seen, Sight, Tokens, visible, visible_prefix
 from prefix_jax.nn.remat import Remat, rematerialised
-from prefix_jax.prefix import Prefix, Site
+from prefix_jax.prefix import Prefix, Site, StackName
 
 Params = Mapping[str, Any]
 
@@ -85,7 +85,7 @@ class Stack:
     remat: Remat = "none"
 
     @property
-    def site(self) -> Literal["encoder", "decoder"]:
+    def site(self) -> StackName:
         """The name of its self-attention."""
         return "decoder" if self.arch.causal else "encoder"
 
