@@ -88,7 +88,7 @@ def from_gguf(file: GGUF) -> PreTrainedTokenizerFast:
         if get.optional(f"{key}_token_id", -1) >= 0
     }  # fmt: skip
     if get.optional("add_bos_token", get["model"] == "llama"):
-        bos = special["bos_token"]
+        bos = tokens[get["bos_token_id"]]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
         )

@@ -87,7 +87,7 @@ def _train(name: str) -> Tokenizer:
     return tokenizer
 
 
-def _write(path: Path, tokenizer: Tokenizer, name: str, *, add_bos: bool) -> None:
+def _write(path: Path, tokenizer: Tokenizer, name: str, *, add_bos: bool, bos: bool = True) -> None:
     """What llama.cpp's converter does with a byte-level BPE."""
     size = tokenizer.get_vocab_size()
     tokens = [tokenizer.id_to_token(i) for i in range(size)]
@@ -104,7 +104,8 @@ def _write(path: Path, tokenizer: Tokenizer, name: str, *, add_bos: bool) -> Non
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(_merges(tokenizer))
-    writer.add_bos_token_id(tokens.index("<|im_start|>"))
+    if bos:
+        writer.add_bos_token_id(tokens.index("<|im_start|>"))
     writer.add_eos_token_id(tokens.index("<|im_end|>"))
     writer.add_pad_token_id(tokens.index("<|endoftext|>"))
     writer.add_add_bos_token(add_bos)
@@ -171,6 +172,14 @@ def test_a_beginning_of_text_is_added_if_the_file_says_so(tmp_path: Path) -> Non
     bos = original.token_to_id("<|im_start|>")
     assert rebuilt("a b")["input_ids"] == [bos, *original.encode("a b").ids]
     assert rebuilt("a b", add_special_tokens=False)["input_ids"] == original.encode("a b").ids
+
+
+def test_a_beginning_of_text_that_the_file_does_not_name_is_an_error(tmp_path: Path) -> None:
+    _write(tmp_path / "tiny.gguf", _train("gpt-2"), "gpt-2", add_bos=True, bos=False)
+    with pytest.raises(
+        BackboneError, match=r"lacks the metadata key tokenizer\.ggml\.bos_token_id"
+    ):
+        load_tokenizer(tmp_path / "tiny.gguf")
 
 
 def test_an_unknown_pre_tokenizer_is_refused(tmp_path: Path) -> None:
