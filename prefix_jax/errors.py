@@ -39,3 +39,10 @@ class CheckpointError(PrefixJaxError):
 
 class NonFiniteError(PrefixJaxError):
     """The loss or its gradient became NaN or infinite."""
+
+
+def reason(error: Exception) -> str:
+    """What another library's error says first, for a message of ours; its type if it says
+    nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

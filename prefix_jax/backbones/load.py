@@ -25,7 +25,7 @@ from prefix_jax.backbones.quantized import abstract_params
 from prefix_jax.backbones.stack import Params
 from prefix_jax.backbones.tokenizer import load_tokenizer
 from prefix_jax.backbones.weights import Safetensors, TensorSource, stream
-from prefix_jax.errors import BackboneError
+from prefix_jax.errors import BackboneError, reason
 from prefix_jax.mesh import make_mesh, weight_shardings
 from prefix_jax.nn.quantized import Quantize
 
@@ -177,10 +177,9 @@ def find(source: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(text, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise BackboneError(
             f"there is no directory {path}, and {text!r} could not be fetched from the Hugging "
-            f"Face hub: {reason}"
+            f"Face hub: {reason(error)}"
         ) from None
 
 

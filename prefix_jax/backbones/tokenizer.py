@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
 from prefix_jax.backbones.gguf import GGUF, open_gguf
-from prefix_jax.errors import BackboneError
+from prefix_jax.errors import BackboneError, reason
 
 # gguf.TokenType
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -45,8 +45,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BackboneError(f"{path} holds no tokenizer that can be read: {reason}") from None
+        raise BackboneError(
+            f"{path} holds no tokenizer that can be read: {reason(error)}"
+        ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise BackboneError(
             f"{path} holds a tokenizer in Python code ({type(tokenizer).__name__}); "

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from prefix_jax.errors import ConfigError
+from prefix_jax.errors import ConfigError, reason
 
 # A process that has not been heard of for so long is lost; the others then end with an error.
 # Heartbeats come from a thread that neither compiling nor Python holds up.
@@ -84,7 +84,7 @@ def join(args: argparse.Namespace) -> None:
     except RuntimeError as error:
         raise ConfigError(
             f"the {count} processes have not met at {coordinator}: "
-            f"{str(error).splitlines()[0]}. Start all of them within {_START_WITHIN_SECONDS} s, "
+            f"{reason(error)}. Start all of them within {_START_WITHIN_SECONDS} s, "
             "see that each reaches that host and port, and that nothing else listens there"
         ) from error
 

@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from prefix_jax.errors import MeshError
+from prefix_jax.errors import MeshError, reason
 from prefix_jax.mesh import make_mesh
 
 GIB = 2**30
@@ -209,8 +209,7 @@ class Topology:
                     f"{self.name}:{'x'.join(map(str, self.shape))}", "tpu", **asked
                 )
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise MeshError(f"the TPU compiler knows no topology {self}: {reason}") from None
+            raise MeshError(f"the TPU compiler knows no topology {self}: {reason(error)}") from None
         return found.devices
 
     def mesh(self, sizes: Mapping[str, int]) -> Mesh:

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from prefix_jax.errors import CheckpointError, ConfigError
+from prefix_jax.errors import CheckpointError, ConfigError, reason
 from prefix_jax.train.shelf import files_below
 
 _BUCKET = "gs://"
@@ -107,11 +107,10 @@ class Place:
             yield
         # gcsfs and the libraries below it have no base class of errors.
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
-                f"cannot {verb} {self._remote}: {reason}. Is the bucket there (gcloud storage ls), "
-                "and may this account use it (gcloud auth application-default login, or the role "
-                "Storage Object User for the service account of a TPU)?"
+                f"cannot {verb} {self._remote}: {reason(error)}. Is the bucket there (gcloud "
+                "storage ls), and may this account use it (gcloud auth application-default login, "
+                "or the role Storage Object User for the service account of a TPU)?"
             ) from error
 
 

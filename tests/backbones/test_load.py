@@ -118,6 +118,15 @@ def test_a_hub_model_that_cannot_be_fetched_says_why() -> None:
         find("nobody/nothing")
 
 
+def test_a_failure_of_the_hub_that_says_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(BackboneError, match=r"could not be fetched .*: TimeoutError"):
+        find("nobody/nothing")
+
+
 def test_a_gguf_in_an_installed_package_is_found_without_importing_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
