@@ -268,6 +268,10 @@ class Geometry:
     cross: SiteShape | None = None
     embed_dim: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.decoder is None and self.encoder is None:
+            raise ConfigError("a geometry has the shape of a decoder, of an encoder, or of both")
+
     @property
     def input_dim(self) -> int:
         """The width of the input embeddings, and so of soft tokens."""
@@ -278,10 +282,6 @@ class Geometry:
         """The attentions that there are, by name."""
         found = {name: getattr(self, name) for name in SITES}
         return {name: shape for name, shape in found.items() if shape is not None}
-
-    def __post_init__(self) -> None:
-        if self.decoder is None and self.encoder is None:
-            raise ConfigError("a geometry has the shape of a decoder, of an encoder, or of both")
 
     @property
     def main_site(self) -> SiteName:

@@ -18,10 +18,10 @@ from prefix_jax.backbones.stack import (
     Params,
     Stack,
     normal,
+    stack_layers,
     to_listed,
     to_stacked,
 )
-from prefix_jax.backbones.stack import stack as stack_layers
 from prefix_jax.errors import BackboneError, PrefixError
 from prefix_jax.nn import vocabulary
 from prefix_jax.nn.layers import KeysValues

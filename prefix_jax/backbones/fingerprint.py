@@ -30,8 +30,8 @@ def fingerprint(params: Mapping[str, Any]) -> str:
     axis leaves the devices.
 
     Values are rounded to bfloat16 first, so that one checkpoint has one fingerprint whether it was
-    loaded in float32 or in bfloat16, from one file or from shards. A quantised
-    copy has the fingerprint of its integers and scales, which are the same in either dtype.
+    loaded in float32 or in bfloat16, from one file or from shards. A quantised copy has the
+    fingerprint of its integers and scales, which are the same in either dtype.
 
     Args:
         params: the backbone's parameters, layers stacked; arrays may be sharded.

@@ -283,7 +283,7 @@ class Stack:
             return Layer(self.arch).apply({"params": weights}, *args, method=method)
 
         if isinstance(params["layers"], tuple):
-            return stack(
+            return stack_layers(
                 [
                     call((weights, jax.tree.map(operator.itemgetter(index), per_layer)))
                     for index, weights in enumerate(params["layers"])
@@ -294,7 +294,7 @@ class Stack:
     def keys_values(self, params: Params, h_LBTD: jax.Array, tokens: Tokens) -> KeysValues:
         """The keys and values of hidden states at the entry of every layer, [L, B, K, T, H]."""
         kinds = self.arch.sliding or (False,) * self.arch.layers
-        angles = stack([self._angles(tokens.position_BT, kind) for kind in kinds])
+        angles = stack_layers([self._angles(tokens.position_BT, kind) for kind in kinds])
         made: KeysValues = self.over_layers(params, Layer.keys_values, h_LBTD, angles)
         return made
 
@@ -361,7 +361,7 @@ def task_of(tokens: Tokens) -> jax.Array:
     return tokens.task_BT
 
 
-def stack(layers: Any) -> Any:
+def stack_layers(layers: Any) -> Any:
     """Trees of one structure, one a layer, as one tree with a leading L axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 

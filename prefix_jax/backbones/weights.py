@@ -2,8 +2,8 @@
 
 Host memory never holds more than the parameters that are placed already, the one that is being
 stacked, and one tensor of the checkpoint; of quantised parameters, no more than what they become
-and that tensor. Files are mapped tensor by tensor, so that their pages
-leave memory with the tensor, and only the slices that this host's devices hold are read.
+and that tensor. Files are mapped tensor by tensor, so that their pages leave memory with the
+tensor, and only the slices that this host's devices hold are read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-
 
 _PART = 1 << 24  # numbers that are quantised at a time
 

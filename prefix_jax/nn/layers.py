@@ -110,6 +110,7 @@ class Attention(nn.Module):
     memory, to what an encoder read.
 
     Attributes:
+        d_model: D.
         heads, kv_heads, head_dim: N, K and H.
         qkv_bias, out_bias: whether the projections add biases.
         qk_norm: makes the norm over H of queries and keys (Qwen 3, Gemma 3), or None.
@@ -193,7 +194,14 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Feed-forward, with or without a gate (Shazeer 2020) and biases."""
+    """Feed-forward, with or without a gate (Shazeer 2020) and biases.
+
+    Attributes:
+        d_model, d_ff: D and F.
+        activation: of the gate where there is one, else of what goes up.
+        gated: whether there is one.
+        bias: whether the projections add biases.
+    """
 
     d_model: int
     d_ff: int
