@@ -129,7 +129,7 @@ COLLECTIVES = (
 
 AUTO = (
     Case("smollm2-135m", "v5e:2x2", (-1, 1, 1), 16),
-    Case("gpt2-xl", "v5e:2x2", (-1, 1, 1), 16, remat="full"),
+    Case("gpt2-xl", "v5e:2x2", (-1, 1, 1), 16, tokens=768),
     Case("llama-3.2-1b", "v5e:2x4", (-1, 1, 1), 16),
     Case("llama-3.2-3b", "v5e:2x4", (-1, 1, 1), 16),
     Case("llama-3-8b", "v5e:2x4", (-1, 1, 1), 16),
