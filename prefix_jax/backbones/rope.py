@@ -9,6 +9,8 @@ from typing import Any
 from prefix_jax.errors import BackboneError
 from prefix_jax.nn.rotary import Rotary
 
+_SCALINGS = ("linear", "llama3", "yarn")
+
 
 def read_rotary(config: Mapping[str, Any], share: float = 1.0) -> Rotary:
     """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
@@ -24,13 +26,17 @@ def read_rotary(config: Mapping[str, Any], share: float = 1.0) -> Rotary:
     rope = {"rope_theta": config.get("rope_theta", 10000.0), **rope}
     rope |= config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta, factor = rope["rope_theta"], rope.get("factor", 1.0)
-    share = rope.get("partial_rotary_factor", share)
+    theta, share = rope["rope_theta"], rope.get("partial_rotary_factor", share)
+    if kind == "default":
+        return Rotary(theta, share=share)
+    if kind not in _SCALINGS:
+        raise BackboneError(
+            f"rope scaling {kind!r} is not supported; supported: default, {', '.join(_SCALINGS)}"
+        )
+    factor = rope["factor"]
     original = rope.get("original_max_position_embeddings") or config.get(
         "max_position_embeddings", 2048
     )
-    if kind == "default":
-        return Rotary(theta, share=share)
     if kind == "linear":
         return Rotary(theta, "linear", factor, share=share)
     if kind == "llama3":
@@ -43,20 +49,16 @@ def read_rotary(config: Mapping[str, Any], share: float = 1.0) -> Rotary:
             high=rope["high_freq_factor"],
             share=share,
         )
-    if kind == "yarn":
-        return Rotary(
-            theta,
-            "yarn",
-            factor,
-            original,
-            low=rope.get("beta_slow") or 1.0,
-            high=rope.get("beta_fast") or 32.0,
-            attention=_yarn_attention(rope, factor),
-            truncate=rope.get("truncate", True),
-            share=share,
-        )
-    raise BackboneError(
-        f"rope scaling {kind!r} is not supported; supported: default, linear, llama3, yarn"
+    return Rotary(
+        theta,
+        "yarn",
+        factor,
+        original,
+        low=rope.get("beta_slow") or 1.0,
+        high=rope.get("beta_fast") or 32.0,
+        attention=_yarn_attention(rope, factor),
+        truncate=rope.get("truncate", True),
+        share=share,
     )
 
 

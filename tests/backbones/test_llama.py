@@ -8,6 +8,8 @@ import pytest
 import transformers
 
 from prefix_jax.backbones import llama
+from prefix_jax.backbones.load import architecture
+from prefix_jax.errors import BackboneError
 
 _SAID: dict[str, Any] = {
     "vocab_size": 64,
@@ -31,3 +33,10 @@ def test_llama_itself_has_no_window() -> None:
     # Models that were converted to it keep the keys of what they came from.
     arch = llama.architecture({"model_type": "llama", **_SAID, "sliding_window": 4096})
     assert (arch.window, arch.sliding) == (None, ())
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_a_scaling_that_does_not_say_by_how_much_is_refused(kind: str) -> None:
+    scaling = {"rope_type": kind, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    with pytest.raises(BackboneError, match="configuration of here lacks 'factor'"):
+        architecture({"model_type": "llama", **_SAID, "rope_scaling": scaling}, "here")
