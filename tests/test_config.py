@@ -100,6 +100,13 @@ def test_an_override_of_one_method_field_keeps_the_default_method(minimal):
     assert load(minimal, ["method.length=4"]).method == {"name": "prefix", "length": 4}
 
 
+@pytest.mark.parametrize("name", ["plus", "full"])
+def test_an_override_that_names_the_method_brings_no_field_of_the_default_one(minimal, name):
+    # Neither of them has a length.
+    method = load(minimal, [f"method.name={name}"]).method
+    assert method == {"name": name}
+
+
 def test_a_bare_method_name_stands_for_its_defaults(minimal):
     assert load(minimal, ["method=full"]).method == {"name": "full"}
 

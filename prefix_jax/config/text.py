@@ -164,7 +164,8 @@ def _put(values: dict[str, Any], key: str, value: Any, override: str) -> None:
     """Sets a dotted key, making sections on the way."""
     *sections, name = key.split(".")
     if sections and sections[0] == "method":
-        values.setdefault("method", default_method())
+        # By name alone: the override may name another, which need not have the same fields.
+        values.setdefault("method", {"name": default_method()["name"]})
     for depth, section in enumerate(sections, 1):
         if values.get(section) is None:
             values[section] = {}
