@@ -54,7 +54,8 @@ class Plan:
         method: by name.
         quantize: the weights.
         topology: the chips.
-        mesh: how they are laid out.
+        chips, devices: how many there are; some chips are two devices.
+        mesh: how the devices are laid out.
         job: "train" or "decode".
         rows: the rows of the step.
         memory: on one device; where the step does not fit, what the compiler said it needs.
