@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -25,9 +25,11 @@ from prefix_jax.backbones.quantized import abstract_params
 from prefix_jax.backbones.stack import Params
 from prefix_jax.backbones.tokenizer import load_tokenizer
 from prefix_jax.backbones.weights import Safetensors, TensorSource, stream
-from prefix_jax.errors import BackboneError, reason
+from prefix_jax.errors import BackboneError, ConfigError, reason
 from prefix_jax.mesh import make_mesh, weight_shardings
 from prefix_jax.nn.quantized import Quantize
+
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 # Each has MODEL_TYPES, architecture(config) and hf_names(arch). Where a config does not tell all,
 # it has as_stored(arch, names) too, which looks at what the checkpoint holds.
@@ -89,7 +91,7 @@ class Pretrained:
 def load(
     source: str | Path,
     *,
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    dtype: Dtype = "auto",
     mesh: Mesh | None = None,
     quantize: Quantize = "none",
 ) -> Pretrained:
@@ -104,7 +106,11 @@ def load(
     Raises:
         BackboneError: the source is absent, unreadable, incomplete or of an unsupported
             architecture.
+        ConfigError: `dtype` or `quantize` is none of those.
     """
+    for name, value, known in (("dtype", dtype, Dtype), ("quantize", quantize, Quantize)):
+        if value not in get_args(known):
+            raise ConfigError(f"{name}: {value!r} is not one of {', '.join(get_args(known))}")
     path = find(source)
     arch = architecture(read_config(path), str(path))
     checkpoint: TensorSource

@@ -6,13 +6,14 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from prefix_jax.backbones.load import architecture, find, load, read_config
-from prefix_jax.errors import BackboneError
+from prefix_jax.errors import BackboneError, ConfigError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "backbones"
 
@@ -105,6 +106,14 @@ def test_an_unreadable_config_is_named(model: Path, content: str | None, message
 def test_a_missing_path_is_an_error(path: str) -> None:
     with pytest.raises(BackboneError, match="there is no directory or file"):
         find(path)
+
+
+def test_weights_are_held_in_no_other_form_than_those_there_are(model: Path) -> None:
+    form: Any = "int3"
+    with pytest.raises(ConfigError, match="quantize: 'int3' is not one of none, int8, int4"):
+        load(model, quantize=form)
+    with pytest.raises(ConfigError, match="dtype: 'int3' is not one of auto, float32, bfloat16"):
+        load(model, dtype=form)
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
