@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.layer import Layer, make_norm
 from prefix_jax.errors import PrefixError
-from prefix_jax.mesh import constrain_rows
+from prefix_jax.mesh import constrain_rows, look_up
 from prefix_jax.nn.layers import KeysValues, View
 from prefix_jax.nn.mask import Seen, Sight, Tokens, visible, visible_prefix
 from prefix_jax.nn.remat import Remat, rematerialised
@@ -138,12 +138,12 @@ class Stack:
         dtype = x_BTD.dtype
         if a.positions:
             row_BT = tokens.position_BT + (start + a.position_offset)
-            x_BTD = x_BTD + embed["positions_TD"][row_BT]
+            x_BTD = x_BTD + look_up(embed["positions_TD"], row_BT)
         if a.segments:
             segment_BT = tokens.segment_BT
             if segment_BT is None:
                 segment_BT = jnp.zeros_like(tokens.group_BT)
-            x_BTD = x_BTD + embed["segments_XD"][segment_BT]
+            x_BTD = x_BTD + look_up(embed["segments_XD"], segment_BT)
         x_BTD = x_BTD.astype(dtype)
         if a.embed_norm:
             normed: Any = make_norm(a).apply({"params": embed["norm"]}, x_BTD)

@@ -1,4 +1,4 @@
-"""A model whose attention runs in kernels: what it computes, and what a TPU's program holds."""
+"""A stack on devices: what its kernels compute, and what its programs hold and exchange."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoders import decoder, token_ids, weights
+from decoders import decoder, present, token_ids, weights
 from jax.sharding import NamedSharding
 
-from prefix_jax.mesh import make_mesh, replicated, rows_sharding, weight_shardings
+from prefix_jax.backbones.stack import Stack
+from prefix_jax.mesh import (
+    constrain_rows,
+    make_mesh,
+    replicated,
+    rows_sharding,
+    weight_shardings,
+)
 from prefix_jax.nn import splash
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.plan.hlo import parse, temporaries
@@ -101,3 +108,28 @@ def test_no_array_of_a_TPU_program_holds_weights_of_queries_on_keys():
     for kernel in ("fwd", "dq", "dkv"):
         assert f"splash_mqa_{kernel}" in program
     assert not [array for array in temporaries(parse(program)) if array.dims.count(T) > 1]
+
+
+def test_devices_exchange_what_they_looked_up_of_positions_and_gather_none():
+    mesh, backbone = make_mesh(2, 2, 2), decoder("gpt2")
+
+    def on(mesh_sharding: NamedSharding, leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh_sharding)
+
+    def place(params, x_BTD, tokens):
+        return constrain_rows(Stack(backbone.arch).place(params, x_BTD, tokens, 3))
+
+    params = jax.eval_shape(lambda: weights(backbone))
+    params = jax.tree.map(on, weight_shardings(params, mesh), params)
+    x_BTD = on(rows_sharding(mesh, 3), jnp.zeros((8, 12, 32)))
+    tokens = jax.tree.map(functools.partial(on, rows_sharding(mesh, 2)), present(8, 12))
+    with jax.set_mesh(mesh):
+        program = parse(jax.jit(place).lower(params, x_BTD, tokens).compile().as_text())
+    gathered = [
+        array
+        for computation in program.computations.values()
+        for instruction in computation.values()
+        if instruction.opcode.startswith("all-gather")
+        for array in instruction.results
+    ]
+    assert {array.dtype for array in gathered} <= {"s32"}
