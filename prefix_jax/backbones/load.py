@@ -178,6 +178,11 @@ def find(source: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
         raise BackboneError(
             f"{path} is neither a directory in Hugging Face layout nor a .gguf file"
         )
+    if text.startswith("preset:"):
+        raise BackboneError(
+            f"{text} is a model's shape without its weights, which `prefix-jax plan` alone takes; "
+            "here stands a directory, a .gguf file, package:NAME or a hub id"
+        )
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(text):
         raise BackboneError(f"there is no directory or file {path}")
     try:

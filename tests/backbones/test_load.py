@@ -122,6 +122,11 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
         find(tmp_path / "weights.bin")
 
 
+def test_a_preset_has_no_weights_to_load() -> None:
+    with pytest.raises(BackboneError, match="preset:gpt2 is a model's shape without its weights"):
+        load("preset:gpt2")
+
+
 def test_a_hub_model_that_cannot_be_fetched_says_why() -> None:
     with pytest.raises(BackboneError, match="'nobody/nothing' could not be fetched"):
         find("nobody/nothing")
