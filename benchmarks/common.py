@@ -160,7 +160,7 @@ def _model_file() -> Path:
 def without_torch() -> None:
     """Hides torch from this process, as nobody who uses prefix_jax needs it: transformers would
     import it wherever it is installed, and it would count as our memory."""
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    sys.modules["torch"] = None
 
 
 def padded(batch: Sequence[tuple[np.ndarray, np.ndarray]], pad: int) -> dict[str, Any]:

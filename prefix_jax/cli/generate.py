@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -183,6 +184,6 @@ def _line(name: str) -> str:
     """A line that is typed, or the next one of a pipe."""
     if not sys.stdin.isatty():
         return input()
-    import readline  # noqa: F401  (input() edits lines with it)
+    importlib.import_module("readline")  # input() edits lines with it
 
     return input(f"{name}> ")

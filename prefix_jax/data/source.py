@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from prefix_jax.errors import DataError
+from prefix_jax.errors import DataError, reason
 
 TFDS = "tfds:"
 
@@ -214,11 +214,11 @@ def _read_tfds(spec: str, data_dir: str | os.PathLike[str] | None) -> list[Recor
         return [Record(_plain(row), f"{spec}:{number}") for number, row in enumerate(rows)]
     except (ValueError, NotImplementedError, OSError, AssertionError) as error:
         # The rest of such a message may be a list of every dataset there is.
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         # Without h5py, registration stops halfway and many text datasets are not found.
         missing = "" if importlib.util.find_spec("h5py") else "; install h5py, and try again"
         raise DataError(
-            f"{spec}: cannot be read from {data_dir or 'the default data directory'}: {reason}; "
+            f"{spec}: cannot be read from {data_dir or 'the default data directory'}: "
+            f"{reason(error)}; "
             "prepare it first, with download_and_prepare(file_format='array_record')" + missing
         ) from error
 

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec
 
 from prefix_jax.mesh import constrain_rows, row_shards
 
-# Up to so many devices take parts of the vocabulary. For a Llama-3-8B on v5e chips the exchange is
-# 1 % of a step for 16 of them if every token is a target, and 4 % for 64.
+# Up to so many devices take parts of the vocabulary. By the published peaks of v5e chips the
+# exchange is 1 % of a Llama-3-8B's step for 16 of them if every token is a target, 4 % for 64.
 _FEW = 16
 # Targets of a chunk, on each device that has the whole vocabulary: more cost memory (512 x 128k
 # float32 logits are 256 MiB); fewer would read the head more often than their products pay for (a

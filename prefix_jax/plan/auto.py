@@ -12,8 +12,7 @@ from prefix_jax.config import Config, MeshConfig
 from prefix_jax.errors import MeshError
 from prefix_jax.mesh import describe
 from prefix_jax.plan.abstract import AbstractRun, Rows
-from prefix_jax.plan.floor import floor
-from prefix_jax.plan.plan import Plan, bytes_on_one, compile_step
+from prefix_jax.plan.plan import Plan, bytes_on_one, compile_step, floor_of
 from prefix_jax.plan.topology import Topology
 
 Sizes = Mapping[str, int]
@@ -148,14 +147,7 @@ def guess(run: AbstractRun, rows: Rows, topology: Topology, sizes: Sizes) -> Gue
     # How often the weights are gone through: forwards, backwards, and forwards again.
     passes = 2 + (run.config.model.remat == "full") if trains else 1
     if trains:
-        least = floor(
-            arch,
-            rows=rows.rows,
-            tokens=rows.tokens,
-            targets=rows.targets,
-            produced=None,
-            source=rows.source,
-        )
+        least = floor_of(arch, rows, produced=None)
         flops = least.layers * passes / 2 + least.head
     else:
         flops = 2 * tokens * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(backbone))

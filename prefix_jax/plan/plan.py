@@ -12,12 +12,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.config import Config
 from prefix_jax.model import Params
 from prefix_jax.nn.quantized import Quantize
 from prefix_jax.plan.abstract import AbstractRun, Job, Rows
 from prefix_jax.plan.decode import lower_step
-from prefix_jax.plan.floor import floor
+from prefix_jax.plan.floor import Floor, floor
 from prefix_jax.plan.hlo import parse
 from prefix_jax.plan.roofline import Roofline, roofline
 from prefix_jax.plan.topology import Shortage, Topology
@@ -232,6 +233,11 @@ def _floor(run: AbstractRun, rows: Rows) -> int | None:
     produced: Produced = jax.eval_shape(
         lambda: method(method.init(jax.random.key(0), arch.geometry, None))
     )
+    return floor_of(arch, rows, produced).total
+
+
+def floor_of(arch: Architecture, rows: Rows, produced: Produced | None) -> Floor:
+    """The least that a training step on these rows computes."""
     return floor(
         arch,
         rows=rows.rows,
@@ -239,4 +245,4 @@ def _floor(run: AbstractRun, rows: Rows) -> int | None:
         targets=rows.targets,
         produced=produced,
         source=rows.source,
-    ).total
+    )

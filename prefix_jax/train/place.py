@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,13 +43,11 @@ class Place:
         if output.startswith(_BUCKET):
             self._remote = epath.Path(output)
             self.directory = Path("runs") / output.removeprefix(_BUCKET).strip("/")
-            try:
-                import gcsfs  # noqa: F401
-            except ImportError:
+            if importlib.util.find_spec("gcsfs") is None:
                 raise ConfigError(
                     f"output {output}: a bucket takes one more package: "
                     "pip install 'prefix-jax[gcs]'"
-                ) from None
+                )
         elif "://" in output:
             raise ConfigError(f"output {output}: give a directory, or a bucket as gs://BUCKET/PATH")
         else:

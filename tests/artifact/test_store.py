@@ -265,7 +265,7 @@ def test_what_a_killed_run_left_behind_does_not_hinder_the_next(stored: Path) ->
 def test_a_prefix_replaces_another_and_an_empty_directory(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     for name, container in (("kv", "orbax"), ("embeds", "safetensors"), ("hidden", "orbax")):
-        artifact.save(tmp_path / "p", PREFIXES[name], card_of(PREFIXES[name]), container)  # type: ignore[arg-type]
+        artifact.save(tmp_path / "p", PREFIXES[name], card_of(PREFIXES[name]), container)
         assert_equal(artifact.load(tmp_path / "p")[0], PREFIXES[name])
     assert {entry.name for entry in (tmp_path / "p").iterdir()} == {"prefix.json", "arrays"}
 
