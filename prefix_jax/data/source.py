@@ -213,11 +213,11 @@ def _read_tfds(spec: str, data_dir: str | os.PathLike[str] | None) -> list[Recor
             rows = prepared.as_data_source(split=split)
         return [Record(_plain(row), f"{spec}:{number}") for number, row in enumerate(rows)]
     except (ValueError, NotImplementedError, OSError, AssertionError) as error:
-        # The rest of such a message may be a list of every dataset there is.
         # Without h5py, registration stops halfway and many text datasets are not found.
         missing = "" if importlib.util.find_spec("h5py") else "; install h5py, and try again"
         raise DataError(
             f"{spec}: cannot be read from {data_dir or 'the default data directory'}: "
+            # The rest of such a message may be a list of every dataset there is.
             f"{reason(error)}; "
             "prepare it first, with download_and_prepare(file_format='array_record')" + missing
         ) from error
