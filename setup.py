@@ -58,6 +58,8 @@ setup(
             "pytest",
             "pytest-xdist",
             "hypothesis",
+            # Trains the tokenizer that a test rebuilds from GGUF.
+            "sentencepiece",
             "nbclient",
             "nbformat",
             "ipykernel",

