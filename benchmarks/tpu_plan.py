@@ -46,6 +46,7 @@ class Case:
         model: a preset.
         topology: the chips.
         mesh: data, fsdp and tensor.
+        sequence: the mesh's fourth axis.
         rows: of the step; where the largest batch is sought, the goal.
         remat, quantize: as in `model` of a config.
         method: as in a config.
@@ -60,11 +61,14 @@ class Case:
     quantize: str = "none"
     method: str = "prefix"
     tokens: int = TOKENS
+    sequence: int = 1
 
     @property
     def name(self) -> str:
         """In one word, for --only and the results."""
         mesh = "x".join(map(str, self.mesh))
+        if self.sequence > 1:
+            mesh += f"+{self.sequence}"
         parts = (self.model, self.topology, mesh, self.quantize, self.remat, self.method)
         rows = str(self.rows) if self.tokens == TOKENS else f"{self.rows}x{self.tokens}"
         return "/".join((*parts, rows))
@@ -86,11 +90,13 @@ class Case:
 
     def plan(self) -> Plan:
         run, rows, topology = self.prepared()
-        return compile_step(run, rows, topology, topology.mesh(sizes(self.mesh)))
+        return compile_step(run, rows, topology, topology.mesh(self.sizes))
 
-
-def sizes(mesh: tuple[int, int, int]) -> dict[str, int]:
-    return dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the mesh's axes."""
+        data, fsdp, tensor = self.mesh
+        return {"data": data, "fsdp": fsdp, "sequence": self.sequence, "tensor": tensor}
 
 
 # The goals of the project, and what a throw-away step had reached.
@@ -142,15 +148,19 @@ FULL = tuple(
     for remat in ("none", "full")
 )
 
-# A row a device, and fewer rows than devices.
+# A row a device, and fewer rows than devices: these share layers, or the columns of rows.
 LONG = (
     Case("llama-3.1-8b", "v5e:2x4", (1, 8, 1), 8, tokens=8192),
     Case("llama-3.1-8b", "v5e:2x4", (1, 8, 1), 8, tokens=32768),
     Case("llama-3.1-8b", "v5e:2x4", (1, 2, 4), 2, tokens=32768),
+    Case("llama-3.1-8b", "v5e:2x4", (1, 2, 1), 2, tokens=32768, sequence=4),
     Case("llama-3.1-8b", "v5e:2x4", (1, 1, 8), 1, tokens=32768),
+    Case("llama-3.1-8b", "v5e:2x4", (1, 1, 1), 1, tokens=32768, sequence=8),
+    Case("llama-3.1-8b", "v5e:2x4", (1, 1, 8), 1, tokens=131072 - 32),
+    Case("llama-3.1-8b", "v5e:2x4", (1, 1, 1), 1, tokens=131072 - 32, sequence=8),
 )
 
-DEPTH = ("llama-3-8b", "v5e:2x4", (1, 8, 1), 16)
+DEPTH = Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 16)
 
 
 def batches(case: Case, goals: bool) -> Row:
@@ -159,7 +169,7 @@ def batches(case: Case, goals: bool) -> Row:
     if goals:
         plan = case.plan()
         return {"rows": case.rows if plan.fits else None, "plan": as_json(plan)}
-    mesh = topology.mesh(sizes(case.mesh))
+    mesh = topology.mesh(case.sizes)
     found = largest_batch(run, rows, topology, mesh, lambda plan: print("   ", line(plan)))
     above = found.above
     return {
@@ -198,12 +208,12 @@ def auto(case: Case, _: bool) -> Row:
 
 def depth(layers: int) -> Row:
     """How long the step takes to compile with so many layers."""
-    run, rows, topology = Case(*DEPTH).prepared()
+    run, rows, topology = DEPTH.prepared()
     backbone = run.model.backbone
     arch = dataclasses.replace(backbone.arch, layers=layers)
     model = dataclasses.replace(run.model, backbone=dataclasses.replace(backbone, arch=arch))
     run = dataclasses.replace(run, model=model)
-    plan = compile_step(run, rows, topology, topology.mesh(sizes(DEPTH[2])))
+    plan = compile_step(run, rows, topology, topology.mesh(DEPTH.sizes))
     return {"layers": layers, "seconds": plan.compile_seconds, "plan": as_json(plan)}
 
 

@@ -7,6 +7,7 @@ every backbone.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,26 +19,43 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from prefix_jax.errors import MeshError
 
-AXES = ("data", "fsdp", "tensor")
-
-# Which mesh axis splits an axis of weights. A letter that is missing here is never split.
-WEIGHT_AXES = {"D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
+AXES = ("data", "fsdp", "sequence", "tensor")
 
 # Rows of a batch are split over both, as fsdp devices hold different data.
 BATCH_AXES = ("data", "fsdp")
 
+# The columns of rows, where rows are too long for a device, or fewer than there are.
+COLUMN_AXIS = "sequence"
+
+# Heads, features and the vocabulary.
+HEAD_AXIS = "tensor"
+
+# What devices share that hold different tokens: one copy of the weights.
+SHARE_AXES = ("fsdp", COLUMN_AXIS)
+
+# Which axes of the mesh split an axis of weights. A letter that is missing here is never split.
+WEIGHT_AXES: Mapping[str, tuple[str, ...]] = {
+    "D": SHARE_AXES,
+    **dict.fromkeys("NKFV", (HEAD_AXIS,)),
+}
+
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    sequence: int = 1,
 ) -> Mesh:
-    """A `data` × `fsdp` × `tensor` mesh; one size may be -1 and takes what is left.
+    """A `data` × `fsdp` × `sequence` × `tensor` mesh; one size may be -1 and takes what is left.
 
     Raises:
         MeshError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, tensor]
-    asked = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    sizes = [data, fsdp, sequence, tensor]
+    asked = describe(dict(zip(AXES, sizes, strict=True)))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise MeshError(f"mesh {asked}: sizes must be positive, and only one may be -1")
     fixed = int(np.prod([size for size in sizes if size != -1]))
@@ -51,19 +69,24 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
+def shards(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
+    """Into how many parts these axes of a mesh split something."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the rows of a batch are split."""
-    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    return shards(mesh, BATCH_AXES)
 
 
 def check_rows(mesh: Mesh, rows: int, what: str) -> None:
     """Raises MeshError if `rows` rows do not divide over the mesh."""
-    shards = batch_shards(mesh)
-    if rows % shards:
+    parts = batch_shards(mesh)
+    if rows % parts:
         raise MeshError(
-            f"{what} {rows} does not divide over {shards} batch shards "
+            f"{what} {rows} does not divide over {parts} batch shards "
             f"(data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}); "
-            f"choose a multiple of {shards}"
+            f"choose a multiple of {parts}"
         )
 
 
@@ -71,7 +94,7 @@ def weight_spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> Partit
     """How a parameter is split, from the letters at the end of its name. The integers and the
     scales of a quantised one are split alike, as far as they have the axis.
 
-    Vectors are replicated, and so is an axis that its mesh axis does not divide (3 key/value heads
+    Vectors are replicated, and so is an axis that its mesh axes do not divide (3 key/value heads
     over 2 devices, say).
     """
     # A quantised parameter's leaves are attributes below its name.
@@ -88,8 +111,8 @@ def weight_spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> Partit
     ]
     return PartitionSpec(
         *(
-            axis if axis and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(split, shape, strict=True)
+            axes if axes and size % shards(mesh, axes) == 0 else None
+            for axes, size in zip(split, shape, strict=True)
         )
     )
 
@@ -137,14 +160,15 @@ def on_mesh_of(arrays: Any) -> AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def constrain_rows(x: jax.Array) -> jax.Array:
-    """Keeps rows over the batch axes inside a jitted function that runs under `jax.set_mesh`;
-    does nothing outside of a mesh."""
+def constrain_tokens(x_BT: jax.Array) -> jax.Array:
+    """Keeps what tokens hold, x_BT or x_BTD, on their devices inside a jitted function that runs
+    under `jax.set_mesh`: rows over the batch axes, and columns over theirs if it divides them.
+    Does nothing outside of a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(
-        x, PartitionSpec(BATCH_AXES, *(None for _ in x.shape[1:]))
-    )
+        return x_BT
+    columns = None if x_BT.shape[1] % column_shards() else COLUMN_AXIS
+    spec = PartitionSpec(BATCH_AXES, columns, *(None for _ in x_BT.shape[2:]))
+    return jax.lax.with_sharding_constraint(x_BT, spec)
 
 
 def look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
@@ -156,13 +180,17 @@ def look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     """
     mesh = jax.sharding.get_abstract_mesh()
     fits = not mesh.empty and not (
-        table_VD.shape[1] % mesh.shape["fsdp"] or ids_BT.shape[0] % row_shards()
+        table_VD.shape[1] % shards(mesh, SHARE_AXES) or ids_BT.shape[0] % row_shards()
     )
     if not fits:
         return table_VD[ids_BT]
-    ids_BT = jax.lax.with_sharding_constraint(ids_BT, PartitionSpec("data", None))
-    x_BTD = jax.lax.with_sharding_constraint(table_VD[ids_BT], PartitionSpec("data", None, "fsdp"))
-    return constrain_rows(x_BTD)
+    constrain = jax.lax.with_sharding_constraint
+    x_BTD = table_VD[constrain(ids_BT, PartitionSpec("data", None))]
+    x_BTD = constrain(x_BTD, PartitionSpec("data", None, SHARE_AXES))
+    if 1 < column_shards() and x_BTD.shape[1] % column_shards() == 0:
+        # Columns first: XLA exchanges along one axis of an array at a time.
+        x_BTD = constrain(x_BTD, PartitionSpec("data", COLUMN_AXIS, "fsdp"))
+    return constrain_tokens(x_BTD)
 
 
 def row_shards() -> int:
@@ -171,12 +199,20 @@ def row_shards() -> int:
     return 1 if mesh.empty else batch_shards(mesh)
 
 
+def column_shards() -> int:
+    """Into how many parts columns are split inside a jitted function; 1 outside of a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[COLUMN_AXIS]
+
+
 def agreed(value: int) -> int:
     """What the first process says, on every process of the run. All of them call it."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def describe(mesh: Mesh | Mapping[str, int]) -> str:
-    """For messages: "data=4 x fsdp=2 x tensor=1"."""
+    """For messages: "data=4 x fsdp=2 x tensor=1", and sequence where it splits anything."""
     shape = mesh.shape if isinstance(mesh, Mesh) else mesh
-    return " x ".join(f"{axis}={size}" for axis, size in shape.items())
+    return " x ".join(
+        f"{axis}={size}" for axis, size in shape.items() if axis != COLUMN_AXIS or size != 1
+    )

@@ -17,6 +17,9 @@ if version("jaxlib").startswith("0.10."):  # later ones refuse to start with a f
     # for the halves of a small program gain nothing.
     _FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
+# Devices that wait for each other do so in threads of one pool, by default one a device: too few
+# where several exchanges are under way, and all would wait for ever.
+os.environ["NPROC"] = "32"
 # Compiling a small program takes longer than running it once: quickly, here and in processes that
 # tests start. What looks at what the compiler makes of a program asks for `full_compilation`.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"

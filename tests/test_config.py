@@ -199,7 +199,7 @@ _TASK = ["task.name=classify", "data.target=null", "data.input='{a}'"]
         (["optim.b2=1"], "b2 must lie in [0, 1), not 1"),
         (["optim.clip=0"], "clip must be positive"),
         (["optim.accumulate=3"], "data.batch_size 8 does not divide"),
-        (["mesh.fsdp=-1"], "only one of data, fsdp and tensor"),
+        (["mesh.fsdp=-1"], "only one of data, fsdp, sequence and tensor"),
         (["mesh.tensor=0"], "tensor must be -1 or at least 1"),
         (["decode.beams=5000"], "beams must be 1024 at most, not 5000"),
         (["decode.beams=2", "decode.temperature=1"], "beam search does not sample"),

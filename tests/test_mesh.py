@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoders import decoder, token_ids, weights
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from prefix_jax.errors import MeshError
 from prefix_jax.mesh import (
+    SHARE_AXES,
     batch_shards,
     check_rows,
-    constrain_rows,
+    constrain_tokens,
     describe,
     make_mesh,
     on_mesh_of,
@@ -33,9 +34,14 @@ def mesh():
 
 
 def test_one_size_may_be_left_open():
-    assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert dict(make_mesh(2, -1, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(make_mesh(1, 1, -1, jax.devices()[:3]).shape) == {"data": 1, "fsdp": 1, "tensor": 3}
+    def sizes(mesh: Mesh) -> tuple[int, ...]:
+        assert mesh.axis_names == ("data", "fsdp", "sequence", "tensor")
+        return mesh.devices.shape
+
+    assert sizes(make_mesh()) == (8, 1, 1, 1)
+    assert sizes(make_mesh(2, -1, 2)) == (2, 2, 1, 2)
+    assert sizes(make_mesh(1, 1, -1, jax.devices()[:3])) == (1, 1, 1, 3)
+    assert sizes(make_mesh(2, sequence=-1)) == (2, 1, 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +68,7 @@ def test_rows_divide_over_data_and_fsdp(mesh):
 
 def test_a_mesh_is_described_by_its_axes(mesh):
     assert describe(mesh) == describe(dict(mesh.shape)) == "data=2 x fsdp=2 x tensor=2"
+    assert describe(make_mesh(2, sequence=4)) == "data=2 x fsdp=1 x sequence=4 x tensor=1"
 
 
 # Weights.
@@ -70,18 +77,18 @@ def test_a_mesh_is_described_by_its_axes(mesh):
 @pytest.mark.parametrize(
     ("name", "shape", "expected"),
     [
-        ("q_DNH", (8, 4, 2), ("fsdp", "tensor", None)),
-        ("q_DNH", (3, 8, 4, 2), (None, "fsdp", "tensor", None)),
-        ("o_NHD", (4, 2, 8), ("tensor", None, "fsdp")),
-        ("down_FD", (3, 6, 8), (None, "tensor", "fsdp")),
-        ("tokens_VD", (50, 8), ("tensor", "fsdp")),
-        ("positions_TD", (64, 8), (None, "fsdp")),
-        ("unembed_DV", (8, 50), ("fsdp", "tensor")),
+        ("q_DNH", (8, 4, 2), (SHARE_AXES, "tensor", None)),
+        ("q_DNH", (3, 8, 4, 2), (None, SHARE_AXES, "tensor", None)),
+        ("o_NHD", (4, 2, 8), ("tensor", None, SHARE_AXES)),
+        ("down_FD", (3, 6, 8), (None, "tensor", SHARE_AXES)),
+        ("tokens_VD", (50, 8), ("tensor", SHARE_AXES)),
+        ("positions_TD", (64, 8), (None, SHARE_AXES)),
+        ("unembed_DV", (8, 50), (SHARE_AXES, "tensor")),
         # Biases with two letters are matrices as far as memory is concerned.
         ("q_bias_NH", (3, 4, 2), (None, "tensor", None)),
         # 3 heads over 2 devices, an odd vocabulary: that axis stays whole.
-        ("k_DKH", (8, 3, 2), ("fsdp", None, None)),
-        ("tokens_VD", (51, 8), (None, "fsdp")),
+        ("k_DKH", (8, 3, 2), (SHARE_AXES, None, None)),
+        ("tokens_VD", (51, 8), (None, SHARE_AXES)),
         # Vectors are whole, stacked or not.
         ("scale_D", (8,), ()),
         ("scale_D", (3, 8), ()),
@@ -145,9 +152,9 @@ def test_micro_batches_stand_before_the_rows(mesh):
 
 def test_rows_are_kept_over_the_batch_axes_under_a_mesh_and_left_alone_without(mesh):
     x = jnp.zeros((8, 2))
-    assert constrain_rows(x) is x
+    assert constrain_tokens(x) is x
     with jax.set_mesh(mesh):
-        out = jax.jit(lambda x: constrain_rows(x + 1))(token_ids(8, 2))
+        out = jax.jit(lambda x: constrain_tokens(x + 1))(token_ids(8, 2))
     assert out.sharding.shard_shape((8, 2)) == (2, 2)
 
 

@@ -18,6 +18,7 @@ from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.data.batch import Example
 from prefix_jax.data.pack import Packing, arrange, materialise, measure
 from prefix_jax.errors import ContextError, PrefixError
+from prefix_jax.mesh import make_mesh
 from prefix_jax.methods.hidden import HiddenPrefixTuning
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.methods.prompt import PromptTuning
@@ -77,6 +78,29 @@ def test_a_loss_is_the_sum_of_each_example_alone(name: str, weights_: Any) -> No
     np.testing.assert_allclose(jax.jit(model.loss)(params, batch), total, rtol=1e-4)
     scores_B = jax.jit(model.score)(weights_, lifted, batch)
     np.testing.assert_allclose(scores_B.sum(), total, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_devices_that_share_columns_change_neither_a_loss_nor_its_gradient(
+    name: str, weights_: Any
+) -> None:
+    model = PrefixModel(BACKBONE, METHODS[name])
+    prefix = METHODS[name].init(jax.random.key(1), BACKBONE.geometry, None)
+    found = examples()
+    batch = materialise(arrange(measure(found), Packing(pack=model.packs)), found)
+
+    def loss(prefix: Any) -> jax.Array:
+        return model.loss({"backbone": weights_, "prefix": prefix}, batch)
+
+    alone = jax.jit(jax.value_and_grad(loss))(prefix)
+    with jax.set_mesh(make_mesh(2, sequence=4)):
+        # Another function, or the first program would answer.
+        shared = jax.jit(jax.value_and_grad(lambda prefix: loss(prefix)))(prefix)
+    np.testing.assert_allclose(shared[0], alone[0], rtol=1e-5)
+    for ours, theirs in zip(*(jax.tree.leaves(found[1]) for found in (shared, alone)), strict=True):
+        # T5's logits are not scaled: a prompt that is off by its last bit moves gradients by 5e-5
+        # of the largest.
+        np.testing.assert_allclose(ours, theirs, atol=2e-4 * float(abs(theirs).max()))
 
 
 def test_examples_pack_unless_soft_tokens_stand_before_the_encoder() -> None:

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.layer import Layer, make_norm
 from prefix_jax.errors import PrefixError
-from prefix_jax.mesh import constrain_rows, look_up
+from prefix_jax.mesh import column_shards, constrain_tokens, look_up
+from prefix_jax.nn import columns
 from prefix_jax.nn.layers import KeysValues, View
 from prefix_jax.nn.mask import Seen, Sight, Tokens, visible, visible_prefix
 from prefix_jax.nn.remat import Remat, rematerialised
@@ -188,7 +189,12 @@ class Stack:
     ) -> tuple[jax.Array, Any, Any]:
         """All layers. Returns their output, the cache if there is one, and with `entries` the
         states that entered each of them, h_LBTD."""
-        a = self.arch
+        a, T = self.arch, x_BTD.shape[1]
+        # A cache and the states that entered layers have their columns in order.
+        in_order = cache is not None or entries or not a.causal
+        dealt = not in_order and column_shards() > 1
+        if dealt:
+            x_BTD, tokens = columns.deal(columns.fill((x_BTD, tokens)))
         keys, column, there = tokens, None, None
         if cache is not None:
             column = cache.length
@@ -199,7 +205,9 @@ class Stack:
         # The layers of one scan are of one kind as far as anything static goes.
         mixed = len(kinds) == 2 and not isinstance(params["layers"], tuple)
         views = {
-            sliding: self._view(params, tokens, keys, prefix, column, sliding, mixed, lineage_BTS)
+            sliding: self._view(
+                params, tokens, keys, prefix, column, sliding, mixed, lineage_BTS, dealt
+            )
             for sliding in kinds
         }
         sites: tuple[Site | None, Site | None] = (None, None)
@@ -222,7 +230,7 @@ class Stack:
             out: Any = Layer(a).apply(
                 {"params": weights}, x_BTD, view, sites[0], cache, cross_view, sites[1], memory
             )
-            return constrain_rows(out[0]), out[1]
+            return constrain_tokens(out[0]), out[1]
 
         caches: Any = None if cache is None else cache.layers
         memories: Any = None if encoded is None else encoded.layers
@@ -266,7 +274,9 @@ class Stack:
                 (params["layers"], sliding_L, sites, caches, memories),
             )
         if cache is not None and there is not None:
-            cache = Cache(caches, there, cache.length + x_BTD.shape[1])
+            cache = Cache(caches, there, cache.length + T)
+        if dealt:
+            x_BTD = columns.undeal(x_BTD)[:, :T]
         return x_BTD, cache, h_LBTD
 
     def over_layers(self, params: Params, method: Callable[..., Any], *per_layer: Any) -> Any:
@@ -314,6 +324,7 @@ class Stack:
         sliding: bool,
         mixed: bool,
         lineage_BTS: jax.Array | None,
+        dealt: bool,
     ) -> View:
         """What layers of this kind see; `mixed` if it is to be chosen layer by layer in a scan."""
         a = self.arch
@@ -325,9 +336,10 @@ class Stack:
         if lineage_BTS is not None:
             seen = Seen(visible(queries, keys, window, lineage_BTS))
         elif mixed:
-            seen = Seen(Sight(queries, keys, a.causal, a.window, jnp.asarray(sliding)))
+            narrow = jnp.asarray(sliding)
+            seen = Seen(Sight(queries, keys, a.causal, a.window, narrow, dealt=dealt))
         else:
-            seen = Seen(Sight(queries, keys, a.causal, window))
+            seen = Seen(Sight(queries, keys, a.causal, window, dealt=dealt))
         tasks = 1 if prefix is None or prefix.tasks is None else prefix.tasks
         slot_P = jnp.arange(slots) % max(slots // tasks, 1)
         if slots and prefix is not None and a.window is not None and not prefix.pinned:

@@ -205,12 +205,15 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How devices are laid out, as `data × fsdp × tensor`; -1 takes the devices that remain.
+    """How devices are laid out, as `data × fsdp × sequence × tensor`; -1 takes the devices that
+    remain.
 
     Attributes:
         data: copies of the backbone, each with its share of the batch.
         fsdp: shares of every weight, gathered for use; the batch is split here too.
         tensor: shares of every layer's heads and features.
+        sequence: shares of the columns of every row, and of weights as with fsdp: for rows that
+            are too long for a device, or fewer than devices.
         auto: choose the sizes, by compiling the step for a few (see docs/plan.md); TPUs only. A
             bare word in YAML, `mesh: auto`, stands for `{auto: true}`.
     """
@@ -218,19 +221,25 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    sequence: int = 1
     auto: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
         """Of the axes, by name."""
-        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        return {
+            "data": self.data,
+            "fsdp": self.fsdp,
+            "sequence": self.sequence,
+            "tensor": self.tensor,
+        }
 
     def __post_init__(self) -> None:
         sizes = self.sizes
         require(
             (
-                not self.auto or sizes == {"data": -1, "fsdp": 1, "tensor": 1},
-                "auto chooses data, fsdp and tensor: leave them out",
+                not self.auto or sizes == MeshConfig().sizes,
+                "auto chooses data, fsdp, sequence and tensor: leave them out",
             ),
             *(
                 (size == -1 or size >= 1, f"{axis} must be -1 or at least 1, not {size}")
@@ -238,7 +247,7 @@ class MeshConfig:
             ),
             (
                 list(sizes.values()).count(-1) <= 1,
-                "only one of data, fsdp and tensor can be -1 (the devices that remain)",
+                "only one of data, fsdp, sequence and tensor can be -1 (the devices that remain)",
             ),
         )
 

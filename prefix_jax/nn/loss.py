@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from prefix_jax.mesh import constrain_rows
+from prefix_jax.mesh import constrain_tokens
 from prefix_jax.nn import vocabulary
 
 Unembed = Callable[[Any, jax.Array], jax.Array]
@@ -124,7 +124,7 @@ def _forward(
         loss, dh_BCD = jax.value_and_grad(
             lambda h_BCD: _chunk_losses(unembed, params, h_BCD, *targets).sum()
         )(h_BCD)
-        return loss, constrain_rows(dh_BCD)
+        return loss, constrain_tokens(dh_BCD)
 
     loss_C, dh_CBCD = jax.lax.map(chunk, _parts(h_BMD, label_BM, weight_BM))
     dh_BMD = jnp.moveaxis(dh_CBCD, 0, 1).reshape(h_BMD.shape[0], -1, h_BMD.shape[2])

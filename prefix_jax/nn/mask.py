@@ -72,6 +72,7 @@ class Sight:
         window: how many positions back a query sees, its own included; None for all.
         narrow: bool scalar, whether the window holds, where layers of one scan differ in it; None
             where it holds in all.
+        dealt: whether queries and keys are the columns of rows that `columns.deal` dealt out.
     """
 
     queries: Tokens
@@ -79,6 +80,7 @@ class Sight:
     causal: bool = flax.struct.field(pytree_node=False, default=True)
     window: int | None = flax.struct.field(pytree_node=False, default=None)
     narrow: jax.Array | None = None
+    dealt: bool = flax.struct.field(pytree_node=False, default=False)
 
     def mask(self) -> jax.Array:
         """The same as an array, bool [B, T, S]."""

@@ -20,11 +20,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
 
-from prefix_jax.mesh import BATCH_AXES, WEIGHT_AXES, row_shards
+from prefix_jax.mesh import BATCH_AXES, COLUMN_AXIS, HEAD_AXIS, column_shards, row_shards
+from prefix_jax.nn.columns import origin, reorder
 from prefix_jax.nn.dense import MASKED
 from prefix_jax.nn.mask import Seen, Sight
 
@@ -94,8 +96,8 @@ def forward(
     sight = _sight(seen)
 
     def attended(window: int | None) -> Any:
-        run = _Run(softcap, sight.causal, window)
-        return _over_mesh(run.forward, (q_BKGTH,), (k_BSKH, v_BSKH), _ids(sight))
+        run = _Run.over_mesh(softcap, sight, window, q_BKGTH.shape[3])
+        return _over_mesh(run, _Run.forward, (q_BKGTH,), (k_BSKH, v_BSKH), _ids(sight))
 
     (out_BKGTH, log_total_BKGT1), _ = _by_window(sight, attended)
     peak_BKGT1 = log_total_BKGT1
@@ -122,11 +124,11 @@ def backward(
     queries = q_BKGTH, out_BKGTH, log_total_BKGT1, dout_BKGTH
 
     def gradients(window: int | None) -> Any:
-        run = _Run(softcap, sight.causal, window)
-        return _over_mesh(run.backward, queries, (k_BSKH, v_BSKH), _ids(sight))
+        run = _Run.over_mesh(softcap, sight, window, q_BKGTH.shape[3])
+        return _over_mesh(run, _Run.backward, queries, (k_BSKH, v_BSKH), _ids(sight))
 
     (dq_BKGTH,), (dk_BSKH, dv_BSKH) = _by_window(sight, gradients)
-    return dq_BKGTH, dk_BSKH, dv_BSKH, None
+    return dq_BKGTH, dk_BSKH.astype(k_BSKH.dtype), dv_BSKH.astype(v_BSKH.dtype), None
 
 
 # What queries hold, [B, K, G, T, …], and what keys hold, [B, S, K, H].
@@ -140,12 +142,24 @@ class _Run:
     Attributes:
         softcap: bounds the logits, or None.
         causal: whether a query sees no later key.
-        window: how many columns back it sees, its own included; None for all.
+        window: of causal attention, how many columns back it sees, its own included; None for all.
+        shards: how many devices share the queries of a row; each has all of its keys.
+        dealt: whether these hold columns from either end of it.
     """
 
     softcap: float | None
     causal: bool
     window: int | None
+    shards: int = 1
+    dealt: bool = False
+
+    @classmethod
+    def over_mesh(
+        cls, softcap: float | None, sight: Sight, window: int | None, columns: int
+    ) -> _Run:
+        """On the mesh of `jax.set_mesh`. A mesh that does not divide columns repeats the work."""
+        shards = 1 if columns % column_shards() else column_shards()
+        return cls(softcap, sight.causal, window, shards, sight.dealt)
 
     def forward(
         self, queries: Arrays, keys: Arrays, ids: list[kernels.SegmentIds]
@@ -162,17 +176,17 @@ class _Run:
     def backward(
         self, queries: Arrays, keys: Arrays, ids: list[kernels.SegmentIds]
     ) -> tuple[Arrays, Arrays]:
-        """(q, out, log_total, dout), (k, v) → (dq,) in float32, and (dk, dv)."""
+        """(q, out, log_total, dout), (k, v) → (dq,) and (dk, dv); all float32."""
         parts = [self._backward(queries, keys, one) for one in ids]
         dq, dk, dv = (functools.reduce(jnp.add, same) for same in zip(*parts, strict=True))
-        return (dq,), (dk.astype(keys[0].dtype), dv.astype(keys[1].dtype))
+        return (dq,), (dk, dv)
 
     def _forward(
         self, queries: Arrays, keys: Arrays, ids: kernels.SegmentIds
     ) -> tuple[jax.Array, jax.Array]:
         G, T = queries[0].shape[2:4]
         queries, keys, ids = _laid(queries, keys, ids)
-        kernel = self._kernel(G, queries[0].shape[3], keys[0].shape[2])
+        kernel = self._kernel(G, T, queries[0].shape[3], keys[0].shape[2])
         out, (log_total,) = _each_head(kernel, queries, keys, ids)
         return out[:, :, :, :T], log_total[:, :, :, :T, None]
 
@@ -181,7 +195,7 @@ class _Run:
     ) -> tuple[jax.Array, ...]:
         (G, T), S = queries[0].shape[2:4], keys[0].shape[1]
         queries, keys, ids = _laid(queries, keys, ids)
-        kernel = self._kernel(G, queries[0].shape[3], keys[0].shape[2])
+        kernel = self._kernel(G, T, queries[0].shape[3], keys[0].shape[2])
 
         def head(
             q: jax.Array,
@@ -210,15 +224,29 @@ class _Run:
         as_keys = (x[:, :, :S].swapaxes(1, 2).astype(jnp.float32) for x in (dk, dv))
         return (dq[:, :, :, :T].astype(jnp.float32), *as_keys)
 
-    def _kernel(self, G: int, T: int, S: int) -> kernels.SplashAttentionKernel:
-        """The kernel of one key head and its G query heads."""
-        mask: masks.Mask = masks.FullMask((T, S))
+    def _kernel(self, G: int, columns: int, T: int, S: int) -> kernels.SplashAttentionKernel:
+        """The kernel of one key head and its G query heads.
+
+        Args:
+            G: query heads.
+            columns: queries of a row on one device.
+            T, S: queries and keys, in whole blocks.
+        """
+        # Where all see all, devices do not differ.
+        shards = self.shards if self.causal else 1
+        shape = shards * T, S
+        mask: masks.Mask = masks.FullMask(shape)
         if self.causal:
-            mask = masks.CausalMask((T, S))
-        if self.window is not None:
-            mask = masks.LocalMask((T, S), (self.window - 1, 0), offset=0)
+            mask = masks.CausalMask(shape)
+            if self.window is not None:
+                mask = masks.LocalMask(shape, (self.window - 1, 0), offset=0)
+            if shards > 1:
+                every = shards * columns
+                order = origin(every, shards) if self.dealt else np.arange(every, dtype=np.int32)
+                padded = np.pad(order.reshape(shards, columns), [(0, 0), (0, T - columns)])
+                mask.q_sequence = padded.reshape(-1)
         q, k = _block(T), _block(S)
-        return kernels.make_splash_mqa_single_device(
+        kernel = kernels.make_splash_mqa(
             masks.MultiHeadMask([mask] * G),
             block_sizes=kernels.BlockSizes(
                 block_q=q,
@@ -231,7 +259,32 @@ class _Run:
             save_residuals=True,
             attn_logits_soft_cap=self.softcap,
             interpret=interpreting(),
+            head_shards=1,
+            q_seq_shards=shards,
         )
+        return kernel if shards == 1 else _own(kernel, shards)
+
+
+def _own(kernel: kernels.SplashAttentionKernel, shards: int) -> kernels.SplashAttentionKernel:
+    """The part of a kernel for the queries of this device."""
+    place = jax.lax.axis_index(COLUMN_AXIS)
+
+    def part(x: Any, axis: int) -> Any:
+        if x is None:
+            return None
+        size = x.shape[axis] // shards
+        return jax.lax.dynamic_slice_in_dim(x, place * size, size, axis)
+
+    def own(info: Any) -> Any:
+        return info._replace(
+            data_next=part(info.data_next, 1),
+            mask_next=part(info.mask_next, 1),
+            block_mask=part(info.block_mask, 1),
+            q_sequence=part(info.q_sequence, 0),
+        )
+
+    infos = map(own, (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info))
+    return kernels.SplashAttentionKernel(*infos, **kernel.kwargs)
 
 
 def _block(columns: int) -> int:
@@ -270,43 +323,75 @@ def _each_head(
 
 
 def _over_mesh(
-    function: Callable[..., tuple[Arrays, Arrays]],
+    run: _Run,
+    compute: Callable[..., tuple[Arrays, Arrays]],
     queries: Arrays,
     keys: Arrays,
     ids: list[kernels.SegmentIds],
 ) -> tuple[Arrays, Arrays]:
-    """Gives each device its rows and key heads, as the compiler cannot split a kernel by itself.
+    """Gives each device its rows, columns and key heads, as the compiler cannot split a kernel by
+    itself.
 
-    An axis of the mesh that does not divide rows or heads repeats the work. One that divides query
-    heads alone gets copies of the key heads, each with a part of the queries.
+    An axis of the mesh that does not divide rows, columns or heads repeats the work. One that
+    divides query heads alone gets copies of the key heads, each with a part of the queries.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return function(queries, keys, ids)
+        return compute(run, queries, keys, ids)
     B, K, G = queries[0].shape[:3]
-    axis = WEIGHT_AXES["K"]
-    shards = mesh.shape[axis]
+    shards = mesh.shape[HEAD_AXIS]
     copies = shards // K if shards % K == 0 and G % (shards // K) == 0 else 1
-    heads = axis if K * copies % shards == 0 else None
+    heads = HEAD_AXIS if K * copies % shards == 0 else None
     rows = BATCH_AXES if B % row_shards() == 0 else None
-    of_queries, of_keys = PartitionSpec(rows, heads), PartitionSpec(rows, None, heads)
+    columns = COLUMN_AXIS if run.shards > 1 else None
+    key_columns = None if keys[0].shape[1] % run.shards else columns
+    of_queries = PartitionSpec(rows, heads, None, columns)
+    of_keys = PartitionSpec(rows, key_columns, heads)
 
     def regrouped(x: jax.Array, K: int) -> jax.Array:
         return x.reshape(B, K, -1, *x.shape[3:])
 
+    def on_device(
+        queries: Arrays, keys: Arrays, ids_q: list[jax.Array], ids_kv: list[jax.Array]
+    ) -> tuple[Arrays, Arrays]:
+        if key_columns:
+            keys = jax.tree.map(
+                lambda x: jax.lax.all_gather(x, COLUMN_AXIS, axis=1, tiled=True), keys
+            )
+        keys, ids_kv = _reordered(run, (keys, ids_kv), back=True)
+        both = [kernels.SegmentIds(*one) for one in zip(ids_q, ids_kv, strict=True)]
+        of_queries, of_keys = compute(run, queries, keys, both)
+        of_keys = _reordered(run, of_keys, back=False)
+        if key_columns:
+            of_keys = jax.tree.map(
+                lambda x: jax.lax.psum_scatter(x, COLUMN_AXIS, scatter_dimension=1, tiled=True),
+                of_keys,
+            )
+        elif columns:
+            of_keys = jax.lax.psum(of_keys, COLUMN_AXIS)
+        return of_queries, of_keys
+
     split = jax.shard_map(
-        function,
-        in_specs=(of_queries, of_keys, PartitionSpec(rows)),
+        on_device,
+        in_specs=(of_queries, of_keys, PartitionSpec(rows, columns), PartitionSpec(rows)),
         out_specs=(of_queries, of_keys),
         check_vma=False,
     )
     queries, keys = split(
         tuple(regrouped(x_BKGTH, K * copies) for x_BKGTH in queries),
         tuple(jnp.repeat(x_BSKH, copies, axis=2) for x_BSKH in keys),
-        ids,
+        [one.q for one in ids],
+        [one.kv for one in ids],
     )
     summed = (x.reshape(*x.shape[:2], K, copies, -1).sum(axis=3) for x in keys)
     return tuple(regrouped(x_BKGTH, K) for x_BKGTH in queries), tuple(summed)
+
+
+def _reordered(run: _Run, tree: Any, back: bool) -> Any:
+    """What keys hold, dealt out as queries are, or (`back`) in the order of the row."""
+    if not (run.causal and run.dealt):
+        return tree
+    return jax.tree.map(lambda x: reorder(x, run.shards, 1, back), tree)
 
 
 def _by_window(sight: Sight, compute: Callable[[int | None], Any]) -> Any:

@@ -1,8 +1,8 @@
 """How a head lies on the mesh while a loop over targets reads it, chunk by chunk.
 
 A head is large (128k x 4096 in bfloat16: 1 GiB), and lies split over the devices. Few devices that
-share a replica of the model (fsdp) take a part of the vocabulary each, for the targets of all of
-them: they exchange hidden states, and none ever holds the head. What they exchange grows with their
+share a copy of the weights take a part of the vocabulary each, for the targets of all of them: they
+exchange hidden states, and none ever holds the head. What they exchange grows with their
 number, while what else they hold shrinks: many gather the head, once a step, and keep their rows
 apart. Outside of `jax.set_mesh` nothing happens.
 """
@@ -14,7 +14,14 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from prefix_jax.mesh import constrain_rows, row_shards
+from prefix_jax.mesh import (
+    HEAD_AXIS,
+    SHARE_AXES,
+    column_shards,
+    constrain_tokens,
+    row_shards,
+    shards,
+)
 
 # Up to so many devices take parts of the vocabulary. By the published peaks of v5e chips the
 # exchange is 1 % of a Llama-3-8B's step for 16 of them if every token is a target, 4 % for 64.
@@ -47,7 +54,7 @@ def head(weights: Any, outputs: int) -> Any:
 def rows(x: jax.Array) -> jax.Array:
     """An array of targets, rows first, on the devices that make logits of them."""
     if not _shared():
-        return constrain_rows(x)
+        return constrain_tokens(x)
     spec = PartitionSpec("data", *(None for _ in x.shape[1:]))
     return jax.lax.with_sharding_constraint(x, spec)
 
@@ -55,25 +62,26 @@ def rows(x: jax.Array) -> jax.Array:
 def chunk_targets() -> int:
     """How many targets a chunk has on all devices together, at most."""
     if not _shared():
-        return _ALONE * row_shards()
+        return _ALONE * row_shards() * column_shards()
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.shape["data"] * max(_ALONE, _TOGETHER * mesh.shape["fsdp"])
+    return mesh.shape["data"] * max(_ALONE, _TOGETHER * shards(mesh, SHARE_AXES))
 
 
 def _shared() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and 1 < mesh.shape["fsdp"] <= _FEW
+    return not mesh.empty and 1 < shards(mesh, SHARE_AXES) <= _FEW
 
 
 def _split(leaf: jax.Array, outputs: int) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     spec: list[Any] = [None] * leaf.ndim
-    if leaf.shape[outputs] % (mesh.shape["tensor"] * mesh.shape["fsdp"]):
+    axes = (HEAD_AXIS, *SHARE_AXES)
+    if leaf.shape[outputs] % shards(mesh, axes):
         # XLA exchanges equal shares alone; it cuts others from the whole.
         leaf = jax.lax.with_sharding_constraint(leaf, PartitionSpec(*spec))
     if leaf.shape[outputs] > 1:
         # What tensor splits stays where it is, and is cut once more.
-        spec[outputs] = ("tensor", "fsdp")
+        spec[outputs] = axes
     return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*spec))
 
 

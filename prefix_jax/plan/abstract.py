@@ -28,6 +28,8 @@ Job = Literal["train", "decode"]
 
 # Of a model whose positions allow more, and a config that does not say.
 _USUAL_TOKENS = 2048
+# Columns that a device has at least where several share a row: fewer are not worth the exchange.
+_SHARE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,10 @@ class Rows:
     targets: int
     source: int = 0
     micro: int = 1
+
+    def worth_sharing(self, devices: int) -> bool:
+        """Whether a row is so long that so many devices may share its columns."""
+        return max(self.tokens, self.source) >= _SHARE * devices
 
 
 @dataclasses.dataclass(frozen=True)

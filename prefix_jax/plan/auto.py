@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -63,7 +64,8 @@ def choose_mesh(
 
     A prefix's gradients are kilobytes, so copies of the backbone (data) need next to no network
     and are taken where they fit. Else the weights are split and gathered as they are used (fsdp),
-    or each layer is (tensor), which exchanges activations.
+    or each layer is (tensor), which exchanges activations. Devices for which there is no row may
+    share the columns of long ones (sequence).
 
     Args:
         run: the run.
@@ -114,21 +116,32 @@ def better(one: Plan | None, other: Plan) -> Plan:
 
 
 def _split(sizes: Sizes) -> int:
-    return sizes["fsdp"] * sizes["tensor"]
+    return sizes["fsdp"] * sizes["sequence"] * sizes["tensor"]
 
 
 def meshes(run: AbstractRun, rows: Rows, topology: Topology) -> Iterator[Sizes]:
-    """The meshes that the rows divide over and the heads can be split by."""
+    """The meshes that the rows divide over and the heads can be split by. Columns are split where
+    rows are not left to split."""
     devices, arch = len(topology.devices), run.model.backbone.arch
-    for tensor in _divisors(devices):
-        if arch.heads % tensor or arch.d_ff % tensor:
+    count = rows.rows // rows.micro
+    for tensor, sequence in itertools.product(_divisors(devices), repeat=2):
+        if devices % (tensor * sequence) or arch.heads % tensor or arch.d_ff % tensor:
             continue
-        if topology.slices > 1 and tensor > devices // topology.slices:
+        if topology.slices > 1 and tensor * sequence > devices // topology.slices:
             continue
-        for fsdp in _divisors(devices // tensor):
-            data = devices // tensor // fsdp
-            if (rows.rows // rows.micro) % (data * fsdp) == 0 and arch.d_model % fsdp == 0:
-                yield {"data": data, "fsdp": fsdp, "tensor": tensor}
+        if sequence > 1 and not (run.job == "train" and rows.worth_sharing(sequence)):
+            continue
+        shards = devices // tensor // sequence
+        if count % shards or (sequence > 1 and math.gcd(count, shards * sequence) > shards):
+            continue
+        for fsdp in _divisors(shards):
+            if arch.d_model % (fsdp * sequence) == 0:
+                yield {
+                    "data": shards // fsdp,
+                    "fsdp": fsdp,
+                    "sequence": sequence,
+                    "tensor": tensor,
+                }
 
 
 def _divisors(number: int) -> list[int]:
@@ -152,14 +165,17 @@ def guess(run: AbstractRun, rows: Rows, topology: Topology, sizes: Sizes) -> Gue
     else:
         flops = 2 * tokens * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(backbone))
     compute = flops / devices / (chip.bf16 / chip.devices)
-    read = passes * weights * sizes["fsdp"] / (chip.bandwidth / chip.devices)
+    sharing, tensor = sizes["fsdp"] * sizes["sequence"], sizes["tensor"]
+    read = passes * weights * sharing / (chip.bandwidth / chip.devices)
     links = 2 * chip.axes * chip.link / chip.devices
-    fsdp, tensor = sizes["fsdp"], sizes["tensor"]
-    gathered = passes * weights * (fsdp - 1) / links
+    gathered = passes * weights * (sharing - 1) / links
+    here = tokens / sizes["data"] / sharing * 2
     # After attention and after the feed-forward, forwards and backwards.
-    share = tokens / sizes["data"] / fsdp * arch.d_model * 2
-    summed = 2 * passes * arch.layers * share * 2 * (tensor - 1) / tensor / links
-    return Guess(sizes, max(compute, read, gathered) + summed, weights)
+    summed = 2 * passes * arch.layers * here * arch.d_model * 2 * (tensor - 1) / tensor / links
+    # Keys and values of the columns of others.
+    heads = 2 * arch.kv_heads * arch.head_dim / tensor
+    shared = passes * arch.layers * here * heads * (sizes["sequence"] - 1) / links
+    return Guess(sizes, max(compute, read, gathered) + summed + shared, weights)
 
 
 def settle(config: Config, devices: Sequence[jax.Device] | None = None) -> Config:
@@ -176,7 +192,7 @@ def settle(config: Config, devices: Sequence[jax.Device] | None = None) -> Confi
     if not config.mesh.auto:
         return config
     devices = jax.devices() if devices is None else devices
-    sizes: Sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+    sizes: Sizes = {"data": 1}
     if len(devices) > 1:
         run = AbstractRun.of(config)
         best = choose_mesh(run, run.rows(), Topology.of(devices)).best
@@ -187,6 +203,4 @@ def settle(config: Config, devices: Sequence[jax.Device] | None = None) -> Confi
                 "See prefix-jax plan"
             )
         sizes = best.mesh
-    return dataclasses.replace(
-        config, mesh=MeshConfig(sizes["data"], sizes["fsdp"], sizes["tensor"])
-    )
+    return dataclasses.replace(config, mesh=MeshConfig(**sizes, auto=False))

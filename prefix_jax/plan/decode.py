@@ -14,7 +14,7 @@ from prefix_jax.decode import loop
 from prefix_jax.decode.draw import Draw
 from prefix_jax.decode.processors import Constraints
 from prefix_jax.decode.state import State
-from prefix_jax.mesh import BATCH_AXES, WEIGHT_AXES, batch_shards, weight_shardings
+from prefix_jax.mesh import BATCH_AXES, HEAD_AXIS, batch_shards, weight_shardings
 from prefix_jax.plan.abstract import AbstractRun, everywhere, placed
 
 
@@ -78,7 +78,6 @@ def _spec(shape: tuple[int, ...], rows: int, mesh: Mesh) -> PartitionSpec:
     """Rows come first, and the heads of keys and values second: [B, K, S, H]."""
     if not shape or shape[0] != rows or rows % batch_shards(mesh):
         return PartitionSpec()
-    heads = WEIGHT_AXES["K"]
-    if len(shape) == 4 and shape[1] % mesh.shape[heads] == 0:
-        return PartitionSpec(BATCH_AXES, heads)
+    if len(shape) == 4 and shape[1] % mesh.shape[HEAD_AXIS] == 0:
+        return PartitionSpec(BATCH_AXES, HEAD_AXIS)
     return PartitionSpec(BATCH_AXES)

@@ -35,8 +35,8 @@ def kernel(computation: Computation, instruction: Instruction, causal: bool) -> 
 
     Args:
         computation, instruction: of the program.
-        causal: whether its queries see no later keys where there are as many of both: tiles that
-            nobody sees are left out.
+        causal: whether its queries see no later keys: tiles that nobody sees are left out. Devices
+            that share the queries of a row have equally many of them.
     """
     named = _SPLASH.match(instruction.name)
     if instruction.opcode != "custom-call" or named is None:
@@ -49,8 +49,8 @@ def kernel(computation: Computation, instruction: Instruction, causal: bool) -> 
     S = keys.dims[-2]
     rows, columns = grid[-2:] if len(grid) > 1 else (1, 1)
     share = 1.0
-    if causal and T == S and rows == columns:
-        share = (rows + 1) / (2 * rows)
+    if causal and S % T == 0 and columns == rows * (S // T):
+        share = (columns + 1) / (2 * columns)
     heads = queries.elements // (T * H)
     each = 2 * heads * T * S * H
     inner, outer_tiles = (queries, columns) if named[1] == "dkv" else (keys, rows)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 
+from prefix_jax.config import MeshConfig
 from prefix_jax.plan.abstract import AbstractRun, Rows
 from prefix_jax.plan.plan import Plan, compile_step
 from prefix_jax.plan.topology import Topology
@@ -71,10 +73,29 @@ def _changes(
         if rows.micro < micro <= most and rows.rows % (micro * shards) == 0:
             changed = dataclasses.replace(rows, micro=micro)
             yield f"optim.accumulate={micro}", run, changed, sizes
+    for split in _meshes(failed, run, rows):
+        yield _settings(split, run.config.mesh), run, rows, split
+
+
+def _meshes(failed: Plan, run: AbstractRun, rows: Rows) -> Iterator[dict[str, int]]:
+    """Meshes with less on each device; none where all of them have been tried."""
+    if run.config.mesh.auto:
+        return
+    sizes, devices = dict(failed.mesh), failed.devices
     if sizes["data"] > 1:
-        split = {**sizes, "data": 1, "fsdp": shards}
-        yield f"mesh.fsdp={shards}", run, rows, split
-    whole = failed.devices
-    heads = run.model.backbone.arch.heads
-    if sizes["tensor"] < whole and heads % whole == 0:
-        yield f"mesh.tensor={whole}", run, rows, {"data": 1, "fsdp": 1, "tensor": whole}
+        yield {**sizes, "data": 1, "fsdp": sizes["data"] * sizes["fsdp"]}
+    filled = math.gcd(rows.rows // rows.micro, devices)
+    sharing = devices // filled
+    if run.job == "train" and sharing > sizes["sequence"] and rows.worth_sharing(sharing):
+        yield {"data": 1, "fsdp": filled, "sequence": sharing, "tensor": 1}
+    if sizes["tensor"] < devices and run.model.backbone.arch.heads % devices == 0:
+        yield {"data": 1, "fsdp": 1, "sequence": 1, "tensor": devices}
+
+
+def _settings(sizes: Mapping[str, int], given: MeshConfig) -> str:
+    """What to write behind a config for a mesh; data that is left open becomes 1."""
+    return " ".join(
+        f"mesh.{axis}={size}"
+        for axis, size in sizes.items()
+        if size != given.sizes[axis] and (axis, given.data) != ("data", -1)
+    )

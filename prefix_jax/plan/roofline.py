@@ -90,7 +90,7 @@ def roofline(
         module: the program of one device.
         topology: the chips.
         devices: in the order in which the program numbers them: that of the mesh.
-        causal: whether attention over as many keys as queries is causal: see `kernel`.
+        causal: whether attention is causal: see `kernel`.
 
     Raises:
         ValueError: a loop holds products, and the text does not tell how often it runs.

@@ -92,7 +92,7 @@ def prepare(
     if pretrained is None:
         if config.mesh.auto:
             raise ConfigError("mesh: auto is settled before a run: see prefix_jax.plan.auto.settle")
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        mesh = make_mesh(**config.mesh.sizes, devices=None)
         # What trains is float32: the steps of bfloat16 are too wide for small updates.
         dtype = "float32" if (method, config.model.dtype) == (None, "auto") else config.model.dtype
         pretrained = load(config.model.path, dtype=dtype, mesh=mesh, quantize=config.model.quantize)

@@ -19,6 +19,7 @@ VARIANTS = sorted(path.name for path in FIXTURES.iterdir())
 
 MESHES = [(variant, {}) for variant in VARIANTS]
 MESHES += [(variant, {"data": 2, "fsdp": 2, "tensor": 2}) for variant in ("bert", "electra")]
+MESHES += [("bert", {"data": 2, "sequence": 4})]
 
 
 @pytest.mark.parametrize(("variant", "mesh"), MESHES)

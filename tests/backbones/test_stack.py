@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from prefix_jax.backbones.stack import Stack
 from prefix_jax.mesh import (
-    constrain_rows,
+    constrain_tokens,
     make_mesh,
     replicated,
     rows_sharding,
@@ -65,6 +65,24 @@ def test_kernels_change_neither_a_loss_nor_its_gradients():
     )
 
 
+@pytest.mark.parametrize("columns", [256, 196])
+def test_devices_that_share_columns_change_neither_a_loss_nor_its_gradients(columns: int):
+    step = jax.value_and_grad(loss)
+    args = prefix(), weights(BACKBONE), *texts(2, columns)
+    plain = jax.jit(step)(*args)
+    with jax.set_mesh(make_mesh(2, sequence=4)), splash.interpreted():
+        traced = jax.jit(lambda *args: step(*args)).trace(*args)
+        assert "interpret=True" in str(traced.jaxpr)
+        split = traced.lower().compile()(*args)
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(
+            ours, theirs, rtol=1e-4, atol=1e-5 * float(jnp.abs(theirs).max())
+        ),
+        split,
+        plain,
+    )
+
+
 def test_prompts_are_read_by_kernels_and_continued_without():
     params = jax.eval_shape(lambda: weights(BACKBONE))
 
@@ -84,14 +102,19 @@ def test_prompts_are_read_by_kernels_and_continued_without():
         assert "pallas_call" not in str(jax.make_jaxpr(advance)(*args, cache))
 
 
-def test_no_array_of_a_TPU_program_holds_weights_of_queries_on_keys():
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "sequence": 2, "tensor": 2}],
+    ids=lambda sizes: "-".join(sizes),
+)
+def test_no_array_of_a_TPU_program_holds_weights_of_queries_on_keys(sizes: dict[str, int]):
     """Compiled for 8 chips, of which each holds parts of the rows, of D and of the heads."""
     pytest.importorskip("libtpu")
     from jax.experimental import topologies
 
     T = 256
     chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-    mesh = make_mesh(2, 2, 2, devices=chips)
+    mesh = make_mesh(**sizes, devices=chips)
 
     def on(mesh_sharding: NamedSharding, leaf: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh_sharding)
@@ -117,7 +140,7 @@ def test_devices_exchange_what_they_looked_up_of_positions_and_gather_none():
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh_sharding)
 
     def place(params, x_BTD, tokens):
-        return constrain_rows(Stack(backbone.arch).place(params, x_BTD, tokens, 3))
+        return constrain_tokens(Stack(backbone.arch).place(params, x_BTD, tokens, 3))
 
     params = jax.eval_shape(lambda: weights(backbone))
     params = jax.tree.map(on, weight_shardings(params, mesh), params)

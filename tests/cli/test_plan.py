@@ -35,7 +35,7 @@ def test_a_config_is_planned_without_its_weights_and_data(run_in, folder: Path) 
     assert ran.code == 0
     answer = json.loads(ran.out)
     assert answer["plan"]["fits"]
-    assert answer["plan"]["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
+    assert answer["plan"]["mesh"] == {"data": 4, "fsdp": 1, "sequence": 1, "tensor": 1}
     assert answer["plan"]["roofline"]["bound"] in ("compute", "memory", "network")
     assert answer["plan"] in answer["meshes"]
     assert not (folder / "run").exists()

@@ -173,12 +173,17 @@ def test_a_limit_measures_the_first_examples_alone(
     assert limited == first
 
 
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"sequence": 4}])
 def test_a_mesh_changes_no_score(
-    pretrained: Pretrained, tiny_model_dir: Path, examples: list[Example], prefix: Prefix
+    pretrained: Pretrained,
+    tiny_model_dir: Path,
+    examples: list[Example],
+    prefix: Prefix,
+    sizes: dict[str, int],
 ) -> None:
     metrics = ("loss", "accuracy", "exact_match")
     prefixes = {"": jax.device_get(prefix)}
-    spread = load(tiny_model_dir, mesh=make_mesh(2, 2, 2))
+    spread = load(tiny_model_dir, mesh=make_mesh(**{"data": 2} | sizes))
     found = [
         evaluator(where, *metrics, labels=LABELS).compare(where, prefixes, examples)
         for where in (pretrained, spread)

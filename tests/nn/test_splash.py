@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,15 @@ import pytest
 from prefix_jax.mesh import make_mesh
 from prefix_jax.nn import splash
 from prefix_jax.nn.attend import attend
+from prefix_jax.nn.columns import origin
 from prefix_jax.nn.mask import Seen, Sight, Tokens, visible
 from prefix_jax.prefix import KVPrefix, Site
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
 B, T, K, G, H = 2, 256, 2, 2, 8
+# What a case has of tokens.
+TOKENS = ("q_BTNH", "k_BSKH", "v_BSKH")
 
 
 @pytest.fixture(autouse=True)
@@ -69,11 +72,20 @@ def packed(columns: int, branches: int = 0, rows: int = B) -> Tokens:
     return tokens if branches else dataclasses.replace(tokens, branch_BT=None)
 
 
+def weights(case: Case) -> jax.Array:
+    """Of what each query reads, in a sum."""
+    return jnp.asarray(np.random.default_rng(1).normal(size=case.q_BTNH.shape), jnp.float32)
+
+
 def found(
-    case: Case, seen: Seen, softcap: float | None = None, fused: bool = True
+    case: Case,
+    seen: Seen,
+    softcap: float | None = None,
+    fused: bool = True,
+    weight_BTNH: jax.Array | None = None,
 ) -> tuple[jax.Array, Case]:
     """What the queries that are no padding read, and the gradients of a sum of it."""
-    weight_BTNH = jnp.asarray(np.random.default_rng(1).normal(size=case.q_BTNH.shape), jnp.float32)
+    weight_BTNH = weights(case) if weight_BTNH is None else weight_BTNH
     assert isinstance(seen.tokens, Sight)
     real_BT11 = (seen.tokens.queries.group_BT > 0)[..., None, None]
 
@@ -139,6 +151,51 @@ def test_devices_share_rows_and_heads(sizes: tuple[int, int, int], rows: int):
     seen = Seen(Sight(tokens, tokens))
     plain = found(inputs, seen, fused=False)
     with jax.set_mesh(make_mesh(*sizes)):
+        split = found(inputs, seen)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), split, plain)
+
+
+def packed_with(kind: str, columns: int) -> Sight:
+    tokens = packed(columns, branches=3 if kind == "branches" else 0)
+    return Sight(tokens, tokens, window=9 if kind == "window" else None)
+
+
+@pytest.mark.parametrize("dealt", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "columns", "sequence"),
+    [
+        ("plain", 256, 4),
+        # Shares that are no multiple of a block.
+        ("plain", 192, 2),
+        ("branches", 256, 2),
+        ("window", 512, 2),
+    ],
+)
+def test_devices_share_columns(kind: str, columns: int, sequence: int, dealt: bool):
+    """In order, or each with columns from either end of a row."""
+    sight, inputs = packed_with(kind, columns), case(S=columns, columns=columns)
+    plain = found(inputs, Seen(sight), fused=False)
+    order = origin(columns, sequence) if dealt else np.arange(columns)
+
+    def laid(tree: Any, order: np.ndarray = order) -> Any:
+        return jax.tree.map(lambda x: x[:, order], tree)
+
+    split_inputs = inputs._replace(**laid({name: getattr(inputs, name) for name in TOKENS}))
+    split_sight = dataclasses.replace(laid(sight), dealt=dealt)
+    weight_BTNH = laid(weights(inputs))
+    with jax.set_mesh(make_mesh(-1, 1, 2, sequence=sequence)):
+        out, gradients = found(split_inputs, Seen(split_sight), weight_BTNH=weight_BTNH)
+    there = laid({name: getattr(gradients, name) for name in TOKENS}, np.argsort(order))
+    again = laid(out, np.argsort(order)), gradients._replace(**there)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), again, plain)
+
+
+@pytest.mark.parametrize("S", [384, 129])
+def test_devices_share_columns_of_what_attends_to_an_encoder(S: int):
+    """Whose keys they share too, if their number divides them."""
+    inputs, seen = case(S=S), Seen(Sight(packed(T), packed(S), causal=False))
+    plain = found(inputs, seen, fused=False)
+    with jax.set_mesh(make_mesh(2, sequence=4)):
         split = found(inputs, seen)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), split, plain)
 

@@ -29,6 +29,7 @@ TINY = {
     "intermediate_size": 64,
     "vocab_size": 128,
 }
+ALONE = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def trained(folder: Path) -> Plan:
 def test_a_step_is_compiled_from_a_config_alone(trained: Plan) -> None:
     assert trained.fits
     assert trained.over == 0
-    assert trained.mesh == {"data": 2, "fsdp": 1, "tensor": 2}
+    assert trained.mesh == {"data": 2, "fsdp": 1, "sequence": 1, "tensor": 2}
     assert trained.rows == Rows(8, 16, 16)
     memory, found = trained.memory, trained.roofline
     assert memory is not None
@@ -221,7 +222,7 @@ def test_where_no_batch_fits_the_smallest_says_by_how_much(
     compile_step, seen = formula(lambda rows, _: 20.0)
     monkeypatch.setattr(batch, "compile_step", compile_step)
     topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
-    mesh = topology.mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    mesh = topology.mesh(ALONE)
     found = batch.largest_batch(run, Rows(8, 16, 16), topology, mesh)
     assert (found.rows, found.compiled, found.plan.over) == (0, 1, 4 * GIB)
     assert len(seen) == 1
@@ -232,7 +233,7 @@ def test_weights_stay_whole_where_they_fit(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(auto, "compile_step", compile_step)
     run = AbstractRun.of(config_of(folder, "data.batch_size=16"))
     choice = auto.choose_mesh(run, run.rows(), Topology.parse("v5e:4x4"))
-    assert choice.best.mesh == {"data": 16, "fsdp": 1, "tensor": 1}
+    assert choice.best.mesh == {"data": 16, "fsdp": 1, "sequence": 1, "tensor": 1}
     assert len(seen) <= 3 < choice.possible
 
 
@@ -256,7 +257,7 @@ def test_no_mesh_is_guessed_to_be_slower_than_what_it_has_to_compute(tmp_path: P
     least = floor(
         run.model.backbone.arch, rows=64, tokens=16, targets=16, source=256, produced=None
     )
-    guessed = auto.guess(run, rows, topology, {"data": 1, "fsdp": 1, "tensor": 1})
+    guessed = auto.guess(run, rows, topology, ALONE)
     assert 0.5 * least.total < guessed.seconds * topology.chip.bf16 < least.total
 
 
@@ -270,12 +271,28 @@ def test_a_mesh_has_as_many_batch_shards_as_rows_divide_by(folder: Path) -> None
         auto.choose_mesh(run, run.rows(), Topology.parse("v5e:2x4"))
 
 
+def test_devices_share_columns_where_there_are_no_rows_for_them(folder: Path) -> None:
+    """Of rows that are long enough, and only then."""
+    topology = Topology.parse("v5e:2x4")
+
+    def shares(rows: int, tokens: int, *overrides: str) -> set[tuple[int, int]]:
+        run = AbstractRun.of(config_of(folder, *overrides))
+        sizes = auto.meshes(run, Rows(rows, tokens, tokens, micro=1), topology)
+        return {(mesh["data"] * mesh["fsdp"], mesh["sequence"]) for mesh in sizes}
+
+    assert shares(8, 8192) == {(8, 1), (4, 1), (2, 1)}
+    # 4 heads: no more than 4 devices share a layer.
+    assert shares(1, 8192) == {(1, 8), (1, 4), (1, 2)}
+    assert shares(2, 4096) == {(2, 1), (2, 4), (2, 2)}
+    assert shares(1, 1024) == set()
+
+
 def test_what_would_make_a_step_fit_is_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_step, _ = formula(lambda rows, mesh: 2 + 2 * rows.rows / rows.micro / mesh["tensor"])
     monkeypatch.setattr(remedies, "compile_step", compile_step)
     run = AbstractRun.of(config_of(folder, "data.batch_size=16"))
     rows, topology = run.rows(), Topology.parse("v5e:1x1")
-    failed = compile_step(run, rows, topology, topology.mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+    failed = compile_step(run, rows, topology, topology.mesh(ALONE))
     found = remedies.remedies(failed, run, rows, topology)
     assert [(one.settings, one.plan.fits) for one in found] == [
         ("model.remat=full", False),
@@ -285,18 +302,34 @@ def test_what_would_make_a_step_fit_is_tried(folder: Path, monkeypatch: pytest.M
     ]
 
 
+def test_meshes_that_would_make_a_step_fit_are_named_in_full(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_step, _ = formula(lambda rows, mesh: 20.0 + mesh["data"])
+    monkeypatch.setattr(remedies, "compile_step", compile_step)
+    run = AbstractRun.of(config_of(folder, "mesh.fsdp=2", "mesh.tensor=2", "data.batch_size=4"))
+    rows, topology = Rows(4, 8192, 8192), Topology.parse("v5e:2x4")
+    failed = compile_step(run, rows, topology, topology.mesh(run.config.mesh.sizes))
+    found = remedies.remedies(failed, run, rows, topology)
+    settings = [one.settings for one in found if one.settings.startswith("mesh")]
+    assert settings == ["mesh.fsdp=4", "mesh.fsdp=4 mesh.sequence=2 mesh.tensor=1"]
+    for setting in settings:
+        changed = config_of(folder, "mesh.fsdp=2", "mesh.tensor=2", *setting.split())
+        assert topology.mesh(changed.mesh.sizes).size == 8
+
+
 def test_on_one_device_there_is_one_mesh(folder: Path) -> None:
     config = config_of(folder, "mesh=auto")
     assert config.mesh.auto
     settled = auto.settle(config, jax.devices()[:1])
-    assert settled.mesh.sizes == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert settled.mesh.sizes == {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
     assert auto.settle(settled) is settled
     with pytest.raises(MeshError, match="goes by the figures of TPUs"):
         auto.settle(config, jax.devices())
 
 
 def test_auto_takes_no_sizes(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="auto chooses data, fsdp and tensor"):
+    with pytest.raises(ConfigError, match="auto chooses data, fsdp, sequence and tensor"):
         config_of(folder, "mesh=auto", "mesh.fsdp=2")
 
 
@@ -304,7 +337,7 @@ def test_what_is_quantised_counts_by_its_bits(folder: Path) -> None:
     from prefix_jax.plan.plan import bytes_on_one
 
     run = AbstractRun.of(config_of("preset:llama-3-8b"))
-    mesh = Topology.parse("v5e:1x1").mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    mesh = Topology.parse("v5e:1x1").mesh(ALONE)
     sizes = [
         bytes_on_one(run.with_model(quantize=how).params(mesh)) / 2**30
         for how in ("none", "int8", "int4")

@@ -279,11 +279,20 @@ def test_dropout_follows_the_seed_and_the_step_and_is_off_outside_of_training():
 # The same step elsewhere.
 
 
+# Columns are shared by 4 devices, or by 2 of which each pair splits the layers.
+MESHES = [
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 1, "fsdp": 2, "sequence": 4},
+    {"data": 2, "sequence": 2, "tensor": 2},
+]
+
+
 @pytest.mark.parametrize("method", [PREFIX, PROMPT, None], ids=["prefix", "prompt", "full"])
-def test_eight_devices_do_what_one_does(method, capfd):
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "-".join(sizes))
+def test_eight_devices_do_what_one_does(method, sizes, capfd):
     batch = batch_of(EXAMPLES, rows_multiple=4)
     alone = Trainer(method) if method is not PREFIX else sgd_trainer()
-    meshed = Trainer(method, mesh=make_mesh(data=2, fsdp=2, tensor=2))
+    meshed = Trainer(method, mesh=make_mesh(**sizes))
     (state, metrics), (expected, expected_metrics) = meshed.run(batch), alone.run(batch)
     assert_close(state, expected)
     assert_close(metrics, expected_metrics)

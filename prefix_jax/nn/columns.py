@@ -1,0 +1,111 @@
+"""How the columns of a row lie on the devices that share it.
+
+Late columns see most in causal attention, so each of C devices takes two of 2C pieces of a row, one
+from either end, and all have the same work. A row is dealt out before the first layer and put
+together behind the last; what happens to columns one by one does not notice. Attention gathers the
+keys of all columns, which grouped heads make small, and compares by positions or, in kernels, by
+where columns came from.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from prefix_jax.mesh import BATCH_AXES, COLUMN_AXIS, column_shards, row_shards
+
+Tree = TypeVar("Tree")
+
+
+def pieces(shards: int) -> np.ndarray:
+    """Which of the 2C pieces of a row stand where once it is dealt: 0, 2C-1, 1, 2C-2 and so on."""
+    first = np.arange(shards)
+    return np.stack([first, 2 * shards - 1 - first], axis=1).reshape(-1)
+
+
+def origin(columns: int, shards: int) -> np.ndarray:
+    """Which column of a row stands where once it is dealt, int32 [columns]."""
+    return np.arange(columns, dtype=np.int32).reshape(2 * shards, -1)[pieces(shards)].reshape(-1)
+
+
+def fill(tree: Tree) -> Tree:
+    """Arrays [B, T, …] with zeros behind their columns, until these can be dealt out."""
+
+    def pad(x_BT: jax.Array) -> jax.Array:
+        more = -x_BT.shape[1] % (2 * column_shards())
+        return jnp.pad(x_BT, [(0, 0), (0, more)] + [(0, 0)] * (x_BT.ndim - 2))
+
+    padded: Tree = jax.tree.map(pad, tree)
+    return padded
+
+
+def deal(tree: Tree) -> Tree:
+    """Arrays [B, T, …] with their columns dealt out, T a multiple of 2C. Differentiable."""
+    dealt: Tree = jax.tree.map(functools.partial(_exchange, _deal), tree)
+    return dealt
+
+
+def undeal(tree: Tree) -> Tree:
+    """Undoes `deal`."""
+    whole: Tree = jax.tree.map(functools.partial(_exchange, _undeal), tree)
+    return whole
+
+
+def reorder(x: jax.Array, shards: int, axis: int, back: bool) -> jax.Array:
+    """An array that holds all columns, dealt out, or (`back`) put together again."""
+    order = pieces(shards)
+    shape = x.shape
+    x = x.reshape(*shape[:axis], len(order), -1, *shape[axis + 1 :])
+    return x.take(np.argsort(order) if back else order, axis=axis).reshape(shape)
+
+
+def _exchange(function: Callable[[jax.Array, int], jax.Array], x_BT: jax.Array) -> jax.Array:
+    rows = None if x_BT.shape[0] % row_shards() else BATCH_AXES
+    spec = PartitionSpec(rows, COLUMN_AXIS)
+    shards = column_shards()
+    return jax.shard_map(
+        lambda x_BT: function(x_BT, shards), in_specs=spec, out_specs=spec, check_vma=False
+    )(x_BT)
+
+
+def _routes(shards: int) -> tuple[list[tuple[int, int]], ...]:
+    """(from, to) of the first and of the second piece that each device holds of a whole row. No
+    two first pieces go to one device: even pieces up to the middle go to even devices, and behind
+    it to odd ones."""
+
+    def owner(piece: int) -> int:
+        return min(piece, 2 * shards - 1 - piece)
+
+    return tuple([(device, owner(2 * device + n)) for device in range(shards)] for n in (0, 1))
+
+
+def _deal(x_BT: jax.Array, shards: int) -> jax.Array:
+    halves = jnp.split(x_BT, 2, axis=1)
+    even, odd = (
+        jax.lax.ppermute(half, COLUMN_AXIS, route)
+        for half, route in zip(halves, _routes(shards), strict=True)
+    )
+    return _in_order(even, odd)
+
+
+def _undeal(x_BT: jax.Array, shards: int) -> jax.Array:
+    # What an even device holds first is an even piece; an odd one holds that last.
+    even_odd = jnp.split(_in_order(*jnp.split(x_BT, 2, axis=1)), 2, axis=1)
+    back = (
+        jax.lax.ppermute(half, COLUMN_AXIS, [(to, source) for source, to in route])
+        for half, route in zip(even_odd, _routes(shards), strict=True)
+    )
+    return jnp.concatenate(list(back), axis=1)
+
+
+def _in_order(one: jax.Array, other: jax.Array) -> jax.Array:
+    """Both, the other first on odd devices."""
+    odd = jax.lax.axis_index(COLUMN_AXIS) % 2 == 1
+    first, second = jnp.where(odd, other, one), jnp.where(odd, one, other)
+    return jnp.concatenate([first, second], axis=1)

@@ -1,0 +1,45 @@
+"""Columns are dealt to the devices that share a row, and come back. `conftest.py` makes 8."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prefix_jax.mesh import make_mesh
+from prefix_jax.nn import columns
+
+
+@pytest.mark.parametrize("shards", [2, 4, 8])
+def test_each_device_has_columns_from_either_end(shards: int):
+    order = columns.origin(48, shards).reshape(shards, -1)
+    assert sorted(order.reshape(-1)) == list(range(48))
+    # What causal attention costs: column t sees t + 1.
+    assert len(set((order + 1).sum(axis=1))) == 1
+    for device in order:
+        half = len(device) // 2
+        assert (np.diff(device[:half]) == 1).all()
+        assert (np.diff(device[half:]) == 1).all()
+
+
+@pytest.mark.parametrize("shards", [2, 4, 8])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_what_is_dealt_comes_back(shards: int, rows: int):
+    x = {"ids": jnp.arange(rows * 48).reshape(rows, 48), "h": jnp.ones((rows, 48, 3)).cumsum(1)}
+    with jax.set_mesh(make_mesh(sequence=shards)):
+        dealt = jax.jit(columns.deal)(x)
+        again = jax.jit(columns.undeal)(dealt)
+    for name, leaf in x.items():
+        np.testing.assert_array_equal(dealt[name], leaf[:, columns.origin(48, shards)])
+        np.testing.assert_array_equal(again[name], leaf)
+        np.testing.assert_array_equal(columns.reorder(leaf, shards, 1, back=False), dealt[name])
+        np.testing.assert_array_equal(columns.reorder(dealt[name], shards, 1, back=True), leaf)
+
+
+def test_a_row_is_filled_until_it_can_be_dealt():
+    x_BT = jnp.ones((2, 13), int)
+    with jax.set_mesh(make_mesh(sequence=4)):
+        filled = columns.fill(x_BT)
+    np.testing.assert_array_equal(filled.sum(axis=0), [2] * 13 + [0] * 3)
+    np.testing.assert_array_equal(columns.fill(x_BT)[:, :13], x_BT)
