@@ -53,7 +53,7 @@ def line(plan: Plan) -> str:
     """A plan in a few words."""
     shape = f"{plan.rows.rows} rows on {describe(plan.mesh)}"
     if plan.roofline is None:
-        return f"{shape} lack {gib(plan.over)}"
+        return f"{shape} lack {lacking(plan)}"
     return f"{shape}: {gib(plan.needs)}, at least {_ms(plan.roofline.seconds)}"
 
 
@@ -72,7 +72,7 @@ def compared(choice: Choice) -> Table:
         mark = " (chosen)" if plan is choice.best else ""
         made.add_row(
             describe(plan.mesh) + mark,
-            gib(plan.needs) if plan.fits else f"[red]{gib(plan.over)} too much[/]",
+            gib(plan.needs) if plan.fits else f"[red]{lacking(plan)} too much[/]",
             "" if found is None else _ms(found.seconds),
             "" if found is None else gib(found.sent),
             "" if found is None else found.bound,
@@ -86,7 +86,7 @@ def advice(tried: Sequence[Remedy]) -> str:
     for remedy in tried:
         plan = remedy.plan
         if plan.roofline is None:
-            came = f"still {gib(plan.over)} too much"
+            came = f"still {lacking(plan)} too much"
         else:
             came = f"fits, {gib(plan.needs)} a device, at least {_ms(plan.roofline.seconds)} a step"
         lines.append(f"  {remedy.settings}: {came}")
@@ -98,13 +98,13 @@ def advice(tried: Sequence[Remedy]) -> str:
 def largest_line(largest: Largest) -> str:
     """The largest batch in a sentence."""
     if not largest.rows:
-        least, over = largest.plan.rows.rows, gib(largest.plan.over)
+        least, over = largest.plan.rows.rows, lacking(largest.plan)
         return f"No batch fits: {over} too much at {least} row{'s' if least > 1 else ''}."
     said = (
         f"The largest batch that fits has {largest.rows} rows ({gib(largest.plan.needs)} a device)"
     )
     if largest.above is not None:
-        said += f"; {largest.above.rows.rows} take {gib(largest.above.over)} too much"
+        said += f"; {largest.above.rows.rows} take {lacking(largest.above)} too much"
     return f"{said}. {largest.compiled} programs were compiled."
 
 
@@ -122,7 +122,7 @@ def _lines(plan: Plan) -> list[tuple[str, str, str]]:
     if plan.memory is None:
         said = (
             f"[red]does not fit[/]: {gib(plan.needs)} of {gib(plan.limit)} a device, "
-            f"{gib(plan.over)} too much"
+            f"{lacking(plan)} too much"
         )
     else:
         memory = plan.memory
@@ -166,6 +166,11 @@ def _shape(plan: Plan) -> str:
     if rows.source:
         shape = f"{rows.rows} sources of {rows.source:,} tokens, {rows.tokens:,} written for each"
     return shape + (f", in {rows.micro} micro-batches" if rows.micro > 1 else "")
+
+
+def lacking(plan: Plan) -> str:
+    """What a device lacks, in words. The compiler tells hundredths of a GiB of some programs."""
+    return gib(plan.over) if plan.over else "less than 0.01 GiB"
 
 
 def gib(count: float) -> str:

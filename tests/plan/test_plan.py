@@ -1,5 +1,6 @@
 """A plan says what the TPU's compiler says, and finds its way among batches and meshes."""
 
+import dataclasses
 import json
 import types
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import tiny
 
 from prefix_jax import config as configs
 from prefix_jax.errors import ConfigError, MeshError
-from prefix_jax.plan import auto, batch, remedies
+from prefix_jax.plan import auto, batch, remedies, report
 from prefix_jax.plan.abstract import AbstractRun, Rows
 from prefix_jax.plan.floor import floor
 from prefix_jax.plan.plan import Memory, Plan, plan
@@ -226,6 +227,17 @@ def test_where_no_batch_fits_the_smallest_says_by_how_much(
     found = batch.largest_batch(run, Rows(8, 16, 16), topology, mesh)
     assert (found.rows, found.compiled, found.plan.over) == (0, 1, 4 * GIB)
     assert len(seen) == 1
+
+
+def test_a_step_that_lacks_less_than_the_compiler_tells_is_not_said_to_lack_nothing(
+    folder: Path,
+) -> None:
+    compile_step, _ = formula(lambda rows, _: 16.0)
+    topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
+    fits = compile_step(run, Rows(8, 16, 16), topology, topology.mesh(ALONE))
+    failed = dataclasses.replace(fits, memory=None, roofline=None)
+    found = batch.Largest(8, fits, failed, compiled=2)
+    assert "; 8 take less than 0.01 GiB too much" in report.largest_line(found)
 
 
 def test_weights_stay_whole_where_they_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
