@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from prefix_jax.config import TaskConfig
 from prefix_jax.data.batch import Example, Window
+from prefix_jax.data.fields import answers_of, label_of, list_of, number_of, words_of
 from prefix_jax.data.source import Record
-from prefix_jax.data.template import Template, check_unicode
+from prefix_jax.data.template import Template
 from prefix_jax.data.tokens import Examples
 from prefix_jax.errors import DataError
 
@@ -82,11 +82,11 @@ class Reading:
             label: float = 0
             references: tuple[str, ...] = ()
             if answered and self.task.name == "regress":
-                label = _number(record, self.task.label)
+                label = number_of(record, self.task.label)
                 references = (str(label),)
             elif answered:
                 names = self._names
-                label = _label(record, record.value(self.task.label), names)
+                label = label_of(record, record.value(self.task.label), names)
                 references = (names[int(label)],)
             kind = np.float32 if self.task.name == "regress" else np.int32
             index_M = np.array([self._place(encoding)], np.int32)
@@ -97,7 +97,7 @@ class Reading:
 
     def _tagged(self, records: Sequence[Record], answered: bool) -> Examples:
         """One label for each word, predicted from its first token."""
-        words = [_words(record, self.task.words) for record in records]
+        words = [words_of(record, self.task.words) for record in records]
         found, cut = [], []
         encodings = self._encode([" ".join(texts) for texts in words], None)
         for record, texts, encoding in zip(records, words, encodings, strict=True):
@@ -105,13 +105,13 @@ class Reading:
             labels = [0] * len(kept)
             references: tuple[str, ...] = ()
             if answered:
-                tags = _list(record, self.task.label)
+                tags = list_of(record, self.task.label)
                 if len(tags) != len(texts):
                     raise DataError(
                         f"{record.source}: {len(tags)} tags in {self.task.label!r} for "
                         f"{len(texts)} words in {self.task.words!r}; each word needs one"
                     )
-                labels = [_label(record, tags[word], self._names) for word in kept]
+                labels = [label_of(record, tags[word], self._names) for word in kept]
                 references = tuple(self._names[label] for label in labels)
             if not kept:
                 raise DataError(f"{record.source}: the tokenizer makes no token of its words")
@@ -138,7 +138,7 @@ class Reading:
                     f"{self.task.stride} leave no room for the text within {self.max_length} "
                     "tokens; raise data.max_length or lower task.stride"
                 )
-            answers = _answers(record, self.task.label, context) if answered else []
+            answers = answers_of(record, self.task.label, context) if answered else []
             if answered and not answers and not self.task.unanswerable:
                 raise DataError(
                     f"{record.source}: there is no answer; leave the record out, or set "
@@ -193,7 +193,7 @@ class Reading:
             if answered:
                 names = self.task.labels or tuple(map(str, range(len(parts))))
                 given_answer = record.value(self.task.label)
-                right = _label(record, given_answer, names[: len(parts)], "choice")
+                right = label_of(record, given_answer, names[: len(parts)], "choice")
                 label_M[right], references = 1, (several[right],)
             found.append(
                 dataclasses.replace(
@@ -275,32 +275,6 @@ class Reading:
         )
 
 
-def collect_labels(records: Sequence[Record], task: TaskConfig) -> tuple[str, ...]:
-    """The names of the labels that records hold, sorted: numbers by size, texts by letter.
-
-    Raises:
-        DataError: there is one label alone; or a record has none.
-    """
-    found: set[Any] = set()
-    for record in records:
-        value = record.value(task.label)
-        for label in _list(record, task.label) if task.name == "tag" else [value]:
-            if not isinstance(label, str | int | float):
-                raise DataError(
-                    f"{record.source}: field {task.label!r} holds a {type(label).__name__} where "
-                    "a label is a text or a number"
-                )
-            found.add(label)
-    numbers = all(isinstance(value, int) for value in found)
-    names = tuple(map(str, sorted(found, key=None if numbers else str)))
-    if len(names) < 2:
-        raise DataError(
-            f"the training data holds one label, {names[0]!r}, in the field {task.label!r}; "
-            "there must be two at least"
-        )
-    return names
-
-
 def _render(template: Template, record: Record) -> str:
     texts = template.render(record)
     if len(texts) > 1:
@@ -309,53 +283,6 @@ def _render(template: Template, record: Record) -> str:
             "read must be one"
         )
     return texts[0]
-
-
-def _list(record: Record, name: str) -> list[Any]:
-    value = record.value(name)
-    if not isinstance(value, list):
-        raise DataError(f"{record.source}: field {name!r} must hold a list, one item a word")
-    if not value:
-        raise DataError(f"{record.source}: field {name!r} holds an empty list; remove the record")
-    return value
-
-
-def _words(record: Record, name: str) -> list[str]:
-    words = _list(record, name)
-    for word in words:
-        if not isinstance(word, str | int | float):
-            raise DataError(
-                f"{record.source}: field {name!r} holds a {type(word).__name__} where a word is "
-                "a text or a number"
-            )
-    texts = [str(word) for word in words]
-    check_unicode(texts, record.source)
-    return texts
-
-
-def _number(record: Record, name: str) -> float:
-    value = record.value(name)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise DataError(f"{record.source}: field {name!r} holds {value!r}, not a number") from None
-    except OverflowError:
-        number = math.inf
-    if not abs(number) <= float(np.finfo(np.float32).max):
-        raise DataError(f"{record.source}: field {name!r} holds {value!r}, which is not finite")
-    return number
-
-
-def _label(record: Record, value: Any, names: Sequence[str], what: str = "label") -> int:
-    """The number of a label: by its name, or counted from 0."""
-    if str(value) in names:
-        return list(names).index(str(value))
-    if isinstance(value, int) and 0 <= value < len(names):
-        return value
-    raise DataError(
-        f"{record.source}: the {what} {value!r} is none of {', '.join(map(repr, names))}; "
-        + ("those are counted from 0" if what == "choice" else "name all of them in task.labels")
-    )
 
 
 def _first_tokens(words: Sequence[str], encoding: Encoding) -> tuple[np.ndarray, list[int]]:
@@ -381,38 +308,6 @@ def _first_tokens(words: Sequence[str], encoding: Encoding) -> tuple[np.ndarray,
             kept.append(number)
         begin = end + 1
     return np.array(columns, np.int32), kept
-
-
-def _answers(record: Record, name: str, context: str) -> list[tuple[str, int]]:
-    """The texts of the answers, and where each starts, in characters of the context."""
-    value = record.value(name)
-    if isinstance(value, Mapping) and all(
-        isinstance(value.get(key, []), list) for key in ("text", "answer_start")
-    ):
-        texts, starts = value.get("text", []), value.get("answer_start", [])
-        if len(texts) != len(starts):
-            raise DataError(
-                f"{record.source}: field {name!r} has {len(texts)} texts and {len(starts)} "
-                "answer_starts; each answer needs both"
-            )
-        pairs = list(zip(texts, starts, strict=True))
-    elif isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
-        pairs = [(item.get("text"), item.get("answer_start")) for item in value]
-    else:
-        raise DataError(
-            f"{record.source}: field {name!r} must hold answers as SQuAD does: "
-            '{"text": […], "answer_start": […]}'
-        )
-    for text, start in pairs:
-        if not isinstance(text, str) or not isinstance(start, int):
-            raise DataError(f"{record.source}: an answer needs a text and an answer_start")
-        if context[start : start + len(text)] != text:
-            raise DataError(
-                f"{record.source}: the text at character {start} is "
-                f"{context[start : start + len(text)]!r}, not the answer {text!r}; offsets count "
-                "characters of data.pair as it is rendered"
-            )
-    return pairs
 
 
 def _context_offsets(encoding: Encoding) -> np.ndarray:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.load import Pretrained
 from prefix_jax.config import Config, TaskConfig
-from prefix_jax.data.labelled import Reading, collect_labels
+from prefix_jax.data.fields import collect_labels
+from prefix_jax.data.labelled import Reading
 from prefix_jax.data.prepare import prepare
 from prefix_jax.data.source import Record
 from prefix_jax.data.tokens import Examples

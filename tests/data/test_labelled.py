@@ -11,7 +11,7 @@ import tiny
 
 from prefix_jax.backbones.tokenizer import load_tokenizer
 from prefix_jax.config import TaskConfig
-from prefix_jax.data.labelled import Reading, collect_labels
+from prefix_jax.data.labelled import Reading
 from prefix_jax.data.pack import Packing, arrange, materialise, measure
 from prefix_jax.data.source import read_records
 from prefix_jax.errors import DataError
@@ -69,20 +69,6 @@ def test_a_long_text_is_cut_and_named(bert: Any) -> None:
     left = examples(bert, CLASSES, record, input="{text}", max_length=4, truncate="left")
     assert bert.decode(left[0].ids_T) == "[CLS] bad film [SEP]"
     assert found.truncated == left.truncated == ("record 1",)
-
-
-def test_labels_are_collected_by_size_or_letter() -> None:
-    def collect(*labels: Any, name: str = "classify") -> tuple[str, ...]:
-        records = read_records([{"label": label} for label in labels])
-        return collect_labels(records, TaskConfig(name))
-
-    assert collect(10, 9, 9) == ("9", "10")
-    assert collect("no", "yes", "maybe") == ("maybe", "no", "yes")
-    assert collect(["O", "B"], ["I"], name="tag") == ("B", "I", "O")
-    with pytest.raises(DataError, match="one label, 'a'"):
-        collect("a", "a")
-    with pytest.raises(DataError, match="record 1: field 'label' holds a list where a label is"):
-        collect(["a"], "b")
 
 
 @pytest.mark.parametrize("label", ["fine", 2, -1, 0.5])
