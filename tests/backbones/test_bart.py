@@ -63,6 +63,20 @@ def test_newer_checkpoints_say_in_a_file_of_its_own_how_texts_begin_and_end(tmp_
         read_config(path)
 
 
+@pytest.mark.parametrize(
+    ("of_its_own", "in_config", "last"),
+    [(None, None, None), (None, 9, 9), (None, 2, 2), ({}, 9, None), ({}, None, None)]
+    + [({"forced_eos_token_id": 7}, config, 7) for config in (None, 9)],
+)
+def test_the_file_of_its_own_says_it_alone(of_its_own, in_config, last, tmp_path):
+    """`tests/parity` holds these to transformers."""
+    path = tiny.write_bart(tmp_path / "bart", forced_eos_token_id=in_config)
+    if of_its_own is not None:
+        start = {"decoder_start_token_id": 256}
+        (path / "generation_config.json").write_text(json.dumps(start | of_its_own))
+    assert architecture(read_config(path), "bart").last_id == last
+
+
 def test_more_than_one_forced_token_is_refused():
     with pytest.raises(BackboneError, match=r"forced_eos_token_id is \[1, 2\]; only a single"):
         architecture(CONFIG | {"forced_eos_token_id": [1, 2]}, "bart")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.numpy import load_file, save_file
 
 from prefix_jax.backbones.load import architecture, find, load, read_config
@@ -138,6 +140,27 @@ def test_a_failure_of_the_hub_that_says_nothing_is_named(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(BackboneError, match=r"could not be fetched .*: TimeoutError"):
+        find("nobody/nothing")
+
+
+def lost(kind: str) -> Exception:
+    """What huggingface_hub raises where a connection breaks in the middle of a file."""
+    if kind == "xet":
+        return RuntimeError("Data processing error: the connection was reset")
+    # Of the HTTP client that it runs on: httpx, later httpx2.
+    client = importlib.import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
+    return client.RemoteProtocolError("peer closed connection without sending complete message")
+
+
+@pytest.mark.parametrize("kind", ["http", "xet"])
+def test_a_connection_that_is_lost_half_way_is_an_error_of_the_user(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise lost(kind)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(BackboneError, match=r"could not be fetched .*connection"):
         find("nobody/nothing")
 
 

@@ -6,6 +6,7 @@ Collected by `make parity` alone, whose environment has torch, transformers and 
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.backbones.load import Pretrained, architecture_of, load
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.nn.relative import Relative
 from prefix_jax.prefix import SITES, Embeds, KVPrefix, Prefix, Site, SiteName
@@ -158,6 +159,29 @@ def test_soft_tokens_stand_before_the_embeddings_of_the_source(name, tmp_path, d
     )
     prefix = model.backbone.lift(model.params, Embeds(jnp.asarray(soft_PD)))
     difference("logits, soft tokens", _logits(model, given, prefix) - expected, 1e-4, name)
+
+
+@pytest.mark.parametrize("of_its_own", [None, {}, {"forced_eos_token_id": 7}], ids=str)
+@pytest.mark.parametrize("in_config", [{}, {"forced_eos_token_id": 2}, {"forced_eos_token_id": 9}])
+def test_what_a_text_ends_with_is_read_from_where_transformers_reads_it(
+    in_config, of_its_own, tmp_path
+):
+    """Its configuration of BART says 2 where the file says nothing; what it writes does not."""
+    _pair("bart", 700, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config = {key: x for key, x in config.items() if key != "forced_eos_token_id"} | in_config
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    generation = tmp_path / "generation_config.json"
+    generation.unlink(missing_ok=True)
+    if of_its_own is not None:
+        generation.write_text(json.dumps({"decoder_start_token_id": 2} | of_its_own))
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    ids = theirs.generate(
+        input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=4, min_new_tokens=4, do_sample=False
+    )
+    last = architecture_of(tmp_path).last_id
+    assert theirs.generation_config.forced_eos_token_id == last
+    assert last is None or ids[0, -1] == last
 
 
 @pytest.mark.parametrize("both_ways", [False, True], ids=["decoder", "encoder"])
