@@ -108,6 +108,8 @@ class TaskConfig:
         answer_tokens: for "span", how long an answer is at most.
         unanswerable: for "span", whether a question may have no answer (SQuAD 2.0).
         dropout: of the head's input, in training; where the model's own heads have it.
+        reads_soft: for "classify" and "regress" by soft tokens before an encoder: the head reads
+            the first of them in place of the text's first token, as in PEFT.
     """
 
     name: TaskName = "generate"
@@ -119,9 +121,15 @@ class TaskConfig:
     answer_tokens: int = 30
     unanswerable: bool = False
     dropout: float = 0.1
+    reads_soft: bool = False
 
     def __post_init__(self) -> None:
         require(
+            (
+                not self.reads_soft or self.name in ("classify", "regress"),
+                "reads_soft is for name: classify and name: regress, whose heads read one token; "
+                "leave it out",
+            ),
             (
                 (self.choices is not None) == (self.name == "choice"),
                 "choices are the templates of the texts that name: choice chooses among; give them "

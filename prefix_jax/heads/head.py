@@ -46,6 +46,8 @@ class Head:
         dropout: the probability with which an element of the input of the last layer is zeroed in
             training, the others scaled up.
         drop_input: whether dropout falls on the input of the first of two layers as well.
+        soft: whether it reads the first of the soft tokens before an encoder, in place of the
+            text's first token, as PEFT's classification does.
     """
 
     kind: Kind
@@ -55,6 +57,7 @@ class Head:
     bias: bool = True
     dropout: float = 0.0
     drop_input: bool = True
+    soft: bool = False
 
     def init(self, rng: jax.Array, d_model: int) -> Params:
         """The initial parameters, float32: weights from a normal distribution, biases zero."""

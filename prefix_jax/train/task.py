@@ -39,7 +39,7 @@ def check_task(config: Config, arch: Architecture, source: str) -> None:
 def head_of(task: TaskConfig, arch: Architecture, labels: int) -> Head:
     """The head for a task of so many labels."""
     assert task.name != "generate"
-    return make_head(
+    head = make_head(
         task.name,
         labels,
         model_type=arch.model_type,
@@ -47,6 +47,7 @@ def head_of(task: TaskConfig, arch: Architecture, labels: int) -> Head:
         pooler=arch.pooler,
         dropout=task.dropout,
     )
+    return dataclasses.replace(head, soft=task.reads_soft)
 
 
 def load_labelled_splits(
@@ -62,6 +63,11 @@ def load_labelled_splits(
         raise ConfigError(
             "task.name choice reads several texts at a time, and soft tokens before an encoder "
             "take one: train keys and values instead (method.name: prefix)"
+        )
+    if task.reads_soft and model.packs:
+        raise ConfigError(
+            "task.reads_soft: no soft tokens stand before an encoder here, the first of which a "
+            "head could read: leave it out, or train some (method.name: prompt)"
         )
     records = {name: prepare(read, data.prepare) for name, read in sources.items()}
     if task.name in ("classify", "tag") and task.labels is None:

@@ -62,10 +62,15 @@ def imported(folder: Path, task: int | None = None) -> pj.Tuned:
 
 
 def answers(tuned: pj.Tuned, h_BTD: jax.Array) -> jax.Array:
-    """What the head of an adapter makes of the states of a text: [2, T, Y], or [2, Y] of all."""
+    """What the head of an adapter makes of the states of soft tokens, if an encoder has some, and
+    of a text: [2, T, Y], or [2, Y] of all."""
     head, model = Head(**tuned.card.task.head), tuned.pretrained
+    soft = h_BTD.shape[1] - T
     if head.kind == "classify":
-        h_BTD = h_BTD[:, -1] if model.backbone.arch.causal else h_BTD[:, 0]
+        first = 0 if head.soft else soft
+        h_BTD = h_BTD[:, -1 if model.backbone.arch.causal else first]
+    else:
+        h_BTD = h_BTD[:, soft:]
     if head.pooled:
         h_BTD = model.backbone.pool(model.params, h_BTD)
     return head(tuned.head, h_BTD)
@@ -75,14 +80,13 @@ def answers(tuned: pj.Tuned, h_BTD: jax.Array) -> jax.Array:
 def outputs(
     model: Any, params: Any, produced: Produced | None, given: Any, states: bool
 ) -> jax.Array:
-    """Logits, or states, of the text alone: [2, T, …]."""
+    """Logits of the text, or states, of soft tokens before an encoder too: [2, T, …]."""
     prefix = model.lift(params, produced)
     tokens = Tokens.plain(jnp.ones(given["ids"].shape, bool))
     encoded, ids = None, given["ids"]
     if "decoder_ids" in given:
         encoded, ids = model.encode(params, ids, tokens, prefix), given["decoder_ids"]
     h_BTD, _ = model.hidden(params, ids, tokens, prefix, encoded=encoded)
-    h_BTD = h_BTD[:, -T:]
     return h_BTD if states else model.unembed(params, h_BTD)
 
 
@@ -94,8 +98,7 @@ def test_an_adapter_computes_here_what_it_computes_in_peft(name: str) -> None:
     model = tuned.pretrained
     states = tuned.head is not None or not model.backbone.arch.causal
     ours = outputs(model.backbone, model.params, tuned.produced, given, states)
-    if tuned.head is not None:
-        ours = answers(tuned, ours)
+    ours = ours[:, -T:] if tuned.head is None else answers(tuned, ours)
     np.testing.assert_allclose(ours, stored["expected"], rtol=0, atol=1e-5)
     bare = outputs(model.backbone, model.params, None, given, states)
     bare = bare if tuned.head is None else answers(tuned, bare)
@@ -396,15 +399,17 @@ def test_a_head_that_is_missing_or_another_is_an_error(copy: Callable[..., Path]
         imported(folder)
 
 
-def test_classification_behind_soft_tokens_is_refused(copy: Callable[..., Path]) -> None:
-    head = {
-        f"base_model.classifier.{layer}.{part}": np.ones(shape, np.float32)
-        for layer, outputs in (("dense", 32), ("out_proj", 3))
-        for part, shape in (("weight", (outputs, 32)), ("bias", (outputs,)))
-    }
-    folder = rewrite(copy("prompt_roberta", task_type="SEQ_CLS"), lambda x: x.update(head))
-    with pytest.raises(PrefixError, match="reads an encoder's first soft token"):
-        imported(folder)
+def test_classification_by_soft_tokens_that_reads_the_text_is_not_for_peft(tmp_path: Path) -> None:
+    tuned = imported(ADAPTERS / "classify_soft")
+    task = tuned.card.task
+    assert task.config["reads_soft"]
+    tuned.save(tmp_path / "ours")
+    card = tmp_path / "ours" / "prefix.json"
+    content = json.loads(card.read_text())
+    content["task"]["head"]["soft"] = content["task"]["config"]["reads_soft"] = False
+    card.write_text(json.dumps(content))
+    with pytest.raises(PrefixError, match=r"the text's first token: train with task\.reads_soft"):
+        export_peft(tmp_path / "ours", tmp_path / "theirs")
 
 
 def test_a_copy_in_another_container_keeps_its_head(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Collected by `make parity` alone, whose environment has torch, transformers and 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from prefix_jax.heads import Head, make_head
 from prefix_jax.heads.head import Kind
 from prefix_jax.mesh import make_mesh, replicated
 from prefix_jax.methods.prefix import PrefixTuning
+from prefix_jax.methods.prompt import PromptTuning
 from prefix_jax.model import PrefixModel
 from prefix_jax.train.optimizer import make_optimizer, make_schedule
 from prefix_jax.train.partition import labels, split
@@ -111,10 +113,10 @@ def _ids(lengths: Sequence[int]) -> list[np.ndarray]:
     return [rng.integers(3, V, length).astype(np.int32) for length in lengths]
 
 
-def _given(task: str, causal: bool) -> tuple[list[Example], dict[str, Any]]:
-    """Examples of ours, and the same as transformers takes them."""
+def _given(task: str, causal: bool, even: bool = False) -> tuple[list[Example], dict[str, Any]]:
+    """Examples of ours, and the same as transformers takes them, which is without padding if even."""
     # transformers' loss of spans runs over padding as well.
-    rows = _ids([7, 7, 7] if task == "QUESTION_ANS" else [7, 5, 9])
+    rows = _ids([7, 7, 7] if even or task == "QUESTION_ANS" else [7, 5, 9])
     width = max(map(len, rows))
     padded = np.array([np.pad(row, (0, width - len(row))) for row in rows])
     given = {
@@ -153,11 +155,11 @@ def _given(task: str, causal: bool) -> tuple[list[Example], dict[str, Any]]:
     return examples, given
 
 
-def _packed(examples: Sequence[Example]) -> Batch:
-    """Several in a row, where that costs less: they do not see each other."""
-    return jax.tree.map(
-        lambda leaf: leaf[None], materialise(arrange(measure(examples), Packing()), examples)
-    )
+def _batch(examples: Sequence[Example], pack: bool) -> Batch:
+    """Several in a row, where that costs less: they do not see each other. Behind soft tokens,
+    which do, each has its own."""
+    rows = arrange(measure(examples), Packing(pack=pack))
+    return jax.tree.map(lambda leaf: leaf[None], materialise(rows, examples))
 
 
 def _prefix(flat: np.ndarray, pretrained: Pretrained) -> dict[str, Any]:
@@ -189,31 +191,40 @@ def _as_ours(values: dict[str, Any], pretrained: Pretrained) -> dict[str, Any]:
     (prompt,) = (name for name in values if "prompt_encoder" in name)
     rest = {name: x for name, x in values.items() if name != prompt}
     flat = values[prompt].detach().numpy().copy()
-    return {"prefix": _prefix(flat, pretrained), "head": _head_params(rest)}
+    soft = flat.shape[1] == pretrained.backbone.geometry.input_dim
+    made = {"x_PD": flat} if soft else _prefix(flat, pretrained)
+    return {"prefix": made, "head": _head_params(rest)}
+
+
+_STEPS = [(name, task) for name in ("bert", "roberta", "electra") for task in list(TASKS)[:4]]
+_STEPS += [("llama_grouped", "SEQ_CLS"), ("gpt2", "SEQ_CLS"), ("llama_grouped", "REGRESSION")]
+# PEFT makes no loss of tags behind soft tokens, and counts them in that of spans.
+_SOFT_STEPS = [
+    (name, task)
+    for name in ("bert", "roberta", "llama_grouped")
+    for task in ("SEQ_CLS", "REGRESSION")
+]
 
 
 @pytest.mark.parametrize(
-    ("name", "task"),
-    [
-        *((name, task) for name in ("bert", "roberta", "electra") for task in list(TASKS)[:4]),
-        ("llama_grouped", "SEQ_CLS"),
-        ("gpt2", "SEQ_CLS"),
-        ("llama_grouped", "REGRESSION"),
-    ],
+    ("name", "task", "kind"),
+    [(*of, "prefix") for of in _STEPS] + [(*of, "prompt") for of in _SOFT_STEPS],
 )
 def test_a_step_of_prefix_and_head_is_pefts(
-    name: str, task: str, tmp_path: Path, difference: Any
+    name: str, task: str, kind: str, tmp_path: Path, difference: Any
 ) -> None:
     reference = _reference(name, task)
     pretrained = _pretrained(name, reference, tmp_path)
-    config = peft.PrefixTuningConfig(
-        task_type="SEQ_CLS" if task == "REGRESSION" else task, num_virtual_tokens=P
-    )
+    made_by = peft.PrefixTuningConfig if kind == "prefix" else peft.PromptTuningConfig
+    config = made_by(task_type="SEQ_CLS" if task == "REGRESSION" else task, num_virtual_tokens=P)
     theirs = peft.get_peft_model(reference, config).eval()
-    examples, given = _given(task, pretrained.backbone.arch.causal)
-    batch = _packed(examples)
+    causal = pretrained.backbone.arch.causal
+    examples, given = _given(task, causal, even=kind == "prompt")
+    soft = kind == "prompt" and not causal
+    batch = _batch(examples, pack=not soft)
 
-    method, head = PrefixTuning(P), _head(task, pretrained)
+    method = PrefixTuning(P) if kind == "prefix" else PromptTuning(P)
+    head = dataclasses.replace(_head(task, pretrained), soft=soft)
     model = PrefixModel(pretrained.backbone, method, head)
     trained = jax.device_put(_as_ours(_trained(theirs), pretrained), replicated(pretrained.mesh))
     params = {"backbone": pretrained.stacked(), **trained}
@@ -232,7 +243,7 @@ def test_a_step_of_prefix_and_head_is_pefts(
         expected = logits[i, example.index_M] if logits.ndim == 3 else logits[i : i + 1]
         row, slots = _found(example, micro)
         off = out_BMY[row, slots] - expected
-        difference(f"{task} logits of a head", off, limit=1e-5, model=name)
+        difference(f"{task} logits, {kind} and head", off, limit=1e-5, model=name)
 
     optimizer_of_theirs = torch.optim.AdamW(
         _trained(theirs).values(), lr=0.01, weight_decay=0.1, eps=1e-3
@@ -244,11 +255,12 @@ def test_a_step_of_prefix_and_head_is_pefts(
     optimizer = make_optimizer(OPTIM, make_schedule(OPTIM, 10), partition)
     state = init_state(train, frozen, optimizer, pretrained.mesh)
     state, metrics = jax.jit(make_step(model, optimizer))(state, frozen, batch)
-    difference(f"{task} loss", metrics.loss - output.loss.item(), limit=1e-5, model=name)
+    difference(f"{task} loss, {kind}", metrics.loss - output.loss.item(), limit=1e-5, model=name)
     expected_after = flatten_dict(_as_ours(_trained(theirs), pretrained), sep="/")
     found = flatten_dict({key: state.train[key] for key in ("prefix", "head")}, sep="/")
     for key, value in expected_after.items():
         part = key.partition("/")[0]
+        part = kind if part == "prefix" else f"head beside a {kind}"
         difference(f"{task} {part} after a step", found[key] - value, limit=1e-5, model=name)
 
 

@@ -248,6 +248,43 @@ def test_the_rate_of_a_head_needs_one(decoder: Pretrained, tmp_path: Path) -> No
         run(decoder, tmp_path, "data.target={label}", task={"name": "generate"}, train=TRAIN)
 
 
+def test_a_head_may_read_the_first_soft_token_as_pefts_does(
+    encoder: Pretrained, tmp_path: Path
+) -> None:
+    found = run(
+        encoder,
+        tmp_path / "soft",
+        "data.input={text}",
+        "method={name: prompt, length: 3}",
+        "train.steps=30",
+        task={"name": "classify", "reads_soft": True},
+        train=TRAIN,
+    )
+    tuned = pj.load_prefix(found.directory, encoder)
+    tuned.export_peft(tmp_path / "theirs")
+    again = pj.import_peft(
+        tmp_path / "theirs", encoder, overrides=["data.input={text}", "task.labels=[no, yes]"]
+    )
+    scores = [answer.scores for answer in tuned.answers(TEST)]
+    assert [answer.scores for answer in again.answers(TEST)] == scores
+    # It reads the text through the soft token.
+    assert len({tuple(of.items()) for of in scores}) > 1
+    # Without the soft tokens there is the text's first one.
+    assert tuned.without_prefix().answers(TEST[:1])[0].scores != scores[0]
+
+
+@pytest.mark.parametrize("method", ["prefix", "full"])
+def test_without_soft_tokens_a_head_cannot_read_one(
+    encoder: Pretrained, tmp_path: Path, method: str
+) -> None:
+    options = ("data.input={text}", *(["method=full"] if method == "full" else []))
+    task = {"name": "classify", "reads_soft": True}
+    with pytest.raises(ConfigError, match="no soft tokens stand before an encoder here"):
+        run(encoder, tmp_path / method, *options, task=task, train=TRAIN[:8])
+    with pytest.raises(ConfigError, match="reads_soft is for name: classify and name: regress"):
+        run(encoder, tmp_path / method, task={"name": "tag", "reads_soft": True}, train=TRAIN)
+
+
 def test_full_fine_tuning_trains_a_head_too(encoder: Pretrained, tmp_path: Path) -> None:
     found = run(
         encoder,

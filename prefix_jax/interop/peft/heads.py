@@ -71,7 +71,7 @@ def to_arrays(
     """What a head adds to an adapter's configuration and to its arrays.
 
     Raises:
-        PrefixError: PEFT has no such task, or reads another position.
+        PrefixError: PEFT has no such task, or its head reads another token.
     """
     of = Head(**task.head)
     if of.kind not in TASK_TYPES:
@@ -80,7 +80,12 @@ def to_arrays(
             "(--to safetensors), which docs/export.md tells how to use"
         )
     causal = geometry.decoder is not None
-    _check_position(of.kind, produced, causal)
+    if _reads_soft(of.kind, produced, causal) and not of.soft:
+        raise PrefixError(
+            "with soft tokens, PEFT's classification reads an encoder's first soft token, and this "
+            "head the text's first token: train with task.reads_soft=true, or keys and values "
+            "(method.name=prefix)"
+        )
     task_type = TASK_TYPES[of.kind]
     arrays = {
         theirs: np.asarray(head[ours]).T for ours, theirs in names(of, model_type, causal).items()
@@ -103,7 +108,7 @@ def from_arrays(
     arch, task_type = pretrained.backbone.arch, files.config["task_type"]
     outputs = _outputs(files)
     kind = _kind(task_type, outputs)
-    _check_position(kind, produced, arch.causal)
+    soft = _reads_soft(kind, produced, arch.causal)
     of = make_head(
         kind,
         outputs,
@@ -112,6 +117,7 @@ def from_arrays(
         pooler=arch.pooler,
         dropout=0.0,
     )
+    of = dataclasses.replace(of, soft=soft)
     expected = names(of, arch.model_type, arch.causal)
     held = {name for name in files.arrays if name.startswith(_BASE)}
     if held != set(expected.values()):
@@ -143,7 +149,7 @@ def from_arrays(
                 f"{files.where}: the head tells {outputs} labels apart, and task.labels names "
                 f"{len(labels)}"
             )
-    task = dataclasses.replace(given, name=kind, labels=labels)
+    task = dataclasses.replace(given, name=kind, labels=labels, reads_soft=soft)
     return head, TaskCard(
         config=dataclasses.asdict(task),
         head=dataclasses.asdict(of),
@@ -170,13 +176,10 @@ def _outputs(files: Files) -> int:
     )
 
 
-def _check_position(kind: str, produced: Produced, causal: bool) -> None:
-    if isinstance(produced, Embeds) and kind in ("classify", "regress") and not causal:
-        raise PrefixError(
-            "with soft tokens, PEFT's classification reads an encoder's first soft token in place "
-            "of the text's first token, which heads here read: train keys and values instead "
-            "(PEFT's PREFIX_TUNING, method.name=prefix)"
-        )
+def _reads_soft(kind: str, produced: Produced, causal: bool) -> bool:
+    """Whether PEFT's head reads the first soft token: what it classifies by is the first column of
+    an encoder, where its soft tokens stand."""
+    return isinstance(produced, Embeds) and kind in ("classify", "regress") and not causal
 
 
 def _labels(pretrained: Pretrained, outputs: int) -> tuple[str, ...]:
