@@ -114,7 +114,7 @@ def _ids(lengths: Sequence[int]) -> list[np.ndarray]:
 
 
 def _given(task: str, causal: bool, even: bool = False) -> tuple[list[Example], dict[str, Any]]:
-    """Examples of ours, and the same as transformers takes them, which is without padding if even."""
+    """Examples of ours, and the same as transformers takes them: of one length, if `even`."""
     # transformers' loss of spans runs over padding as well.
     rows = _ids([7, 7, 7] if even or task == "QUESTION_ANS" else [7, 5, 9])
     width = max(map(len, rows))
