@@ -107,8 +107,11 @@ class OptimConfig:
         head_learning_rate: the peak of a task's head; None is that of the prefix.
         learning_rate: the peak. What works follows the parameterisation: about 1e-2 for raw keys
             and values, 5e-5 under the paper's MLP, 0.3 for soft prompts with Adafactor.
-        schedule: after the warmup, "constant", or "linear" or "cosine" down to 0 at the last step.
+        schedule: after the warmup, "constant", or "linear" or "cosine" down to 0 at the last step,
+            or "exponential", which multiplies the rate by `decay` after every `decay_every` steps.
         warmup: optimizer steps of linear growth from 0.
+        decay: of the schedule "exponential".
+        decay_every: steps; those of an epoch, as P-tuning v2 has it for tags and spans.
         weight_decay: decoupled, times the learning rate.
         clip: the global norm at which gradients of the trained part are clipped; None is off.
         b1: decay of the first moment, AdamW only.
@@ -120,8 +123,10 @@ class OptimConfig:
     name: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = 1e-2
     head_learning_rate: float | None = None
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    schedule: Literal["constant", "linear", "cosine", "exponential"] = "linear"
     warmup: int = 0
+    decay: float = 0.95
+    decay_every: int | None = None
     weight_decay: float = 0.0
     clip: float | None = 1.0
     b1: float = 0.9
@@ -142,7 +147,13 @@ class OptimConfig:
                 f"clip must be positive, or null for no clipping, not {self.clip}",
             ),
             *at_least(self, 0, "warmup", "weight_decay"),
-            *at_least(self, 1, "accumulate"),
+            (
+                (self.schedule == "exponential") == (self.decay_every is not None),
+                "schedule: exponential needs decay_every, the steps after which the rate falls; "
+                "nothing else does",
+            ),
+            (0 < self.decay <= 1, f"decay must lie in (0, 1], not {self.decay}"),
+            *at_least(self, 1, "accumulate", "decay_every"),
             *fraction(self, "b1", "b2"),
         )
 

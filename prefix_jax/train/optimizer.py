@@ -14,7 +14,7 @@ def make_schedule(config: OptimConfig, steps: int, peak: float | None = None) ->
     """The learning rate by optimizer step: linear warmup, then `config.schedule`.
 
     Args:
-        config: the schedule's name, peak and warmup.
+        config: the schedule's name, peak, warmup and decay.
         steps: of the whole run; linear and cosine reach 0 there.
         peak: None takes that of the config.
     """
@@ -24,6 +24,9 @@ def make_schedule(config: OptimConfig, steps: int, peak: float | None = None) ->
         "constant": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(peak, rest),
+        "exponential": optax.exponential_decay(
+            peak, config.decay_every or 1, config.decay, staircase=True
+        ),
     }[config.schedule]
     if warmup == 0:
         return after

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from prefix_jax.config import OptimConfig
+from prefix_jax.errors import ConfigError
 from prefix_jax.train.optimizer import make_optimizer, make_schedule
 from prefix_jax.train.partition import labels
 
@@ -52,6 +53,22 @@ def test_linear_falls_to_zero_after_the_last_step():
 def test_cosine_falls_to_zero_after_the_last_step():
     expected = [1 + np.cos(np.pi * step / 4) for step in range(5)]
     np.testing.assert_allclose(rates(4, schedule="cosine"), expected, atol=1e-6)
+
+
+def test_exponential_falls_in_steps_as_pytorchs_does_by_the_epoch():
+    found = rates(7, schedule="exponential", decay=0.5, decay_every=3)
+    np.testing.assert_allclose(found, [2.0] * 3 + [1.0] * 3 + [0.5] * 2)
+    found = rates(5, schedule="exponential", decay=0.5, decay_every=2, warmup=2)
+    np.testing.assert_allclose(found, [1.0, 2.0, 2.0, 2.0, 1.0, 1.0])
+
+
+def test_what_an_exponential_schedule_lacks_is_named():
+    with pytest.raises(ConfigError, match="exponential needs decay_every"):
+        OptimConfig(schedule="exponential")
+    with pytest.raises(ConfigError, match="nothing else does"):
+        OptimConfig(decay_every=3)
+    with pytest.raises(ConfigError, match=r"decay must lie in \(0, 1\], not 0"):
+        OptimConfig(schedule="exponential", decay_every=3, decay=0)
 
 
 @pytest.mark.parametrize("after", ["constant", "linear", "cosine"])
