@@ -26,6 +26,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 
 from prefix_jax.mesh import BATCH_AXES, COLUMN_AXIS, HEAD_AXIS, column_shards, row_shards
+from prefix_jax.nn import tiles
 from prefix_jax.nn.columns import origin, reorder
 from prefix_jax.nn.dense import MASKED
 from prefix_jax.nn.mask import Seen, Sight
@@ -234,17 +235,13 @@ class _Run:
         """
         # Where all see all, devices do not differ.
         shards = self.shards if self.causal else 1
-        shape = shards * T, S
-        mask: masks.Mask = masks.FullMask(shape)
+        mask: masks.Mask = masks.FullMask((T, S))
         if self.causal:
-            mask = masks.CausalMask(shape)
-            if self.window is not None:
-                mask = masks.LocalMask(shape, (self.window - 1, 0), offset=0)
-            if shards > 1:
-                every = shards * columns
-                order = origin(every, shards) if self.dealt else np.arange(every, dtype=np.int32)
-                padded = np.pad(order.reshape(shards, columns), [(0, 0), (0, T - columns)])
-                mask.q_sequence = padded.reshape(-1)
+            every = shards * columns
+            queries = origin(every, shards) if self.dealt else np.arange(every, dtype=np.int32)
+            padding = [(0, 0), (0, T - columns)]
+            queries = np.pad(queries.reshape(shards, columns), padding, mode="edge")
+            mask = tiles.causal(queries.reshape(-1), S, self.window)
         q, k = _block(T), _block(S)
         kernel = kernels.make_splash_mqa(
             masks.MultiHeadMask([mask] * G),

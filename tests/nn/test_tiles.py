@@ -1,0 +1,31 @@
+"""Tiles of a mask are what comparing each query with each key gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from prefix_jax.nn import tiles
+from prefix_jax.nn.columns import origin
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_every_tile_is_what_the_rule_says(window: int | None, shards: int):
+    queries = origin(64, shards)
+    mask = tiles.causal(queries, 64, window)
+    distance = queries[:, None] - np.arange(64)
+    expected = (distance >= 0) & (distance < (window or 64))
+    for q in range(0, 64, 8):
+        for k in range(0, 64, 16):
+            tile = slice(q, q + 8), slice(k, k + 16)
+            np.testing.assert_array_equal(mask[tile], expected[tile])
+    np.testing.assert_array_equal(mask[:, :], expected)
+
+
+def test_masks_of_other_queries_are_others():
+    """JAX keeps what it found of a mask, by its hash."""
+    first, second = (tiles.causal(origin(64, shards), 64, None) for shards in (1, 4))
+    assert first != second
+    assert first == tiles.causal(origin(64, 1), 64, None)
+    assert tiles.causal(origin(64, 1), 64, 3) != tiles.causal(origin(64, 1), 64, 4)
