@@ -21,11 +21,12 @@ import platform
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 
 from prefix_jax import config as configs
+from prefix_jax.nn.remat import Remat
 from prefix_jax.plan.abstract import AbstractRun, Rows
 from prefix_jax.plan.auto import choose_mesh, meshes
 from prefix_jax.plan.batch import largest_batch
@@ -118,7 +119,7 @@ BATCHES = (
 )
 
 FLOPS = (
-    Case("llama-3-8b", "v5p:2x2x1", (4, 1, 1), 4, remat="none"),
+    *(Case("llama-3-8b", "v5p:2x2x1", (4, 1, 1), 4, remat=remat) for remat in get_args(Remat)),
     Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 24, remat="attention"),
     Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 24, remat="projections"),
     Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 24, remat="mlp"),
