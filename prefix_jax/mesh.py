@@ -162,34 +162,36 @@ def on_mesh_of(arrays: Any) -> AbstractContextManager[Any]:
 
 def constrain_tokens(x_BT: jax.Array) -> jax.Array:
     """Keeps what tokens hold, x_BT or x_BTD, on their devices inside a jitted function that runs
-    under `jax.set_mesh`: rows over the batch axes, and columns over theirs if it divides them.
-    Does nothing outside of a mesh."""
+    under `jax.set_mesh`: rows over the batch axes, a single one on all of them, and columns over
+    theirs if it divides them. Does nothing outside of a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x_BT
+    rows = None if x_BT.shape[0] == 1 else BATCH_AXES
     columns = None if x_BT.shape[1] % column_shards() else COLUMN_AXIS
-    spec = PartitionSpec(BATCH_AXES, columns, *(None for _ in x_BT.shape[2:]))
+    spec = PartitionSpec(rows, columns, *(None for _ in x_BT.shape[2:]))
     return jax.lax.with_sharding_constraint(x_BT, spec)
 
 
 def look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     """Rows of a table, x_BTD, under `jax.set_mesh` or outside of a mesh.
 
-    Where devices hold columns of the table and rows of the batch, each looks up its columns for
-    its neighbours' rows too, and they exchange what they found: activations, where XLA would
-    gather the whole table.
+    Where devices hold parts of D and rows of the batch, each looks its part up for its neighbours'
+    tokens too, and they exchange what they found: activations, where XLA would gather the whole
+    table.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    fits = not mesh.empty and not (
-        table_VD.shape[1] % shards(mesh, SHARE_AXES) or ids_BT.shape[0] % row_shards()
-    )
-    if not fits:
+    if mesh.empty or table_VD.shape[1] % shards(mesh, SHARE_AXES):
         return table_VD[ids_BT]
+    rows = None if ids_BT.shape[0] % row_shards() else "data"
+    columns = None if ids_BT.shape[1] % column_shards() else COLUMN_AXIS
     constrain = jax.lax.with_sharding_constraint
-    x_BTD = table_VD[constrain(ids_BT, PartitionSpec("data", None))]
-    x_BTD = constrain(x_BTD, PartitionSpec("data", None, SHARE_AXES))
-    if 1 < column_shards() and x_BTD.shape[1] % column_shards() == 0:
-        # Columns first: XLA exchanges along one axis of an array at a time.
-        x_BTD = constrain(x_BTD, PartitionSpec("data", COLUMN_AXIS, "fsdp"))
+    x_BTD = table_VD[constrain(ids_BT, PartitionSpec(rows, None))]
+    x_BTD = constrain(x_BTD, PartitionSpec(rows, None, SHARE_AXES))
+    # XLA exchanges along one axis of an array at a time: columns first, and rows behind them.
+    if column_shards() > 1:
+        x_BTD = constrain(x_BTD, PartitionSpec(rows, columns, "fsdp"))
+    if rows is None:
+        x_BTD = constrain(x_BTD, PartitionSpec(None, columns, None))
     return constrain_tokens(x_BTD)
 
 

@@ -16,6 +16,7 @@ from prefix_jax.mesh import (
     check_rows,
     constrain_tokens,
     describe,
+    look_up,
     make_mesh,
     on_mesh_of,
     place_rows,
@@ -156,6 +157,33 @@ def test_rows_are_kept_over_the_batch_axes_under_a_mesh_and_left_alone_without(m
     with jax.set_mesh(mesh):
         out = jax.jit(lambda x: constrain_tokens(x + 1))(token_ids(8, 2))
     assert out.sharding.shard_shape((8, 2)) == (2, 2)
+
+
+def test_a_single_row_lies_on_all_devices_and_its_columns_on_those_that_share_them():
+    with jax.set_mesh(make_mesh(4, sequence=2)):
+        out = jax.jit(lambda x: constrain_tokens(x + 1))(token_ids(1, 6))
+    assert out.sharding.shard_shape((1, 6)) == (1, 3)
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (4, 3), (1, 8), (3, 8)])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 1, "fsdp": 2, "sequence": 4}, {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2}],
+    ids=lambda sizes: "-".join(sizes),
+)
+def test_rows_of_a_table_are_exchanged_and_never_copied_to_all(sizes, shape, capfd):
+    ids_BT, table_VD = token_ids(*shape), jnp.arange(50.0 * 8).reshape(50, 8)
+
+    def found(table_VD, ids_BT):
+        return constrain_tokens(look_up(table_VD, ids_BT))
+
+    mesh = make_mesh(**sizes)
+    placed = {"tokens_VD": table_VD}
+    placed = jax.device_put(placed, weight_shardings(placed, mesh))
+    with jax.set_mesh(mesh):
+        x_BTD = jax.jit(found)(placed["tokens_VD"], ids_BT)
+    np.testing.assert_array_equal(x_BTD, table_VD[ids_BT])
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
 def test_programs_run_on_the_mesh_where_their_arrays_lie(mesh):

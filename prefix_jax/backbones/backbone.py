@@ -23,7 +23,7 @@ from prefix_jax.backbones.stack import (
     to_stacked,
 )
 from prefix_jax.errors import BackboneError, PrefixError
-from prefix_jax.nn import vocabulary
+from prefix_jax.nn import columns, vocabulary
 from prefix_jax.nn.layers import KeysValues
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.nn.quantized import matmul, take
@@ -324,13 +324,18 @@ class Backbone:
                 f"{self.arch.model_type} has {has} encoder: give `hidden` {needs} source that "
                 "`encode` read"
             )
+        T = ids_BT.shape[1]
         if not self.arch.causal:
-            return self._through(self._stack, params, params, ids_BT, tokens, prefix)[0], None
+            T += 0 if prefix is None else prefix.soft
+            h_BTD, _ = self._through(self._stack, params, params, ids_BT, tokens, prefix)
+            return h_BTD[:, :T], None
+        if cache is None and lineage_BTS is None:
+            ids_BT, tokens = columns.fill((ids_BT, tokens))
         stack = self._stack
         x_BTD = self._embed(params, ids_BT)
         x_BTD = stack.place(params, x_BTD, tokens, 0 if prefix is None else prefix.start("decoder"))
         h_BTD, cache, _ = stack.run(params, x_BTD, tokens, prefix, cache, lineage_BTS, encoded)
-        return stack.finish(params, h_BTD), cache
+        return stack.finish(params, h_BTD)[:, :T], cache
 
     def _through(
         self,
@@ -342,8 +347,9 @@ class Backbone:
         prefix: Prefix | None,
     ) -> tuple[jax.Array, Tokens]:
         """Tokens through an encoder whose `weights` are a part of `params`, and where they stand
-        there, behind soft ones if the prefix has some."""
-        x_BSD, tokens = prepend(prefix, self._embed(params, ids_BS), tokens)
+        there, behind soft ones if the prefix has some, and filled for devices that share them."""
+        ids_BS, tokens = columns.fill((ids_BS, tokens))
+        x_BSD, tokens = columns.fill(prepend(prefix, self._embed(params, ids_BS), tokens))
         start = 0 if prefix is None else prefix.start("encoder")
         h_BSD, _, _ = stack.run(weights, stack.place(weights, x_BSD, tokens, start), tokens, prefix)
         return stack.finish(weights, h_BSD), tokens

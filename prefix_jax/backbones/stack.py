@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.layer import Layer, make_norm
 from prefix_jax.errors import PrefixError
-from prefix_jax.mesh import column_shards, constrain_tokens, look_up
+from prefix_jax.mesh import constrain_tokens, look_up
 from prefix_jax.nn import columns
 from prefix_jax.nn.layers import KeysValues, View
 from prefix_jax.nn.mask import Seen, Sight, Tokens, visible, visible_prefix
@@ -189,12 +189,13 @@ class Stack:
     ) -> tuple[jax.Array, Any, Any]:
         """All layers. Returns their output, the cache if there is one, and with `entries` the
         states that entered each of them, h_LBTD."""
-        a, T = self.arch, x_BTD.shape[1]
-        # A cache and the states that entered layers have their columns in order.
-        in_order = cache is not None or entries or not a.causal
-        dealt = not in_order and column_shards() > 1
+        a = self.arch
+        # A cache, a lineage and the states that entered layers have their columns in order, and an
+        # encoder has the same work for all of them.
+        in_order = cache is not None or lineage_BTS is not None or entries or not a.causal
+        dealt = not in_order and columns.can_deal(x_BTD.shape[1])
         if dealt:
-            x_BTD, tokens = columns.deal(columns.fill((x_BTD, tokens)))
+            x_BTD, tokens = columns.deal((x_BTD, tokens))
         keys, column, there = tokens, None, None
         if cache is not None:
             column = cache.length
@@ -274,9 +275,9 @@ class Stack:
                 (params["layers"], sliding_L, sites, caches, memories),
             )
         if cache is not None and there is not None:
-            cache = Cache(caches, there, cache.length + T)
+            cache = Cache(caches, there, cache.length + x_BTD.shape[1])
         if dealt:
-            x_BTD = columns.undeal(x_BTD)[:, :T]
+            x_BTD = columns.undeal(x_BTD)
         return x_BTD, cache, h_LBTD
 
     def over_layers(self, params: Params, method: Callable[..., Any], *per_layer: Any) -> Any:

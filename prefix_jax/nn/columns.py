@@ -35,14 +35,21 @@ def origin(columns: int, shards: int) -> np.ndarray:
 
 
 def fill(tree: Tree) -> Tree:
-    """Arrays [B, T, …] with zeros behind their columns, until these can be dealt out."""
+    """Arrays [B, T, …] with zeros behind their columns, until devices can share these, dealt out
+    or in order; as they are where no devices do."""
+    multiple = 2 * column_shards() if column_shards() > 1 else 1
 
     def pad(x_BT: jax.Array) -> jax.Array:
-        more = -x_BT.shape[1] % (2 * column_shards())
-        return jnp.pad(x_BT, [(0, 0), (0, more)] + [(0, 0)] * (x_BT.ndim - 2))
+        more = -x_BT.shape[1] % multiple
+        return jnp.pad(x_BT, [(0, 0), (0, more)] + [(0, 0)] * (x_BT.ndim - 2)) if more else x_BT
 
     padded: Tree = jax.tree.map(pad, tree)
     return padded
+
+
+def can_deal(columns: int) -> bool:
+    """Whether devices share rows, and rows of so many columns can be dealt out to them."""
+    return column_shards() > 1 and columns % (2 * column_shards()) == 0
 
 
 def deal(tree: Tree) -> Tree:
@@ -69,9 +76,7 @@ def _exchange(function: Callable[[jax.Array, int], jax.Array], x_BT: jax.Array) 
     rows = None if x_BT.shape[0] % row_shards() else BATCH_AXES
     spec = PartitionSpec(rows, COLUMN_AXIS)
     shards = column_shards()
-    return jax.shard_map(
-        lambda x_BT: function(x_BT, shards), in_specs=spec, out_specs=spec, check_vma=False
-    )(x_BT)
+    return jax.shard_map(lambda x_BT: function(x_BT, shards), in_specs=spec, out_specs=spec)(x_BT)
 
 
 def _routes(shards: int) -> tuple[list[tuple[int, int]], ...]:

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoders import decoder, present, token_ids, weights
+from decoders import decoder, hidden, present, token_ids, weights
 from jax.sharding import NamedSharding
 
+from prefix_jax.backbones import bert
+from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.stack import Stack
 from prefix_jax.mesh import (
     constrain_tokens,
@@ -27,6 +29,15 @@ from prefix_jax.prefix import KVPrefix, Prefix, Site
 # Gemma 2: the layers of one scan alternate between a window and none, and soft caps bend.
 BACKBONE = decoder("gemma2")
 P = 5
+BERT = {
+    "model_type": "bert",
+    "num_hidden_layers": 2,
+    "hidden_size": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 200,
+    "vocab_size": 50,
+    "max_position_embeddings": 40,
+}
 
 
 def prefix() -> Prefix:
@@ -81,6 +92,38 @@ def test_devices_that_share_columns_change_neither_a_loss_nor_its_gradients(colu
         split,
         plain,
     )
+
+
+def test_a_lineage_says_of_columns_in_order_which_see_which():
+    backbone, T = decoder("llama"), 16
+    args = weights(backbone), token_ids(2, T), present(2, T)
+    some_BTS = jax.random.bernoulli(jax.random.key(1), 0.5, (2, T, T))
+    lineage_BTS = some_BTS | jnp.eye(T, dtype=bool)
+    alone, _ = hidden(backbone, *args, lineage_BTS=lineage_BTS)
+    with jax.set_mesh(make_mesh(2, sequence=4)):
+        shared, _ = hidden(backbone, *args, lineage_BTS=lineage_BTS)
+    np.testing.assert_allclose(shared, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("soft", [0, P])
+def test_devices_share_the_columns_of_an_encoder_however_many_there_are(soft: int):
+    """13 or 18 columns, over 4 devices."""
+    backbone, T = Backbone(bert.architecture(BERT)), 13
+    D, F = backbone.arch.d_model, backbone.arch.d_ff
+    prefix = Prefix(embeds_PD=jax.random.normal(jax.random.key(1), (soft, D))) if soft else None
+    tokens = Tokens.plain(jnp.ones((2, T), bool).at[1, :2].set(False))
+    args = weights(backbone), token_ids(2, T), tokens, prefix
+    alone, _ = hidden(backbone, *args)
+    assert alone.shape == (2, soft + T, D)
+    with jax.set_mesh(make_mesh(2, sequence=4)):
+        program = hidden.lower(backbone, *args).compile()
+    found, _ = program(*args)
+    there = np.asarray(tokens.group_BT > 0)
+    np.testing.assert_allclose(found[:, soft:][there], alone[:, soft:][there], rtol=1e-4, atol=1e-5)
+    # A row of each, and at most 6 of its columns.
+    widest = [a for a in temporaries(parse(program.as_text())) if a.dims[-1:] == (F,)]
+    assert widest
+    assert max(array.elements for array in widest) <= 6 * F
 
 
 def test_prompts_are_read_by_kernels_and_continued_without():

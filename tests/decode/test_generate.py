@@ -22,6 +22,7 @@ from prefix_jax.decode import Generator
 from prefix_jax.decode.loop import advance, read
 from prefix_jax.decode.options import make_search
 from prefix_jax.errors import BackboneError, ContextError, DataError
+from prefix_jax.mesh import make_mesh, weight_shardings
 from prefix_jax.nn.mask import Tokens
 
 NEW = 8
@@ -66,6 +67,18 @@ class TestBatches:
         stacked = dataclasses.replace(generator, params=params)
         prompts = [[1, 2, 3], [4], [5, 6]]
         assert ids_of(stacked.generate(prompts, config)) == ids_of(
+            generator.generate(prompts, config)
+        )
+
+    def test_devices_that_share_columns_give_the_same(
+        self, generator: Generator, config: DecodeConfig
+    ) -> None:
+        """A prompt's; a new token is one column."""
+        mesh = make_mesh(1, 2, sequence=4)
+        params = jax.device_put(generator.params, weight_shardings(generator.params, mesh))
+        shared = dataclasses.replace(generator, params=params)
+        prompts = [[1, 2, 3], [4], [*range(5, 18)]]
+        assert ids_of(shared.generate(prompts, config)) == ids_of(
             generator.generate(prompts, config)
         )
 

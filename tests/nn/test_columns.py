@@ -41,5 +41,25 @@ def test_a_row_is_filled_until_it_can_be_dealt():
     x_BT = jnp.ones((2, 13), int)
     with jax.set_mesh(make_mesh(sequence=4)):
         filled = columns.fill(x_BT)
+        assert columns.can_deal(filled.shape[1])
+        assert not columns.can_deal(12)
     np.testing.assert_array_equal(filled.sum(axis=0), [2] * 13 + [0] * 3)
-    np.testing.assert_array_equal(columns.fill(x_BT)[:, :13], x_BT)
+
+
+def test_outside_of_a_mesh_there_is_nothing_to_deal():
+    x_BT = jnp.ones((2, 13), int)
+    assert columns.fill(x_BT) is x_BT
+    assert not columns.can_deal(16)
+
+
+def test_a_gradient_of_what_was_dealt_crosses_no_other_axis():
+    """What the devices of tensor hold alike, they do not add up."""
+
+    def total(x_BT: jax.Array) -> jax.Array:
+        return jnp.sum(columns.deal(x_BT) ** 2)
+
+    with jax.set_mesh(make_mesh(2, 1, 2, sequence=2)):
+        gradient = jax.jit(jax.grad(total))
+        x_BT = jnp.arange(16.0).reshape(2, 8)
+        np.testing.assert_array_equal(gradient(x_BT), 2 * x_BT)
+        assert "all-reduce" not in gradient.lower(x_BT).compile().as_text()
