@@ -68,10 +68,12 @@ def _chunks(array: jax.Array, size: int) -> jax.Array:
 
 
 def _chunk_size(h_BMD: jax.Array) -> int:
-    """Columns of a chunk: M in equal parts, so that hardly any padding is computed."""
+    """Columns of a chunk: M in equal parts, so that hardly any padding is computed, of which each
+    device has as many."""
     B, M = h_BMD.shape[:2]
     parts = -(-M // max(1, vocabulary.chunk_targets() // B))
-    return -(-M // parts)
+    size = -(-M // parts)
+    return size + -size % vocabulary.column_parts()
 
 
 def _parts(h_BMD: jax.Array, label_BM: jax.Array, weight_BM: jax.Array) -> tuple[jax.Array, ...]:

@@ -67,6 +67,12 @@ def chunk_targets() -> int:
     return mesh.shape["data"] * max(_ALONE, _TOGETHER * shards(mesh, SHARE_AXES))
 
 
+def column_parts() -> int:
+    """Into how many parts the columns of a chunk are split: as those of rows are, on devices that
+    each have the whole vocabulary."""
+    return 1 if _shared() else column_shards()
+
+
 def _shared() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and 1 < shards(mesh, SHARE_AXES) <= _FEW

@@ -11,6 +11,7 @@ from prefix_jax.mesh import make_mesh, place_rows
 from prefix_jax.nn import vocabulary
 from prefix_jax.nn.loss import frozen_head_loss
 from prefix_jax.nn.quantized import matmul, quantize
+from prefix_jax.plan.hlo import parse, temporaries
 
 B, M, D = 8, 3, 8
 MESHES = {"fsdp": (1, 4, 1), "all": (2, 2, 2), "data": (4, 1, 1)}
@@ -72,6 +73,22 @@ def test_many_devices_gather_the_head(monkeypatch):
     with jax.set_mesh(mesh_of("fsdp")):
         placed = jax.jit(lambda weights: vocabulary.head(weights, 1))(jnp.ones((D, 32)))
     assert placed.sharding.is_fully_replicated
+
+
+def test_devices_that_share_columns_but_no_vocabulary_compute_their_share_of_logits(monkeypatch):
+    """Of 3 targets a row, filled to 4, one on each of 4 devices."""
+    monkeypatch.setattr(vocabulary, "_FEW", 1)
+    V = 37
+    arguments = problem(V)
+    expected = loss_and_gradient(*arguments)
+    loss_and_gradient.clear_cache()
+    with jax.set_mesh(make_mesh(2, sequence=4)):
+        program = loss_and_gradient.lower(*arguments).compile()
+    for ours, alone in zip(program(*arguments), expected, strict=True):
+        np.testing.assert_allclose(ours, alone, rtol=1e-5, atol=1e-6)
+    logits = [a for a in temporaries(parse(program.as_text())) if a.dims[-1:] == (V,)]
+    assert logits
+    assert max(array.elements for array in logits) <= max(B // 2, D) * V
 
 
 def test_chunks_are_as_large_as_the_products_and_the_exchange_need():
