@@ -81,9 +81,10 @@ def choose_mesh(
         key=lambda made: (made.seconds, -made.weights),
     )
     if not guesses:
+        hosts = "" if topology.hosts == 1 else f" on {topology.hosts} hosts"
         raise MeshError(
             f"{rows.rows} rows in {rows.micro} micro-batches divide over no mesh of "
-            f"{len(topology.devices)} devices; choose data.batch_size accordingly"
+            f"{len(topology.devices)} devices{hosts}; choose data.batch_size accordingly"
         )
     limit = topology.hbm_limit
     hopeful = [made for made in guesses if made.weights < limit] or guesses[-1:]
@@ -120,8 +121,8 @@ def _split(sizes: Sizes) -> int:
 
 
 def meshes(run: AbstractRun, rows: Rows, topology: Topology) -> Iterator[Sizes]:
-    """The meshes that the rows divide over and the heads can be split by. Columns are split where
-    rows are not left to split."""
+    """The meshes that the rows divide over, each host's among them, and the heads can be split by.
+    Columns are split where rows are not left to split."""
     devices, arch = len(topology.devices), run.model.backbone.arch
     count = rows.rows // rows.micro
     for tensor, sequence in itertools.product(_divisors(devices), repeat=2):
@@ -132,6 +133,9 @@ def meshes(run: AbstractRun, rows: Rows, topology: Topology) -> Iterator[Sizes]:
         if sequence > 1 and not (run.job == "train" and rows.worth_sharing(sequence)):
             continue
         shards = devices // tensor // sequence
+        # Every host sends rows of its own.
+        if shards % topology.hosts:
+            continue
         if count % shards or (sequence > 1 and math.gcd(count, shards * sequence) > shards):
             continue
         for fsdp in _divisors(shards):

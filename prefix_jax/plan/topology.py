@@ -181,6 +181,11 @@ class Topology:
         """How many there are, in all slices."""
         return math.prod(self.shape) * self.slices
 
+    @property
+    def hosts(self) -> int:
+        """How many processes the devices belong to, if they are there; else 1, as nobody knows."""
+        return len({device.process_index for device in self.attached or ()}) or 1
+
     @functools.cached_property
     def devices(self) -> Sequence[jax.Device]:
         """Devices to compile for. None of them computes anything.
@@ -213,7 +218,7 @@ class Topology:
         return found.devices
 
     def mesh(self, sizes: Mapping[str, int]) -> Mesh:
-        """The devices as `data` × `fsdp` × `tensor`.
+        """The devices as `data` × `fsdp` × `sequence` × `tensor`.
 
         Raises:
             MeshError: the sizes do not multiply to their number.

@@ -299,6 +299,18 @@ def test_devices_share_columns_where_there_are_no_rows_for_them(folder: Path) ->
     assert shares(1, 1024) == set()
 
 
+def test_every_host_of_a_mesh_has_rows_of_its_own(folder: Path) -> None:
+    """Or the run would be refused that `mesh: auto` had chosen it for."""
+    devices: Any = tuple(types.SimpleNamespace(process_index=number // 4) for number in range(8))
+    topology = Topology("v5e", (2, 4), attached=devices)
+    run = AbstractRun.of(config_of(folder))
+    sizes = list(auto.meshes(run, Rows(2, 8192, 8192), topology))
+    assert {mesh["data"] * mesh["fsdp"] for mesh in sizes} == {2}
+    assert {mesh["sequence"] for mesh in sizes} == {1, 2, 4}
+    with pytest.raises(MeshError, match="1 rows in .* no mesh of 8 devices on 2 hosts"):
+        auto.choose_mesh(run, Rows(1, 8192, 8192), topology)
+
+
 def test_what_would_make_a_step_fit_is_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_step, _ = formula(lambda rows, mesh: 2 + 2 * rows.rows / rows.micro / mesh["tensor"])
     monkeypatch.setattr(remedies, "compile_step", compile_step)
