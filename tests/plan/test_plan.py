@@ -307,7 +307,7 @@ def test_every_host_of_a_mesh_has_rows_of_its_own(folder: Path) -> None:
     sizes = list(auto.meshes(run, Rows(2, 8192, 8192), topology))
     assert {mesh["data"] * mesh["fsdp"] for mesh in sizes} == {2}
     assert {mesh["sequence"] for mesh in sizes} == {1, 2, 4}
-    with pytest.raises(MeshError, match="1 rows in .* no mesh of 8 devices on 2 hosts"):
+    with pytest.raises(MeshError, match=r"1 rows in .* no mesh of 8 devices on 2 hosts"):
         auto.choose_mesh(run, Rows(1, 8192, 8192), topology)
 
 
