@@ -23,7 +23,7 @@ from prefix_jax.api import Tuned, import_peft
 from prefix_jax.backbones.load import Pretrained, load
 from prefix_jax.config import DecodeConfig, OptimConfig
 from prefix_jax.decode.generate import Generator
-from prefix_jax.heads import make_head
+from prefix_jax.heads import Head, make_head
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.prefix import Embeds, KVPrefix, Prefix, Produced, Site
 from prefix_jax.train.optimizer import make_optimizer, make_schedule
@@ -237,15 +237,7 @@ def test_a_head_goes_out_and_comes_back_with_its_prefix(
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
     expected = MAKER.outputs(theirs, text)
 
-    prefix = jax.jit(model.backbone.lift)(model.stacked(), mine.produced)
-    tokens = Tokens.plain(jnp.ones(text["ids"].shape, bool))
-    h_BTD, _ = model.backbone.hidden(model.params, jnp.asarray(text["ids"]), tokens, prefix)
-    if not soft:
-        h_BTD = h_BTD[:, -text["ids"].shape[1] :]
-    if kind == "classify":
-        h_BTD = h_BTD[:, -1 if arch.causal else 0]
-    h_BTD = model.backbone.pool(model.params, h_BTD) if head.pooled else h_BTD
-    delta = relative(np.asarray(head(params, h_BTD)), expected)
+    delta = relative(answered(model, mine.produced, head, params, text), expected)
     difference(f"export, {method} and head of {task}", delta, 1e-5, name)
 
     theirs.save_pretrained(tmp_path / "theirs")
@@ -254,6 +246,21 @@ def test_a_head_goes_out_and_comes_back_with_its_prefix(
     assert again.card.task.head["soft"] == soft
     for part, x in params.items():
         np.testing.assert_array_equal(again.head[part], x)
+
+
+def answered(
+    model: Pretrained, produced: Produced, head: Head, params: Any, text: dict[str, np.ndarray]
+) -> np.ndarray:
+    """What a head makes of a text behind a prefix."""
+    backbone, ids = model.backbone, jnp.asarray(text["ids"])
+    prefix = jax.jit(backbone.lift)(model.stacked(), produced)
+    h_BTD, _ = backbone.hidden(model.params, ids, Tokens.plain(jnp.ones(ids.shape, bool)), prefix)
+    if not head.soft:
+        h_BTD = h_BTD[:, -ids.shape[1] :]
+    if head.kind == "classify":
+        h_BTD = h_BTD[:, -1 if backbone.arch.causal else 0]
+    h_BTD = backbone.pool(model.params, h_BTD) if head.pooled else h_BTD
+    return np.asarray(head(params, h_BTD))
 
 
 CONFIGS = {
@@ -281,6 +288,37 @@ def test_an_import_computes_the_same_here(
     mine = import_peft(tmp_path, pretrained(name))
     delta = relative(ours(mine, text), MAKER.outputs(theirs, text))
     difference(f"import, {method}: {_what(name)}", delta, 1e-5, name)
+
+
+IMPORTED_HEADS = [
+    (name, task, method)
+    for name, task in (
+        ("encoders/bert", "SEQ_CLS"),
+        ("encoders/roberta", "TOKEN_CLS"),
+        ("encoders/bert", "QUESTION_ANS"),
+        ("backbones/llama_grouped", "SEQ_CLS"),
+    )
+    for method in (*CONFIGS, "multitask")
+    # PEFT's own forward pass takes no task_ids there.
+    if (task, method) != ("QUESTION_ANS", "multitask")
+]
+
+
+@pytest.mark.parametrize(("name", "task", "method"), IMPORTED_HEADS)
+def test_an_imported_head_answers_as_pefts(
+    name: str, task: str, method: str, tmp_path: Path, difference: Any
+) -> None:
+    several = (peft.MultitaskPromptTuningConfig, {"num_tasks": 3, "num_ranks": 2})
+    kind, options = several if method == "multitask" else CONFIGS[method]
+    config = kind(task_type=task, num_virtual_tokens=P, **options)
+    theirs = MAKER.random_adapter(MAKER.reference(FIXTURES / name, task), config, seed=1)
+    theirs.save_pretrained(tmp_path)
+    which = 1 if method == "multitask" else None
+    mine = import_peft(tmp_path, pretrained(name), task=which)
+    head = Head(**mine.card.task.head)
+    found = answered(mine.pretrained, mine.produced, head, mine.head, given(name))
+    delta = relative(found, MAKER.outputs(theirs, given(name), which))
+    difference(f"import, {method} and head of {task}", delta, 1e-5, name)
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
