@@ -36,7 +36,8 @@ def kernel(computation: Computation, instruction: Instruction, causal: bool) -> 
     Args:
         computation, instruction: of the program.
         causal: whether its queries see no later keys: tiles that nobody sees are left out. Devices
-            that share the queries of a row have equally many of them.
+            that share the queries of a row have equally many of them. Under a window, the grid has
+            no more tiles along the axis that is summed over than some query or key needs.
     """
     named = _SPLASH.match(instruction.name)
     if instruction.opcode != "custom-call" or named is None:
@@ -49,8 +50,10 @@ def kernel(computation: Computation, instruction: Instruction, causal: bool) -> 
     S = keys.dims[-2]
     rows, columns = grid[-2:] if len(grid) > 1 else (1, 1)
     share = 1.0
-    if causal and S % T == 0 and columns == rows * (S // T):
-        share = (columns + 1) / (2 * columns)
+    if causal and S % T == 0:
+        # Tiles are square: as many to a query as to a key.
+        along, across = (rows * S, columns * T) if named[1] == "dkv" else (columns * T, rows * S)
+        share = (columns + 1) / (2 * columns) if along == across else min(along / across, 1.0)
     heads = queries.elements // (T * H)
     each = 2 * heads * T * S * H
     inner, outer_tiles = (queries, columns) if named[1] == "dkv" else (keys, rows)

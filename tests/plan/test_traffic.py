@@ -112,3 +112,22 @@ def test_splash_attention_counts_the_tiles_that_are_seen(name: str, products: in
     assert both.flops == products * dense
     assert causal.flops == products * dense * 10 // 16
     assert 0 < causal.again < both.again
+
+
+@pytest.mark.parametrize(("name", "grid"), [("fwd", "4,3"), ("dq", "4,3"), ("dkv", "3,16")])
+def test_splash_attention_counts_the_tiles_of_a_window(name: str, grid: str) -> None:
+    """Of 4 x 16 tiles, on one of 4 devices that share a row."""
+    text = f"""ENTRY %main () -> bf16[6,4,2048,64] {{
+  %m = s8[1,{grid}]{{2,1,0}} parameter(0)
+  %q = bf16[6,4,2048,64]{{3,2,1,0}} parameter(1)
+  %k = bf16[6,8192,64]{{2,1,0}} parameter(2)
+  ROOT %splash_mqa_{name}_segmented.1 = bf16[6,4,2048,64]{{3,2,1,0}} custom-call(%m, %m, %q, %k, \
+%k), custom_call_target="tpu_custom_call"
+}}
+"""
+    (last,) = [v for v in visits(parse(text), cost) if v.instruction.root]
+    both, narrow = (kernel(last.computation, last.instruction, causal) for causal in (False, True))
+    assert both is not None
+    assert narrow is not None
+    assert narrow.flops / both.flops == (3 / 4 if name == "dkv" else 3 / 16)
+    assert narrow.again < both.again
