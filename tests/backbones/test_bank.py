@@ -18,6 +18,7 @@ from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.data.batch import Batch, Example
 from prefix_jax.data.pack import Packing, arrange, materialise, measure
 from prefix_jax.errors import PrefixError
+from prefix_jax.mesh import make_mesh
 from prefix_jax.methods.multitask import MultitaskPromptTuning
 from prefix_jax.model import PrefixModel
 from prefix_jax.nn.mask import Tokens
@@ -100,6 +101,19 @@ def test_a_batch_of_several_tasks_is_what_each_is_alone(name: str) -> None:
         scale = float(jnp.abs(expected[key]).max())
         assert scale > 0.01
         np.testing.assert_allclose(grad, expected[key], rtol=0, atol=1e-4 * scale)
+
+
+def test_columns_that_devices_share_see_the_prefix_of_their_task() -> None:
+    """Lifted there too, in rows that the devices do not divide."""
+    backbone = decoder("gemma3")
+    params, bank, ids = weights(backbone), TOGETHER(prompts(backbone)), token_ids(2, 13)
+    group_BT = jnp.broadcast_to(1 + jnp.arange(13) // 5, (2, 13))
+    position_BT = jnp.broadcast_to(jnp.arange(13) % 5, (2, 13))
+    tokens = Tokens(group_BT, None, position_BT, task_BT=(group_BT + jnp.arange(2)[:, None]) % A)
+    alone, _ = hidden(backbone, params, ids, tokens, lift(backbone, params, bank))
+    with jax.set_mesh(make_mesh(2, sequence=4)):
+        shared, _ = hidden(backbone, params, ids, tokens, lift(backbone, params, bank))
+    np.testing.assert_allclose(shared, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_before_an_encoder_hold_the_soft_tokens_of_their_task() -> None:

@@ -162,16 +162,18 @@ def packed_with(kind: str, columns: int) -> Sight:
 
 @pytest.mark.parametrize("dealt", [True, False])
 @pytest.mark.parametrize(
-    ("kind", "columns", "sequence"),
+    ("kind", "columns", "sequence", "tensor"),
     [
-        ("plain", 256, 4),
+        ("plain", 256, 4, 2),
         # Shares that are no multiple of a block.
-        ("plain", 192, 2),
-        ("branches", 256, 2),
-        ("window", 512, 2),
+        ("plain", 192, 2, 2),
+        # Copies of the 2 key heads.
+        ("plain", 256, 2, 4),
+        ("branches", 256, 2, 2),
+        ("window", 512, 2, 2),
     ],
 )
-def test_devices_share_columns(kind: str, columns: int, sequence: int, dealt: bool):
+def test_devices_share_columns(kind: str, columns: int, sequence: int, tensor: int, dealt: bool):
     """In order, or each with columns from either end of a row."""
     sight, inputs = packed_with(kind, columns), case(S=columns, columns=columns)
     plain = found(inputs, Seen(sight), fused=False)
@@ -183,7 +185,7 @@ def test_devices_share_columns(kind: str, columns: int, sequence: int, dealt: bo
     split_inputs = inputs._replace(**laid({name: getattr(inputs, name) for name in TOKENS}))
     split_sight = dataclasses.replace(laid(sight), dealt=dealt)
     weight_BTNH = laid(weights(inputs))
-    with jax.set_mesh(make_mesh(-1, 1, 2, sequence=sequence)):
+    with jax.set_mesh(make_mesh(-1, 1, tensor, sequence=sequence)):
         out, gradients = found(split_inputs, Seen(split_sight), weight_BTNH=weight_BTNH)
     there = laid({name: getattr(gradients, name) for name in TOKENS}, np.argsort(order))
     again = laid(out, np.argsort(order)), gradients._replace(**there)
