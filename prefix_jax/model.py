@@ -126,7 +126,7 @@ class PrefixModel:
         # Soft tokens before an encoder are the first columns of what it gives.
         soft = h_BTD.shape[1] - batch.ids_BT.shape[1]
         if soft and self.head is not None and self.head.soft:
-            return gather_targets(h_BTD, 0 * batch.index_BM)
+            return gather_targets(h_BTD, jnp.zeros_like(batch.index_BM))
         return gather_targets(h_BTD, batch.index_BM + soft)
 
     @functools.cached_property
