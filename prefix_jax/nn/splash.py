@@ -241,7 +241,7 @@ class _Run:
             queries = origin(every, shards) if self.dealt else np.arange(every, dtype=np.int32)
             padding = [(0, 0), (0, T - columns)]
             queries = np.pad(queries.reshape(shards, columns), padding, mode="edge")
-            mask = tiles.causal(queries.reshape(-1), S, self.window)
+            mask = tiles.Causal(queries.reshape(-1), S, self.window)
         q, k = _block(T), _block(S)
         kernel = kernels.make_splash_mqa(
             masks.MultiHeadMask([mask] * G),

