@@ -87,11 +87,13 @@ def run_worker(script: str, *arguments: str) -> dict[str, Any]:
 
 
 def take_turns(
-    rounds: int, worker: Callable[[str], dict[str, Any]]
+    rounds: int,
+    worker: Callable[[str], dict[str, Any]],
+    libraries: Sequence[str] = ("ours", "peft"),
 ) -> dict[str, list[dict[str, Any]]]:
-    """What `worker` finds for ours and for PEFT, the two taking turns, so that a machine that grows
-    slower does so for both."""
-    found: dict[str, list[dict[str, Any]]] = {"ours": [], "peft": []}
+    """What `worker` finds for each library, these taking turns, so that a machine that grows slower
+    does so for all."""
+    found: dict[str, list[dict[str, Any]]] = {library: [] for library in libraries}
     for _ in range(rounds):
         for library, results in found.items():
             results.append(worker(library))

@@ -124,6 +124,10 @@ FLOPS = (
     Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 24, remat="projections"),
     Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 24, remat="mlp"),
     Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 48),
+    # One step below the largest batches, where XLA begins to compute products again by itself.
+    Case("llama-3-8b", "v5e:2x2", (1, 4, 1), 64, quantize="int8"),
+    Case("llama-3-8b", "v5e:1x1", (1, 1, 1), 9, quantize="int8"),
+    Case("llama-3-8b", "v5e:1x1", (1, 1, 1), 12, quantize="int4"),
 )
 
 COLLECTIVES = (

@@ -28,8 +28,10 @@ from prefix_jax.mesh import (
 _FEW = 16
 # Targets of a chunk, on each device that has the whole vocabulary: more cost memory (512 x 128k
 # float32 logits are 256 MiB); fewer would read the head more often than their products pay for (a
-# TPU does some 250 operations in the time that it reads a byte).
+# TPU does some 250 operations in the time that it reads a byte). A CPU does a tenth of that, and
+# its memory is where programs and data are, too.
 _ALONE = 512
+_ALONE_ON_CPU = 128
 # And for each device that has a part: together they have enough for the products, and the fewer
 # chunks, the fewer exchanges.
 _TOGETHER = 128
@@ -61,10 +63,12 @@ def rows(x: jax.Array) -> jax.Array:
 
 def chunk_targets() -> int:
     """How many targets a chunk has on all devices together, at most."""
-    if not _shared():
-        return _ALONE * row_shards() * column_shards()
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.shape["data"] * max(_ALONE, _TOGETHER * shards(mesh, SHARE_AXES))
+    device = mesh.abstract_device
+    alone = _ALONE_ON_CPU if device is not None and device.platform == "cpu" else _ALONE
+    if not _shared():
+        return alone * row_shards() * column_shards()
+    return mesh.shape["data"] * max(alone, _TOGETHER * shards(mesh, SHARE_AXES))
 
 
 def column_parts() -> int:

@@ -12,6 +12,7 @@ from prefix_jax.nn import vocabulary
 from prefix_jax.nn.loss import frozen_head_loss
 from prefix_jax.nn.quantized import matmul, quantize
 from prefix_jax.plan.hlo import parse, temporaries
+from prefix_jax.plan.topology import Topology
 
 B, M, D = 8, 3, 8
 MESHES = {"fsdp": (1, 4, 1), "all": (2, 2, 2), "data": (4, 1, 1)}
@@ -93,11 +94,18 @@ def test_devices_that_share_columns_but_no_vocabulary_compute_their_share_of_log
 
 def test_chunks_are_as_large_as_the_products_and_the_exchange_need():
     assert vocabulary.chunk_targets() == 512
-    for mesh, targets in {(4, 1, 1): 4 * 512, (1, 4, 1): 512, (1, 8, 1): 1024}.items():
-        devices = jax.devices()[: int(np.prod(mesh))]
-        with jax.set_mesh(make_mesh(*mesh, devices=devices)):
-            found = jax.eval_shape(lambda: jnp.zeros(vocabulary.chunk_targets()))
-        assert found.shape == (targets,)
+    assert targets_of_a_chunk(make_mesh(4, 1, 1, devices=jax.devices()[:4])) == 4 * 128
+    assert targets_of_a_chunk(make_mesh(1, 8, 1)) == 8 * 128
+    tpus = Topology.parse("v5e:2x4")
+    for data, fsdp, targets in ((8, 1, 8 * 512), (2, 4, 2 * 512), (1, 8, 1024)):
+        mesh = tpus.mesh({"data": data, "fsdp": fsdp, "sequence": 1, "tensor": 1})
+        assert targets_of_a_chunk(mesh) == targets
+
+
+def targets_of_a_chunk(mesh):
+    with jax.set_mesh(mesh):
+        (found,) = jax.eval_shape(lambda: jnp.zeros(vocabulary.chunk_targets())).shape
+    return found
 
 
 def test_outside_of_a_mesh_nothing_happens():
