@@ -12,7 +12,7 @@ import numpy as np
 
 from prefix_jax.backbones import gemma, gpt2, llama, neox, opt
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.backbones.stack import Params
+from prefix_jax.backbones.forms import Params
 from prefix_jax.data.batch import Batch, Example
 from prefix_jax.data.pack import Packing, arrange, materialise, measure
 from prefix_jax.nn.mask import Tokens

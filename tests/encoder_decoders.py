@@ -13,7 +13,7 @@ from decoders import weights as any_weights
 
 from prefix_jax.backbones import bart, t5
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.backbones.stack import Params
+from prefix_jax.backbones.forms import Params
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.prefix import SITES, KVPrefix, Prefix, Site, SiteName
 

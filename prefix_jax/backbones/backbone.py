@@ -9,19 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from prefix_jax.backbones.architecture import Architecture
+from prefix_jax.backbones.forms import Params, as_stacked, pick_layers, to_listed, to_stacked
 from prefix_jax.backbones.layer import Layer
 from prefix_jax.backbones.sites import complete, site_of, slots_of
 from prefix_jax.backbones.soft import prepend
-from prefix_jax.backbones.stack import (
-    Cache,
-    Encoded,
-    Params,
-    Stack,
-    normal,
-    stack_layers,
-    to_listed,
-    to_stacked,
-)
+from prefix_jax.backbones.stack import Cache, Encoded, Stack, normal
 from prefix_jax.errors import BackboneError, PrefixError
 from prefix_jax.nn import columns, vocabulary
 from prefix_jax.nn.layers import KeysValues
@@ -34,7 +26,6 @@ from prefix_jax.prefix import (
     Gated,
     Geometry,
     Hidden,
-    Layers,
     Prefix,
     Produced,
     Site,
@@ -154,7 +145,7 @@ class Backbone:
             return Prefix(decoder=site_of(layers), offset=x_BTD.shape[1], tasks=produced.tasks)
         if isinstance(produced, Adapter):
             h_L1PD = produced.h_LPD[:, None].astype(_dtype(params))
-            weights = _pick_layers(params, produced.layers)
+            weights = pick_layers(params, produced.layers)
             made = stack.over_layers(weights, Layer.adapter_keys_values, h_L1PD)
             k_LPKH, v_LPKH = slots_of(made)
             heads = (len(produced.gate_LN), self.arch.heads)
@@ -188,7 +179,7 @@ class Backbone:
             h_BTD, _, h_LBTD = encoder.run(weights, x_BTD, tokens, entries=True)
             sites["encoder"] = site_of(encoder.keys_values(weights, h_LBTD, tokens))
             encoded = self._encoded(params, encoder.finish(weights, h_BTD), tokens)
-            sites["cross"] = site_of(_stacked_layers(encoded.layers))
+            sites["cross"] = site_of(as_stacked(encoded.layers))
         stack = self._stack
         x_BTD = stack.place(params, embeds_1PD, tokens, 0)
         layers, h_LBTD = self._read(params, x_BTD, tokens, encoded)
@@ -220,7 +211,7 @@ class Backbone:
         _, cache, h_LBTD = stack.run(
             params, x_BTD, tokens, cache=cache, encoded=encoded, entries=True
         )
-        return _stacked_layers(cache.layers), h_LBTD
+        return as_stacked(cache.layers), h_LBTD
 
     # The forward pass.
 
@@ -403,17 +394,3 @@ class Backbone:
 
 def _dtype(params: Params) -> jax.typing.DTypeLike:
     return params["embed"]["tokens_VD"].dtype
-
-
-def _stacked_layers(layers: Any) -> KeysValues:
-    return stack_layers(layers) if isinstance(layers, tuple) else layers
-
-
-def _pick_layers(params: Params, layers: Layers) -> Params:
-    """The weights of some layers."""
-    if layers is None:
-        return params
-    if isinstance(params["layers"], tuple):
-        return {"layers": tuple(params["layers"][layer] for layer in layers)}
-    index = jnp.array(layers)
-    return {"layers": jax.tree.map(lambda leaf: leaf[index], params["layers"])}

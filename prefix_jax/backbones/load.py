@@ -20,9 +20,9 @@ from prefix_jax.backbones import bart, bert, gemma, gguf, gpt2, llama, neox, opt
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.fingerprint import fingerprint
+from prefix_jax.backbones.forms import Params
 from prefix_jax.backbones.names import match
 from prefix_jax.backbones.quantized import abstract_params
-from prefix_jax.backbones.stack import Params
 from prefix_jax.backbones.tokenizer import load_tokenizer
 from prefix_jax.backbones.weights import Safetensors, TensorSource, stream
 from prefix_jax.errors import BackboneError, ConfigError, reason

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax.traverse_util import path_aware_map
 
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.backbones.stack import Params
+from prefix_jax.backbones.forms import Params
 from prefix_jax.nn.quantized import Quantize, quantize
 
 # The axes that a product sums over, of every weight that is quantised: counted from the end, so

@@ -1,18 +1,13 @@
 """A stack of frozen transformer layers that reads prefixes: a decoder, or an encoder.
 
-Layer weights come in one of two forms, and everything here takes either:
-
-    stacked   one tree whose leaves have a leading L axis. The layers are one `lax.scan`, so that
-              compile time does not grow with depth: the form for training.
-    listed    a tuple of L trees. The layers are a Python loop, so that no step copies a layer
-              out of the stack: the form for decoding.
+Layer weights are stacked or listed (`forms`), and everything here takes either.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -20,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from prefix_jax.backbones.architecture import Architecture
+from prefix_jax.backbones.forms import Params, stack_layers
 from prefix_jax.backbones.layer import Layer, make_norm
 from prefix_jax.errors import PrefixError
 from prefix_jax.mesh import constrain_tokens, look_up
@@ -28,8 +24,6 @@ from prefix_jax.nn.layers import KeysValues, View
 from prefix_jax.nn.mask import Seen, Sight, Tokens, visible, visible_prefix
 from prefix_jax.nn.remat import Remat, rematerialised
 from prefix_jax.prefix import Prefix, Site, StackName
-
-Params = Mapping[str, Any]
 
 
 @flax.struct.dataclass
@@ -374,44 +368,6 @@ def task_of(tokens: Tokens) -> jax.Array:
     return tokens.task_BT
 
 
-def stack_layers(layers: Any) -> Any:
-    """Trees of one structure, one a layer, as one tree with a leading L axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-
-
 def normal(rng: jax.Array, *shape: int) -> jax.Array:
     """A random weight."""
     return 0.02 * jax.random.normal(rng, shape)
-
-
-def to_listed(params: Params) -> Params:
-    """A stack's weights with their layers in a tuple.
-
-    Leaf by leaf, each one freed once it is converted, so that no machine holds a large model
-    twice: `params["layers"]` cannot be used afterwards.
-    """
-    if isinstance(params["layers"], tuple):
-        return params
-    stacked, treedef = jax.tree.flatten(params["layers"])
-    split = jax.jit(lambda leaf: tuple(leaf[layer] for layer in range(leaf.shape[0])))
-    columns = []
-    for leaf in stacked:
-        columns.append(jax.block_until_ready(split(leaf)))
-        leaf.delete()
-    layers = tuple(jax.tree.unflatten(treedef, leaves) for leaves in zip(*columns, strict=True))
-    return {**params, "layers": layers}
-
-
-def to_stacked(params: Params) -> Params:
-    """A stack's weights with their layers stacked: undoes `to_listed`, in the same way."""
-    if not isinstance(params["layers"], tuple):
-        return params
-    treedef = jax.tree.structure(params["layers"][0])
-    columns = zip(*(jax.tree.leaves(layer) for layer in params["layers"]), strict=True)
-    join = jax.jit(lambda *leaves: jnp.stack(leaves))
-    stacked = []
-    for leaves in columns:
-        stacked.append(jax.block_until_ready(join(*leaves)))
-        for leaf in leaves:
-            leaf.delete()
-    return {**params, "layers": jax.tree.unflatten(treedef, stacked)}

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerFast
 
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.backbones.stack import Params
+from prefix_jax.backbones.forms import Params
 from prefix_jax.config import DecodeConfig
 from prefix_jax.decode.continuation import Continuation, Generation, Writer
 from prefix_jax.decode.loop import Search, advance, read

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.backbones.stack import Params
+from prefix_jax.backbones.forms import Params
 from prefix_jax.decode.beam import Beam
 from prefix_jax.decode.draw import Draw
 from prefix_jax.decode.state import State

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
+from prefix_jax.backbones.forms import Params
 from prefix_jax.backbones.load import Pretrained
-from prefix_jax.backbones.stack import Params
 from prefix_jax.config import DecodeConfig, EvaluateConfig, TaskConfig, check_metrics
 from prefix_jax.data.batch import Batch, Example
 from prefix_jax.data.pipeline import evaluation_batches

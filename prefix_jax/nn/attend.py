@@ -22,6 +22,7 @@ from prefix_jax.nn import dense, splash
 from prefix_jax.nn.dense import MASKED, dbias, dot, finish, through_softmax
 from prefix_jax.nn.mask import Seen
 from prefix_jax.nn.remat import keep
+from prefix_jax.nn.splash_run import interpreting
 from prefix_jax.prefix import Beside, KVPrefix, Memory, Site
 
 
@@ -96,7 +97,7 @@ def _by_platform(
     """
     if not splash.fits(q_BKGTH, k_BSKH, seen):
         return plain
-    if splash.interpreting():
+    if interpreting():
         return kernel
     return functools.partial(jax.lax.platform_dependent, tpu=kernel, default=plain)
 

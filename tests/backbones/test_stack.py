@@ -21,8 +21,8 @@ from prefix_jax.mesh import (
     rows_sharding,
     weight_shardings,
 )
-from prefix_jax.nn import splash
 from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.splash_run import interpreted
 from prefix_jax.plan.hlo import parse, temporaries
 from prefix_jax.prefix import KVPrefix, Prefix, Site
 
@@ -63,7 +63,7 @@ def test_kernels_change_neither_a_loss_nor_its_gradients():
     step = jax.value_and_grad(loss)
     args = prefix(), weights(BACKBONE), *texts(2, 128)
     plain = jax.jit(step)(*args)
-    with splash.interpreted():
+    with interpreted():
         traced = jax.jit(lambda *args: step(*args)).trace(*args)
     assert "interpret=True" in str(traced.jaxpr)
     fused = traced.lower().compile()(*args)
@@ -81,7 +81,7 @@ def test_devices_that_share_columns_change_neither_a_loss_nor_its_gradients(colu
     step = jax.value_and_grad(loss)
     args = prefix(), weights(BACKBONE), *texts(2, columns)
     plain = jax.jit(step)(*args)
-    with jax.set_mesh(make_mesh(2, sequence=4)), splash.interpreted():
+    with jax.set_mesh(make_mesh(2, sequence=4)), interpreted():
         traced = jax.jit(lambda *args: step(*args)).trace(*args)
         assert "interpret=True" in str(traced.jaxpr)
         split = traced.lower().compile()(*args)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.backbones.stack import Params
+from prefix_jax.backbones.forms import Params
 from prefix_jax.decode import Generator
 from prefix_jax.nn.rotary import Rotary
 from prefix_jax.prefix import KVPrefix, Prefix, Site

@@ -15,8 +15,8 @@ import pytest
 import runs
 
 from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.forms import Params
 from prefix_jax.backbones.load import Pretrained, load
-from prefix_jax.backbones.stack import Params
 from prefix_jax.config import DecodeConfig, EvaluateConfig
 from prefix_jax.data.batch import Example
 from prefix_jax.data.pipeline import load_examples

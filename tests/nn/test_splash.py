@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from prefix_jax.mesh import make_mesh
-from prefix_jax.nn import splash
+from prefix_jax.nn import splash, splash_run
 from prefix_jax.nn.attend import attend
 from prefix_jax.nn.columns import origin
 from prefix_jax.nn.mask import Seen, Sight, Tokens, visible
+from prefix_jax.nn.splash_run import interpreted
 from prefix_jax.prefix import KVPrefix, Site
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -31,7 +32,7 @@ TOKENS = ("q_BTNH", "k_BSKH", "v_BSKH")
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of several blocks."""
-    monkeypatch.setattr(splash, "BLOCK", 128)
+    monkeypatch.setattr(splash_run, "BLOCK", 128)
 
 
 class Case(NamedTuple):
@@ -100,7 +101,7 @@ def found(
 
     if not fused:
         return jax.jit(both)(case)
-    with splash.interpreted():
+    with interpreted():
         program = jax.jit(both).trace(case)
     # Forward, and backward for queries and for keys.
     assert str(program.jaxpr).count("pallas_call[") >= 3
@@ -211,7 +212,7 @@ def test_a_query_that_sees_nothing_is_finite_and_sends_no_gradient():
         out, pull = jax.vjp(lambda case: attend(*case[:3], seen, None, 0.5), case)
         return out, *pull(jnp.ones_like(out))
 
-    with splash.interpreted():
+    with interpreted():
         out, gradients = pulled(case(P=0, S=128, columns=128, rows=1))
     assert jnp.isfinite(out).all()
     for leaf in jax.tree.leaves(gradients):
