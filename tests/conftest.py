@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -64,3 +64,16 @@ def full_compilation() -> Iterator[None]:
     yield
     jax.config.update("jax_disable_most_optimizations", True)
     jax.clear_caches()
+
+
+@pytest.fixture
+def compiler_warnings(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
+    """What the compiler has written so far. It is silent of programs that come from the cache."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield lambda: capfd.readouterr().err
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()

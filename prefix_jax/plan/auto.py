@@ -128,7 +128,7 @@ def meshes(run: AbstractRun, rows: Rows, topology: Topology) -> Iterator[Sizes]:
     for tensor, sequence in itertools.product(_divisors(devices), repeat=2):
         if devices % (tensor * sequence) or arch.heads % tensor or arch.d_ff % tensor:
             continue
-        if topology.slices > 1 and tensor * sequence > devices // topology.slices:
+        if not topology.together(tensor * sequence):
             continue
         if sequence > 1 and not (run.job == "train" and rows.worth_sharing(sequence)):
             continue

@@ -46,7 +46,7 @@ def remedies(
         all that were compiled, whether they fit or not.
     """
     found: list[Remedy] = []
-    for settings, other, changed, sizes in _changes(failed, run, rows):
+    for settings, other, changed, sizes in _changes(failed, run, rows, topology):
         plan = compile_step(other, changed, topology, topology.mesh(sizes))
         remedy = Remedy(settings, plan)
         found.append(remedy)
@@ -57,7 +57,7 @@ def remedies(
 
 
 def _changes(
-    failed: Plan, run: AbstractRun, rows: Rows
+    failed: Plan, run: AbstractRun, rows: Rows, topology: Topology
 ) -> Iterator[tuple[str, AbstractRun, Rows, dict[str, int]]]:
     sizes = dict(failed.mesh)
     model = run.config.model
@@ -74,7 +74,8 @@ def _changes(
             changed = dataclasses.replace(rows, micro=micro)
             yield f"optim.accumulate={micro}", run, changed, sizes
     for split in _meshes(failed, run, rows):
-        yield _settings(split, run.config.mesh), run, rows, split
+        if topology.together(split["sequence"] * split["tensor"]):
+            yield _settings(split, run.config.mesh), run, rows, split
 
 
 def _meshes(failed: Plan, run: AbstractRun, rows: Rows) -> Iterator[dict[str, int]]:

@@ -181,6 +181,10 @@ class Topology:
         """How many there are, in all slices."""
         return math.prod(self.shape) * self.slices
 
+    def together(self, devices: int) -> bool:
+        """Whether so many devices, which exchange activations in every layer, are of one slice."""
+        return devices <= len(self.devices) // self.slices
+
     @property
     def hosts(self) -> int:
         """How many processes the devices belong to, if they are there; else 1, as nobody knows."""

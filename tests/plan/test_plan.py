@@ -342,6 +342,17 @@ def test_meshes_that_would_make_a_step_fit_are_named_in_full(
         assert topology.mesh(changed.mesh.sizes).size == 8
 
 
+def test_layers_are_not_split_across_slices(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_step, _ = formula(lambda rows, mesh: 20.0 + mesh["data"])
+    monkeypatch.setattr(remedies, "compile_step", compile_step)
+    run = AbstractRun.of(config_of(folder, "mesh.data=1", "mesh.fsdp=8", "data.batch_size=8"))
+    rows, topology = Rows(1, 8192, 8192), Topology.parse("2*v5e:2x2")
+    failed = compile_step(run, rows, topology, topology.mesh(run.config.mesh.sizes))
+    found = remedies.remedies(failed, run, rows, topology)
+    assert found
+    assert all(one.plan.mesh["sequence"] * one.plan.mesh["tensor"] <= 4 for one in found)
+
+
 def test_on_one_device_there_is_one_mesh(folder: Path) -> None:
     config = config_of(folder, "mesh=auto")
     assert config.mesh.auto
