@@ -2,8 +2,8 @@
 
     python benchmarks/load_memory.py [--source PATH] [--output benchmarks/results/load_memory.json]
 
-Goal: the size of the model in its target dtype plus the largest stacked parameter. Each load runs
-in a process of its own, which first loads a tiny model, so that most of what JAX and its compiler
+Goal: the size of the model in its target dtype plus the largest stacked parameter; int8 and int4
+weights are of a bfloat16 model, quantised as they load. Each load runs in a process of its own, which first loads a tiny model, so that most of what JAX and its compiler
 need is in the baseline. The peak is the kernel's (VmHWM, reset before the load): Linux only.
 """
 
@@ -26,7 +26,15 @@ import numpy as np
 from safetensors.numpy import save_file
 
 MB = 2**20
-CASES = (("float32", 1), ("float32", 4), ("bfloat16", 1), ("bfloat16", 4))
+CASES = (
+    ("float32", 1),
+    ("float32", 4),
+    ("bfloat16", 1),
+    ("bfloat16", 4),
+    ("int8", 1),
+    ("int8", 4),
+    ("int4", 1),
+)
 
 
 def write_llama(directory: Path, *, L: int, D: int, F: int, V: int, dtype: str) -> Path:
@@ -79,14 +87,16 @@ def _child(tiny: str, source: str, dtype: str, devices: int) -> None:
     from prefix_jax.mesh import make_mesh
 
     mesh = make_mesh(1, devices, 1) if devices > 1 else None
-    load(tiny, dtype=dtype, mesh=mesh)
+    how = {"dtype": "bfloat16", "quantize": dtype} if dtype.startswith("int") else {"dtype": dtype}
+    load(tiny, **how, mesh=mesh)
     gc.collect()
     baseline = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
-    params = jax.block_until_ready(load(source, dtype=dtype, mesh=mesh).params)
+    params = jax.block_until_ready(load(source, **how, mesh=mesh).params)
     seconds = time.perf_counter() - start
-    sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
+    leaves = jax.tree.leaves(params)
+    sizes = [leaf.size * jax.dtypes.itemsize_bits(leaf.dtype) // 8 for leaf in leaves]
     figures = {
         "dtype": dtype,
         "devices": devices,

@@ -32,7 +32,7 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 
-_PART = 1 << 24  # numbers that are quantised at a time
+_PART = 1 << 22  # numbers that are quantised at a time
 
 
 class TensorSource(Protocol):
