@@ -97,7 +97,7 @@ def _read_mappings(mappings: Iterable[Mapping[str, Any] | Record]) -> list[Recor
             continue
         if not isinstance(fields, Mapping):
             raise DataError(f"record {number} is a {type(fields).__name__}; it must be a mapping")
-        records.append(Record(fields, f"record {number}"))
+        records.append(Record(_plain(fields), f"record {number}"))
     return records
 
 
@@ -135,6 +135,11 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
                 raise DataError(
                     f"{path}:{number}: malformed JSON, {error.msg} at column {error.colno}"
                 ) from error
+            # A number of thousands of digits, lists in lists without end.
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"{path}:{number}: JSON that Python cannot read, {error}"
+                ) from error
             if not isinstance(fields, dict):
                 raise DataError(
                     f"{path}:{number}: a {type(fields).__name__}; "
@@ -158,6 +163,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_csv(path: Path) -> Iterator[Record]:
     """Cells that are empty or "nan", as numeric libraries write a missing value, become None."""
+    # A cell may hold a whole document; Python's own limit is 128 KiB.
+    limit = csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, strict=True)
         try:
@@ -177,6 +184,8 @@ def _read_csv(path: Path) -> Iterator[Record]:
                 start = rows.line_num + 1
         except csv.Error as error:
             raise DataError(f"{path}:{rows.line_num}: malformed CSV, {error}") from error
+        finally:
+            csv.field_size_limit(limit)
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
@@ -212,7 +221,8 @@ def _read_tfds(spec: str, data_dir: str | os.PathLike[str] | None) -> list[Recor
             prepared = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
             rows = prepared.as_data_source(split=split)
         return [Record(_plain(row), f"{spec}:{number}") for number, row in enumerate(rows)]
-    except (ValueError, NotImplementedError, OSError, AssertionError) as error:
+    # Of a set that is not there yet, a KeyError says so.
+    except (ValueError, NotImplementedError, OSError, AssertionError, KeyError) as error:
         # Without h5py, registration stops halfway and many text datasets are not found.
         missing = "" if importlib.util.find_spec("h5py") else "; install h5py, and try again"
         raise DataError(
@@ -224,7 +234,7 @@ def _read_tfds(spec: str, data_dir: str | os.PathLike[str] | None) -> list[Recor
 
 
 def _plain(value: Any) -> Any:
-    """TFDS values as Python values, and text as str (bytes that are not text stay bytes)."""
+    """Values of numpy as Python's, and text as str (bytes that are not text stay bytes)."""
     if isinstance(value, bytes):
         try:
             return value.decode()

@@ -1,5 +1,6 @@
 import sys
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -18,7 +19,11 @@ def test_jsonl_records_know_their_line_and_blank_lines_are_skipped(tmp_path):
     assert [(r.value("x"), r.source) for r in records] == [("é", "a.jsonl:1"), (2, "a.jsonl:3")]
 
 
-@pytest.mark.parametrize("line", ['{"x": 1', "nonsense", '["x"]'])
+@pytest.mark.parametrize(
+    "line",
+    ['{"x": 1', "nonsense", '["x"]', '{"x": %s}' % ("9" * 5000), '{"x": ' + "[" * 100_000],
+    ids=["cut", "no JSON", "list", "a number without end", "lists in lists"],
+)
 def test_a_malformed_json_line_is_named(tmp_path, line):
     path = write(tmp_path / "a.jsonl", f'{{"x": 1}}\n{line}\n')
     with pytest.raises(DataError, match=r"a\.jsonl:2: .*(JSON|list)"):
@@ -52,6 +57,12 @@ def test_a_malformed_csv_row_is_named(tmp_path, text, message):
         read_records(write(tmp_path / "a.csv", text))
 
 
+def test_a_csv_cell_may_hold_a_book(tmp_path):
+    book = "word " * 100_000
+    (record,) = read_records(write(tmp_path / "a.csv", f"x,y\n{book},1\n"))
+    assert record.value("x") == book
+
+
 @pytest.mark.parametrize("cell", ["", "NaN", "nan"])
 def test_a_missing_csv_label_is_an_error_once_it_is_used(tmp_path, cell):
     records = read_records(write(tmp_path / "a.csv", f"text,label\nfine,1\nbad,{cell}\n"))
@@ -81,6 +92,20 @@ def test_python_mappings_are_numbered():
     assert [r.source for r in read_records({"x": i} for i in range(2))] == ["record 1", "record 2"]
     with pytest.raises(DataError, match="record 2 is a str"):
         read_records([{"x": 1}, "x"])
+
+
+def test_python_mappings_may_hold_what_numpy_makes_of_text_and_numbers():
+    given = {
+        "n": np.int64(3),
+        "x": np.float32(0.5),
+        "s": np.array(["a", "b"]),
+        "nan": np.float32("nan"),
+    }
+    (record,) = read_records([given])
+    assert [record.value(name) for name in ("n", "x", "s")] == [3, 0.5, ["a", "b"]]
+    assert type(record.value("n")) is int
+    with pytest.raises(DataError, match="record 1: field 'nan' is NaN"):
+        record.value("nan")
 
 
 def test_what_holds_no_records_is_an_error():
@@ -210,3 +235,12 @@ def test_tfds_errors_are_one_line(tfds_dir, spec, message):
     with pytest.raises(DataError, match=message) as error:
         read_records(spec, tfds_dir=tfds_dir)
     assert "\n" not in str(error.value)
+
+
+def test_a_set_that_tfds_knows_and_nobody_has_prepared_is_an_error(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+    for where in (None, tmp_path):
+        with pytest.raises(DataError, match="tfds:mnist/train: .* prepare it first"):
+            read_records("tfds:mnist/train", tfds_dir=where)
