@@ -242,5 +242,5 @@ def test_a_set_that_tfds_knows_and_nobody_has_prepared_is_an_error(tmp_path, mon
 
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
     for where in (None, tmp_path):
-        with pytest.raises(DataError, match="tfds:mnist/train: .* prepare it first"):
+        with pytest.raises(DataError, match=r"tfds:mnist/train: .* prepare it first"):
             read_records("tfds:mnist/train", tfds_dir=where)
