@@ -37,6 +37,7 @@ from prefix_jax.train.resume import identity_of, refuse_another_run, restore
 from prefix_jax.train.setup import Records, Setup, prepare
 from prefix_jax.train.start import start_of
 from prefix_jax.train.step import TrainState
+from prefix_jax.train.together import host_names
 from prefix_jax.train.watch import Watch
 
 _SHOWN = 20  # labels that are named
@@ -143,7 +144,7 @@ def fit(
         _announce(setup, state, report)
         # Where a process stands still, it alone can say so.
         warn = report.warning if first else functools.partial(print, "warning:", file=sys.stderr)
-        watch = Watch(warn, (jax.process_index(), jax.process_count()))
+        watch = Watch(warn, host_names(), jax.process_index())
         profile = Profile(directory / "profile", int(state.step), config.train.profile)
         with stop_signal() as stop, watch, profile:
             state = train(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import socket
 import statistics
 import threading
 import time
@@ -30,20 +29,20 @@ class Watch:
 
     Args:
         warn: is told, from either thread.
-        process: the number of this process, and of how many.
+        hosts: the name of every process's, in their order.
+        process: the number of this one.
         clock: seconds.
     """
 
     def __init__(
         self,
         warn: Callable[[str], None],
-        process: tuple[int, int] = (0, 1),
+        hosts: Sequence[str],
+        process: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._warn, self._clock, self._first = warn, clock, process[0] == 0
-        self._who = f"host {socket.gethostname()}"
-        if process[1] > 1:
-            self._who = f"process {process[0]} of {process[1]} on {self._who}"
+        self._warn, self._clock = warn, clock
+        self._hosts, self._process = hosts, process
         self._recent: collections.deque[float] = collections.deque(maxlen=_RECENT)
         self._doing = "starting"
         self._since = clock()
@@ -85,7 +84,7 @@ class Watch:
         # The first one compiles.
         if self._doing != "starting":
             usual = self._usual()
-            if self._first and usual is not None and seconds >= _FACTOR * usual:
+            if self._process == 0 and usual is not None and seconds >= _FACTOR * usual:
                 self._warn(
                     f"step {step} took {seconds:.1f} s, {seconds / usual:.0f} times as long as "
                     f"usual: {self._cause(seconds, busy)}"
@@ -107,18 +106,23 @@ class Watch:
             return
         self._told_at = still
         took = "" if usual is None else f" (a step takes {usual:.1f} s as a rule)"
-        self._warn(f"no step has ended for {still:.0f} s{took}; {self._who} is {self._doing}")
+        who = self._who(self._process)
+        self._warn(f"no step has ended for {still:.0f} s{took}; {who} is {self._doing}")
 
     def _usual(self) -> float | None:
         return statistics.median(self._recent) if len(self._recent) >= _LEAST else None
 
     def _cause(self, seconds: float, busy: Sequence[float]) -> str:
         slowest = max(range(len(busy)), key=busy.__getitem__, default=None)
-        if slowest is None or busy[slowest] < seconds / 2:
-            return f"{self._who} waited for the devices"
-        if len(busy) == 1:
-            return f"{self._who} needed {busy[slowest]:.1f} s for its batch"
-        return f"process {slowest} of {len(busy)} needed {busy[slowest]:.1f} s for its batch"
+        if slowest is not None and busy[slowest] >= seconds / 2:
+            return f"{self._who(slowest)} needed {busy[slowest]:.1f} s for its batch"
+        count = len(self._hosts)
+        all_of_them = self._who(0) if count == 1 else f"all {count} processes"
+        return f"{all_of_them} waited for the devices"
+
+    def _who(self, process: int) -> str:
+        host, count = f"host {self._hosts[process]}", len(self._hosts)
+        return host if count == 1 else f"process {process} of {count} on {host}"
 
     def _run(self) -> None:
         while not self._over.wait(5.0):

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -38,6 +39,8 @@ decode: {max_new_tokens: 4}
 """
 # Far more than either should take; a process that waits for a dead one fails the test by it.
 PATIENCE = 240
+# Far more than ten steps of the tiny model.
+SLOW_SECONDS = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +56,10 @@ def folder(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Path:
-    """A run of two processes that nothing interrupted."""
-    assert [code for code, _ in pair(folder, "whole")] == [0, 0]
+    """A run of two processes that nothing interrupted, the second slow with one of its batches."""
+    ended = pair(folder, "whole", step=9)
+    assert [code for code, _ in ended] == [0, 0], ended
+    (folder / "whole.log").write_text(ended[0][1])
     return folder / "whole"
 
 
@@ -67,7 +72,7 @@ def pair(
         folder: of the config.
         output: the run directory.
         number: a signal that the second process gets, None is none.
-        step: when it gets it.
+        step: when it gets it; without a number, when it is slow. 0 is never.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -75,7 +80,7 @@ def pair(
     processes = []
     for index in range(2):
         words = [f"output={output}", "--distributed", f"--process={index}"]
-        kill = [str(int(number)), str(step)] if index == 1 and number is not None else ["0", "0"]
+        kill = [str(int(number or 0)), str(step)] if index == 1 else ["0", "0"]
         environment = {
             "PYTHONPATH": os.pathsep.join(sys.path),
             "XLA_FLAGS": "",
@@ -102,13 +107,17 @@ def pair(
 
 
 def take_part(number: int, step: int, words: list[str]) -> int:
-    """One process, which sends itself a signal when it has started a step."""
+    """One process, which sends itself a signal when it has started a step, or is slow there."""
     tell, calls = Together.tell, []
 
     def telling(self: Together, busy: float, go: object) -> object:
         calls.append(busy)
-        if number and len(calls) == step:
-            signal.raise_signal(number)
+        if len(calls) == step:
+            if number:
+                signal.raise_signal(number)
+            else:
+                time.sleep(SLOW_SECONDS)
+                busy += SLOW_SECONDS
         return tell(self, busy, go)
 
     Together.tell = telling
@@ -125,6 +134,11 @@ def alone(folder: Path, output: Path) -> None:
 def test_two_processes_make_the_run_of_one(folder: Path, whole: Path, tmp_path: Path) -> None:
     alone(folder, tmp_path)
     assert runs.outcome(tmp_path) == runs.outcome(whole)
+
+
+def test_the_host_that_the_others_waited_for_is_named(folder: Path, whole: Path) -> None:
+    log = " ".join((folder / "whole.log").read_text().split())
+    assert f"times as long as usual: process 1 of 2 on host {socket.gethostname()} needed" in log
 
 
 def test_stopped_and_killed_and_started_again_it_ends_as_if_nothing_had_been(

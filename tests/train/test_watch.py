@@ -1,10 +1,12 @@
-"""A slow step and a run that stands still are told, with the process to look at."""
+"""A slow step and a run that stands still are told, with the host to look at."""
 
 from __future__ import annotations
 
 import pytest
 
 from prefix_jax.train.watch import Watch
+
+HOSTS = ("alpha", "beta", "gamma", "delta")
 
 
 class Clock:
@@ -26,7 +28,7 @@ def said() -> list[str]:
 
 @pytest.fixture
 def watch(clock: Clock, said: list[str]) -> Watch:
-    return Watch(said.append, (0, 4), clock)
+    return Watch(said.append, HOSTS, 0, clock)
 
 
 def steps(watch: Watch, clock: Clock, seconds: list[float], busy=(0.1, 0.1, 0.1, 0.1)) -> None:
@@ -42,19 +44,31 @@ def test_a_step_of_ten_medians_is_told(watch, clock, said) -> None:
     steps(watch, clock, [10.1])
     (line,) = said
     assert line.startswith("step 1 took 10.1 s, 10 times as long as usual: ")
-    assert line.endswith("waited for the devices")
+    assert line.endswith("all 4 processes waited for the devices")
 
 
 def test_the_process_whose_batch_the_others_waited_for_is_named(watch, clock, said) -> None:
     steps(watch, clock, [60.0, *[1.0] * 6])
     steps(watch, clock, [20.0], busy=(0.1, 0.1, 19.7, 0.2))
     assert said == [
-        "step 1 took 20.0 s, 20 times as long as usual: process 2 of 4 needed 19.7 s for its batch"
+        "step 1 took 20.0 s, 20 times as long as usual: process 2 of 4 on host gamma needed 19.7 s "
+        "for its batch"
     ]
 
 
+@pytest.mark.parametrize(
+    ("busy", "cause"),
+    [(19.7, "host alpha needed 19.7 s for its batch"), (0.1, "host alpha waited for the devices")],
+)
+def test_of_one_process_the_host_is_named(clock, said, busy: float, cause: str) -> None:
+    alone = Watch(said.append, ["alpha"], 0, clock)
+    steps(alone, clock, [60.0, *[1.0] * 6])
+    steps(alone, clock, [20.0], busy=(busy,))
+    assert said == [f"step 1 took 20.0 s, 20 times as long as usual: {cause}"]
+
+
 def test_other_processes_leave_slow_steps_to_the_first(clock, said) -> None:
-    steps(Watch(said.append, (1, 4), clock), clock, [1.0] * 7 + [50.0])
+    steps(Watch(said.append, HOSTS, 1, clock), clock, [1.0] * 7 + [50.0])
     assert said == []
 
 
@@ -71,7 +85,9 @@ def test_a_hang_is_told_while_it_lasts_at_twice_the_time(watch, clock, said) -> 
     assert [line.partition(" s ")[0] for line in said] == [
         f"no step has ended for {seconds}" for seconds in (60, 120, 240)
     ]
-    assert all("(a step takes 1.0 s as a rule); process 0 of 4 on host " in line for line in said)
+    assert all(
+        "(a step takes 1.0 s as a rule); process 0 of 4 on host alpha " in line for line in said
+    )
     assert all(line.endswith(" is waiting for the devices") for line in said)
     # A step ends it; the next hang is told anew.
     steps(watch, clock, [300.0])
@@ -112,6 +128,6 @@ def test_what_a_process_does_is_said(watch, clock, said) -> None:
 
 
 def test_the_thread_checks_and_ends(said) -> None:
-    with Watch(said.append):
+    with Watch(said.append, ["alpha"]):
         pass
     assert said == []
