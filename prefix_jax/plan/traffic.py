@@ -10,6 +10,8 @@ _FREE = PASSING | {"partition-id", "replica-id", "after-all"}
 # Custom calls of the TPU compiler that name memory and move nothing.
 _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}
 _PARTS = ("dynamic-slice", "slice", "gather")
+# Of a fusion within a fusion: its operand in another tiling, made as far as it is used.
+_IN_PLACE = "output_to_operand_aliasing={{}: (0, {})}"
 
 
 def moved(module: Module, visit: Visit) -> int:
@@ -74,7 +76,7 @@ def _read(module: Module, inside: Computation, number: int, whole: int) -> int:
         used = [place for place, operand in enumerate(user.operands) if operand in names]
         if not used or user.opcode == "parameter":
             continue
-        if user.opcode == "bitcast":
+        if user.opcode == "bitcast" or _IN_PLACE in user.attributes:
             names.add(name)
         elif user.opcode in _PARTS and used == [0]:
             total += sum(array.nbytes for array in user.results)
