@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -133,6 +134,11 @@ def _construct(
 
 
 def _leaf(hint: Any, value: Any, key: str, problems: list[Problem]) -> Any:
+    try:
+        json.dumps(value, ensure_ascii=False, default=str, skipkeys=True).encode()
+    except UnicodeEncodeError as error:
+        problems.append(Problem(key, f"not valid Unicode text: {error.reason}"))
+        return None
     # jsonargparse sees null in the text "null" and, in a free form, a number in "1e3". Both may be
     # perfectly good words, and YAML has told them apart already.
     if isinstance(value, str) and takes_text(hint):

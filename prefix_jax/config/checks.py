@@ -26,3 +26,23 @@ def fraction(config: object, *names: str) -> Iterator[tuple[bool, str]]:
     for name in names:
         value = getattr(config, name)
         yield value is None or 0 <= value < 1, f"{name} must lie in [0, 1), not {value}"
+
+
+def float32(config: object, *names: str) -> Iterator[tuple[bool, str]]:
+    """Checks that float32 can hold each named field, multiply and divide by it; None passes.
+
+    What it cannot is infinity there, or 0, and gives NaN far from where it stands.
+    """
+    for name in names:
+        value = getattr(config, name)
+        yield (
+            not value or 1e-30 <= abs(value) <= 1e30,
+            f"{name} {value} is out of reach of float32",
+        )
+
+
+def seeds(config: object, *names: str) -> Iterator[tuple[bool, str]]:
+    """Checks that JAX can take each named field as a seed: of more bits it would drop the upper."""
+    for name in names:
+        value = getattr(config, name)
+        yield 0 <= value < 2**32, f"{name} must lie in [0, {2**32}), not {value}"

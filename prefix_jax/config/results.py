@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from prefix_jax.config.checks import at_least, fraction, require
+from prefix_jax.config.checks import at_least, float32, fraction, require, seeds
 from prefix_jax.config.examples import TaskName
 
 Metric = Literal[
@@ -29,6 +29,8 @@ Metric = Literal[
 
 # Beams x vocabulary are counted in 32 bits, and hardly any search gains from more than ten.
 _MOST_BEAMS = 1024
+# Lengths to a higher power leave float32.
+_STEEPEST = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +42,12 @@ class DecodeConfig:
             count.
         min_new_tokens: tokens before the end of text becomes possible.
         beams: hypotheses kept by beam search; 1 is none.
-        length_penalty: a finished beam's score is its log-probability over length to this power.
+        length_penalty: a finished beam's score is its log-probability over length to this power;
+            between -5 and 5.
         early_stopping: stop a beam search as soon as `beams` hypotheses have finished.
         temperature: divides the logits before sampling; 0 is greedy.
-        top_k: sample among so many of the likeliest tokens; None is off.
+        top_k: sample among so many of the likeliest tokens; None is off. This, `top_p` and `min_p`
+            need a temperature above 0.
         top_p: sample among the likeliest tokens that reach this probability together (nucleus
             sampling, Holtzman et al. 2020); None is off.
         min_p: drop tokens below this share of the likeliest token's probability; None is off.
@@ -74,6 +78,7 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         sampling = self.temperature > 0
+        narrow = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         require(
             (
                 self.min_new_tokens <= self.max_new_tokens,
@@ -83,6 +88,17 @@ class DecodeConfig:
             (
                 not (sampling and self.beams > 1),
                 "beam search does not sample: give beams or a temperature",
+            ),
+            (
+                sampling or not narrow,
+                f"{', '.join(narrow)} narrow{'s' * (len(narrow) == 1)} what is drawn: "
+                f"{'it needs' if len(narrow) == 1 else 'they need'} a temperature above 0, "
+                "and are null without",
+            ),
+            (
+                abs(self.length_penalty) <= _STEEPEST,
+                f"length_penalty must lie in [-{_STEEPEST}, {_STEEPEST}], "
+                f"not {self.length_penalty}",
             ),
             (
                 self.beams <= _MOST_BEAMS,
@@ -106,7 +122,9 @@ class DecodeConfig:
                 "stop and banned_words hold no empty text",
             ),
             *fraction(self, "min_p"),
-            *at_least(self, 0, "min_new_tokens", "temperature", "no_repeat_ngram", "seed"),
+            *at_least(self, 0, "min_new_tokens", "temperature", "no_repeat_ngram"),
+            *float32(self, "temperature", "repetition_penalty"),
+            *seeds(self, "seed"),
             *at_least(self, 1, "max_new_tokens", "beams", "top_k", "samples"),
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from prefix_jax.config.checks import at_least, fraction, require
+from prefix_jax.config.checks import at_least, float32, fraction, require, seeds
 from prefix_jax.config.examples import DataConfig, TaskConfig
 from prefix_jax.config.results import DecodeConfig, EvaluateConfig, check_metrics
 from prefix_jax.nn.remat import Remat
@@ -94,6 +94,7 @@ class InitConfig:
                 "start: prefix needs path, the directory of a stored prefix; nothing else does",
             ),
             *at_least(self, 0, "std"),
+            *float32(self, "std"),
         )
 
 
@@ -155,6 +156,7 @@ class OptimConfig:
             (0 < self.decay <= 1, f"decay must lie in (0, 1], not {self.decay}"),
             *at_least(self, 1, "accumulate", "decay_every"),
             *fraction(self, "b1", "b2"),
+            *float32(self, "learning_rate", "head_learning_rate", "weight_decay", "clip", "eps"),
         )
 
 
@@ -199,7 +201,13 @@ class TrainConfig:
                 self.patience is None or self.eval_every is not None,
                 "patience counts evaluations: it needs eval_every",
             ),
-            *at_least(self, 0, "seed"),
+            *float32(self, "epochs"),
+            *seeds(self, "seed"),
+            # Steps are counted in 32 bits.
+            (
+                self.steps is None or self.steps < 2**31,
+                f"steps must be below {2**31}, not {self.steps}",
+            ),
             *at_least(
                 self,
                 1,
