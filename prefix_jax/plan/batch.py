@@ -23,12 +23,15 @@ class Largest:
     Attributes:
         rows: of the largest batch that fits; 0 if none does.
         plan: of it; if none fits, of the smallest.
+        quickest: of those that were compiled, the one that reads most tokens in a second. Close to
+            the limit, the compiler computes products again to save memory.
         above: of the smallest batch that was seen not to fit; None if all did.
         compiled: how many programs that took.
     """
 
     rows: int
     plan: Plan
+    quickest: Plan
     above: Plan | None
     compiled: int
 
@@ -71,8 +74,13 @@ def largest_batch(
         if (above is not None and above - fits == 1) or fits >= _MOST:
             break
         units = _next(plans, fits, above)
-    best = plans[fits] if fits else plans[1]
-    return Largest(fits * unit, best, None if above is None else plans[above], len(plans))
+    return Largest(
+        rows=fits * unit,
+        plan=plans[fits or 1],
+        quickest=max(plans.values(), key=lambda plan: plan.tokens_per_second or 0),
+        above=None if above is None else plans[above],
+        compiled=len(plans),
+    )
 
 
 def _next(plans: dict[int, Plan], fits: int, above: int | None) -> int:

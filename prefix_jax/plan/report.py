@@ -16,6 +16,8 @@ from prefix_jax.plan.plan import Plan
 from prefix_jax.plan.remedies import Remedy
 
 GIB = 2**30
+# By how much a smaller batch has to be quicker to be worth a word.
+_QUICKER = 1.02
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -34,6 +36,7 @@ def largest_as_json(largest: Largest) -> dict[str, Any]:
         "rows": largest.rows,
         "compiled": largest.compiled,
         "plan": as_json(largest.plan),
+        "quickest": as_json(largest.quickest),
         "above": None if largest.above is None else as_json(largest.above),
     }
 
@@ -105,7 +108,15 @@ def largest_line(largest: Largest) -> str:
     )
     if largest.above is not None:
         said += f"; {largest.above.rows.rows} take {lacking(largest.above)} too much"
-    return f"{said}. {largest.compiled} programs were compiled."
+    said += f". {largest.compiled} programs were compiled."
+    rate, best = largest.plan.tokens_per_second, largest.quickest.tokens_per_second
+    if rate and best and best > _QUICKER * rate:
+        said += (
+            f" With {largest.quickest.rows.rows} rows a second reads {best:,.0f} tokens at most, "
+            f"and {rate:,.0f} with {largest.rows}: close to the limit the compiler computes more "
+            "than once, to save memory."
+        )
+    return said
 
 
 def _title(plan: Plan) -> str:

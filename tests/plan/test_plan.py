@@ -217,6 +217,34 @@ def test_the_largest_batch_takes_few_programs(
     assert found.compiled == len(seen) <= 8
 
 
+@pytest.mark.parametrize("again", [1.0, 1.3])
+def test_a_smaller_batch_that_reads_more_tokens_a_second_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, again: float
+) -> None:
+    """Where the compiler computes things again to save memory: in more than 14 GiB, here."""
+    compile_step, _ = formula(lambda rows, _: 3 + rows.rows)
+
+    def timed(run: AbstractRun, rows: Rows, *where: Any) -> Plan:
+        found = compile_step(run, rows, *where)
+        if found.roofline is None:
+            return found
+        seconds = rows.rows * (again if rows.rows > 11 else 1.0)
+        return dataclasses.replace(
+            found, roofline=dataclasses.replace(found.roofline, seconds=seconds)
+        )
+
+    monkeypatch.setattr(batch, "compile_step", timed)
+    topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
+    found = batch.largest_batch(run, Rows(8, 16, 16), topology, topology.mesh(ALONE))
+    assert found.rows == 13
+    said = report.largest_line(found)
+    assert ("close to the limit" in said) == (again > 1)
+    if again > 1:
+        assert found.quickest.rows.rows <= 11
+        assert f"With {found.quickest.rows.rows} rows a second reads 16 tokens at most" in said
+        assert report.largest_as_json(found)["quickest"]["rows"]["rows"] <= 11
+
+
 def test_where_no_batch_fits_the_smallest_says_by_how_much(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,7 +264,7 @@ def test_a_step_that_lacks_less_than_the_compiler_tells_is_not_said_to_lack_noth
     topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
     fits = compile_step(run, Rows(8, 16, 16), topology, topology.mesh(ALONE))
     failed = dataclasses.replace(fits, memory=None, roofline=None)
-    found = batch.Largest(8, fits, failed, compiled=2)
+    found = batch.Largest(8, fits, fits, failed, compiled=2)
     assert "; 8 take less than 0.01 GiB too much" in report.largest_line(found)
 
 
