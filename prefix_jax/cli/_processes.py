@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 
 from prefix_jax.errors import ConfigError, reason
@@ -54,13 +55,19 @@ def join(args: argparse.Namespace) -> None:
     count = _number(args.processes, "JAX_NUM_PROCESSES")
     index = _number(args.process, "JAX_PROCESS_ID")
     if not (args.distributed or coordinator):
-        if args.processes is not None or args.process is not None:
-            raise ConfigError("--processes and --process need --coordinator HOST:PORT")
+        if count is not None or index is not None:
+            raise ConfigError(
+                "--processes and --process (or JAX_NUM_PROCESSES and JAX_PROCESS_ID) need "
+                "--coordinator HOST:PORT (or JAX_COORDINATOR_ADDRESS): else each of the processes "
+                "would train for itself"
+            )
         return
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
-        raise ConfigError(f"--coordinator {coordinator} has no port: give HOST:PORT")
+    if count is not None and count < 1:
+        raise ConfigError(f"--processes {count}: there has to be one at least")
     if count is not None and index is not None and not 0 <= index < count:
         raise ConfigError(f"--process {index} is not one of 0 to {count - 1}, see --processes")
+    if coordinator is not None:
+        _check(coordinator, listens=index == 0)
 
     import jax
 
@@ -82,11 +89,32 @@ def join(args: argparse.Namespace) -> None:
             "nothing here tells them"
         ) from error
     except RuntimeError as error:
+        many = "" if count is None else f"{count} "
+        where = "" if coordinator is None else f" at {coordinator}"
         raise ConfigError(
-            f"the {count} processes have not met at {coordinator}: "
-            f"{reason(error)}. Start all of them within {_START_WITHIN_SECONDS} s, "
-            "see that each reaches that host and port, and that nothing else listens there"
+            f"the {many}processes have not met{where}: {reason(error)}. Start all of them within "
+            f"{_START_WITHIN_SECONDS} s, and see that each reaches the first one's host and port"
         ) from error
+
+
+def _check(coordinator: str, *, listens: bool) -> None:
+    """Refuses an address at which processes would wait for each other for minutes, or crash."""
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise ConfigError(
+            f"--coordinator {coordinator} is no address: give HOST:PORT, as in 10.0.0.1:1234"
+        )
+    if listens:
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        try:
+            # As the coordinator will, on every address of this host.
+            socket.create_server(("", int(port)), family=family, dualstack_ipv6=both).close()
+        except OSError as error:
+            raise ConfigError(
+                f"--coordinator {coordinator}: port {port} of this host cannot be used "
+                f"({reason(error)}); choose a free one, the same for all processes"
+            ) from None
 
 
 def _number(given: int | None, variable: str) -> int | None:

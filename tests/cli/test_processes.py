@@ -170,7 +170,13 @@ def test_stopped_and_killed_and_started_again_it_ends_as_if_nothing_had_been(
     ("words", "environment", "message"),
     [
         (["--processes", "2"], {}, "need --coordinator HOST:PORT"),
-        (["--coordinator", "localhost"], {}, "no port"),
+        ([], {"JAX_NUM_PROCESSES": "2"}, "(or JAX_COORDINATOR_ADDRESS)"),
+        ([], {"JAX_PROCESS_ID": "1"}, "(or JAX_COORDINATOR_ADDRESS)"),
+        (["--coordinator", "localhost"], {}, "give HOST:PORT"),
+        (["--coordinator", ":1234"], {}, "give HOST:PORT"),
+        (["--coordinator", "h:99999"], {}, "give HOST:PORT"),
+        ([], {"JAX_COORDINATOR_ADDRESS": "h:port"}, "give HOST:PORT"),
+        (["--coordinator", "h:1", "--processes", "0", "--process", "0"], {}, "one at least"),
         (["--distributed"], {}, "--coordinator HOST:PORT --processes N --process I"),
         (["--distributed"], {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES 'two'"),
         (
@@ -191,6 +197,16 @@ def test_a_process_that_does_not_know_who_it_is_says_so(
         monkeypatch.setenv(name, value)
     assert main(["train", "config.yaml", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_told_before_jax_crashes_on_it(capsys) -> None:
+    with socket.create_server(("", 0)) as taken:
+        where = f"localhost:{taken.getsockname()[1]}"
+        words = ["--coordinator", where, "--processes", "2", "--process", "0"]
+        assert main(["train", "config.yaml", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --coordinator {where}: port")
+    assert "choose a free one" in line
 
 
 if __name__ == "__main__":
