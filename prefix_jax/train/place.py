@@ -41,8 +41,14 @@ class Place:
         self._remote: epath.Path | None = None
         self._there: dict[str, tuple[int, int] | None] = {}
         if output.startswith(_BUCKET):
+            bucket, _, path = output.removeprefix(_BUCKET).strip("/").partition("/")
+            if not path.strip("/"):
+                raise ConfigError(
+                    f"output {output}: name a folder of the bucket, gs://BUCKET/PATH: a run wants "
+                    "one of its own, which it takes whole for its working copy"
+                )
             self._remote = epath.Path(output)
-            self.directory = Path("runs") / output.removeprefix(_BUCKET).strip("/")
+            self.directory = Path("runs") / bucket / path
             if importlib.util.find_spec("gcsfs") is None:
                 raise ConfigError(
                     f"output {output}: a bucket takes one more package: "

@@ -114,6 +114,13 @@ def test_a_bucket_takes_one_more_package(monkeypatch) -> None:
         Place(OUTPUT)
 
 
+@pytest.mark.parametrize("output", ["gs://", "gs://bucket", "gs://bucket/", "gs://bucket//"])
+def test_a_bucket_as_a_whole_is_no_place(output: str) -> None:
+    """Its working copy would be that of all runs, which reading it replaces."""
+    with pytest.raises(ConfigError, match="gs://BUCKET/PATH"):
+        Place(output)
+
+
 def test_other_addresses_are_refused() -> None:
     with pytest.raises(ConfigError, match="gs://BUCKET/PATH"):
         Place("s3://bucket/run")
