@@ -2,6 +2,13 @@
 # Trains a prefix on Cloud TPU: one TPU VM, a pod slice or several slices. See --help.
 set -euo pipefail
 
+# That of macOS is of 2007.
+if ((BASH_VERSINFO[0] < 5)); then
+    echo "run_tpu: error: bash $BASH_VERSION is too old, 5 is needed: brew install bash, or use \
+Google Cloud Shell" >&2
+    exit 2
+fi
+
 usage() {
     cat <<'END'
 Trains a prefix on Cloud TPU, from nothing to the files of the run.
@@ -46,10 +53,14 @@ HOW
 END
 }
 
-say() { printf '%s\n' "run_tpu: $*" >&2; }
+say() {
+    local of=run_tpu
+    [[ $dry_run == no ]] || of='run_tpu (dry run)'
+    printf '%s\n' "$of: $*" >&2
+}
 
 die() {
-    say "error: $1" >&2
+    printf '%s\n' "run_tpu: error: $1" >&2
     exit "${2:-1}"
 }
 
@@ -70,6 +81,11 @@ settings=()
 
 parse() {
     while (($#)); do
+        case $1 in
+            --spot=* | --reserved=* | --queued=* | --keep=* | --dry-run=*)
+                die "${1%%=*} takes no value; see --help" 2
+                ;;
+        esac
         # As gcloud takes them: --zone=ZONE.
         [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
         case $1 in
@@ -83,7 +99,7 @@ parse() {
                 --version | --slices | --restarts)
                 [[ -n ${2:-} ]] || die "$1 needs a value; see --help" 2
                 case $1 in
-                    --output) output=${2%/} ;;
+                    --output) output=$2 ;;
                     --env) env_file=$2 ;;
                     --zone) zone=$2 ;;
                     --project) project=$2 ;;
@@ -130,9 +146,12 @@ check() {
     esac
     ((${#missing[@]} == 0)) || die "$step needs ${missing[*]}; see --help" 2
 
-    [[ -z $output || $output == gs://?* ]] ||
+    [[ -z $output || $output == gs://* ]] ||
         die "--output $output is not on gs://: the disk of a TPU VM is deleted with it, and one \
 worker does not see another's; make a bucket with: gcloud storage buckets create gs://BUCKET" 2
+    [[ -z $output || $output =~ ^gs://[^/]+/[^/] ]] ||
+        die "--output $output names no folder for the run: gs://BUCKET/RUN" 2
+    output=${output%/}
     [[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices $slices is not a positive number" 2
     [[ $restarts =~ ^[0-9]+$ ]] || die "--restarts $restarts is not a number" 2
     [[ -z $config || -f $here/$config ]] ||
@@ -165,7 +184,8 @@ worker does not see another's; make a bucket with: gcloud storage buckets create
 # The software of a TPU VM, https://cloud.google.com/tpu/docs/runtimes.
 version_of() {
     case ${1,,} in
-        v5lite* | v5e*) echo v2-alpha-tpuv5-lite ;;
+        v5e*) die "Cloud calls v5e v5litepod: --accelerator v5litepod${1:3}" 2 ;;
+        v5lite*) echo v2-alpha-tpuv5-lite ;;
         v5p*) echo v2-alpha-tpuv5 ;;
         v6e*) echo v2-alpha-tpuv6e ;;
         v2* | v3* | v4*) echo tpu-ubuntu2204-base ;;
@@ -407,7 +427,7 @@ ended; see ./run_tpu.sh logs …, and give the same command to go on"
 status() {
     local now
     now=$(state)
-    echo "$name: $now"
+    [[ $dry_run == yes ]] || echo "$name: $now"
     [[ $now != ready ]] || on all "$remote_outcome"
 }
 
@@ -448,7 +468,7 @@ tpu=() where=() assumed=absent
 parse "$@"
 check
 case $step in
-    install | train | logs | fetch | delete) assumed=ready ;;
+    install | train | logs | status | fetch | delete) assumed=ready ;;
 esac
 trap 'say "interrupted; what was started on $name goes on: ./run_tpu.sh logs, status or delete"
 exit 130' INT

@@ -318,14 +318,25 @@ def test_what_deletes_a_kept_tpu_is_told_as_a_whole(cloud) -> None:
     assert "--project=mine" in call
 
 
-def test_a_dry_run_prints_every_command_and_runs_none(cloud) -> None:
-    dry = cloud.run("--dry-run", *WHERE, *WHAT)
+STEPS = ("all", "create", "install", "train", "logs", "status", "fetch", "delete")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_dry_run_prints_every_command_and_runs_none(cloud, step: str) -> None:
+    dry = cloud.run("--dry-run", step, *WHERE, *WHAT)
     assert dry.returncode == 0, dry.stderr
     assert cloud.calls == []
-    wet = cloud.run(*WHERE, *WHAT)
-    shown = [re.findall(r"^\+ (?:gcloud compute tpus tpu-vm|gcloud storage) (\w+)", text, re.M)
-             for text in (dry.stderr, wet.stderr)]  # fmt: skip
-    assert [verb for verb in shown[0] if verb != "describe"] == shown[1]
+    # What it says besides is not taken for true.
+    said = [line for line in dry.stderr.splitlines() if line.startswith("run_tpu")]
+    assert all(line.startswith("run_tpu (dry run): ") for line in said)
+    if step not in ("all", "create"):
+        cloud.states("READY")
+    assert cloud.run(step, *WHERE, *WHAT).returncode == 0
+    shown = re.findall(r"^\+ (?:gcloud compute tpus tpu-vm|gcloud storage) (\w+)", dry.stderr, re.M)
+    asked = [call[1] if call[0] == "storage" else call[3] for call in cloud.calls]
+    assert [verb for verb in shown if verb != "describe"] == [
+        verb for verb in asked if verb != "describe"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -336,6 +347,11 @@ def test_a_dry_run_prints_every_command_and_runs_none(cloud) -> None:
         ((*WHERE, *WHAT, "second.yaml"), "two configs"),
         ((*WHERE, "--output", "gs://b/r", "configs/none.yaml"), "there is no configs/none.yaml"),
         ((*WHERE, *WHAT, "--slices", "0"), "--slices 0"),
+        ((*WHERE, "--output", "gs://", CONFIG), "--output gs:// names no folder"),
+        ((*WHERE, "--output", "gs://bucket/", CONFIG), "gs://BUCKET/RUN"),
+        ((*WHERE, *WHAT, "--spot=yes"), "--spot takes no value"),
+        ((*WHERE, *WHAT, "--dry-run=yes"), "--dry-run takes no value"),
+        (("--zone", "z", "--accelerator", "v5e-8", *WHAT), "--accelerator v5litepod-8"),
         ((*WHERE, *WHAT, "--sport"), "no option --sport"),
         ((*WHERE, *WHAT, "--name"), "--name needs a value"),
         ((*WHERE, *WHAT, "--env", "missing"), "no file missing"),
