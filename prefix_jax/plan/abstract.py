@@ -129,6 +129,8 @@ class AbstractRun:
                 f"--tokens {tokens}: a row has 2 tokens at least, and {room} fit the model's "
                 "positions beside the prefix"
             )
+        if targets is not None and self.job == "decode":
+            raise ConfigError(f"--targets {targets}: nothing is learnt in decoding; leave it out")
         two_sided = model.encoder_decoder
         most = tokens if two_sided is None else two_sided.max_target
         if targets is None:

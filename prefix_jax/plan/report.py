@@ -100,14 +100,18 @@ def advice(tried: Sequence[Remedy]) -> str:
 
 def largest_line(largest: Largest) -> str:
     """The largest batch in a sentence."""
+    plan = largest.plan
+    where = f" on {describe(plan.mesh)}" if plan.devices > 1 else ""
+    count = f"{plan.rows.rows} row{'s' if plan.rows.rows > 1 else ''}"
     if not largest.rows:
-        least, over = largest.plan.rows.rows, lacking(largest.plan)
-        return f"No batch fits: {over} too much at {least} row{'s' if least > 1 else ''}."
-    said = (
-        f"The largest batch that fits has {largest.rows} rows ({gib(largest.plan.needs)} a device)"
-    )
-    if largest.above is not None:
-        said += f"; {largest.above.rows.rows} take {lacking(largest.above)} too much"
+        return f"No batch fits{where}: {lacking(plan)} too much at {count}."
+    if largest.above is None:
+        said = f"{count} fit{where} ({gib(plan.needs)} a device), and more were not tried"
+    else:
+        said = (
+            f"The largest batch that fits{where} has {count} ({gib(plan.needs)} a device); "
+            f"{largest.above.rows.rows} take {lacking(largest.above)} too much"
+        )
     said += f". {largest.compiled} programs were compiled."
     rate, best = largest.plan.tokens_per_second, largest.quickest.tokens_per_second
     if rate and best and best > _QUICKER * rate:
@@ -146,7 +150,7 @@ def _lines(plan: Plan) -> list[tuple[str, str, str]]:
     lines.append(("memory", "", said))
     found = plan.roofline
     if found is not None:
-        flops = f"{found.flops / 1e12:,.2f} TFLOP a device"
+        flops = f"{_flop(found.flops)} a device"
         if plan.floor is not None:
             ratio = found.flops * plan.devices / plan.floor
             flops += f", {ratio:.2f} of the least with dense attention"
@@ -191,5 +195,13 @@ def gib(count: float) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
 
 
+def _flop(count: float) -> str:
+    return f"{count / 1e12:,.2f} TFLOP" if count >= 1e11 else f"{count / 1e9:,.3f} GFLOP"
+
+
 def _ms(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 10 else f"{1e3 * seconds:,.1f} ms"
+    if seconds >= 10:
+        return f"{seconds:.2f} s"
+    # A token is decoded in less than a millisecond.
+    digits = 3 if 0 < seconds < 1e-3 else 1
+    return f"{1e3 * seconds:,.{digits}f} ms"

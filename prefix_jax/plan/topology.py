@@ -96,8 +96,9 @@ _KINDS = {
 }
 
 _NAME = re.compile(r"(?:(\d+)\*)?([a-z0-9]+):(\d+(?:x\d+)*)")
-# As Cloud TPU names slices with two axes, by their chips: v5litepod-16 is v5e:4x4.
-_CLOUD = re.compile(r"((?:\d+\*)?)(v5e|v5litepod|v6e)-(1|4|8|16|32|64|128|256)")
+# As Cloud TPU names slices: by their chips (v5litepod-16 is v5e:4x4), or by their cores, two a
+# chip (v5p-8 is v5p:2x2x1).
+_CLOUD = re.compile(r"((?:\d+\*)?)(?:(v5e|v5litepod|v6e)|(v4|v5p))-(\d+)")
 _EXAMPLES = "v5e:4x4 (16 chips), v5p:2x2x1, v5e:1x1 (one chip), 2*v5e:4x4 (two slices)"
 
 
@@ -126,8 +127,8 @@ class Topology:
         """
         found = _NAME.fullmatch(text.strip().lower())
         if not found:
-            if cloud := _CLOUD.fullmatch(text.strip().lower()):
-                raise MeshError(f"topology {text!r}: write its chips, {_written(cloud)}")
+            if written := _written(text.strip().lower()):
+                raise MeshError(f"topology {text!r}: write its chips, {written}")
             raise MeshError(f"topology {text!r}: write it as one of {_EXAMPLES}")
         count, name, shape = found.groups()
         if name not in CHIPS:
@@ -276,11 +277,24 @@ class Shortage:
         return None
 
 
-def _written(cloud: re.Match[str]) -> str:
-    """A slice with two axes as we write it: a square, or two beside each other."""
-    slices, name, chips = cloud.groups()
-    width = 2 ** ((int(chips).bit_length() - 1) // 2)
-    return f"{slices}{name.replace('litepod', 'e')}:{width}x{int(chips) // width}"
+def _written(cloud: str) -> str | None:
+    """A slice that is named as Cloud TPU does, as we write it; None if it is none of its sizes.
+
+    The chips are in a square or cube, or several of them beside each other.
+    """
+    found = _CLOUD.fullmatch(cloud)
+    if found is None:
+        return None
+    slices, by_chips, by_cores, count = found.groups()
+    chips = int(count) if by_chips else int(count) // 2
+    name = (by_chips or by_cores).replace("litepod", "e")
+    axes, doublings = CHIPS[name].axes, chips.bit_length() - 1
+    if chips != 2**doublings or (int(count) % 2 and by_cores) or chips > CHIPS[name].pod:
+        return None
+    shape = [2 ** ((doublings + axis) // axes) for axis in range(axes)]
+    if chips == 4:
+        shape = [2, 2, 1][:axes]
+    return f"{slices}{name}:{'x'.join(map(str, shape))}"
 
 
 def _bytes(number: str, unit: str) -> int:

@@ -121,6 +121,7 @@ def test_what_does_not_fit_is_an_answer() -> None:
         ((), {"tokens": 3000}, "and 2044 fit the model's"),
         ((), {"targets": 17}, "--targets 17: a row has 1 at least, and 16 at most"),
         ((), {"targets": 0}, "--targets 0: a row has 1 at least, and 16 at most"),
+        ((), {"targets": 5, "job": "decode"}, "--targets 5: nothing is learnt"),
         (
             (
                 "task.name=classify",
@@ -266,6 +267,29 @@ def test_a_step_that_lacks_less_than_the_compiler_tells_is_not_said_to_lack_noth
     failed = dataclasses.replace(fits, memory=None, roofline=None)
     found = batch.Largest(8, fits, fits, failed, compiled=2)
     assert "; 8 take less than 0.01 GiB too much" in report.largest_line(found)
+
+
+def test_the_largest_batch_is_that_of_a_mesh_and_of_those_that_were_tried(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_step, _ = formula(lambda rows, _: 1.0)
+    monkeypatch.setattr(batch, "compile_step", compile_step)
+    topology, run = Topology.parse("v5e:2x2"), AbstractRun.of(config_of(folder))
+    found = batch.largest_batch(run, Rows(8, 16, 16), topology, topology.mesh({"data": 4}))
+    said = report.largest_line(found)
+    assert said.startswith("16384 rows fit on data=4 x fsdp=1 x tensor=1 (1.00 GiB a device), and ")
+    assert "more were not tried" in said
+
+
+def test_figures_of_a_small_step_are_not_told_as_nothing(folder: Path) -> None:
+    compile_step, _ = formula(lambda rows, _: 1.0, lambda _: 0.000661)
+    topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
+    made = compile_step(run, Rows(8, 16, 16), topology, topology.mesh(ALONE))
+    assert made.roofline is not None
+    made = dataclasses.replace(made, roofline=dataclasses.replace(made.roofline, flops=2_100_000))
+    assert "at least 0.661 ms" in report.line(made)
+    said = [figures for _, _, figures in report._lines(made)]
+    assert any(figures.startswith("0.002 GFLOP a device") for figures in said)
 
 
 def test_weights_stay_whole_where_they_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

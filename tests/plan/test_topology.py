@@ -57,6 +57,12 @@ def test_slices_can_be_said_apart() -> None:
         ("2*v6e-4", None, "write its chips, 2*v6e:2x2"),
         ("v6e-128", None, "write its chips, v6e:8x16"),
         ("v5litepod-3", None, "write it as one of v5e:4x4"),
+        ("v5litepod-512", None, "write it as one of v5e:4x4"),
+        ("v5p-8", None, "topology 'v5p-8': write its chips, v5p:2x2x1"),
+        ("v4-32", None, "write its chips, v4:2x2x4"),
+        ("2*v5p-128", None, "write its chips, 2*v5p:4x4x4"),
+        ("v5p-7", None, "write it as one of v5e:4x4"),
+        ("v5p-0", None, "write it as one of v5e:4x4"),
     ],
 )
 def test_what_is_wrong_with_a_topology_is_said(text: str, slices: int | None, message: str) -> None:
