@@ -236,9 +236,10 @@ class Topology:
 
         It tells when it is asked for too much, which takes it a few hundredths of a second.
         """
-        too_much = jax.ShapeDtypeStruct(
-            (2**42,), jnp.int8, sharding=SingleDeviceSharding(self.devices[0])
-        )
+        # Of devices that are there, one of this host: others' alone are not its to compile for.
+        ours = (d for d in self.attached or () if d.process_index == jax.process_index())
+        own = next(ours, self.devices[0])
+        too_much = jax.ShapeDtypeStruct((2**42,), jnp.int8, sharding=SingleDeviceSharding(own))
         try:
             jax.jit(lambda x: x + 1).lower(too_much).compile()
         except jax.errors.JaxRuntimeError as error:

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import types
+from typing import Any
 
 import pytest
 
@@ -88,6 +90,26 @@ def test_the_compiler_leaves_nearly_all_of_the_memory_to_a_program(name: str) ->
     topology = Topology.parse(name)
     published = topology.chip.hbm / topology.chip.devices
     assert published - 2 * GIB < topology.hbm_limit < published
+
+
+def test_each_host_asks_for_the_memory_of_a_device_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import jax
+
+    asked: list[object] = []
+
+    def refuse(device: object) -> None:
+        asked.append(device)
+        raise LookupError
+
+    devices: Any = tuple(types.SimpleNamespace(process_index=number // 4) for number in range(8))
+    topology = Topology("v5e", (2, 4), attached=devices)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr("prefix_jax.plan.topology.SingleDeviceSharding", refuse)
+    with pytest.raises(LookupError):
+        _ = topology.hbm_limit
+    assert asked == [devices[4]]
 
 
 def test_every_chip_is_within_reach_of_the_figures_of_another() -> None:
