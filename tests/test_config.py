@@ -220,6 +220,7 @@ _TASK = ["task.name=classify", "data.target=null", "data.input='{a}'"]
         (["optim.weight_decay=.inf"], "weight_decay inf is out of reach"),
         (["init.start=normal", "init.std=.inf"], "std inf is out of reach"),
         (["train.steps=null", "train.epochs=.inf"], "epochs inf is out of reach"),
+        (["optim.warmup=2147483648"], "warmup must be below 2147483648"),
         (["train.steps=2147483648"], "steps must be below 2147483648"),
         (['decode.banned_words=["\\ud800"]'], "decode.banned_words: not valid Unicode text"),
         (['data.input="\\ud800{a}"'], "data.input: not valid Unicode text"),

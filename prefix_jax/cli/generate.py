@@ -165,18 +165,27 @@ def _asked(tuned: Tuned) -> Iterator[str | Mapping[str, Any]]:
     template = None if tuned.card is None else tuned.card.template
     chat = None if template is None else template.messages
     while True:
+        fields: dict[str, str] = {}
         try:
             if chat is not None:
                 yield {chat: [{"role": "user", "content": _line("user")}]}
             elif tuned.fields is None:
                 yield _line("prompt")
             else:
-                yield {name: _line(name) for name in tuned.fields}
+                for name in tuned.fields:
+                    fields[name] = _line(name)
+                yield fields
         except KeyboardInterrupt:
             print(file=sys.stderr)
         except EOFError:
             if sys.stdin.isatty():
                 print(file=sys.stderr)
+            elif fields:
+                missing = ", ".join(name for name in tuned.fields or () if name not in fields)
+                raise DataError(
+                    f"the input ends within a record: {missing} would be next; give a line for "
+                    f"each of {', '.join(tuned.fields or ())}"
+                ) from None
             return
 
 

@@ -28,6 +28,13 @@ def fraction(config: object, *names: str) -> Iterator[tuple[bool, str]]:
         yield value is None or 0 <= value < 1, f"{name} must lie in [0, 1), not {value}"
 
 
+def counted(config: object, *names: str) -> Iterator[tuple[bool, str]]:
+    """Checks that each named number of steps can be counted in 32 bits; None passes."""
+    for name in names:
+        value = getattr(config, name)
+        yield value is None or value < 2**31, f"{name} must be below {2**31}, not {value}"
+
+
 def float32(config: object, *names: str) -> Iterator[tuple[bool, str]]:
     """Checks that float32 can hold each named field, multiply and divide by it; None passes.
 

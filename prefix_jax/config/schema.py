@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from prefix_jax.config.checks import at_least, float32, fraction, require, seeds
+from prefix_jax.config.checks import at_least, counted, float32, fraction, require, seeds
 from prefix_jax.config.examples import DataConfig, TaskConfig
 from prefix_jax.config.results import DecodeConfig, EvaluateConfig, check_metrics
 from prefix_jax.nn.remat import Remat
@@ -156,6 +156,7 @@ class OptimConfig:
             (0 < self.decay <= 1, f"decay must lie in (0, 1], not {self.decay}"),
             *at_least(self, 1, "accumulate", "decay_every"),
             *fraction(self, "b1", "b2"),
+            *counted(self, "warmup", "decay_every"),
             *float32(self, "learning_rate", "head_learning_rate", "weight_decay", "clip", "eps"),
         )
 
@@ -203,11 +204,7 @@ class TrainConfig:
             ),
             *float32(self, "epochs"),
             *seeds(self, "seed"),
-            # Steps are counted in 32 bits.
-            (
-                self.steps is None or self.steps < 2**31,
-                f"steps must be below {2**31}, not {self.steps}",
-            ),
+            *counted(self, "steps"),
             *at_least(
                 self,
                 1,

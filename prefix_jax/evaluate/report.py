@@ -101,18 +101,22 @@ def save_predictions(path: str | Path, predictions: Iterable[Prediction]) -> Non
 @contextlib.contextmanager
 def writing_predictions(path: str | Path) -> Iterator[Callable[[Prediction], None]]:
     """Yields a function that appends a prediction to `path` + ".unfinished", where it can be read
-    at once. The file gets its name when all of them are written.
+    at once. The file gets its name when all of them are written. A pipe or a device (/dev/stdout)
+    is written to as it is.
 
     Raises:
         PrefixJaxError: the file cannot be written.
     """
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.unfinished")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        unfinished = path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("w", encoding="utf-8", newline="\n", buffering=1) as file:
             yield lambda prediction: print(_line(prediction), file=file)
-        unfinished.replace(path)
+        if unfinished != path:
+            unfinished.replace(path)
     except OSError as error:
         raise PrefixJaxError(f"cannot write {path}: {error.strerror}") from error
 

@@ -21,7 +21,7 @@ from prefix_jax.data.batch import Batch, Example
 from prefix_jax.data.pipeline import evaluation_batches
 from prefix_jax.data.tokens import group_references
 from prefix_jax.decode.generate import Generator
-from prefix_jax.errors import ContextError
+from prefix_jax.errors import ConfigError, ContextError
 from prefix_jax.evaluate.metrics import measure
 from prefix_jax.evaluate.report import Prediction, Report
 from prefix_jax.mesh import batch_shards, place_rows, replicated
@@ -116,20 +116,26 @@ class Evaluator:
         return {name: _merged(found) for name, found in parts.items()}
 
     def check(self, examples: Sequence[Example], metrics: Iterable[str]) -> None:
-        """Makes sure that what is to be generated fits the model: a long run learns it before.
+        """Makes sure that what is to be generated or chosen fits the model and the data: a long
+        run learns it before.
 
         Args:
             examples: to be measured.
             metrics: by which.
 
         Raises:
-            ContextError: a prompt leaves no room for `max_new_tokens` behind the prefix.
+            ConfigError: `labels` are no targets of the examples.
+            ContextError: a prompt leaves no room for `max_new_tokens` behind the prefix, or for a
+                label.
         """
-        if (
-            not examples
-            or self._task.name != "generate"
-            or all(metric in LIKELIHOOD_METRICS for metric in metrics)
-        ):
+        names = set(metrics)
+        if not examples or self._task.name != "generate":
+            return
+        if "accuracy" in names:
+            sides = self._model.encoder_decoder
+            room = self._model.room if sides is None else sides.max_target
+            self._candidates(examples[: self._config.limit], room)
+        if names <= {*LIKELIHOOD_METRICS}:
             return
         longest = max(examples[: self._config.limit], key=lambda example: example.prompt_length)
         sides, new = self._model.encoder_decoder, self._decode.max_new_tokens
@@ -278,11 +284,7 @@ class Evaluator:
     ) -> list[str]:
         """The likeliest label of each example, by the summed log-probability of its tokens."""
         labels = self._config.labels or ()
-        ends = [self._tokenizer.eos_token_id]
-        ids = [self._tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
-        candidates = [
-            _with_target(example, [*label_ids, *ends]) for example in examples for label_ids in ids
-        ]
+        candidates = self._candidates(examples, self._model.backbone.room(prefix, "decoder"))
         rows = [
             np.asarray(self._scores(params, prefix, batch))
             for batch in self._batches(candidates, pack=False)
@@ -290,6 +292,35 @@ class Evaluator:
         # The last batch may end in rows of padding.
         losses = np.concatenate(rows)[: len(candidates)].reshape(len(examples), len(labels))
         return [labels[best] for best in losses.argmin(axis=1)]
+
+    def _candidates(self, examples: Sequence[Example], room: int) -> list[Example]:
+        """Every example with each of the labels in the place of its target.
+
+        Args:
+            examples: with their references.
+            room: tokens that fit behind the prefix; of an encoder-decoder, those of a target.
+        """
+        labels = self._config.labels or ()
+        targets = list(dict.fromkeys(text for example in examples for text in example.references))
+        if not {*labels} & {*targets}:
+            raise ConfigError(
+                f"evaluate.labels: none of {', '.join(map(repr, labels))} is a target of the data, "
+                f"such as {targets[0]!r}; write them as the targets are, spaces included"
+            )
+        ends = [self._tokenizer.eos_token_id]
+        ids = [self._tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
+        candidates = [
+            _with_target(example, [*label_ids, *ends]) for example in examples for label_ids in ids
+        ]
+        longest = max(candidates, key=lambda candidate: len(candidate.ids_T))
+        # The start token of a decoder takes no place of a target.
+        needed = len(longest.ids_T) - (longest.source_ids_S is not None)
+        if needed > room:
+            raise ContextError(
+                f"{longest.source}: with the longest of evaluate.labels {needed} tokens exceed the "
+                f"{room} that fit the model beside the prefix; lower data.max_length"
+            )
+        return candidates
 
     def _generate(
         self, params: Params, prefix: Prefix | None, examples: Sequence[Example]

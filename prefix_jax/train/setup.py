@@ -127,6 +127,8 @@ def prepare(
     if steps is None:
         assert config.train.epochs is not None  # as TrainConfig checks
         steps = math.ceil(config.train.epochs * pipeline.steps_per_epoch)
+        if steps >= 2**31:
+            raise ConfigError(f"train.epochs {config.train.epochs} are {steps} steps: too many")
 
     params: dict[str, Any] = {"backbone": pretrained.stacked()}
     if method is not None:

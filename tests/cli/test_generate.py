@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -122,6 +123,31 @@ def test_lines_that_are_typed_fill_the_template(run_in, trained, tuned, monkeypa
     answers = [tuned.generate(RECORD), "", tuned.generate({"facts": "name[Stop 2]"})]
     assert ran.out == "".join(answer + "\n" for answer in answers)
     assert "301 tokens" in ran.err
+
+
+def test_an_input_that_ends_within_a_record_is_an_error(run_in, trained, monkeypatch):
+    def two(_tuned):
+        return ("facts", "town")
+
+    monkeypatch.setattr("prefix_jax.api.Tuned.fields", property(two))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\nc\n"))
+    ran = run_in(trained[0], "generate", "run")
+    assert ran.code == 2
+    assert ran.out.count("\n") == 1
+    assert "the input ends within a record: town would be next" in ran.err
+
+
+def test_predictions_go_into_a_pipe_or_a_device_as_it_is(tuned, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        tuned.predict([RECORD], output=pipe)
+        assert json.loads(os.read(reader, 1 << 16))["source"] == "record 1"
+    finally:
+        os.close(reader)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    assert pipe.is_fifo()
 
 
 def test_an_interrupt_stops_an_answer_and_not_the_dialogue(tuned, monkeypatch):

@@ -21,6 +21,7 @@ from prefix_jax.config import DecodeConfig, EvaluateConfig
 from prefix_jax.data.batch import Example
 from prefix_jax.data.pipeline import load_examples
 from prefix_jax.decode.generate import Generator
+from prefix_jax.errors import ConfigError, ContextError
 from prefix_jax.evaluate.run import Evaluator, better
 from prefix_jax.mesh import make_mesh
 from prefix_jax.model import PrefixModel, start_from_ids
@@ -123,6 +124,29 @@ def test_accuracy_takes_the_likeliest_label_of_each_input(
     ]
     assert found.report.metrics["accuracy"] == pytest.approx(100 * sum(hits) / 3)
     assert found.report.examples == 3
+
+
+def test_labels_that_are_no_targets_are_refused_before_anything_is_measured(
+    pretrained: Pretrained, examples: list[Example], prefix: Prefix
+) -> None:
+    chosen = evaluator(pretrained, "accuracy", labels=(" yes", " no"))
+    told = "none of ' yes', ' no' is a target of the data, such as 'yes'"
+    with pytest.raises(ConfigError, match=told):
+        chosen.check(examples, ["accuracy"])
+    with pytest.raises(ConfigError, match=told):
+        chosen(pretrained.stacked(), prefix, examples, ["accuracy"])
+
+
+def test_a_label_for_which_there_are_no_positions_left_is_refused(
+    pretrained: Pretrained, prefix: Prefix
+) -> None:
+    records = [{"input": "x" * 240, "answer": "yes"}]
+    long = load_examples(records, pretrained.tokenizer, input="{input}", target="{answer}")
+    # 240 tokens, a label of 11 and the end of text fit 256 positions, but not beside 5 slots.
+    chosen = evaluator(pretrained, "accuracy", labels=("yes", "n" * 11))
+    chosen.check(long, ["accuracy"])
+    with pytest.raises(ContextError, match=r"record 1: .* 252 tokens exceed the 251 that fit"):
+        chosen(pretrained.stacked(), prefix, long, ["accuracy"])
 
 
 def test_text_is_generated_once_for_each_input_and_scored_on_all_its_references(
