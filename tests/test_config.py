@@ -65,6 +65,7 @@ def test_a_file_becomes_typed_sections_with_defaults_for_what_it_leaves_out(mini
         ("data.input={a}", "{a}"),
         ("data.input='{a} '", "{a} "),
         ("data.input=[{a}]", "[{a}]"),
+        ("data.input={{{a}}}", "{{{a}}}"),
         ("data.input=a=b", "a=b"),
         ("model.path=7", "7"),
         ("decode.stop=['\\n', null_]", ("\\n", "null_")),
@@ -265,6 +266,7 @@ def test_an_override_below_a_plain_value_is_refused(minimal):
     [
         (b"model: [", "not valid YAML"),
         (b"- a\n", "expected sections"),
+        (b"data: {input: {{a}}}\n", "not valid YAML"),
         (b"train:\n  seed: 1\n  seed: 2\n", "'seed' twice"),
         (b"\xff\xfe\x00", "cannot read"),
     ],

@@ -25,7 +25,7 @@ from prefix_jax.decode.continuation import Generation
 from prefix_jax.decode.generate import Generator, OnText
 from prefix_jax.errors import PrefixError
 from prefix_jax.evaluate.answerer import Answerer
-from prefix_jax.evaluate.report import Prediction, save_predictions, writing_predictions
+from prefix_jax.evaluate.report import Prediction, writing_predictions
 from prefix_jax.evaluate.run import Evaluation, Evaluator
 from prefix_jax.interop import peft
 from prefix_jax.interop.export import baked
@@ -188,10 +188,15 @@ class Tuned:
             PrefixError: the prefix was trained to generate text.
         """
         answerer = self._answerer
-        made = answerer.predictions(answerer.examples(data, answered=False), batch_size)
-        if output is not None:
-            save_predictions(output, made)
-        return list(made)
+        examples = answerer.examples(data, answered=False)
+        if output is None:
+            return list(answerer.predictions(examples, batch_size))
+        # That it cannot be written shows before the work.
+        with writing_predictions(output) as write:
+            made = list(answerer.predictions(examples, batch_size))
+            for one in made:
+                write(one)
+        return made
 
     def predict(
         self,

@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
     from prefix_jax.config import MeasureConfig
     from prefix_jax.evaluate.official import write_official
+    from prefix_jax.evaluate.report import make_directory
     from prefix_jax.evaluate.run import LIKELIHOOD_METRICS
     from prefix_jax.train.summary import comparison
 
@@ -75,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
             "choose another directory for --output"
         )
     first = _processes.first()
+    for place in (args.output, args.official):
+        if place is not None and first:
+            make_directory(place)
     progress = Console(stderr=True, highlight=False, quiet=not first)
     with progress.status("loading"):
         tuned, settings = _stored.load(args, MeasureConfig)

@@ -96,6 +96,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # "{{a}}": PyYAML says what is wrong with it
             if key.value in seen:
                 raise yaml.MarkedYAMLError(None, None, f"{key.value!r} twice", key.start_mark)
             seen.add(key.value)

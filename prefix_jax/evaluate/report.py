@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,20 @@ def writing_predictions(path: str | Path) -> Iterator[Callable[[Prediction], Non
             unfinished.replace(path)
     except OSError as error:
         raise PrefixJaxError(f"cannot write {path}: {error.strerror}") from error
+
+
+def make_directory(path: str | Path) -> None:
+    """Makes sure that results can be written to a directory, before they take hours.
+
+    Raises:
+        PrefixJaxError: they cannot.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise PrefixJaxError(f"cannot write to {path}: {error.strerror}") from error
 
 
 def read_predictions(path: str | Path) -> list[Prediction]:

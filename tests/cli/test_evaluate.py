@@ -58,6 +58,17 @@ def test_what_cannot_be_measured_is_told_in_one_error(run_in, trained, words, to
     assert told in ran.err
 
 
+@pytest.mark.parametrize("option", ["--output", "--official"])
+def test_what_cannot_be_written_shows_before_anything_is_measured(
+    run_in, trained, monkeypatch, option
+):
+    monkeypatch.setattr("prefix_jax.evaluate.run.Evaluator.compare", None)
+    words = ("evaluate", "run", "--data", "test.jsonl", "--metrics", "bleu")
+    ran = run_in(trained[0], *words, option, "train.jsonl")
+    assert ran.code == 2
+    assert ran.err == "error: cannot write to train.jsonl: File exists\n"
+
+
 def test_the_results_of_a_run_are_not_replaced(run_in, trained):
     folder, _ = trained
     before = (folder / "run" / "results.json").read_bytes()
