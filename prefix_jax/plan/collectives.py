@@ -21,6 +21,13 @@ KINDS: tuple[Kind, ...] = (
     "all-to-all",
     "collective-permute",
 )
+_BETWEEN_SLICES: dict[str, Kind] = {
+    "ALL_GATHER": "all-gather",
+    "ALL_REDUCE": "all-reduce",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +38,16 @@ class Collective:
         kind: what it is.
         op_name: where in the traced Python program it comes from.
         nbytes: of one device's array where it is whole: what is gathered, reduced or scattered.
-        groups: numbers of the devices that exchange with each other, [groups, size].
+        groups: numbers of the devices that exchange with each other, [groups, size]; of slices,
+            if it is between these.
         hidden: whether other work goes on meanwhile.
         count: how many times the program does it.
         opposed: whether one like it goes the other way round at the same time, over the other
             direction of the same links.
         written: bytes of its result that reach the device's memory inside of fusions, where `moved`
             does not count them.
+        between_slices: whether it goes over the network of the data centre, from each device to its
+            like in other slices.
     """
 
     kind: Kind
@@ -48,6 +58,7 @@ class Collective:
     count: int
     opposed: bool = False
     written: int = 0
+    between_slices: bool = False
 
     @property
     def sent(self) -> float:
@@ -78,6 +89,9 @@ def collectives(found: Sequence[Visit]) -> list[Collective]:
     made, seen = [], set()
     for visit in found:
         instruction = visit.instruction
+        if instruction.opcode == "send":
+            made.append(_between_slices(visit))
+            continue
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
@@ -104,6 +118,24 @@ def collectives(found: Sequence[Visit]) -> list[Collective]:
             )
         )
     return made
+
+
+def _between_slices(visit: Visit) -> Collective:
+    """An exchange between slices, which a program makes by sending to its host and receiving from
+    it, while other work goes on."""
+    instruction = visit.instruction
+    kind = _BETWEEN_SLICES.get(instruction.word("_xla_megascale_transfer_type") or "")
+    if kind is None:
+        raise ValueError(
+            f"what {instruction.name} sends is not understood: {instruction.attributes:.300}"
+        )
+    slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}x', instruction.attributes)
+    groups = np.array([_numbers(slices[1]) if slices else (1, 2)])
+    array = visit.computation[instruction.operands[0]].results[0]
+    whole = array.nbytes * (groups.shape[1] if kind == "all-gather" else 1)
+    return Collective(
+        kind, instruction.op_name, whole, groups, True, visit.count, between_slices=True
+    )
 
 
 def _whole(visit: Visit, kind: Kind, size: int) -> int:

@@ -22,6 +22,8 @@ Bound = Literal["compute", "memory", "network"]
 
 # From one chip to its neighbour, about: https://jax-ml.github.io/scaling-book/sharding.
 _HOP = 1e-6
+# Behind the kind of an exchange.
+_BETWEEN = " between slices"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Roofline:
     Attributes:
         flops: of matrix products, those of known kernels among them.
         moved: bytes between memory and chip.
-        exchanges: by kind, those that there are.
+        exchanges: by kind, those that there are; those between slices apart.
         compute: seconds of the products alone.
         memory: seconds of the memory traffic alone.
         network: seconds of all exchanges alone.
@@ -131,16 +133,21 @@ def roofline(
     exchanges = collectives(found)
     traffic += sum(one.count * one.written for one in exchanges)
     times = [(one, one.count * seconds_of(one, topology, devices)) for one in exchanges]
-    hidden = sum(seconds for one, seconds in times if one.hidden)
+    # Two networks, at the same time.
+    hidden = max(
+        sum(seconds for one, seconds in times if one.hidden and one.between_slices is between)
+        for between in (False, True)
+    )
     exposed = sum(seconds for one, seconds in times if not one.hidden)
-    by_kind: dict[str, Exchange] = {
-        kind: Exchange(
-            sum(one.count for one in exchanges if one.kind == kind),
-            round(sum(one.count * one.sent for one in exchanges if one.kind == kind)),
-            sum(seconds for one, seconds in times if one.kind == kind),
+    names = [f"{kind}{suffix}" for suffix in ("", _BETWEEN) for kind in KINDS]
+    by_kind = {
+        name: Exchange(
+            sum(one.count for one, _ in of_it),
+            round(sum(one.count * one.sent for one, _ in of_it)),
+            sum(seconds for _, seconds in of_it),
         )
-        for kind in KINDS
-        if any(one.kind == kind for one in exchanges)
+        for name in names
+        if (of_it := [(one, seconds) for one, seconds in times if _name(one) == name])
     }
     in_memory = traffic / bandwidth
     return Roofline(
@@ -149,13 +156,19 @@ def roofline(
         exchanges=by_kind,
         compute=compute,
         memory=in_memory,
-        network=hidden + exposed,
+        network=sum(seconds for _, seconds in times),
         seconds=max(kernels, in_memory, hidden) + exposed,
     )
 
 
+def _name(one: Collective) -> str:
+    return f"{one.kind}{_BETWEEN * one.between_slices}"
+
+
 def seconds_of(one: Collective, topology: Topology, devices: Sequence[object]) -> float:
     """How long one exchange takes: that of its slowest group, all of them at once."""
+    if one.between_slices:
+        return one.sent / (topology.chip.dcn / topology.chip.devices)
     if one.kind == "collective-permute":
         return _permuting(one, topology, devices)
     slowest = 0.0

@@ -35,6 +35,9 @@ def moved(module: Module, visit: Visit) -> int:
         # Their result is (destination, source, …), or the other way round.
         ends = instruction.results[:2]
         return sum(array.space == 0 for array in ends) * min(array.nbytes for array in ends)
+    if instruction.opcode in ("send", "recv"):
+        # To other slices, or from them: the array, and what names the transfer.
+        return _size(instruction.results[:1])
     if instruction.opcode.endswith("-start"):
         return _size(instruction.results)
     if instruction.opcode in _PARTS:

@@ -1,12 +1,18 @@
 """What devices send each other is read from a program, however the compiler wrote it."""
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from prefix_jax import config as configs
 from prefix_jax.plan.collectives import collectives
 from prefix_jax.plan.hlo import parse
+from prefix_jax.plan.plan import plan
 from prefix_jax.plan.products import cost
-from prefix_jax.plan.roofline import seconds_of
+from prefix_jax.plan.roofline import Exchange, seconds_of
 from prefix_jax.plan.topology import Topology
 from prefix_jax.plan.walk import visits
 
@@ -123,3 +129,65 @@ def test_between_slices_there_is_the_network_of_the_data_centre() -> None:
     line = "ROOT %r = bf16[64,16]{1,0} all-reduce(%a), replica_groups={{0,4}}, to_apply=%add"
     (one,) = found(ARGUMENT, line)
     assert seconds_of(one, chips, chips.devices) > one.sent / chips.chip.dcn
+
+
+@pytest.mark.parametrize(
+    ("transfer", "target", "kind", "sent"),
+    [
+        ("ALL_REDUCE", '"{1,2}x{0:3}"', "all-reduce", BYTES),
+        ("ALL_REDUCE", '"{1,2,3,4}x{0:3}"', "all-reduce", 2 * BYTES * 3 / 4),
+        ("ALL_GATHER", '"{1,2}x{0:3}"', "all-gather", BYTES),
+        ("ONE_TO_ONE", "{{100001->200000},{200000->100001}}", "collective-permute", BYTES),
+    ],
+)
+def test_what_a_program_sends_to_its_host_goes_to_other_slices(
+    transfer: str, target: str, kind: str, sent: float
+) -> None:
+    chips = Topology.parse("2*v5e:2x2")
+    (one,) = found(
+        ARGUMENT,
+        "%t = token[] after-all()",
+        "%s = (bf16[64,16]{1,0}, u32[], token[]) send(%a, %t), channel_id=2, "
+        "is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="
+        f'"xla_megascale_runtime",_xla_megascale_target={target},'
+        f'_xla_megascale_transfer_type="{transfer}"}}',
+        "%d = token[] send-done(%s), channel_id=2",
+        "%r = (bf16[64,16]{1,0}, u32[], token[]) recv(%t), channel_id=1",
+        "ROOT %e = (bf16[64,16]{1,0}, token[]) recv-done(%r), channel_id=1",
+    )
+    assert (one.kind, one.sent, one.hidden, one.between_slices) == (kind, sent, True, True)
+    assert seconds_of(one, chips, chips.devices) == sent / chips.chip.dcn
+
+
+def test_weights_that_are_gathered_from_another_slice_cost_its_network(tmp_path: Path) -> None:
+    """What the compiler makes of it: halves of all weights, forwards and backwards."""
+    model = {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "vocab_size": 512,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(model))
+
+    def between_slices(mesh: str) -> Mapping[str, Exchange]:
+        values = {
+            "model": {"path": str(tmp_path)},
+            "data": {"target": "{text}"},
+            "train": {"steps": 1},
+            "output": "plan",
+        }
+        made = plan(configs.parse(values, [mesh]), "2*v5e:1x2", tokens=128)
+        assert made.roofline is not None
+        return {k: v for k, v in made.roofline.exchanges.items() if "between slices" in k}
+
+    weights = 2 * 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
+    gathered = between_slices("mesh.fsdp=4")["all-gather between slices"]
+    assert gathered.sent >= 2 * weights / 4
+    assert gathered.seconds == pytest.approx(gathered.sent / Topology.parse("v5e:1x1").chip.dcn)
+    # Copies exchange the gradients of the prefix.
+    copies = between_slices("mesh.data=4")
+    assert set(copies) == {"all-reduce between slices"}
+    assert 0 < copies["all-reduce between slices"].sent < weights / 4

@@ -47,6 +47,18 @@ def test_a_copy_to_the_chip_reads_once() -> None:
     assert traffic(*lines) == 64 * ROW
 
 
+def test_what_goes_to_other_slices_is_read_and_what_comes_is_written() -> None:
+    lines = (
+        A,
+        "%t = token[] after-all()",
+        "%s = (f32[64,128]{1,0}, u32[]{:S(2)}, token[]) send(%a, %t), channel_id=1",
+        "%d = token[] send-done(%s), channel_id=1",
+        "%r = (f32[64,128]{1,0}, u32[]{:S(2)}, token[]) recv(%t), channel_id=2",
+        "ROOT %e = (f32[64,128]{1,0}, token[]) recv-done(%r), channel_id=2",
+    )
+    assert traffic(*lines) == 2 * 64 * ROW
+
+
 SLICED = """%inside (p: f32[64,128], i: s32[]) -> f32[1,128] {
   %p = f32[64,128]{1,0} parameter(0)
   %i = s32[]{:S(6)} parameter(1)
