@@ -154,7 +154,8 @@ def _divisors(number: int) -> list[int]:
 
 def guess(run: AbstractRun, rows: Rows, topology: Topology, sizes: Sizes) -> Guess:
     """A floor of the time of a step: products with weights at the peak, the gathering of weights
-    hidden behind them, the exchange of activations not, and all links of a chip used both ways."""
+    hidden behind them, from other slices too, the exchange of activations not, and all links of a
+    chip used both ways."""
     arch, chip = run.model.backbone.arch, topology.chip
     backbone = run.params(topology.mesh(sizes))["backbone"]
     weights = bytes_on_one(backbone)
@@ -173,13 +174,16 @@ def guess(run: AbstractRun, rows: Rows, topology: Topology, sizes: Sizes) -> Gue
     read = passes * weights * sharing / (chip.bandwidth / chip.devices)
     links = 2 * chip.axes * chip.link / chip.devices
     gathered = passes * weights * (sharing - 1) / links
+    # Slices that a copy of the weights is spread over.
+    spanned = max(sharing * tensor * topology.slices // devices, 1)
+    abroad = passes * weights * (spanned - 1) / (chip.dcn / chip.devices)
     here = tokens / sizes["data"] / sharing * 2
     # After attention and after the feed-forward, forwards and backwards.
     summed = 2 * passes * arch.layers * here * arch.d_model * 2 * (tensor - 1) / tensor / links
     # Keys and values of the columns of others.
     heads = 2 * arch.kv_heads * arch.head_dim / tensor
     shared = passes * arch.layers * here * heads * (sizes["sequence"] - 1) / links
-    return Guess(sizes, max(compute, read, gathered) + summed + shared, weights)
+    return Guess(sizes, max(compute, read, gathered, abroad) + summed + shared, weights)
 
 
 def settle(config: Config, devices: Sequence[jax.Device] | None = None) -> Config:

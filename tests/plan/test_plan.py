@@ -394,6 +394,18 @@ def test_meshes_that_would_make_a_step_fit_are_named_in_full(
         assert topology.mesh(changed.mesh.sizes).size == 8
 
 
+def test_copies_of_weights_that_stay_within_a_slice_are_guessed_to_be_faster() -> None:
+    """For the network between slices is slower than the links within one."""
+    run = AbstractRun.of(config_of("preset:llama-3-8b", "data.batch_size=16"))
+    topology = Topology.parse("2*v5e:2x4")
+
+    def seconds(data: int, fsdp: int) -> float:
+        sizes = {"data": data, "fsdp": fsdp, "sequence": 1, "tensor": 1}
+        return auto.guess(run, run.rows(256), topology, sizes).seconds
+
+    assert seconds(data=2, fsdp=8) < 0.5 * seconds(data=1, fsdp=16)
+
+
 def test_layers_are_not_split_across_slices(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_step, _ = formula(lambda rows, mesh: 20.0 + mesh["data"])
     monkeypatch.setattr(remedies, "compile_step", compile_step)
