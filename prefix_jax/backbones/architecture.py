@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -111,6 +112,18 @@ class Architecture:
     start_id: int | None = None
     first_id: int | None = None
     last_id: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError or TypeError where no model could have these numbers."""
+        for name in ("layers", "d_model", "heads", "kv_heads", "head_dim", "d_ff", "vocab"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise ValueError(f"{name} is {value!r}, not a number of them")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.kv_heads} key/value heads do not share {self.heads} heads")
+        for rotary in (self.rotary, self.sliding_rotary):
+            if rotary is not None:
+                rotary.frequencies(self.head_dim)
 
     @property
     def geometry(self) -> Geometry:

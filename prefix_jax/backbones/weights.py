@@ -90,11 +90,12 @@ def _safetensors_files(directory: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            files = [directory / name for name in names]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise BackboneError(f"{index} is not a safetensors index: {error!r}") from None
-        if absent := [name for name in names if not (directory / name).is_file()]:
+        if absent := [file.name for file in files if not file.is_file()]:
             raise BackboneError(f"{index} names files that are not there: {', '.join(absent)}")
-        return [directory / name for name in names]
+        return files
     if pickles := sorted(directory.glob("*.bin")):
         raise BackboneError(
             f"{directory} has its weights in {pickles[0].name}, a pickle, which is never read: "

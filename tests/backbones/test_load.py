@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.numpy import load_file, save_file
 
@@ -42,6 +43,32 @@ def test_a_config_with_values_that_cannot_be_is_an_error(model: Path, value: obj
     config.pop("head_dim", None)
     with pytest.raises(BackboneError, match="configuration of here holds values that no "):
         architecture(config, "here")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", -1),
+        ("hidden_size", 32.0),
+        ("num_attention_heads", 5),
+        ("num_key_value_heads", 3),
+        ("rope_theta", "x"),
+    ],
+)
+def test_a_model_is_not_built_from_numbers_that_cannot_be(tmp_path: Path, key, value) -> None:
+    directory = tiny.write_model(tmp_path / "model")
+    _edit_config(directory, **{key: value})
+    with pytest.raises(BackboneError, match="holds values that no llama has"):
+        load(directory)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {"x": 1}}'])
+def test_an_index_that_is_none_is_named(tmp_path: Path, index: str) -> None:
+    directory = tiny.write_model(tmp_path / "model")
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(BackboneError, match=r"index\.json is not a safetensors index"):
+        load(directory)
 
 
 def test_a_config_that_lacks_a_number_names_it(model: Path) -> None:
