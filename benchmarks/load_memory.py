@@ -3,8 +3,9 @@
     python benchmarks/load_memory.py [--source PATH] [--output benchmarks/results/load_memory.json]
 
 Goal: the size of the model in its target dtype plus the largest stacked parameter; int8 and int4
-weights are of a bfloat16 model, quantised as they load. Each load runs in a process of its own, which first loads a tiny model, so that most of what JAX and its compiler
-need is in the baseline. The peak is the kernel's (VmHWM, reset before the load): Linux only.
+weights are of a bfloat16 model, quantised as they load. Each load runs in a process of its own,
+which first loads a tiny model, so that most of what JAX and its compiler need is in the baseline.
+The peak is the kernel's (VmHWM, reset before the load): Linux only.
 """
 
 from __future__ import annotations

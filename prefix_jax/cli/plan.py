@@ -107,8 +107,9 @@ def run(args: argparse.Namespace) -> int:
             show(plan)
         answer["plan"] = report.as_json(plan)
         mesh = topology.mesh(plan.mesh)
-        largest = largest_batch(run, rows, topology, mesh, show) if args.max_batch else None
-        if largest is not None:
+        largest = None
+        if args.max_batch:
+            largest = largest_batch(run, rows, topology, mesh, show, known=plan)
             answer["largest"] = report.largest_as_json(largest)
         helpful = () if plan.fits else remedies(plan, run, rows, topology, show_remedy)
         if not plan.fits:

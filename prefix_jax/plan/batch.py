@@ -42,6 +42,7 @@ def largest_batch(
     topology: Topology,
     mesh: Mesh,
     tried: Callable[[Plan], None] = lambda _: None,
+    known: Plan | None = None,
 ) -> Largest:
     """Compiles a few batches until the largest that fits is known.
 
@@ -54,26 +55,19 @@ def largest_batch(
         topology, mesh: the devices. The number is a multiple of the mesh's batch shards, and of
             the micro-batches.
         tried: called with every plan.
+        known: the plan of `rows` on this mesh, if there is one: it is not compiled again.
     """
     unit = batch_shards(mesh) * rows.micro
-    plans: dict[int, Plan] = {}
-
-    def at(units: int) -> Plan:
-        found = compile_step(run, dataclasses.replace(rows, rows=unit * units), topology, mesh)
-        plans[units] = found
-        tried(found)
-        return found
-
-    fits, above = 0, None
-    units = 1
+    plans = {} if known is None else {known.rows.rows // unit: known}
     while True:
-        if at(units).fits:
-            fits = units
-        else:
-            above = units
+        fits = max((units for units, plan in plans.items() if plan.fits), default=0)
+        above = min((units for units, plan in plans.items() if not plan.fits), default=None)
         if (above is not None and above - fits == 1) or fits >= _MOST:
             break
-        units = _next(plans, fits, above)
+        units = _next(plans, fits, above) if fits else 1
+        count = dataclasses.replace(rows, rows=unit * units)
+        plans[units] = compile_step(run, count, topology, mesh)
+        tried(plans[units])
     return Largest(
         rows=fits * unit,
         plan=plans[fits or 1],

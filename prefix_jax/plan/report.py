@@ -116,9 +116,8 @@ def largest_line(largest: Largest) -> str:
     rate, best = largest.plan.tokens_per_second, largest.quickest.tokens_per_second
     if rate and best and best > _QUICKER * rate:
         said += (
-            f" With {largest.quickest.rows.rows} rows a second reads {best:,.0f} tokens at most, "
-            f"and {rate:,.0f} with {largest.rows}: close to the limit the compiler computes more "
-            "than once, to save memory."
+            f" It reads {rate:,.0f} tokens a second at most, and {largest.quickest.rows.rows} rows "
+            f"{best:,.0f}."
         )
     return said
 

@@ -239,11 +239,28 @@ def test_a_smaller_batch_that_reads_more_tokens_a_second_is_named(
     found = batch.largest_batch(run, Rows(8, 16, 16), topology, topology.mesh(ALONE))
     assert found.rows == 13
     said = report.largest_line(found)
-    assert ("close to the limit" in said) == (again > 1)
+    assert ("tokens a second" in said) == (again > 1)
     if again > 1:
         assert found.quickest.rows.rows <= 11
-        assert f"With {found.quickest.rows.rows} rows a second reads 16 tokens at most" in said
+        assert f"12 tokens a second at most, and {found.quickest.rows.rows} rows 16." in said
         assert report.largest_as_json(found)["quickest"]["rows"]["rows"] <= 11
+
+
+@pytest.mark.parametrize("planned", [4, 28, 40])
+def test_the_search_for_the_largest_batch_begins_with_what_was_planned(
+    folder: Path, planned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_step, seen = formula(lambda rows, _: 2 + rows.rows / 2)
+    monkeypatch.setattr(batch, "compile_step", compile_step)
+    topology, run = Topology.parse("v5e:2x2"), AbstractRun.of(config_of(folder))
+    mesh, rows = topology.mesh({"data": 4, "fsdp": 1, "tensor": 1}), Rows(planned, 16, 16)
+    known = compile_step(run, rows, topology, mesh)
+    found = batch.largest_batch(run, rows, topology, mesh, known=known)
+    assert found.rows == 28
+    assert found.above is not None
+    assert found.above.rows.rows == 32
+    assert found.compiled == len(seen)
+    assert [plan.rows.rows for plan in seen].count(planned) == 1
 
 
 def test_where_no_batch_fits_the_smallest_says_by_how_much(
