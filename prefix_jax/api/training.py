@@ -69,6 +69,11 @@ def fit(
             f"method is {method!r}; give one such as PrefixTuning(length=16), or None, which "
             "trains the whole backbone"
         )
+    if not isinstance(pretrained, Pretrained | str | Path):
+        raise ConfigError(
+            f"the model is a {type(pretrained).__name__}; give what prefix_jax.load returned, or "
+            "what it takes"
+        )
     if task is not None and not isinstance(task, TaskConfig):
         raise ConfigError(f"task is {task!r}; give one such as Task('classify', label='label')")
     if isinstance(overrides, str):

@@ -174,6 +174,11 @@ def find(source: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
     Raises:
         BackboneError: there is no such thing.
     """
+    if not isinstance(source, str | Path):
+        raise BackboneError(
+            f"a {type(source).__name__} names no model; give a directory, a .gguf file, "
+            "package:NAME or a hub id"
+        )
     text = str(source)
     if text.startswith(_PACKAGE):
         return _find_in_package(text.removeprefix(_PACKAGE))

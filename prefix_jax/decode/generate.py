@@ -20,7 +20,7 @@ from prefix_jax.decode.loop import Search, advance, read
 from prefix_jax.decode.options import make_search
 from prefix_jax.decode.state import Beams, State
 from prefix_jax.decode.text import TextStream
-from prefix_jax.errors import ContextError, DataError
+from prefix_jax.errors import ConfigError, ContextError, DataError
 from prefix_jax.mesh import on_mesh_of
 from prefix_jax.prefix import Prefix
 
@@ -81,9 +81,12 @@ class Generator:
             a Generation for every prompt, in their order.
 
         Raises:
-            DataError: a prompt is empty.
+            ConfigError: the batch size is none.
+            DataError: a prompt is empty, or holds a token that the model does not have.
             ContextError: a prompt does not fit the model with the prefix and what is generated.
         """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
         encoded = [self._encode(prompt) for prompt in prompts]
         self._check(encoded, names or [f"prompt {i}" for i in range(len(encoded))], config)
         generations: dict[int, Generation] = {}
@@ -117,6 +120,7 @@ class Generator:
         self, prompts: Sequence[Sequence[int]], names: Sequence[str], config: DecodeConfig
     ) -> None:
         positions, new = self.backbone.arch.max_positions, config.max_new_tokens
+        vocab = self.backbone.arch.vocab
         room = self.backbone.room(self.prefix, self.backbone.reader)
         two_sided = self.backbone.arch.encoder is not None
         if two_sided and new > self.backbone.room(self.prefix, "decoder"):
@@ -128,6 +132,8 @@ class Generator:
         for name, ids in zip(names, prompts, strict=True):
             if len(ids) == 0:
                 raise DataError(f"{name} is empty: give it one token at least")
+            if min(ids) < 0 or max(ids) >= vocab:
+                raise DataError(f"{name} holds a token that is none of the model's {vocab}")
             if len(ids) + (0 if two_sided else new) > room:
                 raise ContextError(
                     f"{name}: {len(ids)} tokens after a prefix of {positions - room}"

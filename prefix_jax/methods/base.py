@@ -48,6 +48,8 @@ class Method(abc.ABC, Generic[ProducedT]):
     default_start: ClassVar[Literal["text", "random"]] = "text"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.length, int):
+            raise ConfigError(f"method.length is {self.length!r}; it must be a whole number")
         if self.slots and self.length < 1:
             raise ConfigError(f"method.length is {self.length}; a prefix needs at least 1 slot")
         if not 0 <= self.dropout < 1:

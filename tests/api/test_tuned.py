@@ -217,9 +217,15 @@ def test_a_prompt_is_a_text_or_a_record(tuned: pj.Tuned, prompt: object) -> None
         tuned.generate(prompt)
 
 
-def test_a_method_by_its_name_is_refused_with_what_to_give(model: pj.Pretrained) -> None:
+def test_what_is_not_what_it_should_be_is_refused_with_what_to_give(model: pj.Pretrained) -> None:
     with pytest.raises(ConfigError, match=r"method is 'prefix'; give one such as PrefixTuning"):
         pj.fit(model, "prefix", runs.RECORDS, **TEMPLATES, **SHORT)
+    with pytest.raises(ConfigError, match=r"the model is a Tuned; give what prefix_jax\.load"):
+        pj.fit(pj.Tuned(model, None, None), None, runs.RECORDS, **TEMPLATES, **SHORT)
+    with pytest.raises(BackboneError, match="a NoneType names no model"):
+        pj.load(None)
+    with pytest.raises(ConfigError, match="length is '4'; it must be a whole number"):
+        pj.PrefixTuning(length="4")
     with pytest.raises(ConfigError, match=r"task is 'classify'; give one such as Task\("):
         pj.fit(model, pj.PrefixTuning(2), runs.RECORDS, input="{sum}", task="classify", steps=1)
     with pytest.raises(ConfigError, match=r"overrides is 'train.seed=1'; give a list"):

@@ -21,7 +21,7 @@ from prefix_jax.config import DecodeConfig
 from prefix_jax.decode import Generator
 from prefix_jax.decode.loop import advance, read
 from prefix_jax.decode.options import make_search
-from prefix_jax.errors import BackboneError, ContextError, DataError
+from prefix_jax.errors import BackboneError, ConfigError, ContextError, DataError
 from prefix_jax.mesh import make_mesh, weight_shardings
 from prefix_jax.nn.mask import Tokens
 
@@ -232,6 +232,18 @@ class TestContext:
     def test_an_empty_prompt_is_refused(self, generator: Generator) -> None:
         with pytest.raises(DataError, match="prompt 1 is empty"):
             generator.generate(["a", ""], DecodeConfig())
+
+    @pytest.mark.parametrize("ids", [[1, -1], [1, 10**6]])
+    def test_a_token_that_the_model_does_not_have_is_refused(
+        self, generator: Generator, ids: list[int]
+    ) -> None:
+        with pytest.raises(DataError, match="prompt 0 holds a token that is none of the model's"):
+            generator.generate([ids], DecodeConfig())
+
+    @pytest.mark.parametrize("size", [0, -1])
+    def test_a_batch_of_nothing_is_refused(self, generator: Generator, size: int) -> None:
+        with pytest.raises(ConfigError, match=f"batch_size must be at least 1, not {size}"):
+            generator.generate(["a"], DecodeConfig(), batch_size=size)
 
 
 class TestPrograms:
