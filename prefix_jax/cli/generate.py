@@ -92,15 +92,11 @@ def _answer(
     tuned: Tuned, decode: DecodeConfig, prompt: str | Mapping[str, Any], progress: Console
 ) -> None:
     """Prints what follows a prompt, as it comes."""
-    from prefix_jax.train.summary import harmless
-
-    # What goes to a file or a pipe is what the model wrote.
-    shown = harmless if sys.stdout.isatty() else str
     if decode.samples > 1:
         with progress.status("generating"):
             (found,) = tuned.generations([prompt], decode)
         for sample in found.samples:
-            print(shown(sample.text.strip()))
+            print(_shown(sample.text.strip()))
         return
     status = progress.status("generating")
     status.start()
@@ -108,7 +104,7 @@ def _answer(
 
     def on_text(_prompt: int, _sample: int, piece: str) -> None:
         status.stop()
-        print(shown(piece), end="", flush=True)
+        print(_shown(piece), end="", flush=True)
 
     try:
         tuned.generations([prompt], decode, on_text=on_text)
@@ -119,6 +115,13 @@ def _answer(
         status.stop()
         if not refused:
             print()
+
+
+def _shown(text: str) -> str:
+    """Text as a terminal may see it; what goes to a file or a pipe is what the model wrote."""
+    from prefix_jax.train.summary import harmless
+
+    return harmless(text) if sys.stdout.isatty() else text
 
 
 def _file(
@@ -136,7 +139,7 @@ def _file(
 
     def on_prediction(made: Prediction) -> None:
         if output is None:
-            print(made.prediction)
+            print(_shown(made.prediction))
         bar.advance(task)
 
     # Where there is no terminal, a bar would still print an empty line.

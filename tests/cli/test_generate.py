@@ -150,6 +150,12 @@ def test_predictions_go_into_a_pipe_or_a_device_as_it_is(tuned, tmp_path):
     assert pipe.is_fifo()
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_terminal_gets_no_escapes_that_a_model_wrote(monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert ("\x1b" in verb._shown("a\x1b[2Jb")) is not terminal
+
+
 def test_an_interrupt_stops_an_answer_and_not_the_dialogue(tuned, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
     asked = []
