@@ -167,7 +167,8 @@ def find(path: str | Path) -> Path:
         )
     raise PrefixError(
         f"{path} holds no prefix: neither {_CARD} nor {_INNER}/{_CARD} is there; "
-        "give the directory of a prefix, or of a run that has ended"
+        "give the directory of a prefix, or of a run that has ended (of method full there is no "
+        "prefix: its weights are in its checkpoints)"
     )
 
 
