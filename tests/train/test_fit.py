@@ -208,7 +208,12 @@ def test_a_loss_that_is_not_finite_stops_in_the_state_before_and_names_the_batch
 def test_a_learning_rate_that_is_too_high_is_an_error_too(
     pretrained: Pretrained, tmp_path: Path
 ) -> None:
-    options = ("optim.learning_rate=1e38", "optim.clip=null", "optim.warmup=0")
+    options = (
+        "optim.learning_rate=1e30",
+        "optim.weight_decay=1e30",
+        "optim.clip=null",
+        "optim.warmup=0",
+    )
     with pytest.raises(NonFiniteError, match=r"lower optim\.learning_rate"):
         runs.run(pretrained, tmp_path, *options)
     assert not (tmp_path / "prefix").exists()
