@@ -1,0 +1,112 @@
+"""The search for the largest batch. Nothing is compiled: a formula says what a step needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plans import ALONE, config_of, formula
+
+from prefix_jax.plan import batch, report
+from prefix_jax.plan.abstract import AbstractRun, Rows
+from prefix_jax.plan.plan import Plan
+from prefix_jax.plan.topology import GIB, Topology
+
+
+@pytest.mark.parametrize("largest", [1, 2, 7, 48, 1000])
+def test_the_largest_batch_takes_few_programs(
+    folder: Path, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # More than linear at first, as some buffers are shared.
+    compile_step, seen = formula(lambda rows, _: 3 + 13 * (rows.rows / 4 / (largest + 0.5)) ** 0.9)
+    monkeypatch.setattr(batch, "compile_step", compile_step)
+    topology, run = Topology.parse("v5e:2x2"), AbstractRun.of(config_of(folder))
+    mesh = topology.mesh({"data": 2, "fsdp": 2, "tensor": 1})
+    found = batch.largest_batch(run, Rows(8, 16, 16), topology, mesh)
+    assert found.rows == 4 * largest
+    assert found.plan.fits
+    assert found.above is not None
+    assert found.above.rows.rows == 4 * largest + 4
+    assert found.compiled == len(seen) <= 8
+
+
+@pytest.mark.parametrize("again", [1.0, 1.3])
+def test_a_smaller_batch_that_reads_more_tokens_a_second_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, again: float
+) -> None:
+    """Where the compiler computes things again to save memory: in more than 14 GiB, here."""
+    compile_step, _ = formula(lambda rows, _: 3 + rows.rows)
+
+    def timed(run: AbstractRun, rows: Rows, *where: Any) -> Plan:
+        found = compile_step(run, rows, *where)
+        if found.roofline is None:
+            return found
+        seconds = rows.rows * (again if rows.rows > 11 else 1.0)
+        return dataclasses.replace(
+            found, roofline=dataclasses.replace(found.roofline, seconds=seconds)
+        )
+
+    monkeypatch.setattr(batch, "compile_step", timed)
+    topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
+    found = batch.largest_batch(run, Rows(8, 16, 16), topology, topology.mesh(ALONE))
+    assert found.rows == 13
+    said = report.largest_line(found)
+    assert ("tokens a second" in said) == (again > 1)
+    if again > 1:
+        assert found.quickest.rows.rows <= 11
+        assert f"12 tokens a second at most, and {found.quickest.rows.rows} rows 16." in said
+        assert report.largest_as_json(found)["quickest"]["rows"]["rows"] <= 11
+
+
+@pytest.mark.parametrize("planned", [4, 28, 40])
+def test_the_search_for_the_largest_batch_begins_with_what_was_planned(
+    folder: Path, planned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_step, seen = formula(lambda rows, _: 2 + rows.rows / 2)
+    monkeypatch.setattr(batch, "compile_step", compile_step)
+    topology, run = Topology.parse("v5e:2x2"), AbstractRun.of(config_of(folder))
+    mesh, rows = topology.mesh({"data": 4, "fsdp": 1, "tensor": 1}), Rows(planned, 16, 16)
+    known = compile_step(run, rows, topology, mesh)
+    found = batch.largest_batch(run, rows, topology, mesh, known=known)
+    assert found.rows == 28
+    assert found.above is not None
+    assert found.above.rows.rows == 32
+    assert found.compiled == len(seen)
+    assert [plan.rows.rows for plan in seen].count(planned) == 1
+
+
+def test_where_no_batch_fits_the_smallest_says_by_how_much(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_step, seen = formula(lambda rows, _: 20.0)
+    monkeypatch.setattr(batch, "compile_step", compile_step)
+    topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
+    mesh = topology.mesh(ALONE)
+    found = batch.largest_batch(run, Rows(8, 16, 16), topology, mesh)
+    assert (found.rows, found.compiled, found.plan.over) == (0, 1, 4 * GIB)
+    assert len(seen) == 1
+
+
+def test_a_step_that_lacks_less_than_the_compiler_tells_is_not_said_to_lack_nothing(
+    folder: Path,
+) -> None:
+    compile_step, _ = formula(lambda rows, _: 16.0)
+    topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
+    fits = compile_step(run, Rows(8, 16, 16), topology, topology.mesh(ALONE))
+    failed = dataclasses.replace(fits, memory=None, roofline=None)
+    found = batch.Largest(8, fits, fits, failed, compiled=2)
+    assert "; 8 take less than 0.01 GiB too much" in report.largest_line(found)
+
+
+def test_the_largest_batch_is_that_of_a_mesh_and_of_those_that_were_tried(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_step, _ = formula(lambda rows, _: 1.0)
+    monkeypatch.setattr(batch, "compile_step", compile_step)
+    topology, run = Topology.parse("v5e:2x2"), AbstractRun.of(config_of(folder))
+    found = batch.largest_batch(run, Rows(8, 16, 16), topology, topology.mesh({"data": 4}))
+    said = report.largest_line(found)
+    assert said.startswith("16384 rows fit on data=4 x fsdp=1 x tensor=1 (1.00 GiB a device), and ")
+    assert "more were not tried" in said
