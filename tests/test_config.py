@@ -268,7 +268,7 @@ def test_an_override_below_a_plain_value_is_refused(minimal):
         (b"- a\n", "expected sections"),
         (b"data: {input: {{a}}}\n", "not valid YAML"),
         (b"train:\n  seed: 1\n  seed: 2\n", "'seed' twice"),
-        (b"\xff\xfe\x00", "cannot read"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused(minimal, content, part):
@@ -279,7 +279,7 @@ def test_a_file_that_is_no_configuration_is_refused(minimal, content, part):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    assert "nowhere.yaml: cannot read" in refused(tmp_path / "nowhere.yaml")
+    assert "nowhere.yaml: no such file" in refused(tmp_path / "nowhere.yaml")
 
 
 def test_an_empty_file_lacks_what_is_required(minimal):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +16,12 @@ import yaml
 from prefix_jax.config.schema import Config, default_method
 from prefix_jax.errors import ConfigError
 from prefix_jax.typed import Problem, construct, hint_at, takes_text
+from prefix_jax.untrusted.paths import read_text
+from prefix_jax.untrusted.yaml import add_core_schema, parse_yaml
 
 T = TypeVar("T")
+
+_LIMIT = 2**20  # bytes of a config file
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -90,22 +93,8 @@ def dump(config: Config) -> str:
     )
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key that stands twice in one section is refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue  # "{{a}}": PyYAML says what is wrong with it
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(None, None, f"{key.value!r} twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper, which quotes what `_Loader` would otherwise read differently."""
+    """PyYAML's safe dumper, which quotes what `parse_yaml` would otherwise read differently."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         # Line breaks written out: folded ones lose what kind of break they were (U+0085, U+2028).
@@ -114,29 +103,11 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
-for _cls in (_Loader, _Dumper):
-    # YAML 1.2 reads 1e-3 as a number, and PyYAML, which follows 1.1, as text.
-    _cls.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-        list("-+0123456789"),
-    )
-# Nor are YAML 1.2's yes and no, on and off, truth values: they may be labels.
-for _letter, _resolvers in _Loader.yaml_implicit_resolvers.items():
-    _bool = "tag:yaml.org,2002:bool"
-    _Loader.yaml_implicit_resolvers[_letter] = [(t, e) for t, e in _resolvers if t != _bool]
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
+add_core_schema(_Dumper)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read the configuration: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    values = parse_yaml(read_text(path, ConfigError, limit=_LIMIT), str(path), ConfigError)
     if not isinstance(values, dict | None):
         raise ConfigError(f"{path}: expected sections such as model: and data:, got {values!r:.80}")
     return values or {}
@@ -154,8 +125,8 @@ def _spell_out(values: dict[str, Any]) -> dict[str, Any]:
 
 def _override_value(cls: type, key: str, text: str) -> Any:
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+        value = parse_yaml(text, key, ConfigError)
+    except ConfigError:
         return text
     # model.path=7 and data.input=[{x}] mean the text as it stands, although YAML sees more in it.
     as_it_stands = takes_text(hint_at(cls, key)) and not isinstance(value, str | None)

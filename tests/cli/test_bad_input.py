@@ -75,7 +75,7 @@ def test_data_that_cannot_be_learnt_is_told_with_its_line(run_in, folder, name, 
 def test_a_config_that_is_no_yaml_is_told(run_in, folder):
     (folder / "torn.yaml").write_text("model: {path: ")
     assert "not valid YAML" in told(run_in(folder, "train", "torn.yaml"))
-    assert "cannot read the configuration" in told(run_in(folder, "train", "none.yaml"))
+    assert "none.yaml: no such file" in told(run_in(folder, "train", "none.yaml"))
 
 
 def test_a_chat_without_a_chat_template_is_told(run_in, folder):
