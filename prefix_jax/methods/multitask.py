@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -16,14 +15,13 @@ import safetensors.numpy
 from prefix_jax.errors import ConfigError, PrefixError
 from prefix_jax.methods.base import Method, Params
 from prefix_jax.prefix import Embeds, Geometry
+from prefix_jax.untrusted.names import check_storable_names
 
 # The arrays of a source, as PEFT's MULTITASK_PROMPT_TUNING names them: (P, D), (tasks, P, ranks)
 # and (tasks, ranks, D).
 _SHARED, _COLS, _ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
 # The file in a run's directory that holds them.
 PARTS = "multitask.safetensors"
-
-_NAME = re.compile(r"\w[\w-]*(\.[\w-]+)*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +66,13 @@ class MultitaskPromptTuning(Method[Embeds]):
             self._check_tasks(self.tasks)
 
     def _check_tasks(self, tasks: tuple[str, ...]) -> None:
-        if not tasks or len(set(tasks)) < len(tasks):
+        if not tasks:
             raise ConfigError(
-                f"method.tasks is [{', '.join(tasks)}]; it needs names, each of them once"
+                "method.tasks is empty; name the tasks, or leave it out to use those of the "
+                "training examples"
             )
-        # Each names a directory.
-        if odd := [name for name in tasks if not _NAME.fullmatch(name)]:
-            raise ConfigError(
-                f"the task {odd[0]!r} cannot name a directory, where its prefix is stored: take "
-                "letters, digits, '_', '-' and inner dots"
-            )
+        # The prefix of each is stored in a directory of this name.
+        check_storable_names(tasks, "the tasks of method.tasks or data.task", ConfigError)
         if self.source is not None:
             raise ConfigError(
                 "method.source is what one task starts from; several train together (data.task) "
