@@ -29,10 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints three tables and what is wrong; returns 0 if nothing is."""
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console()
+    from prefix_jax.terminal.console import make_console
+
+    console = make_console()
     problems: list[str] = []
     for table in (_packages(problems), _devices(problems), _places()):
         console.print(table)

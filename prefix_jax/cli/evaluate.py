@@ -58,12 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a table, and writes the results if asked to."""
-    from rich.console import Console
-
     from prefix_jax.config import MeasureConfig
     from prefix_jax.evaluate.official import write_official
     from prefix_jax.evaluate.report import make_directory
     from prefix_jax.evaluate.run import LIKELIHOOD_METRICS
+    from prefix_jax.terminal.console import make_console
     from prefix_jax.train.summary import comparison
 
     for key in ("metrics", "labels"):
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     for place in (args.output, args.official):
         if place is not None and first:
             make_directory(place)
-    progress = Console(stderr=True, highlight=False, quiet=not first)
+    progress = make_console(stderr=True, highlight=False, quiet=not first)
     with progress.status("loading"):
         tuned, settings = _stored.load(args, MeasureConfig)
         if args.official is not None and set(settings.evaluate.metrics) <= {*LIKELIHOOD_METRICS}:
@@ -96,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if not first:
         return 0
     before, after = found.get("before"), found["after"]
-    Console(highlight=False).print(
+    make_console(highlight=False).print(
         comparison({} if before is None else before.report.metrics, after.report.metrics)
     )
     if args.output is not None:

@@ -37,10 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the copy and says what is in it."""
-    from rich.console import Console
-
     from prefix_jax.interop.export import export
     from prefix_jax.interop.peft import export_peft
+    from prefix_jax.terminal.console import make_console
 
     options = {
         "bake": args.bake,
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         what = f"{card.length} slots of kind {card.kind!r} as {args.to}"
         start = f"text starts at position {card.offset}"
     size = sum(file.stat().st_size for file in Path(args.output).rglob("*") if file.is_file())
-    Console(soft_wrap=True, highlight=False, markup=False).print(
+    make_console(soft_wrap=True, highlight=False, markup=False).print(
         f"{args.output}: {what}, {size:,} bytes; {start}"
     )
     return 0

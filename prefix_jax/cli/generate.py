@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefix_jax.cli import _stored
 from prefix_jax.errors import DataError, PrefixJaxError
+from prefix_jax.terminal import escape, print_error, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,16 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generates, to the terminal or to a file."""
-    from rich.console import Console
-
     from prefix_jax.config import GenerateConfig
+    from prefix_jax.terminal.console import make_console
 
     if args.output is not None and args.input is None:
         raise DataError("--output is for the predictions of --input; give both")
     if args.output is not None and os.path.realpath(args.output) == os.path.realpath(args.input):
         raise DataError(f"--output would replace the records in {args.input}; choose another file")
     record = None if args.record is None else _record(args.record)
-    progress = Console(stderr=True, highlight=False)
+    progress = make_console(stderr=True, highlight=False)
     with progress.status("loading"):
         tuned, settings = _stored.load(args, GenerateConfig)
     if args.no_prefix:
@@ -96,7 +96,7 @@ def _answer(
         with progress.status("generating"):
             (found,) = tuned.generations([prompt], decode)
         for sample in found.samples:
-            print(_shown(sample.text.strip()))
+            print(printable(sample.text.strip()))
         return
     status = progress.status("generating")
     status.start()
@@ -104,7 +104,7 @@ def _answer(
 
     def on_text(_prompt: int, _sample: int, piece: str) -> None:
         status.stop()
-        print(_shown(piece), end="", flush=True)
+        print(printable(piece), end="", flush=True)
 
     try:
         tuned.generations([prompt], decode, on_text=on_text)
@@ -115,13 +115,6 @@ def _answer(
         status.stop()
         if not refused:
             print()
-
-
-def _shown(text: str) -> str:
-    """Text as a terminal may see it; what goes to a file or a pipe is what the model wrote."""
-    from prefix_jax.train.summary import harmless
-
-    return harmless(text) if sys.stdout.isatty() else text
 
 
 def _file(
@@ -139,7 +132,7 @@ def _file(
 
     def on_prediction(made: Prediction) -> None:
         if output is None:
-            print(_shown(made.prediction))
+            print(printable(made.prediction))
         bar.advance(task)
 
     # Where there is no terminal, a bar would still print an empty line.
@@ -160,7 +153,7 @@ def _dialogue(tuned: Tuned, decode: DecodeConfig, progress: Console) -> None:
             continue
         except PrefixJaxError as error:
             print()  # in the place of the answer, so that a pipe's answers stay in step
-            print(f"error: {error}", file=sys.stderr)
+            print_error(error)
 
 
 def _asked(tuned: Tuned) -> Iterator[str | Mapping[str, Any]]:
@@ -198,4 +191,4 @@ def _line(name: str) -> str:
         return input()
     importlib.import_module("readline")  # input() edits lines with it
 
-    return input(f"{name}> ")
+    return input(f"{escape(name)}> ")

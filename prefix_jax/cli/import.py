@@ -37,11 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the prefixes and says what they are."""
-    from rich.console import Console
-
     from prefix_jax import artifact, config
     from prefix_jax.errors import PrefixError
     from prefix_jax.interop.peft import ImportConfig, import_peft, tasks_of
+    from prefix_jax.terminal.console import make_console
 
     settings = config.sections(ImportConfig, {}, args.settings)
 
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if tasks is not None and args.task is None:
         places = {task: output / f"task-{task}" for task in range(tasks)}
     model = args.model
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = make_console(soft_wrap=True, highlight=False, markup=False)
     for task, place in places.items():
         imported = import_peft(args.adapter, model, task=task, settings=settings)
         model, card = imported.pretrained, imported.card

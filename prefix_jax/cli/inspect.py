@@ -8,6 +8,8 @@ import json
 import math
 from typing import TYPE_CHECKING
 
+from prefix_jax.terminal import printable
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -35,10 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the tables, or all of it as JSON."""
-    from rich.console import Console
-    from rich.markup import escape
-
     from prefix_jax.interop.inspect import inspect
+    from prefix_jax.terminal.console import make_console, text
 
     found = inspect(
         args.prefix,
@@ -47,16 +47,17 @@ def run(args: argparse.Namespace) -> int:
         allow_other_weights=args.allow_other_weights,
     )
     if args.json:
-        print(json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False, default=str))
+        content = dataclasses.asdict(found)
+        print(printable(json.dumps(content, indent=2, ensure_ascii=False, default=str)))
         return 0
-    console = Console()
+    console = make_console()
     console.print(_facts(found))
     for name in dict.fromkeys(norms.of for norms in found.norms):
         console.print(_norms(name, [norms for norms in found.norms if norms.of == name]))
     if found.nearest is not None:
         console.print(_words(found))
     if found.note is not None:
-        console.print(escape(found.note), highlight=False)
+        console.print(text(found.note))
     return 0
 
 
@@ -110,13 +111,13 @@ def _fields(values: dict[str, object]) -> str:
 
 
 def _grid(title: str, rows: dict[str, str | None]) -> Table:
-    from rich.text import Text
+    from prefix_jax.terminal.console import text
 
     table = _table(title, "", "")
     table.show_header = False
     for name, value in rows.items():
         if value:
-            table.add_row(Text(name, "bold"), Text(value))
+            table.add_row(text(name, "bold"), text(value))
     return table
 
 
@@ -133,21 +134,22 @@ def _norms(name: str, norms: list[Norms]) -> Table:
 
 
 def _words(found: Inspection) -> Table:
-    from rich.text import Text
+    from prefix_jax.terminal.console import text
 
     table = _table("Words nearest to each soft token, by cosine", "slot", "words")
     for slot, neighbours in enumerate(found.nearest or ()):
         words = "  ".join(f"{word.text!r} {word.cosine:.2f}" for word in neighbours)
-        table.add_row(str(slot), Text(words))
+        table.add_row(str(slot), text(words))
     return table
 
 
 def _table(title: str, *columns: str) -> Table:
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
+    from prefix_jax.terminal.console import text
+
+    table = Table(title=text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
     for column in columns:
         table.add_column(column)
     return table

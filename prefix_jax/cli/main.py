@@ -22,6 +22,7 @@ from typing import Any
 import prefix_jax.cli
 from prefix_jax.cli import _processes
 from prefix_jax.errors import PrefixJaxError
+from prefix_jax.terminal import print_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except PrefixJaxError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         _processes.leave(2)
         return 2
     except KeyboardInterrupt:

@@ -73,8 +73,6 @@ def run(args: argparse.Namespace) -> int:
 
     # The devices are not there. Those that are stay free for whoever uses them.
     jax.config.update("jax_platforms", "cpu")
-    from rich.console import Console
-
     from prefix_jax.plan import report
     from prefix_jax.plan.abstract import AbstractRun
     from prefix_jax.plan.auto import choose_mesh
@@ -82,14 +80,15 @@ def run(args: argparse.Namespace) -> int:
     from prefix_jax.plan.plan import Plan, compile_step
     from prefix_jax.plan.remedies import Remedy, remedies
     from prefix_jax.plan.topology import Topology
+    from prefix_jax.terminal.console import make_console
 
     config = config_of(args)
     topology = Topology.parse(args.topology, args.slices)
     run = AbstractRun.of(config, args.job)
     rows = run.rows(args.tokens, args.targets)
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console(highlight=False, soft_wrap=True)
     answer: dict[str, Any] = {}
-    with Console(stderr=True).status(f"compiling for {topology}") as status:
+    with make_console(stderr=True).status(f"compiling for {topology}") as status:
 
         def show(plan: Plan) -> None:
             status.update(f"compiling for {topology}; so far: {report.line(plan)}")
@@ -121,9 +120,9 @@ def run(args: argparse.Namespace) -> int:
     if choice is not None:
         console.print(report.compared(choice))
     if not plan.fits:
-        console.print(report.advice(helpful))
+        console.print(report.advice(helpful), markup=False)
     if largest is not None:
-        console.print(report.largest_line(largest))
+        console.print(report.largest_line(largest), markup=False)
     return 0 if plan.fits else 1
 
 

@@ -13,6 +13,7 @@ import os
 
 from prefix_jax.cli import _stored
 from prefix_jax.errors import DataError
+from prefix_jax.terminal import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,13 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answers, to the terminal or to a file."""
-    from rich.console import Console
-
     from prefix_jax.config import MeasureConfig
+    from prefix_jax.terminal.console import make_console
 
     if args.output is not None and os.path.realpath(args.output) == os.path.realpath(args.input):
         raise DataError(f"--output would replace the records in {args.input}; choose another file")
-    progress = Console(stderr=True, highlight=False)
+    progress = make_console(stderr=True, highlight=False)
     with progress.status("loading"):
         tuned, settings = _stored.load(args, MeasureConfig)
     with progress.status("answering"):
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.output is None:
         for one in made:
-            print(one.prediction)
+            print(printable(one.prediction))
     else:
         progress.print(f"{len(made)} answers in {args.output}", markup=False, soft_wrap=True)
     return 0

@@ -52,10 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, and shows what came of it; returns 128 + the signal that stopped it, if one did."""
-    from rich.console import Console
-
     from prefix_jax import config as configs
     from prefix_jax.mesh import agreed, describe
+    from prefix_jax.terminal.console import make_console
     from prefix_jax.train.fit import fit
     from prefix_jax.train.place import Place
     from prefix_jax.train.results import Results, read_results
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.profile is not None:
         args.settings.append(f"train.profile={args.profile}")
     config = configs.load(args.config, args.settings)
-    console = Console(highlight=False)
+    console = make_console(highlight=False)
     place = Place(config.output)
     place.fetch()
     directory = place.directory

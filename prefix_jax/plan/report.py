@@ -14,6 +14,7 @@ from prefix_jax.plan.auto import Choice
 from prefix_jax.plan.batch import Largest
 from prefix_jax.plan.plan import Plan
 from prefix_jax.plan.remedies import Remedy
+from prefix_jax.terminal.console import text
 
 GIB = 2**30
 # By how much a smaller batch has to be quicker to be worth a word.
@@ -43,7 +44,9 @@ def largest_as_json(largest: Largest) -> dict[str, Any]:
 
 def table(plan: Plan) -> Table:
     """What a person wants to know."""
-    made = Table(title=_title(plan), title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    made = Table(
+        title=text(_title(plan)), title_justify="left", box=box.SIMPLE_HEAD, show_header=False
+    )
     made.add_column("what", no_wrap=True)
     made.add_column("time", justify="right", no_wrap=True)
     made.add_column("figures")

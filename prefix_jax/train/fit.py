@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import signal
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from prefix_jax.evaluate.run import Evaluation, Evaluator
 from prefix_jax.methods import name_of
 from prefix_jax.nn.quantized import QTensor
 from prefix_jax.prefix import Embeds, Produced
+from prefix_jax.terminal import print_warning
 from prefix_jax.train.checkpoint import Checkpoints
 from prefix_jax.train.loop import stop_signal, train
 from prefix_jax.train.multitask import save_parts
@@ -143,7 +142,7 @@ def fit(
             report.warning(warning)
         _announce(setup, state, report)
         # Where a process stands still, it alone can say so.
-        warn = report.warning if first else functools.partial(print, "warning:", file=sys.stderr)
+        warn = report.warning if first else print_warning
         watch = Watch(warn, host_names(), jax.process_index())
         profile = Profile(directory / "profile", int(state.step), config.train.profile)
         with stop_signal() as stop, watch, profile:

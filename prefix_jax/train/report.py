@@ -16,6 +16,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
 
+from prefix_jax.terminal import escape
+from prefix_jax.terminal.console import encodable, guard, make_console
 from prefix_jax.train.plot import plot_loss
 from prefix_jax.train.record import Kind, Record, read_metrics
 from prefix_jax.train.summary import duration, number
@@ -58,7 +60,7 @@ class Report:
     ) -> None:
         self.directory = Path(directory)
         self._total, self._start, self._log_every = total_steps, start_step, log_every
-        self._console = console or Console()
+        self._console = make_console() if console is None else guard(console)
         self._visible, self._primary = primary and not quiet, primary
         self._pace = Pace(total_steps, clock)
         self._record: Record | None = None
@@ -190,9 +192,8 @@ class Report:
         return f"step {step:{len(str(self._total))}d}/{self._total}"
 
     def _printable(self, text: str) -> str:
-        """Text in the console's encoding: rich chokes on anything else, and stays choked."""
-        encoding = self._console.encoding
-        return text.encode(encoding, "replace").decode(encoding)
+        """Escapes text for the console, in its encoding: rich fails on anything else."""
+        return encodable(escape(text), self._console.encoding)
 
     def _print(self, text: Text) -> None:
         # In a log a line stays one line, however narrow rich takes the log to be.
@@ -264,4 +265,4 @@ class _Shown(ProgressColumn):
         self._text = text
 
     def render(self, task: Task) -> Text:
-        return Text(self._text(task), no_wrap=True)
+        return Text(escape(self._text(task)), no_wrap=True)

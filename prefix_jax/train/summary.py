@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 from rich import box
@@ -14,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from prefix_jax.evaluate.report import PERCENTAGES
+from prefix_jax.terminal import escape
+from prefix_jax.terminal.console import text as escaped
 
 _TITLES = {
     "loss": "token loss (nats)",
@@ -33,7 +34,6 @@ _TITLES = {
     "spearman": "Spearman (%)",
 }
 _LOWER_IS_BETTER = {"loss", "perplexity"}
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> Table
         table.add_column(column, justify="right")
     for name in after:
         task, _, kind = name.rpartition(".")
-        title = f"{task}: " * bool(task) + _TITLES.get(kind, kind)
+        title = escaped(f"{task}: " * bool(task) + _TITLES.get(kind, kind))
         value = Text(number(name, after[name]), style="bold")
         if not before:
             table.add_row(title, value)
@@ -144,16 +144,11 @@ def print_closing(
     width = max(map(len, written), default=0)
     # Unboxed and unwrapped, so that paths and command can be copied in one go.
     for what, path in written.items():
-        console.print(Text(f"{what:<{width}}  {path}"), soft_wrap=True)
+        console.print(escaped(f"{what:<{width}}  {path}"), soft_wrap=True)
     if command is not None:
-        console.print(Text.assemble("\nUse it:\n  ", (command, "bold")), soft_wrap=True)
-
-
-def harmless(text: str) -> str:
-    """Text that cannot steer the terminal, whatever a model wrote."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+        console.print(Text.assemble("\nUse it:\n  ", (escape(command), "bold")), soft_wrap=True)
 
 
 def _plain(text: str) -> Text:
-    shown = harmless(text.strip())
-    return Text(shown) if shown else Text("(nothing)", style="dim italic")
+    shown = text.strip()
+    return escaped(shown) if shown else escaped("(nothing)", "dim italic")

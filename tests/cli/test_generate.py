@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import tiny
 
 from prefix_jax.api import load_prefix
 from prefix_jax.cli import generate as verb
+from prefix_jax.cli.main import main
+from prefix_jax.config import DecodeConfig
 
 RECORD = {"facts": "name[Stop 1], it's"}
 
@@ -150,10 +153,36 @@ def test_predictions_go_into_a_pipe_or_a_device_as_it_is(tuned, tmp_path):
     assert pipe.is_fifo()
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_a_terminal_gets_no_escapes_that_a_model_wrote(monkeypatch, capsys, terminal):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    assert ("\x1b" in verb._shown("a\x1b[2Jb")) is not terminal
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_terminal_gets_no_escapes_that_a_model_wrote(monkeypatch, stream, samples):
+    def write(_prompts, decode, on_text=None):
+        if on_text is not None:
+            on_text(0, 0, "a\x1b[2Jb")
+        sample = types.SimpleNamespace(text="a\x1b[2Jb")
+        return [types.SimpleNamespace(samples=[sample] * decode.samples)]
+
+    settings = types.SimpleNamespace(decode=DecodeConfig(samples=samples, temperature=1.0))
+    tuned = types.SimpleNamespace(generations=write)
+    monkeypatch.setattr(verb._stored, "load", lambda *_: (tuned, settings))
+    monkeypatch.setattr(sys, "stdout", stream())
+    words = ["generate", "run", "--prompt", "x"]
+    assert main(words) == 0
+    shown = sys.stdout.getvalue()
+    assert shown.count("a\x1b[2Jb" if stream is io.StringIO else r"a\x1b[2Jb") == samples
+
+
+def test_names_of_fields_that_are_asked_for_are_escaped(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", asked.append)
+    verb._line("a\x1b[2J")
+    assert asked == [r"a\x1b[2J> "]
 
 
 def test_an_interrupt_stops_an_answer_and_not_the_dialogue(tuned, monkeypatch):

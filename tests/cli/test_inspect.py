@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -101,3 +102,18 @@ def test_a_damaged_prefix_is_one_line(stored, show):
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert "prefix.json cannot be read" in err
+
+
+HOSTILE = "\x1b[2J\x07\x9b2J[/]"
+
+
+def test_a_card_cannot_steer_the_terminal(stored, show):
+    produced, card = artifact.load(stored)
+    backbone = dataclasses.replace(card.backbone, source=HOSTILE)
+    card = dataclasses.replace(card, init=HOSTILE, created=HOSTILE, backbone=backbone)
+    artifact.save(stored.with_name("foreign"), produced, card)
+    for words in ((), ("--words", 0)):
+        code, (out, _) = show(stored.with_name("foreign"), *words)
+        assert code == 0
+        assert not set("\x1b\x07\x9b") & set(out)
+        assert r"\x1b[2J\x07\u009b2J[/]" in out

@@ -37,6 +37,12 @@ def test_an_error_of_the_user_is_one_line_on_stderr(verb, capsys):
     assert capsys.readouterr() == ("", "error: optim.clip: expected float\n")
 
 
+def test_an_error_cannot_steer_the_terminal(verb, capsys):
+    verb.run = raising(ConfigError("no tensor 'a\x1b[2J\x9b\u202e'"))
+    assert cli.main(["probe"]) == 2
+    assert capsys.readouterr().err == r"error: no tensor 'a\x1b[2J\u009b\u202e'" + "\n"
+
+
 def test_an_error_of_ours_keeps_its_traceback(verb):
     verb.run = raising(ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):

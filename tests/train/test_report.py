@@ -144,6 +144,19 @@ def test_other_processes_show_and_write_nothing(tmp_path):
     assert not directory.exists()
 
 
+def test_messages_and_warnings_cannot_steer_the_terminal(tmp_path):
+    console = log()
+    with Report(tmp_path, total_steps=1, console=console) as report:
+        report.message("labels: '\x1b[2J'")
+        report.warning("\u202e.txt")
+        report.evaluation(1, {"\x9b2J.loss": 1.0})
+    assert console.file.getvalue().splitlines() == [
+        r"labels: '\x1b[2J'",
+        r"warning: \u202e.txt",
+        r"step 1/1  dev: \u009b2J.loss 1.0000",
+    ]
+
+
 def test_text_that_the_terminal_cannot_encode_is_shown_as_far_as_it_goes(tmp_path):
     shown = io.BytesIO()
     file = io.TextIOWrapper(shown, encoding="ascii")
@@ -152,7 +165,7 @@ def test_text_that_the_terminal_cannot_encode_is_shown_as_far_as_it_goes(tmp_pat
         report.message("a café")
         report.message("[b]and[/b] on")
     file.flush()
-    assert shown.getvalue().decode().splitlines() == ["a caf?", "[b]and[/b] on"]
+    assert shown.getvalue().decode().splitlines() == [r"a caf\xe9", "[b]and[/b] on"]
 
 
 def test_a_display_that_breaks_stops_nothing(tmp_path):

@@ -64,6 +64,15 @@ def test_before_and_after_stand_side_by_side_within_the_width():
         assert any("before before" in line and "after after" in line for line in lines)
 
 
+def test_names_of_tasks_are_no_markup_and_cannot_steer_the_terminal():
+    text = shown(comparison({}, {"[/]\x1b[2J.loss": 3.0}))
+    assert r"[/]\x1b[2J: token loss (nats)" in text
+    console = Console(file=io.StringIO(), width=80)
+    paths = {"prefix": "run\x1b[2J/[/]"}
+    print_closing(console, before={}, after={}, samples=(), written=paths, command="go\x9b")
+    assert console.file.getvalue() == "\nprefix  run\\x1b[2J/[/]\n\nUse it:\n  go\\u009b\n"
+
+
 def test_text_of_a_model_cannot_steer_the_terminal_and_is_no_markup():
     sample = Sample("[bold]x[/]", "line\nbreak", "\x1b[2J\x07", "")
     text = shown(generations([sample]))
