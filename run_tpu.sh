@@ -31,7 +31,9 @@ STEP
 WHAT
   CONFIG               a file under this directory, such as configs/quickstart.yaml
   --output gs://…      where checkpoints and results go: the disk of a TPU VM is deleted with it
-  --env FILE           lines NAME=VALUE that every worker exports before training (HF_TOKEN=…)
+  --env FILE           lines NAME=VALUE that every worker exports before training (HF_TOKEN=…).
+                       A value is what follows "=", unchanged: no quotes, no variables, no commands.
+                       Blank lines and lines that begin with # are ignored
 
 WHERE
   --zone ZONE          such as us-west4-a
@@ -157,6 +159,7 @@ worker does not see another's; make a bucket with: gcloud storage buckets create
     [[ -z $config || -f $here/$config ]] ||
         die "there is no $config in $here, which is what the workers get a copy of" 2
     [[ -z $env_file || -f $env_file ]] || die "there is no file $env_file" 2
+    [[ -z $env_file ]] || check_env
     [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
         die "--name $name is not one for a TPU: lower-case letters, digits and hyphens" 2
     [[ -z $accelerator || -n $version ]] || version=$(version_of "$accelerator")
@@ -179,6 +182,27 @@ worker does not see another's; make a bucket with: gcloud storage buckets create
     fi
     where=(--zone="$zone" --quiet)
     [[ -z $project ]] || where+=(--project="$project")
+}
+
+# Refuses a file for --env that the workers would not read as lines NAME=VALUE. Messages name the
+# line and never show it: it may hold a secret.
+check_env() {
+    local line number=0
+    [[ -r $env_file ]] || die "$env_file cannot be read; change its permissions" 2
+    while IFS= read -r line || [[ -n $line ]]; do
+        number=$((number + 1))
+        [[ $line != *$'\r'* ]] ||
+            die "$env_file:$number: the line has a carriage return or a zero byte; save it as text \
+with Unix line ends" 2
+        [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
+        [[ $line =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] ||
+            die "$env_file:$number: expected NAME=VALUE, a comment or a blank line; the name has \
+only letters, digits and underscores, with no space or 'export' before it" 2
+        # Some variables of a shell are constants: UID, EUID, PPID.
+        # shellcheck disable=SC2016 # the other shell expands it
+        bash -c 'export "$1"' bash "$line" 2>/dev/null ||
+            die "$env_file:$number: ${line%%=*} cannot be set in a shell; use another name" 2
+    done < <(tr '\0' '\r' <"$env_file")
 }
 
 # The software of a TPU VM, https://cloud.google.com/tpu/docs/runtimes.
@@ -353,7 +377,11 @@ cd prefix_jax
 exec 9>> run.lock
 flock --nonblock 9 || { echo trains already; exit 0; }
 rm -f run.code run.pid
-if [ -f env ]; then set -a; . ./env; set +a; fi
+if [ -f env ]; then
+  while IFS= read -r line || [ -n \"\$line\" ]; do
+    case \$line in [A-Za-z_]*=*) export \"\$line\" ;; esac
+  done < env
+fi
 setsid nohup bash -c $(printf %q "$train") >> run.log 2>&1 < /dev/null &
 until [ -s run.pid ]; do sleep 0.1; done" || return 1
 }
@@ -362,14 +390,15 @@ logs() {
     on 0 "cd prefix_jax && tail --lines=${1:-+1} --follow=name --pid=\$(cat run.pid) run.log"
 }
 
-# One line a worker: what has become of its training; and why, where it failed.
+# Prints one line per worker that begins with outcome=, and the end of the log if training failed.
+# Lines of the log are marked: nothing that training logs can pass for an outcome.
 # shellcheck disable=SC2016 # the worker expands it
 readonly remote_outcome='cd prefix_jax 2> /dev/null || { echo outcome=none; exit; }
 if ! flock --nonblock run.lock true 2> /dev/null; then echo outcome=running
 elif [ ! -f run.code ]; then echo outcome=none
 else
   code=$(cat run.code)
-  [ "$code" = 0 ] || { echo "--- log of $(hostname):"; tail --lines=15 run.log; }
+  [ "$code" = 0 ] || { echo "--- log of $(hostname):"; tail --lines=15 run.log | sed "s/^/| /;\$a\\"; }
   echo outcome=$code
 fi'
 
@@ -382,11 +411,11 @@ outcome() {
         return
     fi
     found=$(persistently on all "$remote_outcome") || { echo unreachable && return; }
-    codes=$(sed -n 's/.*outcome=//p' <<<"$found" | tr -d '\r' | sort -u)
+    codes=" $(tr -d '\r' <<<"$found" | sed -n 's/^outcome=//p' | sort -u | tr '\n' ' ')"
     case $codes in
-        0) echo 'done' ;;
-        *running*) echo running ;;
-        *none* | *143* | '') echo again ;;
+        ' 0 ') echo 'done' ;;
+        *' running '*) echo running ;;
+        *' none '* | *' 143 '* | ' ') echo again ;;
         *) printf '%s\n' "$found" >&2 && echo failed ;;
     esac
 }

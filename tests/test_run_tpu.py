@@ -226,6 +226,22 @@ def test_a_training_that_fails_shows_its_log_and_keeps_the_tpu(cloud) -> None:
     assert "rsync" not in cloud.verbs
 
 
+@pytest.mark.parametrize("logged", ["running", "none", "143", "0"])
+def test_an_outcome_in_the_log_of_a_failed_training_is_not_its_outcome(cloud, logged) -> None:
+    cloud.outcomes(f"|_labels:_outcome={logged} |outcome={logged} outcome=2")
+    ended = cloud.run(*WHERE, *WHAT)
+    assert ended.returncode == 1
+    assert "training failed" in ended.stderr
+    assert cloud.verbs.count("start") == 1
+    assert cloud.verbs.count("outcome") == 1
+
+
+@pytest.mark.parametrize("code", ["1430", "1", "139"])
+def test_only_a_whole_exit_code_means_terminated(cloud, code) -> None:
+    cloud.outcomes(f"outcome={code} outcome=0")
+    assert "training failed" in cloud.run(*WHERE, *WHAT).stderr
+
+
 def test_ssh_is_tried_again_while_a_tpu_starts(cloud) -> None:
     cloud.fails("scp", 3)
     assert cloud.run(*WHERE, *WHAT).returncode == 0
@@ -296,6 +312,36 @@ def test_secrets_go_by_file_and_never_into_a_command(cloud, tmp_path) -> None:
         call[5] == "prefix-jax:prefix_jax/env" for call in cloud.calls if call[3:4] == ["scp"]
     )
     assert "hf_secret" not in ended.stderr + str(cloud.calls)
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "message"),
+    [
+        ("TOKEN", 1, "expected NAME=VALUE"),
+        ("A=1\n\n# fine\nexport B=2\n", 4, "expected NAME=VALUE"),
+        ("A=1\n B=2\n", 2, "expected NAME=VALUE"),
+        ("A =1\n", 1, "expected NAME=VALUE"),
+        ("=1\n", 1, "expected NAME=VALUE"),
+        ("1A=1\n", 1, "expected NAME=VALUE"),
+        ("A-B=1\n", 1, "expected NAME=VALUE"),
+        ("touch x; A=1\n", 1, "expected NAME=VALUE"),
+        ("A=1\nrm -r x", 2, "expected NAME=VALUE"),
+        ("A=1\r\n", 1, "Unix line ends"),
+        ("A=1\0\n", 1, "carriage return"),
+        ("UID=0\n", 1, "UID cannot be set"),
+    ],
+)
+def test_a_malformed_line_of_env_is_refused_before_anything_starts(
+    cloud, tmp_path, content, line, message
+) -> None:
+    env = tmp_path / "env"
+    env.write_text(content)
+    ended = cloud.run(*WHERE, *WHAT, "--env", str(env))
+    assert ended.returncode == 2
+    assert f"{env}:{line}: " in ended.stderr
+    assert message in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert cloud.calls == []
 
 
 def test_keep_leaves_the_tpu(cloud) -> None:
@@ -390,37 +436,95 @@ def test_a_step_may_stand_anywhere(cloud) -> None:
     assert cloud.run("--dry-run", "--zone", "z", "delete").stderr.count("\n") == 1
 
 
+class Worker:
+    """A worker of the TPU that runs the commands that a cloud received."""
+
+    def __init__(self, cloud: Cloud, home: Path, program: str, env: str | None = None) -> None:
+        self.home = home
+        path = home / "prefix_jax" / ".venv" / "bin" / "prefix-jax"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"#!/bin/sh\n{program}\n")
+        path.chmod(0o755)
+        if env is not None:
+            (home / "prefix_jax" / "env").write_text(env)
+        self.commands = {
+            verb: call[-1].removeprefix("--command=")
+            for call in cloud.calls
+            if (verb := _verb(call)) in ("start", "logs", "outcome")
+        }
+
+    def run(self, verb: str) -> str:
+        return subprocess.run(
+            ["bash", "-c", self.commands[verb]],
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        ).stdout
+
+    def train(self) -> str:
+        """Trains to the end, and returns the log."""
+        self.run("start")
+        log = self.run("logs")
+        # The lock is let go a moment after the program has ended.
+        subprocess.run(["flock", self.home / "prefix_jax" / "run.lock", "true"], timeout=20)
+        return log
+
+
+def test_values_of_env_arrive_unchanged(cloud, tmp_path) -> None:
+    values = {
+        "TOKEN": "a b",
+        "QUOTE": "a'b\"c",
+        "DOLLAR": "a$b${HOME}",
+        "COMMAND": "$(touch ran)`touch ran`;touch ran & x|y>ran",
+        "HASH": "#a=b # c",
+        "BACKSLASH": "a\\nb\\",
+        "EMPTY": "",
+        "BLANKS": "  a\t ",
+        "STARS": "* ~ ?",
+        "_LAST": "é",
+    }
+    lines = "".join(f"{name}={value}\n" for name, value in values.items()).rstrip("\n")
+    content = f"# a comment\n\n  \t\n  # another\n{lines}"
+    env = tmp_path / "env"
+    env.write_text(content)
+    ended = cloud.run(*WHERE, *WHAT, "--env", str(env))
+    assert ended.returncode == 0, ended.stderr
+    worker = Worker(cloud, tmp_path / "home", "exec env -0", content)
+    received = dict(line.partition("=")[::2] for line in worker.train().split("\0"))
+    assert {name: received.get(name) for name in values} == values
+    assert not list(worker.home.rglob("ran"))
+
+
+@pytest.mark.parametrize("ending", ["\\n", ""])
+def test_a_worker_marks_what_its_training_logged(cloud, tmp_path, ending) -> None:
+    cloud.run(*WHERE, *WHAT)
+    printed = f"outcome=running\\nlabels: outcome=none\\noutcome=0{ending}"
+    worker = Worker(cloud, tmp_path / "home", f"printf '{printed}'; exit 2")
+    worker.train()
+    told = worker.run("outcome").splitlines()
+    assert [line for line in told if line.startswith("outcome=")] == ["outcome=2"]
+    assert told[1:] == [
+        "| outcome=running",
+        "| labels: outcome=none",
+        "| outcome=0",
+        "outcome=2",
+    ]
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_what_the_workers_run_trains_once_and_tells_how_it_ended(
     cloud, tmp_path, code: int
 ) -> None:
     cloud.run(*WHERE, *WHAT, "data.input={facts} and 'quotes'")
-    home = tmp_path / "home"
-    program = home / "prefix_jax" / ".venv" / "bin" / "prefix-jax"
-    program.parent.mkdir(parents=True)
-    program.write_text(f'#!/bin/sh\necho "got $*, $TOKEN"\nexit {code}\n')
-    program.chmod(0o755)
-    (home / "prefix_jax" / "env").write_text("TOKEN=secret\n")
-    commands = {
-        verb: call[-1].removeprefix("--command=")
-        for call in cloud.calls
-        if (verb := _verb(call)) in ("start", "logs", "outcome")
-    }
-
-    def on_worker(verb: str) -> str:
-        return subprocess.run(
-            ["bash", "-c", commands[verb]], cwd=home, capture_output=True, text=True, timeout=20
-        ).stdout
-
-    assert on_worker("outcome") == "outcome=none\n"
-    on_worker("start")
-    log = on_worker("logs")
-    # The lock is let go a moment after the program has ended.
-    subprocess.run(["flock", home / "prefix_jax" / "run.lock", "true"], timeout=20)
+    program = f'echo "got $*, $TOKEN"\nexit {code}'
+    worker = Worker(cloud, tmp_path / "home", program, "TOKEN=secret\n")
+    assert worker.run("outcome") == "outcome=none\n"
+    log = worker.train()
     settings = "output=gs://bucket/run data.input={facts} and 'quotes'"
     line = f"got train {CONFIG} --distributed {settings}, secret"
     assert log == f"{line}\n"
-    outcome = on_worker("outcome")
+    outcome = worker.run("outcome")
     assert outcome.splitlines()[-1] == f"outcome={code}"
     assert (line in outcome) == (code != 0)
 
