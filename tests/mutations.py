@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Values that JSON can hold and that code rarely expects.
@@ -22,6 +22,18 @@ HOSTILE_TEXT = (
     "", "\0", "\ufeff", "\u202e", "\u2028", "\x1b]0;title\x07", "\x9b31m", "{", "}", "{{", "%",
     '"', "'", "\\", "\n", ",", ":", "[", "]", "&a *a", "!!int x", "~", "9" * 5000, "(" * 300,
 )  # fmt: skip
+
+
+def refusal(read: Callable[[], object], error: type[Exception]) -> str | None:
+    """The message of the error with which a reader refuses its input; None if it accepts it.
+
+    Any other error propagates and fails the test.
+    """
+    try:
+        read()
+    except error as failure:
+        return str(failure)
+    return None
 
 
 def mutate_json(value: Any, rng: random.Random, edits: int | None = None) -> Any:

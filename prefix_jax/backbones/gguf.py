@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from prefix_jax.backbones import gemma, gpt2, llama
 from prefix_jax.backbones.names import NameTable
-from prefix_jax.backbones.weights import map_tensor
 from prefix_jax.errors import BackboneError
 from prefix_jax.nn.rotary import Rotary
+from prefix_jax.untrusted.gguf import Metadata, read_header
+from prefix_jax.untrusted.paths import explain
+from prefix_jax.untrusted.safetensors import map_array
+from prefix_jax.untrusted.values import Positive, Size
 
 # By llama.cpp's names of architectures.
 TABLES: dict[str, NameTable] = {
@@ -40,10 +42,16 @@ _CHUNK = 1 << 22  # values dequantised at a time
 
 
 def open_gguf(path: Path) -> GGUF:
-    """Reads a file's header. The last one is kept: parsing a vocabulary takes seconds, and
-    configuration, weights and tokenizer all ask for it.
+    """Reads a file's header. The last one is cached: configuration, weights and tokenizer need it.
+
+    Raises:
+        BackboneError: see `GGUF`.
     """
-    return _open(path, path.stat().st_mtime_ns)
+    try:
+        modified = path.stat().st_mtime_ns
+    except OSError as failure:
+        raise BackboneError(f"{path}: cannot be read ({explain(failure)})") from None
+    return _open(path, modified)
 
 
 @functools.lru_cache(maxsize=1)
@@ -65,40 +73,31 @@ class GGUF:
     """
 
     def __init__(self, path: Path):
-        try:
-            reader = GGUFReader(path)
-        except (ValueError, IndexError, KeyError, OSError) as error:
-            raise BackboneError(f"{path} is not a complete GGUF file: {error}") from None
-        if reader.byte_order != "I":
-            raise BackboneError(
-                f"{path} has the other byte order; convert it with gguf-convert-endian"
-            )
         self.path = path
-        self.metadata = {name: field.contents() for name, field in reader.fields.items()}
-        self.architecture = str(self.metadata.get("general.architecture"))
-        self.shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
-        # Only offsets are kept: the reader maps the whole file and holds an array per token.
-        self._where = {
-            t.name: (t.tensor_type, int(t.data_offset), t.data.shape, t.data.dtype)
-            for t in reader.tensors
-        }
+        self.metadata, self._tensors = read_header(path, BackboneError)
+        self.architecture: str = self.metadata.get("general.architecture", str, "unnamed")
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, dequantised to float32 if it is stored in blocks."""
-        kind, offset, stored_shape, stored_dtype = self._where[name]
-        if kind in _PLAIN:
-            return map_tensor(self.path, _PLAIN[kind], offset, self.shapes[name])
-        stored = map_tensor(self.path, stored_dtype, offset, stored_shape)
-        out = np.empty(self.shapes[name], np.float32)
+        tensor = self._tensors[name]
+        if tensor.kind in _PLAIN:
+            return self._map(_PLAIN[tensor.kind], tensor.offset, tensor.shape)
+        stored = self._map(np.dtype(np.uint8), tensor.offset, tensor.stored_shape)
+        out = np.empty(tensor.shape, np.float32)
         step = max(1, _CHUNK // (out.size // len(out)))
         try:
             for row in range(0, len(out), step):
-                out[row : row + step] = dequantize(stored[row : row + step], kind)
+                out[row : row + step] = dequantize(stored[row : row + step], tensor.kind)
         except NotImplementedError:
             raise BackboneError(
-                f"{self.path}: {name} is stored as {kind.name}, which cannot be dequantised here"
+                f"{self.path}: {name} is stored as {tensor.kind.name}, which cannot be dequantised "
+                "here"
             ) from None
         return out
+
+    def _map(self, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+        return map_array(self.path, dtype, offset, shape, BackboneError)
 
     def config(self) -> dict[str, Any]:
         """The metadata as a Hugging Face `config.json` would say it.
@@ -113,10 +112,12 @@ class GGUF:
                 f"{self.architecture!r}; supported: {', '.join(TABLES)} (of others, take the "
                 "checkpoint in Hugging Face layout)"
             )
-        get = _Keys(self.metadata, self.architecture, self.path)
-        tokens = self.shapes.get("token_embd.weight")
-        if tokens is None:
-            raise BackboneError(f"{self.path} has no token_embd.weight: it holds no language model")
+        get = _Keys(self.metadata, self.architecture)
+        tokens = self.shapes.get("token_embd.weight", ())
+        if len(tokens) != 2:
+            raise BackboneError(
+                f"{self.path} has no table token_embd.weight: it holds no language model"
+            )
         shared = {
             "model_type": self.architecture,
             "vocab_size": tokens[0],
@@ -124,28 +125,28 @@ class GGUF:
         }
         if self.architecture == "gpt2":
             return shared | {
-                "n_layer": get["block_count"],
-                "n_embd": get["embedding_length"],
-                "n_head": get["attention.head_count"],
-                "n_inner": get["feed_forward_length"],
-                "n_positions": get["context_length"],
-                "layer_norm_epsilon": get["attention.layer_norm_epsilon"],
+                "n_layer": get("block_count", Size),
+                "n_embd": get("embedding_length", Size),
+                "n_head": get("attention.head_count", Size),
+                "n_inner": get("feed_forward_length", Size),
+                "n_positions": get("context_length", Size),
+                "layer_norm_epsilon": get("attention.layer_norm_epsilon", Positive),
                 "activation_function": "gelu_new",
             }
-        heads = get["attention.head_count"]
-        head_dim = get.optional("attention.key_length", get["embedding_length"] // heads)
+        heads = get("attention.head_count", Size)
+        head_dim = get("attention.key_length", Size, get("embedding_length", Size) // heads)
         decoder = shared | {
-            "num_hidden_layers": get["block_count"],
-            "hidden_size": get["embedding_length"],
+            "num_hidden_layers": get("block_count", Size),
+            "hidden_size": get("embedding_length", Size),
             "num_attention_heads": heads,
-            "num_key_value_heads": get.optional("attention.head_count_kv", heads),
+            "num_key_value_heads": get("attention.head_count_kv", Size, heads),
             "head_dim": head_dim,
-            "intermediate_size": get["feed_forward_length"],
-            "max_position_embeddings": get["context_length"],
-            "rms_norm_eps": get["attention.layer_norm_rms_epsilon"],
+            "intermediate_size": get("feed_forward_length", Size),
+            "max_position_embeddings": get("context_length", Size),
+            "rms_norm_eps": get("attention.layer_norm_rms_epsilon", Positive),
             "attention_bias": "blk.0.attn_q.bias" in self.shapes,
             "mlp_bias": "blk.0.ffn_gate.bias" in self.shapes,
-            "rope_theta": get.optional("rope.freq_base", 10000.0),
+            "rope_theta": get("rope.freq_base", Positive, 10000.0),
             "rope_scaling": self._rope_scaling(get, head_dim),
         }
         if self.architecture in ("gemma2", "gemma3"):
@@ -154,39 +155,39 @@ class GGUF:
 
     def _gemma(self, get: _Keys, head_dim: int) -> dict[str, Any]:
         """What Gemma 2 and 3 have besides. llama.cpp has some of it in its code alone."""
-        layers, heads = get["block_count"], get["attention.head_count"]
+        layers, heads = get("block_count", Size), get("attention.head_count", Size)
         large = layers == _LAYERS_OF_27B[self.architecture]
         shared = {
-            "query_pre_attn_scalar": get["embedding_length"] // heads if large else head_dim,
-            "sliding_window": get["attention.sliding_window"],
+            "query_pre_attn_scalar": get("embedding_length", Size) // heads if large else head_dim,
+            "sliding_window": get("attention.sliding_window", Size),
         }
         if self.architecture == "gemma2":
             return shared | {
-                "attn_logit_softcapping": get["attn_logit_softcapping"],
-                "final_logit_softcapping": get["final_logit_softcapping"],
+                "attn_logit_softcapping": get("attn_logit_softcapping", Positive),
+                "final_logit_softcapping": get("final_logit_softcapping", Positive),
             }
-        pattern = get.optional("attention.sliding_window_pattern", 6)
+        pattern = get("attention.sliding_window_pattern", Size | list[bool], 6)
         if not isinstance(pattern, int):
             kinds = ("full_attention", "sliding_attention")
             shared["layer_types"] = [kinds[slides] for slides in pattern]
         return shared | {
             "model_type": "gemma3_text",
             "sliding_window_pattern": pattern,
-            "rope_local_base_freq": get.optional("rope.freq_base_swa", 10000.0),
-            "final_logit_softcapping": get.optional("final_logit_softcapping", None),
+            "rope_local_base_freq": get("rope.freq_base_swa", Positive, 10000.0),
+            "final_logit_softcapping": get("final_logit_softcapping", Positive, None),
         }
 
     def _rope_scaling(self, get: _Keys, head_dim: int) -> dict[str, Any] | None:
         if "rope_freqs.weight" in self.shapes:
-            return self._llama3_scaling(get.optional("rope.freq_base", 10000.0), head_dim)
-        kind = get.optional("rope.scaling.type", "none")
+            return self._llama3_scaling(get("rope.freq_base", Positive, 10000.0), head_dim)
+        kind = get("rope.scaling.type", str, "none")
         if kind == "none":
             return None
         return {
             "rope_type": kind,
-            "factor": get["rope.scaling.factor"],
-            "original_max_position_embeddings": get.optional(
-                "rope.scaling.original_context_length", get["context_length"]
+            "factor": get("rope.scaling.factor", Positive),
+            "original_max_position_embeddings": get(
+                "rope.scaling.original_context_length", Size, get("context_length", Size)
             ),
         }
 
@@ -211,16 +212,10 @@ class GGUF:
 
 
 class _Keys:
-    """Metadata keys of one architecture, without their first part."""
+    """Metadata keys of one architecture, without their first part. See `Metadata.get`."""
 
-    def __init__(self, metadata: Mapping[str, Any], architecture: str, path: Path):
-        self._metadata, self._architecture, self._path = metadata, architecture, path
+    def __init__(self, metadata: Metadata, architecture: str):
+        self._metadata, self._architecture = metadata, architecture
 
-    def __getitem__(self, key: str) -> Any:
-        full = f"{self._architecture}.{key}"
-        if full not in self._metadata:
-            raise BackboneError(f"{self._path} lacks the metadata key {full}")
-        return self._metadata[full]
-
-    def optional(self, key: str, default: Any) -> Any:
-        return self._metadata.get(f"{self._architecture}.{key}", default)
+    def __call__(self, key: str, hint: Any, *default: Any) -> Any:
+        return self._metadata.get(f"{self._architecture}.{key}", hint, *default)

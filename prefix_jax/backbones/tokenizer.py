@@ -96,7 +96,7 @@ def from_gguf(file: GGUF) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
-        chat_template=file.metadata.get("tokenizer.chat_template"),
+        chat_template=file.metadata.values.get("tokenizer.chat_template"),
         **special,
     )
 
@@ -146,4 +146,4 @@ class _Metadata:
         return value
 
     def optional(self, key: str, default: Any) -> Any:
-        return self.file.metadata.get(f"tokenizer.ggml.{key}", default)
+        return self.file.metadata.values.get(f"tokenizer.ggml.{key}", default)

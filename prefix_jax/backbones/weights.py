@@ -8,29 +8,22 @@ tensor, and only the slices that this host's devices hold are read.
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
 
 from prefix_jax.backbones.names import Parameter, Shape
 from prefix_jax.errors import BackboneError
 from prefix_jax.nn.quantized import QTensor, quantize_like
-
-_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+from prefix_jax.untrusted.json import read_json_object
+from prefix_jax.untrusted.paths import expand
+from prefix_jax.untrusted.safetensors import SafeTensor, read_header, read_tensor
+from prefix_jax.untrusted.values import require
 
 _PART = 1 << 22  # numbers that are quantised at a time
 
@@ -57,11 +50,15 @@ class Safetensors:
 
     def __init__(self, directory: Path):
         self.shapes: dict[str, Shape] = {}
-        self._where: dict[str, tuple[Path, str, int]] = {}
+        self._tensors: dict[str, tuple[Path, SafeTensor]] = {}
         for file in _safetensors_files(directory):
-            for name, (dtype, shape, offset) in _header(file).items():
-                self.shapes[name] = shape
-                self._where[name] = (file, dtype, offset)
+            for name, tensor in read_header(file, BackboneError).items():
+                if name in self._tensors:
+                    raise BackboneError(
+                        f"{file}: {name} is in {self._tensors[name][0].name} too; keep one of them"
+                    )
+                self.shapes[name] = tensor.shape
+                self._tensors[name] = file, tensor
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, mapped from its file.
@@ -70,29 +67,25 @@ class Safetensors:
             BackboneError: it does not hold floating-point numbers. Files may: some encoders' hold
                 their positions, counted out.
         """
-        file, dtype, offset = self._where[name]
-        if dtype not in _DTYPES:
-            raise BackboneError(
-                f"{file}: {name} has dtype {dtype}; supported: {', '.join(_DTYPES)}"
-            )
-        return map_tensor(file, _DTYPES[dtype], offset, self.shapes[name])
-
-
-def map_tensor(file: Path, dtype: np.dtype, offset: int, shape: Shape) -> np.ndarray:
-    """A read-only view of one tensor in a file, whose pages are released with it."""
-    return np.memmap(file, dtype, mode="r", offset=offset, shape=shape)
+        file, tensor = self._tensors[name]
+        return read_tensor(file, name, tensor, BackboneError)
 
 
 def _safetensors_files(directory: Path) -> list[Path]:
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single, index = (
+        expand(directory / name, BackboneError)
+        for name in ("model.safetensors", "model.safetensors.index.json")
+    )
     if single.is_file():
         return [single]
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            files = [directory / name for name in names]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise BackboneError(f"{index} is not a safetensors index: {error!r}") from None
+        content = read_json_object(index, BackboneError).get("weight_map")
+        weight_map: dict[str, str] = require(
+            content, dict[str, str], f"{index}: weight_map", BackboneError
+        )
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+        if outside := [file for file in files if file.parent != directory or file.name == ".."]:
+            raise BackboneError(f"{index} names {outside[0]}, which is not a file beside it")
         if absent := [file.name for file in files if not file.is_file()]:
             raise BackboneError(f"{index} names files that are not there: {', '.join(absent)}")
         return files
@@ -103,25 +96,6 @@ def _safetensors_files(directory: Path) -> list[Path]:
             "AutoModelForCausalLM.from_pretrained(directory).save_pretrained(directory)"
         )
     raise BackboneError(f"{directory} has no model.safetensors and no {index.name}")
-
-
-def _header(file: Path) -> dict[str, tuple[str, Shape, int]]:
-    """Name of the dtype, shape and offset in the file of each tensor."""
-    try:
-        with safe_open(file, framework="numpy"):
-            pass  # Opening checks the header and that the file is complete.
-    except SafetensorError as error:
-        raise BackboneError(f"{file} is truncated or corrupt: {error}") from None
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        offset = 8 + length + entry["data_offsets"][0]
-        tensors[name] = (entry["dtype"], tuple(entry["shape"]), offset)
-    return tensors
 
 
 def stream(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from prefix_jax.errors import PrefixJaxError
 
@@ -66,6 +69,35 @@ def read_bytes(
     if len(content) > limit:
         raise error(f"{path}: larger than {limit:,} bytes, the most that is read of such a file")
     return content
+
+
+@contextlib.contextmanager
+def open_binary(
+    path: str | os.PathLike[str], error: type[PrefixJaxError]
+) -> Iterator[tuple[BinaryIO, int]]:
+    """Opens a regular file of any size, of which only parts are read.
+
+    Args:
+        path: of the file.
+        error: the class to raise.
+
+    Yields:
+        The file and its size in bytes.
+
+    Raises:
+        PrefixJaxError: of class `error`, if the file is missing, unreadable or not a regular file,
+            or if reading it fails inside the context.
+    """
+    path = expand(path, error)
+    try:
+        if not path.exists():
+            raise error(f"{path}: no such file")
+        if not path.is_file():
+            raise error(f"{path}: {_kind(path)}; expected a regular file")
+        with path.open("rb") as file:
+            yield file, os.fstat(file.fileno()).st_size
+    except OSError as failure:
+        raise error(f"{path}: cannot be read ({explain(failure)})") from failure
 
 
 def read_text(

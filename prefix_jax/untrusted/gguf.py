@@ -1,0 +1,269 @@
+"""GGUF headers: metadata and tensor infos, checked against the size of the file.
+
+The `gguf` library knows the types of tensors and how to dequantise them. Its reader is not used: it
+trusts every length in the file, and needs seconds for a vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from prefix_jax.errors import PrefixJaxError
+from prefix_jax.untrusted.paths import open_binary
+from prefix_jax.untrusted.values import require
+
+# Metadata and tensor infos. A vocabulary of 256,000 tokens with its merges has 20 MB.
+HEADER_LIMIT = 128 * 2**20
+MAX_RANK = 4
+
+_VERSIONS = (2, 3)
+_MAX_NESTING = 3
+_NUMBERS: dict[GGUFValueType, np.dtype[Any]] = {
+    GGUFValueType.UINT8: np.dtype("u1"),
+    GGUFValueType.INT8: np.dtype("i1"),
+    GGUFValueType.UINT16: np.dtype("<u2"),
+    GGUFValueType.INT16: np.dtype("<i2"),
+    GGUFValueType.UINT32: np.dtype("<u4"),
+    GGUFValueType.INT32: np.dtype("<i4"),
+    GGUFValueType.UINT64: np.dtype("<u8"),
+    GGUFValueType.INT64: np.dtype("<i8"),
+    GGUFValueType.FLOAT32: np.dtype("<f4"),
+    GGUFValueType.FLOAT64: np.dtype("<f8"),
+    GGUFValueType.BOOL: np.dtype("?"),
+}
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_MISSING: Any = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFTensor:
+    """Where a tensor is in its file.
+
+    Attributes:
+        kind: how it is stored.
+        shape: outermost axis first.
+        offset: of the first byte, from the start of the file.
+    """
+
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in bytes: quantised blocks are along the innermost axis."""
+        block, size = GGML_QUANT_SIZES[self.kind]
+        return (*self.shape[:-1], self.shape[-1] // block * size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """The metadata of a GGUF file.
+
+    Attributes:
+        where: the file, for messages.
+        values: numbers, booleans, strings and lists, by key. Their types are the file's choice:
+            read them with `get`.
+        error: the class to raise.
+    """
+
+    where: str
+    values: Mapping[str, Any]
+    error: type[PrefixJaxError]
+
+    def get(self, key: str, hint: Any, default: Any = _MISSING) -> Any:
+        """A value of the type that its reader expects.
+
+        Args:
+            key: such as "llama.block_count".
+            hint: the expected type and range, such as `values.Size` or `list[str]`.
+            default: what a missing key means; without one, the key is required.
+
+        Raises:
+            PrefixJaxError: of class `error`, if the key is missing or its value does not match.
+        """
+        if key in self.values:
+            return require(self.values[key], hint, f"{self.where}: metadata {key}", self.error)
+        if default is _MISSING:
+            raise self.error(f"{self.where} lacks the metadata key {key}")
+        return default
+
+
+def read_header(
+    path: str | os.PathLike[str], error: type[PrefixJaxError]
+) -> tuple[Metadata, dict[str, GGUFTensor]]:
+    """Reads the metadata, and where the tensors are.
+
+    Args:
+        path: of a GGUF file.
+        error: the class to raise.
+
+    Raises:
+        PrefixJaxError: of class `error`, if the file cannot be read, is truncated, has the other
+            byte order, or its header is malformed.
+    """
+    with open_binary(path, error) as (file, size):
+        try:
+            if size == 0:
+                raise _CorruptError("it is empty")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                header = _Header(data)
+                return Metadata(str(path), header.metadata, error), header.tensors
+        except _ByteOrderError:
+            raise error(
+                f"{path} has the other byte order; convert it with gguf-convert-endian"
+            ) from None
+        except _CorruptError as failure:
+            raise error(f"{path} is not a complete GGUF file: {failure}; copy it again") from None
+
+
+class _CorruptError(Exception):
+    """What is wrong with a header."""
+
+
+class _ByteOrderError(Exception):
+    """A big-endian file."""
+
+
+class _Header:
+    """A walk through a header that never leaves the file."""
+
+    def __init__(self, data: mmap.mmap):
+        self._data, self._at, self._end = data, 0, min(len(data), HEADER_LIMIT)
+        if self._take(4) != b"GGUF":
+            raise _CorruptError("it does not begin with GGUF")
+        version = self._u32()
+        if version & 0xFFFF == 0:
+            raise _ByteOrderError
+        if version not in _VERSIONS:
+            raise _CorruptError(f"version {version}, expected one of {_VERSIONS}")
+        # An info has at least a length, a rank, a type and an offset; a pair a length and a type.
+        tensors, pairs = self._count(24, "tensors"), self._count(13, "keys")
+        self.metadata: dict[str, Any] = {}
+        for _ in range(pairs):
+            key = self._string("a key")
+            if key in self.metadata:
+                raise _CorruptError(f"the key {key!r} appears twice")
+            self.metadata[key] = self._value(self._type(key), key)
+        infos = [self._info() for _ in range(tensors)]
+        self.tensors = self._place(infos)
+
+    def _take(self, count: int) -> bytes:
+        start, self._at = self._at, self._at + count
+        if self._at > self._end:
+            raise _CorruptError(f"the header ends after {self._end:,} bytes")
+        return self._data[start : self._at]
+
+    def _u32(self) -> int:
+        return int(_U32.unpack(self._take(4))[0])
+
+    def _u64(self) -> int:
+        return int(_U64.unpack(self._take(8))[0])
+
+    def _count(self, size: int, what: str) -> int:
+        """A number of items that have at least `size` bytes each."""
+        count = self._u64()
+        if count * size > self._end - self._at:
+            raise _CorruptError(f"{count:,} {what} do not fit the file")
+        return count
+
+    def _string(self, what: str) -> str:
+        try:
+            return self._take(self._u64()).decode("utf-8")
+        except UnicodeDecodeError:
+            raise _CorruptError(f"{what} is not UTF-8") from None
+
+    def _type(self, key: str) -> GGUFValueType:
+        with contextlib.suppress(ValueError):
+            return GGUFValueType(number := self._u32())
+        raise _CorruptError(f"{key} has the unknown type {number}")
+
+    def _value(self, kind: GGUFValueType, key: str, nesting: int = 0) -> Any:
+        if kind == GGUFValueType.STRING:
+            return self._string(key)
+        if kind != GGUFValueType.ARRAY:
+            return self._numbers(kind, 1)[0]
+        if nesting == _MAX_NESTING:
+            raise _CorruptError(f"{key} has arrays nested more than {_MAX_NESTING} levels deep")
+        kind = self._type(key)
+        if kind in _NUMBERS:
+            return self._numbers(kind, self._count(_NUMBERS[kind].itemsize, f"values of {key}"))
+        count = self._count(8, f"values of {key}")
+        if kind == GGUFValueType.STRING:
+            return self._strings(count, key)
+        return [self._value(kind, key, nesting + 1) for _ in range(count)]
+
+    def _numbers(self, kind: GGUFValueType, count: int) -> list[Any]:
+        dtype = _NUMBERS[kind]
+        return np.frombuffer(self._take(count * dtype.itemsize), dtype).tolist()
+
+    def _strings(self, count: int, key: str) -> list[str]:
+        """Like `_string`, for a vocabulary."""
+        data, at, end, size_at = self._data, self._at, self._end, _U64.unpack_from
+        found = []
+        try:
+            for _ in range(count):
+                start = at + 8
+                at = start + size_at(data, at)[0]
+                if at > end:
+                    raise _CorruptError(f"{key} does not fit the file")
+                found.append(str(data[start:at], "utf-8"))
+        except UnicodeDecodeError:
+            raise _CorruptError(f"value {len(found)} of {key} is not UTF-8") from None
+        except struct.error:
+            raise _CorruptError(f"{key} does not fit the file") from None
+        self._at = at
+        return found
+
+    def _info(self) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
+        name = self._string("a tensor's name")
+        rank = self._u32()
+        if not 1 <= rank <= MAX_RANK:
+            raise _CorruptError(f"{name!r} has {rank} axes, expected 1 to {MAX_RANK}")
+        shape = tuple(reversed([self._u64() for _ in range(rank)]))
+        number = self._u32()
+        try:
+            kind = GGMLQuantizationType(number)
+        except ValueError:
+            raise _CorruptError(f"{name!r} has the unknown tensor type {number}") from None
+        block, _ = GGML_QUANT_SIZES[kind]
+        if 0 in shape or shape[-1] % block:
+            raise _CorruptError(f"{name!r} of type {kind.name} has the impossible shape {shape}")
+        return name, kind, shape, self._u64()
+
+    def _place(
+        self, infos: list[tuple[str, GGMLQuantizationType, tuple[int, ...], int]]
+    ) -> dict[str, GGUFTensor]:
+        """The tensors by name. As in llama.cpp, each begins where the one before it ends."""
+        alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 0 < alignment <= 2**16:
+            raise _CorruptError(f"general.alignment is {alignment!r}")
+        start, end = _padded(self._at, alignment), 0
+        tensors: dict[str, GGUFTensor] = {}
+        for name, kind, shape, offset in infos:
+            if name in tensors:
+                raise _CorruptError(f"the tensor {name!r} appears twice")
+            if offset != end:
+                raise _CorruptError(f"{name!r} begins at byte {offset} of the data, expected {end}")
+            block, size = GGML_QUANT_SIZES[kind]
+            stop = offset + math.prod(shape) // block * size
+            if start + stop > len(self._data):
+                raise _CorruptError(
+                    f"{name!r} ends after the file, which has {len(self._data):,} bytes"
+                )
+            tensors[name], end = GGUFTensor(kind, shape, start + offset), _padded(stop, alignment)
+        return tensors
+
+
+def _padded(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
