@@ -132,6 +132,7 @@ class Tuned:
             self.pretrained.listed(),
             self.pretrained.tokenizer,
             self.prefix,
+            self.ends,
         )
         encoded = [self.rendering.encoded(prompt) for prompt in prompts]
         return generator.generate(encoded, self.decode if decode is None else decode, **options)
@@ -268,6 +269,12 @@ class Tuned:
         )
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a generated text: see `Pretrained.ends`."""
+        template = None if self.card is None else self.card.template
+        return self.pretrained.ends(chat=template is not None and template.messages is not None)
+
+    @property
     def fields(self) -> tuple[str, ...] | None:
         """The fields of a record from which its prompt is made; None where only text will do."""
         return self.rendering.fields
@@ -313,6 +320,7 @@ class Tuned:
             self.pretrained.tokenizer,
             **how,
             encoder_decoder=encoder_decoder(backbone, self.prefix),
+            end_ids=backbone.arch.end_ids,
         )
 
     def evaluate(
@@ -359,6 +367,7 @@ class Tuned:
                 self.pretrained.mesh,
                 settings,
                 self.decode if decode is None else decode,
+                ends=self.ends,
             )
         examples = data if isinstance(data, Examples) else self.examples(data)
         prefixes: dict[str, Prefix | None] = {"before": None} if settings.before else {}

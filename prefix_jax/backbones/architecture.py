@@ -67,6 +67,8 @@ class Architecture:
         start_id: the token that a decoder with an encoder begins with.
         first_id: the token that it has to write first; None for any (BART, for summaries).
         last_id: the token that it has to write at the greatest length; None for any (BART).
+        end_ids: tokens that end a text according to the checkpoint's files; those of the tokenizer
+            are added where text is generated (`data.ends`).
     """
 
     model_type: str
@@ -112,6 +114,7 @@ class Architecture:
     start_id: int | None = None
     first_id: int | None = None
     last_id: int | None = None
+    end_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises ValueError or TypeError where no model could have these numbers."""
@@ -156,15 +159,24 @@ def encoder_decoder(
 
     def token(key: str) -> int | None:
         found = config.get(key)
-        if found is not None and not isinstance(found, int):
+        if found is None:
+            return None
+        if not isinstance(found, int) or isinstance(found, bool):
             raise BackboneError(f"{key} is {found!r}; only a single token is supported")
+        if not 0 <= found < decoder.vocab:
+            raise BackboneError(
+                f"{key} is {found}, outside the vocabulary (size {decoder.vocab}); "
+                "copy the value from the original checkpoint"
+            )
         return found
 
     start_id = token("decoder_start_token_id")
+    if start_id is None and config[start] is not None:
+        start_id = token(start)
     return dataclasses.replace(
         decoder,
         encoder=encoder,
-        start_id=config[start] if start_id is None else start_id,
+        start_id=start_id,
         first_id=token("forced_bos_token_id"),
         last_id=token("forced_eos_token_id"),
     )

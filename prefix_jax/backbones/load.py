@@ -19,12 +19,14 @@ from transformers import PreTrainedTokenizerFast
 from prefix_jax.backbones import bart, bert, gemma, gguf, gpt2, llama, neox, opt, t5
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.ends import ends_of_directory, ends_of_gguf
 from prefix_jax.backbones.fingerprint import fingerprint
 from prefix_jax.backbones.forms import Params
 from prefix_jax.backbones.names import match
 from prefix_jax.backbones.quantized import abstract_params
 from prefix_jax.backbones.tokenizer import load_tokenizer
 from prefix_jax.backbones.weights import Safetensors, TensorSource, stream
+from prefix_jax.data.ends import end_tokens
 from prefix_jax.errors import BackboneError, ConfigError, reason
 from prefix_jax.mesh import make_mesh, weight_shardings
 from prefix_jax.nn.quantized import Quantize
@@ -93,6 +95,15 @@ class Pretrained:
         """
         return load_tokenizer(self.path)
 
+    def ends(self, *, chat: bool = False) -> tuple[int, ...]:
+        """The tokens that end a generated text: the tokenizer's and the checkpoint's.
+
+        Args:
+            chat: for a prefix that was trained on chats, whose turns may end with another token:
+                see `end_tokens`.
+        """
+        return end_tokens(self.tokenizer, self.backbone.arch.end_ids, chat=chat)
+
 
 def load(
     source: str | Path,
@@ -118,7 +129,7 @@ def load(
         if value not in get_args(known):
             raise ConfigError(f"{name}: {value!r} is not one of {', '.join(get_args(known))}")
     path = find(source)
-    arch = architecture(read_config(path), str(path))
+    arch = _read_architecture(path)
     checkpoint: TensorSource
     if path.is_dir():
         checkpoint = Safetensors(path)
@@ -148,9 +159,23 @@ def architecture_of(source: str | Path) -> Architecture:
         BackboneError: the source is absent, unreadable or of an unsupported architecture.
     """
     path = find(source, ["*.json"])
-    arch = architecture(read_config(path), str(path))
+    arch = _read_architecture(path)
     weighed = path.is_dir() and any(path.glob("*.safetensors"))
     return _as_stored(arch, Safetensors(path)) if weighed else arch
+
+
+def _read_architecture(path: Path) -> Architecture:
+    """The architecture of a model that `find` found, with its end tokens."""
+    arch = architecture(read_config(path), str(path))
+    if not arch.causal:
+        return arch
+    if path.is_dir():
+        config = _read_mapping(path / "config.json") or {}
+        generation = _read_mapping(path / "generation_config.json")
+        end_ids = ends_of_directory(path, config, generation, arch.vocab)
+    else:
+        end_ids = ends_of_gguf(gguf.open_gguf(path), arch.vocab)
+    return dataclasses.replace(arch, end_ids=end_ids)
 
 
 def _as_stored(arch: Architecture, checkpoint: Safetensors) -> Architecture:

@@ -49,6 +49,7 @@ def load_examples(
     on_overflow: Literal["error", "drop"] = "error",
     tfds_dir: str | os.PathLike[str] | None = None,
     encoder_decoder: EncoderDecoder | None = None,
+    end_ids: Sequence[int] = (),
 ) -> Examples:
     """Reads, renders and tokenises examples.
 
@@ -69,6 +70,7 @@ def load_examples(
         on_overflow: "error", or "drop" an example whose target alone is too long.
         tfds_dir: the data directory of TensorFlow Datasets; None takes its default.
         encoder_decoder: what an encoder-decoder needs; None for a single stack.
+        end_ids: end tokens that the checkpoint states (`Architecture.end_ids`), for chats.
 
     Returns:
         A list of examples that also names the records which were truncated or dropped.
@@ -105,6 +107,7 @@ def load_examples(
         truncate=truncate,
         on_overflow=on_overflow,
         encoder_decoder=encoder_decoder,
+        end_ids=end_ids,
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from prefix_jax.data.batch import Example
+from prefix_jax.data.ends import end_tokens
 from prefix_jax.data.template import Rendered, check_unicode
 from prefix_jax.errors import ConfigError, DataError
 
@@ -64,13 +65,15 @@ def tokenize(
     truncate: Literal["left", "right"] = "left",
     on_overflow: Literal["error", "drop"] = "error",
     encoder_decoder: EncoderDecoder | None = None,
+    end_ids: Sequence[int] = (),
 ) -> Examples:
     """Tokenises each segment apart and joins them, or keeps input and target apart for an
     encoder-decoder.
 
     Text from templates gets the beginning-of-sequence token that the tokenizer itself would write,
     if any, and an end-of-sequence token as the last target. In a chat, a turn's targets end with
-    its last special token: the line break that templates put after it is never generated.
+    its last end token (`end_tokens`): the line break that templates put after it is never
+    generated. If the last turn has none, an end-of-sequence token follows it.
 
     Args:
         rendered: the examples as text.
@@ -82,6 +85,7 @@ def tokenize(
             to fit. Targets are never cut.
         on_overflow: what to do with an example that does not fit with one token of its input.
         encoder_decoder: what an encoder-decoder needs; None for a single stack.
+        end_ids: end tokens that the checkpoint states (`Architecture.end_ids`), for chats.
 
     Raises:
         DataError: an example does not fit, or no target is left of it; the tokenizer has no
@@ -97,7 +101,7 @@ def tokenize(
         return _two_sided(rendered, tokenizer, encoder_decoder, max_length, truncate, on_overflow)
     ids_of = _ids(rendered, tokenizer)
     bos = _bos(tokenizer)
-    special = _special(tokenizer)
+    ends = end_tokens(tokenizer, end_ids, chat=any(item.chat for item in rendered))
     examples, truncated, dropped = [], [], []
     for item in rendered:
         ids: list[int] = [] if item.chat else list(bos)
@@ -109,10 +113,14 @@ def tokenize(
                 raise DataError(f"{item.source}: the tokenizer makes no token of {segment.text!r}")
             if segment.target and not item.chat:
                 tokens = [*tokens, tokenizer.eos_token_id]
+            end = len(tokens)
+            if segment.target and item.chat:
+                end = max((i + 1 for i, token in enumerate(tokens) if token in ends), default=0)
+                if not end and segment is item.segments[-1]:
+                    tokens = [*tokens, _eos(tokenizer)]
+                end = end or len(tokens)
             if segment.target:
                 prompt_length = len(ids)
-            ends = [i + 1 for i, token in enumerate(tokens) if token in special]
-            end = ends[-1] if item.chat and ends else len(tokens)
             ids += tokens
             learnt += [segment.target and i < end for i in range(len(tokens))]
 
@@ -234,14 +242,20 @@ def group_references(examples: Sequence[Example]) -> list[Example]:
 
 def _ids(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Text of a segment → its tokens, each text once and all in one call."""
-    if tokenizer.eos_token_id is None and not all(item.chat for item in rendered):
-        raise DataError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
+    if not all(item.chat for item in rendered):
+        _eos(tokenizer)
     for item in rendered:
         check_unicode((segment.text for segment in item.segments), item.source)
     texts = list(dict.fromkeys(segment.text for item in rendered for segment in item.segments))
     # verbose: no warning about the length of a segment; max_length is what decides.
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return dict(zip(texts, encoded, strict=True))
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
+    return int(tokenizer.eos_token_id)
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -257,8 +271,3 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
     first, last = special.index(0), len(special) - special[::-1].index(0)
     return ids[:first], ids[last:]
-
-
-def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    added = tokenizer.added_tokens_decoder.items()
-    return {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.forms import Params
 from prefix_jax.config import DecodeConfig
+from prefix_jax.data.ends import end_tokens
 from prefix_jax.decode.continuation import Continuation, Generation, Writer
 from prefix_jax.decode.loop import Search, advance, read
 from prefix_jax.decode.options import make_search
@@ -44,7 +45,8 @@ class Generator:
         params: its weights; `backbone.listed(params)` is the faster form here.
         tokenizer: a fast one of Hugging Face transformers.
         prefix: stands before every prompt; None is the bare model.
-        eos: the tokens that end a text; None takes the tokenizer's.
+        eos: the tokens that end a text; None for the tokenizer's and the checkpoint's. A prefix
+            that was trained on chats needs more: see `Pretrained.ends`.
     """
 
     backbone: Backbone
@@ -157,7 +159,7 @@ class Generator:
         """
         eos = self.eos
         if eos is None:
-            eos = () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
+            eos = end_tokens(self.tokenizer, self.backbone.arch.end_ids)
         B, filling = bucket(len(prompts), 1), bucket(len(prompts), 1) - len(prompts)
         ids_BS = np.zeros((B, prompt_bucket(max(map(len, prompts.values())))), np.int32)
         for row, ids in enumerate(prompts.values()):

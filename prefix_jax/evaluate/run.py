@@ -18,6 +18,7 @@ from prefix_jax.backbones.forms import Params
 from prefix_jax.backbones.load import Pretrained
 from prefix_jax.config import DecodeConfig, EvaluateConfig, TaskConfig, check_metrics
 from prefix_jax.data.batch import Batch, Example
+from prefix_jax.data.ends import end_tokens
 from prefix_jax.data.pipeline import evaluation_batches
 from prefix_jax.data.tokens import group_references
 from prefix_jax.decode.generate import Generator
@@ -55,6 +56,7 @@ class Evaluator:
         config: metrics, labels, batch size and limit.
         decode: how text is generated.
         task: what is made of a text, with its labels.
+        ends: the tokens that end a generated text; None for those of `Generator`.
 
     Raises:
         ConfigError: the metrics are not those of the task.
@@ -68,11 +70,13 @@ class Evaluator:
         config: EvaluateConfig = EvaluateConfig(),
         decode: DecodeConfig = DecodeConfig(),
         task: TaskConfig = TaskConfig(),
+        ends: tuple[int, ...] | None = None,
     ):
         check_metrics(task.name, config)
         self._task = task
         self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
         self._config, self._decode = config, decode
+        self._ends = end_tokens(tokenizer, model.backbone.arch.end_ids) if ends is None else ends
         # Every host reads the scores of all rows.
         self._score = jax.jit(model.score, out_shardings=replicated(mesh))
         self._answer = jax.jit(model.answer, out_shardings=replicated(mesh))
@@ -307,10 +311,11 @@ class Evaluator:
                 f"evaluate.labels: none of {', '.join(map(repr, labels))} is a target of the data, "
                 f"such as {targets[0]!r}; write them as the targets are, spaces included"
             )
-        ends = [self._tokenizer.eos_token_id]
         ids = [self._tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
         candidates = [
-            _with_target(example, [*label_ids, *ends]) for example in examples for label_ids in ids
+            _with_target(example, [*label_ids, *self._end(example)])
+            for example in examples
+            for label_ids in ids
         ]
         longest = max(candidates, key=lambda candidate: len(candidate.ids_T))
         # The start token of a decoder takes no place of a target.
@@ -322,11 +327,16 @@ class Evaluator:
             )
         return candidates
 
+    def _end(self, example: Example) -> list[int]:
+        """The token that ends the example's target: of a chat, that of the assistant's turn."""
+        ids: list[int] = example.ids_T[np.isin(example.ids_T, self._ends)][-1:].tolist()
+        return ids
+
     def _generate(
         self, params: Params, prefix: Prefix | None, examples: Sequence[Example]
     ) -> list[str]:
         """What the model writes after each example's prompt."""
-        generator = Generator(self._model.backbone, params, self._tokenizer, prefix)
+        generator = Generator(self._model.backbone, params, self._tokenizer, prefix, self._ends)
         prompts = [example.prompt_ids for example in examples]
         generations = generator.generate(prompts, self._decode, batch_size=self._config.batch_size)
         return [generation.text.strip() for generation in generations]

@@ -115,6 +115,7 @@ def fit(
         config.evaluate,
         config.decode,
         setup.task,
+        setup.pretrained.ends(chat=config.data.messages is not None),
     )
     evaluator.check(setup.splits.get("dev", ()), config.evaluate.metrics[:1])
     evaluator.check(setup.splits.get("test", ()), config.evaluate.metrics)

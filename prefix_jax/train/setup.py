@@ -220,5 +220,6 @@ def load_splits(
         on_overflow=data.on_overflow,
         tfds_dir=data.tfds_dir,
         encoder_decoder=model.encoder_decoder,
+        end_ids=model.backbone.arch.end_ids,
     )
     return {name: read(source) for name, source in sources.items()}

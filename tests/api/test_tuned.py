@@ -159,6 +159,26 @@ def test_chats_are_learnt_and_answered_through_the_chat_template(
     assert dev == [pytest.approx(tuned.evaluate(chats[:4]).report.metrics["loss"])]
 
 
+def test_a_prefix_trained_on_chats_stops_where_a_turn_ends(tmp_path: Path) -> None:
+    """As on Gemma, whose turns end with a token that is not the tokenizer's eos."""
+    model = runs.on_one_device(tiny.write_model(tmp_path / "model", vocab_size=258))
+    model.tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    model.tokenizer.chat_template = CHAT.replace("</s>", "<end_of_turn>\n")
+    chats = [
+        {"turns": [{"role": "user", "content": text}, {"role": "assistant", "content": "y"}]}
+        for text in "12"
+    ]
+    options = {"messages": "turns", "batch_size": 2, "learning_rate": 0.3, "quiet": True}
+    tuned = pj.fit(model, pj.PrefixTuning(16), chats, **options, steps=60, output=tmp_path / "run")
+    assert tuned.ends == (256, 257)
+    loaded = pj.load_prefix(tmp_path / "run", model)
+    (found,) = loaded.generations([chats[0]])
+    assert found.samples[0].ids[-1] == 257
+    assert (found.text, found.samples[0].finish) == ("y", "eos")
+    metrics = loaded.evaluate(chats, ["exact_match", "accuracy"], labels=("y", "n")).report.metrics
+    assert (metrics["exact_match"], metrics["accuracy"]) == (100, 100)
+
+
 # --- Bad input -------------------------------------------------------------------------------
 
 

@@ -39,6 +39,8 @@ def convert(variant: str, path: Path, kind: gguf.GGMLQuantizationType = F16) -> 
     arch = ARCHES[config["model_type"]]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     (_write_gpt2 if arch is gguf.MODEL_ARCH.GPT2 else _write_llama)(writer, config)
+    if config["eos_token_id"] < config["vocab_size"]:
+        writer.add_eos_token_id(config["eos_token_id"])
     names = gguf.get_tensor_name_map(arch, 8)
     for name, x in load_file(FIXTURES / variant / "model.safetensors").items():
         for rotary, heads in (

@@ -1,6 +1,9 @@
+import copy
+
 import numpy as np
 import pytest
 
+from prefix_jax.data.ends import end_tokens
 from prefix_jax.data.source import Record
 from prefix_jax.data.template import Template, render, render_chat
 from prefix_jax.data.tokens import EncoderDecoder, group_references, tokenize
@@ -110,6 +113,42 @@ def test_in_a_chat_the_assistants_turns_and_their_ends_are_learnt(tokenizer):
     prompt = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
     assert example.prompt.endswith("<|im_start|>assistant\n")
     assert example.ids_T[: len(prompt)].tolist() == prompt
+
+
+def _speaking(tokenizer, ending, *added):
+    """The tokenizer with a chat template whose turns end with a text."""
+    changed = copy.deepcopy(tokenizer)
+    changed.add_tokens(list(added))
+    changed.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", ending)
+    return changed
+
+
+TURNS = [("user", "1"), ("assistant", "one"), ("user", "2"), ("assistant", "two")]
+
+
+def test_a_turn_is_learnt_up_to_a_token_that_decoding_stops_at(tokenizer):
+    gemma = _speaking(tokenizer, "<end_of_turn>\n", "<end_of_turn>")
+    (example,) = tokenize([chat(gemma, *TURNS)], gemma)
+    learnt = gemma.decode(example.ids_T[example.target_T])
+    assert learnt == "one<end_of_turn>two<end_of_turn>"
+    assert example.ids_T[example.target_T][-1] in end_tokens(gemma, chat=True)
+
+
+def test_a_turn_may_end_with_a_token_that_only_the_checkpoint_names(tokenizer):
+    stated = _speaking(tokenizer, "{{ '#' if m.content == 'two' else '' }}\n")
+    sharp = stated.convert_tokens_to_ids("#")
+    (example,) = tokenize([chat(stated, *TURNS)], stated, end_ids=[sharp])
+    assert stated.decode(example.ids_T[example.target_T]) == "one\ntwo#"
+
+
+def test_a_chat_whose_template_ends_no_turn_ends_with_eos(tokenizer):
+    plain = _speaking(tokenizer, "\n")
+    (example,) = tokenize([chat(plain, *TURNS)], plain)
+    assert plain.decode(example.ids_T[example.target_T]) == "one\ntwo\n<|im_end|>"
+    assert plain.decode(example.ids_T).count("<|im_end|>") == 1
+    endless = type(plain)(tokenizer_object=plain.backend_tokenizer)
+    with pytest.raises(DataError, match="no end-of-sequence token"):
+        tokenize([chat(plain, *TURNS)], endless)
 
 
 def test_a_chat_gets_no_special_tokens_beside_its_templates(bos_tokenizer):

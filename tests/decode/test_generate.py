@@ -187,6 +187,39 @@ class TestEnds:
             assert sample.finish == ("eos" if eos in ids else "length")
             assert len(sample.logprobs) == len(sample.ids)
 
+    @pytest.mark.parametrize(
+        "config",
+        [
+            DecodeConfig(max_new_tokens=NEW),
+            DecodeConfig(max_new_tokens=NEW, temperature=1.5, samples=4, seed=3),
+            DecodeConfig(max_new_tokens=NEW, beams=3, samples=3, min_new_tokens=2),
+        ],
+        ids=["greedy", "sampled", "beams"],
+    )
+    def test_any_of_several_end_tokens_ends_a_text(
+        self, generator: Generator, config: DecodeConfig
+    ) -> None:
+        """Those of the checkpoint, where the generator is told no other."""
+        prompts = [[i] for i in range(4)]
+        free = generator.generate(prompts, config)
+        ends = tuple(sorted({generation.samples[-1].ids[3] for generation in free}))
+        assert len(ends) > 1
+        arch = dataclasses.replace(generator.backbone.arch, end_ids=ends)
+        ending = dataclasses.replace(generator, backbone=Backbone(arch))
+        ended = set()
+        for generation in ending.generate(prompts, config):
+            for sample in generation.samples:
+                assert not {*ends} & {*sample.ids[:-1]}
+                assert (sample.finish == "eos") == (sample.ids[-1] in (*ends, 256))
+                ended |= {*sample.ids[-1:]} & {*ends}
+        assert len(ended) > 1
+
+    def test_no_end_token_comes_before_the_minimum_length(self, generator: Generator) -> None:
+        (free,) = generator.generate([[1]], DecodeConfig(max_new_tokens=NEW))
+        ending = dataclasses.replace(generator, eos=free.samples[0].ids[:2])
+        (late,) = ending.generate([[1]], DecodeConfig(max_new_tokens=NEW, min_new_tokens=NEW))
+        assert len(late.samples[0].ids) == NEW
+
     def test_length_ends_a_text(self, generator: Generator) -> None:
         (generation,) = generator.generate([[1]], DecodeConfig(max_new_tokens=5))
         assert len(generation.samples[0].ids) == 5

@@ -1,0 +1,57 @@
+"""The tokens that end a text, and a chat's turn."""
+
+import copy
+
+import pytest
+
+from prefix_jax.data.ends import end_tokens
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}%s{% endfor %}"
+
+
+@pytest.fixture
+def speaking(tokenizer):
+    """Gives the tokenizer another chat template, whose turns end as told."""
+
+    def make(ending=None, *added, template=TURNS):
+        changed = copy.deepcopy(tokenizer)
+        changed.add_tokens(list(added))
+        changed.chat_template = None if ending is None else template.replace("%s", ending)
+        return changed
+
+    return make
+
+
+def test_ends_are_the_tokenizers_and_the_checkpoints_each_once(tokenizer):
+    eos = tokenizer.eos_token_id
+    assert end_tokens(tokenizer) == (eos,)
+    assert end_tokens(tokenizer, (7, eos, 7, 8)) == (eos, 7, 8)
+
+
+def test_a_tokenizer_without_eos_leaves_the_checkpoints_ends(tokenizer):
+    endless = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    assert end_tokens(endless) == ()
+    assert end_tokens(endless, [3]) == (3,)
+
+
+def test_a_chat_also_ends_where_its_template_ends_a_turn(speaking):
+    gemma = speaking("<end_of_turn>\n", "<end_of_turn>")
+    turn = gemma.convert_tokens_to_ids("<end_of_turn>")
+    assert end_tokens(gemma, chat=True) == (gemma.eos_token_id, turn)
+    assert end_tokens(gemma) == (gemma.eos_token_id,)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("<|im_end|>\n",),
+        (" END\n",),
+        # Some tokenizers keep line breaks as tokens of their own.
+        ("\n\n", "\n\n"),
+        (None,),
+        ("{{ raise_exception('give a system turn') }}",),
+    ],
+)
+def test_a_template_without_another_end_adds_none(speaking, changes):
+    tokenizer = speaking(*changes)
+    assert end_tokens(tokenizer, chat=True) == (tokenizer.eos_token_id,)
