@@ -21,7 +21,7 @@ DEV = .venv-$(VERSION)
 PARITY = .venv-parity
 PIP = -m pip --disable-pip-version-check --quiet install
 
-.PHONY: help quickstart test lint parity bench pins clean
+.PHONY: help quickstart test fuzz lint parity bench pins clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -33,6 +33,9 @@ quickstart: .venv/installed ## tune a prefix on a real 135M model, on CPU, in mi
 test: $(DEV)/installed ## run the test suite
 	@echo "Running the tests on Python $(VERSION), two at a time"
 	@$(DEV)/bin/python -m pytest --quiet --numprocesses 2 --dist worksteal
+
+fuzz: $(DEV)/installed ## attack every reader of files; report the outcomes (CASES=300 each)
+	@$(DEV)/bin/python tests/fuzz.py --cases $(or $(CASES),300)
 
 lint: $(DEV)/installed ## ruff, import-linter, mypy, shellcheck
 	$(DEV)/bin/ruff check

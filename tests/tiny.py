@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gguf
 import jax
 import numpy as np
 import safetensors.numpy
@@ -94,6 +96,63 @@ def _tokenizer(special: list[str]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in special])
     return tokenizer
+
+
+def write_gguf(
+    file: Path, edit: Callable[[str, Any], Any] = lambda name, value: value, *, seed: int = 0
+) -> Path:
+    """Writes a GGUF file of a tiny llama with a byte-level tokenizer.
+
+    Args:
+        file: where to.
+        edit: called with the name and the value of each metadata key; returns the value to write.
+        seed: of the weights.
+    """
+    alphabet = sorted(_BYTES)
+    tokens = [*alphabet, "ab", _END]
+    normal, control = 1, 3  # gguf.TokenType
+    content = CONFIG | {"vocab_size": len(tokens)}
+    metadata: dict[str, Any] = {
+        "llama.block_count": content["num_hidden_layers"],
+        "llama.context_length": content["max_position_embeddings"],
+        "llama.embedding_length": content["hidden_size"],
+        "llama.feed_forward_length": content["intermediate_size"],
+        "llama.attention.head_count": content["num_attention_heads"],
+        "llama.attention.head_count_kv": content["num_key_value_heads"],
+        "llama.attention.layer_norm_rms_epsilon": content["rms_norm_eps"],
+        "llama.rope.freq_base": content["rope_theta"],
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [normal] * (len(tokens) - 1) + [control],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.eos_token_id": len(tokens) - 1,
+        "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    }
+    writer = gguf.GGUFWriter(file, "llama")
+    for name, value in metadata.items():
+        _add_metadata(writer, name, edit(name, value))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, content["num_hidden_layers"])
+    for name, x in _weights(content, seed).items():
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), x)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def _add_metadata(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
+    if isinstance(value, list):
+        writer.add_array(name, value)
+    elif isinstance(value, bool):
+        writer.add_bool(name, value)
+    elif isinstance(value, int):
+        (writer.add_uint32 if value >= 0 else writer.add_int32)(name, value)
+    elif isinstance(value, float):
+        writer.add_float32(name, value)
+    else:
+        writer.add_string(name, value)
 
 
 # Encoders, of BERT's and of RoBERTa's kind.

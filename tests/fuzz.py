@@ -1,0 +1,186 @@
+"""Runs many cases of every attack in watched processes and reports how each one ended.
+
+    python tests/fuzz.py                              # every target, 300 cases each
+    python tests/fuzz.py gguf jsonl --cases 5000      # some targets
+    python tests/fuzz.py gguf --seed 3 --only 17      # one case again, with its traceback
+
+A case may end well or with a `PrefixJaxError`. Anything else counts as a failure: another
+exception, more than `--seconds` without an end, more than `--gigabytes` of memory, or the death of
+the process. The exit code is 1 if there was a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import resource
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"
+}  # fmt: skip
+_OUTCOMES = ("accepted", "refused", "traceback", "hang", "memory", "death")
+
+
+def main() -> int:
+    """Attacks the targets of the command line and prints a table of outcomes."""
+    args = _arguments()
+    os.environ.update(_ENVIRONMENT)
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    if args.only is not None:
+        return _repeat(args.targets[0], args.seed, args.only)
+    if args.worker:
+        return _work(args.targets[0], args.seed, args.first, args.cases, int(args.gigabytes * 2e9))
+    from attack import TARGETS
+
+    console, table = Console(), Table("target", *_OUTCOMES, "slowest")
+    failures: list[str] = []
+    for name in args.targets or TARGETS:
+        counts, slowest, failed = _attack(name, args)
+        table.add_row(name, *(str(counts[o] or "") for o in _OUTCOMES), f"{slowest:.1f} s")
+        failures += failed
+        for line in failed:
+            console.print(line, markup=False, highlight=False)
+    console.print(table)
+    return 1 if failures else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("targets", nargs="*")
+    parser.add_argument("--cases", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--gigabytes", type=float, default=3.0)
+    parser.add_argument("--only", type=int)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _repeat(name: str, seed: int, case: int) -> int:
+    """Runs one case in this process and lets its exception show."""
+    from attack import TARGETS, case_rng
+
+    with tempfile.TemporaryDirectory() as folder:
+        TARGETS[name](Path(folder))(case_rng(name, seed, case))
+    return 0
+
+
+def _work(name: str, seed: int, first: int, end: int, limit: int) -> int:
+    """Runs cases `first` to `end` and writes a line at the start and at the end of each."""
+    from attack import TARGETS, case_rng
+
+    from prefix_jax.errors import PrefixJaxError
+
+    # The protocol has a descriptor of its own: what libraries print must not mix with it.
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    # Above the limit that the parent watches: a single huge allocation must not starve the machine.
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    with tempfile.TemporaryDirectory() as folder:
+        attempt = TARGETS[name](Path(folder))
+        for case in range(first, end):
+            print("start", case, file=out)
+            try:
+                attempt(case_rng(name, seed, case))
+            except PrefixJaxError:
+                print("refused", case, file=out)
+            except MemoryError:
+                print("memory", case, file=out)
+            except BaseException as error:
+                where = traceback.extract_tb(error.__traceback__)
+                ours = next((f for f in reversed(where) if "/prefix_jax/" in f.filename), where[-1])
+                place = f"{Path(ours.filename).name}:{ours.lineno}"
+                text = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+                print(f"traceback {case} {place} {text!r}", file=out)
+            else:
+                print("accepted", case, file=out)
+    return 0
+
+
+def _attack(name: str, args: argparse.Namespace) -> tuple[collections.Counter, float, list[str]]:
+    """All cases of a target: counts by outcome, the longest time of one, and the failures."""
+    counts: collections.Counter[str] = collections.Counter()
+    failures: list[str] = []
+    slowest, first = 0.0, 0
+    while first < args.cases:
+        command = [sys.executable, __file__, name, "--worker"]
+        command += ["--seed", str(args.seed), "--first", str(first), "--cases", str(args.cases)]
+        command += ["--gigabytes", str(args.gigabytes)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            first, longest = _watch(process, name, args, first, counts, failures)
+            slowest = max(slowest, longest)
+    return counts, slowest, failures
+
+
+def _watch(
+    process: subprocess.Popen[str],
+    name: str,
+    args: argparse.Namespace,
+    first: int,
+    counts: collections.Counter[str],
+    failures: list[str],
+) -> tuple[int, float]:
+    """Follows a process until it ends or is killed; returns the next case and the longest time."""
+    assert process.stdout is not None
+    selector = selectors.DefaultSelector()
+    selector.register(process.stdout, selectors.EVENT_READ)
+    case, started, longest = first - 1, time.monotonic(), 0.0
+    running = False
+
+    def fail(kind: str, text: str = "") -> None:
+        counts[kind] += 1
+        failures.append(f"{kind}: {name} --seed {args.seed} --only {case} {text}".rstrip())
+
+    while True:
+        if selector.select(0.2):
+            line = process.stdout.readline()
+            if not line:
+                break
+            kind, number, *rest = line.split(maxsplit=2)
+            if kind == "start":
+                case, started, running = int(number), time.monotonic(), True
+                continue
+            longest, running = max(longest, time.monotonic() - started), False
+            if kind in ("traceback", "memory"):
+                fail(kind, "".join(rest).strip())
+            else:
+                counts[kind] += 1
+        elif running and time.monotonic() - started > args.seconds:
+            process.kill()
+            fail("hang")
+            return case + 1, args.seconds
+        elif running and _memory(process.pid) > args.gigabytes * 1e9:
+            process.kill()
+            fail("memory")
+            return case + 1, longest
+    process.wait()
+    if running:
+        fail("death", f"(exit code {process.returncode})")
+    elif case < first:
+        raise SystemExit(f"{name}: the target failed before its first case; run it with --only 0")
+    return case + 1, longest
+
+
+def _memory(pid: int) -> int:
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
