@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from prefix_jax.errors import BackboneError
+from prefix_jax.nn.activations import activation
 from prefix_jax.nn.relative import Relative
 from prefix_jax.nn.rotary import Rotary
 from prefix_jax.prefix import Geometry, SiteShape
+from prefix_jax.untrusted.values import Count, NonNegative, Positive, Size, require_fields
 
 # The positions of a model whose table and training set no bound (T5).
 UNLIMITED = 2**31 - 1
@@ -72,16 +73,16 @@ class Architecture:
     """
 
     model_type: str
-    layers: int
-    d_model: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    d_ff: int
-    vocab: int
-    max_positions: int
+    layers: Size
+    d_model: Size
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
+    d_ff: Size
+    vocab: Size
+    max_positions: Size
     norm: Norm
-    epsilon: float
+    epsilon: NonNegative
     activation: str
     gated: bool
     causal: bool = True
@@ -91,42 +92,42 @@ class Architecture:
     rotary: Rotary | None = None
     sliding_rotary: Rotary | None = None
     relative: Relative | None = None
-    positions: int = 0
-    position_offset: int = 0
-    segments: int = 0
-    embed_dim: int | None = None
-    embed_scale: float | None = None
+    positions: Count = 0
+    position_offset: Count = 0
+    segments: Count = 0
+    embed_dim: Size | None = None
+    embed_scale: Positive | None = None
     embed_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    attention_scale: float | None = None
-    attention_softcap: float | None = None
-    logit_softcap: float | None = None
-    window: int | None = None
+    attention_scale: Positive | None = None
+    attention_softcap: Positive | None = None
+    logit_softcap: Positive | None = None
+    window: Size | None = None
     sliding: tuple[bool, ...] = ()
     tied: bool = True
-    head_scale: float | None = None
+    head_scale: Positive | None = None
     head_bias: bool = False
     pooler: bool = False
     encoder: Architecture | None = None
-    start_id: int | None = None
-    first_id: int | None = None
-    last_id: int | None = None
+    start_id: Count | None = None
+    first_id: Count | None = None
+    last_id: Count | None = None
     end_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises ValueError or TypeError where no model could have these numbers."""
-        for name in ("layers", "d_model", "heads", "kv_heads", "head_dim", "d_ff", "vocab"):
-            value = getattr(self, name)
-            if not isinstance(value, numbers.Integral) or value < 1:
-                raise ValueError(f"{name} is {value!r}, not a number of them")
+        """Raises ValueError or BackboneError where no model could have these values."""
+        require_fields(self, ValueError)
+        activation(self.activation)
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.kv_heads} key/value heads do not share {self.heads} heads")
+        if self.sliding and len(self.sliding) != self.layers:
+            raise ValueError(f"{len(self.sliding)} layers have a kind, expected {self.layers}")
         for rotary in (self.rotary, self.sliding_rotary):
             if rotary is not None:
-                rotary.frequencies(self.head_dim)
+                rotary.check(self.head_dim)
 
     @property
     def geometry(self) -> Geometry:

@@ -167,12 +167,13 @@ class GGUF:
                 "final_logit_softcapping": get("final_logit_softcapping", Positive),
             }
         pattern = get("attention.sliding_window_pattern", Size | list[bool], 6)
-        if not isinstance(pattern, int):
+        if isinstance(pattern, int):
+            shared["sliding_window_pattern"] = pattern
+        else:
             kinds = ("full_attention", "sliding_attention")
             shared["layer_types"] = [kinds[slides] for slides in pattern]
         return shared | {
             "model_type": "gemma3_text",
-            "sliding_window_pattern": pattern,
             "rope_local_base_freq": get("rope.freq_base_swa", Positive, 10000.0),
             "final_logit_softcapping": get("final_logit_softcapping", Positive, None),
         }

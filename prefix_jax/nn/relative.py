@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prefix_jax.untrusted.values import Size, require_fields
+
 
 @dataclasses.dataclass(frozen=True)
 class Relative:
@@ -20,9 +22,13 @@ class Relative:
         both_ways: whether keys after the query have buckets of their own (an encoder).
     """
 
-    buckets: int
-    farthest: int
+    buckets: Size
+    farthest: Size
     both_ways: bool
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if a value has the wrong type or is out of range."""
+        require_fields(self, ValueError)
 
     def bucket(self, distance: np.ndarray) -> np.ndarray:
         """The bucket of a distance, query position minus key position: the same shape.

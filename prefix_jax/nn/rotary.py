@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from prefix_jax.untrusted.values import Count, NonNegative, Positive, Share, require_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +30,28 @@ class Rotary:
         share: of a head's dimensions that turn; the rest stay as they are (GPT-NeoX).
     """
 
-    theta: float
-    scaling: str = "none"
-    factor: float = 1.0
-    original_length: int = 0
-    low: float = 1.0
-    high: float = 1.0
-    attention: float = 1.0
+    theta: Positive
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: Positive = 1.0
+    original_length: Count = 0
+    low: NonNegative = 1.0
+    high: NonNegative = 1.0
+    attention: NonNegative = 1.0
     truncate: bool = True
-    share: float = 1.0
+    share: Share = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if a value has the wrong type or is out of range."""
+        require_fields(self, ValueError)
+
+    def check(self, head_dim: int) -> None:
+        """Raises ValueError if heads of this size cannot be rotated."""
+        turning = int(head_dim * self.share)
+        if turning % 2:
+            raise ValueError(f"{turning} of {head_dim} dimensions rotate, expected an even number")
+        with np.errstate(all="ignore"):
+            if not np.isfinite(self.frequencies(turning)).all():
+                raise ValueError(f"{self} has frequencies that are not finite")
 
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Radians per position, float32 [H / 2]."""
@@ -49,10 +65,8 @@ class Rotary:
             keep = (self.original_length / wavelength - self.low) / (self.high - self.low)
             keep = np.clip(keep, 0, 1)
             scaled = keep * plain + (1 - keep) * plain / self.factor
-        elif self.scaling == "yarn":
-            scaled = self._yarn(plain, head_dim)
         else:
-            raise ValueError(f"unknown rotary scaling {self.scaling!r}")
+            scaled = self._yarn(plain, head_dim)
         return scaled.astype(np.float32)
 
     def _yarn(self, plain: np.ndarray, head_dim: int) -> np.ndarray:

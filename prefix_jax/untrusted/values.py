@@ -90,7 +90,8 @@ def require(value: Any, hint: Any, where: str, error: type[PrefixJaxError | Valu
 
 def require_fields(instance: Any, error: type[PrefixJaxError | ValueError]) -> None:
     """Checks every field of a dataclass against its type hint. See `require`."""
-    for name, hint in _hints(type(instance)).items():
+    cls: Any = type(instance)
+    for name, hint in _hints(cls).items():
         require(getattr(instance, name), hint, name, error)
 
 

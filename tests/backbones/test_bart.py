@@ -59,7 +59,7 @@ def test_newer_checkpoints_say_in_a_file_of_its_own_how_texts_begin_and_end(tmp_
     (path / "generation_config.json").write_text(json.dumps(generation))
     assert read_config(path) == CONFIG
     (path / "generation_config.json").write_text("[")
-    with pytest.raises(BackboneError, match=r"generation_config\.json is not valid JSON"):
+    with pytest.raises(BackboneError, match=r"generation_config\.json: malformed JSON"):
         read_config(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ import tiny
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.numpy import load_file, save_file
 
-from prefix_jax.backbones.load import architecture, find, load, read_config
+from prefix_jax.backbones.load import architecture, architecture_of, find, load, read_config
 from prefix_jax.errors import BackboneError, ConfigError
+from prefix_jax.nn.quantized import Quantize
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "backbones"
 
@@ -37,38 +39,106 @@ def test_an_unsupported_architecture_lists_the_supported_ones(model: Path) -> No
         load(model)
 
 
-@pytest.mark.parametrize("value", [None, 0, "4"])
-def test_a_config_with_values_that_cannot_be_is_an_error(model: Path, value: object) -> None:
-    config = read_config(model) | {"num_attention_heads": value}
-    config.pop("head_dim", None)
-    with pytest.raises(BackboneError, match="configuration of here holds values that no "):
-        architecture(config, "here")
-
-
 @pytest.mark.parametrize(
     ("key", "value"),
     [
+        ("num_attention_heads", None),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", "4"),
         ("num_hidden_layers", -1),
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", True),
         ("hidden_size", 32.0),
-        ("num_attention_heads", 5),
-        ("num_key_value_heads", 3),
+        ("vocab_size", 10**9),
+        ("rms_norm_eps", "x"),
+        ("rms_norm_eps", math.nan),
+        ("max_position_embeddings", None),
+        ("max_position_embeddings", "x"),
+        ("max_position_embeddings", math.inf),
+        ("hidden_act", ["silu"]),
+        ("eos_token_id", "x"),
+        ("tie_word_embeddings", "false"),
+        ("attention_bias", 0),
         ("rope_theta", "x"),
+        ("rope_theta", 0),
+        ("rope_theta", -1.0),
+        ("rope_scaling", [1]),
+        ("rope_scaling", {"rope_type": "linear", "factor": "x"}),
+        ("rope_parameters", {"rope_theta": 0}),
+        ("sliding_window", 0.5),
+        ("layer_types", "full_attention"),
     ],
 )
-def test_a_model_is_not_built_from_numbers_that_cannot_be(tmp_path: Path, key, value) -> None:
+def test_config_value_of_a_wrong_type_or_range_is_named(
+    tmp_path: Path, key: str, value: object
+) -> None:
     directory = tiny.write_model(tmp_path / "model")
     _edit_config(directory, **{key: value})
-    with pytest.raises(BackboneError, match="holds values that no llama has"):
-        load(directory)
+    inner = rf"{key}(: \w+)? must be .*, got "
+    with pytest.raises(BackboneError, match=rf"config\.json: {inner}"):
+        architecture_of(directory)
+    with pytest.raises(BackboneError, match=f"the configuration of here: {inner}"):
+        architecture(tiny.CONFIG | {key: value}, "here")
 
 
-@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {"x": 1}}'])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_attention_heads": 5}, "2 key/value heads do not share 5 heads"),
+        ({"num_key_value_heads": 3}, "3 key/value heads do not share 4 heads"),
+        ({"hidden_size": 2}, "head_dim must be a positive integer"),
+        ({"head_dim": 7}, "7 of 7 dimensions rotate, expected an even number"),
+        ({"rope_theta": 1e-300}, "frequencies that are not finite"),
+    ],
+)
+def test_config_values_that_contradict_each_other_are_named(
+    tmp_path: Path, values: dict[str, int], message: str
+) -> None:
+    directory = tiny.write_model(tmp_path / "model")
+    _edit_config(directory, **values)
+    with pytest.raises(BackboneError, match=f"holds values that no llama has .*{message}"):
+        architecture_of(directory)
+
+
+def test_relative_positions_without_a_distance_are_refused(tmp_path: Path) -> None:
+    directory = tiny.write_t5(tmp_path / "t5")
+    _edit_config(directory, relative_attention_max_distance=0)
+    with pytest.raises(BackboneError, match="relative_attention_max_distance must be an integer"):
+        architecture_of(directory)
+
+
+def test_unknown_activation_is_refused_at_load(tmp_path: Path) -> None:
+    directory = tiny.write_model(tmp_path / "model")
+    _edit_config(directory, hidden_act="swoosh")
+    with pytest.raises(BackboneError, match="unknown activation 'swoosh'; known: "):
+        architecture_of(directory)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {"x": 1}}', "[" * 10_000])
 def test_an_index_that_is_none_is_named(tmp_path: Path, index: str) -> None:
     directory = tiny.write_model(tmp_path / "model")
     (directory / "model.safetensors").unlink()
     (directory / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(BackboneError, match=r"index\.json is not a safetensors index"):
+    with pytest.raises(BackboneError, match=r"index\.json: .*(JSON|must be an object)"):
         load(directory)
+
+
+def test_an_index_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+    directory = tiny.write_model(tmp_path / "model")
+    (directory / "model.safetensors").rename(tmp_path / "model.safetensors")
+    index = json.dumps({"weight_map": {"x": "../model.safetensors"}})
+    (directory / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(BackboneError, match="which is not a file beside it"):
+        load(directory)
+
+
+def test_a_tensor_in_two_shards_is_refused(model: Path) -> None:
+    shutil.copy(model / "model.safetensors", model / "model-2.safetensors")
+    (model / "model.safetensors").rename(model / "model-1.safetensors")
+    shards = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(BackboneError, match=r"is in model-1\.safetensors too; keep one of them"):
+        load(model)
 
 
 def test_a_config_that_lacks_a_number_names_it(model: Path) -> None:
@@ -76,6 +146,27 @@ def test_a_config_that_lacks_a_number_names_it(model: Path) -> None:
     del config["num_hidden_layers"]
     with pytest.raises(BackboneError, match="configuration of here lacks 'num_hidden_layers'"):
         architecture(config, "here")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_weights_that_are_not_finite_are_named(
+    tmp_path: Path, value: float, quantize: Quantize
+) -> None:
+    directory = tiny.write_model(tmp_path / "model")
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
+        tensors[name].flat[-1] = value
+    save_file(tensors, file)
+    with (
+        np.errstate(invalid="ignore"),
+        pytest.raises(
+            BackboneError,
+            match=r"NaN or infinite .* in model\.layers\.1\.mlp\.up_proj\.weight, model\.norm",
+        ),
+    ):
+        load(directory, quantize=quantize)
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_told_at_once(model: Path) -> None:
@@ -121,7 +212,12 @@ def test_an_untied_head_must_be_there(model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not valid JSON"), ("[]", "holds no mapping"), (None, r"has no config\.json")],
+    [
+        ("{", "malformed JSON"),
+        ("[]", "expected a JSON object"),
+        ("[" * 10_000, "nested more than"),
+        (None, r"has no config\.json"),
+    ],
 )
 def test_an_unreadable_config_is_named(model: Path, content: str | None, message: str) -> None:
     (model / "config.json").unlink()
@@ -135,6 +231,18 @@ def test_an_unreadable_config_is_named(model: Path, content: str | None, message
 def test_a_missing_path_is_an_error(path: str) -> None:
     with pytest.raises(BackboneError, match="there is no directory or file"):
         find(path)
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "~nosuchuser/model", "a\0b"])
+def test_a_path_that_cannot_exist_is_an_error(path: str) -> None:
+    with pytest.raises(BackboneError, match=r"cannot be used as a path|cannot expand"):
+        find(path)
+
+
+def test_a_module_without_a_spec_is_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    with pytest.raises(BackboneError, match="there is no Python package '__main__'"):
+        find("package:__main__")
 
 
 def test_weights_are_held_in_no_other_form_than_those_there_are(model: Path) -> None:
