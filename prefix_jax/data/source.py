@@ -1,31 +1,39 @@
 """Records and where they came from: JSONL, CSV, Parquet, TensorFlow Datasets or Python.
 
 A file is read whole: what trains here fits in memory as tokens, and every error of a file shows
-before the first step.
+before the first step. The readers of files are in `untrusted/`.
 """
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
-import json
+import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 
-from prefix_jax.errors import DataError, reason
+from prefix_jax.errors import DataError, PrefixJaxError, reason
+from prefix_jax.untrusted.csv import read_csv
+from prefix_jax.untrusted.jsonl import read_jsonl
+from prefix_jax.untrusted.lines import check_text
+from prefix_jax.untrusted.parquet import read_parquet
+from prefix_jax.untrusted.paths import expand
 
 TFDS = "tfds:"
+# "huggingface:NAME", but not "glue:2.0.0".
+_NAMESPACE = re.compile(r"\w+:(?![\d*])")
+# As many are searched for the one that was meant.
+_MOST_NAMES = 1000
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Record:
     """The fields of one record.
 
@@ -48,7 +56,7 @@ class Record:
         if name not in self.fields:
             raise DataError(
                 f"{self.source}: no field {name!r}{_nearest(name, self.fields)}; "
-                f"the fields are {', '.join(map(repr, self.fields)) or '(none)'}"
+                f"the fields are {listed(self.fields)}"
             )
         value = self.fields[name]
         if value is None or (isinstance(value, float) and value != value):
@@ -78,12 +86,11 @@ def read_records(
     if isinstance(spec, str) and spec.startswith(TFDS):
         name, records = spec, _read_tfds(spec, tfds_dir)
     elif isinstance(spec, str | os.PathLike):
-        path = Path(spec)
-        name, records = str(path), _read_file(path)
+        name, records = os.fspath(spec), _read_file(expand(spec, DataError))
     elif isinstance(spec, Iterable):
         name, records = "the records", _read_mappings(spec)
     else:
-        raise DataError(f"the records are {spec!r:.80}; give a file, or an iterable of mappings")
+        raise DataError(f"the records are {shown(spec)}; give a file, or an iterable of mappings")
     if not records:
         raise DataError(f"{name}: no records; at least one is needed")
     return records
@@ -97,8 +104,18 @@ def _read_mappings(mappings: Iterable[Mapping[str, Any] | Record]) -> list[Recor
             continue
         if not isinstance(fields, Mapping):
             raise DataError(f"record {number} is a {type(fields).__name__}; it must be a mapping")
-        records.append(Record(_plain(fields), f"record {number}"))
+        records.append(_record(fields, f"record {number}"))
     return records
+
+
+def _record(fields: Mapping[Any, Any], source: str) -> Record:
+    """A record of a library's values, as those of a file."""
+    try:
+        plain = _plain(fields)
+    except RecursionError:
+        raise DataError(f"{source}: lists within lists without end; flatten them") from None
+    check_text(plain, source, DataError)
+    return Record(plain, source)
 
 
 def _read_file(path: Path) -> list[Record]:
@@ -109,98 +126,40 @@ def _read_file(path: Path) -> list[Record]:
         )
     if path.is_dir():
         raise DataError(f"{path} is a directory; give one of the files in it")
-    if not path.is_file():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{path}: a link to {path.readlink()}, which does not exist")
+    if not path.exists():
         where = "" if path.parent.is_dir() else f"; there is no directory {path.parent}"
-        raise DataError(f"{path}: no such file{_nearest(path.name, siblings)}{where}")
+        raise DataError(f"{path}: no such file{_nearest(path.name, _siblings(path))}{where}")
+    # Predictions name the file that they are for.
+    check_text(path.name, f"the file name {path.name!a}", DataError)
+    rows = READERS[path.suffix](path, DataError)
+    return [Record(fields, f"{path.name}:{number}") for number, fields in rows]
+
+
+def _siblings(path: Path) -> list[str]:
     try:
-        return list(READERS[path.suffix](path))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+        return [entry.name for entry in itertools.islice(path.parent.iterdir(), _MOST_NAMES)]
+    except OSError:
+        return []
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            source = f"{path.name}:{number}"
-            try:
-                fields = json.loads(line, object_pairs_hook=_unique)
-            except _TwiceError as error:
-                raise DataError(f"{path}:{number}: the field {error} stands twice") from error
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}:{number}: malformed JSON, {error.msg} at column {error.colno}"
-                ) from error
-            # A number of thousands of digits, lists in lists without end.
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{path}:{number}: JSON that Python cannot read, {error}"
-                ) from error
-            if not isinstance(fields, dict):
-                raise DataError(
-                    f"{path}:{number}: a {type(fields).__name__}; "
-                    "each line must hold one JSON object"
-                )
-            yield Record(fields, source)
+Rows = Iterator[tuple[int, dict[str, Any]]]
 
 
-class _TwiceError(Exception):
-    """A key of a JSON object that stands there twice."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What JSON's reader would make of an object, where it takes the last of equal keys."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _TwiceError(repr(next(name for name in names if names.count(name) > 1)))
-    return fields
-
-
-def _read_csv(path: Path) -> Iterator[Record]:
+def _read_csv(path: Path, error: type[PrefixJaxError]) -> Rows:
     """Cells that are empty or "nan", as numeric libraries write a missing value, become None."""
-    # A cell may hold a whole document; Python's own limit is 128 KiB.
-    limit = csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, strict=True)
-        try:
-            names = next(rows, [])
-            if len(set(names)) < len(names):
-                raise DataError(f"{path}:1: the header names a column twice: {', '.join(names)}")
-            start = rows.line_num + 1
-            for row in rows:
-                if row:
-                    if len(row) != len(names):
-                        raise DataError(
-                            f"{path}:{start}: {len(row)} cells under {len(names)} columns; "
-                            'put cells that hold commas into double quotes ("…")'
-                        )
-                    cells = [None if cell.lower() in ("", "nan") else cell for cell in row]
-                    yield Record(dict(zip(names, cells, strict=True)), f"{path.name}:{start}")
-                start = rows.line_num + 1
-        except csv.Error as error:
-            raise DataError(f"{path}:{rows.line_num}: malformed CSV, {error}") from error
-        finally:
-            csv.field_size_limit(limit)
+    for number, fields in read_csv(path, error):
+        yield (
+            number,
+            {name: None if cell.lower() in ("", "nan") else cell for name, cell in fields.items()},
+        )
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
-    for number, fields in enumerate(rows, 1):
-        yield Record(fields, f"{path.name}:{number}")
-
-
-READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".jsonl": _read_jsonl,
+READERS: dict[str, Callable[[Path, type[PrefixJaxError]], Rows]] = {
+    ".jsonl": read_jsonl,
     ".csv": _read_csv,
-    ".parquet": _read_parquet,
+    ".parquet": read_parquet,
 }
 
 
@@ -211,18 +170,25 @@ def _read_tfds(spec: str, data_dir: str | os.PathLike[str] | None) -> list[Recor
     name, _, split = spec.removeprefix(TFDS).rpartition("/")
     if not name or not split:
         raise DataError(f"{spec}: write {TFDS}NAME/SPLIT, such as {TFDS}e2e_cleaned/train")
+    if _NAMESPACE.match(name):
+        raise DataError(
+            f"{spec}: sets of other namespaces, such as huggingface:NAME, can run code of their "
+            "own and are not read; export the set to a .parquet file"
+        )
     try:
-        try:
-            rows = tfds.data_source(
-                name, split=split, data_dir=data_dir, download=False, try_gcs=False
-            )
-        except ModuleNotFoundError:
-            # The code of some sets (SuperGLUE) needs TensorFlow; what it prepared does not.
-            prepared = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
-            rows = prepared.as_data_source(split=split)
-        return [Record(_plain(row), f"{spec}:{number}") for number, row in enumerate(rows)]
-    # Of a set that is not there yet, a KeyError says so.
-    except (ValueError, NotImplementedError, OSError, AssertionError, KeyError) as error:
+        with _importing_no_features(tfds.features.FeatureConnector):
+            try:
+                rows = tfds.data_source(
+                    name, split=split, data_dir=data_dir, download=False, try_gcs=False
+                )
+            except ModuleNotFoundError:
+                # The code of some sets (SuperGLUE) needs TensorFlow; what it prepared does not.
+                prepared = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
+                rows = prepared.as_data_source(split=split)
+        return [_record(row, f"{spec}:{number}") for number, row in enumerate(rows)]
+    except DataError:
+        raise
+    except Exception as error:  # damaged files raise every kind of error, in several libraries
         # Without h5py, registration stops halfway and many text datasets are not found.
         missing = "" if importlib.util.find_spec("h5py") else "; install h5py, and try again"
         raise DataError(
@@ -233,6 +199,23 @@ def _read_tfds(spec: str, data_dir: str | os.PathLike[str] | None) -> list[Recor
         ) from error
 
 
+@contextlib.contextmanager
+def _importing_no_features(connector: Any) -> Iterator[None]:
+    """Keeps TFDS from importing the modules that features.json names, wherever they are."""
+    original = connector.__dict__["cls_from_name"]
+
+    def find(cls: Any, name: str) -> Any:
+        if not str(name).startswith("tensorflow_datasets."):
+            raise ValueError(f"features.json names {shown(name)}, which is not a feature of TFDS")
+        return original.__func__(cls, name)
+
+    connector.cls_from_name = classmethod(find)
+    try:
+        yield
+    finally:
+        connector.cls_from_name = original
+
+
 def _plain(value: Any) -> Any:
     """Values of numpy as Python's, and text as str (bytes that are not text stay bytes)."""
     if isinstance(value, bytes):
@@ -240,6 +223,8 @@ def _plain(value: Any) -> Any:
             return value.decode()
         except UnicodeDecodeError:
             return value
+    if isinstance(value, np.longdouble):  # its tolist() returns itself
+        return float(value)
     if isinstance(value, np.ndarray | np.generic):
         return _plain(value.tolist())
     if isinstance(value, Mapping):
@@ -249,6 +234,28 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, map(str, names), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def listed(names: Iterable[Any], most: int = 20) -> str:
+    """The first names, quoted, for a message."""
+    names = list(names)
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(shown, names[:most])) + more or "(none)"
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value as a message shows it, cut if it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of thousands of digits
+        text = f"a {type(value).__name__} of thousands of digits"
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def nearest(name: str, names: Iterable[Any]) -> str | None:
+    """The name that is most like one that is unknown, if any is."""
+    short = [text for text in map(str, itertools.islice(names, _MOST_NAMES)) if len(text) <= 100]
+    return next(iter(difflib.get_close_matches(name[:100], short, n=1)), None)
+
+
+def _nearest(name: str, names: Iterable[Any]) -> str:
+    close = nearest(name, names)
+    return "" if close is None else f" (did you mean {close!r}?)"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from prefix_jax.errors import PrefixJaxError
 
@@ -56,16 +56,8 @@ def read_bytes(
         PrefixJaxError: of class `error`, if the file is missing, unreadable, over the limit, or
             not a regular file.
     """
-    path = expand(path, error)
-    try:
-        if not path.exists():
-            raise error(f"{path}: no such file")
-        if not (path.is_file() or str(path).startswith(_PIPES)):
-            raise error(f"{path}: {_kind(path)}; expected a regular file")
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
-    except OSError as failure:
-        raise error(f"{path}: cannot be read ({explain(failure)})") from failure
+    with open_binary(path, error, pipes=True) as (file, _):
+        content = file.read(limit + 1)
     if len(content) > limit:
         raise error(f"{path}: larger than {limit:,} bytes, the most that is read of such a file")
     return content
@@ -73,16 +65,17 @@ def read_bytes(
 
 @contextlib.contextmanager
 def open_binary(
-    path: str | os.PathLike[str], error: type[PrefixJaxError]
-) -> Iterator[tuple[BinaryIO, int]]:
-    """Opens a regular file of any size, of which only parts are read.
+    path: str | os.PathLike[str], error: type[PrefixJaxError], *, pipes: bool = False
+) -> Iterator[tuple[io.BufferedReader, int]]:
+    """Opens a file of any size, of which only parts are read.
 
     Args:
-        path: of the file.
+        path: of a regular file.
         error: the class to raise.
+        pipes: accept a pipe that the shell made, too: ``<(command)``.
 
     Yields:
-        The file and its size in bytes.
+        The file and its size in bytes, which is 0 for a pipe.
 
     Raises:
         PrefixJaxError: of class `error`, if the file is missing, unreadable or not a regular file,
@@ -92,7 +85,7 @@ def open_binary(
     try:
         if not path.exists():
             raise error(f"{path}: no such file")
-        if not path.is_file():
+        if not (path.is_file() or (pipes and str(path).startswith(_PIPES))):
             raise error(f"{path}: {_kind(path)}; expected a regular file")
         with path.open("rb") as file:
             yield file, os.fstat(file.fileno()).st_size

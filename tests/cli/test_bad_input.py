@@ -57,7 +57,7 @@ def test_a_setting_that_cannot_work_is_told(run_in, folder, settings, message):
             '{"facts": "a", "text": "b"}\n{"facts": "a", ',
             "cut.jsonl:2: malformed JSON",
         ),
-        ("list.jsonl", "[1, 2]\n", "list.jsonl:1: a list"),
+        ("list.jsonl", "[1, 2]\n", "list.jsonl:1: expected a JSON object"),
         ("bytes.jsonl", b"\xff\xfe\n", "not UTF-8 text"),
         ("nan.csv", "facts,text\na,b\nc,NaN\n", "nan.csv:3: field 'text' is missing"),
         ("cells.csv", "facts,text\na,b,c\n", "cells.csv:2: 3 cells under 2 columns"),

@@ -1,5 +1,11 @@
+import json
+import os
+import random
+import shutil
 import sys
+from pathlib import Path
 
+import mutations
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -32,7 +38,7 @@ def test_a_malformed_json_line_is_named(tmp_path, line):
 
 def test_a_field_that_stands_twice_is_an_error(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"x": 1}\n{"x": 1, "y": 2, "x": 3}\n')
-    with pytest.raises(DataError, match=r"a\.jsonl:2: the field 'x' stands twice"):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: the key 'x' appears twice"):
         read_records(path)
 
 
@@ -48,7 +54,7 @@ def test_csv_cells_keep_commas_quotes_and_line_breaks(tmp_path):
     [
         ("x,y\n1,2\n1,2,3\n", r"a\.csv:3: 3 cells under 2 columns"),
         ("x,y\n1\n", r"a\.csv:2: 1 cells under 2 columns"),
-        ("x,x\n1,2\n", "names a column twice"),
+        ("x,x\n1,2\n", "names the column 'x' twice"),
         ('x\n"1" 2\n', r"a\.csv:2: malformed CSV"),
     ],
 )
@@ -140,6 +146,71 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path):
         read_records(tmp_path / "split.jsonl")
 
 
+@pytest.mark.parametrize(
+    "line", ['{"x": 1, "y": "\\ud800"}', '{"x": 1, "\\uDFFF": 2}', '{"x": {"y": ["\\udabc"]}}']
+)
+def test_half_a_surrogate_pair_is_found_in_every_field(tmp_path, line):
+    path = write(tmp_path / "a.jsonl", f'{{"x": "\\ud83d\\ude00"}}\n{line}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not valid Unicode text: surrogates"):
+        read_records(path)
+    with pytest.raises(DataError, match=r"record 2: not valid Unicode text: surrogates"):
+        read_records([{"x": "😀"}, json.loads(line)])
+
+
+def test_a_file_whose_name_no_prediction_can_hold_is_refused(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.jsonl")
+    path.write_text('{"x": 1}\n')
+    with pytest.raises(DataError, match=r"the file name '\\udcff\.jsonl': not valid Unicode"):
+        read_records(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("~nosuchuser/a.jsonl", "cannot expand ~"),
+        ("x" * 300 + ".jsonl", "File name too long"),
+        ("pipe.jsonl", r"pipe\.jsonl: a named pipe; expected a regular file"),
+        ("loop.jsonl", r"loop\.jsonl: cannot be used as a path \(.*symbolic links"),
+        ("dangling.jsonl", r"dangling\.jsonl: a link to nowhere, which does not exist"),
+        ("zip.jsonl", "a zip archive; unpack it"),
+    ],
+)
+def test_what_is_not_a_file_of_records_is_said_in_one_line(tmp_path, monkeypatch, path, message):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    (tmp_path / "dangling.jsonl").symlink_to("nowhere")
+    (tmp_path / "zip.jsonl").write_bytes(b"PK\x03\x04")
+    with pytest.raises(DataError, match=message) as error:
+        read_records(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_rights_is_an_error(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"x": 1}')
+    Path(path).chmod(0)
+    with pytest.raises(DataError, match=r"a\.jsonl: cannot be read \(Permission denied\)"):
+        read_records(path)
+
+
+def test_values_of_libraries_never_recurse_without_end():
+    endless = []
+    endless.append(endless)
+    for value in (endless, 10**5000):
+        with pytest.raises(DataError, match="record 1: "):
+            read_records([{"x": value}])
+    (record,) = read_records([{"x": np.longdouble(0.5)}])
+    assert record.value("x") == 0.5
+
+
+def test_messages_about_fields_are_bounded():
+    record = Record({f"{'y' * 1000}{i}": 1 for i in range(5000)}, "a.jsonl:7")
+    with pytest.raises(DataError, match=r"a\.jsonl:7: no field 'x'.* and 4,980 more") as error:
+        record.value("x")
+    assert len(str(error.value)) < 3000
+
+
 def test_an_unknown_kind_of_file_lists_the_known_ones(tmp_path):
     with pytest.raises(DataError, match=r"'\.txt'.*\.jsonl, \.csv, \.parquet, or tfds:"):
         read_records(write(tmp_path / "a.txt", "x"))
@@ -147,7 +218,7 @@ def test_an_unknown_kind_of_file_lists_the_known_ones(tmp_path):
 
 def test_bytes_that_are_not_text_are_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"x": "\xff"}\n')
-    with pytest.raises(DataError, match=r"a\.jsonl: not UTF-8"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: not UTF-8 .* 0xff"):
         read_records(tmp_path / "a.jsonl")
 
 
@@ -235,6 +306,43 @@ def test_tfds_errors_are_one_line(tfds_dir, spec, message):
     with pytest.raises(DataError, match=message) as error:
         read_records(spec, tfds_dir=tfds_dir)
     assert "\n" not in str(error.value)
+
+
+def test_sets_that_may_run_code_of_their_own_are_refused(tfds_dir):
+    with pytest.raises(DataError, match="can run code of their own and are not read"):
+        read_records("tfds:huggingface:glue/train", tfds_dir=tfds_dir)
+
+
+def _damaged(tfds_dir, path):
+    copy = shutil.copytree(tfds_dir, path)
+    return copy, sorted(file for file in copy.rglob("*") if file.is_file())
+
+
+def test_a_set_that_names_a_module_to_import_is_refused(tfds_dir, tmp_path, monkeypatch):
+    copy, files = _damaged(tfds_dir, tmp_path / "tfds")
+    (features,) = (file for file in files if file.name == "features.json")
+    (tmp_path / "evil.py").write_text("raise SystemExit('code of the set was run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    content = features.read_text().replace("tensorflow_datasets.core.features.text_feature", "evil")
+    assert "evil" in content
+    features.write_text(content)
+    with pytest.raises(DataError, match=r"'evil\.Text', which is not a feature of TFDS"):
+        read_records("tfds:tiny_pairs/train", tfds_dir=copy)
+
+
+def test_every_damage_to_a_prepared_set_is_one_error(tfds_dir, tmp_path):
+    rng, messages = random.Random(0), []
+    for number in range(60):
+        copy, files = _damaged(tfds_dir, tmp_path / str(number))
+        file = rng.choice(files)
+        file.write_bytes(mutations.mutate_bytes(file.read_bytes(), rng))
+        try:
+            records = read_records("tfds:tiny_pairs/train", tfds_dir=copy)
+            assert all(isinstance(record, Record) for record in records)
+        except DataError as error:
+            messages.append(str(error))
+    assert len(messages) > 10
+    assert all(message.startswith("tfds:tiny_pairs/train") for message in messages)
 
 
 def test_a_set_that_tfds_knows_and_nobody_has_prepared_is_an_error(tmp_path, monkeypatch):

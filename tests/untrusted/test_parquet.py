@@ -1,0 +1,143 @@
+"""Parquet of every type becomes Python's values, and expands to a bounded size."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from prefix_jax.errors import DataError
+from prefix_jax.untrusted import parquet
+from prefix_jax.untrusted.parquet import read_parquet
+
+
+def write(path: Path, values: Any, kind: Any = None) -> Path:
+    pq.write_table(pa.table({"x": pa.array(values, kind)}), path)
+    return path
+
+
+def read(path: Path) -> list[Any]:
+    return [fields["x"] for _, fields in read_parquet(path, DataError)]
+
+
+def counts(values: list[int | None], kind: pa.DataType) -> pa.Array:
+    """Points in time by their count of units, which Python's types may not reach."""
+    return pa.array(values, pa.int32() if kind.bit_width == 32 else pa.int64()).view(kind)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "expected"),
+    [
+        (["a", None, "b", "a"], None, None),
+        ([["a", None], None, [], ["b"]], None, None),
+        ([[{"role": "user", "content": None}], None], None, None),
+        ([{"text": ["q"], "answer_start": [3]}, None], None, None),
+        ([[[1], []], None], None, None),
+        ([True, None], None, None),
+        ([1, None, 2**63], pa.uint64(), None),
+        ([0.5, None], None, None),
+        ([np.float16(0.5), None], pa.float16(), [0.5, None]),
+        ([None, None], None, None),
+        ([[1, 2]], pa.list_(pa.int32(), 2), None),
+        ([b"ab", b"\xff", None], None, ["ab", b"\xff", None]),
+        ([b"ab", b"\xff\xff"], pa.binary(2), ["ab", b"\xff\xff"]),
+        ([decimal.Decimal("1.50"), None], None, ["1.50", None]),
+        (
+            [[("k", "v"), ("l", None)], None, []],
+            pa.map_(pa.string(), pa.string()),
+            [{"k": "v", "l": None}, None, {}],
+        ),
+        ([[(1, "v")]], pa.map_(pa.int64(), pa.string()), [[[1, "v"]]]),
+        (
+            [datetime.date(2026, 1, 2), None],
+            None,
+            ["2026-01-02", None],
+        ),
+        ([datetime.time(1, 2, 3, 40_000)], None, ["01:02:03.04"]),
+        ([datetime.timedelta(seconds=2)], pa.duration("ms"), [2000]),
+    ],
+)
+def test_values_are_those_that_were_written(
+    tmp_path: Path, values: Any, kind: Any, expected: Any
+) -> None:
+    assert read(write(tmp_path / "a.parquet", values, kind)) == expected or values
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (counts([1, None], pa.timestamp("ns")), ["1970-01-01T00:00:00.000000001", None]),
+        (counts([0, 2**40], pa.timestamp("s")), ["1970-01-01T00:00:00", "36812-02-20T00:36:16"]),
+        (counts([0], pa.timestamp("us", "Mars/Base")), ["1970-01-01T00:00:00Z"]),
+        (counts([9_404_918_380_800], pa.timestamp("s", "UTC")), ["300000-01-01T00:00:00Z"]),
+        (counts([-(2**63)], pa.timestamp("ms")), [None]),
+        (counts([2**31 - 1], pa.date32()), ["5881580-07-11"]),
+    ],
+)
+def test_times_beyond_those_of_python_become_texts(
+    tmp_path: Path, array: pa.Array, expected: list[str | None]
+) -> None:
+    pq.write_table(pa.table({"x": array, "y": pa.nulls(len(array))}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == expected
+
+
+def test_folders_add_no_field(tmp_path: Path) -> None:
+    (tmp_path / "facts=5").mkdir()
+    path = write(tmp_path / "facts=5" / "a.parquet", ["a"])
+    assert list(read_parquet(path, DataError)) == [(1, {"x": "a"})]
+
+
+def test_a_text_that_is_not_utf8_names_its_row_and_column(tmp_path: Path) -> None:
+    array = pa.array([b"fine"] * 5000 + [b"\xff"]).view(pa.string())
+    pq.write_table(pa.table({"x": array}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet:5001: the column 'x' of type .*utf-8"):
+        read(tmp_path / "a.parquet")
+
+
+def test_refuses_a_column_that_appears_twice(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="names the column 'x' twice"):
+        read(tmp_path / "a.parquet")
+    array = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["y", "y"])
+    pq.write_table(pa.table({"x": array}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet.*twice"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_small_file_of_many_values_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    indices = pa.array(np.zeros(6_000_000, np.int8))
+    pq.write_table(pa.table({"x": pa.DictionaryArray.from_arrays(indices, ["a"])}), path)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(DataError, match=r"expands from .* bytes to more than 5,000,000 values"):
+        read(path)
+    lists = pa.ListArray.from_arrays([0, len(indices)], indices)
+    pq.write_table(pa.table({"x": lists}), path)
+    with pytest.raises(DataError, match="more than 5,000,000 values"):
+        read(path)
+
+
+def test_a_text_that_many_rows_share_counts_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "MIN_TEXT", 10_000_000)
+    path = write(tmp_path / "a.parquet", ["a" * 100_000] * 90)
+    texts = read(path)
+    assert len({id(text) for text in texts}) == 1
+    with pytest.raises(DataError, match="more than 10,000,000 bytes of text"):
+        read(write(path, ["a" * 100_000] * 110))
+
+
+def test_reports_what_is_not_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    for content in (b"", b"PAR1", b"text", b"PAR1" * 100):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"a\.parquet: not a readable Parquet file"):
+            read(path)
