@@ -31,7 +31,7 @@ class DataConfig:
         messages: the field that holds a chat, a list of {"role": …, "content": …}. Excludes
             `input` and `target`; not for encoder-decoders.
         references: the field that holds every acceptable target, for evaluation; None takes the
-            rendered target.
+            rendered target. Only records of which text is measured need it.
         task: the field that names the task of a record, where several train together, each with a
             prefix of its own (`method.name: multitask`); None trains one.
         loss: learn "target" tokens only (of a chat, the assistant's turns) or "all" tokens, which
@@ -100,7 +100,8 @@ class TaskConfig:
             list; the answers, as SQuAD has them ({"text": […], "answer_start": […]}); the choice,
             counted from 0.
         labels: the names of the labels, in order; None collects them from the training data,
-            sorted. A number in the data counts them from 0.
+            sorted. A number in the data counts them from 0, unless the name of a label is itself
+            a number: then it is a name.
         words: for "tag", the field that holds the words, in a list.
         choices: for "choice", templates of the texts to choose among. A field that holds a list
             gives one for each of its texts.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from prefix_jax.config import TaskConfig
 from prefix_jax.data.batch import Example, Window
-from prefix_jax.data.fields import answers_of, label_of, list_of, number_of, words_of
+from prefix_jax.data.fields import LabelIndex, answers_of, list_of, number_of, words_of
 from prefix_jax.data.source import Record
 from prefix_jax.data.template import Template
 from prefix_jax.data.tokens import Examples
@@ -85,9 +86,9 @@ class Reading:
                 label = number_of(record, self.task.label)
                 references = (str(label),)
             elif answered:
-                names = self._names
-                label = label_of(record, record.value(self.task.label), names)
-                references = (names[int(label)],)
+                field = self.task.label
+                label = self._labels.number(record, field, record.value(field))
+                references = (self._names[int(label)],)
             kind = np.float32 if self.task.name == "regress" else np.int32
             index_M = np.array([self._place(encoding)], np.int32)
             example = self._example(record, [encoding], index_M, np.array([label], kind))
@@ -111,7 +112,9 @@ class Reading:
                         f"{record.source}: {len(tags)} tags in {self.task.label!r} for "
                         f"{len(texts)} words in {self.task.words!r}; each word needs one"
                     )
-                labels = [label_of(record, tags[word], self._names) for word in kept]
+                # Those of words that are cut off are checked like the others.
+                numbers = [self._labels.number(record, self.task.label, tag) for tag in tags]
+                labels = [numbers[word] for word in kept]
                 references = tuple(self._names[label] for label in labels)
             if not kept:
                 raise DataError(f"{record.source}: the tokenizer makes no token of its words")
@@ -192,8 +195,9 @@ class Reading:
             references: tuple[str, ...] = ()
             if answered:
                 names = self.task.labels or tuple(map(str, range(len(parts))))
-                given_answer = record.value(self.task.label)
-                right = label_of(record, given_answer, names[: len(parts)], "choice")
+                field = self.task.label
+                index = LabelIndex(names[: len(parts)], "choice")
+                right = index.number(record, field, record.value(field))
                 label_M[right], references = 1, (several[right],)
             found.append(
                 dataclasses.replace(
@@ -216,6 +220,10 @@ class Reading:
     def _names(self) -> tuple[str, ...]:
         assert self.task.labels is not None, "the labels are not collected yet"
         return self.task.labels
+
+    @functools.cached_property
+    def _labels(self) -> LabelIndex:
+        return LabelIndex(self._names)
 
     def _texts(self, records: Sequence[Record]) -> tuple[list[str], list[str] | None]:
         """The rendered inputs, and the rendered pairs if there are any."""

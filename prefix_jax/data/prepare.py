@@ -11,12 +11,12 @@ import difflib
 import re
 from collections.abc import Callable, Iterable
 
-from prefix_jax.data.source import Record
+from prefix_jax.data.source import Record, shown
 from prefix_jax.errors import ConfigError, DataError
 
 # The names under which Li & Liang's E2E files hold the slots of a meaning representation.
 _SLOTS = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
-_SLOT = re.compile(r"\s*([^\[\],]+?)\s*\[([^\]]*)\]\s*(?:,|$)")
+_SLOT = re.compile(r"([^\[\],]+)\[([^\]]*)\]\s*(?:,|$)")
 
 
 def _e2e(record: Record) -> str:
@@ -24,12 +24,12 @@ def _e2e(record: Record) -> str:
     Eagle], eatType[pub]" (E2E, Novikova et al. 2017; the form of Li & Liang 2021)."""
     text = _text(record, "mr")
     slots, end = [], 0
-    while found := _SLOT.match(text, end):
-        slots.append(f"{_SLOTS.get(found[1], found[1])} : {found[2]}")
+    while (found := _SLOT.match(text, end)) and (name := found[1].strip()):
+        slots.append(f"{_SLOTS.get(name, name)} : {found[2]}")
         end = found.end()
     if not slots or text[end:].strip():
         raise DataError(
-            f"{record.source}: the meaning representation {text!r} is not of the form "
+            f"{record.source}: the meaning representation {shown(text)} is not of the form "
             "'name[The Eagle], eatType[pub]'"
         )
     return " | ".join(slots)
@@ -53,9 +53,9 @@ def _copa(record: Record) -> str:
     # SuperGLUE's own files say it in words, TFDS by number: 0 is the cause.
     question = record.value("question")
     kinds = {"cause": "because", 0: "because", "effect": "so", 1: "so"}
-    if question not in kinds:
+    if type(question) not in (str, int) or question not in kinds:
         raise DataError(
-            f"{record.source}: the question {question!r} is neither 'cause' nor 'effect'"
+            f"{record.source}: the question {shown(question)} is neither 'cause' nor 'effect'"
         )
     return f"{_text(record, 'premise')} {kinds[question]}"
 
@@ -67,10 +67,11 @@ def _named(*names: str) -> Callable[[Record], str]:
         label = record.value("label")
         if label in names:
             return str(label)
-        if not isinstance(label, int) or not 0 <= label < len(names):
+        # A boolean would be the number 0 or 1.
+        if type(label) is not int or not 0 <= label < len(names):
             raise DataError(
-                f"{record.source}: the label {label!r} is none of {', '.join(names)}, nor a number "
-                f"from 0 to {len(names) - 1}; the test split of GLUE has no labels"
+                f"{record.source}: the label {shown(label)} is none of {', '.join(names)}, nor a "
+                f"number from 0 to {len(names) - 1}; the test split of GLUE has no labels"
             )
         return names[label]
 
@@ -155,9 +156,13 @@ def _triples(record: Record, field: str, lower: bool = False) -> list[str]:
     triples = []
     for triple in value:
         parts = triple.split(" | ") if isinstance(triple, str) else triple
-        if not isinstance(parts, list) or len(parts) != 3:
+        if (
+            not isinstance(parts, list)
+            or len(parts) != 3
+            or not all(isinstance(part, str | int | float) for part in parts)
+        ):
             raise DataError(
-                f"{record.source}: {triple!r} in {field!r} is not a triple: expected "
+                f"{record.source}: {shown(triple)} in {field!r} is not a triple: expected "
                 "'subject | predicate | object'"
             )
         subject, predicate, object_ = map(str, parts)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Sequence
 
-from prefix_jax.data.source import Record
+from prefix_jax.data.source import Record, listed, nearest, shown
 from prefix_jax.errors import DataError
+from prefix_jax.untrusted.names import check_storable_names
 
 
 def collect_tasks(records: Iterable[Record], field: str) -> tuple[str, ...]:
     """The tasks that records name in a field, sorted.
 
     Raises:
-        DataError: a record names none.
+        DataError: a record names none, or one that cannot name a directory for its prefix.
     """
-    return tuple(sorted({_name(record, field) for record in records}))
+    names: set[str] = set()
+    for record in records:
+        name = _name(record, field)
+        if name not in names:
+            check_storable_names((name,), f"{record.source}: field {field!r}", DataError)
+            names.add(name)
+    return tuple(sorted(names))
 
 
 def with_tasks(records: Iterable[Record], field: str, names: Sequence[str]) -> list[Record]:
@@ -30,11 +36,11 @@ def with_tasks(records: Iterable[Record], field: str, names: Sequence[str]) -> l
     for record in records:
         name = _name(record, field)
         if name not in numbers:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f" did you mean {near[0]!r}?" if near else ""
+            near = nearest(name, names)
+            hint = "" if near is None else f" did you mean {near!r}?"
             raise DataError(
-                f"{record.source}: the task {name!r} in field {field!r} is unknown;{hint} there "
-                f"are {', '.join(names)}, of method.tasks or else of the training examples"
+                f"{record.source}: the task {shown(name)} in field {field!r} is unknown;{hint} "
+                f"there are {listed(names)}, of method.tasks or else of the training examples"
             )
         found.append(dataclasses.replace(record, task=numbers[name]))
     return found
@@ -57,8 +63,8 @@ def of_task(records: Iterable[Record], field: str, name: str) -> list[Record]:
 
 def _name(record: Record, field: str) -> str:
     name = record.value(field)
-    if not isinstance(name, str | int):
+    if not isinstance(name, str | int) or isinstance(name, bool):
         raise DataError(
-            f"{record.source}: field {field!r} holds a {type(name).__name__} and no name of a task"
+            f"{record.source}: field {field!r} holds {shown(name)}, not the name of a task"
         )
     return str(name)

@@ -118,6 +118,8 @@ def _texts(record: Record, name: str) -> list[str]:
                 f"{record.source}: field {name!r} holds a {type(item).__name__}; "
                 "templates take text and numbers"
             )
+        if item != item:
+            raise DataError(f"{record.source}: field {name!r} holds NaN; fill it in or remove it")
     if not values:
         raise DataError(f"{record.source}: field {name!r} is an empty list")
     texts = [str(item) for item in values]

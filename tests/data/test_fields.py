@@ -7,20 +7,100 @@ from typing import Any
 import pytest
 
 from prefix_jax.config import TaskConfig
-from prefix_jax.data.fields import collect_labels
-from prefix_jax.data.source import read_records
+from prefix_jax.data.fields import LabelIndex, answers_of, collect_labels, number_of
+from prefix_jax.data.source import Record, read_records
 from prefix_jax.errors import DataError
 
 
-def test_labels_are_collected_by_size_or_letter() -> None:
-    def collect(*labels: Any, name: str = "classify") -> tuple[str, ...]:
-        records = read_records([{"label": label} for label in labels])
-        return collect_labels(records, TaskConfig(name))
+def collect(*labels: Any, name: str = "classify") -> tuple[str, ...]:
+    records = read_records([{"label": label} for label in labels])
+    return collect_labels(records, TaskConfig(name))  # type: ignore[arg-type]
 
+
+def number(names: tuple[str, ...], label: Any) -> int:
+    return LabelIndex(names).number(Record({}, "a.jsonl:7"), "label", label)
+
+
+def test_labels_are_collected_by_size_or_letter() -> None:
     assert collect(10, 9, 9) == ("9", "10")
+    assert collect(0.5, 10, 9) == ("0.5", "9", "10")
     assert collect("no", "yes", "maybe") == ("maybe", "no", "yes")
     assert collect(["O", "B"], ["I"], name="tag") == ("B", "I", "O")
     with pytest.raises(DataError, match="one label, 'a'"):
         collect("a", "a")
     with pytest.raises(DataError, match="record 1: field 'label' holds a list where a label is"):
         collect(["a"], "b")
+
+
+def test_a_number_is_the_same_label_in_every_spelling() -> None:
+    assert collect(1, 1.0, "1", 2, -0.0, 0) == ("0", "1", "2")
+    with pytest.raises(DataError, match="record 2: field 'label' is NaN"):
+        collect(1, float("nan"))
+    with pytest.raises(DataError, match="record 1: field 'label' holds inf, which is not a label"):
+        collect(float("inf"), 1)
+    with pytest.raises(DataError, match="record 1: field 'label' holds nan, which is not a label"):
+        collect([float("nan")], ["a"], name="tag")
+
+
+def test_booleans_are_labels_if_all_labels_are() -> None:
+    assert collect(True, False, True) == ("false", "true")
+    assert number(("false", "true"), True) == 1
+    with pytest.raises(DataError, match=r"record 3: field 'label' holds True, but record 1 holds"):
+        collect(1, 2, True)
+    with pytest.raises(DataError, match=r"record 2: field 'label' holds 'true', but record 1 .* a"):
+        collect(True, "true")
+    with pytest.raises(DataError, match=r"record 1: .* write true and false in every record"):
+        collect([True, "x"], name="tag")
+
+
+def test_a_boolean_does_not_count_labels() -> None:
+    for names in (("1", "2"), ("no", "yes")):
+        with pytest.raises(DataError, match=r"a\.jsonl:7: the label True .* as true and false"):
+            number(names, True)
+
+
+def test_labels_of_prefixes_that_earlier_versions_stored_are_found() -> None:
+    assert number(("False", "True"), True) == 1
+    assert number(("0.0", "1.0"), 1.0) == 1
+
+
+def test_a_number_counts_labels_only_if_no_label_has_a_number_as_name() -> None:
+    assert [number(("bad", "good"), label) for label in (0, 1, 1.0, "good")] == [0, 1, 1, 1]
+    assert [number(("1", "2", "3"), label) for label in (1, "2", 3.0)] == [0, 1, 2]
+    with pytest.raises(DataError, match=r"a\.jsonl:7: the label 0 .* are not counted from 0"):
+        number(("1", "2", "3"), 0)
+    with pytest.raises(DataError, match="are not counted from 0"):
+        number(("1", "2", "many"), 0)
+
+
+def test_a_label_that_cannot_be_stored_is_found_before_training() -> None:
+    bad = Record({"label": "\ud800"}, "a.jsonl:1")
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the label '\\ud800' is not valid Unicode"):
+        collect_labels([bad, Record({"label": "b"}, "a.jsonl:2")], TaskConfig("classify"))
+    with pytest.raises(DataError, match=r"record 2: the label 'x.* has 2,000 characters"):
+        collect("a", "x" * 2000)
+
+
+@pytest.mark.parametrize("value", [True, "much", [1], {"a": 1}, "nan"])
+def test_a_value_that_is_no_number_is_refused(value: Any) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl:7: field 'y' holds .*, not a number"):
+        number_of(Record({"y": value}, "a.jsonl:7"), "y")
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([{"text": "paris", "answer_start": -10}], "the text at character -10 is '', not"),
+        ([{"text": "in", "answer_start": True}], "needs a text and an answer_start"),
+        ({"text": ["paris", ""], "answer_start": [3, 0]}, "one of 2 answers is empty"),
+    ],
+)
+def test_an_answer_that_is_not_in_the_text_is_refused(answers: Any, message: str) -> None:
+    record = Record({"answers": answers}, "a.jsonl:7")
+    with pytest.raises(DataError, match=message):
+        answers_of(record, "answers", "in paris rain")
+
+
+def test_an_answer_without_text_is_no_answer() -> None:
+    record = Record({"answers": {"text": [""], "answer_start": [0]}}, "a.jsonl:7")
+    assert answers_of(record, "answers", "in paris") == []

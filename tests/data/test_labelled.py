@@ -73,7 +73,7 @@ def test_a_long_text_is_cut_and_named(bert: Any) -> None:
 
 @pytest.mark.parametrize("label", ["fine", 2, -1, 0.5])
 def test_an_unknown_label_is_an_error_that_names_the_record(bert: Any, label: Any) -> None:
-    with pytest.raises(DataError, match=r"record 1: the label .* is none of 'bad', 'good'"):
+    with pytest.raises(DataError, match=r"record 1: the label .* is not one of 'bad', 'good'"):
         examples(bert, CLASSES, {"text": "a", "label": label}, input="{text}")
 
 
@@ -231,5 +231,7 @@ def test_a_field_of_texts_gives_a_choice_for_each(bert: Any) -> None:
     (one,) = examples(bert, task, record, input="{q}")
     assert one.choices == ("film", "plot", "a")
     assert one.label_M.tolist() == [0, 0, 1]
-    with pytest.raises(DataError, match="the choice 3 is none of '0', '1', '2'; those are counted"):
+    with pytest.raises(
+        DataError, match=r"the choice 3 .* is not one of '0', '1', '2'; choices are counted"
+    ):
         examples(bert, task, {**record, "label": 3}, input="{q}")

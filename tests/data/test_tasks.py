@@ -33,3 +33,9 @@ def test_records_of_one_task_name_it_or_none():
     assert of_task([*RECORDS, bare], "kind", "rte") == [RECORDS[0], RECORDS[3], bare]
     with pytest.raises(DataError, match="no record is of the task 'sst2'"):
         of_task(RECORDS, "kind", "sst2")
+
+
+@pytest.mark.parametrize("name", ["a/b", "x" * 300, "..", "", True, 0.5])
+def test_a_task_that_cannot_name_its_prefix_is_found_in_its_record(name):
+    with pytest.raises(DataError, match=r"r:9: field 'kind'.*(directory|not the name of a task)"):
+        collect_tasks([*RECORDS, Record({"kind": name}, "r:9")], "kind")
