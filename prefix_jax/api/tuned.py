@@ -26,7 +26,7 @@ from prefix_jax.decode.generate import Generator, OnText
 from prefix_jax.errors import PrefixError
 from prefix_jax.evaluate.answerer import Answerer
 from prefix_jax.evaluate.report import Prediction, writing_predictions
-from prefix_jax.evaluate.run import Evaluation, Evaluator
+from prefix_jax.evaluate.run import Evaluation, Evaluator, needs_references
 from prefix_jax.interop import peft
 from prefix_jax.interop.export import baked
 from prefix_jax.mesh import on_mesh_of
@@ -288,12 +288,14 @@ class Tuned:
         """
         return self.rendering.text(prompt)
 
-    def examples(self, data: Source) -> Examples:
+    def examples(self, data: Source, *, references: bool = True) -> Examples:
         """Held-out examples, rendered, cut and tokenised as the training data was.
 
         Args:
             data: a file, `tfds:NAME/SPLIT`, or records. Of several tasks' records, those of the
                 task that the prefix is for are taken.
+            references: whether records hold the field `data.references`, if the run had one; the
+                loss is measured without it.
 
         Raises:
             DataError: a record cannot become an example.
@@ -313,6 +315,8 @@ class Tuned:
         backbone = self.pretrained.backbone
         how = dataclasses.asdict(template)
         del how["pair"], how["task"]  # of tasks with labels, and of several tasks
+        if not references:
+            how["references"] = None
         if template.max_length is None:
             how["max_length"] = backbone.room(self.prefix, backbone.reader)
         return load_examples(
@@ -369,7 +373,11 @@ class Tuned:
                 self.decode if decode is None else decode,
                 ends=self.ends,
             )
-        examples = data if isinstance(data, Examples) else self.examples(data)
+        examples = (
+            data
+            if isinstance(data, Examples)
+            else self.examples(data, references=needs_references(settings.metrics))
+        )
         prefixes: dict[str, Prefix | None] = {"before": None} if settings.before else {}
         prefixes["after"] = self.prefix
         return evaluator.compare(self.pretrained, prefixes, examples, phase, self.head)

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from prefix_jax.config import MeasureConfig
     from prefix_jax.evaluate.official import write_official
     from prefix_jax.evaluate.report import make_directory
-    from prefix_jax.evaluate.run import LIKELIHOOD_METRICS
+    from prefix_jax.evaluate.run import LIKELIHOOD_METRICS, needs_references
     from prefix_jax.terminal.console import make_console
     from prefix_jax.train.summary import comparison
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(
                 "--official writes generated text: ask for a metric of it, --metrics bleu say"
             )
-        examples = tuned.examples(args.data)
+        examples = tuned.examples(args.data, references=needs_references(settings.evaluate.metrics))
     for what, sources in (("cut to fit", examples.truncated), ("left out", examples.dropped)):
         if sources:
             progress.print(

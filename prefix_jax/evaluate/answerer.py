@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from prefix_jax.data.labelled import Reading
 from prefix_jax.data.prepare import prepare
 from prefix_jax.data.source import read_records
 from prefix_jax.data.tokens import Examples
-from prefix_jax.errors import PrefixError
+from prefix_jax.errors import ConfigError, PrefixError
 from prefix_jax.evaluate.report import Prediction
 from prefix_jax.evaluate.run import Evaluator
 from prefix_jax.heads import Head
@@ -41,8 +42,28 @@ class Answerer:
 
     @property
     def task(self) -> TaskConfig:
-        """The task, with the labels that it was trained with."""
-        return build(TaskConfig, self._of_card.config)
+        """The task, with the labels that it was trained with.
+
+        Raises:
+            PrefixError: the card does not describe a task, or one that its head cannot answer.
+        """
+        return self._task_and_head[0]
+
+    @functools.cached_property
+    def _task_and_head(self) -> tuple[TaskConfig, Head]:
+        card = self._of_card
+        try:
+            task, head = build(TaskConfig, card.config), build(Head, card.head)
+        except ConfigError as error:
+            raise PrefixError(f"prefix.json: task: {error}; the card is damaged") from error
+        labels = len(task.labels or ())
+        outputs = {"classify": labels, "tag": labels, "span": 2}.get(task.name, 1)
+        if (head.kind, head.outputs) != (task.name, outputs):
+            raise PrefixError(
+                f"prefix.json: task.config needs a head for {task.name} with {outputs} outputs, "
+                f"and task.head is one for {head.kind} with {head.outputs}; the card is damaged"
+            )
+        return task, head
 
     @property
     def _of_card(self) -> TaskCard:
@@ -99,13 +120,13 @@ class Answerer:
         Raises:
             ConfigError: the metrics are not those of the task.
         """
-        head = build(Head, self._of_card.head)
+        task, head = self._task_and_head
         return Evaluator(
             PrefixModel(self.pretrained.backbone, None, head),
             self.pretrained.tokenizer,
             self.pretrained.mesh,
             settings,
-            task=self.task,
+            task=task,
         )
 
     def predictions(self, examples: Examples, batch_size: int) -> Sequence[Prediction]:

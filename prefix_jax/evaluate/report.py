@@ -13,8 +13,9 @@ from typing import Any
 
 from rich.table import Table
 
-from prefix_jax.errors import PrefixJaxError
+from prefix_jax.errors import DataError, PrefixJaxError
 from prefix_jax.evaluate.metrics import METRICS
+from prefix_jax.untrusted.jsonl import read_jsonl
 
 PERCENTAGES = {*METRICS, "f1", "f1_macro", "matthews", "pearson", "spearman"}
 """The metrics of text, and of answers with labels."""
@@ -60,12 +61,26 @@ class Report:
         }
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Report:
-        """From the content of its JSON. What was not finite is NaN."""
-        metrics = {
-            name: math.nan if value is None else value for name, value in content["metrics"].items()
-        }
-        return cls(metrics, content["signatures"], content["examples"])
+    def from_dict(cls, content: Any) -> Report:
+        """From the content of its JSON. What was not finite is NaN.
+
+        Raises:
+            ValueError: the content is not that of a report.
+        """
+        metrics, signatures, examples = (
+            (content if isinstance(content, Mapping) else {}).get(name)
+            for name in ("metrics", "signatures", "examples")
+        )
+        if not isinstance(metrics, Mapping) or not _is_scores(
+            {name: math.nan if value is None else value for name, value in metrics.items()}
+        ):
+            raise ValueError("metrics must be numbers or null by name")
+        if not isinstance(signatures, Mapping) or not _is_texts([*signatures.values()]):
+            raise ValueError("signatures must be texts by name")
+        if type(examples) is not int:
+            raise ValueError("examples must be a number")
+        values = {name: math.nan if value is None else value for name, value in metrics.items()}
+        return cls(values, signatures, examples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,14 +151,50 @@ def make_directory(path: str | Path) -> None:
         raise PrefixJaxError(f"cannot write to {path}: {error.strerror}") from error
 
 
-def read_predictions(path: str | Path) -> list[Prediction]:
+def read_predictions(path: str | Path, error: type[PrefixJaxError] = DataError) -> list[Prediction]:
     """Reads what `save_predictions` wrote.
 
+    Args:
+        path: of the file.
+        error: the class to raise.
+
     Raises:
-        OSError, ValueError, TypeError: it is not there, or something else.
+        PrefixJaxError: of class `error`, if the file is missing, unreadable, or holds anything but
+            predictions.
     """
-    with Path(path).open(encoding="utf-8") as lines:
-        return [Prediction(**json.loads(line)) for line in lines]
+    return [_prediction(fields, f"{path}:{n}", error) for n, fields in read_jsonl(path, error)]
+
+
+def _prediction(fields: Mapping[str, Any], where: str, error: type[PrefixJaxError]) -> Prediction:
+    try:
+        made = Prediction(**fields)
+    except TypeError:
+        names = ", ".join(field.name for field in dataclasses.fields(Prediction))
+        raise error(
+            f"{where}: not a prediction; expected the fields {names} (scores may be left out), got "
+            f"{', '.join(sorted(fields))[:200] or 'none'}"
+        ) from None
+    for name, fits, expected in (
+        ("source", isinstance(made.source, str), "a text"),
+        ("prompt", isinstance(made.prompt, str), "a text"),
+        ("prediction", isinstance(made.prediction, str), "a text"),
+        ("references", _is_texts(made.references), "a list of texts"),
+        ("scores", made.scores is None or _is_scores(made.scores), "numbers by name, or null"),
+    ):
+        if not fits:
+            value = repr(fields.get(name))
+            raise error(f"{where}: the field {name} must be {expected}, got {value[:80]}")
+    return made
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_scores(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(item, int | float) and not isinstance(item, bool) for item in value.values()
+    )
 
 
 def table(columns: Mapping[str, Mapping[str, float]], title: str | None = None) -> Table:

@@ -33,6 +33,11 @@ from prefix_jax.prefix import Prefix
 LIKELIHOOD_METRICS = ("loss", "accuracy")
 
 
+def needs_references(metrics: Iterable[str]) -> bool:
+    """Whether any metric compares with the acceptable targets of `data.references`."""
+    return not {*metrics} <= {"loss"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """What one prefix achieved.

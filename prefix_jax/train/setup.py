@@ -22,6 +22,7 @@ from prefix_jax.data.source import Record, read_records
 from prefix_jax.data.template import Template
 from prefix_jax.data.tokens import Examples
 from prefix_jax.errors import ConfigError
+from prefix_jax.evaluate.run import needs_references
 from prefix_jax.mesh import batch_shards, make_mesh, replicated
 from prefix_jax.methods import make_method
 from prefix_jax.model import PrefixModel
@@ -203,7 +204,10 @@ def load_splits(
     pretrained: Pretrained,
     sources: Mapping[str, Sequence[Record]],
 ) -> dict[str, Examples]:
-    """The examples of every split."""
+    """The examples of every split.
+
+    Records need `data.references` only in splits of which generated text is measured.
+    """
     data = config.data
     model.check_context(data.max_length)
     read = functools.partial(
@@ -213,7 +217,6 @@ def load_splits(
         input=data.input,
         target=data.target,
         messages=data.messages,
-        references=data.references,
         loss=data.loss,
         max_length=model.room if data.max_length is None else data.max_length,
         truncate=data.truncate,
@@ -222,4 +225,12 @@ def load_splits(
         encoder_decoder=model.encoder_decoder,
         end_ids=model.backbone.arch.end_ids,
     )
-    return {name: read(source) for name, source in sources.items()}
+    metrics = config.evaluate.metrics
+    measured = {"dev": metrics[:1], "test": metrics}
+    return {
+        name: read(
+            source,
+            references=data.references if needs_references(measured.get(name, ())) else None,
+        )
+        for name, source in sources.items()
+    }

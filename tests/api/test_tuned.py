@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -45,6 +46,14 @@ def test_three_lines_make_a_tuned_model(tiny_model_dir: Path) -> None:
 def test_one_metric_may_stand_alone(tuned: pj.Tuned) -> None:
     some = runs.RECORDS[:2]
     assert tuned.evaluate(some, "loss").report == tuned.evaluate(some, ["loss"]).report
+
+
+def test_a_loss_is_measured_without_references(tuned: pj.Tuned) -> None:
+    template = dataclasses.replace(tuned.card.template, references="refs")
+    tuned = dataclasses.replace(tuned, card=dataclasses.replace(tuned.card, template=template))
+    assert tuned.evaluate(runs.SOME, "loss").report.examples == len(runs.SOME)
+    with pytest.raises(DataError, match="record 1: no field 'refs'"):
+        tuned.evaluate(runs.SOME, "exact_match")
 
 
 def test_training_lowers_the_loss(tuned: pj.Tuned) -> None:

@@ -7,8 +7,14 @@ import math
 import pytest
 from rich.console import Console
 
-from prefix_jax.errors import PrefixJaxError
-from prefix_jax.evaluate.report import Prediction, Report, save_predictions, table
+from prefix_jax.errors import CheckpointError, DataError, PrefixJaxError
+from prefix_jax.evaluate.report import (
+    Prediction,
+    Report,
+    read_predictions,
+    save_predictions,
+    table,
+)
 
 
 def test_a_report_is_saved_as_json(tmp_path):
@@ -49,6 +55,62 @@ def test_predictions_are_saved_one_record_a_line(tmp_path):
         "references": ["A café.", "One\u2028café."],
     }
     assert second["references"] == ["No."]
+
+
+def test_predictions_come_back(tmp_path):
+    made = [
+        Prediction("a:1", "One\u2028two\r\n", "x", ["A", ""]),
+        Prediction("a:2", "", "", [], {"no": 0.25, "yes": 0.75}),
+    ]
+    save_predictions(tmp_path / "p.jsonl", made)
+    assert read_predictions(tmp_path / "p.jsonl") == made
+
+
+GOOD = {"source": "a:1", "prompt": "x", "prediction": "y", "references": ["z"], "scores": {"z": 1}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"extra": 1}, "not a prediction; expected the fields source, prompt, .* got extra, "),
+        ({"prompt": None}, "the field prompt must be a text, got None"),
+        ({"source": 3}, "the field source must be a text, got 3"),
+        ({"prediction": ["y"]}, r"the field prediction must be a text, got \['y'\]"),
+        ({"references": "z"}, "the field references must be a list of texts, got 'z'"),
+        ({"references": [None]}, "the field references must be a list of texts"),
+        ({"scores": {"z": "1"}}, "the field scores must be numbers by name, or null"),
+        ({"prompt": "\ud800"}, "not valid Unicode"),
+    ],
+)
+def test_edited_predictions_are_one_error_that_names_the_line(tmp_path, change, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n{json.dumps(GOOD | change)}\n")
+    with pytest.raises(CheckpointError, match=rf"p\.jsonl:2: {message}"):
+        read_predictions(path, CheckpointError)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff", b"[" * 5000, b"1" * 5000])
+def test_damaged_predictions_are_one_error(tmp_path, content):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"p\.jsonl:1: "):
+        read_predictions(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        None,
+        {"metrics": [], "signatures": {}, "examples": 1},
+        {"metrics": {"loss": "1"}, "signatures": {}, "examples": 1},
+        {"metrics": {"loss": None}, "signatures": {"loss": 1}, "examples": 1},
+        {"metrics": {"loss": 1.5}, "signatures": {}, "examples": None},
+    ],
+)
+def test_an_edited_report_is_refused(content):
+    with pytest.raises(ValueError, match="must be"):
+        Report.from_dict(content)
 
 
 def test_the_table_sets_columns_side_by_side():

@@ -94,6 +94,21 @@ def test_a_run_leaves_its_prefix_its_scores_and_its_predictions(
     assert "256 trained (prefix); 20 training examples, 12 steps of 4" in runs.shown(console)
 
 
+def test_only_records_of_which_text_is_measured_need_references(
+    pretrained: Pretrained, tmp_path: Path
+) -> None:
+    referenced = [{**record, "refs": [record["total"], "7"]} for record in runs.SOME]
+    options = ("data.references=refs", "evaluate.metrics=[loss,exact_match]", "train.steps=1")
+    run = runs.run(pretrained, tmp_path / "a", *options, dev=runs.SOME, test=referenced)
+    made = run.evaluations["after"].predictions
+    assert [list(prediction.references) for prediction in made] == [r["refs"] for r in referenced]
+    with pytest.raises(DataError, match="record 1: no field 'refs'"):
+        runs.run(pretrained, tmp_path / "b", *options, test=runs.SOME)
+    options = (*options, "evaluate.metrics=[exact_match]")
+    with pytest.raises(DataError, match="record 1: no field 'refs'"):
+        runs.run(pretrained, tmp_path / "b", *options, dev=runs.SOME)
+
+
 def test_the_best_step_is_exported_and_training_stops_early(
     pretrained: Pretrained, whole: Path, tmp_path: Path, monkeypatch
 ) -> None:
