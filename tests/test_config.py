@@ -213,6 +213,12 @@ _TASK = ["task.name=classify", "data.target=null", "data.input='{a}'"]
         (["decode.repetition_penalty=1e39"], "repetition_penalty 1e+39 is out of reach"),
         (["decode.length_penalty=.nan"], "length_penalty must lie in [-5, 5], not nan"),
         (["decode.length_penalty=1000"], "length_penalty must lie in [-5, 5]"),
+        (
+            ["decode.length_penalty=2", "decode.early_stopping=never"],
+            "length_penalty, early_stopping without beam search (beams is 1) would do nothing; "
+            "set beams above 1, or use the default length_penalty: 1.0, early_stopping: false",
+        ),
+        (["decode.early_stopping=soon"], "expected bool or one of never; got 'soon'"),
         (["decode.top_p=0.9"], "top_p narrows what is drawn: it needs a temperature above 0"),
         (["decode.top_k=5", "decode.min_p=0.1"], "top_k, min_p narrow"),
         (["decode.seed=4294967296"], "seed must lie in [0, 4294967296)"),

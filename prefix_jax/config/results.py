@@ -31,6 +31,8 @@ Metric = Literal[
 _MOST_BEAMS = 1024
 # Lengths to a higher power leave float32.
 _STEEPEST = 5
+# Defaults of what only beam search reads.
+_OF_BEAMS = {"length_penalty": 1.0, "early_stopping": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +45,10 @@ class DecodeConfig:
         min_new_tokens: tokens before the end of text becomes possible.
         beams: hypotheses kept by beam search; 1 is none.
         length_penalty: a finished beam's score is its log-probability over length to this power;
-            between -5 and 5.
-        early_stopping: stop a beam search as soon as `beams` hypotheses have finished.
+            between -5 and 5. This and `early_stopping` need `beams` above 1.
+        early_stopping: when a beam search stops, as in transformers: true as soon as `beams`
+            hypotheses have finished; false once the best running beam scores no better than the
+            worst of them; "never" once it could not even at its best possible length.
         temperature: divides the logits before sampling; 0 is greedy.
         top_k: sample among so many of the likeliest tokens; None is off. This, `top_p` and `min_p`
             need a temperature above 0.
@@ -64,7 +68,7 @@ class DecodeConfig:
     min_new_tokens: int = 0
     beams: int = 1
     length_penalty: float = 1.0
-    early_stopping: bool = False
+    early_stopping: bool | Literal["never"] = False
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -78,6 +82,8 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         sampling = self.temperature > 0
+        searching = [name for name in _OF_BEAMS if getattr(self, name) != _OF_BEAMS[name]]
+        defaults = ", ".join(f"{name}: {str(_OF_BEAMS[name]).lower()}" for name in searching)
         narrow = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         require(
             (
@@ -94,6 +100,15 @@ class DecodeConfig:
                 f"{', '.join(narrow)} narrow{'s' * (len(narrow) == 1)} what is drawn: "
                 f"{'it needs' if len(narrow) == 1 else 'they need'} a temperature above 0, "
                 "and are null without",
+            ),
+            (
+                self.early_stopping in (True, False, "never"),
+                f"early_stopping must be true, false or never, not {self.early_stopping!r}",
+            ),
+            (
+                self.beams > 1 or not searching,
+                f"{', '.join(searching)} without beam search (beams is {self.beams}) would do "
+                f"nothing; set beams above 1, or use the default {defaults}",
             ),
             (
                 abs(self.length_penalty) <= _STEEPEST,

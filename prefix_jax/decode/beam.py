@@ -23,18 +23,22 @@ class Beam:
     A finished hypothesis scores its summed log-probability over its length (end-of-text token
     included) to the power of `length_penalty`. A search ends when M hypotheses have finished and
     the best running one would not beat the worst of them if it ended here; with
-    `early_stopping`, as soon as M have finished.
+    `early_stopping`, as soon as M have finished; if `patient`, only when the running one would not
+    win even if the rest of its greatest length cost nothing.
 
     Attributes:
         constraints: what may come next.
         length_penalty: above 0 favours long texts.
         early_stopping: whether M finished hypotheses are enough.
+        patient: whether running hypotheses are judged by their best possible score: transformers'
+            early_stopping="never".
         width: M.
     """
 
     constraints: Constraints
     length_penalty: jax.Array
     early_stopping: jax.Array
+    patient: jax.Array
     width: int = flax.struct.field(pytree_node=False)
 
     def start(self, ids_BMW: jax.Array, real_B: jax.Array, capacity: int) -> Beams:
@@ -112,7 +116,9 @@ class Beam:
         )
         count_Bn = jnp.broadcast_to(state.step + 1, (B, n))
         final_BM = merge(found.final_BM, ends_Bn)
-        hope_B = score_BM[:, 0] / length**self.length_penalty
+        # Only a positive penalty favours length.
+        longest = self.patient & (self.length_penalty > 0)
+        hope_B = score_BM[:, 0] / jnp.where(longest, end, length) ** self.length_penalty
         worst_BM = jnp.where(final_BM, final_score_BM.min(axis=1, keepdims=True), _OUT)
         return dataclasses.replace(
             state,

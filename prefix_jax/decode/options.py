@@ -44,8 +44,13 @@ def make_search(
         last=_unless(-1, last, np.int32),
     )
     if config.beams > 1:
-        penalty, early = jnp.float32(config.length_penalty), jnp.bool_(config.early_stopping)
-        return Beam(constraints, penalty, early, config.beams)
+        return Beam(
+            constraints,
+            length_penalty=jnp.float32(config.length_penalty),
+            early_stopping=jnp.bool_(config.early_stopping is True),
+            patient=jnp.bool_(config.early_stopping == "never"),
+            width=config.beams,
+        )
     if config.temperature == 0:
         return Draw(constraints, None, None)
     sampling = Sampling(
