@@ -4,6 +4,8 @@ Each message says what was wrong, where, and what to do. Anything that is not a 
 a bug in this package.
 """
 
+from __future__ import annotations
+
 
 class PrefixJaxError(Exception):
     """Base of every error that is the input's fault and not this package's."""
@@ -38,7 +40,15 @@ class CheckpointError(PrefixJaxError):
 
 
 class NonFiniteError(PrefixJaxError):
-    """The loss or its gradient became NaN or infinite."""
+    """The loss, its gradient or the logits of a text became NaN or infinite."""
+
+    @classmethod
+    def of(cls, where: str, what: str) -> NonFiniteError:
+        """For results of a trained model: `what` ("the logits") for the input at `where`."""
+        return cls(
+            f"{where}: {what} are NaN or infinite; check the weights and the prefix for NaN, or "
+            "load the model in float32"
+        )
 
 
 def reason(error: Exception) -> str:

@@ -79,6 +79,8 @@ class Beam:
         found: Beams = state.found
         B, M, V = logits_BMV.shape
         logprobs_RV = jax.nn.log_softmax(logits_BMV.reshape(B * M, V), axis=-1)
+        # One NaN or positive infinity among the logits makes all of a row NaN.
+        invalid_B = jnp.isnan(logprobs_RV[:, 0]).reshape(B, M).any(axis=1) & found.open_B
         length_R = jnp.repeat(state.prompt_B + state.step, M)
         ids_RW = state.ids_BMW.reshape(B * M, -1)
         scores_RV = constrain(logprobs_RV, ids_RW, length_R, state.step, end, self.constraints)
@@ -124,6 +126,7 @@ class Beam:
             state,
             ids_BMW=_pick(ids_BnW, next_BM),
             step=state.step + 1,
+            invalid_B=state.invalid_B | invalid_B,
             found=Beams(
                 score_BM=score_BM,
                 logprob_BMU=_pick(logprob_BnU, next_BM),
@@ -133,7 +136,7 @@ class Beam:
                 final_logprob_BMU=merge(found.final_logprob_BMU, logprob_BnU),
                 final_count_BM=merge(found.final_count_BM, count_Bn),
                 final_BM=final_BM,
-                open_B=found.open_B & (hope_B[:, None] > worst_BM).any(axis=1),
+                open_B=found.open_B & ~invalid_B & (hope_B[:, None] > worst_BM).any(axis=1),
             ),
         )
 

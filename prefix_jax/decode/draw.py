@@ -62,7 +62,10 @@ class Draw:
             key_R = jax.vmap(jax.random.fold_in, (0, None))(self.key_BM.reshape(-1), state.step)
             token_R = jax.vmap(jax.random.categorical)(key_R, warp(scores_RV, self.sampling))
         logprob_R = jnp.take_along_axis(logits_RV, token_R[:, None], axis=1)[:, 0]
-        logprob_R -= jax.nn.logsumexp(logits_RV, axis=-1)
+        total_R = jax.nn.logsumexp(logits_RV, axis=-1)
+        logprob_R -= total_R
+        # One NaN or positive infinity among the logits is enough.
+        invalid_BM = ~jnp.isfinite(total_R).reshape(B, M) & ~found.done_BM
 
         token_BM = token_R.reshape(B, M).astype(jnp.int32)
         ended_BM = jnp.isin(token_BM, self.constraints.eos_E)
@@ -70,9 +73,10 @@ class Draw:
             state,
             ids_BMW=state.append(state.ids_BMW, token_BM),
             step=state.step + 1,
+            invalid_B=state.invalid_B | invalid_BM.any(axis=1),
             found=Draws(
                 logprob_BMU=found.logprob_BMU.at[:, :, state.step].set(logprob_R.reshape(B, M)),
                 count_BM=found.count_BM + ~found.done_BM,
-                done_BM=found.done_BM | ended_BM | (state.step + 1 >= end),
+                done_BM=found.done_BM | ended_BM | invalid_BM | (state.step + 1 >= end),
             ),
         )

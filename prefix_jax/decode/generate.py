@@ -21,7 +21,7 @@ from prefix_jax.decode.loop import Search, advance, read
 from prefix_jax.decode.options import make_search
 from prefix_jax.decode.state import Beams, State
 from prefix_jax.decode.text import TextStream
-from prefix_jax.errors import ConfigError, ContextError, DataError
+from prefix_jax.errors import ConfigError, ContextError, DataError, NonFiniteError
 from prefix_jax.mesh import on_mesh_of
 from prefix_jax.prefix import Prefix
 
@@ -86,11 +86,13 @@ class Generator:
             ConfigError: the batch size is none.
             DataError: a prompt is empty, or holds a token that the model does not have.
             ContextError: a prompt does not fit the model with the prefix and what is generated.
+            NonFiniteError: the model gives NaN or infinite logits.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
         encoded = [self._encode(prompt) for prompt in prompts]
-        self._check(encoded, names or [f"prompt {i}" for i in range(len(encoded))], config)
+        names = names or [f"prompt {i}" for i in range(len(encoded))]
+        self._check(encoded, names, config)
         generations: dict[int, Generation] = {}
         by_length: list[int] = []
         for start in range(0, len(encoded), _WINDOW * batch_size):
@@ -99,7 +101,7 @@ class Generator:
         for start in range(0, len(by_length), batch_size):
             batch = {index: encoded[index] for index in by_length[start : start + batch_size]}
             with on_mesh_of(self.params):
-                continuations = self._continue(batch, config, on_text)
+                continuations = self._continue(batch, names, config, on_text)
             for index, samples in zip(batch, continuations, strict=True):
                 generations[index] = Generation(samples)
                 if on_done is not None:
@@ -147,6 +149,7 @@ class Generator:
     def _continue(
         self,
         prompts: dict[int, list[int]],
+        names: Sequence[str],
         config: DecodeConfig,
         on_text: OnText | None,
     ) -> list[tuple[Continuation, ...]]:
@@ -154,6 +157,7 @@ class Generator:
 
         Args:
             prompts: the index and the tokens of each prompt.
+            names: of all prompts, by index.
             config: how to generate.
             on_text: as in `generate`.
         """
@@ -186,11 +190,12 @@ class Generator:
             stream = TextStream(self.tokenizer.backend_tokenizer, before, config.stop)
             return Writer(stream, eos, on_text and functools.partial(on_text, index, sample))
 
+        rows = [names[index] for index in prompts]
         writers = [[writer(index, m) for m in range(config.samples)] for index in prompts]
         if config.beams > 1:
-            return self._finish_beams(search, state, config, writers)
+            return self._finish_beams(search, state, config, writers, rows)
         interval = 1 if on_text else _STOP_INTERVAL if config.stop else config.max_new_tokens
-        return self._finish_draws(search, state, config, writers, interval)
+        return self._finish_draws(search, state, config, writers, rows, interval)
 
     def _finish_draws(
         self,
@@ -198,11 +203,13 @@ class Generator:
         state: State,
         config: DecodeConfig,
         writers: list[list[Writer]],
+        rows: Sequence[str],
         interval: int,
     ) -> list[tuple[Continuation, ...]]:
         while True:
             # Everything but the cache, which stays on the device.
             now = _fetch(_without_cache(state))
+            _check_finite(now, rows)
             done_BM = now.found.done_BM.copy()
             for row, samples in enumerate(writers):
                 ids_MU = now.ids_BMW[row, :, now.prompt_B[row] :]
@@ -219,10 +226,16 @@ class Generator:
             state = self._advance(search, state, int(now.step) + interval, config)
 
     def _finish_beams(
-        self, search: Search, state: State, config: DecodeConfig, writers: list[list[Writer]]
+        self,
+        search: Search,
+        state: State,
+        config: DecodeConfig,
+        writers: list[list[Writer]],
+        rows: Sequence[str],
     ) -> list[tuple[Continuation, ...]]:
         state = self._advance(search, state, config.max_new_tokens, config)
         now = _fetch(_without_cache(state))
+        _check_finite(now, rows)
         found: Beams = now.found
         continuations = []
         for row, samples in enumerate(writers):
@@ -248,6 +261,18 @@ class Generator:
             np.int32(until),
             np.int32(config.max_new_tokens),
         )
+
+
+def _check_finite(state: State, names: Sequence[str]) -> None:
+    """Raises NonFiniteError if the model gave NaN or infinite logits.
+
+    Args:
+        state: fetched.
+        names: of the prompts, by row.
+    """
+    for name, invalid in zip(names, state.invalid_B, strict=False):
+        if invalid:
+            raise NonFiniteError.of(name, "the model's logits")
 
 
 def _without_cache(state: State) -> Any:

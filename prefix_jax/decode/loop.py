@@ -67,6 +67,7 @@ def read(
         prompt_B=prompt_B,
         step=jnp.zeros((), jnp.int32),
         found=search.start(ids_BMW, real_B, capacity),
+        invalid_B=jnp.zeros_like(real_B),
         encoded=encoded,
     )
     return search.choose(state, jnp.broadcast_to(logits_B1V, (B, M, logits_B1V.shape[2])), end)

@@ -71,6 +71,8 @@ class State:
         prompt_B: the lengths of the prompts.
         step: tokens generated so far.
         found: what the search knows besides: `Draws` or `Beams`.
+        invalid_B: whether the model gave NaN or infinite logits for a continuation that had not
+            ended. Such a row ends there.
         encoded: of an encoder-decoder, one copy of what each row's encoder read, for all of its
             continuations. Its prompt is then the start token alone.
     """
@@ -80,6 +82,7 @@ class State:
     prompt_B: jax.Array
     step: jax.Array
     found: Any
+    invalid_B: jax.Array
     encoded: Encoded | None = None
 
     def append(self, ids_BMW: jax.Array, token_BM: jax.Array) -> jax.Array:

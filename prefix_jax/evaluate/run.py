@@ -22,7 +22,7 @@ from prefix_jax.data.ends import end_tokens
 from prefix_jax.data.pipeline import evaluation_batches
 from prefix_jax.data.tokens import group_references
 from prefix_jax.decode.generate import Generator
-from prefix_jax.errors import ConfigError, ContextError
+from prefix_jax.errors import ConfigError, ContextError, NonFiniteError
 from prefix_jax.evaluate.metrics import measure
 from prefix_jax.evaluate.report import Prediction, Report
 from prefix_jax.mesh import batch_shards, place_rows, replicated
@@ -254,6 +254,9 @@ class Evaluator:
             head: the head's.
             prefix: what stands before every example.
             examples: to be answered.
+
+        Raises:
+            NonFiniteError: an output is NaN or infinite.
         """
         outputs: list[np.ndarray] = []
         total = 0.0
@@ -264,8 +267,10 @@ class Evaluator:
             total += float(loss_B.sum())
             # A batch may end in rows of padding, its rows in targets of padding.
             some = examples[len(outputs) : len(outputs) + self._config.batch_size]
-            rows = zip(some, out_BMY, strict=False)
-            outputs += [out_MY[: len(example.index_M)] for example, out_MY in rows]
+            for example, out_MY in zip(some, out_BMY, strict=False):
+                outputs.append(out_MY[: len(example.index_M)])
+                if not np.isfinite(outputs[-1]).all():
+                    raise NonFiniteError.of(example.source, "the outputs of the head")
         return outputs, total / sum(example.targets for example in examples)
 
     def loss(self, params: Params, prefix: Prefix | None, examples: Sequence[Example]) -> float:
@@ -300,6 +305,9 @@ class Evaluator:
         ]
         # The last batch may end in rows of padding.
         losses = np.concatenate(rows)[: len(candidates)].reshape(len(examples), len(labels))
+        for example, losses_Y in zip(examples, losses, strict=True):
+            if not np.isfinite(losses_Y).all():
+                raise NonFiniteError.of(example.source, "the likelihoods of the labels")
         return [labels[best] for best in losses.argmin(axis=1)]
 
     def _candidates(self, examples: Sequence[Example], room: int) -> list[Example]:

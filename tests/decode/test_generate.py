@@ -21,7 +21,13 @@ from prefix_jax.config import DecodeConfig
 from prefix_jax.decode import Generator
 from prefix_jax.decode.loop import advance, read
 from prefix_jax.decode.options import make_search
-from prefix_jax.errors import BackboneError, ConfigError, ContextError, DataError
+from prefix_jax.errors import (
+    BackboneError,
+    ConfigError,
+    ContextError,
+    DataError,
+    NonFiniteError,
+)
 from prefix_jax.mesh import make_mesh, weight_shardings
 from prefix_jax.nn.mask import Tokens
 
@@ -32,6 +38,11 @@ few = settings(max_examples=15)
 
 
 FORWARD = jax.jit(Backbone.hidden, static_argnums=0)
+
+
+def untied(generator: Generator):
+    """A head of its own with the weights of the embedding."""
+    return {"unembed_DV": generator.params["embed"]["tokens_VD"].T}
 
 
 def ids_of(generations):
@@ -250,6 +261,60 @@ class TestSampling:
         for token, p in probability.items():
             deviation = np.sqrt(p * (1 - p) / len(drawn))
             assert abs((drawn == token).mean() - p) < 5 * deviation + 1 / len(drawn)
+
+
+class TestNonFiniteLogits:
+    @pytest.mark.parametrize(
+        "config",
+        [
+            DecodeConfig(max_new_tokens=NEW),
+            DecodeConfig(max_new_tokens=NEW, stop=("zzz",)),
+            DecodeConfig(max_new_tokens=NEW, temperature=1.0, samples=2),
+            DecodeConfig(max_new_tokens=NEW, beams=3),
+        ],
+        ids=["greedy", "stop", "sampled", "beams"],
+    )
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_they_are_an_error_that_names_the_prompt(
+        self, generator: Generator, config: DecodeConfig, value: float
+    ) -> None:
+        """The first prompt never meets the broken token; the second reads it."""
+        table_VD = generator.params["embed"]["tokens_VD"].at[7].set(value)
+        broken = {**generator.params, "embed": {"tokens_VD": table_VD}, "head": untied(generator)}
+        arch = dataclasses.replace(generator.backbone.arch, tied=False)
+        generator = dataclasses.replace(generator, backbone=Backbone(arch), params=broken)
+        generator.generate([[1]], config)
+        with pytest.raises(
+            NonFiniteError, match=r"^second: the model's logits are NaN or infinite"
+        ):
+            generator.generate([[1], [1, 7]], config, names=["first", "second"])
+
+    def test_no_text_comes_of_them(self, generator: Generator) -> None:
+        nowhere = jax.tree.map(lambda leaf: leaf * jnp.nan, generator.params)
+        pieces = []
+        with pytest.raises(NonFiniteError, match="prompt 0"):
+            dataclasses.replace(generator, params=nowhere).generate(
+                ["a"], DecodeConfig(max_new_tokens=NEW), on_text=lambda *piece: pieces.append(piece)
+            )
+        assert pieces == []
+
+    def test_they_do_not_matter_after_the_end_of_a_text(self, generator: Generator) -> None:
+        """A batch goes on until its last text has ended."""
+        prompts = [[1], [2]]
+        free = generator.generate(prompts, DecodeConfig(max_new_tokens=NEW))
+        end = free[0].samples[0].ids[0]
+        assert end not in free[1].samples[0].ids
+        table_VD = generator.params["embed"]["tokens_VD"]
+        params = {
+            **generator.params,
+            "embed": {"tokens_VD": table_VD.at[end].set(jnp.nan)},
+            "head": untied(generator),
+        }
+        arch = dataclasses.replace(generator.backbone.arch, tied=False)
+        ending = dataclasses.replace(generator, backbone=Backbone(arch), params=params, eos=(end,))
+        found = ending.generate(prompts, DecodeConfig(max_new_tokens=NEW))
+        assert found[0].samples[0].ids == (end,)
+        assert found[1].samples[0].ids == free[1].samples[0].ids
 
 
 class TestContext:

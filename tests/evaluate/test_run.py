@@ -21,8 +21,9 @@ from prefix_jax.config import DecodeConfig, EvaluateConfig
 from prefix_jax.data.batch import Example
 from prefix_jax.data.pipeline import load_examples
 from prefix_jax.decode.generate import Generator
-from prefix_jax.errors import ConfigError, ContextError
+from prefix_jax.errors import ConfigError, ContextError, NonFiniteError
 from prefix_jax.evaluate.run import Evaluator, better
+from prefix_jax.heads import Head
 from prefix_jax.mesh import make_mesh
 from prefix_jax.model import PrefixModel, start_from_ids
 from prefix_jax.nn.mask import Tokens
@@ -215,6 +216,32 @@ def test_a_mesh_changes_no_score(
     one, eight = (dict(each[""].report.metrics) for each in found)
     assert eight == pytest.approx(one, rel=1e-4)
     assert found[0][""].predictions == found[1][""].predictions
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "bleu"])
+def test_weights_that_are_not_finite_measure_nothing(
+    pretrained: Pretrained, examples: list[Example], metric: str
+) -> None:
+    nowhere = jax.tree.map(lambda leaf: leaf * jnp.nan, pretrained.stacked())
+    judge = evaluator(pretrained, metric, labels=LABELS)
+    with pytest.raises(NonFiniteError, match="are NaN or infinite; check the weights"):
+        judge(nowhere, None, examples, [metric])
+
+
+def test_a_head_whose_outputs_are_not_finite_answers_nothing(
+    pretrained: Pretrained, examples: list[Example]
+) -> None:
+    head = Head("classify", 2, bias=False)
+    judge = Evaluator(
+        PrefixModel(pretrained.backbone, None, head), pretrained.tokenizer, pretrained.mesh
+    )
+    (example,) = examples[:1]
+    labelled = Example(
+        ids_T=example.ids_T, index_M=np.array([1]), label_M=np.array([1]), source="a:1"
+    )
+    weights = {"out_DY": np.full((32, 2), np.nan, np.float32)}
+    with pytest.raises(NonFiniteError, match=r"^a:1: the outputs of the head are NaN or infinite"):
+        judge.outputs(pretrained.stacked(), weights, None, [labelled])
 
 
 def test_a_prompt_is_scored_after_the_template_cut_it(
