@@ -19,6 +19,7 @@ import flax.struct
 import jax
 
 from prefix_jax.errors import ConfigError
+from prefix_jax.untrusted.values import Size, require_fields
 
 # The attentions of a transformer that a prefix can reach. Of a model that only reads or only
 # writes, the one that it has.
@@ -244,10 +245,10 @@ class SiteShape:
         head_dim: H.
     """
 
-    layers: int
-    query_heads: int
-    kv_heads: int
-    head_dim: int
+    layers: Size
+    query_heads: Size
+    kv_heads: Size
+    head_dim: Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,14 +262,15 @@ class Geometry:
         embed_dim: width of the input embeddings where it is not D.
     """
 
-    d_model: int
-    vocab: int
+    d_model: Size
+    vocab: Size
     decoder: SiteShape | None = None
     encoder: SiteShape | None = None
     cross: SiteShape | None = None
-    embed_dim: int | None = None
+    embed_dim: Size | None = None
 
     def __post_init__(self) -> None:
+        require_fields(self, ConfigError)
         if self.decoder is None and self.encoder is None:
             raise ConfigError("a geometry has the shape of a decoder, of an encoder, or of both")
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from prefix_jax.errors import PrefixError
+from prefix_jax.errors import ConfigError, PrefixError
 from prefix_jax.prefix import (
     SITES,
     Adapter,
@@ -26,6 +26,7 @@ from prefix_jax.prefix import (
     SiteName,
     SiteShape,
 )
+from prefix_jax.untrusted.values import Count, require_fields
 
 Kind = Literal["embeds", "hidden", "adapter", "kv"]
 Shape = tuple[int, ...]
@@ -48,10 +49,22 @@ class Facts:
     """
 
     kind: Kind
-    length: int
-    offset: int
+    length: Count
+    offset: Count
     pinned: bool
-    layers: dict[str, tuple[int, ...]]
+    layers: dict[str, tuple[Count, ...]]
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError if a value is out of range."""
+        require_fields(self, ConfigError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """Shape and dtype of an array that is not read yet. The dtype is a name if NumPy has none."""
+
+    shape: Shape
+    dtype: np.dtype | str
 
 
 def facts(produced: Produced) -> Facts:
@@ -143,8 +156,16 @@ def _layers(stored: Facts, name: str) -> Layers:
     return stored.layers.get(name)
 
 
-def problems(arrays: Mapping[str, np.ndarray], stored: Facts, geometry: Geometry) -> list[str]:
-    """Where the arrays are not those that the facts promise for a backbone, or not finite."""
+def problems(
+    arrays: Mapping[str, np.ndarray | Described], stored: Facts, geometry: Geometry
+) -> list[str]:
+    """Where the arrays are not those that the facts promise for a backbone, or not finite.
+
+    Args:
+        arrays: the arrays, or their descriptions before they are read.
+        stored: facts of the prefix.
+        geometry: of the backbone.
+    """
     found = []
     expected = _shapes(arrays, stored, geometry)
     for name, shape in expected.items():
@@ -155,7 +176,7 @@ def problems(arrays: Mapping[str, np.ndarray], stored: Facts, geometry: Geometry
                 found.append(f"{name} is missing")
         elif x.shape != shape or x.dtype != np.float32:
             found.append(f"{name} is {x.dtype} {x.shape} instead of float32 {shape}")
-        else:
+        elif isinstance(x, np.ndarray):
             # A bias of minus infinity makes a slot absent.
             broken = ~np.isfinite(x) & ~(optional & np.isneginf(x))
             if broken.any():
@@ -164,7 +185,7 @@ def problems(arrays: Mapping[str, np.ndarray], stored: Facts, geometry: Geometry
 
 
 def _shapes(
-    arrays: Mapping[str, np.ndarray], stored: Facts, geometry: Geometry
+    arrays: Mapping[str, np.ndarray | Described], stored: Facts, geometry: Geometry
 ) -> dict[str, Shape]:
     P, D, main = stored.length, geometry.d_model, geometry.main
     if stored.kind == "embeds":

@@ -8,16 +8,35 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from flax.traverse_util import flatten_dict
 
 from prefix_jax.artifact.arrays import Facts, facts
-from prefix_jax.errors import PrefixError
+from prefix_jax.config import TaskConfig
+from prefix_jax.errors import BackboneError, ConfigError, PrefixError
+from prefix_jax.nn.activations import activation
 from prefix_jax.nn.quantized import Quantize
-from prefix_jax.prefix import Adapter, Geometry, Prefix, Produced
+from prefix_jax.prefix import Adapter, Geometry, Prefix, Produced, SiteName
+from prefix_jax.typed import build
+from prefix_jax.untrusted.values import Count, Probability, Size, require
 
-FORMAT_VERSION = 2
+# 3 has a digest of the card. Everything else is as in 2.
+FORMAT_VERSION = 3
+
+TaskKind = Literal["classify", "regress", "tag", "span", "choice"]
+# The fields of a head, and how many numbers a head of each kind makes where labels do not say.
+HEAD_FIELDS: dict[str, Any] = {
+    "kind": TaskKind,
+    "outputs": Size,
+    "activation": str | None,
+    "pooled": bool,
+    "bias": bool,
+    "dropout": Probability,
+    "drop_input": bool,
+    "soft": bool,
+}
+_OUTPUTS = {"regress": 1, "span": 2, "choice": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +69,7 @@ class TokenizerCard:
     """
 
     name: str
-    size: int
+    size: Count
     sha256: str
 
     @classmethod
@@ -88,7 +107,7 @@ class TemplateCard:
     references: str | None = None
     task: str | None = None
     loss: Literal["target", "all"] = "target"
-    max_length: int | None = None
+    max_length: Size | None = None
     truncate: Literal["left", "right"] = "left"
     on_overflow: Literal["error", "drop"] = "error"
 
@@ -105,7 +124,41 @@ class TaskCard:
 
     config: dict[str, Any]
     head: dict[str, Any]
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, tuple[Size, ...]]
+
+    def check(self, d_model: int) -> None:
+        """Checks that the task, the head and its arrays belong together.
+
+        Args:
+            d_model: D, the width of the backbone.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        config = build(TaskConfig, self.config, "task.config")
+        if unknown := sorted(self.head.keys() - HEAD_FIELDS.keys()):
+            raise ConfigError(f"task.head has the unknown fields {', '.join(unknown)}")
+        for name in self.head.keys() | {"kind", "outputs"}:
+            require(self.head.get(name), HEAD_FIELDS[name], f"task.head.{name}", ConfigError)
+        kind, outputs, D = self.head["kind"], self.head["outputs"], d_model
+        if config.name != kind:
+            raise ConfigError(f"task.config.name is {config.name}, and task.head.kind is {kind}")
+        expected = _OUTPUTS.get(kind, len(config.labels or ()))
+        if outputs != expected:
+            raise ConfigError(
+                f"task.head.outputs is {outputs}, expected {expected}, as task.config has it"
+            )
+        shapes: dict[str, tuple[int, ...]] = {"out_DY": (D, outputs)}
+        if self.head.get("bias", True):
+            shapes["out_bias_Y"] = (outputs,)
+        if (function := self.head.get("activation")) is not None:
+            try:
+                activation(function)
+            except BackboneError as error:
+                raise ConfigError(f"task.head.activation: {error}") from None
+            shapes |= {"dense_DE": (D, D), "dense_bias_E": (D,)}
+        if {name: tuple(shape) for name, shape in self.shapes.items()} != shapes:
+            raise ConfigError(f"task.shapes is {self.shapes}, expected {shapes}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,12 +184,12 @@ class Card(Facts):
     """
 
     format_version: int = FORMAT_VERSION
-    positions: tuple[int, ...]
+    positions: tuple[Count, ...]
     geometry: Geometry
     backbone: BackboneCard
     method: dict[str, Any]
     init: str | None
-    steps: int | None
+    steps: Count | None
     template: TemplateCard | None
     decode: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: TokenizerCard | None
@@ -144,6 +197,23 @@ class Card(Facts):
     metrics: dict[str, Any]
     package: str
     created: str
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError if a value is out of range or two contradict each other."""
+        super().__post_init__()
+        if self.positions != tuple(range(len(self.positions))):
+            raise ConfigError("positions must count from 0")
+        sites = self.geometry.sites
+        for name, layers in self.layers.items():
+            site = self.geometry.main if name == "adapter" else sites.get(cast(SiteName, name))
+            if site is None:
+                raise ConfigError(f"layers: there is no {name} in the geometry")
+            if list(layers) != sorted(set(layers) & set(range(site.layers))) or not layers:
+                raise ConfigError(
+                    f"layers.{name} must ascend from 0 to at most {site.layers - 1}, got {layers}"
+                )
+        if self.task is not None:
+            self.task.check(self.geometry.d_model)
 
     @property
     def facts(self) -> Facts:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +18,26 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from prefix_jax.artifact.arrays import facts, from_arrays, problems, to_arrays
+from prefix_jax.artifact.arrays import Described, facts, from_arrays, problems, to_arrays
 from prefix_jax.artifact.card import FORMAT_VERSION, Card
 from prefix_jax.artifact.replace import replaced, replacing
 from prefix_jax.errors import CheckpointError, ConfigError, PrefixError
 from prefix_jax.prefix import Produced
 from prefix_jax.typed import build
+from prefix_jax.untrusted.json import read_json
+from prefix_jax.untrusted.paths import expand
+from prefix_jax.untrusted.safetensors import read_header, read_tensors
 
 Container = Literal["orbax", "safetensors"]
 
 _CARD = "prefix.json"
+# The key of its digest, which covers everything else in it.
+_DIGEST, _FIRST_WITH_DIGEST = "sha256", 3
+# Bytes of a card: its longest part are the labels of a task.
+CARD_LIMIT = 16 * 2**20
+# Orbax compresses: arrays of zeros, as of a gate before training, to almost nothing.
+_INFLATED, _RATIO = 2**28, 100
+_MOST_FILES = 10_000
 _HEAD = "head."
 _CONTAINERS: dict[Container, str] = {"orbax": "arrays", "safetensors": "prefix.safetensors"}
 # Under a run directory.
@@ -61,7 +72,7 @@ def save(
         CheckpointError: it could not be written; `path` is as it was.
     """
     # Renaming a link would leave the directory behind.
-    path = Path(path).expanduser().resolve()
+    path = expand(path, PrefixError).resolve()
     if facts(produced) != card.facts:
         raise PrefixError(f"{path}: the card describes another prefix; make it with make_card")
     of_head = {_HEAD + name: np.array(x, np.float32) for name, x in (head or {}).items()}
@@ -125,8 +136,11 @@ def load_head(path: str | Path) -> dict[str, jax.Array]:
 def _load(path: str | Path) -> tuple[Produced, dict[str, jax.Array], Card]:
     path = find(path)
     card, stored = _read_card(path / _CARD)
-    content = _read_arrays(path / _CONTAINERS[stored.container], stored.container)
-    wrong = _problems(content, card)
+    place = path / _CONTAINERS[stored.container]
+    # Nothing is allocated for arrays that the card does not have.
+    wrong = _problems(_describe_arrays(place, stored.container), card)
+    content = {} if wrong else _read_arrays(place, stored.container)
+    wrong = wrong or _problems(content, card)
     if not wrong and {name: _sha256(x) for name, x in content.items()} != stored.sha256:
         wrong = [f"its arrays are not those that {_CARD} was written for"]
     if wrong:
@@ -143,9 +157,9 @@ def find(path: str | Path) -> Path:
     Raises:
         PrefixError: there is none.
     """
-    path = Path(path).expanduser()
+    path = expand(path, PrefixError)
     for place in (path, path / _INNER):
-        if (place / _CARD).is_file():
+        if expand(place / _CARD, PrefixError).is_file():
             return place
     for place in (path, path / _INNER):
         if not place.exists() and replaced(place).is_dir():
@@ -176,8 +190,8 @@ def _of_head(name: str) -> bool:
     return name.startswith(_HEAD)
 
 
-def _problems(content: Mapping[str, np.ndarray], card: Card) -> list[str]:
-    """Where the arrays are not those that the card promises, or not finite."""
+def _problems(content: Mapping[str, np.ndarray | Described], card: Card) -> list[str]:
+    """Where the arrays are not those that the card promises, or not finite. See `problems`."""
     own = {name: x for name, x in content.items() if not _of_head(name)}
     found = problems(own, card.facts, card.geometry)
     promised = {} if card.task is None else card.task.shapes
@@ -188,7 +202,7 @@ def _problems(content: Mapping[str, np.ndarray], card: Card) -> list[str]:
             found.append(f"{name} is {'missing' if x is None else 'unknown'}")
         elif x.shape != shape or x.dtype != np.float32:
             found.append(f"{name} is {x.dtype} {x.shape} instead of float32 {shape}")
-        elif not np.isfinite(x).all():
+        elif isinstance(x, np.ndarray) and not np.isfinite(x).all():
             found.append(f"{name} has values that are NaN or infinite")
     return found
 
@@ -211,6 +225,7 @@ def _to_json(card: Card, arrays: Mapping[str, np.ndarray], container: Container)
     metrics = {k: v if v is None or math.isfinite(v) else None for k, v in card.metrics.items()}
     fields = dataclasses.asdict(dataclasses.replace(card, metrics=metrics))
     fields = {"format_version": card.format_version, **fields, "arrays": dataclasses.asdict(stored)}
+    fields[_DIGEST] = _digest(fields)
     lines = (
         f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
         for name, value in fields.items()
@@ -218,24 +233,41 @@ def _to_json(card: Card, arrays: Mapping[str, np.ndarray], container: Container)
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+def _digest(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of the content of `prefix.json`, whatever its white space and the order of its
+    keys."""
+    content = {name: value for name, value in fields.items() if name != _DIGEST}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _read_card(file: Path) -> tuple[Card, _Stored]:
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PrefixError(f"{file} cannot be read: {_reason(error)}; {_REMEDY}") from None
+        fields = read_json(file, PrefixError, limit=CARD_LIMIT)
+    except PrefixError as error:
+        raise PrefixError(f"{error}; {_REMEDY}") from None
     version = fields.get("format_version") if isinstance(fields, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int:
         raise PrefixError(f"{file} is not the card of a prefix: it has no format_version")
     if version > FORMAT_VERSION:
         raise PrefixError(
             f"{file} has format {version}, written by prefix_jax {fields.get('package')}; this "
             f"version reads formats up to {FORMAT_VERSION}: pip install --upgrade prefix-jax"
         )
+    digest, actual = fields.pop(_DIGEST, None), _digest(fields)
+    stored_fields = fields.pop("arrays", {})
     try:
-        stored = build(_Stored, fields.pop("arrays", {}), "arrays")
-        return build(Card, fields), stored
+        stored = build(_Stored, stored_fields, "arrays")
+        card = build(Card, fields)
     except ConfigError as error:
         raise PrefixError(f"{file} is damaged:\n{error}\n{_REMEDY}") from None
+    if version >= _FIRST_WITH_DIGEST and digest != actual:
+        raise PrefixError(
+            f"{file} was changed after it was written: its content has the sha256 {actual}, and "
+            f"it states {digest}; copy the original again. To change a field, save the prefix "
+            "with another card (prefix_jax.artifact)"
+        )
+    return card, stored
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray], container: Container) -> None:
@@ -245,12 +277,52 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray], container: Containe
         path.write_bytes(safetensors.numpy.save(arrays))
 
 
+def _describe_arrays(path: Path, container: Container) -> dict[str, Described]:
+    """The shapes and dtypes of stored arrays."""
+    if container == "safetensors":
+        header = read_header(path, PrefixError)
+        return {name: Described(x.shape, x.numpy_dtype or x.dtype) for name, x in header.items()}
+    size = _check_orbax(path)
+    try:
+        # Orbax reads from absolute paths only.
+        metadata = ocp.metadata(path.absolute()).metadata
+        found = {name: Described(tuple(x.shape), np.dtype(x.dtype)) for name, x in metadata.items()}
+    # Damage shows as whatever the reader trips over.
+    except Exception as error:
+        raise PrefixError(f"{path} is missing or damaged: {_reason(error)}; {_REMEDY}") from error
+    needed = sum(4 * math.prod(x.shape) for x in found.values())
+    if needed > _INFLATED + _RATIO * size:
+        raise PrefixError(
+            f"{path} is damaged: its arrays would need {needed:,} bytes, and its files have "
+            f"{size:,}; {_REMEDY}"
+        )
+    return found
+
+
+def _check_orbax(path: Path) -> int:
+    """The size of an Orbax checkpoint in bytes, of regular files only."""
+    size = 0
+    try:
+        for number, entry in enumerate(path.rglob("*")):
+            mode = entry.lstat().st_mode
+            if number >= _MOST_FILES or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise PrefixError(
+                    f"{path} is damaged: {entry} is not a regular file, or one of more than "
+                    f"{_MOST_FILES}; {_REMEDY}"
+                )
+            size += entry.lstat().st_size if stat.S_ISREG(mode) else 0
+    except OSError as error:
+        raise PrefixError(f"{path} cannot be read: {_reason(error)}; {_REMEDY}") from None
+    return size
+
+
 def _read_arrays(path: Path, container: Container) -> dict[str, np.ndarray]:
     try:
         if container == "orbax":
-            # Orbax reads from absolute paths alone.
             return {name: np.asarray(x) for name, x in ocp.load(path.absolute()).items()}
-        return safetensors.numpy.load(path.read_bytes())
+        return {name: np.array(x) for name, x in read_tensors(path, PrefixError).items()}
+    except PrefixError:
+        raise
     # Damage shows as whatever the reader trips over.
     except Exception as error:
         raise PrefixError(f"{path} is missing or damaged: {_reason(error)}; {_REMEDY}") from error

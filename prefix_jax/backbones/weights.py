@@ -86,7 +86,7 @@ def _safetensors_files(directory: Path) -> list[Path]:
         files = [directory / name for name in sorted(set(weight_map.values()))]
         if outside := [file for file in files if file.parent != directory or file.name == ".."]:
             raise BackboneError(f"{index} names {outside[0]}, which is not a file beside it")
-        if absent := [file.name for file in files if not file.is_file()]:
+        if absent := [file.name for file in files if not expand(file, BackboneError).is_file()]:
             raise BackboneError(f"{index} names files that are not there: {', '.join(absent)}")
         return files
     if pickles := sorted(directory.glob("*.bin")):

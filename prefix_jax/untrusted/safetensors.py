@@ -48,6 +48,11 @@ class SafeTensor:
     shape: tuple[int, ...]
     offset: int
 
+    @property
+    def numpy_dtype(self) -> np.dtype | None:
+        """The same dtype in NumPy; None if it is not a floating-point one."""
+        return _FLOATS.get(self.dtype)
+
 
 def read_header(path: str | os.PathLike[str], error: type[PrefixJaxError]) -> dict[str, SafeTensor]:
     """Reads the names, dtypes, shapes and offsets of all tensors of a file.

@@ -37,6 +37,7 @@ Count = Annotated[int, Range(0, 2**31 - 1)]
 Positive = Annotated[float, Range(0, open=True)]
 NonNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1, open=True)]
+Probability = Annotated[float, Range(0, 1)]
 
 
 def matches(value: Any, hint: Any) -> bool:
@@ -88,11 +89,21 @@ def require(value: Any, hint: Any, where: str, error: type[PrefixJaxError | Valu
     return value
 
 
-def require_fields(instance: Any, error: type[PrefixJaxError | ValueError]) -> None:
-    """Checks every field of a dataclass against its type hint. See `require`."""
+def require_fields(
+    instance: Any, error: type[PrefixJaxError | ValueError], where: str = ""
+) -> None:
+    """Checks every field of a dataclass against its type hint, and the dataclasses in it.
+
+    Args:
+        instance: the dataclass.
+        error: the class to raise.
+        where: what precedes the names of the fields in messages, such as "geometry.".
+    """
     cls: Any = type(instance)
     for name, hint in _hints(cls).items():
-        require(getattr(instance, name), hint, name, error)
+        value = require(getattr(instance, name), hint, where + name, error)
+        if dataclasses.is_dataclass(value):
+            require_fields(value, error, f"{where}{name}.")
 
 
 def describe(hint: Any) -> str:

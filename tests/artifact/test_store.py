@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,8 +25,11 @@ from hypothesis import strategies as st
 from prefix_jax import artifact
 from prefix_jax.artifact import BackboneCard, Card, TemplateCard, TokenizerCard, make_card, store
 from prefix_jax.artifact.arrays import to_arrays
+from prefix_jax.artifact.card import HEAD_FIELDS
 from prefix_jax.errors import CheckpointError, PrefixError
+from prefix_jax.heads import Head
 from prefix_jax.prefix import Embeds, Geometry, Hidden, KVPrefix, Prefix, Produced, Site, SiteShape
+from tests.mutations import dump_json, mutate_json, refusal
 
 GEOMETRY = Geometry(d_model=32, vocab=96, decoder=SiteShape(3, 4, 2, 8))
 BACKBONE = BackboneCard(source="some/model", model_type="llama", fingerprint="f00", dtype="float32")
@@ -151,7 +155,7 @@ def test_sixteen_slots_of_a_135m_model_take_less_than_a_megabyte(
 
 def test_the_card_is_readable_text_with_one_field_a_line(stored: Path) -> None:
     lines = (stored / "prefix.json").read_text().splitlines()
-    assert lines[1] == '  "format_version": 2,'
+    assert lines[1] == '  "format_version": 3,'
     assert '  "positions": [0, 1, 2, 3, 4],' in lines
     assert '  "init": "text: the café",' in lines
 
@@ -338,7 +342,7 @@ def test_a_directory_without_a_card_is_no_prefix(stored: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"format_version": 1'])
 def test_a_half_written_card_is_named(content: bytes, stored: Path) -> None:
     (stored / "prefix.json").write_bytes(content)
-    with pytest.raises(PrefixError, match=r"prefix\.json cannot be read: "):
+    with pytest.raises(PrefixError, match=r"prefix\.json: .*; copy it again from"):
         artifact.load(stored)
 
 
@@ -350,8 +354,8 @@ def test_json_that_is_no_card_is_named(content: str, stored: Path) -> None:
 
 
 def test_a_newer_format_asks_for_an_upgrade(stored: Path) -> None:
-    edit_card(stored, lambda card: card.update(format_version=3, package="3.0", kind="gated"))
-    with pytest.raises(PrefixError, match=r"format 3, written by prefix_jax 3\.0.*--upgrade"):
+    edit_card(stored, lambda card: card.update(format_version=4, package="3.0", kind="gated"))
+    with pytest.raises(PrefixError, match=r"format 4, written by prefix_jax 3\.0.*--upgrade"):
         artifact.load(stored)
 
 
@@ -372,6 +376,142 @@ def test_every_wrong_field_of_a_card_is_named_at_once(stored: Path) -> None:
         assert part in str(error.value)
 
 
+def sign(path: Path) -> None:
+    """Writes the digest of an edited card, as only this package does."""
+    edit_card(path, lambda card: card.update(sha256=store._digest(card)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("offset", 3), ("steps", 7), ("created", "yesterday"), ("decode", {"num_beams": 4})],
+)
+def test_card_edited_by_hand_is_refused(key: str, value: Any, stored: Path) -> None:
+    edit_card(stored, lambda card: card.update({key: value}))
+    with pytest.raises(
+        PrefixError, match=r"prefix\.json was changed after it was written: .*sha25"
+    ):
+        artifact.load(stored)
+
+
+def test_card_without_its_digest_is_refused(stored: Path) -> None:
+    edit_card(stored, lambda card: card.pop("sha256"))
+    with pytest.raises(PrefixError, match="it states None"):
+        artifact.load(stored)
+
+
+def test_card_may_be_reformatted(stored: Path) -> None:
+    card = artifact.load(stored)[1]
+    fields = json.loads((stored / "prefix.json").read_text())
+    (stored / "prefix.json").write_text(json.dumps(fields, indent=4, sort_keys=True))
+    assert artifact.load(stored)[1] == card
+
+
+def test_format_2_has_no_digest_and_still_loads(stored: Path) -> None:
+    edit_card(stored, lambda card: (card.pop("sha256"), card.update(format_version=2)))
+    produced, card = artifact.load(stored)
+    assert_equal(produced, keys_values())
+    assert card.format_version == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offset": -50}, "offset must be an integer from 0 to"),
+        ({"length": -1}, "length must be an integer from 0 to"),
+        ({"steps": -1}, "steps must be an integer from 0 to"),
+        ({"positions": [-1, 0, 1, 2, 3]}, "positions must be a list"),
+        ({"positions": [4, 3, 2, 1, 0]}, "positions must count from 0"),
+        ({"layers": {"decoder": [0, 1, 9]}}, "layers.decoder must ascend from 0 to at most 2"),
+        ({"layers": {"decoder": [2, 1, 0]}}, "layers.decoder must ascend"),
+        ({"layers": {"cross": [0]}}, "there is no cross in the geometry"),
+        ({"geometry": {"d_model": 0, "vocab": 96}}, "d_model must be a positive integer"),
+        (
+            {"geometry": {"d_model": 32, "vocab": 96, "decoder": {
+                "layers": 10**12, "query_heads": 4, "kv_heads": 2, "head_dim": 8}}},
+            "decoder.layers must be a positive integer",
+        ),
+        (
+            {"tokenizer": {"name": "x", "size": -1, "sha256": ""}},
+            "tokenizer.size must be an integer from 0",
+        ),
+        ({"length": 10**9}, r"instead of float32 \(3, 1000000000, 2, 8\)"),
+    ],
+)  # fmt: skip
+def test_card_with_impossible_numbers_is_refused(
+    change: dict[str, Any], message: str, stored: Path
+) -> None:
+    edit_card(stored, lambda card: card.update(change))
+    sign(stored)
+    with pytest.raises(PrefixError, match=message):
+        artifact.load(stored)
+
+
+def test_deeply_nested_card_is_refused(stored: Path) -> None:
+    (stored / "prefix.json").write_text("[" * 100_000)
+    with pytest.raises(PrefixError, match="nested more than"):
+        artifact.load(stored)
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "~nosuchuser/prefix", "a\0b"])
+def test_path_that_cannot_exist_is_a_prefix_error(path: str) -> None:
+    with pytest.raises(PrefixError, match="cannot"):
+        artifact.load(path)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_orbax_arrays_are_regular_files(kind: str, stored: Path) -> None:
+    file = max(array_files(stored))
+    content = file.read_bytes()
+    file.unlink()
+    if kind == "pipe":  # opening it would wait for a writer
+        os.mkfifo(file)
+    else:
+        (stored.parent / "elsewhere").write_bytes(content)
+        file.symlink_to(stored.parent / "elsewhere")
+    with pytest.raises(PrefixError, match="is not a regular file"):
+        artifact.load(stored)
+
+
+def test_orbax_arrays_far_larger_than_their_files_are_not_read(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks that are missing read as zeros: a small file may describe any number of values."""
+    monkeypatch.setattr(store, "_INFLATED", 100)
+    monkeypatch.setattr(store, "_RATIO", 0)
+    monkeypatch.setattr(store.ocp, "load", lambda path: pytest.fail("the arrays were read"))
+    with pytest.raises(PrefixError, match=r"would need 1,920 bytes, and its files have"):
+        artifact.load(stored)
+
+
+@pytest.mark.parametrize("stored", ["orbax"], indirect=True)
+def test_arrays_of_other_shapes_than_the_card_s_are_not_read(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_card(stored, lambda card: card.update(length=4))
+    sign(stored)
+    monkeypatch.setattr(store, "_read_arrays", lambda *_: pytest.fail("the arrays were read"))
+    with pytest.raises(PrefixError, match=r"float32 \(3, 5, 2, 8\) instead of"):
+        artifact.load(stored)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_mutated_cards_load_or_raise_one_error(signed: bool, tmp_path: Path) -> None:
+    card = dataclasses.replace(card_of(keys_values()), task=TASK)
+    artifact.save(tmp_path / "p", keys_values(), card, "safetensors", head=HEAD)
+    file, rng = tmp_path / "p" / "prefix.json", Random(0)
+    fields = json.loads(file.read_text())
+    refused = 0
+    for _ in range(300):
+        mutated = mutate_json(fields, rng)
+        if signed and isinstance(mutated, dict):
+            mutated["sha256"] = store._digest(mutated)
+        file.write_bytes(dump_json(mutated))
+        message = refusal(lambda: artifact.load_head(tmp_path / "p"), PrefixError)
+        assert message is None or str(tmp_path / "p") in message
+        refused += message is not None
+    assert refused == 300 if not signed else 150 < refused < 300
+
+
 @in_both_containers
 def test_missing_arrays_are_named(stored: Path) -> None:
     for place in (stored / "arrays", stored / "prefix.safetensors"):
@@ -379,7 +519,9 @@ def test_missing_arrays_are_named(stored: Path) -> None:
             shutil.rmtree(place)
         elif place.exists():
             place.unlink()
-    with pytest.raises(PrefixError, match=r"(arrays|prefix\.safetensors) is missing or damaged"):
+    with pytest.raises(
+        PrefixError, match=r"arrays is missing or damaged|prefix\.safetensors: no such file"
+    ):
         artifact.load(stored)
 
 
@@ -396,7 +538,7 @@ def test_truncated_arrays_are_found(keep: float, stored: Path) -> None:
     for file in array_files(stored):
         content = file.read_bytes()
         file.write_bytes(content[: int(keep * len(content))])
-    with pytest.raises(PrefixError, match="damaged"):
+    with pytest.raises(PrefixError, match=r"damaged|truncated or corrupt"):
         artifact.load(stored)
 
 
@@ -507,3 +649,36 @@ def test_a_head_that_contradicts_its_card_is_not_saved(
 
 def test_a_prefix_without_a_task_has_no_head(stored: Path) -> None:
     assert artifact.load_head(stored) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {"name": "classify"}}, "task.head.outputs is 2, expected 0"),
+        ({"config": {"name": "classify", "labels": ["a", "b", "c"]}}, "outputs is 2, expected 3"),
+        ({"config": {"name": "tag", "labels": ["a", "b"]}}, "task.config.name is tag, and task.h"),
+        ({"config": {"name": "generate"}}, "task.config.name is generate"),
+        ({"config": {"labels": [1, 2]}}, "task.config.labels: expected"),
+        ({"config": {"name": "classify", "labels": ["a", "b"], "x": 1}}, "x: unknown key"),
+        ({"head": {"kind": "regress", "outputs": 2}}, "task.config.name is classify"),
+        ({"head": {"kind": "classify"}}, "task.head.outputs must be a positive integer"),
+        ({"head": {"kind": "classify", "outputs": 2, "bias": 1}}, "task.head.bias must be true or"),
+        ({"head": {"kind": "classify", "outputs": 2, "activation": "x"}}, "unknown activation 'x'"),
+        ({"head": {"kind": "classify", "outputs": 2, "code": "x"}}, "unknown fields code"),
+        ({"head": {"kind": "classify", "outputs": 2, "bias": False}}, "task.shapes is"),
+        ({"shapes": {"out_DY": [2, 32], "out_bias_Y": [2]}}, "task.shapes is"),
+    ],
+)
+def test_task_that_does_not_fit_its_head_is_refused_at_load(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    card = dataclasses.replace(card_of(keys_values()), task=TASK)
+    artifact.save(tmp_path / "a", keys_values(), card, head=HEAD)
+    edit_card(tmp_path / "a", lambda fields: fields["task"].update(change))
+    sign(tmp_path / "a")
+    with pytest.raises(PrefixError, match=rf"prefix\.json is damaged:\n.*{message}"):
+        artifact.load(tmp_path / "a")
+
+
+def test_the_fields_of_a_head_are_those_of_the_model_s() -> None:
+    assert {field.name for field in dataclasses.fields(Head)} == HEAD_FIELDS.keys()

@@ -100,7 +100,7 @@ def change(folder, **values):
     [
         (truncate, "model.safetensors"),
         (lambda model: (model / "model.safetensors").unlink(), "safetensors"),
-        (lambda model: (model / "config.json").write_text("{"), "not valid JSON"),
+        (lambda model: (model / "config.json").write_text("{"), "malformed JSON"),
         (lambda model: (model / "config.json").unlink(), "no config.json"),
         (lambda model: (model / "tokenizer.json").write_text("{"), "no tokenizer that can be read"),
         (lambda model: change(model, model_type="mamba"), "unsupported architecture 'mamba'"),
@@ -144,7 +144,7 @@ def test_a_corrupt_prefix_is_told(run_in, folder, prefix, verb):
             file.write_bytes(file.read_bytes()[:10])
     assert "prefix/arrays is missing or damaged" in told(run_in(folder, name, "prefix", *words))
     (prefix / "prefix.json").write_text("{")
-    assert "prefix.json cannot be read" in told(run_in(folder, name, "prefix", *words))
+    assert "prefix.json: malformed JSON" in told(run_in(folder, name, "prefix", *words))
     assert "there is no directory none" in told(run_in(folder, name, "none", *words))
 
 

@@ -101,7 +101,7 @@ def test_a_damaged_prefix_is_one_line(stored, show):
     code, (out, err) = show(stored)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
-    assert "prefix.json cannot be read" in err
+    assert "prefix.json: malformed JSON" in err
 
 
 HOSTILE = "\x1b[2J\x07\x9b2J[/]"

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -403,11 +404,11 @@ def test_classification_by_soft_tokens_that_reads_the_text_is_not_for_peft(tmp_p
     tuned = imported(ADAPTERS / "classify_soft")
     task = tuned.card.task
     assert task.config["reads_soft"]
-    tuned.save(tmp_path / "ours")
-    card = tmp_path / "ours" / "prefix.json"
-    content = json.loads(card.read_text())
-    content["task"]["head"]["soft"] = content["task"]["config"]["reads_soft"] = False
-    card.write_text(json.dumps(content))
+    task = dataclasses.replace(
+        task, head={**task.head, "soft": False}, config={**task.config, "reads_soft": False}
+    )
+    card = dataclasses.replace(tuned.card, task=task)
+    artifact.save(tmp_path / "ours", tuned.produced, card, head=tuned.head)
     with pytest.raises(PrefixError, match=r"the text's first token: train with task\.reads_soft"):
         export_peft(tmp_path / "ours", tmp_path / "theirs")
 
