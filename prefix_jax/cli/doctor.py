@@ -12,6 +12,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prefix_jax.errors import reason
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -28,19 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints three tables and what is wrong; returns 0 if nothing is."""
-    from rich.markup import escape
-
-    from prefix_jax.terminal.console import make_console
+    """Prints problems and three tables; returns 0 if there is no problem."""
+    from prefix_jax.terminal.console import make_console, text
 
     console = make_console()
     problems: list[str] = []
-    for table in (_packages(problems), _devices(problems), _places()):
-        console.print(table)
+    tables = []
+    for make in (_packages, _devices, _places):
+        try:
+            tables.append(make(problems))
+        except ImportError as error:
+            problems.append(f"an installed package cannot be imported: {reason(error)}")
+    # The tables may be longer than a screen.
     for problem in problems:
-        console.print(f"[bold red]problem:[/] {escape(problem)}", highlight=False, soft_wrap=True)
+        console.print(text("problem:", "bold red"), text(problem), soft_wrap=True)
     if not problems:
         console.print("[bold green]all is well[/]")
+    for table in tables:
+        console.print(table)
     return 1 if problems else 0
 
 
@@ -87,6 +94,8 @@ def _devices(problems: list[str]) -> Table:
     import jax
     import jax.numpy as jnp
 
+    from prefix_jax.terminal.console import text
+
     table = _table("Devices", "id", "platform", "kind", "memory used", "works")
     try:
         devices = jax.devices()
@@ -106,7 +115,7 @@ def _devices(problems: list[str]) -> Table:
         except (RuntimeError, ArithmeticError) as error:
             works = "[red]no[/]"
             problems.append(f"device {device.id} cannot compute: {error}")
-        table.add_row(str(device.id), device.platform, device.device_kind, memory, works)
+        table.add_row(str(device.id), device.platform, text(device.device_kind), memory, works)
     for node, (backend, extra) in _ACCELERATORS.items():
         if Path(node).exists() and all(device.platform != backend for device in devices):
             problems.append(
@@ -115,10 +124,12 @@ def _devices(problems: list[str]) -> Table:
     return table
 
 
-def _places() -> Table:
+def _places(problems: list[str]) -> Table:
     import huggingface_hub.constants
     import jax
     import psutil
+
+    from prefix_jax.terminal.console import text
 
     table = _table("Memory and places", "what", "where", "free")
     memory = psutil.virtual_memory()
@@ -132,7 +143,12 @@ def _places() -> Table:
         if folder is None:
             table.add_row(what, "off: set JAX_COMPILATION_CACHE_DIR", "")
         else:
-            table.add_row(what, folder, _size(_disk_free(Path(folder))))
+            try:
+                free = _size(_disk_free(Path(folder)))
+            except OSError as error:
+                problems.append(f"the {what} {folder} cannot be used: {error.strerror}")
+                free = "[red]unknown[/]"
+            table.add_row(what, text(folder), free)
     return table
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from prefix_jax.cli import _stored
 from prefix_jax.errors import DataError, PrefixJaxError
 from prefix_jax.terminal import escape, print_error, printable
+from prefix_jax.untrusted.json import parse_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,10 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _record(text: str) -> Mapping[str, Any]:
-    try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"--record: malformed JSON, {error.msg} at column {error.colno}") from None
+    record = parse_json(text, "--record", DataError)
     if not isinstance(record, dict):
         raise DataError('--record: expected an object such as \'{"field": "text"}\'')
     return record
@@ -186,9 +183,14 @@ def _asked(tuned: Tuned) -> Iterator[str | Mapping[str, Any]]:
 
 
 def _line(name: str) -> str:
-    """A line that is typed, or the next one of a pipe."""
-    if not sys.stdin.isatty():
-        return input()
-    importlib.import_module("readline")  # input() edits lines with it
-
-    return input(f"{escape(name)}> ")
+    """Reads a line that is typed, or the next one of a pipe."""
+    try:
+        if not sys.stdin.isatty():
+            return input()
+        importlib.import_module("readline")  # input() edits lines with it
+        return input(f"{escape(name)}> ")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(
+            f"standard input: expected {error.encoding} text, got byte {byte:#x}"
+        ) from None

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from prefix_jax.terminal import printable
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the tables, or all of it as JSON."""
+    """Prints a verdict and tables, or all of it as JSON; returns 0 if all numbers are finite."""
     from prefix_jax.interop.inspect import inspect
     from prefix_jax.terminal.console import make_console, text
 
@@ -49,16 +50,32 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         content = dataclasses.asdict(found)
         print(printable(json.dumps(content, indent=2, ensure_ascii=False, default=str)))
-        return 0
+        return 0 if _finite(found.norms) else 1
     console = make_console()
+    console.print(text(_verdict(found), "bold"), soft_wrap=True)
+    if found.note is not None:
+        console.print(text(found.note))
     console.print(_facts(found))
     for name in dict.fromkeys(norms.of for norms in found.norms):
         console.print(_norms(name, [norms for norms in found.norms if norms.of == name]))
     if found.nearest is not None:
         console.print(_words(found))
-    if found.note is not None:
-        console.print(text(found.note))
-    return 0
+    return 0 if _finite(found.norms) else 1
+
+
+def _verdict(found: Inspection) -> str:
+    card = found.card
+    if not _finite(found.norms):
+        broken = next(norms for norms in found.norms if not _finite([norms]))
+        layer = "" if broken.layer is None else f" of layer {broken.layer}"
+        return f"{found.path}: the {broken.of}{layer} are NaN or infinite; train this prefix again"
+    trained = "not trained" if card.steps is None else f"trained for {card.steps:,} steps"
+    what = f"{card.length} slots of kind {card.kind} for {card.backbone.source}"
+    return f"{found.path}: intact; {what}, {trained}"
+
+
+def _finite(norms: Sequence[Norms]) -> bool:
+    return all(math.isfinite(entry.max) and math.isfinite(entry.mean) for entry in norms)
 
 
 def _facts(found: Inspection) -> Table:
@@ -125,11 +142,12 @@ def _norms(name: str, norms: list[Norms]) -> Table:
     from rich.bar import Bar
 
     table = _table(f"Lengths of {name}", "layer", "min", "mean", "max", "mean, drawn")
-    longest = max(entry.mean for entry in norms) or 1.0
+    longest = max((entry.mean for entry in norms if _finite([entry])), default=0) or 1.0
     for entry in norms:
         numbers = (f"{x:,.2f}" for x in (entry.min, entry.mean, entry.max))
         layer = "-" if entry.layer is None else str(entry.layer)
-        table.add_row(layer, *numbers, Bar(longest, 0, entry.mean, width=24))
+        drawn = Bar(longest, 0, entry.mean, width=24) if _finite([entry]) else ""
+        table.add_row(layer, *numbers, drawn)
     return table
 
 

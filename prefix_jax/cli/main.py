@@ -8,6 +8,7 @@ inside `run`, so that `prefix-jax --help` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import logging
@@ -20,73 +21,107 @@ from pathlib import Path
 from typing import Any
 
 import prefix_jax.cli
-from prefix_jax.cli import _processes
-from prefix_jax.errors import PrefixJaxError
-from prefix_jax.terminal import print_error
+from prefix_jax.cli import _failures, _processes, _usage
+from prefix_jax.errors import ConfigError, PrefixJaxError
+from prefix_jax.terminal import print_error, streams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code.
 
-    Codes: 0 success; 1 the verb found what it looks for wanting; 2 the input's fault, told on
-    stderr; 130 interrupted; 141 the reader of a pipe went away; 143 terminated, after saving.
+    Codes: 0 success; 1 the verb reports a problem, such as a step that does not fit; 2 an error of
+    the input or the machine, in one message on stderr; 130 interrupted; 141 the reader of a pipe
+    has left; 143 terminated, after saving. Other exceptions are bugs, and are raised.
+
+    Args:
+        argv: the arguments. If None, those of the process, which then belongs to the command: its
+            handlers of interrupts and of uncaught exceptions are replaced.
     """
-    args = _parse(argv)
-    _quieten()
-    _keep_programs()
+    streams.prepare()
+    if argv is None:
+        _failures.prepare_process()
     try:
-        _processes.join(args)
-        code: int = args.run(args)
-        sys.stdout.flush()
-        return code
+        return _run(sys.argv[1:] if argv is None else argv)
     except PrefixJaxError as error:
-        print_error(error)
-        _processes.leave(2)
-        return 2
+        return _end(2, str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         _processes.leave(130)
         return 130
     except BrokenPipeError:
-        # Python flushes stdout once more at exit, and would complain there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.discard_stdout()
         return 141
-    except Exception:
+    except Exception as error:
+        message = _failures.describe(error)
+        if message is not None:
+            streams.discard_stdout()
+            return _end(2, message)
+        error.add_note(_failures.REPORT)
         _processes.leave(1, f"{traceback.format_exc()}{_processes.ALONE}")
         raise
+    finally:
+        if argv is None:
+            _failures.leave_interrupts_to_the_system()
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Like `parse_args`, but settings (key.path=value) may stand before and after options alike."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    if not hasattr(args, "settings") or any(word.startswith("-") for word in rest):
-        return parser.parse_args(argv)  # tells what is wrong
-    args.settings += rest
-    return args
+def _run(argv: Sequence[str]) -> int:
+    try:
+        args = _parse(argv)
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the current directory cannot be used ({error.strerror}); change to another one"
+        ) from None
+    _quieten()
+    _provide_home()
+    _keep_programs()
+    _processes.join(args)
+    code: int = args.run(args)
+    sys.stdout.flush()
+    return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    return _usage.parse(_parser(), _verbs(), argv)
+
+
+def _end(code: int, message: str) -> int:
+    # What was printed before the error comes before it in a log too.
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    print_error(message)
+    _processes.leave(code)
+    return code
+
+
+def _verbs() -> list[str]:
+    names = (info.name for info in pkgutil.iter_modules(prefix_jax.cli.__path__))
+    return [name for name in names if not name.startswith("_") and name != "main"]
+
+
+def _parser() -> _usage.Parser:
+    parser = _usage.Parser(
         prog="prefix-jax",
         description="Prefix tuning of pretrained language models in JAX.",
         epilog="prefix-jax VERB --help tells more about each.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for info in pkgutil.iter_modules(prefix_jax.cli.__path__):
-        if info.name.startswith("_") or info.name == "main":
-            continue
-        module = importlib.import_module(f"prefix_jax.cli.{info.name}")
+    for name in _verbs():
+        module = importlib.import_module(f"prefix_jax.cli.{name}")
         description = module.__doc__ or ""
         verb = verbs.add_parser(
-            info.name,
+            name,
             help=description.partition("\n")[0].rstrip("."),
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(verb)
-        verb.set_defaults(run=module.run)
+        verb.set_defaults(run=module.run, parser=verb)
     return parser
 
 
@@ -99,6 +134,18 @@ class _Version(argparse.Action):
         except importlib.metadata.PackageNotFoundError:
             print("prefix-jax, not installed")
         parser.exit()
+
+
+def _provide_home() -> None:
+    """Sets HOME for a user without a home directory, as in some containers.
+
+    Libraries ask for it when they are imported, and raise different errors. The directory does not
+    exist, so nothing is read from or written to it.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = "/nonexistent"
 
 
 def _keep_programs() -> None:
@@ -124,7 +171,7 @@ def _quieten() -> None:
     """Mutes the libraries' notices: what a user must know, we say."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in ("absl", "jax", "orbax"):
+    for name in ("absl", "jax", "matplotlib", "orbax"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefix_jax.cli import _processes
+from prefix_jax.cli import _processes, _usage
 
 if TYPE_CHECKING:
     from prefix_jax.config import Config
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile",
         metavar="STEPS",
         nargs="?",
-        type=int,
+        type=_usage.whole_number("--profile=5"),
         const=5,
         help="trace some steps for XProf (default: 5), short for train.profile=5",
     )

@@ -21,6 +21,9 @@ _SPELLED = {
     "’": "'",
     "“": '"',
     "”": '"',
+    # Bars of rich end in a part of a block.
+    **dict.fromkeys("█▉▊▋▌", "#"),
+    **dict.fromkeys("▍▎▏▐▕", " "),
 }
 
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
 
+from prefix_jax.errors import PrefixJaxError, reason
 from prefix_jax.terminal import escape
 from prefix_jax.terminal.console import encodable, guard, make_console
 from prefix_jax.train.plot import plot_loss
@@ -184,8 +185,13 @@ class Report:
         """
         path = self.directory / "loss.png"
         if self._primary:
-            name = title or f"Loss of {self.directory.resolve().name}"
-            plot_loss(read_metrics(self.directory), path, title=name, reduction=reduction)
+            name = escape(title or f"Loss of {self.directory.resolve().name}")
+            try:
+                plot_loss(read_metrics(self.directory), path, title=name, reduction=reduction)
+            except PrefixJaxError:
+                raise
+            except Exception as error:  # what was trained is worth more than its picture
+                self.warning(f"{path} was not drawn: {reason(error)}")
         return path
 
     def _at(self, step: int) -> str:

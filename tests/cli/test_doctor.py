@@ -37,6 +37,31 @@ def test_a_healthy_machine_is_well(report):
     assert jax.config.values["jax_compilation_cache_dir"] in out
 
 
+def test_the_verdict_comes_first(report):
+    assert report()[1].splitlines()[0] == "all is well"
+    assert report(["jax<0.1"])[1].startswith("problem: jax ")
+
+
+def test_a_package_that_cannot_be_imported_is_a_problem(report, monkeypatch):
+    def places(problems):
+        raise ImportError("cannot import name 'x' from 'psutil'")
+
+    monkeypatch.setattr(doctor, "_places", places)
+    code, out = report()
+    assert code == 1
+    assert "cannot be imported: cannot import name 'x' from 'psutil'" in out
+
+
+def test_a_folder_that_cannot_be_used_is_a_problem(report, monkeypatch):
+    def free(folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(doctor, "_disk_free", free)
+    code, out = report()
+    assert code == 1
+    assert "problem: the model cache" in out
+
+
 def test_an_untested_version_is_a_problem_with_its_remedy(report):
     code, out = report(["jax<0.1"])
     assert code == 1

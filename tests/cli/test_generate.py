@@ -128,6 +128,14 @@ def test_lines_that_are_typed_fill_the_template(run_in, trained, tuned, monkeypa
     assert "301 tokens" in ran.err
 
 
+def test_typed_lines_that_are_no_text_are_an_error(run_in, trained, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"name[X]\xff\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    ran = run_in(trained[0], "generate", "run")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == "error: standard input: expected utf-8 text, got byte 0xff\n"
+
+
 def test_an_input_that_ends_within_a_record_is_an_error(run_in, trained, monkeypatch):
     def two(_tuned):
         return ("facts", "town")
@@ -211,6 +219,8 @@ def test_other_weights_are_refused_unless_allowed(run_in, trained, tmp_path):
     ("words", "told"),
     [
         (["--record", "{"], "--record: malformed JSON"),
+        (["--record", "[" * 9999], "--record: JSON nested more than"),
+        (["--record", '{"facts": %s}' % ("9" * 5000)], "--record: JSON that cannot be read"),
         (["--record", "[1]"], "--record: expected an object"),
         (["--record", '{"fact": "x"}'], "the record: no field 'facts' (did you mean 'fact'?)"),
         (["--prompt", ""], "is empty"),

@@ -1,5 +1,7 @@
 import dataclasses
+import importlib
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -117,3 +119,24 @@ def test_a_card_cannot_steer_the_terminal(stored, show):
         assert code == 0
         assert not set("\x1b\x07\x9b") & set(out)
         assert r"\x1b[2J\x07\u009b2J[/]" in out
+
+
+def test_the_verdict_comes_first(stored, model, show):
+    _, (out, _) = show(stored)
+    verdict = f"{stored}: intact; 3 slots of kind embeds for {model}, trained for 1,200 steps"
+    assert out.splitlines()[0] == verdict
+    model.rename(model.with_name("moved"))
+    _, (out, _) = show(stored)
+    assert out.splitlines()[1].startswith("nearest words: not known; ")
+
+
+def test_a_prefix_that_is_not_finite_is_a_problem(stored, show, monkeypatch):
+    inspect = importlib.import_module("prefix_jax.interop.inspect")
+    broken = (inspect.Norms("soft tokens", None, 1.0, math.nan, math.nan),)
+    monkeypatch.setattr(inspect, "norms", lambda _: broken)
+    code, (out, _) = show(stored, "--words", 0)
+    assert code == 1
+    assert out.splitlines()[0].endswith(
+        "the soft tokens are NaN or infinite; train this prefix again"
+    )
+    assert show(stored, "--words", 0, "--json")[0] == 1

@@ -69,7 +69,7 @@ def test_of_what_does_not_fit_it_is_said_by_how_much(run_in, folder: Path) -> No
         (("config.yaml", "--topology", "v5e"), "write it as one of"),
         (("config.yaml", "--topology", "v5litepod-8"), "write its chips, v5e:2x4"),
         (("config.yaml", "--topology", "v5e:2x2", "mesh.fsdp=3"), "does not fit 4 devices"),
-        (("none.yaml", "--topology", "v5e:1x1"), "cannot read"),
+        (("none.yaml", "--topology", "v5e:1x1"), "no such file"),
     ],
 )
 def test_mistakes_are_told_in_a_line(

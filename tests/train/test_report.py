@@ -168,6 +168,18 @@ def test_text_that_the_terminal_cannot_encode_is_shown_as_far_as_it_goes(tmp_pat
     assert shown.getvalue().decode().splitlines() == [r"a caf\xe9", "[b]and[/b] on"]
 
 
+def test_a_curve_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("prefix_jax.train.report.plot_loss", broken)
+    console = log()
+    with Report(tmp_path, total_steps=1, console=console) as report:
+        run(report, Clock(), [1])
+        report.plot()
+    assert f"warning: {tmp_path}/loss.png was not drawn: no fonts" in console.file.getvalue()
+
+
 def test_a_display_that_breaks_stops_nothing(tmp_path):
     class Broken(io.StringIO):
         def write(self, text):

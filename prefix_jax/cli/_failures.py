@@ -1,0 +1,90 @@
+"""Failures of the machine, in one line each: memory, disks, devices, installation."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from prefix_jax.errors import reason
+from prefix_jax.terminal import escape
+
+REPORT = (
+    "This is a bug in prefix-jax. Please report it with this traceback, the command, and the "
+    "output of 'prefix-jax doctor'."
+)
+
+
+def describe(error: BaseException) -> str | None:
+    """Describes a failure that the machine caused; None if the error is a bug of this package."""
+    if isinstance(error, MemoryError):
+        detail = f" ({reason(error)})" if str(error) else ""
+        return f"the host is out of memory{detail}; {_SMALLER}"
+    if isinstance(error, OSError):
+        return _os_error(error)
+    if isinstance(error, ImportError):
+        if (error.name or "").partition(".")[0] == "prefix_jax":
+            return None
+        return f"{reason(error)}; 'prefix-jax doctor' shows which packages are missing or untested"
+    if isinstance(error, RuntimeError):
+        said = str(error)
+        if "RESOURCE_EXHAUSTED" in said or "Out of memory" in said:
+            return f"a device is out of memory ({reason(error)}); {_SMALLER}"
+        if "nable to initialize backend" in said or "Unknown backend" in said:
+            return f"JAX finds no device: {reason(error)}"
+    return None
+
+
+def prepare_process() -> None:
+    """Prepares a process that only runs this command for interrupts and bugs.
+
+    An interrupt that arrives where Python cannot raise it, as in a callback of the garbage
+    collector, is raised a moment later instead of being lost. Tracebacks are escaped.
+    """
+    sys.unraisablehook = _raise_interrupts_later(sys.unraisablehook)
+    sys.excepthook = _print_traceback
+
+
+def leave_interrupts_to_the_system() -> None:
+    """Lets Ctrl-C end the process at once, without a traceback while it shuts down."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+_SMALLER = "use a smaller model, batch or length ('prefix-jax plan' computes what a step needs)"
+
+
+def _os_error(error: OSError) -> str:
+    why = error.strerror or reason(error)
+    if error.filename is not None:
+        return f"{error.filename}: {why}"
+    advice = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        advice = "; make room on the disk, which may be that of standard output"
+    return f"cannot read or write: {why}{advice}"
+
+
+def _raise_interrupts_later(before: Callable[[Any], Any]) -> Callable[[Any], None]:
+    def hook(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            # To the main thread itself: another one would not wake it from a system call.
+            thread = threading.main_thread().ident
+            timer = threading.Timer(0.05, signal.pthread_kill, [thread, signal.SIGINT])
+            timer.daemon = True
+            timer.start()
+        else:
+            before(unraisable)
+
+    return hook
+
+
+def _print_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(escape(text), end="", file=sys.stderr)
