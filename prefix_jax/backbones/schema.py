@@ -44,6 +44,8 @@ _SCHEMA: dict[str, Any] = {
     ),
     "max_window_layers": Count,
     "layer_types": list[str] | None,
+    # Names of labels.
+    "id2label": dict[str, Any] | None,
     # Rotary positions.
     **dict.fromkeys(("rope_theta", "rope_local_base_freq", "rotary_emb_base"), Positive),
     **dict.fromkeys(("low_freq_factor", "high_freq_factor"), Positive),

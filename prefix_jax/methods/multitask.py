@@ -9,13 +9,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from prefix_jax.errors import ConfigError, PrefixError
 from prefix_jax.methods.base import Method, Params
 from prefix_jax.prefix import Embeds, Geometry
 from prefix_jax.untrusted.names import check_storable_names
+from prefix_jax.untrusted.paths import expand
+from prefix_jax.untrusted.safetensors import read_tensors
 
 # The arrays of a source, as PEFT's MULTITASK_PROMPT_TUNING names them: (P, D), (tasks, P, ranks)
 # and (tasks, ranks, D).
@@ -114,14 +114,13 @@ class MultitaskPromptTuning(Method[Embeds]):
         return params if self.source is None else params | self._from_source(P, D)
 
     def _from_source(self, length: int, d_model: int) -> dict[str, jax.Array]:
-        path = Path(str(self.source)).expanduser()
+        path = expand(str(self.source), PrefixError)
         if path.is_dir():
             own = path / PARTS
             path = own if own.is_file() else path / "adapter_model.safetensors"
         arrays = read_parts(path)
-        shared_PD, cols_APR, rows_ARD = (jnp.float32(arrays[n]) for n in (_SHARED, _COLS, _ROWS))
-        tasks = len(cols_APR)
-        found = (shared_PD.shape, cols_APR.shape, rows_ARD.shape)
+        found = tuple(arrays[name].shape for name in (_SHARED, _COLS, _ROWS))
+        tasks = (found[1] or (0,))[0]
         P, D, R = length, d_model, self.ranks
         expected = ((P, D), (tasks, P, R), (tasks, R, D))
         if found != expected:
@@ -129,6 +128,7 @@ class MultitaskPromptTuning(Method[Embeds]):
                 f"method.source {path} has arrays of shapes {found}; {P} slots of width {D} and "
                 f"{R} ranks take {expected}"
             )
+        shared_PD, cols_APR, rows_ARD = (jnp.float32(arrays[n]) for n in (_SHARED, _COLS, _ROWS))
         params = {"shared_PD": shared_PD}
         if self.source_init == "exact":
             if self.source_task >= tasks:
@@ -156,12 +156,11 @@ def read_parts(path: Path) -> dict[str, np.ndarray]:
     Raises:
         PrefixError: the file is none.
     """
-    try:
-        arrays: dict[str, np.ndarray] = safetensors.numpy.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise PrefixError(f"the multitask prompt {path} cannot be read: {error}") from None
+    arrays = read_tensors(path, PrefixError)
     if missing := {_SHARED, _COLS, _ROWS} - arrays.keys():
         raise PrefixError(f"{path} is no multitask prompt: {', '.join(sorted(missing))} missing")
+    if broken := sorted(name for name, x in arrays.items() if not np.isfinite(x).all()):
+        raise PrefixError(f"{path}: {', '.join(broken)} holds NaN or infinite values")
     return arrays
 
 

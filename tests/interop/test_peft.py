@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ from prefix_jax.prefix import (
     Site,
     SiteShape,
 )
+from tests.mutations import dump_json, mutate_bytes, mutate_json, refusal
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ADAPTERS = FIXTURES / "peft"
@@ -314,8 +316,8 @@ def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Pa
         ({"peft_type": "LORA"}, "peft_type is 'LORA'.*PREFIX_TUNING"),
         ({"peft_type": None}, "peft_type is None"),
         ({"num_virtual_tokens": 4}, "num_virtual_tokens 4.*has 3 rows"),
-        ({"num_virtual_tokens": None}, "num_virtual_tokens is None"),
-        ({"num_virtual_tokens": "3"}, "num_virtual_tokens is '3'"),
+        ({"num_virtual_tokens": None}, "num_virtual_tokens must be .*got None"),
+        ({"num_virtual_tokens": "3"}, "num_virtual_tokens must be .*got '3'"),
         ({"task_type": "SEQ_2_SEQ_LM"}, "task_type is SEQ_2_SEQ_LM.*takes adapters of CAUSAL_LM,"),
     ],
 )
@@ -448,17 +450,54 @@ def test_damaged_files_are_an_error(copy: Callable[..., Path]) -> None:
     folder = copy()
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[:-8])
-    with pytest.raises(PrefixError, match="is damaged"):
+    with pytest.raises(PrefixError, match="is truncated or corrupt"):
         imported(folder)
     (folder / WEIGHTS).unlink()
     with pytest.raises(PrefixError, match=f"has no {WEIGHTS}"):
         imported(folder)
     (folder / CONFIG).write_text("[]")
-    with pytest.raises(PrefixError, match="holds no mapping"):
+    with pytest.raises(PrefixError, match="expected a JSON object"):
         import_peft(folder, backbone("backbones/llama_grouped"))
     (folder / CONFIG).write_text("{")
-    with pytest.raises(PrefixError, match="cannot be read"):
+    with pytest.raises(PrefixError, match="malformed JSON"):
         import_peft(folder, backbone("backbones/llama_grouped"))
+
+
+def test_deeply_nested_adapter_config_is_refused(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    (folder / CONFIG).write_text("[" * 100_000)
+    with pytest.raises(PrefixError, match="nested more than"):
+        import_peft(folder, "unused")
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "~nosuchuser/adapter", "a\0b"])
+def test_path_that_cannot_exist_is_a_prefix_error(path: str) -> None:
+    with pytest.raises(PrefixError, match="cannot"):
+        import_peft(path, "unused")
+
+
+@pytest.mark.parametrize("count", [10**9, 0, -1, True, "1"])
+def test_number_of_adapter_layers_is_checked(copy: Callable[..., Path], count: object) -> None:
+    with pytest.raises(PrefixError, match="adapter_layers"):
+        imported(copy("adaption", adapter_layers=count))
+
+
+@pytest.mark.parametrize("kind", ["prefix", "adaption", "multitask", "classify_roberta"])
+def test_mutated_adapters_import_or_raise_one_error(kind: str, tmp_path: Path) -> None:
+    rng, folder = Random(0), Path(shutil.copytree(ADAPTERS / kind, tmp_path / kind))
+    config = json.loads((folder / CONFIG).read_text())
+    weights = (folder / WEIGHTS).read_bytes()
+    pretrained = backbone(config["base_model_name_or_path"])
+    task = 1 if kind == "multitask" else None
+    refused = 0
+    for _ in range(100):
+        (folder / CONFIG).write_bytes(dump_json(mutate_json(config, rng)))
+        (folder / WEIGHTS).write_bytes(
+            mutate_bytes(weights, rng) if rng.random() < 0.3 else weights
+        )
+        message = refusal(lambda: import_peft(folder, pretrained, task=task), PrefixError)
+        refused += message is not None
+    assert 20 < refused < 100
 
 
 def test_a_folder_of_named_adapters_says_which_there_are(tmp_path: Path) -> None:

@@ -73,14 +73,21 @@ def test_every_parameter_has_a_gradient_after_a_start():
 
 
 def test_what_is_no_source_is_refused(source, tmp_path):
-    with pytest.raises(PrefixError, match=r"nowhere cannot be read"):
+    with pytest.raises(PrefixError, match=r"nowhere: no such file"):
         produced("nowhere")
     (tmp_path / "text.safetensors").write_text("no arrays at all")
-    with pytest.raises(PrefixError, match=r"text.safetensors cannot be read"):
+    with pytest.raises(PrefixError, match=r"text.safetensors is truncated or corrupt"):
         produced(str(tmp_path / "text.safetensors"))
     save_file({"prompt_embeddings": ARRAYS["prompt_embeddings"]}, tmp_path / "one.safetensors")
     with pytest.raises(PrefixError, match="no multitask prompt: prefix_task_cols, prefix_task_row"):
         produced(str(tmp_path / "one.safetensors"))
+    save_file(ARRAYS | {"prefix_task_cols": np.float32(1)}, tmp_path / "scalar.safetensors")
+    with pytest.raises(PrefixError, match=r"has arrays of shapes .*\(\)"):
+        produced(str(tmp_path / "scalar.safetensors"))
+    broken = {name: x * np.nan for name, x in ARRAYS.items()}
+    save_file(broken, tmp_path / "nan.safetensors")
+    with pytest.raises(PrefixError, match="NaN or infinite values"):
+        produced(str(tmp_path / "nan.safetensors"))
     with pytest.raises(PrefixError, match=r"4 slots of width 12 and 2 ranks take \(\(4, 12\)"):
         MultitaskPromptTuning(4, ranks=R, source=source).init(KEY, G, None)
     with pytest.raises(ConfigError, match=r"source_task is 3; .* has tasks 0 to 2"):

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.flax
 import safetensors.numpy
 
 from prefix_jax.artifact.replace import replacing
 from prefix_jax.errors import CheckpointError, PrefixError
+from prefix_jax.untrusted.json import read_json_object
+from prefix_jax.untrusted.paths import expand
+from prefix_jax.untrusted.safetensors import read_tensors
+from prefix_jax.untrusted.values import Count, require
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
+_CONFIG_LIMIT = 2**20
 
 # The version whose files these are, to the byte.
 VERSION = "0.21.2"
@@ -44,9 +48,9 @@ class Files:
         """
         value = self.config.get(key)
         value = default if value is None else value
-        if type(value) is not int or value < 0:
-            raise PrefixError(f"{self.where / CONFIG}: {key} is {value!r} and not a whole number")
-        return value
+        where = f"{self.where / CONFIG}: {key}"
+        number: int = require(value, Count, where, PrefixError)
+        return number
 
     def array(self, name: str, ndim: int) -> np.ndarray:
         """An array of the adapter.
@@ -76,18 +80,13 @@ def read(directory: str | Path) -> Files:
     Raises:
         PrefixError: it is none, it is damaged, or its weights are a pickle.
     """
-    path = Path(directory).expanduser()
-    if not (path / CONFIG).is_file():
+    path = expand(directory, PrefixError)
+    if not expand(path / CONFIG, PrefixError).is_file():
         inner = sorted(file.parent.name for file in path.glob(f"*/{CONFIG}"))
         hint = f"; it has adapters by name: {', '.join(inner)}" if inner else ""
         raise PrefixError(f"{path} is no PEFT adapter: it has no {CONFIG}{hint}")
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PrefixError(f"{path / CONFIG} cannot be read: {error}; copy it again") from None
-    if not isinstance(config, dict):
-        raise PrefixError(f"{path / CONFIG} holds no mapping; copy it again")
-    if not (path / WEIGHTS).is_file():
+    config = read_json_object(path / CONFIG, PrefixError, limit=_CONFIG_LIMIT)
+    if not expand(path / WEIGHTS, PrefixError).is_file():
         if (path / _PICKLE).is_file():
             raise PrefixError(
                 f"{path} has its weights in {_PICKLE}, a pickle, which is never read: loading one "
@@ -95,12 +94,9 @@ def read(directory: str | Path) -> Files:
                 "PeftModel.from_pretrained(model, directory).save_pretrained(directory)"
             )
         raise PrefixError(f"{path} has no {WEIGHTS}; copy it again from where it came from")
-    try:
-        # As JAX arrays, for NumPy alone knows no bfloat16.
-        arrays = safetensors.flax.load_file(path / WEIGHTS)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise PrefixError(f"{path / WEIGHTS} is damaged: {error}; copy it again") from None
-    return Files(path, config, {name: np.asarray(x, np.float32) for name, x in arrays.items()})
+    arrays = read_tensors(path / WEIGHTS, PrefixError)
+    with np.errstate(over="ignore"):  # `array` reports what becomes infinite
+        return Files(path, config, {name: np.array(x, np.float32) for name, x in arrays.items()})
 
 
 def write(output: str | Path, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -115,7 +111,7 @@ def write(output: str | Path, config: Mapping[str, Any], arrays: Mapping[str, np
         PrefixError: something is there already.
         CheckpointError: it could not be written.
     """
-    path = Path(output).expanduser().resolve()
+    path = expand(output, PrefixError).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise PrefixError(f"{output} exists already; choose another directory, or remove it")
     content = {name: np.array(x, np.float32, order="C") for name, x in arrays.items()}

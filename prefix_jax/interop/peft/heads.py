@@ -21,6 +21,7 @@ from prefix_jax.heads import Head, make_head
 from prefix_jax.heads.head import Kind
 from prefix_jax.interop.peft.files import Files
 from prefix_jax.prefix import Embeds, Geometry, Produced
+from prefix_jax.untrusted.names import check_storable_labels
 
 # PEFT's task types by our tasks; a regression is there a classification with one label.
 TASK_TYPES = {
@@ -184,7 +185,8 @@ def _reads_soft(kind: str, produced: Produced, causal: bool) -> bool:
 
 def _labels(pretrained: Pretrained, outputs: int) -> tuple[str, ...]:
     named = read_config(pretrained.path).get("id2label") or {}
-    if len(named) == outputs and {str(i) for i in range(outputs)} == {str(key) for key in named}:
-        of = {str(key): str(name) for key, name in named.items()}
-        return tuple(of[str(i)] for i in range(outputs))
+    if len(named) == outputs and {str(i) for i in range(outputs)} == named.keys():
+        labels = tuple(str(named[str(i)]) for i in range(outputs))
+        check_storable_labels(labels, f"{pretrained.path}: id2label", PrefixError)
+        return labels
     return tuple(f"LABEL_{i}" for i in range(outputs))

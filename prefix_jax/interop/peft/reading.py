@@ -32,7 +32,7 @@ _METHODS = {
     _MULTITASK: "multitask",
     "ADAPTION_PROMPT": "adapter",
 }
-_ADAPTION = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.self_attn\.adaption_(\w+)")
+_ADAPTION = re.compile(r"base_model\.model\.model\.layers\.(\d{1,9})\.self_attn\.adaption_(\w+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,12 +251,13 @@ def _adapter(files: Files, arch: Architecture) -> Adapter:
         of = matched[2]
         found[of][int(matched[1])] = files.array(name, 3 if of == "prompt" else 1)
     layers, P, D = sorted(found["prompt"]), files.number("adapter_len"), arch.d_model
-    expected = list(range(arch.layers - files.number("adapter_layers"), arch.layers))
+    count = files.number("adapter_layers")
+    expected = list(range(arch.layers))[-count:]
     shapes = {x.shape for x in found["prompt"].values()} | {x.shape for x in found["gate"].values()}
-    if not layers or layers != expected or layers != sorted(found["gate"]):
+    if not layers or len(layers) != count or layers != expected or layers != sorted(found["gate"]):
         raise PrefixError(
             f"{files.where / WEIGHTS}: there are prompts for the layers {layers} and gates for "
-            f"{sorted(found['gate'])}; {CONFIG} has adapter_layers {len(expected)}, the topmost of "
+            f"{sorted(found['gate'])}; {CONFIG} has adapter_layers {count}, the topmost of "
             f"this backbone's {arch.layers}"
         )
     if shapes != {(1, P, D), (1,)}:
