@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from prefix_jax.errors import BackboneError
 from prefix_jax.nn.activations import activation
 from prefix_jax.nn.relative import Relative
 from prefix_jax.nn.rotary import Rotary
 from prefix_jax.prefix import Geometry, SiteShape
-from prefix_jax.untrusted.values import Count, NonNegative, Positive, Size, require_fields
+from prefix_jax.untrusted.values import Count, Positive, Range, Size, require_fields
 
 # The positions of a model whose table and training set no bound (T5).
 UNLIMITED = 2**31 - 1
 
+Epsilon = Annotated[float, Range(0, 1)]
 Norm = Literal["rms", "rms_plus_one", "layer"]
 
 
@@ -82,7 +83,7 @@ class Architecture:
     vocab: Size
     max_positions: Size
     norm: Norm
-    epsilon: NonNegative
+    epsilon: Epsilon
     activation: str
     gated: bool
     causal: bool = True

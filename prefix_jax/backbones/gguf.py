@@ -12,9 +12,10 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from prefix_jax.backbones import gemma, gpt2, llama
+from prefix_jax.backbones.architecture import Epsilon
 from prefix_jax.backbones.names import NameTable
 from prefix_jax.errors import BackboneError
-from prefix_jax.nn.rotary import Rotary
+from prefix_jax.nn.rotary import Rotary, Theta
 from prefix_jax.untrusted.gguf import Metadata, read_header
 from prefix_jax.untrusted.paths import explain
 from prefix_jax.untrusted.safetensors import map_array
@@ -130,7 +131,7 @@ class GGUF:
                 "n_head": get("attention.head_count", Size),
                 "n_inner": get("feed_forward_length", Size),
                 "n_positions": get("context_length", Size),
-                "layer_norm_epsilon": get("attention.layer_norm_epsilon", Positive),
+                "layer_norm_epsilon": get("attention.layer_norm_epsilon", Epsilon),
                 "activation_function": "gelu_new",
             }
         heads = get("attention.head_count", Size)
@@ -143,10 +144,10 @@ class GGUF:
             "head_dim": head_dim,
             "intermediate_size": get("feed_forward_length", Size),
             "max_position_embeddings": get("context_length", Size),
-            "rms_norm_eps": get("attention.layer_norm_rms_epsilon", Positive),
+            "rms_norm_eps": get("attention.layer_norm_rms_epsilon", Epsilon),
             "attention_bias": "blk.0.attn_q.bias" in self.shapes,
             "mlp_bias": "blk.0.ffn_gate.bias" in self.shapes,
-            "rope_theta": get("rope.freq_base", Positive, 10000.0),
+            "rope_theta": get("rope.freq_base", Theta, 10000.0),
             "rope_scaling": self._rope_scaling(get, head_dim),
         }
         if self.architecture in ("gemma2", "gemma3"):
@@ -174,13 +175,13 @@ class GGUF:
             shared["layer_types"] = [kinds[slides] for slides in pattern]
         return shared | {
             "model_type": "gemma3_text",
-            "rope_local_base_freq": get("rope.freq_base_swa", Positive, 10000.0),
+            "rope_local_base_freq": get("rope.freq_base_swa", Theta, 10000.0),
             "final_logit_softcapping": get("final_logit_softcapping", Positive, None),
         }
 
     def _rope_scaling(self, get: _Keys, head_dim: int) -> dict[str, Any] | None:
         if "rope_freqs.weight" in self.shapes:
-            return self._llama3_scaling(get("rope.freq_base", Positive, 10000.0), head_dim)
+            return self._llama3_scaling(get("rope.freq_base", Theta, 10000.0), head_dim)
         kind = get("rope.scaling.type", str, "none")
         if kind == "none":
             return None

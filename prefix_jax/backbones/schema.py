@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+from prefix_jax.backbones.architecture import Epsilon
 from prefix_jax.errors import BackboneError
+from prefix_jax.nn.rotary import Theta
 from prefix_jax.untrusted.values import Count, NonNegative, Positive, Range, Share, Size, require
 
 # More than any checkpoint holds; lists with an entry per layer or token stay small.
@@ -47,7 +49,7 @@ _SCHEMA: dict[str, Any] = {
     # Names of labels.
     "id2label": dict[str, Any] | None,
     # Rotary positions.
-    **dict.fromkeys(("rope_theta", "rope_local_base_freq", "rotary_emb_base"), Positive),
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq", "rotary_emb_base"), Theta),
     **dict.fromkeys(("low_freq_factor", "high_freq_factor"), Positive),
     **dict.fromkeys(
         ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
@@ -57,7 +59,7 @@ _SCHEMA: dict[str, Any] = {
     **dict.fromkeys(("rope_type", "type"), str),
     # Numbers.
     **dict.fromkeys(
-        ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), NonNegative
+        ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), Epsilon
     ),
     **dict.fromkeys(
         ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),

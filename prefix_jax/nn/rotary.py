@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefix_jax.untrusted.values import Count, NonNegative, Positive, Share, require_fields
+from prefix_jax.untrusted.values import (
+    Count,
+    NonNegative,
+    Positive,
+    Range,
+    Share,
+    require_fields,
+)
+
+Theta = Annotated[float, Range(0, open=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +39,7 @@ class Rotary:
         share: of a head's dimensions that turn; the rest stay as they are (GPT-NeoX).
     """
 
-    theta: Positive
+    theta: Theta
     scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     factor: Positive = 1.0
     original_length: Count = 0

@@ -34,8 +34,9 @@ class Range:
 # Sizes and ids: what indexes of 32 bits can count.
 Size = Annotated[int, Range(1, 2**31 - 1)]
 Count = Annotated[int, Range(0, 2**31 - 1)]
-Positive = Annotated[float, Range(0, open=True)]
-NonNegative = Annotated[float, Range(0)]
+# Numbers that 32 bits can hold, also where a file writes them as integers.
+Positive = Annotated[float, Range(0, 2**31 - 1, open=True)]
+NonNegative = Annotated[float, Range(0, 2**31 - 1)]
 Share = Annotated[float, Range(0, 1, open=True)]
 Probability = Annotated[float, Range(0, 1)]
 
@@ -134,8 +135,8 @@ _NAMES: dict[Any, str] = {
 
 def _describe_range(kind: Any, allowed: Range) -> str:
     noun = "integer" if kind is int else "number"
-    if allowed in (Range(1, 2**31 - 1), Range(0, open=True)):
-        return f"a positive {noun}" + (" below 2**31" if kind is int else "")
+    if allowed in (Range(1, 2**31 - 1), Range(0, 2**31 - 1, open=True)):
+        return f"a positive {noun} below 2**31"
     low = (
         "" if allowed.low == -math.inf else f" {'above' if allowed.open else 'from'} {allowed.low}"
     )

@@ -61,6 +61,7 @@ def test_accepts_values_of_the_type(value: Any, hint: Any) -> None:
         (0, Size),
         (2**31, Size),
         (0.0, Positive),
+        (10**30, Positive),
         (None, str),
         ([1, True], list[int]),
         ((1,), list[int]),
@@ -93,7 +94,7 @@ def test_every_field_of_a_dataclass_is_checked() -> None:
     require_fields(Shape(8), ValueError)
     with pytest.raises(ValueError, match="width must be an integer from 1 to 8, got 9"):
         require_fields(Shape(9), ValueError)
-    with pytest.raises(ValueError, match="scale must be a positive number or null, got nan"):
+    with pytest.raises(ValueError, match=r"scale must be a positive number .* or null, got"):
         require_fields(Shape(1, math.nan), ValueError)
 
 
