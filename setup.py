@@ -40,7 +40,6 @@ setup(
         "scipy>=1.17.1,<2",
         "seqeval>=1.2.2,<2",
         # Configuration and reports; rich draws bars and tables alike and knows when it is piped
-        "jsonargparse>=4.40.2,<5",
         "pyyaml>=6.0.2,<7",
         "rich>=13.9.4,<16",
         "matplotlib>=3.10.9,<4",

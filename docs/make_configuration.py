@@ -15,7 +15,7 @@ import yaml
 
 from prefix_jax import config
 from prefix_jax.methods import METHODS
-from prefix_jax.typed import described
+from prefix_jax.typed import described, range_of
 
 PAGE = Path(__file__).parent / "configuration.md"
 
@@ -46,9 +46,9 @@ def page() -> str:
 
 
 def _section(title: str, cls: Any, key: str) -> str:
-    hints, texts = get_type_hints(cls), _attributes(cls)
+    hints, texts = get_type_hints(cls, include_extras=True), _attributes(cls)
     rows = [
-        f"| `{key}.{field.name}` | {described(hints[field.name])} | {_default(field)} "
+        f"| `{key}.{field.name}` | {_values(hints[field.name])} | {_default(field)} "
         f"| {texts[field.name]} |"
         for field in dataclasses.fields(cls)
         if field.init
@@ -56,6 +56,12 @@ def _section(title: str, cls: Any, key: str) -> str:
     summary = inspect.cleandoc(cls.__doc__).partition("\n\n")[0].replace("\n", " ")
     table = ["| key | value | default | |", "|---|---|---|---|", *rows]
     return f"### {title}\n\n{summary}\n\n" + "\n".join(table) + "\n"
+
+
+def _values(hint: Any) -> str:
+    """The type of a field in words, and the range of its numbers."""
+    limits = range_of(hint)
+    return described(hint) if limits is None else f"{described(hint)}, {limits}"
 
 
 def _default(field: dataclasses.Field) -> str:

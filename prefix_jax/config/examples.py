@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
-from prefix_jax.config.checks import at_least, fraction, require
+from prefix_jax.config.checks import require
+from prefix_jax.typed import Fraction, Range, Size, check_fields
 
 Preparing = Literal["e2e", "web_nlg", "dart", "copa", "sst2", "mrpc", "rte"]
 
@@ -62,15 +63,16 @@ class DataConfig:
     task: str | None = None
     loss: Literal["target", "all"] = "target"
     reduction: Literal["token", "example"] = "token"
-    max_length: int | None = None
+    max_length: Annotated[int, Range(2, 2**24)] | None = None
     truncate: Literal["left", "right"] = "left"
     on_overflow: Literal["error", "drop"] = "error"
     pack: bool = True
     group_by_source: bool = False
-    batch_size: int = 8
+    batch_size: Size = 8
     tfds_dir: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         templates = self.input is not None or self.target is not None
         require(
             (
@@ -81,8 +83,6 @@ class DataConfig:
                 not self.group_by_source or self.pack,
                 "group_by_source shares tokens inside packed rows: it needs pack: true",
             ),
-            *at_least(self, 1, "batch_size"),
-            *at_least(self, 2, "max_length"),
         )
 
 
@@ -118,13 +118,14 @@ class TaskConfig:
     labels: tuple[str, ...] | None = None
     words: str = "tokens"
     choices: tuple[str, ...] | None = None
-    stride: int = 128
-    answer_tokens: int = 30
+    stride: Annotated[int, Range(0, 2**24)] = 128
+    answer_tokens: Size = 30
     unanswerable: bool = False
-    dropout: float = 0.1
+    dropout: Fraction = 0.1
     reads_soft: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(
             (
                 not self.reads_soft or self.name in ("classify", "regress"),
@@ -140,7 +141,4 @@ class TaskConfig:
                 self.labels is None or len(set(self.labels)) == len(self.labels) >= 2,
                 "labels names each label once, and at least two",
             ),
-            *at_least(self, 0, "stride"),
-            *at_least(self, 1, "answer_tokens"),
-            *fraction(self, "dropout"),
         )

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
-from prefix_jax.config.checks import at_least, float32, fraction, require, seeds
+from prefix_jax.config.checks import require
 from prefix_jax.config.examples import TaskName
+from prefix_jax.typed import (
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Seed,
+    Size,
+    check_fields,
+)
 
 Metric = Literal[
     "loss",
@@ -28,9 +38,11 @@ Metric = Literal[
 
 
 # Beams x vocabulary are counted in 32 bits, and hardly any search gains from more than ten.
-_MOST_BEAMS = 1024
+_Beams = Annotated[int, Range(1, 1024)]
+# Every sample of a prompt is a row of the batch.
+_Samples = Annotated[int, Range(1, 4096)]
 # Lengths to a higher power leave float32.
-_STEEPEST = 5
+_LengthPenalty = Annotated[float, Range(-5, 5)]
 # Defaults of what only beam search reads.
 _OF_BEAMS = {"length_penalty": 1.0, "early_stopping": False}
 
@@ -64,23 +76,24 @@ class DecodeConfig:
         seed: of the sampling.
     """
 
-    max_new_tokens: int = 64
-    min_new_tokens: int = 0
-    beams: int = 1
-    length_penalty: float = 1.0
+    max_new_tokens: Size = 64
+    min_new_tokens: Annotated[int, Range(0, 2**20)] = 0
+    beams: _Beams = 1
+    length_penalty: _LengthPenalty = 1.0
     early_stopping: bool | Literal["never"] = False
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0
+    temperature: NonNegativeFloat = 0.0
+    top_k: PositiveInt | None = None
+    top_p: Annotated[float, Range(0, 1, low_open=True)] | None = None
+    min_p: Fraction | None = None
+    repetition_penalty: PositiveFloat = 1.0
+    no_repeat_ngram: Annotated[int, Range(0, 1024)] = 0
     banned_words: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
-    samples: int = 1
-    seed: int = 0
+    samples: _Samples = 1
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         sampling = self.temperature > 0
         searching = [name for name in _OF_BEAMS if getattr(self, name) != _OF_BEAMS[name]]
         defaults = ", ".join(f"{name}: {str(_OF_BEAMS[name]).lower()}" for name in searching)
@@ -102,22 +115,9 @@ class DecodeConfig:
                 "and are null without",
             ),
             (
-                self.early_stopping in (True, False, "never"),
-                f"early_stopping must be true, false or never, not {self.early_stopping!r}",
-            ),
-            (
                 self.beams > 1 or not searching,
                 f"{', '.join(searching)} without beam search (beams is {self.beams}) would do "
                 f"nothing; set beams above 1, or use the default {defaults}",
-            ),
-            (
-                abs(self.length_penalty) <= _STEEPEST,
-                f"length_penalty must lie in [-{_STEEPEST}, {_STEEPEST}], "
-                f"not {self.length_penalty}",
-            ),
-            (
-                self.beams <= _MOST_BEAMS,
-                f"beams must be {_MOST_BEAMS} at most, not {self.beams}",
             ),
             (
                 sampling or self.samples <= max(self.beams, 1),
@@ -125,22 +125,9 @@ class DecodeConfig:
                 "or as many beams",
             ),
             (
-                self.top_p is None or 0 < self.top_p <= 1,
-                f"top_p must lie in (0, 1], not {self.top_p}",
-            ),
-            (
-                self.repetition_penalty > 0,
-                f"repetition_penalty must be positive, not {self.repetition_penalty}",
-            ),
-            (
                 not any(text == "" for text in (*self.stop, *self.banned_words)),
                 "stop and banned_words hold no empty text",
             ),
-            *fraction(self, "min_p"),
-            *at_least(self, 0, "min_new_tokens", "temperature", "no_repeat_ngram"),
-            *float32(self, "temperature", "repetition_penalty"),
-            *seeds(self, "seed"),
-            *at_least(self, 1, "max_new_tokens", "beams", "top_k", "samples"),
         )
 
 
@@ -165,14 +152,12 @@ class EvaluateConfig:
     metrics: tuple[Metric, ...] = ("loss",)
     labels: tuple[str, ...] | None = None
     before: bool = False
-    batch_size: int = 16
-    limit: int | None = None
+    batch_size: Size = 16
+    limit: PositiveInt | None = None
 
     def __post_init__(self) -> None:
-        require(
-            (bool(self.metrics), "metrics must name at least one"),
-            *at_least(self, 1, "batch_size", "limit"),
-        )
+        check_fields(self)
+        require((bool(self.metrics), "metrics must name at least one"))
 
 
 # The metrics of each task.
@@ -190,11 +175,17 @@ def check_metrics(task: TaskName, evaluate: EvaluateConfig) -> None:
     """Raises ConfigError if the metrics are not those of the task."""
     if task == "generate":
         wrong = [metric for metric in evaluate.metrics if metric in _OF_LABELS]
+        of_text = [metric for metric in get_args(Metric) if metric not in _OF_LABELS]
         require(
-            (not wrong, f"evaluate.metrics: a task.name with labels has {', '.join(wrong)}"),
+            (
+                not wrong,
+                f"evaluate.metrics: {', '.join(wrong)} measures predicted labels, and task.name is "
+                f"generate; set task.name to one that learns labels, such as classify, or use "
+                f"{', '.join(of_text)}",
+            ),
             (
                 "accuracy" not in evaluate.metrics or len(evaluate.labels or ()) >= 2,
-                "evaluate: accuracy chooses among texts: give two of them at least as "
+                "evaluate.metrics: accuracy chooses among texts; name at least two as "
                 "evaluate.labels (--labels)",
             ),
         )

@@ -7,12 +7,23 @@ stands for, and builds it.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from prefix_jax.config.checks import at_least, counted, float32, fraction, require, seeds
+from prefix_jax.config.checks import require
 from prefix_jax.config.examples import DataConfig, TaskConfig
 from prefix_jax.config.results import DecodeConfig, EvaluateConfig, check_metrics
 from prefix_jax.nn.remat import Remat
+from prefix_jax.typed import (
+    Count,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Seed,
+    Size,
+    check_fields,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +49,9 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantize: Literal["none", "int8", "int4"] = "none"
     remat: Remat = "none"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +80,12 @@ class InitConfig:
     text: str | None = None
     text_file: str | None = None
     labels: tuple[str, ...] | None = None
-    top: int | None = None
-    std: float = 0.02
+    top: PositiveInt | None = None
+    std: NonNegativeFloat = 0.02
     path: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(
             (
                 self.text is None or (self.start in (None, "text") and self.text != ""),
@@ -88,13 +103,10 @@ class InitConfig:
                 self.top is None or self.start in ("vocab", "labels"),
                 "top is where start: vocab and start: labels draw tokens from",
             ),
-            *at_least(self, 1, "top"),
             (
                 (self.path is not None) == (self.start == "prefix"),
                 "start: prefix needs path, the directory of a stored prefix; nothing else does",
             ),
-            *at_least(self, 0, "std"),
-            *float32(self, "std"),
         )
 
 
@@ -122,42 +134,27 @@ class OptimConfig:
     """
 
     name: Literal["adamw", "adafactor"] = "adamw"
-    learning_rate: float = 1e-2
-    head_learning_rate: float | None = None
+    learning_rate: PositiveFloat = 1e-2
+    head_learning_rate: PositiveFloat | None = None
     schedule: Literal["constant", "linear", "cosine", "exponential"] = "linear"
-    warmup: int = 0
-    decay: float = 0.95
-    decay_every: int | None = None
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    accumulate: int = 1
+    warmup: Count = 0
+    decay: Annotated[float, Range(0, 1, low_open=True)] = 0.95
+    decay_every: PositiveInt | None = None
+    weight_decay: NonNegativeFloat = 0.0
+    clip: PositiveFloat | None = 1.0
+    b1: Fraction = 0.9
+    b2: Fraction = 0.999
+    eps: PositiveFloat = 1e-8
+    accumulate: Size = 1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(
-            (self.learning_rate > 0, f"learning_rate must be positive, not {self.learning_rate}"),
-            (
-                self.head_learning_rate is None or self.head_learning_rate > 0,
-                f"head_learning_rate must be positive, not {self.head_learning_rate}",
-            ),
-            (self.eps > 0, f"eps must be positive, not {self.eps}"),
-            (
-                self.clip is None or self.clip > 0,
-                f"clip must be positive, or null for no clipping, not {self.clip}",
-            ),
-            *at_least(self, 0, "warmup", "weight_decay"),
             (
                 (self.schedule == "exponential") == (self.decay_every is not None),
                 "schedule: exponential needs decay_every, the steps after which the rate falls; "
                 "nothing else does",
             ),
-            (0 < self.decay <= 1, f"decay must lie in (0, 1], not {self.decay}"),
-            *at_least(self, 1, "accumulate", "decay_every"),
-            *fraction(self, "b1", "b2"),
-            *counted(self, "warmup", "decay_every"),
-            *float32(self, "learning_rate", "head_learning_rate", "weight_decay", "clip", "eps"),
         )
 
 
@@ -177,17 +174,18 @@ class TrainConfig:
         profile: how many steps to trace for XProf, from the third one of a start on; None is none.
     """
 
-    steps: int | None = None
-    epochs: float | None = None
-    seed: int = 0
-    eval_every: int | None = None
-    checkpoint_every: int = 100
-    keep: int = 2
-    patience: int | None = None
-    log_every: int = 10
-    profile: int | None = None
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    seed: Seed = 0
+    eval_every: PositiveInt | None = None
+    checkpoint_every: PositiveInt = 100
+    keep: PositiveInt = 2
+    patience: PositiveInt | None = None
+    log_every: PositiveInt = 10
+    profile: PositiveInt | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(
             (
                 (self.steps is None) != (self.epochs is None),
@@ -195,28 +193,14 @@ class TrainConfig:
                 + ("; set the other to null" if self.steps is not None else ""),
             ),
             (
-                self.epochs is None or self.epochs > 0,
-                f"epochs must be positive, not {self.epochs}",
-            ),
-            (
                 self.patience is None or self.eval_every is not None,
                 "patience counts evaluations: it needs eval_every",
             ),
-            *float32(self, "epochs"),
-            *seeds(self, "seed"),
-            *counted(self, "steps"),
-            *at_least(
-                self,
-                1,
-                "steps",
-                "eval_every",
-                "checkpoint_every",
-                "keep",
-                "patience",
-                "log_every",
-                "profile",
-            ),
         )
+
+
+# -1 for the devices that remain.
+_Devices = Annotated[int, Range(-1, 2**15)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,10 +218,10 @@ class MeshConfig:
             bare word in YAML, `mesh: auto`, stands for `{auto: true}`.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
+    data: _Devices = -1
+    fsdp: _Devices = 1
+    tensor: _Devices = 1
+    sequence: _Devices = 1
     auto: bool = False
 
     @property
@@ -251,6 +235,7 @@ class MeshConfig:
         }
 
     def __post_init__(self) -> None:
+        check_fields(self)
         sizes = self.sizes
         require(
             (
@@ -258,7 +243,7 @@ class MeshConfig:
                 "auto chooses data, fsdp, sequence and tensor: leave them out",
             ),
             *(
-                (size == -1 or size >= 1, f"{axis} must be -1 or at least 1, not {size}")
+                (size != 0, f"{axis} must be -1 or at least 1, got 0")
                 for axis, size in sizes.items()
             ),
             (
@@ -305,6 +290,7 @@ class Config:
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_metrics(self.task.name, self.evaluate)
         data, generates = self.data, self.task.name == "generate"
         require(

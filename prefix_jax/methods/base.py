@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 import jax
 import jax.numpy as jnp
 
-from prefix_jax.errors import ConfigError
 from prefix_jax.prefix import (
     Adapter,
     Embeds,
@@ -21,6 +20,7 @@ from prefix_jax.prefix import (
     Produced,
     Site,
 )
+from prefix_jax.typed import Fraction, Size, check_fields
 
 Params = Mapping[str, Any]
 
@@ -38,8 +38,8 @@ class Method(abc.ABC, Generic[ProducedT]):
             the others scaled up (P-tuning v2, Liu et al. 2022).
     """
 
-    length: int = 16
-    dropout: float = 0.0
+    length: Size = 16
+    dropout: Fraction = 0.0
 
     produces: ClassVar[type[Embeds] | type[Hidden] | type[Adapter] | type[Prefix]]
     # Whether there are slots: what has none (Prefix-Tuning+) cannot start as a text.
@@ -48,12 +48,7 @@ class Method(abc.ABC, Generic[ProducedT]):
     default_start: ClassVar[Literal["text", "random"]] = "text"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.length, int):
-            raise ConfigError(f"method.length is {self.length!r}; it must be a whole number")
-        if self.slots and self.length < 1:
-            raise ConfigError(f"method.length is {self.length}; a prefix needs at least 1 slot")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"method.dropout is {self.dropout}; it must be in [0, 1)")
+        check_fields(self, "method")
 
     @property
     def draws(self) -> bool:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from prefix_jax.errors import ConfigError
 from prefix_jax.methods.base import Method, Params
 from prefix_jax.prefix import Geometry, KVPrefix, Prefix, Site, SiteName
+from prefix_jax.typed import Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +27,14 @@ class Cartridge(Method[Prefix]):
         pinned: keeps the prefix visible when a sliding window has moved past it.
     """
 
-    frozen: int = 1
+    frozen: Count = 1
     pinned: bool = False
 
     produces = Prefix
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.frozen < self.length:
+        if self.frozen >= self.length:
             raise ConfigError(
                 f"method.frozen is {self.frozen} of {self.length} slots; leave at least one to "
                 "train"

@@ -13,6 +13,7 @@ import numpy as np
 from prefix_jax.errors import ConfigError, PrefixError
 from prefix_jax.methods.base import Method, Params
 from prefix_jax.prefix import Embeds, Geometry
+from prefix_jax.typed import Count, Size
 from prefix_jax.untrusted.names import check_storable_names
 from prefix_jax.untrusted.paths import expand
 from prefix_jax.untrusted.safetensors import read_tensors
@@ -47,21 +48,17 @@ class MultitaskPromptTuning(Method[Embeds]):
         source_task: for "exact", counted from 0.
     """
 
-    ranks: int = 1
+    ranks: Size = 1
     tasks: tuple[str, ...] | None = None
     source: str | None = None
     source_init: Literal["average", "exact", "shared"] = "average"
-    source_task: int = 0
+    source_task: Count = 0
 
     produces = Embeds
     default_start = "random"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ranks < 1:
-            raise ConfigError(f"method.ranks is {self.ranks}; the task's part needs at least 1")
-        if self.source_task < 0:
-            raise ConfigError(f"method.source_task is {self.source_task}; tasks count from 0")
         if self.tasks is not None:
             self._check_tasks(self.tasks)
 

@@ -7,10 +7,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from prefix_jax.errors import ConfigError
 from prefix_jax.methods.base import Params, torch_linear
 from prefix_jax.methods.sites import SiteMethod
 from prefix_jax.prefix import SITES, Geometry, KVPrefix, Prefix, Site, SiteName, SiteShape
+from prefix_jax.typed import Count, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +29,9 @@ class PrefixTuning(SiteMethod):
         pinned: keeps the prefix visible when a sliding window has moved past it.
     """
 
-    mid: int | None = None
-    offset: int | None = None
+    mid: Size | None = None
+    offset: Count | None = None
     pinned: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mid is not None and self.mid < 1:
-            raise ConfigError(f"method.mid is {self.mid}; the MLP needs at least 1 unit")
-        if self.text_start < 0:
-            raise ConfigError(f"method.offset is {self.offset}; positions start at 0")
 
     @property
     def text_start(self) -> int:

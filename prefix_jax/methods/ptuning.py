@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from prefix_jax.errors import ConfigError
 from prefix_jax.methods.base import Method, Params, torch_linear
 from prefix_jax.prefix import Embeds, Geometry
+from prefix_jax.typed import Fraction, Range, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,20 +35,11 @@ class PTuning(Method[Embeds]):
     """
 
     encoder: Literal["mlp", "lstm"] = "mlp"
-    hidden: int | None = None
-    lstm_layers: int = 2
-    lstm_dropout: float = 0.0
+    hidden: Size | None = None
+    lstm_layers: Annotated[int, Range(1, 64)] = 2
+    lstm_dropout: Fraction = 0.0
 
     produces = Embeds
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.hidden is not None and self.hidden < 1:
-            raise ConfigError(f"method.hidden is {self.hidden}; the encoder needs at least 1 unit")
-        if self.lstm_layers < 1:
-            raise ConfigError(f"method.lstm_layers is {self.lstm_layers}; give at least 1")
-        if not 0 <= self.lstm_dropout < 1:
-            raise ConfigError(f"method.lstm_dropout is {self.lstm_dropout}; it must be in [0, 1)")
 
     @property
     def draws(self) -> bool:

@@ -68,6 +68,12 @@ class Loader(yaml.SafeLoader):
                 None, None, f"not a value of type {kind} ({reason(failure)})", node.start_mark
             ) from None
 
+    def construct_core_int(self, node: yaml.ScalarNode) -> int:
+        """An integer in decimal, or after 0o or 0x; leading zeros mean nothing."""
+        text = self.construct_scalar(node)
+        base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+        return int(text, base)
+
 
 def _check_bounds(root: yaml.Node) -> None:
     """Raises YAMLError if the node graph is cyclic, too deep, or too large once expanded."""
@@ -104,21 +110,31 @@ def _check_bounds(root: yaml.Node) -> None:
     size(root, 0)
 
 
-def add_core_schema(cls: Any) -> None:
-    """Makes a PyYAML loader or dumper resolve plain scalars as YAML 1.2 does."""
-    # YAML 1.2 reads 1e-3 as a number, and PyYAML, which follows 1.1, as text.
-    cls.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-        list("-+0123456789"),
-    )
-
-
-add_core_schema(Loader)
-# yes and no, on and off, and dates are text in YAML 1.2: they may be labels.
-_TEXT = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
-for _letter, _resolvers in Loader.yaml_implicit_resolvers.items():
-    Loader.yaml_implicit_resolvers[_letter] = [(t, e) for t, e in _resolvers if t not in _TEXT]
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+# Plain scalars that are not text in YAML 1.2's core schema: by tag, pattern and first letters.
+# YAML 1.1 reads 010 as 8, 1:30 as 90, 1e-3 and 0o17 as text, and yes, no, on and off as booleans.
+_CORE_SCHEMA = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)"
+        r"|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"<<", ["<"]),
 )
+
+
+def add_core_schema(cls: Any) -> None:
+    """Makes a PyYAML loader or dumper resolve plain scalars as YAML 1.2 does, too.
+
+    One addition: digits may be grouped by underscores, as in YAML 1.1 and Python.
+    """
+    for kind, pattern, first in _CORE_SCHEMA:
+        cls.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"({pattern})$"), first)
+
+
+Loader.yaml_implicit_resolvers = {}
+add_core_schema(Loader)
+Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_core_int)

@@ -253,7 +253,7 @@ def test_what_is_not_what_it_should_be_is_refused_with_what_to_give(model: pj.Pr
         pj.fit(pj.Tuned(model, None, None), None, runs.RECORDS, **TEMPLATES, **SHORT)
     with pytest.raises(BackboneError, match="a NoneType names no model"):
         pj.load(None)
-    with pytest.raises(ConfigError, match="length is '4'; it must be a whole number"):
+    with pytest.raises(ConfigError, match="length: expected int; got '4'"):
         pj.PrefixTuning(length="4")
     with pytest.raises(ConfigError, match=r"task is 'classify'; give one such as Task\("):
         pj.fit(model, pj.PrefixTuning(2), runs.RECORDS, input="{sum}", task="classify", steps=1)

@@ -44,7 +44,7 @@ def test_accuracy_chooses_among_labels(run_in, trained):
     ("words", "told"),
     [
         (["--data", "test.jsonl", "--metrics", "blue"], "evaluate.metrics"),
-        (["--data", "test.jsonl", "--metrics", "accuracy"], "give two of them at least"),
+        (["--data", "test.jsonl", "--metrics", "accuracy"], "name at least two as evaluate.labels"),
         (["--data", "test.jsonl", "--official", "there"], "ask for a metric of it"),
         (["--data", "test.jsonl", "evaluate.limits=3"], "did you mean evaluate.limit?"),
         (["--data", "tset.jsonl"], "did you mean 'test.jsonl'?"),

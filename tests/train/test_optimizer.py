@@ -67,7 +67,7 @@ def test_what_an_exponential_schedule_lacks_is_named():
         OptimConfig(schedule="exponential")
     with pytest.raises(ConfigError, match="nothing else does"):
         OptimConfig(decay_every=3)
-    with pytest.raises(ConfigError, match=r"decay must lie in \(0, 1\], not 0"):
+    with pytest.raises(ConfigError, match=r"decay: must be in \(0, 1\], got 0"):
         OptimConfig(schedule="exponential", decay_every=3, decay=0)
 
 

@@ -21,8 +21,13 @@ def test_any_text_parses_or_is_one_error(text: str):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-3", 0.001), ("yes", "yes"), ("off", "off"), ("2024-13-45", "2024-13-45"), ("", None)],
-)
+    [
+        ("1e-3", 0.001), (".5", 0.5), ("-1.", -1.0), ("1_000", 1000),
+        ("010", 10), ("0o10", 8), ("0x10", 16), ("0b1", "0b1"),
+        ("yes", "yes"), ("off", "off"), ("TRUE", True), ("", None), ("~", None), ("=", "="),
+        ("2024-13-45", "2024-13-45"), ("1:30", "1:30"), ("1.2.3", "1.2.3"), ("1e", "1e"),
+    ],
+)  # fmt: skip
 def test_reads_plain_scalars_as_yaml_1_2_does(text: str, value: object):
     assert parse(text) == value
 
