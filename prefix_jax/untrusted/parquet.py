@@ -19,7 +19,8 @@ MAX_COLUMNS = 10_000
 # which takes seconds to read, and a multiple of the file's size, which no table of texts reaches.
 MIN_VALUES, VALUES_PER_BYTE = 5_000_000, 4
 MIN_TEXT, TEXT_PER_BYTE = 2**30, 50
-_BATCH = 4096
+# Rows that are decoded at a time; fewer where repeated texts are decoded each time.
+_BATCH, _SMALL_BATCH = 4096, 512
 
 
 def read_parquet(
@@ -48,16 +49,10 @@ def read_parquet(
             names = list(table.schema_arrow.names)
             if twice := next((name for name in names if names.count(name) > 1), None):
                 raise error(f"{path}: names the column {twice[:60]!r} twice; rename one")
-            # Repeated texts stay shared.
-            shared = [
-                column.path
-                for column in map(table.schema.column, range(len(table.schema)))
-                if column.physical_type == "BYTE_ARRAY" and column.logical_type.type != "DECIMAL"
-            ]
+            shared, others = _texts(table)
             table = pq.ParquetFile(file, read_dictionary=shared)
-            number, text = 0, _TextCounter(max(MIN_TEXT, TEXT_PER_BYTE * size))
-            batches = table.iter_batches(batch_size=_BATCH)
-            while (batch := next(batches, None)) is not None:
+            number, text = 0, _TextCounter(max(MIN_TEXT, TEXT_PER_BYTE * size), str(path), error)
+            for batch in _batches(table, _SMALL_BATCH if others else _BATCH):
                 columns = [
                     _column(column, name, number, str(path), text, error)
                     for name, column in zip(batch.schema.names, batch.columns, strict=True)
@@ -74,19 +69,54 @@ def read_parquet(
 class _TextCounter:
     """The bytes of text that a file has expanded to so far."""
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int, path: str, error: type[PrefixJaxError]):
         self.limit = limit
+        self.path = path
+        self.error = error
         self.total = 0
 
     def add(self, size: int) -> None:
-        """Counts bytes.
-
-        Raises:
-            ValueError: the limit is exceeded.
-        """
+        """Counts bytes and raises the caller's error once the limit is exceeded."""
         self.total += size
         if self.total > self.limit:
-            raise ValueError(f"more than {self.limit:,} bytes of text; split the file")
+            raise self.error(
+                f"{self.path}: expands to more than {self.limit:,} bytes of text; leave columns "
+                "out or split the file"
+            )
+
+    def fresh(self) -> _TextCounter:
+        """A counter with the same limit that starts at 0."""
+        return _TextCounter(self.limit, self.path, self.error)
+
+
+def _batches(table: pq.ParquetFile, rows: int) -> Iterator[pa.RecordBatch]:
+    # One row group at a time: dictionaries inside lists cannot be joined.
+    for group in range(table.num_row_groups):
+        yield from table.iter_batches(batch_size=rows, row_groups=[group])
+
+
+def _texts(table: pq.ParquetFile) -> tuple[list[str], bool]:
+    """The columns of which repeated texts are read once, and whether there are others with text.
+
+    pyarrow cannot do this inside lists and structs, nor for pages that store differences of texts.
+    """
+    metadata = table.metadata
+    shared, others = [], False
+    for number in range(metadata.num_columns):
+        column = metadata.schema.column(number)
+        if column.physical_type != "BYTE_ARRAY" or column.logical_type.type == "DECIMAL":
+            continue
+        encodings = {
+            encoding
+            for group in range(metadata.num_row_groups)
+            for encoding in metadata.row_group(group).column(number).encodings
+        }
+        flat = column.path == column.name and column.max_repetition_level == 0
+        if flat and not any(encoding.startswith("DELTA") for encoding in encodings):
+            shared.append(column.path)
+        else:
+            others = True
+    return shared, others
 
 
 def _check_sizes(
@@ -127,17 +157,21 @@ def _column(
     """The values of a column in a batch whose first row is number `before` + 1."""
     try:
         return _values(column, text)
+    except PrefixJaxError:
+        raise
     except Exception as failure:
-        number = next((i for i in range(len(column)) if not _is_readable(column[i : i + 1])), 0)
+        number = next(
+            (i for i in range(len(column)) if not _is_readable(column[i : i + 1], text)), 0
+        )
         raise error(
             f"{path}:{before + number + 1}: the column {name[:60]!r} of type {column.type} cannot "
             f"be read ({reason(failure)})"
         ) from failure
 
 
-def _is_readable(array: pa.Array) -> bool:
+def _is_readable(array: pa.Array, text: _TextCounter) -> bool:
     try:
-        _values(array, _TextCounter(MIN_TEXT))
+        _values(array, text.fresh())
     except Exception:
         return False
     return True
@@ -162,13 +196,15 @@ def _values(array: pa.Array, text: _TextCounter) -> list[Any]:
         return [None if value is None else format(value, "f") for value in array.to_pylist()]
     if pa.types.is_float16(kind):
         array = array.cast(pa.float32())
-    if pa.types.is_primitive(kind) and not array.null_count:
+    if pa.types.is_null(kind) or (pa.types.is_primitive(kind) and array.null_count):
+        return list(array.to_pylist())
+    try:
         values: list[Any] = array.to_numpy(zero_copy_only=False).tolist()
-        return values
-    values = array.to_pylist()
+    except pa.ArrowException:  # a text that is not UTF-8, of which this says more
+        values = array.to_pylist()
     if not pa.types.is_primitive(kind):
         text.add(sum(len(value) for value in values if value is not None))
-    return [_decoded(value) for value in values] if values and _is_binary(kind) else values
+    return [_decoded(value) for value in values] if _is_binary(kind) else values
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -192,7 +228,7 @@ def _shared(array: pa.Array, text: _TextCounter) -> list[Any]:
     missing = array.indices.is_null().to_numpy(zero_copy_only=False)
     numbers = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
     used, places = np.unique(numbers[~missing], return_inverse=True)
-    values = _values(array.dictionary.take(pa.array(used)), _TextCounter(text.limit))
+    values = _values(array.dictionary.take(pa.array(used)), text.fresh())
     sizes = [len(value) if isinstance(value, str | bytes) else 0 for value in values]
     text.add(int(np.array(sizes, np.int64)[places].sum()))
     found = iter(places.tolist())

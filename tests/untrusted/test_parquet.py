@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,21 @@ def test_times_beyond_those_of_python_become_texts(
     assert read(tmp_path / "a.parquet") == expected
 
 
+@pytest.mark.parametrize(
+    "encoding", ["PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY", "RLE_DICTIONARY"]
+)
+def test_texts_are_read_in_every_encoding(tmp_path: Path, encoding: str) -> None:
+    texts, lists = ["one", None, "other"] * 1000, [["a", "b"], None, []] * 1000
+    how: dict[str, Any] = {"use_dictionary": True}
+    if encoding != "RLE_DICTIONARY":
+        columns = {"x": encoding, "y.list.element": encoding}
+        how = {"use_dictionary": False, "column_encoding": columns}
+    pq.write_table(pa.table({"x": texts, "y": lists}), tmp_path / "a.parquet", **how)
+    rows = [fields for _, fields in read_parquet(tmp_path / "a.parquet", DataError)]
+    assert [row["x"] for row in rows] == texts
+    assert [row["y"] for row in rows] == lists
+
+
 def test_folders_add_no_field(tmp_path: Path) -> None:
     (tmp_path / "facts=5").mkdir()
     path = write(tmp_path / "facts=5" / "a.parquet", ["a"])
@@ -131,7 +147,9 @@ def test_a_text_that_many_rows_share_counts_for_each(
     path = write(tmp_path / "a.parquet", ["a" * 100_000] * 90)
     texts = read(path)
     assert len({id(text) for text in texts}) == 1
-    with pytest.raises(DataError, match="more than 10,000,000 bytes of text"):
+    with pytest.raises(
+        DataError, match=r"a\.parquet: expands to more than 10,000,000 bytes of text"
+    ):
         read(write(path, ["a" * 100_000] * 110))
 
 
@@ -141,3 +159,49 @@ def test_reports_what_is_not_parquet(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"a\.parquet: not a readable Parquet file"):
             read(path)
+
+
+def draw_type(rng: Random, depth: int = 0) -> pa.DataType:
+    """A random type of lists, structs and maps, with texts and numbers inside."""
+    kinds = ["text", "words", "number", "flag"] + ["list", "struct", "map"] * (depth < 3)
+    match rng.choice(kinds):
+        case "text":
+            return pa.string()
+        case "words":
+            return pa.dictionary(pa.int32(), pa.string())
+        case "number":
+            return rng.choice([pa.int8(), pa.uint32(), pa.float64()])
+        case "flag":
+            return pa.bool_()
+        case "list":
+            return pa.list_(draw_type(rng, depth + 1))
+        case "struct":
+            return pa.struct([(name, draw_type(rng, depth + 1)) for name in "ab"])
+        case _:
+            return pa.map_(pa.string(), draw_type(rng, depth + 1))
+
+
+def draw_value(kind: pa.DataType, rng: Random) -> Any:
+    if rng.random() < 0.2:
+        return None
+    if pa.types.is_map(kind):
+        return {key: draw_value(kind.item_type, rng) for key in "kl"[: rng.randrange(3)]}
+    if pa.types.is_struct(kind):
+        return {field.name: draw_value(field.type, rng) for field in kind}
+    if pa.types.is_list(kind):
+        return [draw_value(kind.value_type, rng) for _ in range(rng.randrange(4))]
+    if pa.types.is_boolean(kind):
+        return rng.random() < 0.5
+    texts = pa.types.is_string(kind) or pa.types.is_dictionary(kind)
+    return rng.choice(["", "é", "abc"] if texts else [0, 1, 99])
+
+
+def test_nested_values_are_those_that_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    for case in range(150):
+        rng = Random(case)
+        kind = draw_type(rng)
+        values = [draw_value(kind, rng) for _ in range(rng.choice((1, 7, 60)))]
+        table = pa.table({"x": pa.array(values, kind)})
+        pq.write_table(table, path, row_group_size=rng.choice((3, 100)), data_page_size=100)
+        assert read(path) == values, kind
