@@ -392,9 +392,16 @@ def _csv(folder: Path) -> Attempt:
 def _parquet(folder: Path) -> Attempt:
     tokenizer = load(tiny.write_model(folder / "model")).tokenizer
     file = folder / "data.parquet"
-    columns = {name: [str(row[name]) for row in _ROWS] for name in ("facts", "text")}
-    times = pyarrow.array([1, 2**40, 3], pyarrow.timestamp("ns", "Mars/Base"))
-    pyarrow.parquet.write_table(pyarrow.table({**columns, "when": times}), file)
+    columns: dict[str, Any] = {
+        name: [str(row[name]) for row in _ROWS] for name in ("facts", "text")
+    }
+    columns["when"] = pyarrow.array([1, 2**40, 3], pyarrow.timestamp("ns", "Mars/Base"))
+    columns["kind"] = pyarrow.array(["x", None, "x"]).dictionary_encode()
+    columns["chat"] = [[{"role": "user", "content": "x"}], None, []]
+    columns["map"] = pyarrow.array([[("k", 1)], None, []], pyarrow.map_("string", "int8"))
+    columns["price"] = pyarrow.array([1.5, None, 2]).cast(pyarrow.decimal128(5, 2))
+    columns["raw"] = [b"\xff", b"ok", None]
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
     original = file.read_bytes()
 
     def attempt(rng: Random) -> None:
@@ -408,6 +415,14 @@ _LABELLED = {
     "classify": ({"text": "a film", "label": "good"}, {"label": "label"}),
     "regress": ({"text": "a film", "label": 1.5}, {"label": "label"}),
     "tag": ({"words": ["a", "film"], "label": ["A", "B"]}, {"label": "label", "words": "words"}),
+    "span": (
+        {"text": "a film", "label": {"text": ["film"], "answer_start": [2]}},
+        {"label": "label", "stride": 2},
+    ),
+    "choice": (
+        {"text": "a film", "ends": ["a", "b"], "label": 1},
+        {"label": "label", "choices": ("{ends}", "c")},
+    ),
 }
 
 
@@ -418,13 +433,15 @@ def _labels(folder: Path) -> Attempt:
     def attempt(rng: Random) -> None:
         kind = rng.choice(list(_LABELLED))
         row, fields = _LABELLED[kind]
-        other = {**row, "label": {"classify": "bad", "regress": 2, "tag": ["B", "A"]}[kind]}
+        others = {"classify": "bad", "regress": 2, "tag": ["B", "A"]}
+        other = {**row, "label": others.get(kind, row["label"])}
         rows = mutate_json([row, other, dict(row)], rng)
         task = config.TaskConfig(name=kind, **fields)
         records = read_records(rows)
-        if kind != "regress":
+        if kind in ("classify", "tag"):
             task = dataclasses.replace(task, labels=collect_labels(records, task))
-        reading = Reading(tokenizer, task, "{text}", None, 32, "left", False, True)
+        pair = "{text}" if kind == "span" else None
+        reading = Reading(tokenizer, task, "{text}", pair, 32, "left", False, True)
         reading.examples(records)
 
     return attempt
