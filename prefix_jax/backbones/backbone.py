@@ -128,6 +128,7 @@ class Backbone:
 
         Raises:
             PrefixError: the model has no such site.
+            ContextError: there are more soft tokens than learned positions.
         """
         if produced is None:
             return None
@@ -139,6 +140,7 @@ class Backbone:
                 return Prefix(embeds_PD=produced.x_PD, tasks=produced.tasks)
             # The prompts of a bank are rows of one batch, which do not see each other.
             x_BTD = jnp.stack([alone.x_PD for alone in produced.apart()]).astype(_dtype(params))
+            stack.check_length(x_BTD.shape[1])
             tokens = Tokens.plain(jnp.ones(x_BTD.shape[:2], bool))
             x_BTD = stack.place(params, x_BTD, tokens, 0)
             layers, _ = self._read(params, x_BTD, tokens)
@@ -168,7 +170,12 @@ class Backbone:
 
         An encoder-decoder reads the text on both sides; its decoder attends to what its encoder
         made of it.
+
+        Raises:
+            ContextError: the text is longer than the learned positions.
         """
+        for reading in (self._stack, *([self._encoder] if self.arch.encoder else [])):
+            reading.check_length(len(ids_P))
         tokens = Tokens.plain(jnp.ones((1, len(ids_P)), bool))
         embeds_1PD = self._embed(params, ids_P[None])
         sites: dict[SiteName, Site] = {}
@@ -239,6 +246,7 @@ class Backbone:
 
         Raises:
             BackboneError: the model has no encoder.
+            ContextError: a position exceeds a table of learned positions: see `Stack.place`.
         """
         h_BSD, tokens = self._through(
             self._encoder, params, params["encoder"], ids_BS, tokens, prefix
@@ -308,6 +316,7 @@ class Backbone:
         Raises:
             BackboneError: the model has an encoder, and there is nothing that it read; or the
                 other way round.
+            ContextError: a position exceeds a table of learned positions: see `Stack.place`.
         """
         if (self.arch.encoder is None) != (encoded is None):
             has, needs = ("no", "no") if encoded is not None else ("an", "a")

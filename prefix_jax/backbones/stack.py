@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.forms import Params, stack_layers
 from prefix_jax.backbones.layer import Layer, make_norm
-from prefix_jax.errors import PrefixError
+from prefix_jax.errors import ContextError, PrefixError
 from prefix_jax.mesh import constrain_tokens, look_up
 from prefix_jax.nn import columns
 from prefix_jax.nn.layers import KeysValues, View
@@ -128,12 +128,21 @@ class Stack:
             x_BTD: token embeddings, scaled, or soft tokens.
             tokens: where they stand.
             start: added to positions.
+
+        Raises:
+            ContextError: a position is not in the table of learned positions. Inside of a jitted
+                function, whose positions are not known yet, such tokens become NaN.
         """
         a, embed = self.arch, params.get("embed", {})
         dtype = x_BTD.dtype
         if a.positions:
-            row_BT = tokens.position_BT + (start + a.position_offset)
-            x_BTD = x_BTD + look_up(embed["positions_TD"], row_BT)
+            position_BT = tokens.position_BT + start
+            outside_BT = (position_BT < 0) | (position_BT >= a.max_positions)
+            outside_BT &= tokens.group_BT > 0
+            if not isinstance(outside_BT, jax.core.Tracer) and outside_BT.any():
+                self.check_length(int(jnp.where(tokens.group_BT > 0, position_BT, 0).max()) + 1)
+            x_BTD = x_BTD + look_up(embed["positions_TD"], position_BT + a.position_offset)
+            x_BTD = jnp.where(outside_BT[..., None], jnp.nan, x_BTD)
         if a.segments:
             segment_BT = tokens.segment_BT
             if segment_BT is None:
@@ -146,6 +155,19 @@ class Stack:
         if a.embed_dim is not None:
             x_BTD = x_BTD @ embed["project_ED"] + embed["project_bias_D"]
         return x_BTD
+
+    def check_length(self, length: int) -> None:
+        """Raises ContextError if the table of learned positions is shorter than a text.
+
+        Args:
+            length: tokens of the text, and the positions before them.
+        """
+        a = self.arch
+        if a.positions and length > a.max_positions:
+            raise ContextError(
+                f"a text that ends at position {length - 1} exceeds the {a.max_positions} learned "
+                f"positions of the {self.site} of {a.model_type}; shorten the text or the prefix"
+            )
 
     def finish(self, params: Params, h_BTD: jax.Array) -> jax.Array:
         """The norm after the last layer."""
