@@ -80,7 +80,7 @@ def test_the_tokenizers_own_end_is_among_the_ends(stating) -> None:
 
 
 def test_an_encoder_has_no_ends(tmp_path: Path) -> None:
-    path = tiny.write_encoder(tmp_path / "roberta", "roberta", eos_token_id="x")
+    path = tiny.write_encoder(tmp_path / "roberta", "roberta", eos_token_id=-1)
     assert architecture_of(path).end_ids == ()
 
 
@@ -89,7 +89,7 @@ def test_an_encoder_decoder_starts_with_one_token_of_its_vocabulary(tmp_path: Pa
         path = tiny.write_t5(tmp_path / str(number), vocab_size=259)
         config = json.loads((path / "config.json").read_text()) | {"decoder_start_token_id": wrong}
         (path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(BackboneError, match="decoder_start_token_id is"):
+        with pytest.raises(BackboneError, match=r"decoder_start_token_id (is|must be)"):
             architecture_of(path)
 
 
