@@ -49,7 +49,9 @@ _OF_BEAMS = {"length_penalty": 1.0, "early_stopping": False}
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """How text is generated.
+    """How text is generated. A checkpoint's `generation_config.json` changes none of these
+    defaults (`repetition_penalty`, `num_beams`, … are not read): only its end tokens and forced
+    tokens count.
 
     Attributes:
         max_new_tokens: tokens generated at most; the start token of an encoder-decoder does not
@@ -73,7 +75,7 @@ class DecodeConfig:
         banned_words: texts that are never generated.
         stop: texts that end the generation, and are cut from it.
         samples: continuations per prompt.
-        seed: of the sampling.
+        seed: of the sampling. What is drawn for a record also depends on its place in the file.
     """
 
     max_new_tokens: Size = 64
