@@ -70,8 +70,10 @@ def tokenize(
     """Tokenises each segment apart and joins them, or keeps input and target apart for an
     encoder-decoder.
 
-    Text from templates gets the beginning-of-sequence token that the tokenizer itself would write,
-    if any, and an end-of-sequence token as the last target. In a chat, a turn's targets end with
+    Text from templates gets the special tokens that the tokenizer itself would write before it, if
+    any and unless it begins with them, and an end-of-sequence token as the last target. What the
+    tokenizer would write after a text (Llama's with `add_eos_token`) is left out: in the middle,
+    between input and target, it would end the text. In a chat, a turn's targets end with
     its last end token (`end_tokens`): the line break that templates put after it is never
     generated. If the last turn has none, an end-of-sequence token follows it.
 
@@ -100,11 +102,13 @@ def tokenize(
             )
         return _two_sided(rendered, tokenizer, encoder_decoder, max_length, truncate, on_overflow)
     ids_of = _ids(rendered, tokenizer)
-    bos = _bos(tokenizer)
+    before, _ = special_around(tokenizer)
     ends = end_tokens(tokenizer, end_ids, chat=any(item.chat for item in rendered))
     examples, truncated, dropped = [], [], []
     for item in rendered:
-        ids: list[int] = [] if item.chat else list(bos)
+        ids: list[int] = []
+        if not item.chat:
+            ids += missing_start(before, ids_of[item.segments[0].text])
         learnt = [False] * len(ids)
         prompt_length = 0
         for segment in item.segments:
@@ -125,7 +129,7 @@ def tokenize(
             learnt += [segment.target and i < end for i in range(len(tokens))]
 
         start = learnt.index(True)
-        kept = 0 if item.chat else len(bos)
+        kept = 0 if item.chat else min(len(before), start)
         if max_length is not None and len(ids) > max_length:
             room = max_length - (len(ids) - start) - kept
             if room < min(1, start - kept):
@@ -175,7 +179,7 @@ def _two_sided(
 ) -> Examples:
     """Examples for an encoder-decoder: see `tokenize`."""
     ids_of = _ids(rendered, tokenizer)
-    before, after = _around(tokenizer)
+    before, after = special_around(tokenizer)
     end = [] if tokenizer.eos_token_id in after else [tokenizer.eos_token_id]
     examples, truncated, dropped = [], [], []
     for item in rendered:
@@ -258,14 +262,17 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token, if the tokenizer puts one before text (Llama does)."""
-    if tokenizer.bos_token_id in tokenizer("")["input_ids"][:1]:
-        return [tokenizer.bos_token_id]
-    return []
+def missing_start(before: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """The special tokens to write before a text for a single stack: none if it has them.
+
+    Args:
+        before: of `special_around`.
+        ids: tokens of the text. Chat templates write the beginning-of-sequence token themselves.
+    """
+    return [] if [*ids[: len(before)]] == [*before] else [*before]
 
 
-def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def special_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer writes before and after a text."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     ids, special = encoded["input_ids"], encoded["special_tokens_mask"]

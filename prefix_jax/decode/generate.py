@@ -16,6 +16,7 @@ from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.forms import Params
 from prefix_jax.config import DecodeConfig
 from prefix_jax.data.ends import end_tokens
+from prefix_jax.data.tokens import missing_start, special_around
 from prefix_jax.decode.continuation import Continuation, Generation, Writer
 from prefix_jax.decode.loop import Search, advance, read
 from prefix_jax.decode.options import make_search
@@ -115,10 +116,12 @@ class Generator:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise DataError(f"{prompt!r:.60} is not valid Unicode text: {error.reason}") from None
-        # Chat templates write the beginning-of-sequence token themselves.
-        bos = self.tokenizer.bos_token
-        begun = bos is not None and prompt.startswith(bos)
-        return self.tokenizer(prompt, add_special_tokens=not begun, verbose=False)["input_ids"]
+        # The same tokens as in training: see `data.tokens.tokenize`.
+        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        before, after = special_around(self.tokenizer)
+        if self.backbone.arch.encoder is not None:
+            return [*before, *ids, *after]
+        return [*missing_start(before, ids), *ids]
 
     def _check(
         self, prompts: Sequence[Sequence[int]], names: Sequence[str], config: DecodeConfig

@@ -55,6 +55,25 @@ def test_text_starts_as_the_tokenizer_itself_would_start_it(bos_tokenizer):
     assert cut.ids_T[: cut.source_length].tolist() == [prompt[0], *prompt[2:]]
 
 
+@pytest.mark.parametrize("written", ["<s> $A <|im_end|>", "$A <|im_end|>"])
+def test_an_end_that_the_tokenizer_appends_is_not_put_before_the_target(make_tokenizer, written):
+    """As of Llama's tokenizer with add_eos_token."""
+    tokenizer = make_tokenizer(written)
+    (example,) = tokenize(pairs(("the cat", " sat")), tokenizer)
+    begin = written.removesuffix("$A <|im_end|>").strip()
+    assert tokenizer.decode(example.ids_T) == f"{begin}the cat sat<|im_end|>"
+    assert tokenizer.decode(example.prompt_ids) == f"{begin}the cat"
+
+
+def test_a_text_that_begins_with_the_special_token_gets_no_second_one(bos_tokenizer):
+    inputs = pairs(("<s>the cat", " sat"), ("", "<s>the cat"), ("the cat", " sat"))
+    examples = tokenize(inputs, bos_tokenizer)
+    for example in examples:
+        assert bos_tokenizer.decode(example.ids_T).count("<s>") == 1
+    (cut,) = tokenize(inputs[:1], bos_tokenizer, max_length=len(examples[0].ids_T) - 1)
+    assert cut.ids_T[0] == bos_tokenizer.bos_token_id
+
+
 def test_without_input_the_first_token_is_no_target(tokenizer):
     (example,) = tokenize(pairs(("", "the cat")), tokenizer)
     assert not example.target_T[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import re
@@ -14,10 +15,12 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.load import load
 from prefix_jax.config import DecodeConfig
+from prefix_jax.data.pipeline import load_examples
 from prefix_jax.decode import Generator
 from prefix_jax.decode.loop import advance, read
 from prefix_jax.decode.options import make_search
@@ -261,6 +264,31 @@ class TestSampling:
         for token, p in probability.items():
             deviation = np.sqrt(p * (1 - p) / len(drawn))
             assert abs((drawn == token).mean() - p) < 5 * deviation + 1 / len(drawn)
+
+
+class TestPrompts:
+    @pytest.mark.parametrize("written", ["$A", "! $A", "$A </s>", "! $A </s>"])
+    @pytest.mark.parametrize("prompt", ["ab", "!ab"])
+    def test_a_prompt_has_the_tokens_that_it_has_in_training(
+        self, generator: Generator, written: str, prompt: str
+    ) -> None:
+        """Whatever the tokenizer writes around a text, an end of text included."""
+        tokenizer = copy.deepcopy(generator.tokenizer)
+        tokenizer.add_special_tokens({"bos_token": "!"})
+        special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("!", "</s>")]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=written, special_tokens=special
+        )
+        assert ("</s>" in written) == (tokenizer("ab")["input_ids"][-1] == 256)
+        records = [{"x": prompt, "y": "c"}]
+        (example,) = load_examples(records, tokenizer, input="{x}", target="{y}")
+        config = DecodeConfig(max_new_tokens=NEW)
+        generator = dataclasses.replace(generator, tokenizer=tokenizer)
+        of_text, of_ids = generator.generate([prompt, example.prompt_ids], config)
+        assert of_text.samples[0].ids == of_ids.samples[0].ids
+        np.testing.assert_allclose(
+            of_text.samples[0].logprobs, of_ids.samples[0].logprobs, atol=1e-4
+        )
 
 
 class TestNonFiniteLogits:
