@@ -20,7 +20,7 @@ class DataConfig:
 
     Attributes:
         train: a .jsonl, .csv or .parquet file, or `tfds:NAME/SPLIT`. None when the records come
-            from Python.
+            from Python. A file has at most 8 GiB, and a line or row 16 million characters.
         dev: like `train`, for evaluation during training; None does without.
         test: like `train`, for the evaluation after training; None does without.
         prepare: what records of a published set need before templates render them: each name

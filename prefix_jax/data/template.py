@@ -17,6 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from prefix_jax.data.source import Record
 from prefix_jax.errors import DataError
 
+# Texts in a list; each becomes an example with all of its input.
+MAX_ALTERNATIVES = 10_000
+# Turns of a chat times its characters: it is rendered up to each of its answers.
+MAX_CHAT_SIZE = 2**27
+
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
@@ -122,6 +127,11 @@ def _texts(record: Record, name: str) -> list[str]:
             raise DataError(f"{record.source}: field {name!r} holds NaN; fill it in or remove it")
     if not values:
         raise DataError(f"{record.source}: field {name!r} is an empty list")
+    if len(values) > MAX_ALTERNATIVES:
+        raise DataError(
+            f"{record.source}: field {name!r} is a list of {len(values):,} texts, each of which "
+            f"would be an example; at most {MAX_ALTERNATIVES:,} are read"
+        )
     texts = [str(item) for item in values]
     check_unicode(texts, record.source)
     return texts
@@ -234,6 +244,12 @@ def _turns(record: Record, field: str) -> list[Mapping[str, Any]]:
             )
         if turn["role"] == "assistant" and not turn["content"].strip():
             raise DataError(f"{record.source}: the assistant's turn {number} is empty")
+    size = sum(len(turn["content"]) for turn in turns)
+    if len(turns) * max(size, len(turns)) > MAX_CHAT_SIZE:
+        raise DataError(
+            f"{record.source}: the chat in {field!r} has {len(turns):,} turns and {size:,} "
+            "characters, too much to be rendered up to each answer; split it into several records"
+        )
     if turns and turns[0]["role"] == "assistant":
         raise DataError(
             f"{record.source}: the chat in {field!r} opens with the assistant, who has nothing to "

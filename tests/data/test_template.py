@@ -156,3 +156,18 @@ def test_a_chat_is_prompted_up_to_its_last_answer(tokenizer):
 def test_half_of_a_surrogate_pair_is_an_error():
     with pytest.raises(DataError, match=r"a\.jsonl:3: not valid Unicode text"):
         Template("{x}").render(record(x="\ud800"))
+
+
+def test_a_record_that_would_become_too_many_texts_is_refused(tokenizer):
+    words = ["x"] * 10_000
+    assert len(Template("{x}").render(record(x=words))) == 10_000
+    with pytest.raises(DataError, match=r"a\.jsonl:3: field 'x' is a list of 10,001 texts"):
+        Template("{x}").render(record(x=[*words, "x"]))
+    turns = [("user", "1"), ("assistant", "a")] * 6_000
+    with pytest.raises(DataError, match=r"a\.jsonl:3: the chat in 'messages' has 12,000 turns"):
+        render_chat(chat(*turns), "messages", tokenizer)
+
+
+def test_nan_in_a_list_is_no_text():
+    with pytest.raises(DataError, match=r"a\.jsonl:3: field 'x' holds NaN"):
+        Template("{x}").render(record(x=["one", float("nan")]))
