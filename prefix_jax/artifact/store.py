@@ -320,7 +320,7 @@ def _read_arrays(path: Path, container: Container) -> dict[str, np.ndarray]:
     try:
         if container == "orbax":
             return {name: np.asarray(x) for name, x in ocp.load(path.absolute()).items()}
-        return {name: np.array(x) for name, x in read_tensors(path, PrefixError).items()}
+        return read_tensors(path, PrefixError)
     except PrefixError:
         raise
     # Damage shows as whatever the reader trips over.

@@ -14,6 +14,7 @@ from prefix_jax.errors import PrefixError
 from prefix_jax.interop.backbone import backbone_of
 from prefix_jax.mesh import on_mesh_of
 from prefix_jax.prefix import Prefix, Produced
+from prefix_jax.untrusted.paths import expand
 
 
 def export(
@@ -44,7 +45,7 @@ def export(
         BackboneError: the backbone cannot be loaded.
         CheckpointError: the copy cannot be written.
     """
-    if (Path(output) / "prefix.json").exists():
+    if (expand(output, PrefixError) / "prefix.json").exists():
         raise PrefixError(
             f"{output} holds a prefix already; choose another directory, or remove it"
         )

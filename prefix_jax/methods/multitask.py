@@ -117,7 +117,7 @@ class MultitaskPromptTuning(Method[Embeds]):
             path = own if own.is_file() else path / "adapter_model.safetensors"
         arrays = read_parts(path)
         found = tuple(arrays[name].shape for name in (_SHARED, _COLS, _ROWS))
-        tasks = (found[1] or (0,))[0]
+        tasks = found[1][0]
         P, D, R = length, d_model, self.ranks
         expected = ((P, D), (tasks, P, R), (tasks, R, D))
         if found != expected:
@@ -156,6 +156,13 @@ def read_parts(path: Path) -> dict[str, np.ndarray]:
     arrays = read_tensors(path, PrefixError)
     if missing := {_SHARED, _COLS, _ROWS} - arrays.keys():
         raise PrefixError(f"{path} is no multitask prompt: {', '.join(sorted(missing))} missing")
+    shared, cols, rows = (arrays[name].shape for name in (_SHARED, _COLS, _ROWS))
+    tasks, ranks = (cols[0], cols[-1]) if len(cols) == 3 else (0, 0)
+    if len(shared) != 2 or cols != (tasks, shared[0], ranks) or rows != (tasks, ranks, shared[1]):
+        raise PrefixError(
+            f"{path}: {_SHARED}, {_COLS} and {_ROWS} have shapes {shared}, {cols} and {rows}; "
+            "expected (P, D), (tasks, P, ranks) and (tasks, ranks, D)"
+        )
     if broken := sorted(name for name, x in arrays.items() if not np.isfinite(x).all()):
         raise PrefixError(f"{path}: {', '.join(broken)} holds NaN or infinite values")
     return arrays

@@ -98,9 +98,9 @@ def read_tensor(
 def read_tensors(
     path: str | os.PathLike[str], error: type[PrefixJaxError]
 ) -> dict[str, np.ndarray]:
-    """Maps all tensors of a file. See `read_header` and `read_tensor`."""
+    """Reads all tensors of a file, which may be replaced afterwards. See `read_tensor`."""
     header = read_header(path, error)
-    return {name: read_tensor(path, name, tensor, error) for name, tensor in header.items()}
+    return {name: np.array(read_tensor(path, name, x, error)) for name, x in header.items()}
 
 
 def map_array(

@@ -82,7 +82,7 @@ def test_what_is_no_source_is_refused(source, tmp_path):
     with pytest.raises(PrefixError, match="no multitask prompt: prefix_task_cols, prefix_task_row"):
         produced(str(tmp_path / "one.safetensors"))
     save_file(ARRAYS | {"prefix_task_cols": np.float32(1)}, tmp_path / "scalar.safetensors")
-    with pytest.raises(PrefixError, match=r"has arrays of shapes .*\(\)"):
+    with pytest.raises(PrefixError, match=r"have shapes .* \(\) and .*; expected \(P, D\)"):
         produced(str(tmp_path / "scalar.safetensors"))
     broken = {name: x * np.nan for name, x in ARRAYS.items()}
     save_file(broken, tmp_path / "nan.safetensors")

@@ -96,7 +96,7 @@ def read(directory: str | Path) -> Files:
         raise PrefixError(f"{path} has no {WEIGHTS}; copy it again from where it came from")
     arrays = read_tensors(path / WEIGHTS, PrefixError)
     with np.errstate(over="ignore"):  # `array` reports what becomes infinite
-        return Files(path, config, {name: np.array(x, np.float32) for name, x in arrays.items()})
+        return Files(path, config, {name: np.asarray(x, np.float32) for name, x in arrays.items()})
 
 
 def write(output: str | Path, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:

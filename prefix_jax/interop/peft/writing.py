@@ -21,6 +21,7 @@ from prefix_jax.interop.peft.layout import flatten, stored_layers
 from prefix_jax.interop.peft.reading import task_type
 from prefix_jax.methods.multitask import PARTS, read_parts
 from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Produced
+from prefix_jax.untrusted.paths import expand
 
 _OURS = "or keep it in our own format (--to safetensors), which docs/export.md tells how to use"
 # Their code takes no cache, by which PEFT hands over keys and values.
@@ -57,7 +58,7 @@ def export_peft(
         BackboneError: the backbone cannot be loaded.
         CheckpointError: the adapter cannot be written.
     """
-    if (Path(source).expanduser() / PARTS).is_file():
+    if (expand(source, PrefixError) / PARTS).is_file():
         if bake:
             raise PrefixError(
                 f"{source} is of several tasks, which have keys and values of their own: bake the "
@@ -122,13 +123,14 @@ def several_tasks(run: str | Path) -> tuple[Config, Arrays]:
     Raises:
         PrefixError: the run is damaged, or PEFT cannot express its prompts.
     """
-    path = Path(run).expanduser()
+    path = expand(run, PrefixError)
     arrays = read_parts(path / PARTS)
     places = sorted((path / artifact.PREFIXES).glob("*"))
     if not places:
         raise PrefixError(f"{path} has {PARTS} and no {artifact.PREFIXES}: copy it again")
     embeds, card = artifact.load(places[0])
-    assert isinstance(embeds, Embeds)  # as that method stores
+    if not isinstance(embeds, Embeds):
+        raise PrefixError(f"{places[0]} holds no soft tokens, which {PARTS} are for: copy it again")
     head = None if card.task is None else artifact.load_head(places[0])
     config, others = to_peft(embeds, card, head)
     tasks, _, ranks = arrays["prefix_task_cols"].shape
