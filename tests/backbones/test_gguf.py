@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tiny
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
@@ -244,4 +245,27 @@ def test_a_truncated_file_is_named(tmp_path: Path, keep: int) -> None:
     convert("smollm", file)
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(BackboneError, match=r"model\.gguf is not a complete GGUF file"):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.block_count", 2**31),
+        ("llama.block_count", 2**31 - 1),
+        ("llama.attention.head_count", 0),
+        ("llama.attention.head_count", [4, 4]),
+        ("llama.attention.head_count_kv", "2"),
+        ("llama.embedding_length", -32),
+        ("llama.attention.layer_norm_rms_epsilon", float("nan")),
+        ("llama.rope.freq_base", 0.0),
+        ("llama.context_length", True),
+    ],
+)
+def test_metadata_of_a_wrong_type_or_range_is_named(key: str, value: Any, tmp_path: Path) -> None:
+    file = tiny.write_gguf(
+        tmp_path / "model.gguf", lambda name, usual: value if name == key else usual
+    )
+    words = {"llama.block_count": "num_hidden_layers must be an integer from 1 to 10000"}
+    with pytest.raises(BackboneError, match=rf"{key} must be|{words.get(key, key)}"):
         load(file)
