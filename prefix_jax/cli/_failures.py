@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from prefix_jax.errors import reason
@@ -43,9 +45,13 @@ def describe(error: BaseException) -> str | None:
 def prepare_process() -> None:
     """Prepares a process that only runs this command for interrupts and bugs.
 
-    An interrupt that arrives where Python cannot raise it, as in a callback of the garbage
-    collector, is raised a moment later instead of being lost. Tracebacks are escaped.
+    An interrupt while a module is imported ends the process at once: extension modules turn
+    `KeyboardInterrupt` into other errors, or crash. One that arrives where Python cannot raise it,
+    as in a callback of the garbage collector, is raised a moment later instead of being lost.
+    Tracebacks are escaped.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupt)
     sys.unraisablehook = _raise_interrupts_later(sys.unraisablehook)
     sys.excepthook = _print_traceback
 
@@ -67,6 +73,18 @@ def _os_error(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         advice = "; make room on the disk, which may be that of standard output"
     return f"cannot read or write: {why}{advice}"
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    innermost = frame
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+            os.write(2, b"interrupted\n")
+            os._exit(130)
+        frame = frame.f_back
+    signal.default_int_handler(number, innermost)
 
 
 def _raise_interrupts_later(before: Callable[[Any], Any]) -> Callable[[Any], None]:

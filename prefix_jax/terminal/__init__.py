@@ -21,6 +21,9 @@ _UNSAFE = re.compile(
 )
 
 
+_LONGEST = 5000  # of an error, in characters: it may quote a value that fills a file
+
+
 def escape(text: str) -> str:
     r"""Replaces characters that could steer a terminal by visible escapes: \x1b, \u202e.
 
@@ -51,6 +54,8 @@ def print_warning(message: object) -> None:
 
 
 def _print(line: str) -> None:
+    if len(line) > _LONGEST:
+        line = f"{line[:_LONGEST]}… ({len(line):,} characters)"
     # A standard error that cannot be written must not replace the error by another.
     with contextlib.suppress(OSError, ValueError):
         print(escape(line), file=sys.stderr, flush=True)

@@ -84,6 +84,16 @@ def test_an_interrupt_in_the_garbage_collector_is_not_lost(where):
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+def test_an_interrupt_while_importing_is_one_line(tmp_path):
+    # As extension modules do, which replace the interrupt by an error of their own.
+    (tmp_path / "module.py").write_text(
+        "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n    raise ImportError('not initialized') from None\n"
+    )
+    done = command(f"sys.path.append({str(tmp_path)!r}); print('first'); import module")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "first\n", "interrupted\n")
+
+
 def test_an_interrupt_while_shutting_down_is_no_traceback():
     code = "import atexit; atexit.register(signal.raise_signal, signal.SIGINT)"
     done = command(code)

@@ -48,6 +48,13 @@ def test_errors_and_warnings_are_escaped(capsys):
     assert capsys.readouterr().err == f"error: {SHOWN}\nwarning: one\n{SHOWN}\n"
 
 
+def test_an_error_that_quotes_a_whole_file_is_cut(capsys):
+    terminal.print_error("x" * 10**6)
+    err = capsys.readouterr().err
+    assert len(err) < 6000
+    assert err.endswith("x… (1,000,007 characters)\n")
+
+
 def test_an_error_is_printed_where_standard_error_is_closed(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     terminal.print_error("lost")
