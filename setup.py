@@ -26,7 +26,7 @@ setup(
         "huggingface_hub>=1.33.0,<3",
         "safetensors>=0.6.2,<1",
         "gguf>=0.17.1,<1",
-        "jinja2>=3.1.4,<4",
+        "jinja2>=3.1.6,<4",
         # Data; without h5py many text sets of TFDS are missing
         "grain>=0.2.15,<0.3",
         "tensorflow-datasets>=4.9.10,<5",

@@ -43,6 +43,7 @@ from prefix_jax.data.source import Record, read_records
 from prefix_jax.data.template import render_chat
 from prefix_jax.methods import make_method
 from prefix_jax.nn.mask import Tokens
+from prefix_jax.untrusted.tokenizer import token_ids
 
 FIXTURES = Path(__file__).parent / "fixtures"
 Attempt = Callable[[Random], None]
@@ -78,7 +79,7 @@ def _read_model(path: Path) -> None:
         return backbone.unembed(params, h_BTD) if backbone.arch.causal else h_BTD
 
     jax.eval_shape(logits, params)
-    pretrained.tokenizer("ab, 12", add_special_tokens=True)
+    token_ids(pretrained.tokenizer, ["ab, 12"], "a text", add_special_tokens=True)
 
 
 def _models(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from prefix_jax.data.prepare import fields_needed, prepare
 from prefix_jax.data.source import Record
 from prefix_jax.data.template import Template, render_chat_prompt
 from prefix_jax.errors import DataError, PrefixError
+from prefix_jax.untrusted.tokenizer import token_ids
 
 if TYPE_CHECKING:  # its import takes seconds
     from transformers import PreTrainedTokenizerFast
@@ -76,5 +77,4 @@ class Rendering:
         text = self.text(prompt)
         if isinstance(prompt, str) or self.template is None or self.template.messages is None:
             return text
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return token_ids(self.tokenizer, [text], "the record")[0]

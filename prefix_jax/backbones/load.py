@@ -99,7 +99,7 @@ class Pretrained:
         Raises:
             BackboneError: there is none, or it cannot be rebuilt.
         """
-        return load_tokenizer(self.path)
+        return load_tokenizer(self.path, self.backbone.arch.vocab)
 
     def ends(self, *, chat: bool = False) -> tuple[int, ...]:
         """The tokens that end a generated text: the tokenizer's and the checkpoint's.

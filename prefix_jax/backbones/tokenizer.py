@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
 from tokenizers import pre_tokenizers as pre
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
 from prefix_jax.backbones.gguf import GGUF, open_gguf
-from prefix_jax.errors import BackboneError, reason
+from prefix_jax.errors import BackboneError
+from prefix_jax.untrusted.tokenizer import MAX_ID, failures, probe, read_tokenizer
+from prefix_jax.untrusted.values import Range
 
 # gguf.TokenType
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -34,25 +36,19 @@ _PRE_TOKENIZERS: dict[str, list[pre.PreTokenizer]] = {
 }
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: Path, rows: int | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer of a model directory or of a GGUF file.
 
+    Args:
+        path: of the model.
+        rows: of its embedding table, which no text may have a token beyond; None for any.
+
     Raises:
-        BackboneError: there is none, or it is of a kind that cannot be rebuilt.
+        BackboneError: there is none, it is malformed, or it is of a kind that cannot be rebuilt.
     """
-    if not path.is_dir():
-        return from_gguf(open_gguf(path))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise BackboneError(
-            f"{path} holds no tokenizer that can be read: {reason(error)}"
-        ) from None
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise BackboneError(
-            f"{path} holds a tokenizer in Python code ({type(tokenizer).__name__}); "
-            "convert it to a tokenizer.json"
-        )
+    where, error = str(path), BackboneError
+    tokenizer = read_tokenizer(path, error) if path.is_dir() else from_gguf(open_gguf(path))
+    probe(tokenizer, rows, where, error)
     return tokenizer
 
 
@@ -60,19 +56,30 @@ def from_gguf(file: GGUF) -> PreTrainedTokenizerFast:
     """Rebuilds the tokenizer that llama.cpp's converter took apart.
 
     Raises:
-        BackboneError: the file holds none, or one of an unsupported kind.
+        BackboneError: the file holds none, or one that is malformed or of an unsupported kind.
     """
     get = _Metadata(file)
-    tokens, types = get["tokens"], get["token_type"]
+    tokens, types = get("tokens", list[str]), get("token_type", list[int])
+    if len(types) != len(tokens) or len(tokens) > MAX_ID:
+        raise BackboneError(
+            f"{file.path}: expected at most {MAX_ID} tokens and a type for each, got "
+            f"{len(tokens)} tokens and {len(types)} types"
+        )
+    with failures(f"{file.path}: the tokenizer cannot be rebuilt", BackboneError):
+        return _rebuild(get, tokens, types)
+
+
+def _rebuild(get: _Metadata, tokens: list[str], types: list[int]) -> PreTrainedTokenizerFast:
     # The converter fills the vocabulary up to the embedding table with unused tokens.
     vocab = {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED}
-    if get["model"] == "gpt2":
+    kind = get("model", str)
+    if kind == "gpt2":
         tokenizer = _byte_level(get, vocab)
-    elif get["model"] == "llama":
-        tokenizer = _sentencepiece(get, vocab)
+    elif kind == "llama":
+        tokenizer = _sentencepiece(get, vocab, tokens)
     else:
         raise BackboneError(
-            f"{file.path}: tokenizers of kind {get['model']!r} cannot be rebuilt; "
+            f"{get.path}: tokenizers of kind {kind!r:.80} cannot be rebuilt; "
             "supported: gpt2 (byte-level BPE), llama (SentencePiece BPE)"
         )
     added = [
@@ -81,34 +88,43 @@ def from_gguf(file: GGUF) -> PreTrainedTokenizerFast:
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
     tokenizer.add_tokens(added)
+    token_id = Annotated[int, Range(-1, len(tokens) - 1)]
     special = {
-        f"{role}_token": tokens[get.optional(f"{key}_token_id", -1)]
+        f"{role}_token": tokens[index]
         for role, key in (
             ("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")
         )
-        if get.optional(f"{key}_token_id", -1) >= 0
+        if (index := get(f"{key}_token_id", token_id, -1)) >= 0
     }  # fmt: skip
-    if get.optional("add_bos_token", get["model"] == "llama"):
-        bos = tokens[get["bos_token_id"]]
+    if get("add_bos_token", bool, kind == "llama"):
+        bos = tokens[get("bos_token_id", Annotated[int, Range(0, len(tokens) - 1)])]
+        if bos not in vocab:
+            raise BackboneError(f"{get.path}: the token {bos!r:.80} begins texts and is unused")
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
-        chat_template=file.metadata.values.get("tokenizer.chat_template"),
+        chat_template=get.file.metadata.get("tokenizer.chat_template", str | None, None),
         **special,
     )
 
 
 def _byte_level(get: _Metadata, vocab: dict[str, int]) -> Tokenizer:
-    name = get.optional("pre", "")
+    name = get("pre", str, "")
     if name not in _PRE_TOKENIZERS:
         raise BackboneError(
-            f"{get.file.path}: the pre-tokenizer {name!r} is unknown; "
+            f"{get.path}: the pre-tokenizer {name!r:.80} is unknown; "
             f"supported: {', '.join(_PRE_TOKENIZERS)}"
         )
-    merges = [tuple(merge.split(" ")) for merge in get["merges"]]
+    merges = [tuple(merge.split(" ")) for merge in get("merges", list[str])]
+    wrong = next((merge for merge in merges if len(merge) != 2), None)
+    if wrong is not None:
+        raise BackboneError(
+            f"{get.path}: tokenizer.ggml.merges holds {' '.join(wrong)!r:.80}; "
+            "expected two tokens with a space between them"
+        )
     tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=name == "llama-bpe"))
     if name == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
@@ -117,14 +133,19 @@ def _byte_level(get: _Metadata, vocab: dict[str, int]) -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece(get: _Metadata, vocab: dict[str, int]) -> Tokenizer:
+def _sentencepiece(get: _Metadata, vocab: dict[str, int], tokens: list[str]) -> Tokenizer:
     """The conversion that transformers gives Llama's and Mistral's SentencePiece models."""
-    merges = generate_merges(vocab, dict(zip(get["tokens"], get["scores"], strict=True)))
-    unknown = get["tokens"][get["unknown_token_id"]]
+    scores = get("scores", list[float])
+    if len(scores) != len(tokens):
+        raise BackboneError(
+            f"{get.path}: tokenizer.ggml.scores has {len(scores)} values for {len(tokens)} tokens"
+        )
+    merges = generate_merges(vocab, dict(zip(tokens, scores, strict=True)))
+    unknown = tokens[get("unknown_token_id", Annotated[int, Range(0, len(tokens) - 1)])]
     tokenizer = Tokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     before: list[normalizers.Normalizer] = []
     after: list[decoders.Decoder] = []
-    if get.optional("add_space_prefix", True):
+    if get("add_space_prefix", bool, True):
         before, after = [normalizers.Prepend("▁")], [decoders.Strip(" ", 1, 0)]
     tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -134,16 +155,10 @@ def _sentencepiece(get: _Metadata, vocab: dict[str, int]) -> Tokenizer:
 
 
 class _Metadata:
-    """The keys under `tokenizer.ggml`."""
+    """The keys under `tokenizer.ggml`, checked as they are read. See `Metadata.get`."""
 
     def __init__(self, file: GGUF):
-        self.file = file
+        self.file, self.path = file, file.path
 
-    def __getitem__(self, key: str) -> Any:
-        value = self.optional(key, None)
-        if value is None:
-            raise BackboneError(f"{self.file.path} lacks the metadata key tokenizer.ggml.{key}")
-        return value
-
-    def optional(self, key: str, default: Any) -> Any:
-        return self.file.metadata.values.get(f"tokenizer.ggml.{key}", default)
+    def __call__(self, key: str, hint: Any, *default: Any) -> Any:
+        return self.file.metadata.get(f"tokenizer.ggml.{key}", hint, *default)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from prefix_jax.data.source import Record
 from prefix_jax.data.template import render_chat
 from prefix_jax.errors import DataError
+from prefix_jax.untrusted.tokenizer import decode, token_ids
 
 if TYPE_CHECKING:  # its import takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     except DataError:  # a template that refuses this chat may accept others
         return None
     added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    for token in reversed(tokenizer(turn, add_special_tokens=False)["input_ids"]):
-        if str(tokenizer.decode([token])).strip():
+    for token in reversed(token_ids(tokenizer, [turn], "the chat template")[0]):
+        if decode(tokenizer, [token]).strip():
             return int(token) if token in added else None
     return None

@@ -22,6 +22,7 @@ from prefix_jax.data.source import Record
 from prefix_jax.data.template import Template
 from prefix_jax.data.tokens import Examples
 from prefix_jax.errors import DataError
+from prefix_jax.untrusted.tokenizer import encodings, token_ids
 
 if TYPE_CHECKING:  # its import takes seconds
     from tokenizers import Encoding
@@ -76,10 +77,8 @@ class Reading:
     def _whole(self, records: Sequence[Record], answered: bool) -> Examples:
         """One answer for a text or a pair: a class or a value."""
         found, cut = [], []
-        encodings = self._encode(*self._texts(records))
-        for record, encoding, prompt in zip(
-            records, encodings, self._prompts(records), strict=True
-        ):
+        encoded = self._encode(*self._texts(records), records)
+        for record, encoding, prompt in zip(records, encoded, self._prompts(records), strict=True):
             label: float = 0
             references: tuple[str, ...] = ()
             if answered and self.task.name == "regress":
@@ -100,8 +99,8 @@ class Reading:
         """One label for each word, predicted from its first token."""
         words = [words_of(record, self.task.words) for record in records]
         found, cut = [], []
-        encodings = self._encode([" ".join(texts) for texts in words], None)
-        for record, texts, encoding in zip(records, words, encodings, strict=True):
+        encoded = self._encode([" ".join(texts) for texts in words], None, records)
+        for record, texts, encoding in zip(records, words, encoded, strict=True):
             index_M, kept = _first_tokens(texts, encoding)
             labels = [0] * len(kept)
             references: tuple[str, ...] = ()
@@ -130,7 +129,7 @@ class Reading:
         questions, contexts = self._texts(records)
         assert contexts is not None  # as the configuration checks
         special = self.tokenizer.num_special_tokens_to_add(pair=True)
-        asked = self.tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]
+        asked = token_ids(self.tokenizer, questions, [record.source for record in records])
         found = []
         for number, (record, question, context) in enumerate(
             zip(records, questions, contexts, strict=True)
@@ -147,16 +146,17 @@ class Reading:
                     f"{record.source}: there is no answer; leave the record out, or set "
                     "task.unanswerable=true, where a question may have none (SQuAD 2.0)"
                 )
-            encodings = self.tokenizer(
-                question,
-                context,
+            windows = encodings(
+                self.tokenizer,
+                [question],
+                [context],
+                record.source,
                 truncation="only_second",
                 max_length=self.max_length,
                 stride=self.task.stride,
                 return_overflowing_tokens=True,
-                verbose=False,
-            ).encodings
-            for encoding in encodings:
+            )
+            for encoding in windows:
                 window = Window(number, context, _context_offsets(encoding))
                 start, end = _span(window.offset_T2, answers)
                 label_T = np.zeros(len(encoding.ids), np.int32)
@@ -182,10 +182,11 @@ class Reading:
         inputs, _ = self._texts(records)
         texts = [[t for one in templates for t in one.render(record)] for record in records]
         first = [given for given, several in zip(inputs, texts, strict=True) for _ in several]
-        encodings = iter(self._encode(first, [text for several in texts for text in several]))
+        owners = [record for record, several in zip(records, texts, strict=True) for _ in several]
+        encoded = iter(self._encode(first, [text for several in texts for text in several], owners))
         found, cut = [], []
         for record, given, several in zip(records, inputs, texts, strict=True):
-            parts = [next(encodings) for _ in several]
+            parts = [next(encoded) for _ in several]
             starts = np.cumsum([0, *(len(part.ids) for part in parts)])[:-1]
             index_M = np.array(
                 [start + self._place(part) for start, part in zip(starts, parts, strict=True)],
@@ -240,11 +241,17 @@ class Reading:
             return inputs
         return [f"{one}\n{other}" for one, other in zip(inputs, pairs, strict=True)]
 
-    def _encode(self, texts: list[str], pairs: list[str] | None) -> list[Encoding]:
-        encodings: list[Encoding] = self.tokenizer(
-            texts, pairs, truncation=True, max_length=self.max_length, verbose=False
-        ).encodings
-        return encodings
+    def _encode(
+        self, texts: list[str], pairs: list[str] | None, records: Sequence[Record]
+    ) -> list[Encoding]:
+        return encodings(
+            self.tokenizer,
+            texts,
+            pairs,
+            [record.source for record in records],
+            truncation=True,
+            max_length=self.max_length,
+        )
 
     @contextlib.contextmanager
     def _cutting(self) -> Iterator[None]:

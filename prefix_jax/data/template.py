@@ -11,11 +11,12 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from prefix_jax.data.source import Record
 from prefix_jax.errors import DataError
+from prefix_jax.untrusted.chat import render_chat_template
+from prefix_jax.untrusted.tokenizer import check_text
 
 # Texts in a list; each becomes an example with all of its input.
 MAX_ALTERNATIVES = 10_000
@@ -196,14 +197,11 @@ def render_chat(record: Record, field: str, tokenizer: PreTrainedTokenizerBase) 
     if not any(turn["role"] == "assistant" for turn in turns):
         raise DataError(f"{record.source}: field {field!r} has no assistant's turn to learn from")
 
-    def text(turns: Sequence[Mapping[str, Any]], answer_follows: bool) -> str:
-        return _chat_text(record, field, turns, tokenizer, answer_follows)
-
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    cuts = [cut for i in answers for cut in ((i, True), (i + 1, False))]
+    texts = _chat_texts(record, field, turns, tokenizer, cuts)
     segments, done = [], ""
-    for i, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        before, after = text(turns[:i], True), text(turns[: i + 1], False)
+    for i, before, after in zip(answers, texts[::2], texts[1::2], strict=True):
         if not (before.startswith(done) and after.startswith(before)):
             raise DataError(
                 f"{record.source}: the tokenizer's chat template rewrites earlier turns at turn "
@@ -227,7 +225,7 @@ def render_chat_prompt(record: Record, field: str, tokenizer: PreTrainedTokenize
         turns.pop()
     if not turns:
         raise DataError(f"{record.source}: the chat in {field!r} has no turn to answer")
-    return _chat_text(record, field, turns, tokenizer, answer_follows=True)
+    return _chat_texts(record, field, turns, tokenizer, [(len(turns), True)])[0]
 
 
 def _turns(record: Record, field: str) -> list[Mapping[str, Any]]:
@@ -258,24 +256,33 @@ def _turns(record: Record, field: str) -> list[Mapping[str, Any]]:
     return turns
 
 
-def _chat_text(
+def _chat_texts(
     record: Record,
     field: str,
     turns: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
-    answer_follows: bool,
-) -> str:
+    cuts: Sequence[tuple[int, bool]],
+) -> list[str]:
+    """Renders the first turns of a chat; per text, their number and whether an answer follows."""
     if tokenizer.chat_template is None:
         raise DataError(
             f"{record.source}: the tokenizer has no chat template for field {field!r}; "
             "take an instruction-tuned model, or templates for input and target"
         )
     try:
-        rendered = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=answer_follows
-        )
-    except jinja2.TemplateError as error:
+        template = tokenizer.get_chat_template()
+    except ValueError:
         raise DataError(
-            f"{record.source}: the tokenizer's chat template refuses the chat: {error}"
-        ) from error
-    return str(rendered)
+            f"{record.source}: none of the tokenizer's chat templates is called default; set "
+            "tokenizer.chat_template to one of them"
+        ) from None
+    if not isinstance(template, str):
+        raise DataError(
+            f"{record.source}: the tokenizer's chat template must be a string, "
+            f"got {type(template).__name__}"
+        )
+    for turn in turns:
+        check_text(turn["content"], record.source, DataError)
+    return render_chat_template(
+        template, tokenizer.special_tokens_map, turns, cuts, record.source, DataError
+    )

@@ -10,8 +10,9 @@ import numpy as np
 
 from prefix_jax.data.batch import Example
 from prefix_jax.data.ends import end_tokens
-from prefix_jax.data.template import Rendered, check_unicode
+from prefix_jax.data.template import Rendered
 from prefix_jax.errors import ConfigError, DataError
+from prefix_jax.untrusted.tokenizer import encodings, token_ids
 
 if TYPE_CHECKING:  # its import takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -248,12 +249,12 @@ def _ids(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> di
     """Text of a segment → its tokens, each text once and all in one call."""
     if not all(item.chat for item in rendered):
         _eos(tokenizer)
+    source_of: dict[str, str] = {}
     for item in rendered:
-        check_unicode((segment.text for segment in item.segments), item.source)
-    texts = list(dict.fromkeys(segment.text for item in rendered for segment in item.segments))
-    # verbose: no warning about the length of a segment; max_length is what decides.
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return dict(zip(texts, encoded, strict=True))
+        for segment in item.segments:
+            source_of.setdefault(segment.text, item.source)
+    encoded = token_ids(tokenizer, list(source_of), list(source_of.values()))
+    return dict(zip(source_of, encoded, strict=True))
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -274,7 +275,9 @@ def missing_start(before: Sequence[int], ids: Sequence[int]) -> list[int]:
 
 def special_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer writes before and after a text."""
-    encoded = tokenizer("a", return_special_tokens_mask=True)
-    ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
+    (encoding,) = encodings(tokenizer, ["a"], None, "the text 'a'")
+    special = encoding.special_tokens_mask
+    if 0 not in special:
+        raise DataError("the tokenizer makes no token of the text 'a'")
     first, last = special.index(0), len(special) - special[::-1].index(0)
-    return ids[:first], ids[last:]
+    return encoding.ids[:first], encoding.ids[last:]

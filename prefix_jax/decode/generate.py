@@ -25,6 +25,7 @@ from prefix_jax.decode.text import TextStream
 from prefix_jax.errors import ConfigError, ContextError, DataError, NonFiniteError
 from prefix_jax.mesh import on_mesh_of
 from prefix_jax.prefix import Prefix
+from prefix_jax.untrusted.tokenizer import token_ids
 
 OnText = Callable[[int, int, str], None]
 
@@ -91,8 +92,8 @@ class Generator:
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
-        encoded = [self._encode(prompt) for prompt in prompts]
-        names = names or [f"prompt {i}" for i in range(len(encoded))]
+        names = names or [f"prompt {i}" for i in range(len(prompts))]
+        encoded = [self._encode(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
         self._check(encoded, names, config)
         generations: dict[int, Generation] = {}
         by_length: list[int] = []
@@ -109,15 +110,11 @@ class Generator:
                     on_done(index, generations[index])
         return [generations[index] for index in range(len(encoded))]
 
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+    def _encode(self, prompt: str | Sequence[int], name: str) -> list[int]:
         if not isinstance(prompt, str):
             return list(prompt)
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{prompt!r:.60} is not valid Unicode text: {error.reason}") from None
         # The same tokens as in training: see `data.tokens.tokenize`.
-        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        (ids,) = token_ids(self.tokenizer, [prompt], name)
         before, after = special_around(self.tokenizer)
         if self.backbone.arch.encoder is not None:
             return [*before, *ids, *after]

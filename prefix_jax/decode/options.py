@@ -14,6 +14,8 @@ from prefix_jax.decode.beam import Beam
 from prefix_jax.decode.draw import Draw
 from prefix_jax.decode.loop import Search
 from prefix_jax.decode.processors import Constraints, Sampling
+from prefix_jax.errors import ConfigError
+from prefix_jax.untrusted.tokenizer import token_ids
 
 
 def make_search(
@@ -71,7 +73,7 @@ def banned_sequences(
     if not words:
         return ()
     forms = [form for word in words for form in (word, f" {word}")]
-    encoded = tokenizer(forms, add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = token_ids(tokenizer, forms, "decode.banned_words", ConfigError)
     sequences = sorted({tuple(ids) for ids in encoded} - {(token,) for token in eos})
     return tuple(
         jnp.array([ids for ids in sequences if len(ids) == length], jnp.int32)

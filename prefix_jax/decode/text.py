@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from prefix_jax.errors import DataError
+from prefix_jax.untrusted.tokenizer import failures
+
 
 class TextStream:
     """Turns tokens into text piece by piece, up to the first stop text.
@@ -34,7 +37,8 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Takes the next token and returns the text that is now certain, often none."""
-        self._held += self._stream.step(self._tokenizer, token) or ""
+        with failures("the generated tokens cannot be decoded", DataError):
+            self._held += self._stream.step(self._tokenizer, token) or ""
         found = [at for at in map(self._held.find, self._stop) if at >= 0]
         if found:
             self.stopped = True

@@ -28,6 +28,7 @@ from prefix_jax.evaluate.report import Prediction, Report
 from prefix_jax.mesh import batch_shards, place_rows, replicated
 from prefix_jax.model import PrefixModel, packs
 from prefix_jax.prefix import Prefix
+from prefix_jax.untrusted.tokenizer import token_ids
 
 # Metrics that need no generated text.
 LIKELIHOOD_METRICS = ("loss", "accuracy")
@@ -324,7 +325,7 @@ class Evaluator:
                 f"evaluate.labels: none of {', '.join(map(repr, labels))} is a target of the data, "
                 f"such as {targets[0]!r}; write them as the targets are, spaces included"
             )
-        ids = [self._tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
+        ids = token_ids(self._tokenizer, labels, "evaluate.labels", ConfigError)
         candidates = [
             _with_target(example, [*label_ids, *self._end(example)])
             for example in examples

@@ -17,6 +17,7 @@ from prefix_jax.errors import BackboneError, ConfigError
 from prefix_jax.interop.backbone import backbone_of
 from prefix_jax.nn.quantized import QTensor, Weight, dequantize
 from prefix_jax.prefix import Adapter, Embeds, Gated, Hidden, KVPrefix, Memory, Produced
+from prefix_jax.untrusted.tokenizer import decode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +178,7 @@ def nearest_words(
     )
     return tuple(
         tuple(
-            Neighbour(str(pretrained.tokenizer.decode([int(i)])), int(i), float(cosine))
+            Neighbour(decode(pretrained.tokenizer, [int(i)]), int(i), float(cosine))
             for i, cosine in zip(ids_C, cosines_C, strict=True)
         )
         for ids_C, cosines_C in zip(ids_PC, cosines_PC, strict=True)

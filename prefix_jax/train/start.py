@@ -19,6 +19,7 @@ from prefix_jax.errors import ConfigError, PrefixError
 from prefix_jax.methods.base import Method, normal_like
 from prefix_jax.model import start_from_ids
 from prefix_jax.prefix import Adapter, Embeds, Prefix, Produced
+from prefix_jax.untrusted.tokenizer import token_ids
 
 
 def init_prefix(
@@ -120,9 +121,9 @@ def _text_ids(
                 "give init.text, or another start"
             )
         return np.concatenate(texts)
-    ids = pretrained.tokenizer(text, add_special_tokens=False)["input_ids"]
+    name = "init.text" if config.text_file is None else f"init.text_file {config.text_file}"
+    (ids,) = token_ids(pretrained.tokenizer, [text], name, ConfigError)
     if not ids:
-        name = "init.text" if config.text_file is None else f"init.text_file {config.text_file}"
         raise ConfigError(f"{name} {text[:40]!r} has no tokens")
     return np.asarray(ids, np.int32)
 
@@ -145,9 +146,7 @@ def _labels(
         )
     if len(labels) > P:
         raise ConfigError(f"init.labels has {len(labels)} classes, and the prefix {P} slots")
-    pieces = [
-        pretrained.tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels
-    ]
+    pieces = token_ids(pretrained.tokenizer, labels, "init.labels", ConfigError)
     if not all(pieces):
         raise ConfigError("init.labels holds a text that has no tokens")
     pieces += [[int(i)] for i in _drawn_ids(config.top, pretrained.backbone.geometry.vocab, rng,

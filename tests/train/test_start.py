@@ -105,7 +105,7 @@ def test_a_text_may_stand_in_a_file(pretrained, tmp_path):
 
 
 def test_a_text_without_tokens_is_refused(pretrained, monkeypatch):
-    monkeypatch.setitem(vars(pretrained), "tokenizer", lambda *_, **__: {"input_ids": []})
+    monkeypatch.setitem(vars(pretrained), "tokenizer", lambda *_, **__: {"input_ids": [[]]})
     with pytest.raises(ConfigError, match=r"init\.text 'x' has no tokens"):
         initial(METHODS[0], pretrained, text="x")
 
