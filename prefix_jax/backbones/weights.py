@@ -25,6 +25,7 @@ from prefix_jax.untrusted.paths import expand
 from prefix_jax.untrusted.safetensors import SafeTensor, read_header, read_tensor
 from prefix_jax.untrusted.values import require
 
+_NAMED = 5  # files in a message
 _PART = 1 << 22  # numbers that are quantised at a time
 
 
@@ -87,7 +88,8 @@ def _safetensors_files(directory: Path) -> list[Path]:
         if outside := [file for file in files if file.parent != directory or file.name == ".."]:
             raise BackboneError(f"{index} names {outside[0]}, which is not a file beside it")
         if absent := [file.name for file in files if not expand(file, BackboneError).is_file()]:
-            raise BackboneError(f"{index} names files that are not there: {', '.join(absent)}")
+            names = ", ".join(absent[:_NAMED]) + (", …" if len(absent) > _NAMED else "")
+            raise BackboneError(f"{index} names files that are not there: {names}")
         return files
     if pickles := sorted(directory.glob("*.bin")):
         raise BackboneError(

@@ -25,6 +25,7 @@ from prefix_jax.untrusted.values import require
 # Metadata and tensor infos. A vocabulary of 256,000 tokens with its merges has 20 MB.
 HEADER_LIMIT = 128 * 2**20
 MAX_RANK = 4
+MAX_NAME = 1000
 
 _VERSIONS = (2, 3)
 _MAX_NESTING = 3
@@ -151,7 +152,7 @@ class _Header:
         tensors, pairs = self._count(24, "tensors"), self._count(13, "keys")
         self.metadata: dict[str, Any] = {}
         for _ in range(pairs):
-            key = self._string("a key")
+            key = self._string("a key", MAX_NAME)
             if key in self.metadata:
                 raise _CorruptError(f"the key {key!r} appears twice")
             self.metadata[key] = self._value(self._type(key), key)
@@ -177,9 +178,12 @@ class _Header:
             raise _CorruptError(f"{count:,} {what} do not fit the file")
         return count
 
-    def _string(self, what: str) -> str:
+    def _string(self, what: str, longest: int = HEADER_LIMIT) -> str:
+        length = self._u64()
+        if length > longest:
+            raise _CorruptError(f"{what} has {length:,} bytes")
         try:
-            return self._take(self._u64()).decode("utf-8")
+            return self._take(length).decode("utf-8")
         except UnicodeDecodeError:
             raise _CorruptError(f"{what} is not UTF-8") from None
 
@@ -226,7 +230,7 @@ class _Header:
         return found
 
     def _info(self) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
-        name = self._string("a tensor's name")
+        name = self._string("a tensor's name", MAX_NAME)
         rank = self._u32()
         if not 1 <= rank <= MAX_RANK:
             raise _CorruptError(f"{name!r} has {rank} axes, expected 1 to {MAX_RANK}")

@@ -20,6 +20,7 @@ _Index = Annotated[int, Range(0, 2**63 - 1)]
 # Headers have about 120 bytes per tensor.
 HEADER_LIMIT = 64 * 2**20
 MAX_RANK = 8
+MAX_NAME = 1000
 # Bits per value of each dtype in the format's specification.
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -144,8 +145,10 @@ def _parse_entries(entries: Any, start: int, size: int) -> dict[str, SafeTensor]
 def _check_entry(name: str, entry: Any) -> dict[str, Any]:
     fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(key, ()) for key in ("dtype", "shape", "data_offsets"))
+    if len(name) > MAX_NAME:
+        raise _CorruptError(f"a tensor has a name of {len(name):,} characters")
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise _CorruptError(f"{name!r} has the unknown dtype {dtype!r}")
+        raise _CorruptError(f"{name!r} has the unknown dtype {str(dtype)[:80]!r}")
     if not matches(shape, list[_Index]) or len(shape) > MAX_RANK:
         raise _CorruptError(f"{name!r} has no valid shape")
     if not matches(offsets, list[_Index]) or len(offsets) != 2:

@@ -62,6 +62,7 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
         (header(), b"7 bytes", "describes .* bytes, the file has"),
         (header(), b"9 bytes..", "describes .* bytes, the file has"),
         ({"x": None}, b"", "unknown dtype"),
+        ({"x" * 5000: None}, b"", "a tensor has a name of 5,000 characters"),
         ([], b"", "not an object"),
         (b"{" * 3000, b"", "JSON"),
         (b'{"x": 1, "x": 1}', b"", "'x' appears twice"),
