@@ -141,4 +141,8 @@ class TaskConfig:
                 self.labels is None or len(set(self.labels)) == len(self.labels) >= 2,
                 "labels names each label once, and at least two",
             ),
+            (
+                self.name != "tag" or all(label.strip() for label in self.labels or ()),
+                "labels holds an empty tag, which has no meaning for F1; give it a name",
+            ),
         )

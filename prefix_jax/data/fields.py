@@ -84,6 +84,11 @@ def label_name(record: Record, field: str, value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, float) and math.isfinite(value):
         return str(int(value) if value.is_integer() else value)
+    if isinstance(value, str) and not value.strip():
+        raise DataError(
+            f"{record.source}: field {field!r} holds {value!r} where a label is expected; fill it "
+            "in or remove the record"
+        )
     if isinstance(value, str | int):
         return str(value)
     if isinstance(value, float):

@@ -20,6 +20,8 @@ from prefix_jax.untrusted.tokenizer import check_text
 
 # Texts in a list; each becomes an example with all of its input.
 MAX_ALTERNATIVES = 10_000
+# Characters of a reference that is no target: ROUGE-L takes time in the product of two lengths.
+MAX_REFERENCE = 100_000
 # Turns of a chat times its characters: it is rendered up to each of its answers.
 MAX_CHAT_SIZE = 2**27
 
@@ -175,6 +177,11 @@ def render(
     if not all(answer.strip() for answer in answers):
         raise DataError(f"{record.source}: the target {target.text!r} is empty")
     accepted = tuple(answers if references is None else _texts(record, references))
+    if references is not None and (longest := max(map(len, accepted))) > MAX_REFERENCE:
+        raise DataError(
+            f"{record.source}: field {references!r} holds a reference of {longest:,} characters; "
+            f"metrics compare at most {MAX_REFERENCE:,}"
+        )
     segments = [Segment(text, False) for text in given if text]
     return [
         Rendered((*segments, Segment(answer, True)), record.source, accepted, task=record.task)

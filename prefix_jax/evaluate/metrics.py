@@ -13,6 +13,7 @@ import importlib.metadata
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
 from typing import Any
 
 from sacrebleu.metrics.bleu import BLEU
@@ -131,10 +132,10 @@ def _final_number(predictions: Sequence[str], references: Sequence[Sequence[str]
     at, and "1,000", "$1000" and "1000.0" are one number.
     """
 
-    def last(text: str) -> float:
+    def last(text: str) -> Decimal:
         found = _NUMBER.findall(text)
-        # A NaN equals no other: a text without a number is never right.
-        return float(found[-1].replace(",", "")) if found else float("nan")
+        # A NaN equals no other: a text without a number is never right. Decimals compare exactly.
+        return Decimal(found[-1].replace(",", "") if found else "NaN")
 
     wanted = [[last(text) for text in texts] for texts in references]
     return Score(_hits([last(text) for text in predictions], wanted), "refs:any|number:last")

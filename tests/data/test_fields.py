@@ -9,7 +9,7 @@ import pytest
 from prefix_jax.config import TaskConfig
 from prefix_jax.data.fields import LabelIndex, answers_of, collect_labels, number_of
 from prefix_jax.data.source import Record, read_records
-from prefix_jax.errors import DataError
+from prefix_jax.errors import ConfigError, DataError
 
 
 def collect(*labels: Any, name: str = "classify") -> tuple[str, ...]:
@@ -40,6 +40,16 @@ def test_a_number_is_the_same_label_in_every_spelling() -> None:
         collect(float("inf"), 1)
     with pytest.raises(DataError, match="record 1: field 'label' holds nan, which is not a label"):
         collect([float("nan")], ["a"], name="tag")
+
+
+@pytest.mark.parametrize("label", ["", " "])
+def test_an_empty_text_is_no_label(label: str) -> None:
+    with pytest.raises(DataError, match=r"record 2: field 'label' holds '.*' where a label is exp"):
+        collect("a", label)
+    with pytest.raises(DataError, match=r"record 1: field 'label' holds '.*' where a label is exp"):
+        collect(["a", label], name="tag")
+    with pytest.raises(ConfigError, match="labels holds an empty tag"):
+        TaskConfig("tag", labels=("O", label))
 
 
 def test_booleans_are_labels_if_all_labels_are() -> None:

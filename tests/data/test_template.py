@@ -168,6 +168,13 @@ def test_a_record_that_would_become_too_many_texts_is_refused(tokenizer):
         render_chat(chat(*turns), "messages", tokenizer)
 
 
+def test_a_reference_that_takes_hours_to_compare_is_refused():
+    with pytest.raises(DataError, match=r"a\.jsonl:3: field 'all' holds a reference of 100,001 ch"):
+        render(
+            record(y="a", all=["x" * 100_001]), input=None, target=Template("{y}"), references="all"
+        )
+
+
 def test_nan_in_a_list_is_no_text():
     with pytest.raises(DataError, match=r"a\.jsonl:3: field 'x' holds NaN"):
         Template("{x}").render(record(x=["one", float("nan")]))

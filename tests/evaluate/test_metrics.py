@@ -76,6 +76,14 @@ def test_a_final_number_counts_whatever_stands_before_it_and_however_it_is_writt
     assert score(["final_number"], ["none"], [["many"]]) == {"final_number": 0.0}
 
 
+def test_numbers_beyond_floats_are_compared_exactly():
+    predictions, references = ["9" * 400, str(2**53 + 1)], [["8" * 400], [str(2**53)]]
+    assert score(["final_number"], predictions, references) == {"final_number": 0.0}
+    assert score(["final_number"], predictions, [[text] for text in predictions]) == {
+        "final_number": 100.0
+    }
+
+
 def test_exact_match_overlooks_whitespace_and_accepts_any_reference():
     predictions = [" a  b\n", "A b", "ab", "c"]
     references = [["x", "a b"], ["a b"], ["a b"], ["c"]]
