@@ -3,33 +3,62 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+# What systems leave in any directory: Finder, NFS.
+SYSTEM_FILES = re.compile(r"\.DS_Store|\._.*|\.nfs.*")
+# All that this package writes into directories that change as a whole.
+_WRITTEN = re.compile(
+    r"prefix\.(json|safetensors)|arrays(\.orbax-checkpoint-tmp.*)?|adapter_(config|model)\.\w+"
+)
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a new directory beside `path`, which takes its place when the block ends well.
+    """Yields a new directory next to `path`, which takes its place when the block ends well.
 
     If the block fails, the new directory is removed and `path` is what it was. A process that is
     killed between the two renames leaves the old directory at `replaced(path)`.
 
     Args:
         path: the directory to make or to replace.
+
+    Raises:
+        OSError: a disk does not take it, or a name is taken by what this package did not write.
     """
     new = path.with_name(f".{path.name}.unfinished")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clear(new)  # of a run that was killed
+    new.mkdir()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if new.exists():  # of a run that was killed
-            shutil.rmtree(new)
-        new.mkdir()
         yield new
         sync(new)
         _put_in_place(new, path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _clear(path: Path) -> None:
+    """Deletes a directory of a prefix or an adapter, whole or not, and nothing else."""
+    if not os.path.lexists(path):
+        return
+    if (
+        path.is_symlink()
+        or not path.is_dir()
+        or not all(
+            _WRITTEN.fullmatch(entry.name) or SYSTEM_FILES.fullmatch(entry.name)
+            for entry in path.iterdir()
+        )
+    ):
+        raise FileExistsError(
+            errno.EEXIST, f"{path} exists and was not written by prefix-jax; move it away"
+        )
+    shutil.rmtree(path)
 
 
 def replaced(path: Path) -> Path:
@@ -40,8 +69,7 @@ def replaced(path: Path) -> Path:
 def _put_in_place(new: Path, path: Path) -> None:
     old = replaced(path)
     if path.exists():
-        if old.exists():
-            shutil.rmtree(old)
+        _clear(old)
         path.rename(old)
     try:
         new.rename(path)

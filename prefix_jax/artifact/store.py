@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from prefix_jax.artifact.arrays import Described, facts, from_arrays, problems, to_arrays
 from prefix_jax.artifact.card import FORMAT_VERSION, Card
-from prefix_jax.artifact.replace import replaced, replacing
+from prefix_jax.artifact.replace import SYSTEM_FILES, replaced, replacing
 from prefix_jax.errors import CheckpointError, ConfigError, PrefixError
 from prefix_jax.prefix import Produced
 from prefix_jax.typed import build
@@ -68,7 +68,8 @@ def save(
         head: the arrays of a task's head, if the card has a task.
 
     Raises:
-        PrefixError: the prefix contradicts its card or holds NaN, or `path` is something else.
+        PrefixError: the prefix contradicts its card or holds NaN, its card holds text that is not
+            Unicode, or `path` is something else.
         CheckpointError: it could not be written; `path` is as it was.
     """
     # Renaming a link would leave the directory behind.
@@ -83,7 +84,13 @@ def save(
     if several and arrays == "orbax":
         raise PrefixError(f"{path}: one of several processes stores no Orbax; give safetensors")
     arrays = arrays or ("safetensors" if several else "orbax")
-    text = _to_json(card, content, arrays)
+    try:
+        text = _to_json(card, content, arrays)
+    except UnicodeEncodeError as error:
+        raise PrefixError(
+            f"{path}: the card contains {error.object[error.start : error.end]!r}, which is half "
+            "of a character and cannot be stored; remove it from the template, labels and names"
+        ) from None
     failure: Exception | None = None
     if jax.process_index() == 0:
         if path.exists() and not _replaceable(path):
@@ -332,7 +339,7 @@ def _replaceable(path: Path) -> bool:
     """Whether nothing but a prefix stands there, so that a new one may take its place."""
     if not path.is_dir():
         return False
-    names = {entry.name for entry in path.iterdir()}
+    names = {entry.name for entry in path.iterdir() if not SYSTEM_FILES.fullmatch(entry.name)}
     return not names or (_CARD in names and names <= {_CARD, *_CONTAINERS.values()})
 
 

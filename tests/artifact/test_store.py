@@ -266,6 +266,33 @@ def test_what_a_killed_run_left_behind_does_not_hinder_the_next(stored: Path) ->
     assert [entry.name for entry in stored.parent.iterdir()] == ["p"]
 
 
+@pytest.mark.parametrize("name", [".p.unfinished", ".p.replaced"])
+def test_what_is_not_of_a_killed_run_is_never_deleted(stored: Path, name: str) -> None:
+    own = stored.with_name(name) / "thesis.tex"
+    own.parent.mkdir()
+    own.write_text("mine")
+    with pytest.raises(CheckpointError, match=rf"{name} exists and was not written by prefix-jax"):
+        artifact.save(stored, PREFIXES["embeds"], card_of(PREFIXES["embeds"]))
+    assert own.read_text() == "mine"
+    artifact.load(stored)
+
+
+def test_files_of_the_system_do_not_keep_a_prefix_from_being_replaced(stored: Path) -> None:
+    (stored / ".DS_Store").write_text("")
+    produced = PREFIXES["embeds"]
+    artifact.save(stored, produced, card_of(produced))
+    assert_equal(artifact.load(stored)[0], produced)
+
+
+def test_text_that_cannot_be_stored_is_named(tmp_path: Path) -> None:
+    produced = PREFIXES["embeds"]
+    template = TemplateCard(input="{name} \ud800", target="{text}")
+    card = dataclasses.replace(card_of(produced), template=template)
+    with pytest.raises(PrefixError, match=r"the card contains '\\ud800', .* remove it from"):
+        artifact.save(tmp_path / "p", produced, card)
+    assert not (tmp_path / "p").exists()
+
+
 def test_a_prefix_replaces_another_and_an_empty_directory(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     for name, container in (("kv", "orbax"), ("embeds", "safetensors"), ("hidden", "orbax")):
