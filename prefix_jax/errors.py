@@ -39,6 +39,10 @@ class CheckpointError(PrefixJaxError):
     """A checkpoint could not be written or read."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """One checkpoint is missing or damaged; others may be complete."""
+
+
 class NonFiniteError(PrefixJaxError):
     """The loss, its gradient or the logits of a text became NaN or infinite."""
 

@@ -6,10 +6,8 @@ The arrays are plain Orbax; `shelf` tells which directories are complete.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -18,9 +16,10 @@ import numpy as np
 from etils.epath import PathLike
 from orbax.checkpoint import v1 as ocp
 
-from prefix_jax.errors import CheckpointError
+from prefix_jax.errors import CheckpointError, DamagedCheckpointError, reason
 from prefix_jax.mesh import agreed
 from prefix_jax.train.shelf import make_shelf
+from prefix_jax.train.silence import silence_orbax
 from prefix_jax.train.step import TrainState
 
 
@@ -50,8 +49,7 @@ class Checkpoints:
         self._damaged: set[int] = set()
         self._pending: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        # What Orbax raises, each of its threads also logs with a traceback.
-        logging.getLogger("absl").addFilter(_not_of_orbax)
+        silence_orbax()
         if jax.process_index() == 0:
             try:
                 self._shelf.open()
@@ -129,7 +127,6 @@ class Checkpoints:
             self.wait()
         finally:
             self._thread.shutdown()
-            logging.getLogger("absl").removeFilter(_not_of_orbax)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state and the metadata of one checkpoint.
@@ -139,14 +136,21 @@ class Checkpoints:
             like: arrays or ShapeDtypeStructs with the shardings to restore to, on this mesh.
 
         Raises:
-            CheckpointError: it is missing, damaged, or holds other arrays than `like`.
+            DamagedCheckpointError: it is missing or damaged.
+            CheckpointError: it holds other arrays than `like`.
         """
-        path = self.directory / str(step)
-        if not agreed(step in self.steps()):
-            raise CheckpointError(f"there is no checkpoint {path}; complete ones: {self.steps()}")
+        path, complete = self.directory / str(step), self.steps()
+        if not agreed(step in complete):
+            raise DamagedCheckpointError(
+                f"there is no checkpoint {path}; complete ones: {complete}"
+            )
         damage = self._shelf.damage(path) if jax.process_index() == 0 else None
         if agreed(damage is not None):
-            raise CheckpointError(f"checkpoint {path} is damaged ({damage}); use another one")
+            others = [other for other in complete if other != step]
+            raise DamagedCheckpointError(
+                f"checkpoint {path} is damaged ({damage}); other steps that can be restored: "
+                f"{others or 'none'}"
+            )
         return _load(path, like)
 
     def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -173,7 +177,7 @@ class Checkpoints:
         if agreed(bool(self.steps())):
             raise CheckpointError(
                 f"every checkpoint in {self.directory} is damaged; "
-                "delete the directory to start anew, or use another output directory"
+                "put back a copy of one, or choose another output to start from step 0"
             )
         return None
 
@@ -194,28 +198,38 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _failures(self, step: int) -> Iterator[None]:
-        """Turns what a full disk raises into a CheckpointError, and frees what was taken of it."""
+        """Turns a failure to write into a CheckpointError, and deletes what was half written."""
         try:
             yield
         # Tensorstore's errors are all ValueErrors.
         except (OSError, ValueError) as error:
-            room = self._shelf.room()
-            if jax.process_index() == 0:
-                self._shelf.sweep()
+            room, latest = self._shelf.room(), 0
+            # The directory itself may be what is gone.
+            with contextlib.suppress(OSError, ValueError):
+                if jax.process_index() == 0:
+                    self._shelf.sweep()
+                latest = self.latest() or 0
             raise CheckpointError(
                 f"cannot write the checkpoint of step {step} to {self.directory} "
-                f"({room}): {error}. Make room and start again: "
-                f"the run goes on from step {self.latest() or 0}"
+                f"({room}): {error}; remove the cause (often a full disk) and give the same "
+                f"command again: the run goes on from step {latest}"
             ) from error
 
 
 def _load(path: PathLike, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    stored = ocp.metadata(path)
-    _check_same_arrays(path, stored.metadata, like)
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like
     )
-    return ocp.load(path, abstract), dict(stored.custom_metadata)
+    try:
+        stored = ocp.metadata(path)
+        _check_same_arrays(path, stored.metadata, like)
+        return ocp.load(path, abstract), dict(stored.custom_metadata)
+    # Whole according to its digests, but the disk may fail all the same.
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read ({reason(error)}); see whether the disk or the "
+            "bucket is there, and start again"
+        ) from error
 
 
 def _check_same_arrays(path: PathLike, stored: Any, like: TrainState) -> None:
@@ -242,7 +256,3 @@ def _check_same_arrays(path: PathLike, stored: Any, like: TrainState) -> None:
             f"checkpoint {path} is of another run: {'; '.join(different[:3])}{more}. "
             f"Use another output directory, or delete {path.parent}"
         )
-
-
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in Path(record.pathname).parts

@@ -1,35 +1,48 @@
-"""Where checkpoints stand, and which of them are complete.
+"""Checkpoint directories: which ones are complete, and how they are replaced and deleted.
 
-On a disk the name of a directory tells:
+On a disk the name of a directory says what it is:
 
-    100.new/   being written
-    100/       complete: SHA256SUMS lists every file, and all was on disk before it got this name
-    100.old/   being deleted
+    100.new/       being written
+    100/           complete: SHA256SUMS lists every file, and all are on disk
+    100.deleting/  being deleted
 
 In a bucket nothing can be renamed, and a file is there as a whole or not at all. There a directory
-is complete that holds SHA256SUMS, which is written last and deleted first.
+is complete if it has SHA256SUMS, which is written last and deleted first.
 
 Orbax reads a metadata file that a power cut emptied as "no metadata", and a flipped bit in an array
 as another number. With the digests one process can tell whether a checkpoint is whole before any
 process starts to load it.
+
+Entries that this package did not write (a symbolic link, a folder `0999`, a file `.DS_Store` or
+notes in a checkpoint) are neither read nor deleted.
 """
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import hashlib
+import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from etils import epath
 
 from prefix_jax.artifact.replace import sync, sync_entry
+from prefix_jax.errors import CheckpointError
+from prefix_jax.untrusted.paths import explain
 
 # In the format of coreutils: `sha256sum --check SHA256SUMS` verifies a checkpoint by hand.
 SUMS = "SHA256SUMS"
-_UNFINISHED = (".new", ".old", ".orbax-checkpoint-tmp")
+_NEW, _DELETING = ".new", ".deleting"
+_UNFINISHED = re.compile(rf"(\d+)({_NEW}|{_DELETING}\d*)(\.orbax-checkpoint-tmp.*)?")
+# Orbax's entries at the top of a checkpoint: what to delete where there is no list of files.
+_ORBAX = re.compile(
+    r"_CHECKPOINT_METADATA|_METADATA|_sharding|commit_success\.txt|orbax\.checkpoint|state|pytree"
+    r"|array_metadatas|manifest\.ocdbt|ocdbt\.process_\d+|d"
+)
 
 
 def make_shelf(directory: epath.PathLike) -> Shelf:
@@ -80,22 +93,20 @@ class Shelf(abc.ABC):
 
     @abc.abstractmethod
     def room(self) -> str:
-        """What there is to say of the room that is left."""
+        """Remarks on the space that is left, for messages; never fails."""
 
     def damage(self, path: epath.Path) -> str | None:
         """What is wrong with a checkpoint's files; None if nothing is."""
         try:
-            listed = {
-                path / name: digest
-                for digest, name in (
-                    line.split("  ", 1) for line in (path / SUMS).read_text().splitlines()
-                )
-            }
-            for file in sorted({*listed, *_files(path)}):
-                if file not in listed:
-                    return f"{file} is not listed in {SUMS}"
-                if _digest(file) != listed[file]:
-                    return f"{file} is not what was written"
+            digests, counted = _read_sums(path)
+            if not counted:
+                # The list may have been cut short.
+                for file in _sealed(path):
+                    if str(file.relative_to(path)) not in digests:
+                        return f"{file} is not listed in {SUMS}"
+            for name, digest in digests.items():
+                if _digest(path / name) != digest:
+                    return f"{path / name} is not what was written"
         except FileNotFoundError as error:
             return f"{error.filename or error} is missing"
         except (OSError, ValueError) as error:
@@ -108,41 +119,62 @@ class Disk(Shelf):
 
     def open(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        for new in self.directory.glob("*.new"):
-            if self.damage(new) is None:
-                self._publish(new)
+        for path in self._unfinished():
+            step = path.name.removesuffix(_NEW)
+            if _is_step(step) and self.damage(path) is None:
+                self._publish(path)
         self.sweep()
 
     def steps(self) -> list[int]:
-        return _steps(path.name for path in self.directory.iterdir())
+        return sorted(
+            int(path.name)
+            for path in self.directory.iterdir()
+            if _is_step(path.name) and _is_checkpoint(path)
+        )
 
     def begin(self, step: int, acts: bool) -> epath.Path:
-        return self.directory / f"{step}.new"
+        new = self.directory / f"{step}{_NEW}"
+        if acts:
+            _refuse_foreign(new)
+            _refuse_foreign(self.directory / str(step))
+        return new
 
     def finish(self, step: int) -> None:
-        new = self.directory / f"{step}.new"
+        new = self.directory / f"{step}{_NEW}"
         _seal(new)
         sync(Path(new))
         self._publish(new)
 
     def delete(self, step: int) -> None:
-        path = self.directory / str(step)
-        old = path.with_name(f"{step}.old")
-        path.rename(old)
-        old.rmtree()
+        count = 0
+        while (old := self.directory / f"{step}{_DELETING}{count or ''}").exists():
+            count += 1
+        (self.directory / str(step)).rename(old)
+        _remove(old)
 
     def sweep(self) -> None:
-        for path in self.directory.iterdir():
-            if path.suffix in _UNFINISHED:
-                # A thread of a failed save may still write there; then the next sweep gets it.
-                shutil.rmtree(path, ignore_errors=True)
+        for path in self._unfinished():
+            # A thread of a failed save may still write there; then the next sweep gets it.
+            with contextlib.suppress(OSError):
+                _remove(path)
+
+    def _unfinished(self) -> list[epath.Path]:
+        return [
+            path
+            for path in self.directory.iterdir()
+            if _UNFINISHED.fullmatch(path.name) and _is_folder(path)
+        ]
 
     def room(self) -> str:
-        return f"{shutil.disk_usage(self.directory).free / 1e6:,.1f} MB free there"
+        try:
+            return f"{shutil.disk_usage(self.directory).free / 1e6:,.1f} MB free there"
+        except OSError as error:
+            return f"the directory cannot be read: {explain(error)}"
 
     def _publish(self, new: epath.Path) -> None:
-        """100.new becomes 100. Whenever this is killed, calling it again finishes it."""
+        """Renames 100.new to 100. If this is killed, calling it again finishes it."""
         path = new.with_suffix("")
+        _refuse_foreign(path)
         if path.exists():
             self.delete(int(path.name))
         new.rename(path)
@@ -152,40 +184,64 @@ class Disk(Shelf):
 class Bucket(Shelf):
     """Checkpoints in Google Cloud Storage."""
 
+    # Files that were in the directory of a checkpoint before it was written.
+    _others: frozenset[epath.Path] = frozenset()
+
     def open(self) -> None:
         self.sweep()
 
     def steps(self) -> list[int]:
-        return _steps(sums.parent.name for sums in self.directory.glob(f"*/{SUMS}"))
+        complete = (sums.parent.name for sums in self.directory.glob(f"*/{SUMS}"))
+        return sorted(int(name) for name in complete if _is_step(name))
 
     def begin(self, step: int, acts: bool) -> epath.Path:
         path = self.directory / str(step)
         if acts and path.exists():
             self.delete(step)
+            self._others = frozenset(files_below(path))
         return path
 
     def finish(self, step: int) -> None:
-        _seal(self.directory / str(step))
+        _seal(self.directory / str(step), self._others)
 
     def delete(self, step: int) -> None:
-        path = self.directory / str(step)
-        (path / SUMS).unlink(missing_ok=True)
-        path.rmtree()
+        _remove(self.directory / str(step), sums_first=True)
 
     def sweep(self) -> None:
         if not self.directory.exists():
             return
-        complete = {str(step) for step in self.steps()}
+        complete = set(self.steps())
         for path in self.directory.iterdir():
-            if path.name not in complete:
-                path.rmtree()
+            if _is_step(path.name) and int(path.name) not in complete:
+                _remove(path)
 
     def room(self) -> str:
         return "is the bucket there, and may this account write to it?"
 
 
-def _steps(names: Iterable[str]) -> list[int]:
-    return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
+def _is_step(name: str) -> bool:
+    """Whether a name is a step as this package writes it: ASCII digits without leading zeros."""
+    return re.fullmatch(r"0|[1-9][0-9]{0,17}", name) is not None
+
+
+def _is_folder(path: epath.Path) -> bool:
+    return path.is_dir() and not Path(path).is_symlink()
+
+
+def _is_checkpoint(path: epath.Path) -> bool:
+    """Whether a directory on disk is a checkpoint, complete or not, of this package."""
+    if not _is_folder(path):
+        return False
+    return any(entry.name == SUMS or _ORBAX.fullmatch(entry.name) for entry in path.iterdir())
+
+
+def _refuse_foreign(path: epath.Path) -> None:
+    """Raises CheckpointError if a checkpoint's name is taken by something else."""
+    if os.path.lexists(path) and not _is_checkpoint(path):
+        raise CheckpointError(
+            f"{path} exists and is not a checkpoint, but the next checkpoint needs that name; "
+            "move it away and start again"
+        )
 
 
 def files_below(path: epath.Path) -> list[epath.Path]:
@@ -198,8 +254,9 @@ def files_below(path: epath.Path) -> list[epath.Path]:
     return sorted(files)
 
 
-def _files(path: epath.Path) -> list[epath.Path]:
-    return [file for file in files_below(path) if file.name != SUMS]
+def _sealed(path: epath.Path) -> list[epath.Path]:
+    """The files to make digests of: all but hidden ones, such as .DS_Store and .nfs000… ."""
+    return [file for file in files_below(path) if file.name != SUMS and file.name[0] != "."]
 
 
 def _digest(file: epath.Path) -> str:
@@ -207,7 +264,55 @@ def _digest(file: epath.Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _seal(path: epath.Path) -> None:
-    """Writes the digests."""
-    lines = (f"{_digest(file)}  {file.relative_to(path)}\n" for file in _files(path))
-    (path / SUMS).write_text("".join(lines))
+def _seal(path: epath.Path, others: Collection[epath.Path] = ()) -> None:
+    """Writes the digests of all files but `others`."""
+    files = [file for file in _sealed(path) if file not in others]
+    lines = [f"{_digest(file)}  {file.relative_to(path)}\n" for file in files]
+    # A comment to sha256sum. Without the count, a list that was cut short would look complete.
+    (path / SUMS).write_text("".join([*lines, f"# {len(lines)} files\n"]))
+
+
+def _read_sums(path: epath.Path) -> tuple[dict[str, str], bool]:
+    """The digests of a checkpoint by file name, and whether the list has its closing count.
+
+    Raises:
+        OSError: the list is missing or unreadable.
+        ValueError: it is malformed, or its count is wrong.
+    """
+    lines = (path / SUMS).read_text().splitlines()
+    counted = bool(lines) and lines[-1].startswith("#")
+    if counted and lines.pop() != f"# {len(lines)} files":
+        raise ValueError(f"{path / SUMS} does not list as many files as it says")
+    digests = {}
+    for line in lines:
+        digest, name = line.split("  ", 1)
+        digests[name] = digest
+    return digests, counted
+
+
+def _remove(path: epath.Path, sums_first: bool = False) -> None:
+    """Deletes the files of a checkpoint that this package wrote, and folders that are then empty.
+
+    Those are the files that SHA256SUMS lists; without a list, those that Orbax names. Other files
+    stay. The list goes last, so that calling this again finishes what was cut short.
+
+    Args:
+        path: a checkpoint, whole or not.
+        sums_first: delete the list first, for stores where it marks a complete checkpoint.
+    """
+    listed: Mapping[str, str] = {}
+    whole_list = _DELETING in path.suffix and not (path / SUMS).exists()
+    with contextlib.suppress(OSError, ValueError):
+        listed, whole_list = _read_sums(path)
+    if sums_first:
+        (path / SUMS).unlink(missing_ok=True)
+    for file in files_below(path):
+        name = str(file.relative_to(path))
+        of_orbax = _ORBAX.fullmatch(name.partition("/")[0]) and file.name[0] != "."
+        if name in listed or (of_orbax and not whole_list):
+            file.unlink(missing_ok=True)
+    (path / SUMS).unlink(missing_ok=True)
+    if "://" not in str(path):  # a bucket has no folders
+        for folder, _, _ in os.walk(path, topdown=False):
+            with contextlib.suppress(OSError):
+                Path(folder).rmdir()
