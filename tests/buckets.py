@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from etils.epath import backend, gpath
 
 
 class FakeBackend(backend.Backend):
-    """What `etils.epath` asks of Google Cloud Storage, answered by a folder.
+    """What `etils.epath` and `fsspec` ask of Google Cloud Storage, answered by a folder.
 
     As there, nothing can be renamed, there are no empty directories, and `walk` forgets "gs://".
 
@@ -63,6 +64,18 @@ class FakeBackend(backend.Backend):
             for name in files:
                 self.remove(Path(folder, name).relative_to(self._root))
 
+    def pipe_file(self, path: str, content: bytes, mode: str = "overwrite") -> None:
+        real = self._real(path)
+        real.parent.mkdir(parents=True, exist_ok=True)
+        with real.open("xb" if mode == "create" else "wb") as file:
+            file.write(content)
+
+    def cat_file(self, path: str) -> bytes:
+        return self._real(path).read_bytes()
+
+    def rm_file(self, path: str) -> None:
+        self.remove(path)
+
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError("a bucket cannot do this")
 
@@ -74,4 +87,8 @@ def install(root: Path, patch: Any) -> FakeBackend:
     root.mkdir(exist_ok=True)
     fake = FakeBackend(root)
     patch.setitem(gpath._PREFIX_TO_BACKEND, "gs", fake)
+    filesystem = fsspec.filesystem
+    patch.setattr(
+        fsspec, "filesystem", lambda name, **kw: fake if name == "gs" else filesystem(name, **kw)
+    )
     return fake

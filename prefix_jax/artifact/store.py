@@ -86,6 +86,7 @@ def save(
     arrays = arrays or ("safetensors" if several else "orbax")
     try:
         text = _to_json(card, content, arrays)
+        text.encode()
     except UnicodeEncodeError as error:
         raise PrefixError(
             f"{path}: the card contains {error.object[error.start : error.end]!r}, which is half "

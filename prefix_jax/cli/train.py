@@ -9,6 +9,7 @@ that was interrupted, and shows the results of one that has finished.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import shutil
@@ -114,12 +115,15 @@ def _close(console: Any, directory: Path, config: Config, results: Results) -> N
 
 def _dev(directory: Path, step: int) -> dict[str, float]:
     """What the dev split said about the prefix, if it was asked."""
+    from prefix_jax.errors import CheckpointError
     from prefix_jax.train.record import read_metrics
 
-    for line in read_metrics(directory):
-        if line["kind"] == "dev" and line["step"] == step:
-            known = line.keys() - {"step", "kind", "time"}
-            return {name: line[name] for name in line if name in known and line[name] is not None}
+    # The run has ended well; it does not fail for the lack of a line in its closing table.
+    with contextlib.suppress(CheckpointError):
+        for line in read_metrics(directory):
+            if line.get("kind") == "dev" and line["step"] == step:
+                known = [name for name in line if name not in ("step", "kind", "time")]
+                return {name: line[name] for name in known if line[name] is not None}
     return {}
 
 
@@ -132,7 +136,13 @@ def _samples(before: Evaluation | None, after: Evaluation | None, config: Config
     without = {} if before is None else {p.source: p.prediction for p in before.predictions}
     how = "generated" if config.task.name == "generate" else "answered"
     return [
-        Sample(made.prompt, made.references[0], without.get(made.source), made.prediction, how)
+        Sample(
+            made.prompt,
+            next(iter(made.references), ""),
+            without.get(made.source),
+            made.prediction,
+            how,
+        )
         for made in after.predictions[:_SAMPLES]
     ]
 
@@ -163,6 +173,7 @@ def _size(directory: Path) -> str:
 def _command(directory: Path, config: Config) -> str | None:
     """The command that uses the prefix on a held-out record, or its head on all of them."""
     from prefix_jax import artifact
+    from prefix_jax.errors import PrefixJaxError
 
     prefix = directory / "prefix"
     if not prefix.exists():
@@ -174,7 +185,11 @@ def _command(directory: Path, config: Config) -> str | None:
     if config.task.name != "generate":
         return shlex.join([_executable(), "predict", str(prefix), "--input", source or "FILE"])
     words = [_executable(), "generate", str(prefix)]
-    record = _held_out(config, prefix.name)
+    try:
+        record = _held_out(config, prefix.name)
+    # The data may have changed since: the command is then one that reads the user's own input.
+    except (PrefixJaxError, LookupError, TypeError, AttributeError):
+        record = None
     if record is not None and source is not None:
         text = json.dumps(record, ensure_ascii=False)
         words += ["--record", text] if len(text) <= _LONG else ["--input", source]

@@ -193,7 +193,9 @@ def _is_texts(value: Any) -> bool:
 
 def _is_scores(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(item, int | float) and not isinstance(item, bool) for item in value.values()
+        # An integer of 400 digits is no float.
+        isinstance(item, float) or (type(item) is int and abs(item) < 2**63)
+        for item in value.values()
     )
 
 

@@ -19,6 +19,7 @@ from prefix_jax.artifact import PREFIXES, Card
 from prefix_jax.backbones.fingerprint import fingerprint
 from prefix_jax.backbones.load import Pretrained
 from prefix_jax.config import Config
+from prefix_jax.errors import DamagedCheckpointError
 from prefix_jax.evaluate.report import metrics_of
 from prefix_jax.evaluate.run import Evaluation, Evaluator
 from prefix_jax.methods import name_of
@@ -28,7 +29,7 @@ from prefix_jax.terminal import print_warning
 from prefix_jax.train.checkpoint import Checkpoints
 from prefix_jax.train.loop import stop_signal, train
 from prefix_jax.train.multitask import save_parts
-from prefix_jax.train.place import Place
+from prefix_jax.train.place import CONFIG, Place
 from prefix_jax.train.profile import Profile
 from prefix_jax.train.report import Report
 from prefix_jax.train.results import Results, save_results, write_whole
@@ -93,21 +94,34 @@ def fit(
         quiet: show nothing.
 
     Raises:
-        PrefixJaxError: something in the config, the data or the backbone does not fit, a disk is
-            full, or the loss is not finite. What was saved before stays.
+        PrefixJaxError: something in the config, the data or the backbone does not fit, another
+            run writes to the output, a disk is full, or the loss is not finite. What was saved
+            before stays.
     """
-    first = jax.process_index() == 0
     place = Place(config.output)
+    with place.owned():
+        return _fit(config, place, pretrained, records, console or Console(), quiet)
+
+
+def _fit(
+    config: Config,
+    place: Place,
+    pretrained: Pretrained | None,
+    records: Records | None,
+    console: Console,
+    quiet: bool,
+) -> Run:
+    """The run of `fit`, in a directory that nothing else writes to."""
+    first = jax.process_index() == 0
     place.fetch()
     directory = place.directory
     if first:
-        refuse_another_run(directory, config)
-    console = console or Console()
+        refuse_another_run(place, config)
     hidden = quiet or not first
     with contextlib.nullcontext() if hidden else console.status("loading the model and the data"):
         setup = prepare(config, pretrained=pretrained, records=records)
     if first:
-        write_whole(directory / "config.yaml", configs.dump(config))
+        write_whole(directory / CONFIG, configs.dump(config))
     evaluator = Evaluator(
         setup.model,
         setup.pretrained.tokenizer,
@@ -168,8 +182,14 @@ def fit(
             cause = stop.cause or signal.SIGTERM
             return Run(directory, setup.pretrained, None, None, step, {}, interrupted=cause)
         if progress.best_step not in (None, step):
-            step = progress.best_step
-            state = checkpoints.restore(step, state)[0]
+            try:
+                state = checkpoints.restore(progress.best_step, state)[0]
+                step = progress.best_step
+            except DamagedCheckpointError as error:
+                report.warning(
+                    f"storing the prefix of step {step}, the last one, instead of the best on dev "
+                    f"(step {progress.best_step}): {error}"
+                )
         return _finish(setup, state, step, evaluator, report, directory)
 
 

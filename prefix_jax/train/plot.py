@@ -115,7 +115,7 @@ def _series(records: Iterable[Mapping[str, Any]], kind: str) -> tuple[np.ndarray
     points = {
         record["step"]: record["loss"]
         for record in records
-        if record["kind"] == kind and record.get("loss") is not None
+        if record.get("kind") == kind and record.get("loss") is not None
     }
     steps = sorted(points)
     return np.array(steps, int), np.array([points[step] for step in steps], float)

@@ -18,6 +18,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
 from prefix_jax.errors import CheckpointError
+from prefix_jax.untrusted.json import parse_json
 
 Kind = Literal["train", "dev", "test"]
 
@@ -76,6 +77,7 @@ class Record:
         values = {name: float(value) for name, value in values.items()}
         known = {name: x if math.isfinite(x) else None for name, x in values.items()}
         line = {"step": step, "kind": kind, **known, "time": round(time.time(), 3)}
+        self._check_present()
         with _writing(self._metrics):
             self._metrics_file.write(json.dumps(line).encode() + b"\n")
             self._metrics_file.flush()
@@ -83,6 +85,22 @@ class Record:
             Summary.Value(tag=f"{kind}/{name}", simple_value=x) for name, x in values.items()
         ]
         self._event(step=step, summary=Summary(value=scalars))
+
+    def _check_present(self) -> None:
+        """Raises CheckpointError if the file was removed, or the directory with it.
+
+        Writing would go on without an error, to a file that nobody can read.
+        """
+        try:
+            now = self._metrics.stat()
+        except OSError:
+            now = None
+        if now is not None and os.path.samestat(now, os.fstat(self._metrics_file.fileno())):
+            return
+        raise CheckpointError(
+            f"{self._metrics} was removed or replaced while the run wrote to it; the run stops "
+            "here, and the same command goes on from the last checkpoint that is left"
+        )
 
     def close(self) -> None:
         """Closes the files.
@@ -128,10 +146,17 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _parse(text: bytes, where: str) -> dict[str, Any]:
     try:
-        line = json.loads(text)
-    except ValueError:
+        line = parse_json(text.decode(), where, CheckpointError)
+    except (UnicodeDecodeError, CheckpointError):
         line = None
-    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+    if not (
+        isinstance(line, dict)
+        and type(line.get("step")) is int
+        and all(
+            isinstance(value, str) if name == "kind" else type(value) in (int, float, type(None))
+            for name, value in line.items()
+        )
+    ):
         raise CheckpointError(
             f"{where} is not a line of metrics with a step: remove it, or move the file away"
         )

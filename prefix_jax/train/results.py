@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from prefix_jax import config as configs
 from prefix_jax.config import Config
-from prefix_jax.errors import CheckpointError
+from prefix_jax.errors import CheckpointError, PrefixJaxError
 from prefix_jax.evaluate.report import Report, read_predictions, save_predictions
 from prefix_jax.evaluate.run import Evaluation
+from prefix_jax.untrusted.json import read_json_object
+from prefix_jax.untrusted.paths import explain
+
+_NAMES = {"before", "after"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,28 +54,39 @@ def save_results(directory: Path, config: Config, results: Results) -> None:
 
 
 def read_results(directory: Path, config: Config) -> Results | None:
-    """What the run of a config measured; None if it has not come to its end.
+    """Results of the run of a config; None if it has not ended.
 
     Raises:
-        PrefixJaxError: the files are damaged.
+        CheckpointError: the files cannot be read, or are damaged.
     """
     path = directory / "results.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["config"] != _digest(config):
-            return None
-        evaluations = {}
-        for name, report in content["test"].items():
-            stored = _predictions(directory, name)
-            predictions = read_predictions(stored) if stored.exists() else []
-            evaluations[name] = Evaluation(Report.from_dict(report), predictions)
-        return Results(content["step"], evaluations)
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.lexists(path):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); remove it, and the run measures again"
-        ) from error
+    try:
+        content = read_json_object(path, PrefixJaxError)
+        if content.get("config") != _digest(config):
+            if "config" not in content:
+                raise PrefixJaxError("it has no key 'config'")
+            return None
+        step, test = content.get("step"), content.get("test")
+        if type(step) is not int or not isinstance(test, dict) or not test.keys() <= _NAMES:
+            raise PrefixJaxError(
+                "expected the keys step, an integer, and test, with after and before"
+            )
+        evaluations = {}
+        for name, report in test.items():
+            stored = _predictions(directory, name)
+            predictions = (
+                read_predictions(stored, PrefixJaxError) if os.path.lexists(stored) else []
+            )
+            evaluations[name] = Evaluation(Report.from_dict(report), predictions)
+        return Results(step, evaluations)
+    except (PrefixJaxError, ValueError) as error:
+        remedy = "remove it, and the run measures again"
+        if isinstance(error.__cause__, OSError):
+            remedy = "give this user the right to read it, or choose another output"
+        why = str(error).removeprefix(f"{path}: ").removeprefix("cannot be read ")
+        raise CheckpointError(f"{path} cannot be read ({why.strip('()')}); {remedy}") from error
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -85,7 +101,7 @@ def write_whole(path: Path, text: str) -> None:
         new.write_text(text, encoding="utf-8")
         new.replace(path)
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+        raise CheckpointError(f"cannot write {path}: {explain(error)}") from error
 
 
 def _predictions(directory: Path, name: str) -> Path:

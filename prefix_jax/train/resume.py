@@ -1,23 +1,23 @@
-"""Whether a directory is free or holds the run that is to go on, and from where it goes on."""
+"""Decides whether an output directory is free or holds a run to resume, and from which state."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from prefix_jax import config as configs
-from prefix_jax.artifact import PREFIXES
 from prefix_jax.config import Config
 from prefix_jax.data.batch import Example
 from prefix_jax.errors import CheckpointError, ConfigError
-from prefix_jax.methods.multitask import PARTS
 from prefix_jax.train.checkpoint import Checkpoints
 from prefix_jax.train.loop import Progress
+from prefix_jax.train.place import CHECKPOINTS, CONFIG, WRITTEN, Place
 from prefix_jax.train.setup import Setup
 from prefix_jax.train.step import TrainState
+from prefix_jax.untrusted.paths import read_text
 
 # What a run that goes on may be told otherwise than before. The rest decides its numbers.
 _FREE = (
@@ -32,52 +32,54 @@ _FREE = (
     "train.profile",
 )
 
-# What a run writes besides its config: none of it may be somebody else's.
-_WRITTEN = (
-    "checkpoints",
-    "metrics.jsonl",
-    "results.json",
-    "predictions.jsonl",
-    "predictions-before.jsonl",
-    "loss.png",
-    "prefix",
-    PREFIXES,
-    PARTS,
-)
+# How long a run lasts: one that has ended can only be continued by a run of its own.
+_LENGTH = {"train.steps", "train.epochs"}
 
 
-def refuse_another_run(directory: Path, config: Config) -> None:
+def refuse_another_run(place: Place, config: Config) -> None:
     """Makes sure that a directory is free, or holds the run that is to go on.
 
     Raises:
-        ConfigError: it holds another run.
+        ConfigError: it holds another run, or files that the run would replace.
     """
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"output {directory} is a file; choose a directory for the run")
-    path = directory / "config.yaml"
-    if not path.exists():
-        if found := [name for name in _WRITTEN if (directory / name).exists()]:
+    directory = place.directory
+    path = directory / CONFIG
+    if not os.path.lexists(path):
+        found = [name for name in WRITTEN if os.path.lexists(directory / name)]
+        if CHECKPOINTS not in found and place.has_checkpoints():
+            found.append(CHECKPOINTS)
+        if found:
             raise ConfigError(
                 f"{directory} holds no run, and the run would replace {', '.join(found)} there; "
                 "choose another output"
             )
         return
-    if not (directory / "checkpoints").exists() and path.read_text() != configs.dump(config):
+    try:
+        if read_text(path, ConfigError) == configs.dump(config):
+            return
+        if not place.has_checkpoints():
+            raise ConfigError(f"the run would replace {path}, which is not of a run")
+        before = configs.load(path)
+    except ConfigError as error:
         raise ConfigError(
-            f"the run would replace {path}, which is not of a run; choose another output"
-        )
-    before, now = _flat(dataclasses.asdict(configs.load(path))), _flat(dataclasses.asdict(config))
+            f"{directory} holds no run that could go on: {error}; choose another output"
+        ) from error
+    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))
     differing = [
-        f"{key} ({before.get(key)}, not {now.get(key)})"
-        for key in {**before, **now}
-        if before.get(key) != now.get(key)
+        key
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
         and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
     ]
     if differing:
-        raise ConfigError(
-            f"{directory} holds a run with another {', '.join(differing)}; "
-            "choose another output, or remove that directory to start anew"
-        )
+        named = ", ".join(f"{key} ({old.get(key)}, not {new.get(key)})" for key in differing)
+        remedy = "choose another output, or remove that directory to start from step 0"
+        if _LENGTH.issuperset(differing) and (directory / "prefix").is_dir():
+            remedy = (
+                "to train its prefix further, choose another output and start from the prefix: "
+                f"init.start=prefix init.path={directory} output=…"
+            )
+        raise ConfigError(f"{directory} holds a run with another {named}; {remedy}")
 
 
 def _flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -131,6 +133,11 @@ def restore(
     if found is None:
         return setup.state, Progress()
     state, metadata = found
+    if not {"progress", *identity} <= metadata.keys():
+        raise CheckpointError(
+            f"the checkpoints in {checkpoints.directory} were not written by prefix-jax train; "
+            "choose another output"
+        )
     for key, what in (("fingerprint", "another backbone"), ("examples", "other training examples")):
         if metadata[key] != identity[key]:
             raise CheckpointError(

@@ -3,13 +3,17 @@
 import json
 import os
 import shlex
+import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from prefix_jax import config
 from prefix_jax.cli import train as verb
 from prefix_jax.train import fit as fitting
+from prefix_jax.train.lock import FileLock
 from prefix_jax.train.report import Report
 
 
@@ -91,6 +95,65 @@ def test_without_a_test_split_the_end_shows_what_there_is(run_in, folder):
     assert "change" not in ran.out
     assert "╭" not in ran.out
     assert ran.out.endswith("  prefix-jax generate run/prefix\n")
+
+
+@pytest.mark.parametrize("change", ["gone", "other fields", "empty"])
+def test_results_are_shown_when_the_held_out_data_have_changed(run_in, folder, trained, change):
+    shutil.copytree(trained[0] / "run", folder / "run")
+    data = folder / "test.jsonl"
+    data.unlink() if change == "gone" else data.write_text("" if change == "empty" else "{}\n")
+    ran = run_in(folder, "train", "config.yaml")
+    assert ran.code == 0, ran.err
+    assert "token loss (nats)" in ran.out
+    assert ran.out.endswith("  prefix-jax generate run/prefix\n")
+
+
+def test_edited_predictions_are_one_error(run_in, folder, trained):
+    shutil.copytree(trained[0] / "run", folder / "run")
+    (folder / "run" / "predictions.jsonl").write_text('{"prediction": 1}\n')
+    ran = run_in(folder, "train", "config.yaml")
+    assert ran.code == 2
+    assert ran.err.startswith("error: run/results.json cannot be read (run/predictions.jsonl:1: ")
+
+
+def test_a_locked_output_is_refused(run_in, folder):
+    lock = FileLock(folder / "run")
+    lock.acquire()
+    ran = run_in(folder, "train", "config.yaml")
+    lock.release()
+    assert ran.code == 2
+    assert ran.err.startswith("error: run: another run is writing there (pid ")
+    assert not (folder / "run").exists()
+
+
+def test_of_two_processes_the_second_is_refused_and_the_first_goes_on(folder):
+    def start() -> subprocess.Popen[str]:
+        often = ("train.steps=1000000", "train.checkpoint_every=1000", "train.log_every=1000")
+        words = ["train", "config.yaml", *often]
+        return subprocess.Popen(
+            [sys.executable, "-m", "prefix_jax.cli.main", *words],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    with start() as first:
+        # A line that is printed before the first step.
+        while "step" not in (line := first.stdout.readline()):
+            assert line, first.stderr.read()
+        with start() as second:
+            out, err = second.communicate()
+        first.send_signal(signal.SIGTERM)
+        first.communicate()
+    assert (second.returncode, out) == (2, "")
+    assert err.startswith(f"error: run: another run is writing there (pid {first.pid} on ")
+    assert first.returncode == 128 + signal.SIGTERM
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [line["step"] for line in map(json.loads, lines) if line["kind"] == "train"]
+    assert steps == [*range(1, len(steps) + 1)]
+    assert not (folder / "run" / ".prefix-jax.lock").exists()
 
 
 def test_a_chat_is_used_from_its_first_question(folder):

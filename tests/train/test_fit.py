@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from prefix_jax.evaluate.run import Evaluator
 from prefix_jax.mesh import make_mesh
 from prefix_jax.train import shelf
 from prefix_jax.train.fit import fit
+from prefix_jax.train.report import Report
 
 
 @pytest.fixture(scope="module")
@@ -415,3 +418,132 @@ def test_a_file_that_is_not_of_a_run_is_not_replaced(
         with pytest.raises(ConfigError, match=f"holds no run, .* would replace {name} there"):
             runs.run(pretrained, tmp_path)
         assert own.read_text().startswith("# mine")
+
+
+# --- One run in a directory ------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_before_it_writes_anything(
+    pretrained: Pretrained, whole: Path, tmp_path: Path, monkeypatch
+) -> None:
+    record, refused = Report.step, []
+
+    def step(self: Report, done: int, *rest: Any) -> None:
+        record(self, done, *rest)
+        if done == 4:
+            with pytest.raises(ConfigError, match="another run is writing there") as raised:
+                runs.run(pretrained, tmp_path, "train.keep=9")
+            refused.append(raised.value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "step", step)
+        runs.run(pretrained, tmp_path, "train.keep=9")
+    assert len(refused) == 1
+    assert not list(tmp_path.glob(".prefix-jax*"))
+    assert runs.outcome(tmp_path) == runs.outcome(whole)
+
+
+def test_a_run_releases_its_directory_however_it_ends(
+    pretrained: Pretrained, tmp_path: Path
+) -> None:
+    with runs.killed_at(4):
+        runs.run(pretrained, tmp_path / "run")
+    with pytest.raises(ConfigError, match="holds a run with another"):
+        runs.run(pretrained, tmp_path / "run", "optim.learning_rate=0.5")
+    with pytest.raises(DataError):
+        runs.run(pretrained, tmp_path / "new" / "run", train=[{"another": "field"}])
+    assert not (tmp_path / "new").exists()
+    assert runs.run(pretrained, tmp_path / "run").step == 12
+
+
+@pytest.mark.parametrize("lost", ["metrics.jsonl", "."])
+def test_files_that_are_removed_while_a_run_writes_them_stop_it_at_once(
+    pretrained: Pretrained, tmp_path: Path, monkeypatch, lost: str
+) -> None:
+    record, steps = Report.step, []
+    seldom = "train.checkpoint_every=4" if lost == "metrics.jsonl" else "train.checkpoint_every=100"
+
+    def step(self: Report, done: int, *rest: Any) -> None:
+        if done == 5:
+            (tmp_path / "run" / lost).resolve().rename(tmp_path / "moved")
+        steps.append(done)
+        record(self, done, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "step", step)
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl was removed or replaced while"):
+            runs.run(pretrained, tmp_path / "run", seldom)
+    assert steps[-1] == 5
+    assert runs.run(pretrained, tmp_path / "run", seldom).step == 12
+
+
+def test_a_damaged_best_checkpoint_is_replaced_by_the_last_with_a_warning(
+    pretrained: Pretrained, tmp_path: Path, monkeypatch
+) -> None:
+    measured = iter([1.0, *[5.0] * 20])
+    monkeypatch.setattr(Evaluator, "loss", lambda *_: next(measured))
+    splits, options = {"dev": runs.SOME, "test": runs.SOME}, ("train.eval_every=6",)
+    assert runs.run(pretrained, tmp_path, *options, **splits).step == 6
+    shutil.rmtree(tmp_path / "prefix")
+    (tmp_path / "results.json").unlink()
+    array = next(path for path in (tmp_path / "checkpoints/6/state/d").iterdir())
+    array.write_bytes(array.read_bytes()[:-1] + b"?")
+
+    console = runs.console()
+    run = runs.run(pretrained, tmp_path, *options, console=console, **splits)
+    assert run.step == run.card.steps == 12
+    assert (
+        "warning: storing the prefix of step 12, the last one, instead of the best on dev "
+        "(step 6): checkpoint" in runs.shown(console)
+    )
+    key = "['train']['prefix']['decoder']['k_LPKH']"
+    produced, _ = artifact.load(tmp_path)
+    assert np.asarray(produced.decoder.join.k_LPKH).tobytes() == (runs.state(tmp_path, 12)[key][2])
+
+
+@pytest.mark.parametrize("spoil", ["latin-1", "directory", "dangling link"])
+def test_an_unreadable_config_of_an_output_is_an_error(
+    pretrained: Pretrained, tmp_path: Path, spoil: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    if spoil == "latin-1":
+        path.write_bytes("# é".encode("latin-1"))
+    elif spoil == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"holds no run that could go on: .*config\.yaml"):
+        runs.run(pretrained, tmp_path)
+    assert os.path.lexists(path)
+
+
+def test_stray_files_in_a_run_do_not_hinder_it(
+    pretrained: Pretrained, whole: Path, tmp_path: Path
+) -> None:
+    with runs.killed_at(8):
+        runs.run(pretrained, tmp_path, "train.keep=9")
+    strays = [
+        path / ".DS_Store"
+        for path in (tmp_path, tmp_path / "checkpoints", *tmp_path.glob("checkpoints/*"))
+    ]
+    for stray in strays:
+        stray.write_text("")
+    (tmp_path / "checkpoints" / "0999").mkdir()
+    (tmp_path / "checkpoints" / "999").symlink_to(tmp_path / "nowhere")
+    console = runs.console()
+    runs.run(pretrained, tmp_path, "train.keep=9", console=console)
+    assert "continuing after step 6" in runs.shown(console)
+    assert "warning" not in runs.shown(console)
+    assert all(stray.exists() for stray in strays)
+    assert runs.state(tmp_path, 12) == runs.state(whole, 12)
+
+
+def test_longer_training_of_an_ended_run_is_told_to_start_from_its_prefix(
+    pretrained: Pretrained, whole: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        runs.run(pretrained, whole, "train.keep=9", "train.steps=20")
+    settings = f"init.start=prefix init.path={whole}"
+    assert settings in str(raised.value)
+    run = runs.run(pretrained, tmp_path, "train.steps=1", *settings.split())
+    assert run.step == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -51,23 +52,97 @@ def test_a_run_comes_back_to_another_machine(cloud, tmp_path: Path) -> None:
     place.publish()
     (place.checkpoints / "3" / "array").write_text("not to be copied")
 
-    (place.directory / "left.over").write_text("of another run")
+    (place.directory / "results.json").write_text("of another run")
     Place(OUTPUT).fetch()
     found = {str(f.relative_to(place.directory)) for f in place.directory.rglob("*") if f.is_file()}
-    assert found == {"prefix/prefix.json", "metrics.jsonl"}
+    assert found == {"prefix/prefix.json", "metrics.jsonl", ".prefix-jax.bucket"}
 
 
 def test_only_what_has_changed_is_sent_and_what_is_gone_goes(cloud, tmp_path: Path) -> None:
     place = Place(OUTPUT)
     place.directory.mkdir(parents=True)
-    for name in ("a", "b"):
+    for name in ("loss.png", "predictions.jsonl"):
         (place.directory / name).write_text(name)
     place.publish()
-    (tmp_path / "cloud/bucket/some/run/a").write_text("seen whether it is sent again")
-    (place.directory / "b").unlink()
-    (place.directory / "c").write_text("c")
+    (tmp_path / "cloud/bucket/some/run/loss.png").write_text("seen whether it is sent again")
+    (place.directory / "predictions.jsonl").unlink()
+    (place.directory / "config.yaml").write_text("c")
     place.publish()
-    assert stored(tmp_path) == {"a": b"seen whether it is sent again", "c": b"c"}
+    assert stored(tmp_path) == {
+        "loss.png": b"seen whether it is sent again",
+        "config.yaml": b"c",
+    }
+
+
+def test_files_that_no_run_writes_stay_where_they_are(cloud, tmp_path: Path) -> None:
+    place = Place(OUTPUT)
+    place.fetch()
+    (place.directory / "notes.txt").write_text("mine")
+    (tmp_path / "cloud/bucket/some/run").mkdir(parents=True)
+    (tmp_path / "cloud/bucket/some/run/thesis.tex").write_text("mine")
+    (place.directory / "metrics.jsonl").write_text("1\n")
+    place.publish()
+    Place(OUTPUT).fetch()
+    assert (place.directory / "notes.txt").read_text() == "mine"
+    assert set(stored(tmp_path)) == {"metrics.jsonl", "thesis.tex"}
+    assert not (place.directory / "thesis.tex").exists()
+
+
+def test_metrics_lost_on_disk_stay_in_the_bucket(cloud, tmp_path: Path) -> None:
+    place = Place(OUTPUT)
+    place.fetch()
+    (place.directory / "metrics.jsonl").write_text("1\n")
+    place.publish()
+    (place.directory / "metrics.jsonl").unlink()
+    place.publish()
+    shutil.rmtree(place.directory)
+    with pytest.raises(CheckpointError, match=r"working copy .* was removed"):
+        place.publish()
+    assert stored(tmp_path) == {"metrics.jsonl": b"1\n"}
+
+
+@pytest.mark.parametrize("path", ["../../precious", "a/../../../precious", "../precious", "a/./b"])
+def test_a_bucket_path_cannot_leave_the_folder_of_working_copies(
+    cloud, tmp_path: Path, path: str
+) -> None:
+    thesis = tmp_path / "precious" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("mine")
+    (tmp_path / "runs" / "bucket" / "a").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"cannot be a part of gs://BUCKET/PATH"):
+        Place(f"gs://bucket/{path}").fetch()
+    assert thesis.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "output", ["gs://../x", "gs://bucket/run[1]", "gs://bucket/*", "gs://bucket/a//b"]
+)
+def test_names_that_a_disk_or_a_bucket_reads_otherwise_are_refused(output: str) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be a part of gs://BUCKET/PATH"):
+        Place(output)
+
+
+def test_a_local_directory_is_not_taken_for_a_working_copy(cloud, tmp_path: Path) -> None:
+    own = tmp_path / "runs" / "bucket" / "some" / "run"
+    (own / "prefix").mkdir(parents=True)
+    (own / "metrics.jsonl").write_text("of a local run")
+    with pytest.raises(ConfigError, match=r"is not a working copy, .* would replace its files"):
+        Place(OUTPUT).fetch()
+    (own / ".prefix-jax.bucket").write_text("gs://other/run\n")
+    with pytest.raises(ConfigError, match=r"is the working copy of gs://other/run"):
+        Place(OUTPUT).fetch()
+    assert (own / "metrics.jsonl").read_text() == "of a local run"
+
+
+def test_checkpoints_of_another_program_in_a_bucket_are_left_alone(
+    cloud, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "cloud/bucket/some/run/checkpoints/100/state"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("arrays")
+    with pytest.raises(ConfigError, match=r"would replace checkpoints there"):
+        runs.run(runs.on_one_device(tiny_model_dir), OUTPUT)
+    assert theirs.read_text() == "arrays"
 
 
 def test_the_results_which_end_a_run_come_last(cloud, tmp_path: Path, monkeypatch) -> None:
@@ -82,16 +157,16 @@ def test_the_results_which_end_a_run_come_last(cloud, tmp_path: Path, monkeypatc
     monkeypatch.setattr(buckets.FakeBackend, "open", open_and_tell)
     place = Place(OUTPUT)
     place.directory.mkdir(parents=True)
-    for name in ("results.json", "loss.png", "tail.txt"):
+    for name in ("results.json", "loss.png", "predictions.jsonl"):
         (place.directory / name).write_text(name)
     place.publish()
-    assert sent == ["loss.png", "tail.txt", "results.json"]
+    assert sent == ["loss.png", "predictions.jsonl", "results.json"]
 
 
 def test_a_bucket_that_refuses_says_what_to_look_at(cloud) -> None:
     place = Place(OUTPUT)
     place.directory.mkdir(parents=True)
-    (place.directory / "a").write_text("a")
+    (place.directory / "loss.png").write_text("a")
     cloud.failure = RuntimeError("403 Forbidden\nmore")
     with pytest.raises(CheckpointError, match=r"cannot write .*403 Forbidden\. Is the bucket"):
         place.publish()
@@ -99,7 +174,7 @@ def test_a_bucket_that_refuses_says_what_to_look_at(cloud) -> None:
 
 def test_a_bucket_that_cannot_be_read_costs_no_working_copy(cloud) -> None:
     place = Place(OUTPUT)
-    place.directory.mkdir(parents=True)
+    place.fetch()
     (place.directory / "metrics.jsonl").write_text("1\n")
     place.publish()
     cloud.failure = RuntimeError("503 Unavailable")

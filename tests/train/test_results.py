@@ -1,6 +1,7 @@
 """What a run measured is read back as it was, for the config that it belongs to alone."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -62,4 +63,65 @@ def test_damaged_results_are_told(run, tmp_path, content):
     save_results(Path(run.output), run, results())
     (tmp_path / "run" / "results.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"results\.json cannot be read"):
+        read_results(Path(run.output), run)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"test": []},
+        {"test": {"after": []}},
+        {"test": {"../after": {}}},
+        {"test": {"after": {"metrics": {"loss": "x"}, "signatures": {}, "examples": 3}}},
+        {"test": {"after": {"metrics": {"loss": 10**400}, "signatures": {}, "examples": 3}}},
+        {"test": {"after": {"metrics": {"loss": True}, "signatures": {}, "examples": 3}}},
+        {"test": {"after": {"metrics": {"loss": 1}, "signatures": {"loss": 1}, "examples": 3}}},
+        {"test": {"after": {"metrics": {}, "signatures": {}, "examples": "x"}}},
+        {"step": "7"},
+        {"step": None},
+    ],
+)
+def test_edited_results_are_told(run, change):
+    path = Path(run.output) / "results.json"
+    save_results(Path(run.output), run, results())
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=r"results\.json cannot be read .*measures again"):
+        read_results(Path(run.output), run)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"\xff",
+        b"[]",
+        b"[" * 100_000,
+        b'{"source": "a", "prompt": "b", "prediction": "c"}',
+        b'{"source": "a", "prompt": "b", "prediction": 1, "references": []}',
+        b'{"source": "a", "prompt": "b", "prediction": "c", "references": "d"}',
+        b'{"source": "a", "prompt": "b", "prediction": "\\ud800", "references": []}',
+        b'{"source": "", "prompt": "", "prediction": "", "references": [], "scores": {"d": "e"}}',
+        b'{"source": "a", "prompt": "b", "prediction": "c", "references": [], "more": 1}',
+    ],
+)
+def test_edited_predictions_are_told(run, line):
+    save_results(Path(run.output), run, results(PREDICTIONS))
+    (Path(run.output) / "predictions.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(CheckpointError, match=r"predictions\.jsonl.*measures again"):
+        read_results(Path(run.output), run)
+
+
+def test_results_without_the_right_to_read_them_say_so(run, monkeypatch):
+    save_results(Path(run.output), run, results())
+    opened = Path.open
+
+    def refuse(self, *args, **kwargs):
+        if self.name == "results.json":
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(
+        CheckpointError, match=r"results\.json cannot be read \(Permission denied\); give this user"
+    ):
         read_results(Path(run.output), run)
