@@ -73,7 +73,12 @@ class Tuned:
     @functools.cached_property
     def decode(self) -> DecodeConfig:
         """How text is generated unless one says otherwise: as in the training run."""
-        return build(DecodeConfig, {} if self.card is None else self.card.decode)
+        return self._decode()
+
+    def _decode(self, **options: Any) -> DecodeConfig:
+        """`decode` with other options, which may also correct what is stored."""
+        stored = {} if self.card is None else self.card.decode
+        return build(DecodeConfig, {**stored, **options})
 
     def without_prefix(self) -> Tuned:
         """The bare backbone, which reads prompts and decodes as the prefix was trained to."""
@@ -102,7 +107,7 @@ class Tuned:
         single = isinstance(prompts, str | Mapping)
         several = isinstance(prompts, Iterable) and not single
         listed: Any = list(prompts) if several else [prompts]
-        decode = build(DecodeConfig, dataclasses.asdict(self.decode) | options)
+        decode = self._decode(**options)
         found = self.generations(listed, decode, on_text=on_text)
         texts = [
             generation.text

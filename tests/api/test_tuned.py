@@ -77,6 +77,17 @@ def test_records_texts_and_lists_are_prompts(tuned: pj.Tuned) -> None:
     assert "".join(pieces) == one
 
 
+def test_options_correct_stored_ones_that_no_longer_go_together(tuned: pj.Tuned) -> None:
+    """Earlier versions stored a length penalty without beams, which did nothing."""
+    card = dataclasses.replace(tuned.card, decode={"length_penalty": 2.0, "max_new_tokens": 4})
+    old = dataclasses.replace(tuned, card=card)
+    with pytest.raises(ConfigError, match="length_penalty without beam search"):
+        old.generate("1+2=")
+    expected = tuned.generate("1+2=", max_new_tokens=4)
+    assert old.generate("1+2=", length_penalty=1.0) == expected
+    assert isinstance(old.generate("1+2=", beams=2), str)
+
+
 @pytest.mark.parametrize("arrays", ["orbax", "safetensors"])
 def test_a_stored_prefix_generates_the_same(
     tuned: pj.Tuned, model: pj.Pretrained, tmp_path: Path, arrays: str
