@@ -165,7 +165,7 @@ def test_an_unknown_key_that_resembles_nothing_gets_no_guess(minimal):
         ("task.labels=[0, 1]", "got [0, 1]; put quotes around what is text: ['0', '1']"),
         ("data.pack=on", "data.pack: expected bool; got 'on'; write true or false"),
         ("output=", "override output=: expected text after '='; write output=VALUE"),
-        ("data.batch_size=1000000000", "data.batch_size: must be at most 1048576, got 1000000000"),
+        ("data.batch_size=1000000000", "data.batch_size: must be at most 65536, got 1000000000"),
         ("decode.samples=100000000", "decode.samples: must be at most 4096, got 100000000"),
         (f"optim.weight_decay={'9' * 100}", "optim.weight_decay: an integer of more than 64 bits"),
         ("optim.clip.x=5", "optim.clip: expected float or null; got {'x': 5}"),

@@ -21,7 +21,8 @@ class DataConfig:
     Attributes:
         train: a .jsonl, .csv or .parquet file, or `tfds:NAME/SPLIT`. None when the records come
             from Python. A file has at most 8 GiB, and a line or row 16 million characters.
-        dev: like `train`, for evaluation during training; None does without.
+        dev: like `train`, for evaluation during training; None does without. A run whose dev or
+            test records equal its training records gets a warning.
         test: like `train`, for the evaluation after training; None does without.
         prepare: what records of a published set need before templates render them: each name
             adds a field (see `data/prepare.py`); None adds nothing.
@@ -68,7 +69,7 @@ class DataConfig:
     on_overflow: Literal["error", "drop"] = "error"
     pack: bool = True
     group_by_source: bool = False
-    batch_size: Size = 8
+    batch_size: Annotated[int, Range(1, 2**16)] = 8
     tfds_dir: str | None = None
 
     def __post_init__(self) -> None:

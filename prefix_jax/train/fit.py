@@ -28,6 +28,7 @@ from prefix_jax.prefix import Embeds, Produced
 from prefix_jax.terminal import print_warning
 from prefix_jax.train.checkpoint import Checkpoints
 from prefix_jax.train.loop import stop_signal, train
+from prefix_jax.train.memory import out_of_memory
 from prefix_jax.train.multitask import save_parts
 from prefix_jax.train.place import CONFIG, Place
 from prefix_jax.train.profile import Profile
@@ -71,6 +72,7 @@ class Run:
     interrupted: signal.Signals | None = None
 
 
+@out_of_memory()
 def fit(
     config: Config,
     *,
@@ -200,6 +202,8 @@ def _announce(setup: Setup, state: TrainState, report: Report) -> None:
         leaf.size
         for leaf in jax.tree.leaves(setup.frozen, is_leaf=lambda x: isinstance(x, QTensor))
     )
+    for warning in setup.warnings:
+        report.warning(warning)
     held = setup.pretrained.quantize
     train_examples = setup.splits["train"]
     report.message(

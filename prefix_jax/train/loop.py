@@ -141,10 +141,17 @@ def train(
             save(step - 1)
             checkpoints.wait()
             sources = ", ".join(dict.fromkeys(setup.pipeline.batch_sources(step - 1)))
+            advice = (
+                "no step before it has changed anything, so the cause is in the model's weights or "
+                "config.json, in model.dtype, in init, or in these examples; a lower learning "
+                "rate will not help"
+                if step == 1
+                else "the steps before it were finite, so training diverged, or these examples "
+                "are extreme; lower optim.learning_rate and start again in another output"
+            )
             raise NonFiniteError(
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; "
-                f"its batch holds {sources}. The state before it is saved; look at these "
-                "examples, or lower optim.learning_rate and start anew"
+                f"its batch holds {sources}. The state before it is saved; {advice}"
             )
         values["learning_rate"] = float(setup.schedule(step - 1))
         report.step(step, values, now - clock)

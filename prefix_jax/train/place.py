@@ -19,7 +19,7 @@ from prefix_jax.mesh import agreed
 from prefix_jax.methods.multitask import PARTS
 from prefix_jax.train.lock import BucketLock, FileLock, Lock
 from prefix_jax.train.shelf import files_below
-from prefix_jax.untrusted.paths import explain
+from prefix_jax.untrusted.paths import expand, explain
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
@@ -85,7 +85,10 @@ class Place:
         elif "://" in output:
             raise ConfigError(f"output {output}: give a directory, or a bucket as gs://BUCKET/PATH")
         else:
-            self.directory = Path(output)
+            try:
+                self.directory = expand(output, ConfigError)
+            except ConfigError as error:
+                raise ConfigError(f"output {error}") from None
 
     @property
     def checkpoints(self) -> epath.Path:

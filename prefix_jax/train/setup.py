@@ -26,6 +26,8 @@ from prefix_jax.evaluate.run import needs_references
 from prefix_jax.mesh import batch_shards, make_mesh, replicated
 from prefix_jax.methods import make_method
 from prefix_jax.model import PrefixModel
+from prefix_jax.train.careless import careless
+from prefix_jax.train.memory import check_memory
 from prefix_jax.train.multitask import tell_tasks_apart
 from prefix_jax.train.partition import merge
 from prefix_jax.train.program import make_program
@@ -53,6 +55,7 @@ class Setup:
         frozen: the frozen leaves of {"backbone": …, "prefix": …}.
         state: before the first step. The first step consumes it.
         step: the compiled training step.
+        warnings: about settings that are probably a mistake.
     """
 
     config: Config
@@ -67,6 +70,7 @@ class Setup:
     frozen: Any
     state: TrainState
     step: Step
+    warnings: tuple[str, ...] = ()
 
     def params(self, state: TrainState) -> Params:
         """The whole tree, {"backbone": …, "prefix": …}, at a state."""
@@ -114,6 +118,7 @@ def prepare(
         task, splits = load_labelled_splits(config, model, pretrained, sources)
         head = head_of(task, backbone.arch, len(task.labels or ()))
         model = dataclasses.replace(model, head=head)
+    check_memory(config, model, splits["train"], mesh)
     pipeline = Pipeline(
         splits["train"],
         batch_size=config.data.batch_size,
@@ -154,6 +159,7 @@ def prepare(
         program.frozen,
         program.state,
         program.step,
+        careless(config, sources, steps),
     )
 
 

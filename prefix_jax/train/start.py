@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from prefix_jax.errors import ConfigError, PrefixError
 from prefix_jax.methods.base import Method, normal_like
 from prefix_jax.model import start_from_ids
 from prefix_jax.prefix import Adapter, Embeds, Prefix, Produced
+from prefix_jax.untrusted.paths import read_text
 from prefix_jax.untrusted.tokenizer import token_ids
 
 
@@ -105,11 +105,9 @@ def _text_ids(
     text = config.text
     if config.text_file is not None:
         try:
-            text = Path(config.text_file).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"init.text_file {config.text_file} cannot be read: {error}"
-            ) from None
+            text = read_text(config.text_file, ConfigError)
+        except ConfigError as error:
+            raise ConfigError(f"init.text_file {error}") from None
     if text is None:
         texts = [
             example.ids_T if example.source_ids_S is None else example.source_ids_S

@@ -223,6 +223,21 @@ def test_a_loss_that_is_not_finite_stops_in_the_state_before_and_names_the_batch
     assert found == expected
 
 
+def test_a_loss_that_is_not_finite_at_the_first_step_is_not_blamed_on_the_learning_rate(
+    pretrained: Pretrained, tmp_path: Path, monkeypatch
+) -> None:
+    batch = Pipeline.batch
+    monkeypatch.setattr(
+        Pipeline, "batch", lambda self, step: (b := batch(self, step)).replace(
+            weight_BM=np.where(b.weight_BM > 0, np.float32(np.inf), np.float32(0))
+        )
+    )  # fmt: skip
+    with pytest.raises(NonFiniteError, match="a lower learning rate will not help") as raised:
+        runs.run(pretrained, tmp_path, "train.steps=1")
+    assert str(raised.value).startswith("step 1: loss nan")
+    assert "model's weights or config.json" in str(raised.value)
+
+
 def test_a_learning_rate_that_is_too_high_is_an_error_too(
     pretrained: Pretrained, tmp_path: Path
 ) -> None:
@@ -291,7 +306,9 @@ BAD = {
     "text moved beyond the positions": Bad(
         ContextError, ("position 256", "256 positions"), ("method.offset=256",)
     ),
-    "negative offset": Bad(ConfigError, ("method.offset is -1",), ("method.offset=-1",)),
+    "negative offset": Bad(
+        ConfigError, ("method.offset: must be at least 0",), ("method.offset=-1",)
+    ),
     "unknown method": Bad(ConfigError, ("'prompts'", "'prompt'"), ("method=prompts",)),
     "no data": Bad(ConfigError, ("data.train",), train=None),
 }

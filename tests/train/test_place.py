@@ -219,3 +219,22 @@ def test_a_run_that_loses_its_machine_ends_as_if_it_had_not(
     runs.run(pretrained, str(tmp_path / "whole"))
     before, after = runs.outcome(moved), runs.outcome(tmp_path / "whole")
     assert before == after
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("~nosuchuser/x", "output ~nosuchuser/x: cannot expand ~"),
+        ("x" * 300, "cannot be used as a path (File name too long)"),
+        ("a\0b", "null byte"),
+    ],
+)
+def test_an_output_that_cannot_be_a_path_is_refused(output: str, message: str):
+    with pytest.raises(ConfigError) as caught:
+        Place(output)
+    assert message in str(caught.value)
+
+
+def test_an_output_below_the_home_directory_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Place("~/runs/a").directory == tmp_path / "runs" / "a"

@@ -97,7 +97,7 @@ def test_a_text_may_stand_in_a_file(pretrained, tmp_path):
     expected = after_reading(METHODS[3], pretrained, ids)
     found = initial(METHODS[3], pretrained, text_file=str(tmp_path / "corpus.txt"))
     assert_equal(found, expected)
-    with pytest.raises(ConfigError, match=r"init\.text_file nowhere\.txt cannot be read"):
+    with pytest.raises(ConfigError, match=r"init\.text_file nowhere\.txt: no such file"):
         initial(METHODS[3], pretrained, text_file="nowhere.txt")
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ConfigError, match=r"empty\.txt '' has no tokens"):
