@@ -273,7 +273,7 @@ class Tuned:
             None if self.card is None else self.card.template, self.pretrained.tokenizer
         )
 
-    @property
+    @functools.cached_property
     def ends(self) -> tuple[int, ...]:
         """The tokens that end a generated text: see `Pretrained.ends`."""
         template = None if self.card is None else self.card.template

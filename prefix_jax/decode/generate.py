@@ -93,7 +93,11 @@ class Generator:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
         names = names or [f"prompt {i}" for i in range(len(prompts))]
-        encoded = [self._encode(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
+        texts = any(isinstance(prompt, str) for prompt in prompts)
+        around = special_around(self.tokenizer) if texts else ([], [])
+        encoded = [
+            self._encode(prompt, name, *around) for prompt, name in zip(prompts, names, strict=True)
+        ]
         self._check(encoded, names, config)
         generations: dict[int, Generation] = {}
         by_length: list[int] = []
@@ -110,12 +114,14 @@ class Generator:
                     on_done(index, generations[index])
         return [generations[index] for index in range(len(encoded))]
 
-    def _encode(self, prompt: str | Sequence[int], name: str) -> list[int]:
+    def _encode(
+        self, prompt: str | Sequence[int], name: str, before: list[int], after: list[int]
+    ) -> list[int]:
+        """The tokens of a prompt, with the special tokens before and after a text."""
         if not isinstance(prompt, str):
             return list(prompt)
         # The same tokens as in training: see `data.tokens.tokenize`.
         (ids,) = token_ids(self.tokenizer, [prompt], name)
-        before, after = special_around(self.tokenizer)
         if self.backbone.arch.encoder is not None:
             return [*before, *ids, *after]
         return [*missing_start(before, ids), *ids]
