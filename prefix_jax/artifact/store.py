@@ -230,9 +230,13 @@ def _to_json(card: Card, arrays: Mapping[str, np.ndarray], container: Container)
     """One field a line: as readable as it is small."""
     stored = _Stored(container, {name: _sha256(x) for name, x in arrays.items()})
     # JSON has no word for what is not finite.
-    metrics = {k: v if v is None or math.isfinite(v) else None for k, v in card.metrics.items()}
-    fields = dataclasses.asdict(dataclasses.replace(card, metrics=metrics))
-    fields = {"format_version": card.format_version, **fields, "arrays": dataclasses.asdict(stored)}
+    metrics = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in card.metrics.items()
+    }
+    card = dataclasses.replace(card, metrics=metrics, format_version=FORMAT_VERSION)
+    fields = dataclasses.asdict(card)
+    fields = {"format_version": FORMAT_VERSION, **fields, "arrays": dataclasses.asdict(stored)}
     fields[_DIGEST] = _digest(fields)
     lines = (
         f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
@@ -262,6 +266,10 @@ def _read_card(file: Path) -> tuple[Card, _Stored]:
             f"{file} has format {version}, written by prefix_jax {fields.get('package')}; this "
             f"version reads formats up to {FORMAT_VERSION}: pip install --upgrade prefix-jax"
         )
+    try:  # what could not be written again
+        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise PrefixError(f"{file} is damaged: {_reason(error)}; {_REMEDY}") from None
     digest, actual = fields.pop(_DIGEST, None), _digest(fields)
     stored_fields = fields.pop("arrays", {})
     try:

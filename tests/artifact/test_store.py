@@ -438,6 +438,23 @@ def test_format_2_has_no_digest_and_still_loads(stored: Path) -> None:
     produced, card = artifact.load(stored)
     assert_equal(produced, keys_values())
     assert card.format_version == 2
+    artifact.save(stored, produced, card)
+    assert artifact.load(stored)[1] == dataclasses.replace(card, format_version=3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), "\ud800"])
+def test_card_that_could_not_be_written_again_is_refused(value: Any, stored: Path) -> None:
+    edit_card(stored, lambda card: card.update(decode={"x": value}))
+    sign(stored)
+    with pytest.raises(PrefixError, match=r"prefix\.json is damaged: "):
+        artifact.load(stored)
+
+
+def test_metrics_may_be_words(stored: Path) -> None:
+    edit_card(stored, lambda card: card.update(metrics={"judge": "good", "loss": None}))
+    sign(stored)
+    artifact.save(stored, *artifact.load(stored))
+    assert artifact.load(stored)[1].metrics == {"judge": "good", "loss": None}
 
 
 @pytest.mark.parametrize(
