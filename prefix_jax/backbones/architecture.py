@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from prefix_jax.errors import BackboneError
@@ -17,6 +17,8 @@ from prefix_jax.untrusted.values import Count, Positive, Range, Size, require_fi
 UNLIMITED = 2**31 - 1
 
 Epsilon = Annotated[float, Range(0, 1)]
+_LAYER_KINDS = ("full_attention", "sliding_attention")
+
 Norm = Literal["rms", "rms_plus_one", "layer"]
 
 
@@ -51,6 +53,8 @@ class Architecture:
         positions: rows of the table of learned positions; 0 for none.
         position_offset: the row of position 0 (BART and OPT have 2, RoBERTa one behind padding).
         segments: rows of the table of segments (BERT); 0 for none.
+        own_tokens: whether an encoder embeds tokens with a table of its own and not the decoder's
+            (an untied BART or T5).
         embed_dim: width of the embeddings, which a projection brings to D (ELECTRA); None for D.
         embed_scale: multiplies the token embeddings.
         embed_norm: whether a norm follows the embeddings.
@@ -96,6 +100,7 @@ class Architecture:
     positions: Count = 0
     position_offset: Count = 0
     segments: Count = 0
+    own_tokens: bool = False
     embed_dim: Size | None = None
     embed_scale: Positive | None = None
     embed_norm: bool = False
@@ -143,6 +148,22 @@ class Architecture:
     @property
     def _site(self) -> SiteShape:
         return SiteShape(self.layers, self.heads, self.kv_heads, self.head_dim)
+
+
+def layer_kinds(config: Mapping[str, Any], layers: int) -> Sequence[str] | None:
+    """The `layer_types` of a configuration; None where it has none.
+
+    Raises:
+        BackboneError: they are not one of the two kinds that are supported for every layer.
+    """
+    kinds: Sequence[str] | None = config.get("layer_types")
+    if kinds is None:
+        return None
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise BackboneError(f"layer_types must list one kind for each of {layers} layers")
+    if other := [kind for kind in kinds if kind not in _LAYER_KINDS]:
+        raise BackboneError(f"layer_types has {other[0]!r}; supported: {', '.join(_LAYER_KINDS)}")
+    return kinds
 
 
 def encoder_decoder(

@@ -18,7 +18,7 @@ from prefix_jax.errors import BackboneError, PrefixError
 from prefix_jax.nn import columns, vocabulary
 from prefix_jax.nn.layers import KeysValues
 from prefix_jax.nn.mask import Tokens
-from prefix_jax.nn.quantized import matmul, take
+from prefix_jax.nn.quantized import Weight, matmul, take
 from prefix_jax.nn.remat import Remat
 from prefix_jax.prefix import (
     Adapter,
@@ -88,6 +88,10 @@ class Backbone:
         params["embed"] = {"tokens_VD": tokens_VD, **params.get("embed", {})}
         if a.encoder is not None:
             params["encoder"] = self._encoder.init(rngs[2])
+            if a.encoder.own_tokens:
+                own_VD = normal(jax.random.fold_in(rngs[2], 1), a.vocab, a.geometry.input_dim)
+                embed = params["encoder"].get("embed", {})
+                params["encoder"]["embed"] = {"tokens_VD": own_VD, **embed}
         head: dict[str, jax.Array] = {}
         if not a.tied:
             head["unembed_DV"] = normal(rngs[3], a.d_model, a.vocab)
@@ -178,11 +182,14 @@ class Backbone:
             reading.check_length(len(ids_P))
         tokens = Tokens.plain(jnp.ones((1, len(ids_P)), bool))
         embeds_1PD = self._embed(params, ids_P[None])
+        # Soft tokens stand before the text that is given.
+        read_1PD = embeds_1PD
         sites: dict[SiteName, Site] = {}
         encoded = None
         if self.arch.encoder is not None:
             encoder, weights = self._encoder, params["encoder"]
-            x_BTD = encoder.place(weights, embeds_1PD, tokens, 0)
+            read_1PD = self._embed(params, ids_P[None], self.reader_table(params))
+            x_BTD = encoder.place(weights, read_1PD, tokens, 0)
             h_BTD, _, h_LBTD = encoder.run(weights, x_BTD, tokens, entries=True)
             sites["encoder"] = site_of(encoder.keys_values(weights, h_LBTD, tokens))
             encoded = self._encoded(params, encoder.finish(weights, h_BTD), tokens)
@@ -192,7 +199,7 @@ class Backbone:
         layers, h_LBTD = self._read(params, x_BTD, tokens, encoded)
         sites[stack.site] = site_of(layers)
         found = (
-            Embeds(embeds_1PD[0]),
+            Embeds(read_1PD[0]),
             Hidden(h_LBTD[:, 0]),
             Prefix.of(sites, offset=len(ids_P)),
         )
@@ -349,7 +356,8 @@ class Backbone:
         """Tokens through an encoder whose `weights` are a part of `params`, and where they stand
         there, behind soft ones if the prefix has some, and filled for devices that share them."""
         ids_BS, tokens = columns.fill((ids_BS, tokens))
-        x_BSD, tokens = columns.fill(prepend(prefix, self._embed(params, ids_BS), tokens))
+        x_BSD = self._embed(params, ids_BS, self.reader_table(params))
+        x_BSD, tokens = columns.fill(prepend(prefix, x_BSD, tokens))
         start = 0 if prefix is None else prefix.start("encoder")
         h_BSD, _, _ = stack.run(weights, stack.place(weights, x_BSD, tokens, start), tokens, prefix)
         return stack.finish(weights, h_BSD), tokens
@@ -393,9 +401,20 @@ class Backbone:
         pooler = params["pooler"]
         return jnp.tanh(h_BD @ pooler["weight_DD"] + pooler["bias_D"])
 
-    def _embed(self, params: Params, ids_BT: jax.Array) -> jax.Array:
-        """Token embeddings, scaled, in the dtype of the weights."""
-        x_BTD = take(params["embed"]["tokens_VD"], ids_BT)
+    def reader_table(self, params: Params) -> Weight:
+        """tokens_VD of the stack that reads the text that is given."""
+        encoder = self.arch.encoder
+        own = encoder is not None and encoder.own_tokens
+        table_VD: Weight = (params["encoder"] if own else params)["embed"]["tokens_VD"]
+        return table_VD
+
+    def _embed(
+        self, params: Params, ids_BT: jax.Array, table_VD: Weight | None = None
+    ) -> jax.Array:
+        """Token embeddings, scaled, in the dtype of the weights: of the decoder, unless another
+        table is given."""
+        table_VD = params["embed"]["tokens_VD"] if table_VD is None else table_VD
+        x_BTD = take(table_VD, ids_BT)
         if self.arch.embed_scale is not None:
             x_BTD = x_BTD * jnp.asarray(self.arch.embed_scale, x_BTD.dtype)
         return x_BTD

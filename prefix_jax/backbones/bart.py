@@ -7,18 +7,30 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from prefix_jax.backbones.architecture import Architecture, encoder_decoder
-from prefix_jax.backbones.names import LINEAR, STORED, VECTOR, Matrix, NameTable, Row
+from prefix_jax.backbones.defaults import complete
+from prefix_jax.backbones.names import (
+    LINEAR,
+    STORED,
+    VECTOR,
+    Matrix,
+    NameTable,
+    Row,
+    TokenTables,
+)
 
 MODEL_TYPES = ("bart",)
 
 # Rows of the position table before that of position 0.
 _OFFSET = 2
 
+_SHARED = "shared.weight"
+_ENCODER, _DECODER = "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"
 _HEAD, _BIAS = "lm_head.weight", "final_logits_bias"
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
     """Reads a Hugging Face `config.json` of BART."""
+    config = complete(config, "bart")
     D, positions = config["d_model"], config["max_position_embeddings"]
 
     def stack(name: str) -> Architecture:
@@ -35,14 +47,14 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
             max_positions=positions,
             norm="layer",
             epsilon=1e-5,
-            activation=config.get("activation_function", "gelu"),
+            activation=config["activation_function"],
             gated=False,
             causal=name == "decoder",
             norm_at="after",
             final_norm=False,
             positions=positions + _OFFSET,
             position_offset=_OFFSET,
-            embed_scale=D**0.5 if config.get("scale_embedding", False) else None,
+            embed_scale=D**0.5 if config["scale_embedding"] else None,
             embed_norm=True,
             qkv_bias=True,
             out_bias=True,
@@ -50,7 +62,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         )
 
     decoder = dataclasses.replace(
-        stack("decoder"), tied=config.get("tie_word_embeddings", True), head_bias=True
+        stack("decoder"), tied=config["tie_word_embeddings"], head_bias=True
     )
     return encoder_decoder(stack("encoder"), decoder, config, start="eos_token_id")
 
@@ -63,18 +75,17 @@ def as_stored(arch: Architecture, stored: Collection[str]) -> Architecture:
 
 def hf_names(arch: Architecture) -> NameTable:
     """The names of the weights in a checkpoint of Hugging Face layout."""
-    same = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
-    same += [_HEAD] if arch.tied else []
     return NameTable(
         prefix="model.",
         rows=(
-            Row("shared.weight", "embed/tokens_VD", STORED),
+            Row(_SHARED, "embed/tokens_VD", STORED),
+            Row(_ENCODER, "encoder/embed/tokens_VD", STORED),
             *_stack("encoder", "encoder/"),
             *_stack("decoder", ""),
             Row(_HEAD, "head/unembed_DV", LINEAR),
             Row(_BIAS, "head/bias_V", Matrix(inputs=0, transposed=False)),  # stored [1, V]
         ),
-        aliases=dict.fromkeys(same, "shared.weight"),
+        tokens=TokenTables(_SHARED, _HEAD, _ENCODER, _DECODER, (_HEAD, _DECODER, _ENCODER)),
         ignored=(r"(en|de)coder\.version",),
     )
 

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from prefix_jax.backbones.architecture import Architecture
+from prefix_jax.backbones.defaults import complete
 from prefix_jax.backbones.names import LINEAR, STORED, VECTOR, Matrix, NameTable, Row, Vector
 from prefix_jax.errors import BackboneError
 
@@ -27,6 +28,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         BackboneError: the config asks for a variant that is not computed here.
     """
     model_type = config["model_type"]
+    config = complete(config, model_type)
     for flag, usual in (
         ("is_decoder", False),
         ("add_cross_attention", False),
@@ -42,7 +44,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     N = config["n_heads" if distilled else "num_attention_heads"]
     E = config["embedding_size"] if model_type == "electra" else D
     # RoBERTa counts positions from behind the padding's, whose row is never read.
-    offset = config.get("pad_token_id", 1) + 1 if model_type in _ROBERTA else 0
+    offset = config["pad_token_id"] + 1 if model_type in _ROBERTA else 0
     return Architecture(
         model_type=model_type,
         layers=config["n_layers" if distilled else "num_hidden_layers"],
@@ -54,15 +56,15 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         vocab=config["vocab_size"],
         max_positions=config["max_position_embeddings"] - offset,
         norm="layer",
-        epsilon=config.get("layer_norm_eps", 1e-12),
-        activation=config.get("activation" if distilled else "hidden_act", "gelu"),
+        epsilon=1e-12 if distilled else config["layer_norm_eps"],
+        activation=config["activation" if distilled else "hidden_act"],
         gated=False,
         causal=False,
         norm_at="after",
         final_norm=False,
         positions=config["max_position_embeddings"],
         position_offset=offset,
-        segments=0 if distilled else config.get("type_vocab_size", 2),
+        segments=0 if distilled else config["type_vocab_size"],
         embed_dim=None if E == D else E,
         embed_norm=True,
         qkv_bias=True,

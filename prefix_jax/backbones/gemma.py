@@ -11,38 +11,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prefix_jax.backbones.architecture import Architecture
-from prefix_jax.backbones.names import LINEAR, STORED, VECTOR, Matrix, NameTable, Row, Vector
-from prefix_jax.backbones.rope import read_rotary
+from prefix_jax.backbones.architecture import Architecture, layer_kinds
+from prefix_jax.backbones.defaults import complete
+from prefix_jax.backbones.names import (
+    LINEAR,
+    STORED,
+    VECTOR,
+    Matrix,
+    NameTable,
+    Row,
+    TokenTables,
+    Vector,
+)
+from prefix_jax.backbones.rope import read_rotary, read_rotary_of_layers
 from prefix_jax.errors import BackboneError
 from prefix_jax.nn.rotary import Rotary
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3")
 
-# Published configurations leave out what transformers has as its default.
-_COMMON = {"head_dim": 256, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
-_USUAL: dict[str, dict[str, Any]] = {
-    "gemma": {"num_key_value_heads": 16, "max_position_embeddings": 8192},
-    "gemma2": {
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 8192,
-        "query_pre_attn_scalar": 256,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 2,
-    },
-    "gemma3_text": {
-        "vocab_size": 262_208,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 131_072,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 6,
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-    },
+_THETAS = {
+    "full_attention": ("rope_theta", 1_000_000.0),
+    "sliding_attention": ("rope_local_base_freq", 10_000.0),
 }
 
 
@@ -54,17 +43,20 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     """
     model_type = config["model_type"]
     kind = "gemma3_text" if model_type == "gemma3" else model_type
-    given = config["text_config"] if model_type == "gemma3" else config
-    config = _COMMON | _USUAL[kind] | dict(given)
+    tied = complete(config, model_type)["tie_word_embeddings"]
+    config = complete(config["text_config"] if model_type == "gemma3" else config, kind)
     if config.get("use_bidirectional_attention"):
         raise BackboneError(f"{model_type} with use_bidirectional_attention is not supported")
-    if kind == "gemma3_text" and config.get("attn_logit_softcapping") is not None:
+    if kind == "gemma3_text" and config["attn_logit_softcapping"] is not None:
         raise BackboneError("Gemma 3 with attn_logit_softcapping is not supported")
     L, D = config["num_hidden_layers"], config["hidden_size"]
-    window, sliding = _windows(config, L)
+    window, sliding = _windows(config, kind, L)
     rotary, sliding_rotary = _rotaries(config, kind)
-    scalar = config.get("query_pre_attn_scalar")
-    attention_bias = config.get("attention_bias", False)
+    # What Gemma 1 does not have stays unused where a configuration of it has the key. The model
+    # that sees images does not cap its logits, although the text model alone does.
+    newer = kind != "gemma"
+    caps_logits = newer and model_type != "gemma3"
+    attention_bias = config["attention_bias"]
     return Architecture(
         model_type=model_type,
         layers=L,
@@ -77,40 +69,41 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         max_positions=config["max_position_embeddings"],
         norm="rms_plus_one",
         epsilon=config["rms_norm_eps"],
-        activation=_activation(config, kind),
+        activation=config["hidden_activation"] if newer else _activation(config),
         gated=True,
-        norm_at="before" if kind == "gemma" else "around",
+        norm_at="around" if newer else "before",
         rotary=rotary,
         sliding_rotary=sliding_rotary,
         embed_scale=D**0.5,
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         qk_norm=kind == "gemma3_text",
-        attention_scale=None if scalar is None else scalar**-0.5,
-        attention_softcap=config.get("attn_logit_softcapping"),
-        logit_softcap=config.get("final_logit_softcapping"),
+        attention_scale=config["query_pre_attn_scalar"] ** -0.5 if newer else None,
+        attention_softcap=config["attn_logit_softcapping"] if newer else None,
+        logit_softcap=config["final_logit_softcapping"] if caps_logits else None,
         window=window,
         sliding=sliding,
-        tied=config["tie_word_embeddings"],
+        tied=tied,
     )
 
 
-def _activation(config: Mapping[str, Any], kind: str) -> str:
-    if kind != "gemma":
-        return str(config.get("hidden_activation", "gelu_pytorch_tanh"))
+def _activation(config: Mapping[str, Any]) -> str:
     # The first releases of Gemma 1 say "gelu" where they mean its approximation.
-    name = str(config.get("hidden_act", "gelu_pytorch_tanh"))
+    name = str(config["hidden_act"])
     return "gelu_pytorch_tanh" if name == "gelu" else name
 
 
-def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
+def _windows(
+    config: Mapping[str, Any], kind: str, layers: int
+) -> tuple[int | None, tuple[bool, ...]]:
     """The width of the sliding window, and which layers slide."""
-    if "sliding_window" not in config:
+    if kind == "gemma":
         return None, ()
-    if kinds := config.get("layer_types"):
+    kinds = layer_kinds(config, layers)
+    if kinds is not None:
         return config["sliding_window"], tuple(kind == "sliding_attention" for kind in kinds)
-    # Every so many layers, one sees everything.
-    period = config["sliding_window_pattern"]
+    # One layer in every period sees everything. Gemma 2's period is fixed.
+    period = config.get("sliding_window_pattern", 6) if kind == "gemma3_text" else 2
     return config["sliding_window"], tuple((layer + 1) % period != 0 for layer in range(layers))
 
 
@@ -118,16 +111,8 @@ def _rotaries(config: Mapping[str, Any], kind: str) -> tuple[Rotary, Rotary | No
     """The rotary frequencies of full and of sliding layers; None for the same."""
     if kind != "gemma3_text":
         return read_rotary(config), None
-    by_kind = config.get("rope_parameters") or {"full_attention": config.get("rope_scaling")}
-
-    def read(layers: str, theta: str) -> Rotary:
-        rope = {"rope_theta": config[theta], **(by_kind.get(layers) or {})}
-        return read_rotary({**config, "rope_parameters": rope, "rope_scaling": None})
-
-    return (
-        read("full_attention", "rope_theta"),
-        read("sliding_attention", "rope_local_base_freq"),
-    )
+    rotaries = read_rotary_of_layers(config, _THETAS)
+    return rotaries["full_attention"], rotaries["sliding_attention"]
 
 
 def hf_names(arch: Architecture) -> NameTable:
@@ -167,11 +152,10 @@ def hf_names(arch: Architecture) -> NameTable:
             Row("norm.weight", "final_norm/scale_D", VECTOR),
             Row(f"{head}.weight", "head/unembed_DV", LINEAR),
         ),
-        # Frequencies follow from the configuration, a tied head is saved by some writers, and
-        # images are not read.
+        tokens=TokenTables("embed_tokens.weight", f"{head}.weight", stand_ins=(f"{head}.weight",)),
+        # Frequencies follow from the configuration, and images are not read.
         ignored=(
             r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-            rf"{head.replace('.', '[.]')}\.weight",
             r"(vision_tower|multi_modal_projector)\..*",
         ),
     )

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefix_jax.backbones.architecture import Architecture
-from prefix_jax.backbones.names import LINEAR, STORED, VECTOR, Matrix, NameTable, Row, Vector
+from prefix_jax.backbones.defaults import complete
+from prefix_jax.backbones.names import (
+    LINEAR,
+    STORED,
+    VECTOR,
+    Matrix,
+    NameTable,
+    Row,
+    TokenTables,
+    Vector,
+)
 from prefix_jax.errors import BackboneError
 
 MODEL_TYPES = ("gpt2",)
@@ -18,12 +28,13 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     Raises:
         BackboneError: the config asks for a variant that is not computed here.
     """
+    config = complete(config, "gpt2")
     for flag, usual in (
         ("scale_attn_weights", True),
         ("scale_attn_by_inverse_layer_idx", False),
         ("add_cross_attention", False),
     ):
-        if config.get(flag, usual) != usual:
+        if config[flag] != usual:
             raise BackboneError(f"GPT-2 with {flag}={config[flag]} is not supported")
     D, N = config["n_embd"], config["n_head"]
     return Architecture(
@@ -37,14 +48,14 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         vocab=config["vocab_size"],
         max_positions=config["n_positions"],
         norm="layer",
-        epsilon=config.get("layer_norm_epsilon", 1e-5),
-        activation=config.get("activation_function", "gelu_new"),
+        epsilon=config["layer_norm_epsilon"],
+        activation=config["activation_function"],
         gated=False,
         positions=config["n_positions"],
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
-        tied=config.get("tie_word_embeddings", True),
+        tied=config["tie_word_embeddings"],
     )
 
 
@@ -82,8 +93,9 @@ _HF_NAMES = NameTable(
         Row("ln_f.bias", "final_norm/bias_D", VECTOR),
         Row("lm_head.weight", "head/unembed_DV", LINEAR),
     ),
-    # The causal mask was once saved as a buffer, and a tied head is saved by some writers.
-    ignored=(r"h\.\d+\.attn\.(masked_)?bias", r"lm_head\.weight"),
+    tokens=TokenTables("wte.weight", "lm_head.weight", stand_ins=("lm_head.weight",)),
+    # The causal mask was once saved as a buffer.
+    ignored=(r"h\.\d+\.attn\.(masked_)?bias",),
 )
 
 GGUF_NAMES = NameTable(

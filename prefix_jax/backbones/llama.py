@@ -9,29 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prefix_jax.backbones.architecture import Architecture
-from prefix_jax.backbones.names import LINEAR, STORED, VECTOR, Matrix, NameTable, Row, Vector
+from prefix_jax.backbones.architecture import Architecture, layer_kinds
+from prefix_jax.backbones.defaults import complete
+from prefix_jax.backbones.names import (
+    LINEAR,
+    STORED,
+    VECTOR,
+    Matrix,
+    NameTable,
+    Row,
+    TokenTables,
+    Vector,
+)
 from prefix_jax.backbones.rope import read_rotary
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-
-# What transformers takes for what a configuration leaves out.
-_QWEN = {
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32_768,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-_USUAL: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131_072,
-        "sliding_window": 4096,
-    },
-    "qwen2": _QWEN,
-    "qwen3": {**_QWEN, "head_dim": 128},
-}
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
@@ -41,9 +33,11 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         BackboneError: the config asks for a variant that is not computed here.
     """
     model_type = config["model_type"]
-    config = _USUAL[model_type] | dict(config)
+    config = complete(config, model_type)
     L, D, N = config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"]
-    attention_bias = model_type == "qwen2" or config.get("attention_bias", False)
+    # Mistral has no biases whatever its configuration says, and Qwen 2 has its own.
+    attention_bias = model_type == "qwen2" or bool(config.get("attention_bias"))
+    attention_bias = attention_bias and model_type != "mistral"
     window, sliding = _windows(config, L)
     return Architecture(
         model_type=model_type,
@@ -56,28 +50,31 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         vocab=config["vocab_size"],
         max_positions=config["max_position_embeddings"],
         norm="rms",
-        epsilon=config.get("rms_norm_eps", 1e-6),
-        activation=config.get("hidden_act", "silu"),
+        epsilon=config["rms_norm_eps"],
+        activation=config["hidden_act"],
         gated=True,
         rotary=read_rotary(config),
         qkv_bias=attention_bias,
         out_bias=attention_bias and model_type != "qwen2",
-        mlp_bias=config.get("mlp_bias", False),
+        mlp_bias=model_type == "llama" and config["mlp_bias"],
         qk_norm=model_type == "qwen3",
         window=window,
         sliding=sliding,
-        tied=config.get("tie_word_embeddings", False),
+        tied=config["tie_word_embeddings"],
     )
 
 
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """The width of the sliding window, and which layers use it."""
     window, model_type = config.get("sliding_window"), config["model_type"]
-    # Qwen's has to be asked for. Llama has none, whatever a model that was converted to it says.
-    slides = model_type == "mistral" or (model_type != "llama" and config.get("use_sliding_window"))
-    if window is None or not slides:
+    # Llama has no window, whatever a model that was converted to it says.
+    if window is None or model_type == "llama":
         return None, ()
-    if kinds := config.get("layer_types"):
+    # Qwen's window has to be asked for.
+    if model_type != "mistral" and not config["use_sliding_window"]:
+        return None, ()
+    kinds = layer_kinds(config, layers)
+    if kinds is not None:
         return window, tuple(kind == "sliding_attention" for kind in kinds)
     first = 0 if model_type == "mistral" else config["max_window_layers"]
     return window, tuple(layer >= first for layer in range(layers))
@@ -113,8 +110,9 @@ _HF_NAMES = NameTable(
         Row("norm.weight", "final_norm/scale_D", VECTOR),
         Row("lm_head.weight", "head/unembed_DV", LINEAR),
     ),
-    # Frequencies follow from the configuration, and a tied head is saved by some writers.
-    ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight"),
+    tokens=TokenTables("embed_tokens.weight", "lm_head.weight", stand_ins=("lm_head.weight",)),
+    # Frequencies follow from the configuration.
+    ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )
 
 

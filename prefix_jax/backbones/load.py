@@ -22,9 +22,10 @@ from prefix_jax.backbones.ends import ends_of_directory, ends_of_gguf
 from prefix_jax.backbones.fingerprint import fingerprint
 from prefix_jax.backbones.finite import find_non_finite
 from prefix_jax.backbones.forms import Params
-from prefix_jax.backbones.names import match
+from prefix_jax.backbones.names import NameTable, match
 from prefix_jax.backbones.quantized import abstract_params
 from prefix_jax.backbones.schema import check_config
+from prefix_jax.backbones.ties import resolve_ties
 from prefix_jax.backbones.tokenizer import load_tokenizer
 from prefix_jax.backbones.weights import Safetensors, TensorSource, stream
 from prefix_jax.data.ends import end_tokens
@@ -139,8 +140,7 @@ def load(
     checkpoint: TensorSource
     if path.is_dir():
         checkpoint = Safetensors(path)
-        arch = _as_stored(arch, checkpoint)
-        table = _FAMILY_OF[arch.model_type].hf_names(arch)
+        arch, table = _as_stored(arch, checkpoint)
     else:
         checkpoint = gguf.open_gguf(path)
         table = gguf.TABLES[checkpoint.architecture]
@@ -178,7 +178,7 @@ def architecture_of(source: str | Path) -> Architecture:
     path = find(source, ["*.json"])
     arch = _read_architecture(path)
     weighed = path.is_dir() and any(path.glob("*.safetensors"))
-    return _as_stored(arch, Safetensors(path)) if weighed else arch
+    return _as_stored(arch, Safetensors(path))[0] if weighed else arch
 
 
 def _read_architecture(path: Path) -> Architecture:
@@ -195,13 +195,12 @@ def _read_architecture(path: Path) -> Architecture:
     return dataclasses.replace(arch, end_ids=end_ids)
 
 
-def _as_stored(arch: Architecture, checkpoint: Safetensors) -> Architecture:
-    """The architecture with what the checkpoint alone tells."""
+def _as_stored(arch: Architecture, checkpoint: Safetensors) -> tuple[Architecture, NameTable]:
+    """The architecture with what only the checkpoint shows, and its names for that checkpoint."""
     family: Any = _FAMILY_OF[arch.model_type]
-    if not hasattr(family, "as_stored"):
-        return arch
-    stored: Architecture = family.as_stored(arch, checkpoint.shapes)
-    return stored
+    if hasattr(family, "as_stored"):
+        arch = family.as_stored(arch, checkpoint.shapes)
+    return resolve_ties(arch, family.hf_names(arch), checkpoint)
 
 
 def find(source: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
@@ -329,6 +328,11 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
             f"supported: {', '.join(_FAMILY_OF)}"
         )
     check_config(config, f"the configuration of {where}")
+    if config.get("per_layer_config"):
+        raise BackboneError(
+            f"{where}: per_layer_config is not supported; every layer must have "
+            "the same configuration (except for layer_types)"
+        )
     try:
         return _FAMILY_OF[model_type].architecture(config)
     except KeyError as error:

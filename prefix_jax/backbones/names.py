@@ -106,21 +106,39 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenTables:
+    """The names of token tables that may be one table: see `ties.resolve_ties`.
+
+    Attributes:
+        shared: the table that the others are tied to.
+        head: the output projection.
+        encoder, decoder: the stacks' own; None where there is only `shared`.
+        stand_ins: the names in the order in which transformers looks for one that is stored, where
+            `shared` is not.
+    """
+
+    shared: str
+    head: str
+    encoder: str | None = None
+    decoder: str | None = None
+    stand_ins: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class NameTable:
     """The checkpoint names of one family in one format.
 
     Attributes:
         rows: every parameter that some model of the family has.
         prefix: may stand before each name (checkpoints of the bare model leave it out).
-        aliases: what a tensor of `rows` is also called: of weights that several modules share,
-            some writers keep all names and others any one of them.
+        tokens: the token tables that may be one; None where the format stores them as used.
         ignored: patterns of tensors that hold nothing to load.
         spellings: endings of names that some checkpoints have, and what they are here.
     """
 
     rows: tuple[Row, ...]
     prefix: str = ""
-    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tokens: TokenTables | None = None
     ignored: tuple[str, ...] = ()
     spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -167,10 +185,14 @@ def match(
     Raises:
         BackboneError: tensors are missing, unexpected or of another shape; all are listed.
     """
-    actual = {table.plain(name): name for name in stored}
-    for alias, name in table.aliases.items():
-        if alias in actual:
-            actual.setdefault(name, actual.pop(alias))
+    actual: dict[str, str] = {}
+    for name in stored:
+        other = actual.setdefault(table.plain(name), name)
+        if other != name:
+            raise BackboneError(
+                f"{where}: the tensors {other} and {name} are two spellings of one parameter; "
+                "remove one of them from the checkpoint"
+            )
     rows = {tuple(row.path.split("/")): row for row in table.rows}
     found: list[Parameter] = []
     missing: list[str] = []

@@ -10,7 +10,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefix_jax.backbones.architecture import Architecture
-from prefix_jax.backbones.names import LINEAR, STORED, VECTOR, Matrix, NameTable, Row, Vector
+from prefix_jax.backbones.defaults import complete
+from prefix_jax.backbones.names import (
+    LINEAR,
+    STORED,
+    VECTOR,
+    Matrix,
+    NameTable,
+    Row,
+    TokenTables,
+    Vector,
+)
 from prefix_jax.backbones.rope import read_rotary
 
 MODEL_TYPES = ("gpt_neox",)
@@ -22,9 +32,9 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     Raises:
         BackboneError: the config asks for a variant that is not computed here.
     """
+    config = complete(config, "gpt_neox")
     D, N = config["hidden_size"], config["num_attention_heads"]
-    attention_bias = config.get("attention_bias", True)
-    older = {"rope_theta": config.get("rotary_emb_base", 10000.0)}
+    attention_bias = config["attention_bias"]
     return Architecture(
         model_type="gpt_neox",
         layers=config["num_hidden_layers"],
@@ -34,17 +44,17 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         head_dim=D // N,
         d_ff=config["intermediate_size"],
         vocab=config["vocab_size"],
-        max_positions=config.get("max_position_embeddings", 2048),
+        max_positions=config["max_position_embeddings"],
         norm="layer",
-        epsilon=config.get("layer_norm_eps", 1e-5),
-        activation=config.get("hidden_act", "gelu"),
+        epsilon=config["layer_norm_eps"],
+        activation=config["hidden_act"],
         gated=False,
-        parallel=config.get("use_parallel_residual", True),
-        rotary=read_rotary(older | dict(config), share=config.get("rotary_pct", 0.25)),
+        parallel=config["use_parallel_residual"],
+        rotary=read_rotary(config, theta_key="rotary_emb_base", share_key="rotary_pct", share=0.25),
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         mlp_bias=True,
-        tied=config.get("tie_word_embeddings", False),
+        tied=config["tie_word_embeddings"],
     )
 
 
@@ -84,10 +94,7 @@ _HF_NAMES = NameTable(
         Row("final_layer_norm.bias", "final_norm/bias_D", VECTOR),
         Row("embed_out.weight", "head/unembed_DV", LINEAR),
     ),
-    # Frequencies follow from the configuration, the causal mask was once saved as a buffer, and a
-    # tied head is saved by some writers.
-    ignored=(
-        r"layers\.\d+\.attention\.(rotary_emb\.inv_freq|(masked_)?bias)",
-        r"embed_out\.weight",
-    ),
+    tokens=TokenTables("embed_in.weight", "embed_out.weight", stand_ins=("embed_out.weight",)),
+    # Frequencies follow from the configuration, and the causal mask was once saved as a buffer.
+    ignored=(r"layers\.\d+\.attention\.(rotary_emb\.inv_freq|(masked_)?bias)",),
 )

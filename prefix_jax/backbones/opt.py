@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefix_jax.backbones.architecture import Architecture
-from prefix_jax.backbones.names import LINEAR, STORED, VECTOR, Matrix, NameTable, Row
+from prefix_jax.backbones.defaults import complete
+from prefix_jax.backbones.names import (
+    LINEAR,
+    STORED,
+    VECTOR,
+    Matrix,
+    NameTable,
+    Row,
+    TokenTables,
+)
 from prefix_jax.errors import BackboneError
 
 MODEL_TYPES = ("opt",)
@@ -19,18 +28,19 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     Raises:
         BackboneError: the config asks for a variant that is not computed here.
     """
+    config = complete(config, "opt")
     D, N = config["hidden_size"], config["num_attention_heads"]
     for field, usual in (
         ("do_layer_norm_before", True),
         ("word_embed_proj_dim", D),
         ("layer_norm_elementwise_affine", True),
     ):
-        if config.get(field, usual) != usual:
+        if config.get(field) not in (usual, None):
             raise BackboneError(
                 f"OPT with {field}={config[field]} is not supported (of the published sizes, "
                 "350M alone is of this kind)"
             )
-    bias, positions = config.get("enable_bias", True), config["max_position_embeddings"]
+    bias, positions = config["enable_bias"], config["max_position_embeddings"]
     return Architecture(
         model_type="opt",
         layers=config["num_hidden_layers"],
@@ -43,7 +53,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         max_positions=positions,
         norm="layer",
         epsilon=1e-5,
-        activation=config.get("activation_function", "relu"),
+        activation=config["activation_function"],
         gated=False,
         final_norm=not config.get("_remove_final_layer_norm", False),
         positions=positions + _POSITION_OFFSET,
@@ -51,7 +61,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=bias,
-        tied=config.get("tie_word_embeddings", True),
+        tied=config["tie_word_embeddings"],
     )
 
 
@@ -86,6 +96,7 @@ _HF_NAMES = NameTable(
         Row("decoder.final_layer_norm.bias", "final_norm/bias_D", VECTOR),
         Row("lm_head.weight", "head/unembed_DV", LINEAR),
     ),
-    # A tied head is saved by some writers.
-    ignored=(r"lm_head\.weight",),
+    tokens=TokenTables(
+        "decoder.embed_tokens.weight", "lm_head.weight", stand_ins=("lm_head.weight",)
+    ),
 )

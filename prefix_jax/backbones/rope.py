@@ -1,4 +1,8 @@
-"""Reads what a configuration says of rotary positions, in its newer and its older spelling."""
+"""Reads what a configuration says about rotary positions, in its newer and its older spelling.
+
+The precedence is that of `convert_rope_params_to_dict` and `standardize_rope_params` in
+transformers 5.10 to 5.23.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +16,108 @@ from prefix_jax.nn.rotary import Rotary
 _SCALINGS = ("linear", "llama3", "yarn")
 
 
-def read_rotary(config: Mapping[str, Any], share: float = 1.0) -> Rotary:
-    """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
+def read_rotary(
+    config: Mapping[str, Any],
+    *,
+    theta_key: str = "rope_theta",
+    share_key: str | None = None,
+    share: float = 1.0,
+) -> Rotary:
+    """Reads the rotary positions of a model whose layers all rotate alike.
+
+    `rope_scaling`, where it is not empty, replaces `rope_parameters`. Their own values come before
+    those next to them, except for `original_max_position_embeddings`, which is the other way round.
 
     Args:
-        config: of a model all of whose layers turn alike.
-        share: of a head's dimensions that turn, where the configuration does not say.
+        config: the content of a `config.json`.
+        theta_key: the key of theta next to `rope_parameters`.
+        share_key: that of the part of each head that rotates; None where all of it does.
+        share: that part where the configuration does not say.
 
     Raises:
-        BackboneError: the scaling is of a kind that is not computed here.
+        BackboneError: the scaling is not supported, or transformers would not accept these keys.
     """
-    rope = config.get("rope_parameters") or {}
-    rope = {"rope_theta": config.get("rope_theta", 10000.0), **rope}
-    rope |= config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta, share = rope["rope_theta"], rope.get("partial_rotary_factor", share)
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    if nested := sorted(key for key, value in rope.items() if isinstance(value, Mapping)):
+        raise BackboneError(
+            f"rope_parameters by kind of layer ({', '.join(nested)}) are only supported for "
+            "Gemma 3; expected one set of parameters for all layers"
+        )
+    rope.setdefault("rope_theta", config.get(theta_key, 10000.0))
+    next_to_it = config.get("partial_rotary_factor")
+    if share_key is None:
+        if next_to_it is not None:
+            rope.setdefault("partial_rotary_factor", next_to_it)
+        share = 1.0
+        _refuse_partial(rope)
+    else:
+        share = rope.get("partial_rotary_factor", config.get(share_key, share))
+        if next_to_it is not None and next_to_it != share:
+            raise BackboneError(
+                f"partial_rotary_factor is {next_to_it}, but rope_parameters or {share_key} gives "
+                f"{share}, and versions of transformers differ in which they use; remove one"
+            )
+    if "original_max_position_embeddings" in config:
+        rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+    return _rotary(rope, config, share)
+
+
+def read_rotary_of_layers(
+    config: Mapping[str, Any], thetas: Mapping[str, tuple[str, float]]
+) -> dict[str, Rotary]:
+    """Reads the rotary positions of a model with several kinds of layers (Gemma 3).
+
+    `rope_scaling` is added to the parameters of full attention.
+
+    Args:
+        config: the content of a `config.json`.
+        thetas: for every kind of layer, the key of its theta next to `rope_parameters`, and the
+            default.
+
+    Raises:
+        BackboneError: the scaling is not supported, or transformers would not accept these keys.
+    """
+    by_kind = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling")
+    if scaling is not None and by_kind and not by_kind.get("full_attention"):
+        raise BackboneError(
+            "rope_scaling is given next to rope_parameters without full_attention, which "
+            "transformers does not accept; put it into rope_parameters.full_attention"
+        )
+    found = {}
+    for kind, (key, default) in thetas.items():
+        rope = dict(by_kind.get(kind) or {})
+        if scaling is not None and kind == "full_attention":
+            rope |= scaling
+            if "type" in scaling and "rope_type" not in scaling:
+                raise BackboneError(
+                    f"rope_scaling has type {scaling['type']!r} but no rope_type, without which "
+                    "transformers 5 does not scale; rename type to rope_type"
+                )
+        rope.setdefault("rope_theta", config.get(key, default))
+        _refuse_partial({"partial_rotary_factor": config.get("partial_rotary_factor"), **rope})
+        found[kind] = _rotary(rope, config, 1.0)
+    return found
+
+
+def _kind(rope: Mapping[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _refuse_partial(rope: Mapping[str, Any]) -> None:
+    """Refuses a scaling of a part of each head in models that rotate all of it: transformers fails
+    there. Without a scaling it ignores the key."""
+    factor = rope.get("partial_rotary_factor")
+    if _kind(rope) != "default" and factor is not None and factor != 1:
+        raise BackboneError(
+            f"partial_rotary_factor is {factor} with rope scaling {_kind(rope)!r}; this model "
+            "rotates whole heads, expected 1 or no such key"
+        )
+
+
+def _rotary(rope: Mapping[str, Any], config: Mapping[str, Any], share: float) -> Rotary:
+    """The rotary positions of one set of parameters, in which theta is given."""
+    kind, theta = _kind(rope), rope["rope_theta"]
     if kind == "default":
         return Rotary(theta, share=share)
     if kind not in _SCALINGS:
@@ -34,11 +125,10 @@ def read_rotary(config: Mapping[str, Any], share: float = 1.0) -> Rotary:
             f"rope scaling {kind!r} is not supported; supported: default, {', '.join(_SCALINGS)}"
         )
     factor = rope["factor"]
-    original = rope.get("original_max_position_embeddings") or config.get(
-        "max_position_embeddings", 2048
-    )
     if kind == "linear":
         return Rotary(theta, "linear", factor, share=share)
+    longest = config["max_position_embeddings"]
+    original = rope.get("original_max_position_embeddings") or longest
     if kind == "llama3":
         return Rotary(
             theta,
@@ -49,6 +139,8 @@ def read_rotary(config: Mapping[str, Any], share: float = 1.0) -> Rotary:
             high=rope["high_freq_factor"],
             share=share,
         )
+    if factor is None:
+        factor = longest / original
     return Rotary(
         theta,
         "yarn",

@@ -7,24 +7,43 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from prefix_jax.backbones.architecture import UNLIMITED, Architecture, encoder_decoder
-from prefix_jax.backbones.names import LINEAR, STORED, VECTOR, Matrix, NameTable, Row
+from prefix_jax.backbones.defaults import DEFAULTS, complete
+from prefix_jax.backbones.names import (
+    LINEAR,
+    STORED,
+    VECTOR,
+    Matrix,
+    NameTable,
+    Row,
+    TokenTables,
+)
+from prefix_jax.errors import BackboneError
 from prefix_jax.nn.relative import Relative
 
 # umT5 has relative positions of its own in every layer, and is not among them.
 MODEL_TYPES = ("t5", "mt5")
 
-_HEAD = "lm_head.weight"
+_SHARED, _HEAD = "shared.weight", "lm_head.weight"
+_ENCODER, _DECODER = "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
-    """Reads a Hugging Face `config.json` of T5 or mT5."""
-    model_type, D = config["model_type"], config["d_model"]
-    projection = config.get("feed_forward_proj", "relu" if model_type == "t5" else "gated-gelu")
-    # "gated-gelu" came first and means the approximate one.
-    activation = "gelu_new" if projection == "gated-gelu" else projection.split("-")[-1]
-    tied = config.get("tie_word_embeddings") is not False
+    """Reads a Hugging Face `config.json` of T5 or mT5.
+
+    Raises:
+        BackboneError: its buckets of relative positions are not computed as transformers does.
+    """
+    model_type = config["model_type"]
+    # The decoder is as deep as the encoder by its usual name, whatever another spelling says.
+    usual_layers = config.get("num_layers", DEFAULTS[model_type]["num_layers"])
+    config = complete(config, model_type)
+    D, projection = config["d_model"], config["feed_forward_proj"]
+    # "gated-gelu" came first and means the approximate one. transformers writes down what it made
+    # of the projection's name, and that wins.
+    usual = "gelu_new" if projection == "gated-gelu" else projection.split("-")[-1]
     # The original T5 scales what its tied head reads; mT5 never does. transformers 5 writes that
-    # down, and every T5 as tied; before it, one stood for the other.
+    # down, and ties every T5 whose checkpoint has no head; before it, one stood for the other.
+    tied = config.get("tie_word_embeddings") is not False
     scaled = model_type == "t5" and config.get("scale_decoder_outputs", tied)
     encoder = Architecture(
         model_type=model_type,
@@ -37,21 +56,17 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         vocab=config["vocab_size"],
         max_positions=UNLIMITED,
         norm="rms",
-        epsilon=config.get("layer_norm_epsilon", 1e-6),
-        activation=activation,
-        gated=projection.startswith("gated"),
+        epsilon=config["layer_norm_epsilon"],
+        activation=config.get("dense_act_fn", usual),
+        gated=config.get("is_gated_act", projection.split("-")[0] == "gated"),
         causal=False,
-        relative=Relative(
-            config.get("relative_attention_num_buckets", 32),
-            config.get("relative_attention_max_distance", 128),
-            both_ways=True,
-        ),
+        relative=_relative(config),
         attention_scale=1.0,
     )
     assert encoder.relative is not None
     decoder = dataclasses.replace(
         encoder,
-        layers=config.get("num_decoder_layers") or encoder.layers,
+        layers=config.get("num_decoder_layers") or usual_layers,
         causal=True,
         relative=dataclasses.replace(encoder.relative, both_ways=False),
         tied=tied,
@@ -60,10 +75,26 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     return encoder_decoder(encoder, decoder, config, start="pad_token_id")
 
 
+def _relative(config: Mapping[str, Any]) -> Relative:
+    """The encoder's relative positions."""
+    buckets = config["relative_attention_num_buckets"]
+    farthest = config["relative_attention_max_distance"]
+    if buckets < 4:
+        raise BackboneError(f"relative_attention_num_buckets must be at least 4, got {buckets}")
+    # Up to half of a decoder's buckets hold exact distances; the rest share a logarithmic range
+    # that ends at the greatest distance, and for which transformers has no formula if it is empty.
+    if farthest <= buckets // 2:
+        raise BackboneError(
+            f"relative_attention_max_distance is {farthest}; with "
+            f"relative_attention_num_buckets {buckets} it must be more than {buckets // 2}"
+        )
+    return Relative(buckets, farthest, both_ways=True)
+
+
 def as_stored(arch: Architecture, stored: Collection[str]) -> Architecture:
-    """The architecture with the head that a checkpoint of tensors of these names has: configs
-    that transformers 5 wrote call every head tied."""
-    return dataclasses.replace(arch, tied=_HEAD not in stored)
+    """The architecture of a checkpoint: a head that is not stored is tied, whatever the
+    configuration says."""
+    return dataclasses.replace(arch, tied=True)
 
 
 def hf_names(arch: Architecture) -> NameTable:
@@ -74,14 +105,13 @@ def hf_names(arch: Architecture) -> NameTable:
     )
     return NameTable(
         rows=(
-            Row("shared.weight", "embed/tokens_VD", STORED),
+            Row(_SHARED, "embed/tokens_VD", STORED),
+            Row(_ENCODER, "encoder/embed/tokens_VD", STORED),
             *encoder,
             *decoder,
             Row(_HEAD, "head/unembed_DV", LINEAR),
         ),
-        aliases=dict.fromkeys(
-            ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"], "shared.weight"
-        ),
+        tokens=TokenTables(_SHARED, _HEAD, _ENCODER, _DECODER, (_ENCODER, _DECODER, _HEAD)),
         # Older checkpoints have one that was never used.
         ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     )

@@ -87,7 +87,7 @@ class Rotary:
         if self.truncate:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, head_dim - 1)
-        ramp = (np.arange(head_dim // 2) - first) / max(last - first, 1e-3)
+        ramp = (np.arange(head_dim // 2) - first) / ((last - first) or 1e-3)
         keep = 1 - np.clip(ramp, 0, 1)
         return keep * plain + (1 - keep) * plain / self.factor
 

@@ -76,3 +76,42 @@ def test_variants_that_are_not_computed_are_refused() -> None:
         architecture(config | {"use_bidirectional_attention": True}, "here")
     with pytest.raises(BackboneError, match="attn_logit_softcapping is not supported"):
         architecture(config | {"attn_logit_softcapping": 50.0}, "here")
+
+
+def test_only_gemma_3_reads_the_period_of_its_windows() -> None:
+    config = {"num_hidden_layers": 6, "sliding_window_pattern": 3}
+    gemma2 = architecture({"model_type": "gemma2", **config}, "here")
+    assert gemma2.sliding == (True, False) * 3
+    gemma3 = architecture({"model_type": "gemma3_text", **config}, "here")
+    assert gemma3.sliding == (True, True, False) * 2
+
+
+@pytest.mark.parametrize("above", [None, True, False])
+@pytest.mark.parametrize("inside", [None, True, False])
+def test_the_tie_of_the_model_that_sees_images_is_the_one_above_its_text(
+    above: bool | None, inside: bool | None
+) -> None:
+    text = GEMMA_3_4B["text_config"]
+    if inside is not None:
+        text = text | {"tie_word_embeddings": inside}
+    config = GEMMA_3_4B | {"text_config": text}
+    if above is not None:
+        config["tie_word_embeddings"] = above
+    assert architecture(config, "here").tied == (above is not False)
+
+
+def test_the_model_that_sees_images_does_not_cap_its_logits() -> None:
+    text = GEMMA_3_4B["text_config"] | {"final_logit_softcapping": 3.0}
+    assert architecture(text, "here").logit_softcap == 3.0
+    assert architecture(GEMMA_3_4B | {"text_config": text}, "here").logit_softcap is None
+
+
+def test_the_first_gemma_ignores_what_came_with_the_second() -> None:
+    config = read_config(FIXTURES / "gemma")
+    later = {
+        "query_pre_attn_scalar": 7,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "sliding_window": 5,
+    }
+    assert architecture(config | later, "later") == architecture(config, "here")

@@ -141,10 +141,21 @@ def test_a_tensor_in_two_shards_is_refused(model: Path) -> None:
         load(model)
 
 
-def test_a_config_that_lacks_a_number_names_it(model: Path) -> None:
+def test_config_that_lacks_a_number_gets_the_default_of_transformers(model: Path) -> None:
     config = read_config(model)
     del config["num_hidden_layers"]
-    with pytest.raises(BackboneError, match="configuration of here lacks 'num_hidden_layers'"):
+    assert architecture(config, "here").layers == 32
+
+
+def test_config_that_lacks_a_key_without_default_names_it(model: Path) -> None:
+    config = read_config(model) | {"rope_scaling": {"rope_type": "linear"}}
+    with pytest.raises(BackboneError, match="configuration of here lacks 'factor'"):
+        architecture(config, "here")
+
+
+def test_layers_with_configurations_of_their_own_are_refused(model: Path) -> None:
+    config = read_config(model) | {"per_layer_config": {"0": {"intermediate_size": 24}}}
+    with pytest.raises(BackboneError, match="per_layer_config is not supported"):
         architecture(config, "here")
 
 

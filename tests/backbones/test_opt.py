@@ -21,6 +21,12 @@ def test_the_kind_of_opt_350m_is_refused(field: str, value: object) -> None:
         architecture(config | {field: value}, "here")
 
 
+def test_projection_width_that_is_null_is_the_hidden_size() -> None:
+    config = read_config(FIXTURES / "opt")
+    null = architecture(config | {"word_embed_proj_dim": None}, "here")
+    assert null == architecture(config, "here")
+
+
 def test_two_rows_of_positions_stand_before_the_first() -> None:
     arch = architecture(read_config(FIXTURES / "opt"), "here")
     assert (arch.positions, arch.position_offset, arch.max_positions) == (66, 2, 64)

@@ -67,6 +67,11 @@ def test_a_stack_may_be_deeper_than_the_other():
     even = architecture({k: v for k, v in CONFIG.items() if k != "num_decoder_layers"}, "t5")
     assert even.layers == even.encoder.layers == 3
     assert dataclasses.replace(even.encoder.relative, both_ways=False) == even.relative
+    spelled = architecture(
+        {k: v for k, v in CONFIG.items() if k != "num_decoder_layers"} | {"num_hidden_layers": 1},
+        "t5",
+    )
+    assert (spelled.encoder.layers, spelled.layers) == (1, 3)
 
 
 def test_umt5_is_refused(tmp_path):
@@ -74,3 +79,26 @@ def test_umt5_is_refused(tmp_path):
     (path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "umt5"}))
     with pytest.raises(BackboneError, match="unsupported architecture 'umt5'"):
         architecture(read_config(path), str(path))
+
+
+@pytest.mark.parametrize(
+    ("buckets", "distance", "fits"),
+    [(32, 17, True), (32, 16, False), (32, 9, False), (2, 9, False)],
+)
+def test_relative_positions_without_a_logarithmic_range_are_refused(
+    buckets: int, distance: int, fits: bool
+) -> None:
+    config = CONFIG | {
+        "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": distance,
+    }
+    if fits:
+        assert architecture(config, "t5").relative.farthest == distance
+        return
+    with pytest.raises(BackboneError, match=r"relative_attention_(max_distance|num_buckets)"):
+        architecture(config, "t5")
+
+
+def test_the_activation_that_transformers_wrote_down_wins() -> None:
+    arch = architecture(CONFIG | {"dense_act_fn": "relu", "is_gated_act": False}, "t5")
+    assert (arch.activation, arch.gated) == ("relu", False)
