@@ -93,6 +93,8 @@ Count = Annotated[int, Range(0, MAX_INT32)]
 PositiveInt = Annotated[int, Range(1, MAX_INT32)]
 # Sizes of arrays: a million slots, rows or units is beyond every use.
 Size = Annotated[int, Range(1, 2**20)]
+# Widths of the small networks that some methods train: papers use hundreds.
+Width = Annotated[int, Range(1, 2**16)]
 Fraction = Annotated[float, Range(0, 1, high_open=True)]
 PositiveFloat = Annotated[float, Range(0, low_open=True, float32=True)]
 NonNegativeFloat = Annotated[float, Range(0, float32=True)]

@@ -177,7 +177,7 @@ def test_an_ill_typed_value_names_key_value_and_type(minimal, override, expected
     assert f"override {override}" in message or ".clip" in message or override == "optim=5"
 
 
-@pytest.mark.parametrize("value", ["'{facts}", "{facts}'", '"{facts} ->', "{a}: 'b\n'{c}'"])
+@pytest.mark.parametrize("value", ["'{facts}", "{facts}'", '"{facts} ->', "{a}: 'b'{c}'"])
 def test_a_lost_quote_is_told_with_what_to_write(minimal, value):
     message = refused(minimal, f"data.input={value}")
     assert f"override data.input={value}: the quote at the " in message

@@ -76,7 +76,7 @@ def sections(
     for override in overrides:
         key, equals, text = str(override).partition("=")
         if not equals or not all(key.split(".")):
-            raise ConfigError(f"override {_shorten(override)!r}: expected key.path=value")
+            raise ConfigError(f"override {_shorten(override)}: expected key.path=value")
         try:
             _put(values, key, _override_value(cls, key, text))
         except ConfigError as error:
@@ -115,7 +115,9 @@ def _origin(problem: Problem, given: Mapping[str, str], source: str) -> str:
 
 
 def _shorten(override: object) -> str:
+    """An override in a message, printable and of bounded length."""
     text = str(override)
+    text = text if text.isprintable() else repr(text)
     return text if len(text) <= _LONG else f"{text[:_LONG]}…"
 
 

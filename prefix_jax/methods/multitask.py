@@ -13,7 +13,7 @@ import numpy as np
 from prefix_jax.errors import ConfigError, PrefixError
 from prefix_jax.methods.base import Method, Params
 from prefix_jax.prefix import Embeds, Geometry
-from prefix_jax.typed import Count, Size
+from prefix_jax.typed import Count, Width
 from prefix_jax.untrusted.names import check_storable_names
 from prefix_jax.untrusted.paths import expand
 from prefix_jax.untrusted.safetensors import read_tensors
@@ -48,7 +48,7 @@ class MultitaskPromptTuning(Method[Embeds]):
         source_task: for "exact", counted from 0.
     """
 
-    ranks: Size = 1
+    ranks: Width = 1
     tasks: tuple[str, ...] | None = None
     source: str | None = None
     source_init: Literal["average", "exact", "shared"] = "average"

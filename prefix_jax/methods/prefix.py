@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from prefix_jax.methods.base import Params, torch_linear
 from prefix_jax.methods.sites import SiteMethod
 from prefix_jax.prefix import SITES, Geometry, KVPrefix, Prefix, Site, SiteName, SiteShape
-from prefix_jax.typed import Count, Size
+from prefix_jax.typed import Count, Width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PrefixTuning(SiteMethod):
         pinned: keeps the prefix visible when a sliding window has moved past it.
     """
 
-    mid: Size | None = None
+    mid: Width | None = None
     offset: Count | None = None
     pinned: bool = False
 

@@ -248,7 +248,7 @@ def test_a_method_of_ones_own_has_to_be_registered():
         ({"name": "full", "length": 3}, "full takes no fields, got length"),
         ({"name": "prefix", "length": 0}, "method.length: must be at least 1, got 0"),
         ({"name": "prompt", "dropout": 1.0}, r"must be in \[0, 1\)"),
-        ({"name": "prefix", "mid": 10**9}, "method.mid: must be at most 1048576, got 1000000000"),
+        ({"name": "prefix", "mid": 10**9}, "method.mid: must be at most 65536, got 1000000000"),
         ({"name": "prefix", "offset": -1}, "method.offset: must be at least 0, got -1"),
         ({"name": "prefix", "sites": []}, "method.sites is .*; name one or more of encoder, "),
         ({"name": "prefix", "sites": ["cross", "cross"]}, "each once"),

@@ -19,9 +19,9 @@ def pretrained(tmp_path_factory):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("method={name: prefix, length: 4, mid: 1000000}", "method.mid 1000000, method.length 4: "),
-        ("method={name: ptuning, length: 4, hidden: 900000}", "; lower method.hidden"),
-        ("method={name: multitask, length: 4, ranks: 1000000}", "; lower method.ranks"),
+        ("method={name: prefix, length: 4, mid: 60000}", "method.mid 60000, method.length 4: "),
+        ("method={name: ptuning, length: 4, hidden: 60000}", "; lower method.hidden"),
+        ("method={name: multitask, length: 4, ranks: 60000}", "; lower method.ranks"),
         ("data.batch_size=60000", "data.batch_size 60000: a step needs at least "),
     ],
 )
