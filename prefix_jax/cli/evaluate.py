@@ -69,11 +69,8 @@ def run(args: argparse.Namespace) -> int:
         given = getattr(args, key)
         if given is not None:
             args.settings.append(f"evaluate.{key}={json.dumps(given.split(','))}")
-    if args.output is not None and (Path(args.output) / "config.yaml").exists():
-        raise ConfigError(
-            f"{args.output} holds a run, whose own results these would replace; "
-            "choose another directory for --output"
-        )
+    if args.output is not None:
+        _refuse_foreign(Path(args.output))
     first = _processes.first()
     for place in (args.output, args.official):
         if place is not None and first:
@@ -103,6 +100,34 @@ def run(args: argparse.Namespace) -> int:
     if args.official is not None:
         write_official(args.official, after.predictions)
     return 0
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Makes sure that the results of another verb or program are not replaced.
+
+    Raises:
+        ConfigError: the directory contains some.
+    """
+    from prefix_jax.untrusted.json import read_json_object
+
+    what = None
+    if (directory / "config.yaml").exists():
+        what = "a run"
+    elif (directory / "prefix.json").exists():
+        what = "a prefix"
+    elif (results := directory / "results.json").exists():
+        try:
+            own = {"prefix", "data", "results"} <= read_json_object(results, ConfigError).keys()
+        except ConfigError:
+            own = False
+        what = None if own else "a results.json of another program"
+    elif found := sorted(directory.glob("predictions*.jsonl")):
+        what = f"{found[0].name} of another program"
+    if what is not None:
+        raise ConfigError(
+            f"--output {directory} holds {what}, which these results would replace or join; "
+            "choose another directory"
+        )
 
 
 def _write(directory: Path, args: argparse.Namespace, found: Mapping[str, Evaluation]) -> None:

@@ -76,3 +76,30 @@ def test_the_results_of_a_run_are_not_replaced(run_in, trained):
     assert ran.code == 2
     assert "run holds a run" in ran.err
     assert (folder / "run" / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("results.json", '{"accuracy": 1}'),
+        ("results.json", "not JSON"),
+        ("predictions.jsonl", "mine"),
+        ("prefix.json", "{}"),
+    ],
+)
+def test_results_of_another_program_are_not_replaced(run_in, trained, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    words = ("evaluate", "run", "--data", "test.jsonl", "--output", str(tmp_path))
+    ran = run_in(trained[0], *words)
+    assert ran.code == 2
+    assert f"--output {tmp_path} holds" in ran.err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == content
+
+
+def test_results_of_an_earlier_evaluation_are_replaced(run_in, trained, tmp_path):
+    words = ("evaluate", "run", "--data", "test.jsonl", "--output", str(tmp_path))
+    for limit in (1, 2):
+        assert run_in(trained[0], *words, f"evaluate.limit={limit}").code == 0
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert results["settings"] == [f"evaluate.limit={limit}"]
