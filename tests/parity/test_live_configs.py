@@ -270,6 +270,7 @@ VARIANTS: dict[str, tuple[Config, Edits]] = {
     "mistral by layer": (
         _model(
             "mistral",
+            head_dim=8,
             sliding_window=5,
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         ),
