@@ -169,20 +169,28 @@ class PrefixModel:
         stacks: tuple[StackName, ...] = (
             (reader,) if backbone.arch.encoder is None else (reader, "decoder")
         )
+        # Before states are traced through all layers, which takes minutes for a million of them.
+        most, method = backbone.room(None, reader), self.method
+        if method and method.produces in (Embeds, Hidden) and method.text_start > most - 2:
+            raise _no_room(method.text_start, most, reader)
         for stack in stacks:
             positions, room = (backbone.room(p, stack) for p in (None, self._abstract))
             start = positions - room
             if room < 2:
-                raise ContextError(
-                    f"a prefix after which text starts at position {start} leaves no room for it "
-                    f"in the {positions} positions of the {stack}; take a shorter prefix"
-                )
+                raise _no_room(start, positions, stack)
             if stack == reader and max_length is not None and max_length > room:
                 raise ContextError(
                     f"data.max_length {max_length} and text that starts at position {start}, after "
                     f"the prefix, exceed the model's {positions} positions; at most {room} tokens "
                     "fit, or take a shorter prefix"
                 )
+
+
+def _no_room(start: int, positions: int, stack: StackName) -> ContextError:
+    return ContextError(
+        f"a prefix after which text starts at position {start} leaves no room for it in the "
+        f"{positions} positions of the {stack}; use a shorter prefix (method.length)"
+    )
 
 
 def packs(prefix: Prefix | None) -> bool:

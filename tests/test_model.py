@@ -132,6 +132,12 @@ def test_what_fits_beside_a_prefix_follows_from_where_text_starts():
     assert room(PrefixTuning(P, offset=30)) == 34
 
 
+@pytest.mark.parametrize("method", [PromptTuning(2**20), HiddenPrefixTuning(2**20)])
+def test_a_million_soft_tokens_are_refused_before_they_are_traced(method) -> None:
+    with pytest.raises(ContextError, match="position 1048576 leaves no room"):
+        PrefixModel(BACKBONE, method).check_context(None)
+
+
 def test_text_that_does_not_fit_beside_the_prefix_is_refused():
     model = PrefixModel(BACKBONE, PrefixTuning(P))
     model.check_context(60)
