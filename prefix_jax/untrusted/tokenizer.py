@@ -65,7 +65,7 @@ _ROWS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 def read_tokenizer(directory: Path, error: type[PrefixJaxError]) -> PreTrainedTokenizerFast:
     """Reads the tokenizer of a directory in Hugging Face layout, without running code from it.
 
-    transformers sees a copy that holds nothing but checked files.
+    transformers sees a temporary directory that holds nothing but checked files.
 
     Raises:
         PrefixJaxError: of class `error`, if there is no tokenizer, its files are malformed, or it
@@ -73,19 +73,20 @@ def read_tokenizer(directory: Path, error: type[PrefixJaxError]) -> PreTrainedTo
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    unusable = "reading the tokenizer needs a writable directory for temporary files"
     try:
         folder = tempfile.TemporaryDirectory(prefix="prefix-jax-tokenizer-")
     except OSError as failure:
-        raise error(f"{directory}: the tokenizer cannot be copied ({failure})") from None
-    with folder as copy:
+        raise error(f"{directory}: {unusable} ({failure})") from None
+    with folder as view:
         try:
-            _copy_checked(directory, Path(copy), error)
+            _link_checked(directory, Path(view), error)
         except OSError as failure:
-            raise error(f"{directory}: the tokenizer cannot be copied ({failure})") from None
+            raise error(f"{directory}: {unusable} ({failure})") from None
         holds_none = f"{directory} holds no tokenizer that can be read"
-        with _stdout_as_stderr(), failures(holds_none, error, copy):
+        with _stdout_as_stderr(), failures(holds_none, error, view):
             tokenizer = AutoTokenizer.from_pretrained(
-                copy, local_files_only=True, trust_remote_code=False
+                view, local_files_only=True, trust_remote_code=False
             )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise error(
@@ -230,7 +231,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 @contextlib.contextmanager
-def failures(where: str, error: type[PrefixJaxError], copy: str | None = None) -> Iterator[None]:
+def failures(where: str, error: type[PrefixJaxError], view: str | None = None) -> Iterator[None]:
     """Turns whatever a tokenizer raises into one error. Panics of Rust are no `Exception`."""
     try:
         yield
@@ -241,8 +242,8 @@ def failures(where: str, error: type[PrefixJaxError], copy: str | None = None) -
             raise  # Ctrl-C and exits
         lines = str(failure).strip().splitlines()
         text = lines[0][:300] if lines else ""
-        if copy is not None:
-            text = text.replace(copy, "the directory")
+        if view is not None:
+            text = text.replace(view, "the directory")
         if not isinstance(failure, OSError | ValueError) and type(failure) is not Exception:
             text = f"{type(failure).__name__}: {text}"
         raise error(f"{where}: {text or type(failure).__name__}") from None
@@ -323,8 +324,8 @@ def _stdout_as_stderr() -> Iterator[None]:
 # Checking files.
 
 
-def _copy_checked(directory: Path, copy: Path, error: type[PrefixJaxError]) -> None:
-    """Copies the files of a tokenizer that transformers may see.
+def _link_checked(directory: Path, view: Path, error: type[PrefixJaxError]) -> None:
+    """Fills `view` with the files that transformers may see: links, and configs without code.
 
     Raises:
         PrefixJaxError: of class `error`, if one of them is malformed.
@@ -334,10 +335,15 @@ def _copy_checked(directory: Path, copy: Path, error: type[PrefixJaxError]) -> N
         path = directory / name
         return read_text(path, error, limit=MAX_BYTES) if path.exists() else None
 
+    def link(file: Path) -> None:
+        target = view / file.relative_to(directory)
+        target.parent.mkdir(exist_ok=True)
+        target.symlink_to(file.absolute())
+
     for file in sorted(directory.glob("tokenizer.*json")):
         content = read_text(file, error, limit=MAX_BYTES)
         check_tokenizer_json(parse_json(content, str(file), error), str(file), error)
-        (copy / file.name).write_text(content, encoding="utf-8")
+        link(file)
     for name in _JSON_FILES:
         if (text := text_of(name)) is not None:
             where = str(directory / name)
@@ -348,27 +354,26 @@ def _copy_checked(directory: Path, copy: Path, error: type[PrefixJaxError]) -> N
                 _check_holes(tokens, where, error)
             if name == "special_tokens_map.json":
                 _check_tokens(tokens, where, error)
-            (copy / name).write_text(text, encoding="utf-8")
+            link(directory / name)
     for name in _TEXT_FILES:
-        if (text := text_of(name)) is not None:
-            (copy / name).write_text(text, encoding="utf-8")
+        if text_of(name) is not None:
+            link(directory / name)
     for pattern in ("*.model", f"{_TEMPLATES}/*.jinja"):
         for file in sorted(directory.glob(pattern)):
-            target = copy / file.relative_to(directory)
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(read_bytes(file, error, limit=MAX_BYTES))
+            read_bytes(file, error, limit=MAX_BYTES)
+            link(file)
     known = {}
     if (text := text_of("config.json")) is not None:
         where = str(directory / "config.json")
         config = _object(parse_json(text, where, error), where, error)
         known = {key: config[key] for key in _CONFIG_KEYS if isinstance(config.get(key), str)}
         _check_class(known.get("tokenizer_class"), None, where, error)
-        (copy / "config.json").write_text(json.dumps(known), encoding="utf-8")
+        (view / "config.json").write_text(json.dumps(known), encoding="utf-8")
     if (text := text_of("tokenizer_config.json")) is not None:
         where = str(directory / "tokenizer_config.json")
         config = _object(parse_json(text, where, error), where, error)
         checked = _checked_config(config, where, error)
-        (copy / "tokenizer_config.json").write_text(json.dumps(checked), encoding="utf-8")
+        (view / "tokenizer_config.json").write_text(json.dumps(checked), encoding="utf-8")
 
 
 def check_tokenizer_json(content: Any, where: str, error: type[PrefixJaxError]) -> None:

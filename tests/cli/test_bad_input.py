@@ -102,7 +102,10 @@ def change(folder, **values):
         (lambda model: (model / "model.safetensors").unlink(), "safetensors"),
         (lambda model: (model / "config.json").write_text("{"), "malformed JSON"),
         (lambda model: (model / "config.json").unlink(), "no config.json"),
-        (lambda model: (model / "tokenizer.json").write_text("{"), "no tokenizer that can be read"),
+        (
+            lambda model: (model / "tokenizer.json").write_text("{"),
+            "tokenizer.json: malformed JSON",
+        ),
         (lambda model: change(model, model_type="mamba"), "unsupported architecture 'mamba'"),
         (lambda model: change(model, num_hidden_layers=3), "layers.2"),
         (lambda model: change(model, hidden_size=64), "shape"),
