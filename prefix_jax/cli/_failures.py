@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -33,6 +34,12 @@ def describe(error: BaseException) -> str | None:
         if (error.name or "").partition(".")[0] == "prefix_jax":
             return None
         return f"{reason(error)}; 'prefix-jax doctor' shows which packages are missing or untested"
+    if isinstance(error, ValueError) and error.__traceback__ is not None:
+        innermost = traceback.extract_tb(error.__traceback__)[-1]
+        if Path(innermost.filename).as_posix().endswith("jax/_src/config.py"):
+            return (
+                f"JAX refuses an environment variable JAX_…: {reason(error)}; unset or correct it"
+            )
     if isinstance(error, RuntimeError):
         said = str(error)
         if "RESOURCE_EXHAUSTED" in said or "Out of memory" in said:

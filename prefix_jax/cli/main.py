@@ -169,6 +169,8 @@ def _keep_programs() -> None:
 
 def _quieten() -> None:
     """Mutes the libraries' notices: what a user must know, we say."""
+    # Models compute in 32 bits and less; with 64-bit defaults their types would not match.
+    os.environ.pop("JAX_ENABLE_X64", None)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("absl", "jax", "matplotlib", "orbax"):

@@ -142,6 +142,23 @@ def test_a_backend_that_jax_does_not_have_is_one_line(files):
 
 
 @pytest.mark.parametrize(
+    "variable",
+    ["JAX_LOG_COMPILES", "JAX_COMPILATION_CACHE_MAX_SIZE", "JAX_DEFAULT_MATMUL_PRECISION"],
+)
+def test_a_wrong_environment_variable_of_jax_is_one_line(variable):
+    done = command("import jax", env={**os.environ, variable: "wrong"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: JAX refuses an environment variable JAX_…: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_64_bit_defaults_of_jax_are_not_used():
+    code = "import jax; print(jax.numpy.ones(1).dtype)"
+    done = command(code, env={**os.environ, "JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "float32\n", "")
+
+
+@pytest.mark.parametrize(
     ("error", "message"),
     [
         (MemoryError(), "the host is out of memory; use a smaller model"),
