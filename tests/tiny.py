@@ -63,6 +63,16 @@ def write_model(directory: Path, *, seed: int = 0, **config: int) -> Path:
     return directory
 
 
+def write_ascii_tokenizer(directory: Path) -> None:
+    """Writes a tokenizer with 96 tokens, printable ASCII and `</s>`, into a model's directory."""
+    tokenizer = Tokenizer(models.BPE({chr(32 + i): i for i in range(95)}, []))
+    tokenizer.add_special_tokens([AddedToken(_END, special=True)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END})
+    )
+
+
 def _weights(config: dict, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     D, F, V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
