@@ -202,6 +202,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "d_model": 1024,
         "scale_embedding": False,
         "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": 2,
         "tie_word_embeddings": True,
     },
     "distilbert": {

@@ -289,13 +289,12 @@ def read_config(path: Path) -> dict[str, Any]:
     config = _read_mapping(path / "config.json")
     if config is None:
         raise BackboneError(f"{path} has no config.json: it is not in Hugging Face layout")
-    # Newer checkpoints have how to begin and to end a text in a file of its own. As in
-    # transformers, what a text has to begin and end with is then said there or nowhere.
+    # As in transformers, generation_config.json, if it exists, decides which tokens are forced.
     generation = _read_mapping(path / "generation_config.json")
     if generation is None:
         return config
-    config = {key: value for key, value in config.items() if key not in _FORCED}
-    return {key: generation[key] for key in _GENERATION & generation.keys()} | config
+    forced = {key: generation.get(key) for key in _FORCED}
+    return {key: generation[key] for key in _GENERATION & generation.keys()} | config | forced
 
 
 def _read_mapping(file: Path) -> dict[str, Any] | None:

@@ -46,7 +46,7 @@ def test_names_may_have_the_task_models_prefix_and_shared_embeddings_any_of_thei
         assert load(path).fingerprint == usual
 
 
-def test_newer_checkpoints_say_in_a_file_of_its_own_how_texts_begin_and_end(tmp_path):
+def test_reads_start_and_forced_tokens_from_generation_config(tmp_path):
     path = tiny.write_bart(tmp_path / "bart")
     arch = architecture(read_config(path), "bart")
     assert (arch.start_id, arch.first_id, arch.last_id) == (256, 258, 256)
@@ -54,7 +54,8 @@ def test_newer_checkpoints_say_in_a_file_of_its_own_how_texts_begin_and_end(tmp_
     bare = {key: value for key, value in CONFIG.items() if key not in frame}
     (path / "config.json").write_text(json.dumps(bare))
     arch = architecture(read_config(path), "bart")
-    assert (arch.start_id, arch.first_id, arch.last_id) == (256, None, None)
+    # transformers' defaults, which config.json leaves out.
+    assert (arch.start_id, arch.first_id, arch.last_id) == (2, None, 2)
     generation = {key: CONFIG[key] for key in frame} | {"min_length": 56}
     (path / "generation_config.json").write_text(json.dumps(generation))
     assert read_config(path) == CONFIG
@@ -68,7 +69,7 @@ def test_newer_checkpoints_say_in_a_file_of_its_own_how_texts_begin_and_end(tmp_
     [(None, None, None), (None, 9, 9), (None, 2, 2), ({}, 9, None), ({}, None, None)]
     + [({"forced_eos_token_id": 7}, config, 7) for config in (None, 9)],
 )
-def test_the_file_of_its_own_says_it_alone(of_its_own, in_config, last, tmp_path):
+def test_generation_config_alone_decides_the_forced_end(of_its_own, in_config, last, tmp_path):
     """`tests/parity` holds these to transformers."""
     path = tiny.write_bart(tmp_path / "bart", forced_eos_token_id=in_config)
     if of_its_own is not None:
