@@ -1,4 +1,4 @@
-"""Activations by the names that Hugging Face configs give them."""
+"""Activation functions, by their names in Hugging Face configs."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The function of that name.
+    """Looks up an activation function.
 
     Raises:
-        BackboneError: no such activation; the message lists those there are.
+        BackboneError: the name is unknown; the message lists the known ones.
     """
     if name not in _ACTIVATIONS:
         raise BackboneError(f"unknown activation {name!r}; known: {', '.join(_ACTIVATIONS)}")

@@ -1,11 +1,11 @@
-"""The one attention over a prefix and tokens.
+"""Attention over a prefix and tokens.
 
-Prefix and tokens are attended to apart and share one softmax: both parts of the forward pass give
-sums relative to one maximum, and both parts of the backward pass get the output and the denominator
-of the whole. So the prefix is never copied to the rows of the batch, its logits being one matrix
-product over all queries, and the tokens' part is exchangeable: `splash` on TPUs, whatever the
-machine that compiles for them, and `dense` elsewhere. What stands beside the softmax (gated
-adapters, Prefix-Tuning+) is added to its result.
+Prefix and tokens are computed separately but share one softmax. In the forward pass, both parts
+return sums relative to the same maximum; in the backward pass, both receive the output and the
+denominator of the whole softmax. The prefix is therefore never broadcast over the batch: its logits
+are one matrix product over all queries. The token part has two implementations: `splash` for
+programs compiled for TPUs (on any machine), and `dense` elsewhere. Terms outside the softmax (gated
+adapters, Prefix-Tuning+) are added to its output.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ def attend(
 ) -> jax.Array:
     """Attends to tokens and, inside the same softmax, to a prefix.
 
-    The backward pass keeps the output and the log-denominator of each query, and computes the
-    weights again from them (Dao et al. 2022), so no array of T x S survives the forward pass.
+    Only the output and the log-denominator of each query are saved for the backward pass, which
+    recomputes the weights from them (Dao et al. 2022), so no T x S array outlives the forward pass.
 
     Args:
         q_BTNH: queries.
-        k_BSKH: keys of the tokens; each serves N/K query heads.
-        v_BSKH: values of the tokens.
-        seen: which keys and prefix slots each query sees.
-        site: one layer of a site of a prefix (k_PKH, v_PKH, …), or None for the bare model.
-        scale: multiplies the logits, H ** -0.5 as a rule.
+        k_BSKH: token keys; each key head serves N/K query heads.
+        v_BSKH: token values.
+        seen: the keys and prefix slots that each query sees.
+        site: one layer of a prefix site (k_PKH, v_PKH, …), or None for the bare model.
+        scale: multiplies the logits, usually H ** -0.5.
         softcap: bounds the logits smoothly, to softcap * tanh(logits / softcap) (Gemma 2).
 
     Returns:
-        out_BTNH in the dtype of `q_BTNH`. Softmax is computed in float32.
+        out_BTNH in the dtype of `q_BTNH`. The softmax is computed in float32.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
@@ -64,17 +64,17 @@ def attend(
 
 
 def beside(q_BTNH: jax.Array, added: Beside, scale: float) -> jax.Array:
-    """What queries gain beside the softmax over tokens, out_BTNH.
+    """The term added outside the softmax over tokens, out_BTNH.
 
     Args:
         q_BTNH: queries.
-        added: one layer of it (k_PKH, v_PKH, gate_N; or m_NHH).
+        added: one layer of the term (k_PKH, v_PKH, gate_N; or m_NHH).
         scale: multiplies the logits.
     """
     B, T, N, H = q_BTNH.shape
     dtype = q_BTNH.dtype
     if isinstance(added, Memory):
-        # Heads are Y on the way out, so that the letters of an einsum differ.
+        # The output head dimension is Y, because an einsum needs distinct letters.
         features_BTNH = jax.nn.elu(q_BTNH.astype(jnp.float32)).astype(dtype)
         return jnp.einsum("BTNH,NHY->BTNY", features_BTNH, added.m_LNHH.astype(dtype))
     k_PKH, v_PKH = added.k_LPKH.astype(dtype), added.v_LPKH.astype(dtype)
@@ -91,9 +91,10 @@ def _by_platform(
     kernel: Callable[..., Any],
     plain: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """The tokens' part for the platform that the program is lowered for.
+    """Selects the token part for the platform that the program is lowered for.
 
-    The choice is made inside each pass: a derivative of it would keep what either path saves.
+    The choice is made inside each pass: differentiating through it would keep the residuals of
+    both paths.
     """
     if not splash.fits(q_BKGTH, k_BSKH, seen):
         return plain

@@ -1,10 +1,10 @@
-"""How the columns of a row lie on the devices that share it.
+"""Zigzag layout of the columns of a row over the devices that share it.
 
-Late columns see most in causal attention, so each of C devices takes two of 2C pieces of a row, one
-from either end, and all have the same work. A row is dealt out before the first layer and put
-together behind the last; what happens to columns one by one does not notice. Attention gathers the
-keys of all columns, which grouped heads make small, and compares by positions or, in kernels, by
-where columns came from.
+In causal attention late columns see the most keys. To balance the work, a row is cut into 2C pieces
+and each of C devices gets two of them, one from either end. Rows are dealt out before the first
+layer and restored after the last; column-wise operations are unaffected. Attention gathers the keys
+of all columns, which are small under grouped-query attention, and compares positions or, in
+kernels, original columns.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ Tree = TypeVar("Tree")
 
 
 def pieces(shards: int) -> np.ndarray:
-    """Which of the 2C pieces of a row stand where once it is dealt: 0, 2C-1, 1, 2C-2 and so on."""
+    """The order of a row's 2C pieces after dealing: 0, 2C-1, 1, 2C-2 and so on."""
     first = np.arange(shards)
     return np.stack([first, 2 * shards - 1 - first], axis=1).reshape(-1)
 
 
 def origin(columns: int, shards: int) -> np.ndarray:
-    """Which column of a row stands where once it is dealt, int32 [columns]."""
+    """The original column at each place of a dealt row, int32 [columns]."""
     return np.arange(columns, dtype=np.int32).reshape(2 * shards, -1)[pieces(shards)].reshape(-1)
 
 
 def fill(tree: Tree) -> Tree:
-    """Arrays [B, T, …] with zeros behind their columns, until devices can share these, dealt out
-    or in order; as they are where no devices do."""
+    """Pads arrays [B, T, …] with zero columns until devices can share them, dealt out or in order.
+    Returns them unchanged if no devices share rows."""
     multiple = 2 * column_shards() if column_shards() > 1 else 1
 
     def pad(x_BT: jax.Array) -> jax.Array:
@@ -48,12 +48,12 @@ def fill(tree: Tree) -> Tree:
 
 
 def can_deal(columns: int) -> bool:
-    """Whether devices share rows, and rows of so many columns can be dealt out to them."""
+    """Whether devices share rows and a row of this many columns can be dealt out to them."""
     return column_shards() > 1 and columns % (2 * column_shards()) == 0
 
 
 def deal(tree: Tree) -> Tree:
-    """Arrays [B, T, …] with their columns dealt out, T a multiple of 2C. Differentiable."""
+    """Deals out the columns of arrays [B, T, …]; T is a multiple of 2C. Differentiable."""
     dealt: Tree = jax.tree.map(functools.partial(_exchange, _deal), tree)
     return dealt
 
@@ -65,7 +65,7 @@ def undeal(tree: Tree) -> Tree:
 
 
 def reorder(x: jax.Array, shards: int, axis: int, back: bool) -> jax.Array:
-    """An array that holds all columns, dealt out, or (`back`) put together again."""
+    """Permutes an array that holds all columns into dealt order or, with `back`, out of it."""
     order = pieces(shards)
     shape = x.shape
     x = x.reshape(*shape[:axis], len(order), -1, *shape[axis + 1 :])
@@ -80,9 +80,9 @@ def _exchange(function: Callable[[jax.Array, int], jax.Array], x_BT: jax.Array) 
 
 
 def _routes(shards: int) -> tuple[list[tuple[int, int]], ...]:
-    """(from, to) of the first and of the second piece that each device holds of a whole row. No
-    two first pieces go to one device: even pieces up to the middle go to even devices, and behind
-    it to odd ones."""
+    """(source, destination) pairs for the first and the second piece that each device holds of a
+    row in order. No two first pieces go to the same device: even pieces before the middle go to
+    even devices, those after it to odd ones."""
 
     def owner(piece: int) -> int:
         return min(piece, 2 * shards - 1 - piece)
@@ -100,7 +100,7 @@ def _deal(x_BT: jax.Array, shards: int) -> jax.Array:
 
 
 def _undeal(x_BT: jax.Array, shards: int) -> jax.Array:
-    # What an even device holds first is an even piece; an odd one holds that last.
+    # Even devices hold their even piece first, odd devices hold it last.
     even_odd = jnp.split(_in_order(*jnp.split(x_BT, 2, axis=1)), 2, axis=1)
     back = (
         jax.lax.ppermute(half, COLUMN_AXIS, [(to, source) for source, to in route])
@@ -110,7 +110,7 @@ def _undeal(x_BT: jax.Array, shards: int) -> jax.Array:
 
 
 def _in_order(one: jax.Array, other: jax.Array) -> jax.Array:
-    """Both, the other first on odd devices."""
+    """Concatenates both, in reverse order on odd devices."""
     odd = jax.lax.axis_index(COLUMN_AXIS) % 2 == 1
     first, second = jnp.where(odd, other, one), jnp.where(odd, one, other)
     return jnp.concatenate([first, second], axis=1)

@@ -1,7 +1,7 @@
-"""The tokens' part of attention as XLA computes it: every weight of a query on a key is stored.
+"""Token attention in plain XLA, which materializes the T x S attention weights.
 
-`splash` computes the same on TPUs without them. Both have a `forward` and a `backward` of one
-signature, between which `attend` chooses.
+`splash` computes the same on TPUs without materializing them. Both modules have a `forward` and a
+`backward` with the same signature; `attend` chooses between them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from prefix_jax.nn.mask import Seen
 
-# Finite, so that a row that sees nothing (padding without a prefix) stays free of NaN.
+# Finite, so that a query that sees nothing (padding without a prefix) does not become NaN.
 MASKED = -1e30
 
 
@@ -25,19 +25,19 @@ def forward(
     seen: Seen,
     floor_BKGT1: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What queries read of the tokens, before division by the softmax's denominator.
+    """Attention over the tokens, before division by the softmax denominator.
 
     Args:
         softcap: bounds the logits, or None.
-        q_BKGTH: queries, scaled, the G of each key head together.
+        q_BKGTH: scaled queries, grouped by key head (G queries per key head).
         k_BSKH: keys.
         v_BSKH: values.
-        seen: which keys each query sees.
-        floor_BKGT1: the largest logit of each query on what else is in the softmax.
+        seen: the keys that each query sees.
+        floor_BKGT1: the largest logit of each query over the prefix, or None without a prefix.
 
     Returns:
-        sum_BKGTH of weighted values, total_BKGT1 of the weights, and peak_BKGT1: the largest logit,
-        relative to which weights are. All float32.
+        sum_BKGTH, the weighted sum of values; total_BKGT1, the sum of weights; and peak_BKGT1, the
+        largest logit, which is subtracted before exponentiation. All float32.
     """
     logits_BKGTS = _logits(softcap, q_BKGTH, k_BSKH, seen)
     peak_BKGT1 = logits_BKGTS.max(axis=-1, keepdims=True)
@@ -59,11 +59,11 @@ def backward(
     log_total_BKGT1: jax.Array,
     dout_BKGTH: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """The gradients that reach tokens, of a softmax that they need not have for themselves.
+    """Gradients of the token part of a softmax that may also cover a prefix.
 
     Args:
         softcap, q_BKGTH, k_BSKH, v_BSKH, seen: as in `forward`.
-        out_BKGTH: what queries read of the whole softmax.
+        out_BKGTH: the output of the whole softmax.
         log_total_BKGT1: the logarithm of its denominator.
         dout_BKGTH: the gradient of `out_BKGTH`.
 
@@ -90,11 +90,11 @@ def _logits(softcap: float | None, q_BKGTH: jax.Array, k_BSKH: jax.Array, seen: 
     return finish(softcap, products_BKGTS, seen.bias_BNTS, seen.mask_BTS)
 
 
-# What the prefix's part needs as well.
+# Shared with the prefix part in `attend`.
 
 
 def dot(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """A product of arrays in the model's dtype, accumulated and returned in float32."""
+    """An einsum of arrays in the model's dtype, accumulated and returned in float32."""
     return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
 
 
@@ -104,7 +104,7 @@ def finish(
     bias_BNTS: jax.Array | None,
     mask_BTS: jax.Array | None,
 ) -> jax.Array:
-    """Logits of products of queries and keys: capped, biased and masked."""
+    """Turns query-key products into logits: applies the soft cap, the bias and the mask."""
     _, K, G = products_BKGTS.shape[:3]
     logits = products_BKGTS
     if softcap is not None:
@@ -120,14 +120,14 @@ def through_softmax(
     log_total_BKGT1: jax.Array,
     dout_BKGTH: jax.Array,
 ) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """The backward pass of a part of a softmax.
+    """Backward pass through one part of a softmax.
 
     Returns:
-        (logits, gradient of the weights, function that gives the products of queries and keys) →
+        A function (logits, gradient of the weights, thunk that computes the query-key products) →
         weights, gradient of those products, gradient of the logits.
     """
     dtype = out_BKGTH.dtype
-    # A weight's gradient counts relative to the mean over the whole softmax, prefix included.
+    # The softmax subtracts the weighted mean of the gradients, taken over prefix and tokens.
     mean_BKGT1 = jnp.sum(
         dout_BKGTH.astype(jnp.float32) * out_BKGTH.astype(jnp.float32), axis=-1, keepdims=True
     )
@@ -146,7 +146,7 @@ def through_softmax(
 
 
 def dbias(dlogits_BKGTS: jax.Array, bias_BNTS: jax.Array | None) -> jax.Array | None:
-    """The gradient of a bias that was added to logits; rows share it if it has one row."""
+    """The gradient of a bias on the logits, summed over the batch if the bias has one row."""
     if bias_BNTS is None:
         return None
     dbias_BNTS = dlogits_BKGTS.reshape(-1, *bias_BNTS.shape[1:])

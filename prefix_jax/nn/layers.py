@@ -1,7 +1,7 @@
-"""The parts that transformer layers are made of.
+"""Building blocks of transformer layers.
 
-Parameter names end in their axes (`q_DNH`). The mesh shards by these letters, and the name tables
-of checkpoints aim at them. In place of a weight matrix there may be a `QTensor`.
+Parameter names end in their axes (`q_DNH`). The mesh shards by these letters, and checkpoint name
+tables refer to them. A weight matrix may be a `QTensor`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _ones, _zeros = nn.initializers.ones, nn.initializers.zeros
 
 @flax.struct.dataclass
 class View:
-    """What attention needs to know about where tokens stand, equal for all layers of one kind.
+    """Position-dependent inputs of attention, shared by all layers of one kind.
 
     Attributes:
-        seen: what each query sees.
-        rotary: cos_BTH and sin_BTH of the queries' angles; None where positions are learned.
-        column: int32 scalar, where a cache writes the keys of the queries; None without a cache.
+        seen: mask and bias.
+        rotary: cos_BTH and sin_BTH of the queries' angles; None without rotary embeddings.
+        column: int32 scalar, the first cache column to write; None without a cache.
     """
 
     seen: Seen
@@ -41,10 +41,10 @@ class View:
 
 @flax.struct.dataclass
 class KeysValues:
-    """The keys and values of tokens that a layer has read: k_BKSH and v_BKSH.
+    """The KV cache of one layer: k_BKSH and v_BKSH.
 
-    Heads stand before tokens, as the matrix products of attention want them: the other way round,
-    every step of decoding would turn the whole cache.
+    Heads come before tokens, the layout of attention's matrix products; with the opposite order
+    every decoding step would transpose the whole cache.
     """
 
     k_BKSH: jax.Array
@@ -52,11 +52,11 @@ class KeysValues:
 
     @classmethod
     def of(cls, k_BTKH: jax.Array, v_BTKH: jax.Array) -> KeysValues:
-        """Keys and values as the projections make them."""
+        """Builds a cache from the outputs of the projections."""
         return cls(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
 
     def write(self, new: KeysValues, column: jax.Array) -> KeysValues:
-        """The same with the columns from `column` on replaced."""
+        """Returns a copy with `new` written at `column`."""
         return jax.tree.map(
             lambda old_BKSH, new_BKTH: jax.lax.dynamic_update_slice(
                 old_BKSH, new_BKTH.astype(old_BKSH.dtype), (0, 0, column, 0)
@@ -72,7 +72,7 @@ class RMSNorm(nn.Module):
     Attributes:
         epsilon: added to the mean square.
         axis: the letter of the last axis.
-        plus_one: the stored scale counts from 1, as Gemma's does.
+        plus_one: whether the scale is stored as its difference from 1 (Gemma).
     """
 
     epsilon: float
@@ -106,14 +106,14 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with a prefix in its softmax: of tokens to each other, or, given a
-    memory, to what an encoder read.
+    """Grouped-query attention with a prefix inside its softmax: self-attention or, given a memory,
+    cross-attention to an encoder.
 
     Attributes:
         d_model: D.
         heads, kv_heads, head_dim: N, K and H.
-        qkv_bias, out_bias: whether the projections add biases.
-        qk_norm: makes the norm over H of queries and keys (Qwen 3, Gemma 3), or None.
+        qkv_bias, out_bias: whether the projections have biases.
+        qk_norm: constructs the norm over H of queries and keys (Qwen 3, Gemma 3), or None.
         scale: multiplies the logits; None for H ** -0.5.
         softcap: bounds the logits (Gemma 2), or None.
     """
@@ -146,7 +146,7 @@ class Attention(nn.Module):
     def keys_values(
         self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array] | None
     ) -> tuple[jax.Array, jax.Array]:
-        """k_BTKH as attention reads them (normalised, rotated), and v_BTKH."""
+        """k_BTKH after normalisation and rotation, and v_BTKH."""
         k_BTKH, v_BTKH = self.projected(x_BTD)
         if self.qk_norm is not None:
             k_BTKH = self.k_norm(k_BTKH)
@@ -155,7 +155,7 @@ class Attention(nn.Module):
         return k_BTKH, v_BTKH
 
     def projected(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """k_BTKH and v_BTKH as the projections make them."""
+        """k_BTKH and v_BTKH straight from the projections."""
         k_BTKH = keep("k", matmul(x_BTD, self.k_DKH))
         v_BTKH = keep("v", matmul(x_BTD, self.v_DKH))
         if self.qkv_bias:
@@ -182,7 +182,7 @@ class Attention(nn.Module):
         else:
             k_BSKH, v_BSKH = self.keys_values(x_BTD, view.rotary)
         if cache is not None:
-            assert view.column is not None, "a cache needs to know where to write"
+            assert view.column is not None, "a cache requires view.column"
             cache = cache.write(KeysValues.of(k_BSKH, v_BSKH), view.column)
             k_BSKH, v_BSKH = cache.k_BKSH.swapaxes(1, 2), cache.v_BKSH.swapaxes(1, 2)
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
@@ -194,13 +194,13 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Feed-forward, with or without a gate (Shazeer 2020) and biases.
+    """Feed-forward network, optionally gated (Shazeer 2020).
 
     Attributes:
         d_model, d_ff: D and F.
-        activation: of the gate where there is one, else of what goes up.
-        gated: whether there is one.
-        bias: whether the projections add biases.
+        activation: applied to the gate if there is one, else to the up projection.
+        gated: whether there is a gate.
+        bias: whether the projections have biases.
     """
 
     d_model: int
@@ -220,8 +220,8 @@ class MLP(nn.Module):
             return keep(name, y)
 
         y_BTF = project(x_BTD, "up", "DF", (D, F))
-        # The backward pass computes the activation again: it is cheap, and what it would keep
-        # (the sigmoid, its complement, the product, each F wide) is most of a layer's memory.
+        # The backward pass recomputes the activation: it is cheap, and its residuals (the sigmoid,
+        # its complement and the product, each F wide) would be most of a layer's memory.
         if self.gated:
             gate_BTF = project(x_BTD, "gate", "DF", (D, F))
             y_BTF = recomputed(lambda gate, up: self.activation(gate) * up)(gate_BTF, y_BTF)

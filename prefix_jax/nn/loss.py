@@ -1,4 +1,4 @@
-"""Cross-entropy of listed targets, without ever holding the logits of a whole batch."""
+"""Cross-entropy at target positions, computed in chunks to avoid the logits of a whole batch."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ Unembed = Callable[[Any, jax.Array], jax.Array]
 
 
 def gather_targets(h_BTD: jax.Array, index_BM: jax.Array) -> jax.Array:
-    """The hidden states h_BMD that predict the targets."""
+    """Gathers the hidden states that predict the targets, h_BMD."""
     return jnp.take_along_axis(h_BTD, index_BM[..., None], axis=1)
 
 
 def token_losses(logits_BMV: jax.Array, label_BM: jax.Array) -> jax.Array:
-    """Negative log-likelihood of every target, in nats, [B, M]."""
+    """Negative log-likelihood of each target, in nats, [B, M]."""
     picked_BM = jnp.take_along_axis(logits_BMV, label_BM[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits_BMV, axis=-1) - picked_BM
 
 
 def squared_errors(value_BM: jax.Array, label_BM: jax.Array) -> jax.Array:
-    """The squared error of every target, [B, M]."""
+    """Squared error of each target, [B, M]."""
     return jnp.square(value_BM - label_BM)
 
 
 def candidate_losses(
     logits_BMY: jax.Array, label_BM: jax.Array, weight_BM: jax.Array, question_BM: jax.Array
 ) -> jax.Array:
-    """The summed loss of choosing among each question's candidates, [B], in nats.
+    """Summed loss of choosing among each question's candidates, [B], in nats.
 
     Args:
-        logits_BMY: of every candidate, for each of Y answers to its question.
-        label_BM: bit y is set where the candidate is the right one for answer y.
+        logits_BMY: logits of every candidate, for each of the Y answers to its question.
+        label_BM: a bit mask; bit y is set if the candidate is correct for answer y.
         weight_BM: 1 at the first candidate of each question, else 0.
-        question_BM: from 1; candidates of equal number stand for one answer. 0 is padding.
+        question_BM: question number from 1, shared by a question's candidates; 0 is padding.
 
     Returns:
-        The negative log-likelihood of the right candidates, averaged over the Y answers.
+        The negative log-likelihood of the correct candidates, averaged over the Y answers.
     """
     questions = question_BM.shape[1] + 1
 
     def row(logits_MY: jax.Array, question_M: jax.Array) -> jax.Array:
-        """The log of each question's sum of exponentials, at each of its candidates."""
+        """Log-sum-exp over each question's candidates, repeated for each candidate."""
         top_QY = jax.ops.segment_max(jax.lax.stop_gradient(logits_MY), question_M, questions)
         top_MY = top_QY[question_M]
         sum_QY = jax.ops.segment_sum(jnp.exp(logits_MY - top_MY), question_M, questions)
@@ -61,15 +61,15 @@ def candidate_losses(
 
 
 def _chunks(array: jax.Array, size: int) -> jax.Array:
-    """[B, M, …] as [M / size, B, size, …], zeros filling the last chunk."""
+    """Reshapes [B, M, …] to [M / size, B, size, …], zero-padding the last chunk."""
     B, M = array.shape[:2]
     array = jnp.pad(array, [(0, 0), (0, -M % size)] + [(0, 0)] * (array.ndim - 2))
     return jnp.moveaxis(array.reshape(B, -1, size, *array.shape[2:]), 1, 0)
 
 
 def _chunk_size(h_BMD: jax.Array) -> int:
-    """Columns of a chunk: M in equal parts, so that hardly any padding is computed, of which each
-    device has as many."""
+    """Columns per chunk: M in equal parts, so that there is little padding, and divisible by the
+    number of devices that share the columns."""
     B, M = h_BMD.shape[:2]
     parts = -(-M // max(1, vocabulary.chunk_targets() // B))
     size = -(-M // parts)
@@ -84,7 +84,7 @@ def _parts(h_BMD: jax.Array, label_BM: jax.Array, weight_BM: jax.Array) -> tuple
 def _chunk_losses(
     unembed: Unembed, params: Any, h_BCD: jax.Array, label_BC: jax.Array, weight_BC: jax.Array
 ) -> jax.Array:
-    """The weighted sum of each row's losses, [B]."""
+    """Weighted sum of each row's losses, [B]."""
     h_BCD, label_BC, weight_BC = map(vocabulary.rows, (h_BCD, label_BC, weight_BC))
     return jnp.sum(token_losses(unembed(params, h_BCD), label_BC) * weight_BC, axis=1)
 
@@ -92,14 +92,14 @@ def _chunk_losses(
 def row_losses(
     unembed: Unembed, params: Any, h_BMD: jax.Array, label_BM: jax.Array, weight_BM: jax.Array
 ) -> jax.Array:
-    """The weighted sum of each row's losses, [B]: for evaluation.
+    """Weighted sum of each row's losses, [B], for evaluation.
 
     Args:
         unembed: (params, h_BCD) → float32 logits_BCV.
-        params: what `unembed` reads.
+        params: the parameters of `unembed`.
         h_BMD: hidden states that predict the targets.
         label_BM: the targets.
-        weight_BM: float32 weight of each; 0 for padding.
+        weight_BM: float32 weight of each target; 0 for padding.
     """
     parts = _parts(h_BMD, label_BM, weight_BM)
     return jax.lax.map(lambda part: _chunk_losses(unembed, params, *part), parts).sum(axis=0)
@@ -109,11 +109,10 @@ def row_losses(
 def frozen_head_loss(
     unembed: Unembed, params: Any, h_BMD: jax.Array, label_BM: jax.Array, weight_BM: jax.Array
 ) -> jax.Array:
-    """The summed loss under a head that does not train: `row_losses`, all rows together.
+    """Summed loss with a frozen head: the sum of `row_losses`.
 
-    The gradient of each chunk's logits is taken back to its hidden states while the chunk is at
-    hand, so the backward pass neither keeps logits nor computes them again. `params` gets no
-    gradient.
+    The forward pass computes the gradient of each chunk's hidden states while its logits are in
+    memory, so the backward pass neither stores nor recomputes logits. `params` has no gradient.
     """
     return row_losses(unembed, params, h_BMD, label_BM, weight_BM).sum()
 
@@ -143,7 +142,7 @@ frozen_head_loss.defvjp(_forward, _backward)
 def training_head_loss(
     unembed: Unembed, params: Any, h_BMD: jax.Array, label_BM: jax.Array, weight_BM: jax.Array
 ) -> jax.Array:
-    """As `frozen_head_loss`, for a head that trains: each chunk's logits are computed again in
-    the backward pass."""
+    """Like `frozen_head_loss`, for a trainable head: the backward pass recomputes each chunk's
+    logits."""
     chunk = jax.checkpoint(lambda part: _chunk_losses(unembed, params, *part).sum())
     return jax.lax.map(chunk, _parts(h_BMD, label_BM, weight_BM)).sum()

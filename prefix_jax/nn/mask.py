@@ -1,7 +1,7 @@
-"""Who sees whom: the attention mask as a function of where tokens stand.
+"""Attention masks, derived from the layout of tokens in a row.
 
-Three kinds of attention: causal among the tokens of a decoder, bidirectional among those of an
-encoder, and across, from a decoder to all that its encoder read.
+There are three kinds of attention: causal self-attention in a decoder, bidirectional self-attention
+in an encoder, and cross-attention from a decoder to its encoder.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class Tokens:
-    """Where each token stands; the attention mask follows from it alone.
+    """Token layout: the packing, branching and position of each token, which define the mask.
 
-    In a decoder a token sees keys of its own group whose branch is 0 or its own, at positions up
-    to its own, and the whole prefix. So several examples pack into a row (groups), and several
-    targets share one source (branch 0 is the source, branches 1, 2, … its targets). In an
-    encoder, and from a decoder to its encoder, a token sees the whole of its group.
+    In a decoder, a token sees the whole prefix, and the keys of its own group up to its own
+    position whose branch is 0 or its own. Groups let several examples be packed into a row;
+    branches let several targets share one source (branch 0 is the source, branches 1, 2, … are its
+    targets). In an encoder and in cross-attention, a token sees its whole group.
 
-    Along a row, positions of a group and branch ascend one by one, and a source stands before its
+    Within a row, the positions of each group and branch increase by one, and a source precedes its
     targets: kernels compare columns where the mask compares positions.
 
     Attributes:
-        group_BT: int32, from 1; 0 marks padding.
-        branch_BT: int32; None where nothing branches, which spares a kernel half of its work.
+        group_BT: int32, the packed example, from 1; 0 marks padding.
+        branch_BT: int32; None without branches, which halves a kernel's work.
         position_BT: int32, from 0 at the first token of each example's text.
-        segment_BT: int32, which of two texts of an example a token belongs to, for encoders that
-            embed it (BERT); None where nothing asks.
-        task_BT: int32, whose prefix of a bank each token sees; 0 at padding. None where there is
-            no bank.
+        segment_BT: int32, the token type for encoders that embed it (BERT): the first or second
+            text of an example. None otherwise.
+        task_BT: int32, the task in a prefix bank whose prefix the token sees; 0 at padding. None
+            without a bank.
     """
 
     group_BT: jax.Array
@@ -43,13 +43,13 @@ class Tokens:
 
     @classmethod
     def plain(cls, present_BT: jax.Array) -> Tokens:
-        """One unpacked example a row; `present_BT` is False at padding, on either side."""
+        """One unpacked example per row; `present_BT` is False at padding, on either side."""
         group_BT = present_BT.astype(jnp.int32)
         position_BT = jnp.maximum(jnp.cumsum(group_BT, axis=1) - 1, 0)
         return cls(group_BT, None, position_BT)
 
     def write(self, new: Tokens, column: jax.Array) -> Tokens:
-        """The same with the columns from `column` on replaced. These tokens have branches."""
+        """Returns a copy with `new` written at `column`. Requires `self.branch_BT`."""
         branch_BT = new.branch_BT
         if branch_BT is None:
             branch_BT = jnp.zeros_like(new.group_BT)
@@ -62,17 +62,17 @@ class Tokens:
 
 @flax.struct.dataclass
 class Sight:
-    """Who sees whom among tokens: the mask as a rule, of which each implementation of attention
-    makes what it needs.
+    """The attention mask between tokens in symbolic form, which each attention implementation
+    converts to the form that it needs.
 
     Attributes:
-        queries: where the queries stand, [B, T].
-        keys: where the keys stand, [B, S].
-        causal: whether a query sees no later key; otherwise it sees its whole group.
-        window: how many positions back a query sees, its own included; None for all.
-        narrow: bool scalar, whether the window holds, where layers of one scan differ in it; None
-            where it holds in all.
-        dealt: whether queries and keys are the columns of rows that `columns.deal` dealt out.
+        queries: layout of the queries, [B, T].
+        keys: layout of the keys, [B, S].
+        causal: whether queries see no later keys; otherwise they see their whole group.
+        window: sliding-window size in positions, including the query's own; None for unlimited.
+        narrow: bool scalar, whether the window applies, if the layers of a scan differ; None if it
+            applies in all of them.
+        dealt: whether the columns were dealt out by `columns.deal`.
     """
 
     queries: Tokens
@@ -83,7 +83,7 @@ class Sight:
     dealt: bool = flax.struct.field(pytree_node=False, default=False)
 
     def mask(self) -> jax.Array:
-        """The same as an array, bool [B, T, S]."""
+        """Materializes the mask, bool [B, T, S]."""
         if not self.causal:
             return visible_group(self.queries, self.keys)
         if self.window is None or self.narrow is None:
@@ -95,14 +95,14 @@ class Sight:
 
 @flax.struct.dataclass
 class Seen:
-    """What queries see, and how they weigh where it stands.
+    """Mask and bias of one attention.
 
     Attributes:
-        tokens: which keys a query sees: a rule, or mask_BTS, True where it does; None if all see
-            all.
-        mask_BTP: True where a query sees a prefix slot; None if all see all.
-        bias_BNTS: added to the logits of the keys (T5's relative positions); None adds nothing.
-        bias_BNTP: added to the logits of the prefix slots.
+        tokens: the mask over keys, symbolic or as mask_BTS (True where a query sees a key); None
+            if every query sees every key.
+        mask_BTP: True where a query sees a prefix slot; None if every query sees every slot.
+        bias_BNTS: added to the key logits (T5's relative positions), or None.
+        bias_BNTP: added to the prefix logits, or None.
     """
 
     tokens: Sight | jax.Array | None
@@ -112,7 +112,7 @@ class Seen:
 
     @property
     def mask_BTS(self) -> jax.Array | None:
-        """True where a query sees a key; None if all see all."""
+        """True where a query sees a key; None if every query sees every key."""
         return self.tokens.mask() if isinstance(self.tokens, Sight) else self.tokens
 
 
@@ -122,14 +122,14 @@ def visible(
     window: int | jax.Array | None = None,
     lineage_BTS: jax.Array | None = None,
 ) -> jax.Array:
-    """The mask of causal attention among tokens, bool [B, T, S].
+    """Causal mask, bool [B, T, S].
 
     Args:
-        queries: where the queries stand, [B, T].
-        keys: where the keys stand, [B, S].
-        window: how many positions back a token sees, its own included; None for all.
-        lineage_BTS: True where a query descends from a key. Takes the place of branches where
-            they fork again and again, as in beam search.
+        queries: layout of the queries, [B, T].
+        keys: layout of the keys, [B, S].
+        window: sliding-window size in positions, including the query's own; None for unlimited.
+        lineage_BTS: True where a query descends from a key. Replaces branches if they fork
+            repeatedly, as in beam search.
     """
     group_BT1, group_B1S = queries.group_BT[:, :, None], keys.group_BT[:, None, :]
     distance_BTS = queries.position_BT[:, :, None] - keys.position_BT[:, None, :]
@@ -147,20 +147,20 @@ def visible(
 
 
 def visible_prefix(position_BT: jax.Array, slot_P: jax.Array, window: int | None) -> jax.Array:
-    """Which prefix slots a sliding window still reaches, bool [B, T, P].
+    """Mask of the prefix slots that a sliding window still covers, bool [B, T, P].
 
-    Slots stand before the text, as in PEFT, so a prefix falls out like any past token.
+    Slots precede the text, as in PEFT, so a prefix leaves the window like any past token.
 
     Args:
-        position_BT: positions of the queries, the prefix's offset included.
+        position_BT: positions of the queries, including the prefix offset.
         slot_P: positions of the slots.
-        window: how many positions back a token sees, its own included; None for all.
+        window: sliding-window size in positions, including the query's own; None for unlimited.
     """
     distance_BTP = position_BT[:, :, None] - slot_P
     return distance_BTP < (jnp.iinfo(jnp.int32).max if window is None else window)
 
 
 def visible_group(queries: Tokens, keys: Tokens) -> jax.Array:
-    """The mask of an encoder's attention, and of a decoder's to its encoder, bool [B, T, S]."""
+    """Mask of encoder self-attention and of cross-attention, bool [B, T, S]."""
     group_BT1, group_B1S = queries.group_BT[:, :, None], keys.group_BT[:, None, :]
     return (group_BT1 == group_B1S) & (group_B1S > 0)

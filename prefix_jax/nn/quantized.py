@@ -1,11 +1,11 @@
-"""Weights in few bits, and the products that read them, plain or quantised.
+"""Quantised weights, and matrix products with plain or quantised weights.
 
-    int8   one scale for each output of a product: the integers are multiplied as they are, and the
-           scale falls on what comes out.
-    int4   one scale and one zero for every few inputs of each output: a layer's weight is
-           dequantised where it is used, and never a stack of them.
+    int8   one scale per output of a product: the integers are multiplied directly, and the scale
+           is applied to the result.
+    int4   one scale and one zero point per block of inputs of each output: one layer's weight is
+           dequantised at its use, never a whole stack.
 
-Only `x` of a product has a gradient under quantised weights: these are frozen.
+Quantised weights are frozen, so a product is differentiable only in `x`.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from prefix_jax.nn.remat import recomputed
 
 Quantize = Literal["none", "int8", "int4"]
 
-# The smallest normal bfloat16: what is smaller counts as zero, on some hardware in any case.
+# The smallest normal bfloat16: some hardware flushes smaller values to zero.
 _TINY = 2.0**-126
 
 
 @flax.struct.dataclass
 class QTensor:
-    """A weight that is stored in few bits: q times scale, plus zero, block by block.
+    """A block-quantised weight: q * scale + zero.
 
-    It stands in the parameter tree where the weight would. Linen compares the shape of a parameter
-    with that of the first leaf, which is why `q` comes first.
+    It replaces the weight in the parameter tree. Linen checks the shape of a parameter against its
+    first leaf, so `q` must come first.
 
     Attributes:
-        q: int8 or int4, of the weight's shape.
-        scale: of the dtype that one computes in and of `q`'s rank. Each of its axes divides that
-            of `q`: [1, N, H] beside a `q_DNH` is one number for an output, and [D / 32, N, H] one
-            for every 32 inputs of it.
-        zero: what a q of 0 stands for, like `scale`; None for 0.
+        q: int8 or int4, with the shape of the weight.
+        scale: in the compute dtype, with the rank of `q`. Each axis of `scale` divides that of `q`:
+            for a `q_DNH`, [1, N, H] is one scale per output and [D / 32, N, H] one per 32 inputs of
+            each output.
+        zero: the value that q = 0 represents, shaped like `scale`; None for 0.
     """
 
     q: Any
@@ -50,18 +50,18 @@ class QTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight."""
         shape: tuple[int, ...] = self.q.shape
         return shape
 
     @property
     def size(self) -> int:
-        """Of the weight: how many numbers it is."""
+        """Number of elements of the weight."""
         return math.prod(self.shape)
 
     @property
     def dtype(self) -> np.dtype:
-        """That one computes in."""
+        """The compute dtype."""
         dtype: np.dtype = self.scale.dtype
         return dtype
 
@@ -72,17 +72,17 @@ Weight = jax.Array | QTensor
 def quantize(weight: Any, bits: Literal[4, 8], blocks: Sequence[int], dtype: Any) -> QTensor:
     """Rounds a weight to integers.
 
-    Eight bits count from zero. Four have to make the most of a block's range, from its smallest
-    value to its largest; so the blocks of a GGUF's Q4_1 survive as they are.
+    Eight bits are symmetric around zero. Four bits cover the range of a block from its smallest to
+    its largest value, so the Q4_1 blocks of a GGUF file are kept exactly.
 
-    Scales and zeros have bfloat16's precision whatever their dtype, and integers are rounded under
-    them: one checkpoint gives the same numbers in float32 and in bfloat16.
+    Scales and zero points are rounded to bfloat16 precision whatever their dtype, before the
+    integers are computed: a checkpoint gives the same numbers in float32 and in bfloat16.
 
     Args:
-        weight: of any floating dtype: of numpy, which stays on the host, or of JAX.
-        bits: of an integer.
+        weight: any floating dtype; a NumPy array, which stays on the host, or a JAX array.
+        bits: bits per integer.
         blocks: the number of blocks along every axis.
-        dtype: of scales and zeros.
+        dtype: the dtype of scales and zero points.
     """
     parts = _split(weight.astype(np.float32), blocks)
     inside = tuple(range(1, parts.ndim, 2))
@@ -104,7 +104,8 @@ def quantize(weight: Any, bits: Literal[4, 8], blocks: Sequence[int], dtype: Any
 
 
 def quantize_like(weight: Any, like: QTensor) -> QTensor:
-    """Quantises a weight as an (abstract) one is, of which it may be a layer and some outputs."""
+    """Quantises a weight with the bits and blocks of `like`, an (abstract) quantised weight. The
+    weight may be one layer of `like`, and some of its outputs."""
     bits: Literal[4, 8] = 8 if like.q.dtype == jnp.int8 else 4
     sizes, counts = like.shape[-weight.ndim :], like.scale.shape[-weight.ndim :]
     axes = zip(weight.shape, sizes, counts, strict=True)
@@ -121,7 +122,7 @@ def _bfloat16(x: Any) -> Any:
 
 
 def dequantize(weight: QTensor) -> jax.Array:
-    """The weight, in the dtype of its scales."""
+    """Restores the weight, in the dtype of its scales."""
     blocks = weight.scale.shape
     parts = _split(weight.q.astype(weight.dtype), blocks) * _split(weight.scale, blocks)
     if weight.zero is not None:
@@ -130,7 +131,7 @@ def dequantize(weight: QTensor) -> jax.Array:
 
 
 def _split(array: Any, blocks: Sequence[int]) -> Any:
-    """Every axis in two: the blocks, and what is inside of one."""
+    """Splits every axis in two: blocks, and elements within a block."""
     sizes = zip(blocks, array.shape, strict=True)
     return array.reshape([n for count, size in sizes for n in (count, size // count)])
 
@@ -143,14 +144,14 @@ def matmul(
     transposed: bool = False,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
-    """The product of x [..., *in] and a weight [*in, *out]: [..., *out].
+    """Multiplies x [..., *in] and a weight [*in, *out]: [..., *out].
 
     Args:
-        x: of the weight's dtype.
+        x: an array in the weight's dtype.
         weight: plain or quantised.
-        inputs: how many axes of the weight are inputs.
-        transposed: the weight, a matrix, is [out, in].
-        dtype: of the result; None for that of `x`.
+        inputs: the number of input axes of the weight.
+        transposed: whether the weight is a matrix [out, in].
+        dtype: dtype of the result; None for that of `x`.
     """
     out = weight.shape[:1] if transposed else weight.shape[inputs:]
     spec = "...i,oi->...o" if transposed else "...i,io->...o"
@@ -162,8 +163,8 @@ def matmul(
             after = weight.scale.reshape(-1) if per_output else None
             weight = weight.q.astype(x.dtype) if per_output else dequantize(weight)
         if not transposed:
-            # As one product of matrices: an einsum over N and H apart makes XLA transpose the
-            # weight at every use.
+            # Flattened to a matrix: with separate N and H axes, XLA would transpose the weight at
+            # every use.
             weight = weight.reshape(-1, math.prod(out))
         x = x.reshape(*x.shape[: x.ndim - inputs], -1)
         y = jnp.einsum(spec, x, weight, preferred_element_type=dtype)
@@ -171,13 +172,13 @@ def matmul(
         return y.reshape(*y.shape[:-1], *out)
 
     if isinstance(weight, QTensor) or len(weight.shape) > 2:
-        # The weight is flattened, and dequantised, again in the backward pass, where a scan would
-        # otherwise have kept a copy of every layer's.
+        # The backward pass flattens and dequantises the weight again; otherwise a scan would keep
+        # a copy for every layer.
         return recomputed(product)(x, weight)
     return product(x, weight)
 
 
 def take(table: Weight, ids: jax.Array) -> jax.Array:
-    """Rows of a table [V, D]: x_BTD for ids_BT, in the dtype of the table."""
+    """Looks up rows of a table [V, D]: x_BTD for ids_BT, in the dtype of the table."""
     rows: Weight = jax.tree.map(lambda leaf: look_up(leaf, ids), table)
     return dequantize(rows) if isinstance(rows, QTensor) else rows

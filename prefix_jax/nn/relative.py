@@ -1,4 +1,4 @@
-"""Relative positions as a bias on attention's logits (T5, Raffel et al. 2020)."""
+"""Relative position bias on attention logits (T5, Raffel et al. 2020)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from prefix_jax.untrusted.values import Size, require_fields
 
 @dataclasses.dataclass(frozen=True)
 class Relative:
-    """How distances are put into buckets, each of which has a bias for every head.
+    """Maps distances to buckets, each of which has a bias per head.
 
     Attributes:
-        buckets: R, their number.
-        farthest: the distance from which on all share the last bucket.
-        both_ways: whether keys after the query have buckets of their own (an encoder).
+        buckets: R, the number of buckets.
+        farthest: distances from here on share the last bucket.
+        both_ways: whether keys after the query have separate buckets (encoders).
     """
 
     buckets: Size
@@ -31,15 +31,15 @@ class Relative:
         require_fields(self, ValueError)
 
     def bucket(self, distance: np.ndarray) -> np.ndarray:
-        """The bucket of a distance, query position minus key position: the same shape.
+        """Buckets of distances (query position minus key position), in the same shape.
 
-        Computed on the host: a logarithm that is rounded otherwise, as XLA's on a TPU, would put
-        distances into other buckets than those that the model was trained with.
+        Computed on the host: a logarithm with different rounding, such as XLA's on TPUs, would put
+        distances into other buckets than in pretraining.
         """
         count = self.buckets // 2 if self.both_ways else self.buckets
         first = np.where(distance < 0, count, 0) if self.both_ways else 0
         distance = np.abs(distance) if self.both_ways else np.maximum(distance, 0)
-        # Half of the buckets are for exact distances, the others for logarithmic ranges.
+        # Half of the buckets hold exact distances, the others logarithmic ranges.
         exact = count // 2
         ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
         ratio = ratio / np.float32(math.log(self.farthest / exact)) * np.float32(count - exact)
@@ -47,9 +47,9 @@ class Relative:
         return first + np.where(distance < exact, distance, far)
 
     def bias(self, table_RN: jax.Array, query_BT: jax.Array, key_BS: jax.Array) -> jax.Array:
-        """bias_BNTS of keys at `key_BS` for queries at `query_BT`, float32."""
+        """bias_BNTS for queries at positions `query_BT` and keys at `key_BS`, float32."""
         far = self.farthest
-        # XN: for each distance from -far to far, beyond which all are alike.
+        # XN: one row per distance from -far to far; longer distances are clipped.
         bias_XN = table_RN.astype(jnp.float32)[self.bucket(np.arange(-far, far + 1))]
         distance_BTS = jnp.clip(query_BT[:, :, None] - key_BS[:, None, :], -far, far)
         return bias_XN[distance_BTS + far].transpose(0, 3, 1, 2)

@@ -1,8 +1,8 @@
-"""What a layer keeps for its backward pass, and what it computes again.
+"""Rematerialisation policies: which activations a layer keeps for its backward pass.
 
-What is worth keeping bears a name. A byte kept saves about as much work under every name (a
-product of a D-wide input saves 2·D operations for each number that it makes), so the policies
-differ in how much they keep, not in how well they choose.
+Activations worth keeping are named. Every name saves about the same work per byte (a product over a
+D-wide input costs 2·D operations per output element), so the policies differ in how much they keep,
+not in how well they choose.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 Remat = Literal["none", "dots", "mlp", "projections", "attention", "full"]
 
-# What weight matrices make, and what attention mixes, with its log-denominators.
+# Outputs of the weight matrices, and "mixed": the output and log-denominators of attention.
 Name = Literal["q", "k", "v", "mixed", "o", "up", "gate", "down"]
 
 _KEPT: dict[Remat, tuple[Name, ...]] = {
@@ -31,22 +31,29 @@ Result = TypeVar("Result")
 
 
 def keep(name: Name, x: jax.Array) -> jax.Array:
-    """The same array, under a name by which policies know it."""
+    """Names an array for rematerialisation policies; returns it unchanged."""
     return checkpoint_name(x, name)
 
 
 def rematerialised(layer: Callable[Arguments, Result], remat: Remat) -> Callable[Arguments, Result]:
-    """A layer of a scan, whose backward pass keeps its input and what `remat` names: every product
-    of a weight matrix and the mix of attention ("dots"), those of the feed-forward alone ("mlp"),
-    those of attention's matrices and of the feed-forward's first ("projections"), those of
-    attention alone ("attention"), nothing ("full"); or all that it needs ("none")."""
+    """Applies a rematerialisation policy to a layer of a scan.
+
+    The layer's input is always kept. In addition, `remat` keeps:
+
+        dots         all products with weight matrices, and the output of attention
+        mlp          the feed-forward's up and gate projections
+        projections  q, k, v, o and up
+        attention    q, k, v, o and the output of attention
+        full         nothing: everything is recomputed
+        none         everything: nothing is recomputed
+    """
     if remat == "none":
         return layer
     policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
-    # Inside a scan XLA cannot merge the second computation with the first.
+    # Inside a scan, XLA cannot merge the recomputation with the original.
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 def recomputed(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """A part of a layer of a scan whose backward pass computes it again, under any policy."""
+    """Recomputes a part of a scanned layer in the backward pass, under any policy."""
     return jax.checkpoint(function, prevent_cse=False)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021) and the scalings that checkpoints ask for."""
+"""Rotary position embeddings (Su et al. 2021) and the scalings that checkpoints use."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Rotary:
         theta: the base of the wavelengths.
         scaling: "none", "linear" (positions divided by `factor`), "llama3" (Llama 3.1: long
             wavelengths divided, short ones kept) or "yarn" (Peng et al. 2023).
-        factor: how much longer the context became.
+        factor: the context length after scaling, relative to `original_length`.
         original_length: the context length before scaling (llama3 and yarn).
         low: llama3's low_freq_factor, or yarn's beta_slow.
         high: llama3's high_freq_factor, or yarn's beta_fast.
         attention: multiplies cos and sin; yarn's attention_factor.
         truncate: whether yarn rounds the bounds of its ramp to whole dimensions.
-        share: of a head's dimensions that turn; the rest stay as they are (GPT-NeoX).
+        share: the fraction of a head's dimensions that rotate (GPT-NeoX).
     """
 
     theta: Theta
@@ -92,8 +92,8 @@ class Rotary:
         return keep * plain + (1 - keep) * plain / self.factor
 
     def angles(self, position_BT: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
-        """cos_BTH and sin_BTH in float32 (the second half repeats the first), of as many
-        dimensions as turn."""
+        """cos_BTH and sin_BTH of the rotated dimensions, float32. The second half repeats the
+        first."""
         turning = int(head_dim * self.share)
         angle = position_BT[..., None].astype(jnp.float32) * self.frequencies(turning)
         angle = jnp.concatenate([angle, angle], axis=-1)
@@ -101,9 +101,9 @@ class Rotary:
 
 
 def rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
-    """Turns each head's two halves by the angles of their positions.
+    """Rotates the two halves of each head by the angles of their positions.
 
-    Fewer angles than H turn the first dimensions alone.
+    If there are fewer angles than H, only the first dimensions rotate.
     """
     turning = cos_BTH.shape[-1]
     x, rest = x_BTNH[..., :turning], x_BTNH[..., turning:]

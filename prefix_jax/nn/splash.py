@@ -1,11 +1,11 @@
-"""The tokens' part of attention on TPUs: no array of T x S ever reaches memory.
+"""Token attention on TPUs, which never writes a T x S array to memory.
 
-The kernels are JAX's splash attention (`splash_run`). Here is said what they compute, and which
-device computes it.
+The kernels are JAX's splash attention (`splash_run`). This module translates the mask for them and
+splits the work over devices.
 
-A kernel compares columns, by a static mask (causal, a window), and ids, which have to be equal. Ids
-are groups. Targets that branch from one source take two runs over the same keys: in one, ids are of
-a group and branch; the other shows the source, branch 0, to the other branches.
+A kernel has a static mask over columns (causal, with or without a window) and requires the ids of
+query and key to be equal. Ids are groups. With branches, two runs over the same keys are needed: in
+one, an id is a group and branch; the other lets the branches see their source, branch 0.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ _BRANCHES = 2**15
 
 
 def fits(q_BKGTH: jax.Array, k_BSKH: jax.Array, seen: Seen) -> bool:
-    """Whether the kernels compute this; shapes and what is static decide.
+    """Whether the kernels support this attention, judged by shapes and static values.
 
-    They add no bias to logits (T5), know no mask of any form (beams), and none where columns
-    count otherwise than positions: in a cache that has other columns than the queries', and in
-    the window of a target that branches from a source further back. And they are split by the mesh
-    of `jax.set_mesh`: where there is none, but several devices, the program may be of them all.
+    They support no bias on logits (T5), no arbitrary mask (beam search), and no mask in which
+    columns and positions differ: a cache whose columns are not those of the queries, or a window
+    over a target that branches from a source further back. They are split over the mesh of
+    `jax.set_mesh`; with several devices but no mesh, the program may span all devices, so the
+    kernels are not used.
     """
     sight = seen.tokens
     if not isinstance(sight, Sight) or seen.bias_BNTS is not None:
@@ -58,7 +59,7 @@ def forward(
     seen: Seen,
     floor_BKGT1: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `dense.forward`."""
+    """Like `dense.forward`."""
     sight = _sight(seen)
 
     def attended(window: int | None) -> Any:
@@ -83,9 +84,9 @@ def backward(
     log_total_BKGT1: jax.Array,
     dout_BKGTH: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    """As `dense.backward`."""
+    """Like `dense.backward`."""
     sight = _sight(seen)
-    # The logits that kernels mask are far below: a query that sees nothing has no weights.
+    # The kernels mask with much smaller logits, so a query that sees nothing has zero weights.
     log_total_BKGT1 = jnp.maximum(log_total_BKGT1, MASKED)
     queries = q_BKGTH, out_BKGTH, log_total_BKGT1, dout_BKGTH
 
@@ -104,11 +105,12 @@ def _over_mesh(
     keys: Arrays,
     ids: list[SegmentIds],
 ) -> tuple[Arrays, Arrays]:
-    """Gives each device its rows, columns and key heads, as the compiler cannot split a kernel by
-    itself.
+    """Splits rows, columns and key heads over devices, because the compiler cannot partition a
+    kernel.
 
-    An axis of the mesh that does not divide rows, columns or heads repeats the work. One that
-    divides query heads alone gets copies of the key heads, each with a part of the queries.
+    A mesh axis that does not divide rows, columns or heads repeats the work. If the heads axis
+    divides only the query heads, each key head is copied, and each copy serves a part of its
+    queries.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -163,15 +165,15 @@ def _over_mesh(
 
 
 def _reordered(run: Run, tree: Any, back: bool) -> Any:
-    """What keys hold, dealt out as queries are, or (`back`) in the order of the row."""
+    """Reorders key arrays to the dealt layout of the queries or, with `back`, to row order."""
     if not (run.causal and run.dealt):
         return tree
     return jax.tree.map(lambda x: reorder(x, run.shards, 1, back), tree)
 
 
 def _by_window(sight: Sight, compute: Callable[[int | None], Any]) -> Any:
-    """Computes with the window where it holds: a kernel's mask is static, and layers of one scan
-    may differ."""
+    """Computes with the window in the layers that have one: a kernel's mask is static, but the
+    layers of a scan may differ."""
     if sight.narrow is None:
         return compute(sight.window)
     return jax.lax.cond(sight.narrow, lambda: compute(sight.window), lambda: compute(None))
@@ -199,5 +201,5 @@ def _ids(sight: Sight) -> list[SegmentIds]:
 
 
 def _sight(seen: Seen) -> Sight:
-    assert isinstance(seen.tokens, Sight)  # as `fits` has found
+    assert isinstance(seen.tokens, Sight)  # checked by `fits`
     return seen.tokens

@@ -1,7 +1,8 @@
 """JAX's splash attention with one static mask, on one device.
 
-Its own derivative assumes a softmax over the tokens alone, so the backward kernels are called here,
-with the output and the denominator of the whole softmax, prefix included: that is exact.
+The derivative that JAX defines assumes a softmax over only the tokens. The backward kernels are
+therefore called directly, with the output and the denominator of the whole softmax, including the
+prefix, which is exact.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from prefix_jax.nn import tiles
 from prefix_jax.nn.columns import origin
 from prefix_jax.nn.mask import Sight
 
-# Columns of a tile: fewer are not worth a kernel, and a row is padded to a multiple of it.
+# Columns per tile: a row is padded to a multiple of it, and shorter rows are not worth a kernel.
 LANES = 128
 
-# The longest block of a row that a kernel takes at once: its weights, 512 x 512 in float32, take
-# 1 MiB of the 16 MiB of a core's fast memory.
+# The largest block of a row that a kernel processes at once: 512 x 512 float32 weights occupy 1 MiB
+# of the 16 MiB of VMEM per core.
 BLOCK = 512
 
-# Ids of what matches nothing: padding, and queries and keys that a run leaves out.
+# Ids that match nothing: padding, and queries and keys that a run skips.
 NO_QUERY, NO_KEY = -1, -2
 
 _interpreting = contextvars.ContextVar("interpreting", default=False)
@@ -40,8 +41,8 @@ _interpreting = contextvars.ContextVar("interpreting", default=False)
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Programs that are traced inside take this path on any platform, where Pallas interprets the
-    kernels: slowly, for tests."""
+    """Makes programs traced inside use the kernels on any platform, in Pallas's (slow) interpret
+    mode. For tests."""
     token = _interpreting.set(True)
     try:
         yield
@@ -50,11 +51,11 @@ def interpreted() -> Iterator[None]:
 
 
 def interpreting() -> bool:
-    """Whether this is inside of `interpreted`."""
+    """Whether the caller runs inside `interpreted`."""
     return _interpreting.get()
 
 
-# What queries hold, [B, K, G, T, …], and what keys hold, [B, S, K, H].
+# Query arrays, [B, K, G, T, …], or key arrays, [B, S, K, H].
 Arrays = tuple[jax.Array, ...]
 
 
@@ -65,9 +66,9 @@ class Run:
     Attributes:
         softcap: bounds the logits, or None.
         causal: whether a query sees no later key.
-        window: of causal attention, how many columns back it sees, its own included; None for all.
-        shards: how many devices share the queries of a row; each has all of its keys.
-        dealt: whether these hold columns from either end of it.
+        window: size of the causal window in columns, including the query's own; None for unlimited.
+        shards: the number of devices that share the queries of a row; each has all of its keys.
+        dealt: whether each of these devices holds a piece from either end of the row.
     """
 
     softcap: float | None
@@ -80,14 +81,15 @@ class Run:
     def over_mesh(
         cls, softcap: float | None, sight: Sight, window: int | None, columns: int
     ) -> Run:
-        """On the mesh of `jax.set_mesh`. A mesh that does not divide columns repeats the work."""
+        """A run on the mesh of `jax.set_mesh`, which repeats the work if it does not divide the
+        columns."""
         shards = 1 if columns % column_shards() else column_shards()
         return cls(softcap, sight.causal, window, shards, sight.dealt)
 
     def forward(
         self, queries: Arrays, keys: Arrays, ids: list[SegmentIds]
     ) -> tuple[Arrays, Arrays]:
-        """(q,), (k, v) → (out, log_total) and nothing; the runs of several ids merged. float32."""
+        """(q,), (k, v) → (out, log_total) and (), in float32, merged over all `ids`."""
         parts = [self._forward(queries, keys, one) for one in ids]
         out, log_total = parts[0]
         for out_more, log_total_more in parts[1:]:
@@ -99,7 +101,7 @@ class Run:
     def backward(
         self, queries: Arrays, keys: Arrays, ids: list[SegmentIds]
     ) -> tuple[Arrays, Arrays]:
-        """(q, out, log_total, dout), (k, v) → (dq,) and (dk, dv); all float32."""
+        """(q, out, log_total, dout), (k, v) → (dq,) and (dk, dv), in float32."""
         parts = [self._backward(queries, keys, one) for one in ids]
         dq, dk, dv = (functools.reduce(jnp.add, same) for same in zip(*parts, strict=True))
         return (dq,), (dk, dv)
@@ -153,7 +155,7 @@ class Run:
             columns: queries of a row on one device.
             T, S: queries and keys, in whole blocks.
         """
-        # Where all see all, devices do not differ.
+        # Without a causal mask, all devices have the same mask.
         shards = self.shards if self.causal else 1
         mask: masks.Mask = masks.FullMask((T, S))
         if self.causal:
@@ -205,13 +207,13 @@ def _own(kernel: kernels.SplashAttentionKernel, shards: int) -> kernels.SplashAt
 
 
 def _block(columns: int) -> int:
-    """The columns of a block: a row is the fewest of equal size that is at most `BLOCK`."""
+    """Columns per block: the row is split into the fewest equal blocks of at most `BLOCK`."""
     count = -(-columns // BLOCK)
     return -(-columns // (count * LANES)) * LANES
 
 
 def _laid(queries: Arrays, keys: Arrays, ids: SegmentIds) -> tuple[Arrays, Arrays, SegmentIds]:
-    """As the kernels want them: key heads before columns, and columns in whole blocks."""
+    """Converts to the layout of the kernels: key heads before columns, whole blocks of columns."""
 
     def pad(x: jax.Array, axis: int, value: int = 0) -> jax.Array:
         columns = x.shape[axis]
@@ -227,7 +229,7 @@ def _laid(queries: Arrays, keys: Arrays, ids: SegmentIds) -> tuple[Arrays, Array
 
 
 def _each_head(function: Callable[..., Any], queries: Arrays, keys: Arrays, ids: SegmentIds) -> Any:
-    """A function of what one key head holds, (*queries, *keys, ids), for every row and key head."""
+    """Maps a function (*queries, *keys, ids) of one key head over all rows and key heads."""
 
     def row(queries: Arrays, keys: Arrays, ids: SegmentIds) -> Any:
         return jax.vmap(lambda queries, keys: function(*queries, *keys, ids))(queries, keys)

@@ -1,8 +1,8 @@
-"""The static masks of splash attention, for long rows.
+"""Static masks of splash attention for long rows.
 
-JAX looks at every tile of a mask before it compiles a kernel: 65,000 of 512 x 512 for a row of 128k
-tokens, two minutes of comparisons. Most tiles are seen as a whole or not at all, which their ends
-tell.
+JAX inspects every tile of a mask before it compiles a kernel: 65,000 tiles of 512 x 512 for a row
+of 128k tokens, which takes two minutes. Most tiles are fully visible or fully masked, which can be
+decided from their corners.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 
 class Causal(masks.LocalMask):
-    """A query sees the last keys up to its own.
+    """Causal mask with an optional window.
 
     Args:
-        queries: which column each query is, int32 [T].
-        keys: columns, in order.
-        window: how many of them a query sees, its own included; None for all before it.
+        queries: the column of each query, int32 [T].
+        keys: the number of keys, in column order.
+        window: the number of keys that a query sees, including its own; None for all before it.
     """
 
     def __init__(self, queries: np.ndarray, keys: int, window: int | None):
@@ -44,5 +44,5 @@ class Causal(masks.LocalMask):
 
 @functools.cache
 def _uniform(size: tuple[int, int], seen: bool) -> np.ndarray:
-    """One array for all such tiles, laid out as NumPy looks through it fastest."""
+    """One shared array for all uniform tiles, contiguous so that NumPy scans it fastest."""
     return np.full(size, seen)

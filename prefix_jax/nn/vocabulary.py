@@ -1,10 +1,11 @@
-"""How a head lies on the mesh while a loop over targets reads it, chunk by chunk.
+"""Sharding of the unembedding head while a loop reads it chunk by chunk.
 
-A head is large (128k x 4096 in bfloat16: 1 GiB), and lies split over the devices. Few devices that
-share a copy of the weights take a part of the vocabulary each, for the targets of all of them: they
-exchange hidden states, and none ever holds the head. What they exchange grows with their
-number, while what else they hold shrinks: many gather the head, once a step, and keep their rows
-apart. Outside of `jax.set_mesh` nothing happens.
+A head is large (128k x 4096 in bfloat16: 1 GiB) and is stored split over the devices. If few
+devices share a copy of the weights, each computes the logits of its part of the vocabulary for the
+targets of all of them: they exchange hidden states, and no device ever holds the whole head. The
+exchange grows with the number of devices, while their other memory shrinks. Many devices therefore
+gather the head once per step, and each keeps its own rows. Outside `jax.set_mesh` this module does
+nothing.
 """
 
 from __future__ import annotations
@@ -23,26 +24,26 @@ from prefix_jax.mesh import (
     shards,
 )
 
-# Up to so many devices take parts of the vocabulary. By the published peaks of v5e chips the
-# exchange is 1 % of a Llama-3-8B's step for 16 of them if every token is a target, 4 % for 64.
+# Up to this many devices split the vocabulary. With the published peaks of v5e chips, the exchange
+# is 1 % of a Llama-3-8B step on 16 of them if every token is a target, and 4 % on 64.
 _FEW = 16
-# Targets of a chunk, on each device that has the whole vocabulary: more cost memory (512 x 128k
-# float32 logits are 256 MiB); fewer would read the head more often than their products pay for (a
-# TPU does some 250 operations in the time that it reads a byte). A CPU does a tenth of that, and
-# its memory is where programs and data are, too.
+# Targets per chunk and device, if each device has the whole vocabulary. More would cost memory (512
+# x 128k float32 logits are 256 MiB); fewer would make reading the head slower than its products (a
+# TPU does some 250 operations in the time in which it reads a byte). A CPU does a tenth of that,
+# and its memory is shared with programs and data.
 _ALONE = 512
 _ALONE_ON_CPU = 128
-# And for each device that has a part: together they have enough for the products, and the fewer
-# chunks, the fewer exchanges.
+# Targets per chunk and device, if each device has a part of the vocabulary. Together the devices
+# have enough targets for the products; fewer chunks mean fewer exchanges.
 _TOGETHER = 128
 
 
 def head(weights: Any, outputs: int) -> Any:
-    """A head's weights as a loop over targets wants them.
+    """Shards the weights of a head for a loop over targets.
 
     Args:
-        weights: an array, or a quantised one.
-        outputs: the axis of the vocabulary.
+        weights: a plain or quantised array.
+        outputs: the vocabulary axis.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return weights
@@ -54,7 +55,7 @@ def head(weights: Any, outputs: int) -> Any:
 
 
 def rows(x: jax.Array) -> jax.Array:
-    """An array of targets, rows first, on the devices that make logits of them."""
+    """Places an array of targets, rows first, on the devices that compute their logits."""
     if not _shared():
         return constrain_tokens(x)
     spec = PartitionSpec("data", *(None for _ in x.shape[1:]))
@@ -62,7 +63,7 @@ def rows(x: jax.Array) -> jax.Array:
 
 
 def chunk_targets() -> int:
-    """How many targets a chunk has on all devices together, at most."""
+    """Maximum number of targets per chunk, over all devices."""
     mesh = jax.sharding.get_abstract_mesh()
     device = mesh.abstract_device
     alone = _ALONE_ON_CPU if device is not None and device.platform == "cpu" else _ALONE
@@ -72,8 +73,8 @@ def chunk_targets() -> int:
 
 
 def column_parts() -> int:
-    """Into how many parts the columns of a chunk are split: as those of rows are, on devices that
-    each have the whole vocabulary."""
+    """Number of parts that the columns of a chunk are split into: as for rows if each device has
+    the whole vocabulary, else 1."""
     return 1 if _shared() else column_shards()
 
 
@@ -87,10 +88,10 @@ def _split(leaf: jax.Array, outputs: int) -> jax.Array:
     spec: list[Any] = [None] * leaf.ndim
     axes = (HEAD_AXIS, *SHARE_AXES)
     if leaf.shape[outputs] % shards(mesh, axes):
-        # XLA exchanges equal shares alone; it cuts others from the whole.
+        # XLA exchanges only equal shares; unequal ones are sliced from the whole array.
         leaf = jax.lax.with_sharding_constraint(leaf, PartitionSpec(*spec))
     if leaf.shape[outputs] > 1:
-        # What tensor splits stays where it is, and is cut once more.
+        # The tensor axis comes first, so its split stays in place and is only subdivided.
         spec[outputs] = axes
     return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*spec))
 
