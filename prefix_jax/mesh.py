@@ -1,4 +1,4 @@
-"""The device mesh and how arrays lie on it.
+"""The device mesh and the sharding of arrays.
 
 A parameter's name ends in its axes (`q_DNH`), so one table from axis letters to mesh axes shards
 every backbone.
@@ -21,19 +21,19 @@ from prefix_jax.errors import MeshError
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 
-# Rows of a batch are split over both, as fsdp devices hold different data.
+# The rows of a batch are split over both, because fsdp devices hold different data.
 BATCH_AXES = ("data", "fsdp")
 
-# The columns of rows, where rows are too long for a device, or fewer than there are.
+# Splits the columns of rows that are too long for one device, or fewer than the devices.
 COLUMN_AXIS = "sequence"
 
-# Heads, features and the vocabulary.
+# Splits heads, features and the vocabulary.
 HEAD_AXIS = "tensor"
 
-# What devices share that hold different tokens: one copy of the weights.
+# Devices along these axes hold different tokens and share one copy of the weights.
 SHARE_AXES = ("fsdp", COLUMN_AXIS)
 
-# Which axes of the mesh split an axis of weights. A letter that is missing here is never split.
+# Mesh axes that split each axis of the weights, by letter. Other letters are never split.
 WEIGHT_AXES: Mapping[str, tuple[str, ...]] = {
     "D": SHARE_AXES,
     **dict.fromkeys("NKFV", (HEAD_AXIS,)),
@@ -48,7 +48,8 @@ def make_mesh(
     *,
     sequence: int = 1,
 ) -> Mesh:
-    """A `data` × `fsdp` × `sequence` × `tensor` mesh; one size may be -1 and takes what is left.
+    """Makes a `data` × `fsdp` × `sequence` × `tensor` mesh. One size may be -1: it is inferred from
+    the number of devices.
 
     Raises:
         MeshError: the sizes do not multiply to the number of devices.
@@ -70,12 +71,12 @@ def make_mesh(
 
 
 def shards(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
-    """Into how many parts these axes of a mesh split something."""
+    """The number of shards along these axes of a mesh."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts the rows of a batch are split."""
+    """The number of parts that the rows of a batch are split into."""
     return shards(mesh, BATCH_AXES)
 
 
@@ -91,11 +92,11 @@ def check_rows(mesh: Mesh, rows: int, what: str) -> None:
 
 
 def weight_spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """How a parameter is split, from the letters at the end of its name. The integers and the
-    scales of a quantised one are split alike, as far as they have the axis.
+    """The partition of a parameter, from the letters at the end of its name. The integers and
+    scales of a quantised parameter are split alike, unless an axis of the scales is too small.
 
-    Vectors are replicated, and so is an axis that its mesh axes do not divide (3 key/value heads
-    over 2 devices, say).
+    Vectors are replicated, and so is any axis that its mesh axes do not divide (for example, 3 KV
+    heads over 2 devices).
     """
     # A quantised parameter's leaves are attributes below its name.
     names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
@@ -105,7 +106,7 @@ def weight_spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> Partit
     if len(letters.removeprefix("L")) < 2:
         return PartitionSpec()
     split = [
-        # An axis of the mesh splits one axis of an array: of a square matrix, the first.
+        # A mesh axis can split only one axis of an array: in a square matrix, the first.
         None if letter in letters[:place] else WEIGHT_AXES.get(letter)
         for place, letter in enumerate(letters)
     ]
@@ -125,12 +126,13 @@ def weight_shardings(params: Any, mesh: Mesh) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device: prefixes and optimizer state, which are small."""
+    """Replicates an array on every device: used for prefixes and optimizer state, which are
+    small."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def rows_sharding(mesh: Mesh, ndim: int, leading: int = 0) -> NamedSharding:
-    """Rows over the batch axes; `leading` axes (micro-batches) stand before the rows."""
+    """Splits rows over the batch axes; `leading` axes (micro-batches) precede the rows."""
     if ndim <= leading:
         return replicated(mesh)
     spec = [None] * leading + [BATCH_AXES] + [None] * (ndim - leading - 1)
@@ -138,9 +140,9 @@ def rows_sharding(mesh: Mesh, ndim: int, leading: int = 0) -> NamedSharding:
 
 
 def place_rows(batch: Any, mesh: Mesh, leading: int = 0) -> Any:
-    """Puts a batch of numpy arrays on the mesh, rows over the batch axes.
+    """Places a batch of NumPy arrays on the mesh, with rows over the batch axes.
 
-    On several hosts each one brings its own rows; scalars are equal on all of them.
+    With several hosts, each host passes its own rows; scalars must be equal on all hosts.
     """
 
     def place(leaf: np.ndarray) -> jax.Array:
@@ -151,8 +153,8 @@ def place_rows(batch: Any, mesh: Mesh, leading: int = 0) -> Any:
 
 
 def on_mesh_of(arrays: Any) -> AbstractContextManager[Any]:
-    """The context of programs that read these arrays: the mesh on which they lie, without which
-    kernels cannot be split over its devices. No context where they lie on no such mesh."""
+    """Context for programs that read these arrays: sets their mesh, which is required to split
+    kernels over its devices. Does nothing if the arrays are not on a mesh of `AXES`."""
     for leaf in jax.tree.leaves(arrays):
         mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
         if isinstance(mesh, Mesh) and mesh.axis_names == AXES:
@@ -161,9 +163,9 @@ def on_mesh_of(arrays: Any) -> AbstractContextManager[Any]:
 
 
 def constrain_tokens(x_BT: jax.Array) -> jax.Array:
-    """Keeps what tokens hold, x_BT or x_BTD, on their devices inside a jitted function that runs
-    under `jax.set_mesh`: rows over the batch axes, a single one on all of them, and columns over
-    theirs if it divides them. Does nothing outside of a mesh."""
+    """Constrains x_BT or x_BTD to the sharding of tokens, inside a function jitted under
+    `jax.set_mesh`: rows are split over the batch axes (a single row is replicated), columns over
+    the column axis if it divides them. Does nothing outside a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x_BT
     rows = None if x_BT.shape[0] == 1 else BATCH_AXES
@@ -173,11 +175,11 @@ def constrain_tokens(x_BT: jax.Array) -> jax.Array:
 
 
 def look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """Rows of a table, x_BTD, under `jax.set_mesh` or outside of a mesh.
+    """Looks up rows of a table, x_BTD. Works under `jax.set_mesh` and outside a mesh.
 
-    Where devices hold parts of D and rows of the batch, each looks its part up for its neighbours'
-    tokens too, and they exchange what they found: activations, where XLA would gather the whole
-    table.
+    If devices hold parts of D and of the batch, each device looks up its part of D for its
+    neighbours' tokens too, and the devices exchange the resulting activations. XLA by itself would
+    gather the whole table.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or table_VD.shape[1] % shards(mesh, SHARE_AXES):
@@ -187,7 +189,7 @@ def look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     constrain = jax.lax.with_sharding_constraint
     x_BTD = table_VD[constrain(ids_BT, PartitionSpec(rows, None))]
     x_BTD = constrain(x_BTD, PartitionSpec(rows, None, SHARE_AXES))
-    # XLA exchanges along one axis of an array at a time: columns first, and rows behind them.
+    # XLA exchanges along one axis of an array at a time: first columns, then rows.
     if column_shards() > 1:
         x_BTD = constrain(x_BTD, PartitionSpec(rows, columns, "fsdp"))
     if rows is None:
@@ -196,24 +198,26 @@ def look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
 
 
 def row_shards() -> int:
-    """Into how many parts rows are split inside a jitted function; 1 outside of a mesh."""
+    """The number of parts that rows are split into inside a jitted function; 1 outside a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else batch_shards(mesh)
 
 
 def column_shards() -> int:
-    """Into how many parts columns are split inside a jitted function; 1 outside of a mesh."""
+    """The number of parts that columns are split into inside a jitted function; 1 outside a
+    mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape[COLUMN_AXIS]
 
 
 def agreed(value: int) -> int:
-    """What the first process says, on every process of the run. All of them call it."""
+    """Broadcasts the value of the first process. Every process must call it."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def describe(mesh: Mesh | Mapping[str, int]) -> str:
-    """For messages: "data=4 x fsdp=2 x tensor=1", and sequence where it splits anything."""
+    """Formats mesh sizes for messages: "data=4 x fsdp=2 x tensor=1". `sequence` appears only if it
+    is not 1."""
     shape = mesh.shape if isinstance(mesh, Mesh) else mesh
     return " x ".join(
         f"{axis}={size}" for axis, size in shape.items() if axis != COLUMN_AXIS or size != 1

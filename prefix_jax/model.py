@@ -1,4 +1,4 @@
-"""Where a backbone and a method meet: method → lift → hidden → head."""
+"""Combines a backbone and a method: method → lift → hidden → head."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from prefix_jax.nn.loss import (
 )
 from prefix_jax.prefix import Adapter, Embeds, Hidden, Prefix, Produced, StackName
 
-# {"backbone": …, "prefix": …, "head": …}: one plain tree, so that one label function partitions it.
+# {"backbone": …, "prefix": …, "head": …}: a single tree, so that one label function partitions it.
 Params = Mapping[str, Any]
 
 
@@ -35,9 +35,9 @@ class PrefixModel:
     """A frozen backbone and the method that steers it.
 
     Attributes:
-        backbone: the computation of the pretrained model.
-        method: what trains; None is full fine-tuning without a prefix, the baseline.
-        head: what reads the last hidden states, and trains too; None is the language model's own.
+        backbone: the pretrained model.
+        method: the tuning method; None for full fine-tuning without a prefix, the baseline.
+        head: a trainable head on the last hidden states; None for the language model's own.
     """
 
     backbone: Backbone
@@ -45,7 +45,7 @@ class PrefixModel:
     head: Head | None = None
 
     def produced(self, params: Params, rng: jax.Array | None = None) -> Produced | None:
-        """What the method makes of its parameters; with `rng`, under dropout."""
+        """The output of the method, with dropout if `rng` is given."""
         return None if self.method is None else self.method(params["prefix"], rng)
 
     def prefix(self, params: Params, rng: jax.Array | None = None) -> Prefix | None:
@@ -53,13 +53,13 @@ class PrefixModel:
         return self.backbone.lift(params["backbone"], self.produced(params, rng))
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
-        """The summed loss of the batch's targets: under the language model's own head their
-        negative log-likelihood, in nats. Differentiable.
+        """The summed loss of the batch's targets: with the language model's own head, the negative
+        log-likelihood in nats. Differentiable.
 
         Args:
             params: {"backbone": …, "prefix": …, "head": …}.
             batch: packed rows.
-            rng: for dropout; None evaluates.
+            rng: for dropout; None disables it.
         """
         if self.head is not None:
             prefix_rng, head_rng = (None, None) if rng is None else jax.random.split(rng)
@@ -75,7 +75,7 @@ class PrefixModel:
         """The summed negative log-likelihood of each row's targets, [B], in nats.
 
         Args:
-            backbone: the weights of the backbone alone.
+            backbone: the weights of the backbone.
             prefix: a lifted prefix; None scores the bare model.
             batch: packed rows.
         """
@@ -86,7 +86,7 @@ class PrefixModel:
     def answer(
         self, backbone: Any, head: Any, prefix: Prefix | None, batch: Batch
     ) -> tuple[jax.Array, jax.Array]:
-        """What the head makes of the batch.
+        """The outputs and losses of the head.
 
         Args:
             backbone, head: the weights of each.
@@ -96,7 +96,7 @@ class PrefixModel:
         Returns:
             out_BMY, and the summed loss of each row's targets, [B].
         """
-        assert self.head is not None, "this model has no head but its own"
+        assert self.head is not None, "this model has no task head"
         out_BMY = self._answers(backbone, head, prefix, batch)
         return out_BMY, self.head.losses(out_BMY, batch)
 
@@ -123,7 +123,7 @@ class PrefixModel:
         h_BTD, _ = self.backbone.hidden(
             backbone, batch.ids_BT, batch.tokens, prefix, encoded=encoded
         )
-        # Soft tokens before an encoder are the first columns of what it gives.
+        # Soft tokens before an encoder are the first columns of its output.
         soft = h_BTD.shape[1] - batch.ids_BT.shape[1]
         if soft and self.head is not None and self.head.soft:
             return gather_targets(h_BTD, jnp.zeros_like(batch.index_BM))
@@ -145,31 +145,31 @@ class PrefixModel:
 
     @property
     def packs(self) -> bool:
-        """Whether several examples may stand in a row: see `packs`."""
+        """Whether several examples may be packed into a row: see `packs`."""
         return packs(self._abstract)
 
     @property
     def encoder_decoder(self) -> EncoderDecoder | None:
-        """How text becomes tokens: see `encoder_decoder`."""
+        """Tokenization settings of an encoder-decoder: see `encoder_decoder`."""
         return encoder_decoder(self.backbone, self._abstract)
 
     @property
     def room(self) -> int:
-        """How many tokens of text the model's positions leave beside the prefix; of an
-        encoder-decoder, to its encoder."""
+        """The number of text tokens that fit the model's positions after the prefix. For an
+        encoder-decoder, this is the encoder's."""
         return self.backbone.room(self._abstract, self.backbone.reader)
 
     def check_context(self, max_length: int | None) -> None:
         """Raises ContextError if prefix and text do not fit the model's positions.
 
         Args:
-            max_length: tokens of text at most; None for as many as fit.
+            max_length: maximum number of text tokens; None for as many as fit.
         """
         backbone, reader = self.backbone, self.backbone.reader
         stacks: tuple[StackName, ...] = (
             (reader,) if backbone.arch.encoder is None else (reader, "decoder")
         )
-        # Before states are traced through all layers, which takes minutes for a million of them.
+        # Checked before tracing the states through all layers: a million states take minutes.
         most, method = backbone.room(None, reader), self.method
         if method and method.produces in (Embeds, Hidden) and method.text_start > most - 2:
             raise _no_room(method.text_start, most, reader)
@@ -182,25 +182,25 @@ class PrefixModel:
                 raise ContextError(
                     f"data.max_length {max_length} and text that starts at position {start}, after "
                     f"the prefix, exceed the model's {positions} positions; at most {room} tokens "
-                    "fit, or take a shorter prefix"
+                    "fit, or use a shorter prefix"
                 )
 
 
 def _no_room(start: int, positions: int, stack: StackName) -> ContextError:
     return ContextError(
-        f"a prefix after which text starts at position {start} leaves no room for it in the "
-        f"{positions} positions of the {stack}; use a shorter prefix (method.length)"
+        f"text would start at position {start}, after the prefix, which leaves no room for it in "
+        f"the {positions} positions of the {stack}; use a shorter prefix (method.length)"
     )
 
 
 def packs(prefix: Prefix | None) -> bool:
-    """Whether several examples may stand in a row behind a prefix: not behind soft tokens before
-    an encoder, as what these become depends on the text."""
+    """Whether several examples may be packed into a row after a prefix. They may not after soft
+    tokens before an encoder, whose hidden states depend on the text."""
     return prefix is None or prefix.embeds_PD is None
 
 
 def encoder_decoder(backbone: Backbone, prefix: Prefix | None) -> EncoderDecoder | None:
-    """How text becomes tokens for an encoder-decoder behind a prefix; None for a single stack."""
+    """Tokenization settings of an encoder-decoder with a prefix; None for a single stack."""
     start_id = backbone.arch.start_id
     if backbone.arch.encoder is None or start_id is None:
         return None
@@ -211,12 +211,12 @@ def encoder_decoder(backbone: Backbone, prefix: Prefix | None) -> EncoderDecoder
 def start_from_ids(
     backbone: Backbone, params: Any, kind: type[Produced], ids: np.ndarray, length: int
 ) -> Produced:
-    """What a prefix is at first if it starts as a text under the frozen model.
+    """Initial value of a prefix, computed from a text by the frozen model.
 
     Args:
         backbone, params: the frozen model and its weights.
         kind: the type that the method produces.
-        ids: the text's token ids; repeated or cut to `length` tokens.
+        ids: token ids of the text; repeated or truncated to `length` tokens.
         length: P.
     """
     ids_P = jnp.asarray(np.resize(np.asarray(ids, np.int32), length))

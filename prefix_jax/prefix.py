@@ -1,12 +1,12 @@
-"""What a prefix is: the types that methods produce, backbones lift and attention reads.
+"""Prefix types: what methods produce, backbones lift and attention reads.
 
-A prefix is a KV cache that you can train. A method produces one of four values, and
-`Backbone.lift` turns each of them into a `Prefix`, the only form that attention knows:
+A prefix is a KV cache that you can train. A method produces one of four types, and `Backbone.lift`
+converts each of them to a `Prefix`, the only form that attention accepts:
 
     Embeds   x_PD              soft tokens at the input embeddings (prompt tuning)
-    Hidden   h_LPD             hidden states that stand before the tokens in every layer
-    Adapter  h_LPD, gate_LN    states that are attended to apart, through a gate (LLaMA-Adapter)
-    Prefix   k, v, …           keys and values, site by site and layer by layer
+    Hidden   h_LPD             hidden states prepended to the tokens in every layer
+    Adapter  h_LPD, gate_LN    states with a gated softmax of their own (LLaMA-Adapter)
+    Prefix   k, v, …           keys and values per site and layer
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ import jax
 from prefix_jax.errors import ConfigError
 from prefix_jax.untrusted.values import Size, require_fields
 
-# The attentions of a transformer that a prefix can reach. Of a model that only reads or only
-# writes, the one that it has.
+# The attentions of a transformer that a prefix can reach. Encoder-only and decoder-only models have
+# one.
 SiteName = Literal["encoder", "decoder", "cross"]
 SITES: tuple[SiteName, ...] = ("encoder", "decoder", "cross")
 
-# A stack of layers: of a model that only reads or only writes, the one that it is.
+# A stack of layers. Encoder-only and decoder-only models have one.
 StackName = Literal["encoder", "decoder"]
 
-# Which layers the leading axis L of a prefix stands for, ascending; None for all of them.
+# The layers of the leading axis L of a prefix, in ascending order; None for all layers.
 Layers = tuple[int, ...] | None
 
 
 @flax.struct.dataclass
 class KVPrefix:
-    """Keys and values that join the softmax of every layer.
+    """Keys and values inside the softmax of every layer.
 
     Attributes:
         k_LPKH: keys as attention reads them, after any rotary embedding.
         v_LPKH: values.
-        bias_LPN: added to the attention logits of each query head; minus infinity makes a slot
-            absent. None adds nothing.
+        bias_LPN: added to the attention logits of each query head; minus infinity removes a slot.
+            None adds nothing.
     """
 
     k_LPKH: jax.Array
@@ -61,7 +61,7 @@ class Gated:
     Attributes:
         k_LPKH: keys, without any rotary embedding.
         v_LPKH: values.
-        gate_LN: multiplies what each query head reads.
+        gate_LN: multiplies the output of each query head.
     """
 
     k_LPKH: jax.Array
@@ -76,10 +76,10 @@ class Gated:
 
 @flax.struct.dataclass
 class Memory:
-    """A matrix for each head that maps its queries to outputs (Prefix-Tuning+, Wang et al. 2025).
+    """A matrix per head that maps queries to outputs (Prefix-Tuning+, Wang et al. 2025).
 
     Attributes:
-        m_LNHH: the query's features elu(q) times this are added to what the head reads.
+        m_LNHH: the query features elu(q) times this matrix are added to the output of the head.
     """
 
     m_LNHH: jax.Array
@@ -90,12 +90,12 @@ Beside = Gated | Memory
 
 @flax.struct.dataclass
 class Site:
-    """What one attention of a transformer gains from a prefix.
+    """The part of a prefix at one attention of a transformer.
 
     Attributes:
         join: keys and values inside the softmax.
-        beside: what is added to the softmax's result; it depends on the query alone.
-        layers: which layers this is of; None for all. `Backbone.lift` fills up the others.
+        beside: a term added outside the softmax, which depends only on the query.
+        layers: the layers that have this part; None for all. `Backbone.lift` fills in the others.
     """
 
     join: KVPrefix | None = None
@@ -116,15 +116,15 @@ class Prefix:
         decoder: the site at the decoder's self-attention.
         encoder: the site at the encoder's self-attention.
         cross: the site where a decoder attends to its encoder.
-        embeds_PD: soft tokens before the input of an encoder. What they stand for depends on the
-            text behind them, so they alone never become keys and values.
+        embeds_PD: soft tokens before the input of an encoder. Their hidden states depend on the
+            text that follows, so they cannot be converted to keys and values.
         offset: the position of the first token of text, in every stack whose self-attention has
             slots. P by default, as in PEFT and in the original GPT-2 code of Li & Liang (2021).
-        pinned: whether the prefix stays visible when a sliding window has moved past it. False
-            lets it fall out, as ordinary past tokens do.
-        tasks: A, where this is a bank: the prefixes of A tasks, of P slots each, one after another.
-            A token sees those of its own task alone, and they all stand at positions 0 to P - 1.
-            None is one prefix, of which every token sees all.
+        pinned: whether the prefix stays visible after a sliding window has moved past it. If False,
+            it leaves the window like ordinary past tokens.
+        tasks: A for a bank, the concatenated prefixes of A tasks with P slots each. A token sees
+            only the slots of its own task, and the positions of each task's slots are 0 to P - 1.
+            None for a single prefix, which every token sees.
     """
 
     decoder: Site | None = None
@@ -137,7 +137,7 @@ class Prefix:
 
     @classmethod
     def of(cls, sites: Mapping[SiteName, Site], *, offset: int = 0, pinned: bool = False) -> Prefix:
-        """A prefix of sites by name."""
+        """Builds a prefix from sites by name."""
         return cls(
             decoder=sites.get("decoder"),
             encoder=sites.get("encoder"),
@@ -148,24 +148,24 @@ class Prefix:
 
     @property
     def sites(self) -> dict[SiteName, Site]:
-        """The sites that there are, by name."""
+        """The sites of this prefix, by name."""
         found = {name: getattr(self, name) for name in SITES}
         return {name: site for name, site in found.items() if site is not None}
 
     @property
     def length(self) -> int:
-        """P, the number of slots where there are most; 0 if there are none. Of a bank, a task's."""
+        """P, the largest number of slots at any site; 0 without slots. Per task, in a bank."""
         lengths = [site.length for site in self.sites.values()]
         lengths += [s.beside.length for s in self.sites.values() if isinstance(s.beside, Gated)]
         return max([*lengths, self.soft * (self.tasks or 1)]) // (self.tasks or 1)
 
     @property
     def soft(self) -> int:
-        """The number of soft tokens before the input of an encoder. Of a bank, a task's."""
+        """The number of soft tokens before the input of an encoder. Per task, in a bank."""
         return 0 if self.embeds_PD is None else len(self.embeds_PD) // (self.tasks or 1)
 
     def apart(self) -> tuple[Prefix, ...]:
-        """The prefix of each task of a bank; of no bank, this alone."""
+        """Splits a bank into one prefix per task. A single prefix is returned as it is."""
         if self.tasks is None:
             return (self,)
         return tuple(self._of_task(task, self.tasks) for task in range(self.tasks))
@@ -184,7 +184,7 @@ class Prefix:
         return dataclasses.replace(alone, embeds_PD=embeds_PD)
 
     def start(self, stack: StackName) -> int:
-        """The position of the first token of text in a stack: 0 if nothing stands before it."""
+        """The position of the first token of text in a stack: 0 if no slots precede it."""
         site: Site | None = getattr(self, stack)
         slots = 0 if site is None else site.length
         return self.offset if slots else 0
@@ -192,19 +192,20 @@ class Prefix:
 
 @flax.struct.dataclass
 class Hidden:
-    """Hidden states that stand before the tokens at the entry of every layer, h_LPD."""
+    """Hidden states prepended to the input of every layer, h_LPD."""
 
     h_LPD: jax.Array
 
 
 @flax.struct.dataclass
 class Adapter:
-    """States that layers attend to apart from the tokens (LLaMA-Adapter, Zhang et al. 2023).
+    """States that layers attend to in a separate softmax (LLaMA-Adapter, Zhang et al. 2023).
 
     Attributes:
-        h_LPD: the layer's own projections make their keys and values, without norm and rotation.
-        gate_LN: multiplies what each query head reads of them; one for all heads where N is 1.
-        layers: which layers these are; None for all.
+        h_LPD: states that the layer's own projections map to keys and values, without norm and
+            rotation.
+        gate_LN: multiplies the output of each query head; if N is 1, all heads share the gate.
+        layers: the layers that have these states; None for all.
     """
 
     h_LPD: jax.Array
@@ -214,19 +215,18 @@ class Adapter:
 
 @flax.struct.dataclass
 class Embeds:
-    """Soft tokens that stand before the tokens at the input embeddings.
+    """Soft tokens prepended to the input embeddings.
 
     Attributes:
         x_PD: the soft tokens.
-        tasks: A, where this is a bank, as for `Prefix`: the soft tokens of A tasks, one after
-            another.
+        tasks: A for a bank, as in `Prefix`: the concatenated soft tokens of A tasks.
     """
 
     x_PD: jax.Array
     tasks: int | None = flax.struct.field(pytree_node=False, default=None)
 
     def apart(self) -> tuple[Embeds, ...]:
-        """Those of each task of a bank; of no bank, these alone."""
+        """Splits a bank into the soft tokens of each task. Without a bank, there is one element."""
         x_APD = self.x_PD.reshape(self.tasks or 1, -1, self.x_PD.shape[1])
         return tuple(Embeds(x_PD) for x_PD in x_APD)
 
@@ -253,13 +253,14 @@ class SiteShape:
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The shape of a backbone as far as a prefix cares. It has a decoder, an encoder or both.
+    """The dimensions of a backbone that a prefix depends on. At least one of `decoder` and
+    `encoder` is set.
 
     Attributes:
         d_model: D.
         vocab: V.
-        decoder, encoder, cross: the attentions that it has.
-        embed_dim: width of the input embeddings where it is not D.
+        decoder, encoder, cross: the shapes of its attentions, None if absent.
+        embed_dim: width of the input embeddings, if it is not D.
     """
 
     d_model: Size
@@ -272,22 +273,22 @@ class Geometry:
     def __post_init__(self) -> None:
         require_fields(self, ConfigError)
         if self.decoder is None and self.encoder is None:
-            raise ConfigError("a geometry has the shape of a decoder, of an encoder, or of both")
+            raise ConfigError("geometry: decoder and encoder are both missing; give at least one")
 
     @property
     def input_dim(self) -> int:
-        """The width of the input embeddings, and so of soft tokens."""
+        """The width of input embeddings and soft tokens."""
         return self.embed_dim or self.d_model
 
     @property
     def sites(self) -> dict[SiteName, SiteShape]:
-        """The attentions that there are, by name."""
+        """The attentions of the backbone, by name."""
         found = {name: getattr(self, name) for name in SITES}
         return {name: shape for name, shape in found.items() if shape is not None}
 
     @property
     def main_site(self) -> SiteName:
-        """The self-attention of the stack that a head reads: the decoder's where there is one."""
+        """The self-attention of the stack that a head reads: the decoder if there is one."""
         return "encoder" if self.decoder is None else "decoder"
 
     @property

@@ -48,7 +48,7 @@ def fill(tree: Tree) -> Tree:
 
 
 def can_deal(columns: int) -> bool:
-    """Whether devices share rows and a row of this many columns can be dealt out to them."""
+    """True if devices share rows and a row of this many columns can be dealt out to them."""
     return column_shards() > 1 and columns % (2 * column_shards()) == 0
 
 

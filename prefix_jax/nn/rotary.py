@@ -30,7 +30,7 @@ class Rotary:
         theta: the base of the wavelengths.
         scaling: "none", "linear" (positions divided by `factor`), "llama3" (Llama 3.1: long
             wavelengths divided, short ones kept) or "yarn" (Peng et al. 2023).
-        factor: the context length after scaling, relative to `original_length`.
+        factor: the factor by which the context was extended.
         original_length: the context length before scaling (llama3 and yarn).
         low: llama3's low_freq_factor, or yarn's beta_slow.
         high: llama3's high_freq_factor, or yarn's beta_fast.
