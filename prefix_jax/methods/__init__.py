@@ -1,4 +1,4 @@
-"""Methods: what trains, one file each. A new one is a file and a line in `METHODS`."""
+"""Tuning methods, one file each. To add one, write a file and a line in `METHODS`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
     "section_of",
 ]
 
-# By the names that configs use.
+# Methods by their names in configs.
 METHODS: dict[str, type[Method[Any]]] = {
     "prefix": PrefixTuning,
     "hidden": HiddenPrefixTuning,
@@ -48,12 +48,12 @@ METHODS: dict[str, type[Method[Any]]] = {
     "plus": PrefixTuningPlus,
 }
 
-# Full fine-tuning, the baseline: no method, the backbone itself trains.
+# Full fine-tuning, the baseline: no method; the backbone itself is trained.
 FULL = "full"
 
 
 def make_method(section: Mapping[str, Any]) -> Method[Any] | None:
-    """The method that the `method` section of a config describes; None for "full".
+    """Builds the method from the `method` section of a config; None for "full".
 
     Raises:
         ConfigError: the name or a field is unknown, or a value is out of range.
@@ -62,22 +62,22 @@ def make_method(section: Mapping[str, Any]) -> Method[Any] | None:
     name = fields.pop("name")
     if name == FULL:
         if fields:
-            raise ConfigError(f"method: full takes no fields, got {', '.join(fields)}")
+            raise ConfigError(f"method: full has no fields, got {', '.join(fields)}; remove them")
         return None
     if name not in METHODS:
         near = difflib.get_close_matches(name, [*METHODS, FULL], n=1)
         hint = f" did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"method.name: unknown method {name!r};{hint} there are {', '.join([*METHODS, FULL])}"
+            f"method.name: unknown method {name!r};{hint} use one of {', '.join([*METHODS, FULL])}"
         )
     return build(METHODS[name], fields, where="method")
 
 
 def name_of(method: Method[Any] | None) -> str:
-    """The name under which a method is registered.
+    """Returns the name under which a method is registered.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the method is not registered.
     """
     if method is None:
         return FULL
@@ -85,16 +85,16 @@ def name_of(method: Method[Any] | None) -> str:
         if type(method) is cls:
             return name
     raise ConfigError(
-        f"the method {type(method).__name__} is in no line of prefix_jax.methods.METHODS, which "
-        "gives it the name that configs and stored prefixes know it by: add it there"
+        f"the method {type(method).__name__} is not registered in prefix_jax.methods.METHODS; add "
+        "it there, under the name that configs and stored prefixes use"
     )
 
 
 def section_of(method: Method[Any] | None) -> dict[str, Any]:
-    """The `method` section of a config that describes a method: undoes `make_method`.
+    """Returns the `method` section of a config for a method: the inverse of `make_method`.
 
     Raises:
-        ConfigError: it is not registered.
+        ConfigError: the method is not registered.
     """
     fields = () if method is None else dataclasses.fields(method)
     values = {field.name: getattr(method, field.name) for field in fields if field.init}

@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: states that the top layers attend to through a gate (Zhang et al. 2023)."""
+"""LLaMA-Adapter: gated attention of the top layers to trained states (Zhang et al. 2023)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from prefix_jax.prefix import Adapter, Geometry, Layers
 class LlamaAdapter(Method[Adapter]):
     """Trains P × D states and a gate in each of the top layers.
 
-    The layer's own projections make keys and values of the states, without norm and rotation; they
-    have a softmax of their own, whose result is added through the gate. Gates begin at zero, so
-    that training starts from the bare model, exactly.
+    The layer's own projections map the states to keys and values, without norm and rotation. These
+    have a separate softmax, whose output is added through the gate. Gates start at zero, so
+    training starts exactly from the bare model.
 
     Attributes:
-        layers: how many of the topmost layers (30 of LLaMA-7B's 32 in the paper), or which, counted
-            from 0; None for all.
-        gate: "tanh" trains one number for each query head, which passes through tanh, as in the
-            paper's code; "plain" one for each layer, taken as it is, as PEFT does.
+        layers: the number of top layers (30 of LLaMA-7B's 32 in the paper), or layer indices from
+            0; None for all.
+        gate: "tanh" trains one number per query head and applies tanh, as in the paper's code;
+            "plain" trains one number per layer and uses it directly, as in PEFT.
     """
 
     layers: int | tuple[int, ...] | None = None
@@ -40,7 +40,7 @@ class LlamaAdapter(Method[Adapter]):
         super().__post_init__()
         if isinstance(self.layers, int):
             if self.layers < 1:
-                raise ConfigError(f"method.layers is {self.layers}; adapt at least 1 layer")
+                raise ConfigError(f"method.layers must be at least 1, got {self.layers}")
         else:
             check_layers(self.layers)
 
@@ -52,7 +52,7 @@ class LlamaAdapter(Method[Adapter]):
         """See `Method.init`.
 
         Raises:
-            ConfigError: the backbone has no such layer.
+            ConfigError: the backbone lacks a chosen layer.
         """
         shape = geometry.main
         layers = self._chosen(shape.layers)
@@ -63,7 +63,7 @@ class LlamaAdapter(Method[Adapter]):
         else:
             h_LPD, gate_LN = pick_layers((start.h_LPD, start.gate_LN), start.layers, layers)
             gate_LN = self._trained_gate(gate_LN)
-        # An `Adapter` again, which knows its layers; only its gate is not yet what is produced.
+        # Stored as an `Adapter`, which records its layers; only the gate is not in final form.
         return {"adapter": Adapter(h_LPD, gate_LN, layers)}
 
     def _chosen(self, count: int) -> Layers:
@@ -72,15 +72,16 @@ class LlamaAdapter(Method[Adapter]):
             return self.layers
         if self.layers > count:
             raise ConfigError(
-                f"method.layers adapts the top {self.layers} layers; this backbone has {count}"
+                f"method.layers adapts the top {self.layers} layers; this backbone has {count}, "
+                "choose fewer"
             )
         return None if self.layers == count else tuple(range(count - self.layers, count))
 
     def _trained_gate(self, gate_LN: jax.Array) -> jax.Array:
-        """The parameter of which a start's gate is made."""
+        """Inverts the gate function, to start from a given gate."""
         if self.gate == "plain":
             return gate_LN[:, :1]
-        # In float32 tanh reaches 1, of which there is no way back.
+        # In float32, tanh reaches 1, where its inverse is infinite.
         largest = np.nextafter(np.float32(1), np.float32(0))
         return jnp.arctanh(jnp.clip(gate_LN, -largest, largest))
 

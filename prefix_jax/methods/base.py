@@ -1,4 +1,4 @@
-"""What a method is: a few trained arrays, and how they become a prefix."""
+"""Base class of methods: trained parameters, and a function from them to a prefix."""
 
 from __future__ import annotations
 
@@ -24,27 +24,26 @@ from prefix_jax.typed import Fraction, Size, check_fields
 
 Params = Mapping[str, Any]
 
-# What a method produces.
+# The type that a method produces.
 ProducedT = TypeVar("ProducedT", bound=Produced)
 
 
 @dataclasses.dataclass(frozen=True)
 class Method(abc.ABC, Generic[ProducedT]):
-    """A way to produce a prefix from trained parameters. Subclasses are configs and code in one.
+    """Computes a prefix from trained parameters. The fields of a subclass are its config section.
 
     Attributes:
         length: P, the number of prefix slots.
-        dropout: the probability with which an element of what is produced is zeroed in training,
-            the others scaled up (P-tuning v2, Liu et al. 2022).
+        dropout: dropout rate on the produced prefix during training (P-tuning v2, Liu et al. 2022).
     """
 
     length: Size = 16
     dropout: Fraction = 0.0
 
     produces: ClassVar[type[Embeds] | type[Hidden] | type[Adapter] | type[Prefix]]
-    # Whether there are slots: what has none (Prefix-Tuning+) cannot start as a text.
+    # False if the method has no slots (Prefix-Tuning+), so that it cannot start from a text.
     slots: ClassVar[bool] = True
-    # What `init.start` is where a config does not say.
+    # The default of `init.start`.
     default_start: ClassVar[Literal["text", "random"]] = "text"
 
     def __post_init__(self) -> None:
@@ -57,10 +56,7 @@ class Method(abc.ABC, Generic[ProducedT]):
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """The tasks of which each gets a prefix of its own; none if there is one for all text.
-
-        What the method produces is then a bank, in this order.
-        """
+        """The tasks with one prefix each, in the order of the bank; empty for a single prefix."""
         return ()
 
     @property
@@ -70,25 +66,25 @@ class Method(abc.ABC, Generic[ProducedT]):
 
     @abc.abstractmethod
     def init(self, rng: jax.Array, geometry: Geometry, start: ProducedT | None) -> Params:
-        """The initial parameters, float32.
+        """Initializes the parameters, float32.
 
         Args:
-            rng: for what is random.
-            geometry: of the backbone.
-            start: what to produce at first, in the type that this method produces; None for the
-                random initialisation of the method's own source.
+            rng: for random values.
+            geometry: geometry of the backbone.
+            start: the value to produce at initialization; None for the random initialization of the
+                method's paper or reference code.
         """
 
     @abc.abstractmethod
     def __call__(self, params: Params, rng: jax.Array | None = None) -> ProducedT:
-        """What the parameters stand for. With `rng`, dropout is applied: training only."""
+        """Computes the method's output. Dropout is applied if `rng` is given, in training."""
 
     def blank(self, geometry: Geometry) -> ProducedT:
-        """A start that is zero everywhere."""
+        """A start of zeros."""
         return cast(ProducedT, zeros(self.produces, geometry, self.length))
 
     def drop(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
-        """`x` under the method's dropout."""
+        """Applies the method's dropout."""
         if rng is None or self.dropout == 0:
             return x
         keep = jax.random.bernoulli(rng, 1 - self.dropout, x.shape)
@@ -96,7 +92,7 @@ class Method(abc.ABC, Generic[ProducedT]):
 
 
 def zeros(kind: type[ProducedT], geometry: Geometry, length: int) -> ProducedT:
-    """A start that is zero everywhere; of keys and values, at every site that there is."""
+    """A start of zeros; for keys and values, at every site of the backbone."""
     g = geometry
     start: Produced
     if kind is Embeds:
@@ -118,12 +114,12 @@ def zeros(kind: type[ProducedT], geometry: Geometry, length: int) -> ProducedT:
 def normal(
     kind: type[ProducedT], geometry: Geometry, length: int, rng: jax.Array, std: float
 ) -> ProducedT:
-    """A start drawn from a normal distribution around zero."""
+    """A start drawn from a zero-mean normal distribution."""
     return normal_like(zeros(kind, geometry, length), rng, std)
 
 
 def normal_like(blank: ProducedT, rng: jax.Array, std: float) -> ProducedT:
-    """A start of this shape drawn from a normal distribution around zero. Gates stay at zero."""
+    """A start shaped like `blank`, drawn from a zero-mean normal distribution. Gates are zero."""
     leaves, treedef = jax.tree.flatten(blank)
     rngs = jax.random.split(rng, len(leaves))
     drawn = [
@@ -136,6 +132,6 @@ def normal_like(blank: ProducedT, rng: jax.Array, std: float) -> ProducedT:
 
 
 def torch_linear(rng: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """The default of `torch.nn.Linear`, which the original codes leave in place."""
+    """The default initialization of `torch.nn.Linear`, which the reference codes use."""
     bound = fan_in**-0.5
     return jax.random.uniform(rng, shape, minval=-bound, maxval=bound)

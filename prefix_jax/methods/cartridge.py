@@ -1,4 +1,4 @@
-"""Cartridges: the cache of a corpus, which trains on (Eyuboglu et al. 2025)."""
+"""Cartridges: a trained KV cache, initialized from a corpus (Eyuboglu et al. 2025)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from prefix_jax.typed import Count
 
 @dataclasses.dataclass(frozen=True)
 class Cartridge(Method[Prefix]):
-    """Trains keys and values of which the first few stay as they are.
+    """Trains keys and values, except for the first few slots, which are frozen.
 
-    The paper starts from the cache that the first P tokens of a corpus leave (`init.text_file`),
-    and keeps the first token frozen: models use it as an attention sink, and training is unstable
-    where it moves. PEFT's `CartridgeConfig` is the same. The paper's self-study data, synthetic
-    conversations about the corpus, are not made here: train on what you have.
+    The paper starts from the KV cache of the first P tokens of a corpus (`init.text_file`) and
+    freezes the first token: models use it as an attention sink, and training is unstable if it
+    moves. PEFT's `CartridgeConfig` does the same. The paper trains on self-study data, synthetic
+    conversations about the corpus, which this package does not generate.
 
     Attributes:
-        frozen: how many of the first slots do not train.
-        pinned: keeps the prefix visible when a sliding window has moved past it.
+        frozen: the number of leading slots that are frozen.
+        pinned: keeps the prefix visible after a sliding window has moved past it.
     """
 
     frozen: Count = 1
@@ -36,8 +36,8 @@ class Cartridge(Method[Prefix]):
         super().__post_init__()
         if self.frozen >= self.length:
             raise ConfigError(
-                f"method.frozen is {self.frozen} of {self.length} slots; leave at least one to "
-                "train"
+                f"method.frozen is {self.frozen} of {self.length} slots; leave at least one slot "
+                "trainable"
             )
 
     def init(self, rng: jax.Array, geometry: Geometry, start: Prefix | None) -> Params:
@@ -52,7 +52,7 @@ class Cartridge(Method[Prefix]):
             "trained": {name: x_LPKH[:, F:] for name, x_LPKH in pair.items()}
         }
         if F:
-            # What is called so is labelled frozen: see `train.partition.labels`.
+            # Parameters under this name are frozen: see `train.partition.labels`.
             params["frozen"] = {name: x_LPKH[:, :F] for name, x_LPKH in pair.items()}
         return {geometry.main_site: params}
 

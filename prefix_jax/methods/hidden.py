@@ -1,4 +1,4 @@
-"""Prefix tuning by hidden states: P trained vectors stand before the tokens in every layer."""
+"""Prefix tuning by hidden states: P trained vectors precede the tokens in every layer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from prefix_jax.prefix import Geometry, Hidden
 class HiddenPrefixTuning(Method[Hidden]):
     """Trains P × D hidden states per layer.
 
-    They are prepended to the sequence at the entry of every layer, whose frozen norm and
-    projections make their keys and values; what the layer outputs at those positions is replaced
-    by the next layer's vectors. So training moves along directions that the frozen model already
-    reads, and a layer costs P · D numbers instead of 2 · P · K · H.
+    The states are prepended to the input of every layer, whose frozen norm and projections compute
+    their keys and values. The layer's output at these positions is replaced by the states of the
+    next layer. Training therefore moves along directions that the frozen model already reads, and
+    a layer has P · D parameters instead of 2 · P · K · H.
     """
 
     produces = Hidden

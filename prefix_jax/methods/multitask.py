@@ -1,4 +1,4 @@
-"""Multitask prompt tuning: a shared prompt times a low-rank one of the task (Wang et al. 2023)."""
+"""Multitask prompt tuning: a shared prompt times a low-rank task prompt (Wang et al. 2023)."""
 
 from __future__ import annotations
 
@@ -18,34 +18,35 @@ from prefix_jax.untrusted.names import check_storable_names
 from prefix_jax.untrusted.paths import expand
 from prefix_jax.untrusted.safetensors import read_tensors
 
-# The arrays of a source, as PEFT's MULTITASK_PROMPT_TUNING names them: (P, D), (tasks, P, ranks)
-# and (tasks, ranks, D).
+# The arrays of a source, named as in PEFT's MULTITASK_PROMPT_TUNING: (P, D), (tasks, P, ranks) and
+# (tasks, ranks, D).
 _SHARED, _COLS, _ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
-# The file in a run's directory that holds them.
+# The file in a run directory that holds them.
 PARTS = "multitask.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
 class MultitaskPromptTuning(Method[Embeds]):
-    """Trains the prompt of a task, as shared (P, D) * (cols (P, R) @ rows (R, D)), elementwise.
+    """Trains the prompt of a task: the elementwise product shared (P, D) * (cols (P, R) @
+    rows (R, D)).
 
-    In the first stage of the paper several source tasks, `tasks`, train together: they share one
-    prompt, and each has its cols and rows. In the second, a target task starts from what was
-    trained there, `source`. What is stored is the product, one prefix a task. The paper's first
-    stage also distils teachers, prompts that were trained on each source task alone; that is not
-    here, nor in PEFT.
+    In the first stage of the paper, several source tasks (`tasks`) are trained together: they share
+    one prompt, and each has its own cols and rows. In the second stage, a target task starts from
+    the result (`source`). The stored prefix of a task is the product. The paper's first stage also
+    distils teacher prompts trained separately on each source task; like PEFT, this implementation
+    does not.
 
     Attributes:
-        ranks: R, of the task's part (1 in the paper).
-        tasks: the tasks that train together, as the field `data.task` of the records names them;
-            None takes all that the training examples name, sorted. Without `data.task`, one task
-            trains.
+        ranks: R, the rank of the task part (1 in the paper).
+        tasks: the tasks trained together, as named in the field `data.task` of the records; None
+            for all tasks in the training examples, sorted. Without `data.task`, one task is
+            trained.
         source: a multitask prompt in PEFT's format: a run that trained several tasks, or
-            adapter_model.safetensors or its directory; None starts as `init` says.
-        source_init: the task's part starts as the "average" of the source tasks' cols and rows
-            (PEFT's AVERAGE_SOURCE_TASKS), as those of `source_task` ("exact",
+            adapter_model.safetensors or its directory; None starts according to `init`.
+        source_init: the task part starts from the "average" of the source tasks' cols and rows
+            (PEFT's AVERAGE_SOURCE_TASKS), from those of `source_task` ("exact",
             EXACT_SOURCE_TASK), or at random ("shared", ONLY_SOURCE_SHARED).
-        source_task: for "exact", counted from 0.
+        source_task: the source task for "exact", counted from 0.
     """
 
     ranks: Width = 1
@@ -65,15 +66,15 @@ class MultitaskPromptTuning(Method[Embeds]):
     def _check_tasks(self, tasks: tuple[str, ...]) -> None:
         if not tasks:
             raise ConfigError(
-                "method.tasks is empty; name the tasks, or leave it out to use those of the "
-                "training examples"
+                "method.tasks is empty; name the tasks, or omit it to use those of the training "
+                "examples"
             )
-        # The prefix of each is stored in a directory of this name.
+        # Each task's prefix is stored in a directory of this name.
         check_storable_names(tasks, "the tasks of method.tasks or data.task", ConfigError)
         if self.source is not None:
             raise ConfigError(
-                "method.source is what one task starts from; several train together (data.task) "
-                "from a start of their own: leave it out, or train them one by one"
+                "method.source can initialize only one task, got several (data.task); remove it, "
+                "or train the tasks one by one"
             )
 
     @property
@@ -82,14 +83,14 @@ class MultitaskPromptTuning(Method[Embeds]):
         return self.tasks or ()
 
     def init(self, rng: jax.Array, geometry: Geometry, start: Embeds | None) -> Params:
-        """See `Method.init`. Without start and source, PEFT's random initialisation.
+        """See `Method.init`. Without start and source, uses PEFT's random initialization.
 
         Raises:
-            ConfigError: there are a source and another start, or the source has no such task.
-            PrefixError: the source is no multitask prompt, or one of another shape.
+            ConfigError: there are both a source and another start, or the source has no such task.
+            PrefixError: the source is not a multitask prompt, or has another shape.
         """
         P, D, R = self.length, geometry.input_dim, self.ranks
-        # Names of parameters end in their axes, of which several tasks have one more.
+        # Parameter names end in their axes; several tasks add the axis A.
         (A, task) = ((), "") if self.tasks is None else ((len(self.tasks),), "A")
         cols, rows = f"cols_{task}PR", f"rows_{task}RD"
         shared_rng, cols_rng, rows_rng = jax.random.split(rng, 3)
@@ -100,11 +101,12 @@ class MultitaskPromptTuning(Method[Embeds]):
         }
         if start is not None and self.source is not None:
             raise ConfigError(
-                "method.source says what the prompt starts as: leave init.start out, or at random"
+                "method.source already initializes the prompt; remove init.start, or set it to "
+                "random"
             )
         if start is not None:
-            # The task's part is one everywhere, so that the start is met: the first rank carries
-            # it, and the others come in as they grow from zero columns.
+            # The task part is 1 everywhere, so that the product equals the start: the first rank
+            # holds the ones, and the columns of the other ranks start at zero.
             params["shared_PD"] = start.x_PD
             params[cols] = jnp.zeros((*A, P, R)).at[..., 0].set(1)
             params[rows] = params[rows].at[..., 0, :].set(1)
@@ -122,8 +124,8 @@ class MultitaskPromptTuning(Method[Embeds]):
         expected = ((P, D), (tasks, P, R), (tasks, R, D))
         if found != expected:
             raise PrefixError(
-                f"method.source {path} has arrays of shapes {found}; {P} slots of width {D} and "
-                f"{R} ranks take {expected}"
+                f"method.source {path} has arrays of shapes {found}; expected {expected} for {P} "
+                f"slots of width {D} and {R} ranks"
             )
         shared_PD, cols_APR, rows_ARD = (jnp.float32(arrays[n]) for n in (_SHARED, _COLS, _ROWS))
         params = {"shared_PD": shared_PD}
@@ -148,14 +150,14 @@ class MultitaskPromptTuning(Method[Embeds]):
 
 
 def read_parts(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a multitask prompt in PEFT's format.
+    """Reads the arrays of a multitask prompt in PEFT's format.
 
     Raises:
-        PrefixError: the file is none.
+        PrefixError: the file is not a multitask prompt.
     """
     arrays = read_tensors(path, PrefixError)
     if missing := {_SHARED, _COLS, _ROWS} - arrays.keys():
-        raise PrefixError(f"{path} is no multitask prompt: {', '.join(sorted(missing))} missing")
+        raise PrefixError(f"{path} is not a multitask prompt: {', '.join(sorted(missing))} missing")
     shared, cols, rows = (arrays[name].shape for name in (_SHARED, _COLS, _ROWS))
     tasks, ranks = (cols[0], cols[-1]) if len(cols) == 3 else (0, 0)
     if len(shared) != 2 or cols != (tasks, shared[0], ranks) or rows != (tasks, ranks, shared[1]):
@@ -169,6 +171,6 @@ def read_parts(path: Path) -> dict[str, np.ndarray]:
 
 
 def to_parts(params: Params) -> dict[str, np.ndarray]:
-    """The parameters of several tasks in PEFT's format, as `source` reads them."""
+    """Converts the parameters of several tasks to PEFT's format, which `source` reads."""
     names = {_SHARED: "shared_PD", _COLS: "cols_APR", _ROWS: "rows_ARD"}
     return {theirs: np.array(params[ours], np.float32, order="C") for theirs, ours in names.items()}

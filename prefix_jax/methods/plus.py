@@ -14,13 +14,13 @@ from prefix_jax.prefix import SITES, Geometry, Memory, Prefix, Site, SiteName
 
 @dataclasses.dataclass(frozen=True)
 class PrefixTuningPlus(SiteMethod):
-    """Trains a matrix M, H × H, for each query head, and adds elu(q) M to what the head reads.
+    """Trains an H × H matrix M per query head, and adds elu(q) M to the output of the head.
 
-    Inside the softmax a prefix competes with the text for one unit of attention, and the longer
-    the text, the less is left for it. The paper takes the sum over the prefix's slots out of the
-    softmax, and trains in its place the one matrix that linear attention would make of them. So
-    there are no slots and no length. The matrices begin at zero: training starts from the bare
-    model, exactly. Queries are read as attention reads them, after rotation.
+    Inside the softmax, a prefix competes with the text for attention, and the longer the text, the
+    less the prefix receives. The paper moves the sum over the slots out of the softmax and replaces
+    it by the matrix to which linear attention would reduce it. The method therefore has no slots
+    and no length. The matrices start at zero, so training starts exactly from the bare model.
+    Queries are used after rotation, as in attention.
     """
 
     length: int = dataclasses.field(default=0, init=False)
@@ -43,13 +43,13 @@ class PrefixTuningPlus(SiteMethod):
         """See `Method.init`.
 
         Raises:
-            ConfigError: the backbone has no such site, or no such layer.
+            ConfigError: the backbone lacks a chosen site or layer.
         """
         start = start or self.blank(geometry)
         params: dict[str, Params] = {}
         for name in self.shapes(geometry):
             beside = start.sites[name].beside
-            assert isinstance(beside, Memory), "a start of this method is a memory"
+            assert isinstance(beside, Memory), "the start of this method must be a Memory"
             params[name] = {"m_LNHH": beside.m_LNHH}
         return params
 

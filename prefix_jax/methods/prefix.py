@@ -15,18 +15,18 @@ from prefix_jax.typed import Count, Width
 
 @dataclasses.dataclass(frozen=True)
 class PrefixTuning(SiteMethod):
-    """Trains the keys and values themselves, or the MLP of the paper that computes them.
+    """Trains the keys and values directly, or the paper's MLP that computes them.
 
-    Without `mid` this is also P-tuning v2's prefix (Liu et al. 2022) and PEFT's
-    `PrefixTuningConfig`. With it, the parameters are an embedding of each slot and an MLP:
-    Embedding(P, D) → Linear(mid) → tanh → Linear(L · 2 · K · H), for every site its own. What is
-    stored after training is the MLP's output alone.
+    Without `mid`, this is also the prefix of P-tuning v2 (Liu et al. 2022) and of PEFT's
+    `PrefixTuningConfig`. With `mid`, the parameters are an embedding per slot and an MLP, separate
+    for every site: Embedding(P, D) → Linear(mid) → tanh → Linear(L · 2 · K · H). After training,
+    only the output of the MLP is stored.
 
     Attributes:
-        mid: the width of the MLP (512 or 800 in the paper); None trains keys and values.
+        mid: the width of the MLP (512 or 800 in the paper); None trains keys and values directly.
         offset: the position of the first token of text; None for P, as in PEFT. 0 leaves positions
-            unshifted, as the paper's code for BART does.
-        pinned: keeps the prefix visible when a sliding window has moved past it.
+            unshifted, as in the paper's code for BART.
+        pinned: keeps the prefix visible after a sliding window has moved past it.
     """
 
     mid: Width | None = None
@@ -41,7 +41,7 @@ class PrefixTuning(SiteMethod):
         """See `Method.init`.
 
         Raises:
-            ConfigError: the backbone has no such site, or no such layer.
+            ConfigError: the backbone lacks a chosen site or layer.
         """
         shapes = self.shapes(geometry)
         rngs = jax.random.split(rng, len(shapes))
@@ -67,7 +67,7 @@ class PrefixTuning(SiteMethod):
                 k_LPKH, v_LPKH = start.k_LPKH, start.v_LPKH
             return {"k_LPKH": k_LPKH, "v_LPKH": v_LPKH}
 
-        # X is the width of the MLP, 2 stands for key and value.
+        # X is the width of the MLP; the axis 2 is key and value.
         keys = jax.random.split(rng, 5)
         params = {
             "embedding_PD": jax.random.normal(keys[0], (P, D)),
@@ -77,8 +77,8 @@ class PrefixTuning(SiteMethod):
             "out_bias_L2KH": torch_linear(keys[4], (L, 2, K, H), fan_in=X),
         }
         if start is not None:
-            # In low-data runs the paper fits the MLP to real activations by gradient descent. Its
-            # last layer alone can meet them exactly (if P <= X): linear equations, P of them.
+            # For low-data runs, the paper fits the MLP to real activations by gradient descent. The
+            # last layer can match them exactly (if P <= X) by solving P linear equations.
             target_PL2KH = jnp.stack([start.k_LPKH, start.v_LPKH], axis=1).transpose(2, 0, 1, 3, 4)
             missing_PY = (target_PL2KH - _mlp(params)).reshape(P, -1)
             solution_XY = jnp.linalg.lstsq(_features(params), missing_PY)[0]

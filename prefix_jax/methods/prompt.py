@@ -12,13 +12,13 @@ from prefix_jax.prefix import Embeds, Geometry
 
 @dataclasses.dataclass(frozen=True)
 class PromptTuning(Method[Embeds]):
-    """Trains P vectors of the width of the embeddings."""
+    """Trains P soft tokens, each as wide as the input embeddings."""
 
     produces = Embeds
 
     def init(self, rng: jax.Array, geometry: Geometry, start: Embeds | None) -> Params:
         if start is None:
-            # The paper's random initialisation.
+            # The paper's random initialization.
             shape = (self.length, geometry.input_dim)
             start = Embeds(jax.random.uniform(rng, shape, minval=-0.5, maxval=0.5))
         return {"x_PD": start.x_PD}

@@ -1,4 +1,4 @@
-"""P-tuning: soft tokens that a prompt encoder computes (Liu et al. 2021)."""
+"""P-tuning: soft tokens computed by a prompt encoder (Liu et al. 2021)."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from prefix_jax.typed import Fraction, Range, Width
 
 @dataclasses.dataclass(frozen=True)
 class PTuning(Method[Embeds]):
-    """Trains an embedding of each slot and a network that makes soft tokens of them.
+    """Trains an embedding per slot and a network that maps them to soft tokens.
 
-    The networks are those of PEFT's `PromptEncoder`, X wide, with ReLU between linear layers:
+    The networks are those of PEFT's `PromptEncoder`, with width X and ReLU between linear layers:
 
         mlp    Embedding(P, D) → Linear(X) → Linear(X) → Linear(D)
         lstm   Embedding(P, D) → bidirectional LSTM(X) → Linear(2X) → Linear(D)
 
-    The paper's own is the second, of two layers and X = D/2. Only the soft tokens are stored after
-    training. The paper stands them between the parts of a cloze template; here, as in PEFT, they
-    stand before the text.
+    The paper uses the second, with two layers and X = D/2. After training, only the soft tokens are
+    stored. The paper inserts them between the parts of a cloze template; here, as in PEFT, they
+    precede the text.
 
     Attributes:
         encoder: "mlp" or "lstm".
-        hidden: X, of each direction in an LSTM; None for D, as in PEFT.
-        lstm_layers: of the LSTM.
-        lstm_dropout: between the layers of the LSTM, in training.
+        hidden: X, for an LSTM the width of each direction; None for D, as in PEFT.
+        lstm_layers: the number of LSTM layers.
+        lstm_dropout: dropout rate between LSTM layers, in training.
     """
 
     encoder: Literal["mlp", "lstm"] = "mlp"
@@ -61,7 +61,7 @@ class PTuning(Method[Embeds]):
             for number, key in enumerate(jax.random.split(rng, len(widths) - 1))
         }
         if start is not None:
-            # The last layer alone can meet P vectors exactly if P features are independent.
+            # The last layer can match P vectors exactly if the P features are independent.
             *inner, last = params["linear"].values()
             features_PX = _relus(inner, self._read(params, None))
             missing_PD = start.x_PD - _linear(last, features_PX)
@@ -77,7 +77,7 @@ class PTuning(Method[Embeds]):
         return Embeds(self.drop(x_PD, rng))
 
     def _read(self, params: Params, rng: jax.Array | None) -> jax.Array:
-        """What the first linear layer reads."""
+        """The input of the first linear layer."""
         x_PX: jax.Array = params["embedding_PD"]
         if self.encoder == "mlp":
             return x_PX
@@ -115,10 +115,10 @@ def _relus(layers: Sequence[Params], x_PX: jax.Array) -> jax.Array:
 
 
 def _init_lstm(rng: jax.Array, d_model: int, width: int, layers: int) -> Params:
-    """The default of `torch.nn.LSTM`: everything uniform within X ** -0.5.
+    """The default initialization of `torch.nn.LSTM`: uniform within ±X ** -0.5.
 
-    Like torch's there are two biases, of which one would do: an optimizer moves their sum twice as
-    fast, and results agree.
+    There are two biases, as in torch, although one would suffice: an optimizer moves their sum
+    twice as fast, so results match torch only with both.
     """
     params: dict[str, Params] = {}
     for number in range(layers):
@@ -143,7 +143,7 @@ def _init_lstm(rng: jax.Array, d_model: int, width: int, layers: int) -> Params:
 def _lstm(params: Params, x_PY: jax.Array, reverse: bool = False) -> jax.Array:
     """One direction of one layer over the slots (Hochreiter & Schmidhuber 1997), [P, X].
 
-    The gates stand in torch's order: input, forget, cell, output.
+    The gates are in torch's order: input, forget, cell, output.
     """
     X = params["state_X4X"].shape[0]
     inputs_P4X = x_PY @ params["input_Y4X"] + params["input_bias_4X"] + params["state_bias_4X"]

@@ -1,4 +1,4 @@
-"""What methods share that train something for each attention: which attentions, which layers."""
+"""Base class of methods that train parameters per site: the choice of sites and layers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from prefix_jax.prefix import SITES, Geometry, Layers, Prefix, Site, SiteName, S
 
 @dataclasses.dataclass(frozen=True)
 class SiteMethod(Method[Prefix]):
-    """Trains a part for every chosen attention, in every chosen layer of it.
+    """A method with parameters for every chosen site and layer.
 
     Attributes:
-        sites: which attentions get one: "encoder", "decoder", "cross"; None for all that the
-            backbone has.
-        layers: which layers get one, counted from 0; None for all.
+        sites: the attentions to tune: "encoder", "decoder", "cross"; None for all that the backbone
+            has.
+        layers: the layers to tune, counted from 0; None for all.
     """
 
     sites: tuple[SiteName, ...] | None = None
@@ -32,16 +32,16 @@ class SiteMethod(Method[Prefix]):
         super().__post_init__()
         if self.sites is not None and (not self.sites or len(set(self.sites)) < len(self.sites)):
             raise ConfigError(
-                f"method.sites is {list(self.sites)}; name one or more of {', '.join(SITES)}, each "
-                "once, or give null for all that the backbone has"
+                f"method.sites is {list(self.sites)}; list one or more of {', '.join(SITES)}, each "
+                "once, or use null for all sites of the backbone"
             )
         check_layers(self.layers)
 
     def shapes(self, geometry: Geometry) -> dict[SiteName, SiteShape]:
-        """The chosen attentions of a backbone, each with as many layers as are chosen.
+        """The shapes of the chosen sites of a backbone, with the number of chosen layers.
 
         Raises:
-            ConfigError: the backbone has no such site, or no such layer.
+            ConfigError: the backbone lacks a chosen site or layer.
         """
         found: dict[SiteName, SiteShape] = {}
         for name in geometry.sites if self.sites is None else self.sites:
@@ -56,7 +56,7 @@ class SiteMethod(Method[Prefix]):
         return found
 
     def chosen(self, site: Site) -> Site:
-        """The chosen layers of a site that is of all layers, or of these already."""
+        """Selects the chosen layers of a site that has all layers, or exactly these."""
         return Site(
             join=pick_layers(site.join, site.layers, self.layers),
             beside=pick_layers(site.beside, site.layers, self.layers),
@@ -65,17 +65,17 @@ class SiteMethod(Method[Prefix]):
 
 
 def check_layers(layers: Layers, count: int | None = None, where: str = "") -> None:
-    """Checks a choice of layers by itself and, given their count, against a backbone.
+    """Checks a choice of layers and, if `count` is given, that the backbone has them.
 
     Raises:
-        ConfigError: it is empty or not ascending, or the backbone has no such layer.
+        ConfigError: the choice is empty or not ascending, or the backbone lacks a layer.
     """
     if layers is None:
         return
     if not layers or layers[0] < 0 or list(layers) != sorted(set(layers)):
         raise ConfigError(
-            f"method.layers is {list(layers)}; give layers counted from 0 in ascending order, or "
-            "null for all"
+            f"method.layers is {list(layers)}; list layers from 0 in ascending order, or use null "
+            "for all"
         )
     if count is not None and layers[-1] >= count:
         raise ConfigError(
@@ -84,7 +84,7 @@ def check_layers(layers: Layers, count: int | None = None, where: str = "") -> N
 
 
 def pick_layers(arrays: Any, of: Layers, wanted: Layers) -> Any:
-    """Arrays with a leading axis of the layers `of` (None: all), at the wanted layers alone."""
+    """Selects the `wanted` layers of arrays whose leading axis is the layers `of` (None: all)."""
     if of == wanted or wanted is None:
         return arrays
     index = jnp.array(wanted)

@@ -22,7 +22,7 @@ P, KEY = 5, jax.random.key(0)
 @pytest.mark.parametrize(
     ("layers", "expected"), [(2, (1, 2)), (1, (2,)), (3, None), (None, None), ((0, 2), (0, 2))]
 )
-def test_layers_are_counted_from_the_top_or_named(layers, expected):
+def test_layers_count_from_the_top_or_are_listed(layers, expected):
     method = LlamaAdapter(P, layers=layers)
     adapter = method(method.init(KEY, G, None))
     assert adapter.layers == expected
@@ -33,13 +33,13 @@ def test_layers_are_counted_from_the_top_or_named(layers, expected):
     ("layers", "message"),
     [(4, "the top 4 layers; this backbone has 3"), ((3,), "layer 3; this backbone has 0 to 2")],
 )
-def test_more_layers_than_there_are_are_refused(layers, message):
+def test_rejects_layers_beyond_the_backbone(layers, message):
     with pytest.raises(ConfigError, match=message):
         LlamaAdapter(P, layers=layers).init(KEY, G, None)
 
 
 @pytest.mark.parametrize("gate", ["tanh", "plain"])
-def test_gates_begin_at_zero_and_have_a_gradient(gate):
+def test_gates_start_at_zero_and_have_a_gradient(gate):
     backbone = decoder("llama")
     params, ids = weights(backbone), token_ids(1, 6)
     method = LlamaAdapter(P, layers=2, gate=gate)
@@ -53,11 +53,11 @@ def test_gates_begin_at_zero_and_have_a_gradient(gate):
 
     grads = jax.jit(jax.grad(loss))(trained)["adapter"]
     assert grads.gate_LN.all()
-    # As long as a gate is shut, nothing reaches the states behind it.
+    # While a gate is closed, its states receive no gradient.
     assert not grads.h_LPD.any()
 
 
-def test_a_plain_gate_is_one_number_for_all_heads():
+def test_plain_gate_is_shared_by_all_heads():
     method = LlamaAdapter(P, gate="plain")
     params = method.init(KEY, G, None)
     params = {"adapter": params["adapter"].replace(gate_LN=jnp.array([[1.0], [2.0], [3.0]]))}
@@ -67,7 +67,7 @@ def test_a_plain_gate_is_one_number_for_all_heads():
     np.testing.assert_array_equal(prefix.decoder.beside.gate_LN, np.tile([[1], [2], [3]], 4))
 
 
-def test_a_gate_that_tanh_made_is_met_again():
+def test_start_inverts_the_tanh_of_a_gate():
     method = LlamaAdapter(P)
     start = normal_like(method.blank(G), KEY, 1.0)
     gate_LN = jnp.array([[-1.0, -0.9, 0, 1.0]] * 3)
@@ -75,7 +75,7 @@ def test_a_gate_that_tanh_made_is_met_again():
     np.testing.assert_allclose(produced.gate_LN, gate_LN, atol=1e-6)
 
 
-def test_dropout_leaves_the_gates():
+def test_dropout_does_not_affect_gates():
     method = LlamaAdapter(50, dropout=0.5)
     start = Adapter(jnp.ones((3, 50, 32)), jnp.full((3, 4), 0.5))
     dropped = method(method.init(KEY, G, start), KEY)
@@ -83,8 +83,8 @@ def test_dropout_leaves_the_gates():
     np.testing.assert_allclose(dropped.gate_LN, 0.5, rtol=1e-6)
 
 
-def test_a_text_gives_the_keys_and_values_that_it_has_in_every_layer():
-    """Where positions are learned: rotary keys of an adapter are not turned."""
+def test_start_from_text_reproduces_its_keys_and_values_in_every_layer():
+    """With learned positions only: an adapter's keys are not rotated."""
     backbone = decoder("gpt2")
     params, ids = weights(backbone), np.asarray(token_ids(P))
     adapter = start_from_ids(backbone, params, Adapter, ids, P)
@@ -96,7 +96,7 @@ def test_a_text_gives_the_keys_and_values_that_it_has_in_every_layer():
     assert not gated.gate_LN.any()
 
 
-def test_positions_of_the_text_are_not_moved():
+def test_does_not_shift_text_positions():
     backbone = decoder("gpt2")
     params, ids, tokens = weights(backbone), token_ids(1, 6), present(1, 6)
     method = LlamaAdapter(P)
@@ -107,7 +107,7 @@ def test_positions_of_the_text_are_not_moved():
     np.testing.assert_array_equal(hidden(backbone, params, ids, tokens, prefix)[0], bare)
 
 
-def test_of_an_encoder_decoder_the_decoder_is_adapted():
+def test_adapts_the_decoder_of_an_encoder_decoder():
     backbone, params = encoder_decoder("t5"), params_of("t5")
     ids, tokens = token_ids(1, 6), present(1, 6)
     method = LlamaAdapter(P, layers=2)

@@ -1,4 +1,4 @@
-"""A cartridge trains all of its keys and values but the first."""
+"""Cartridges: every slot is trained except the first few."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ P, KEY = 5, jax.random.key(0)
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 3])
-def test_the_first_slots_are_frozen_and_the_others_train(frozen):
+def test_first_slots_are_frozen_and_the_others_train(frozen):
     method = Cartridge(P, frozen=frozen)
     params = {"prefix": method.init(KEY, G, None)}
     sizes = {"train": 0, "freeze": 0}
@@ -29,7 +29,7 @@ def test_the_first_slots_are_frozen_and_the_others_train(frozen):
     assert sizes == {"train": (P - frozen) * slot, "freeze": frozen * slot}
 
 
-def test_it_is_the_prefix_of_its_start():
+def test_produces_its_start_at_initialization():
     start = normal(Prefix, G, P, KEY, std=1.0)
     method, plain = Cartridge(P, frozen=2), PrefixTuning(P)
     ours, theirs = (each(each.init(KEY, G, start)) for each in (method, plain))
@@ -37,14 +37,14 @@ def test_it_is_the_prefix_of_its_start():
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-def test_dropout_leaves_the_frozen_slots():
+def test_dropout_does_not_affect_frozen_slots():
     method = Cartridge(50, frozen=10, dropout=0.5)
     k_LPKH = method(method.init(KEY, G, None), KEY).decoder.join.k_LPKH
     assert (k_LPKH[:, :10] != 0).all()
     assert 0.4 < float(jnp.mean(k_LPKH[:, 10:] == 0)) < 0.6
 
 
-def test_of_an_encoder_and_a_decoder_it_takes_the_decoder():
+def test_uses_the_decoder_of_an_encoder_decoder():
     both = Geometry(d_model=32, vocab=50, encoder=SHAPE, decoder=SHAPE, cross=SHAPE)
     method = Cartridge(P)
     start = normal(Prefix, both, P, KEY, std=1.0)

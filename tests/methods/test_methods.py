@@ -1,4 +1,4 @@
-"""What each method makes of its parameters, and what it starts as."""
+"""Outputs, initialization and registry of all methods."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def count(params) -> int:
 
 
 @each_method
-def test_what_is_produced_fits_the_geometry(name):
+def test_output_fits_the_geometry(name):
     produced = METHOD[name](METHOD[name].init(KEY, G, None))
     assert isinstance(produced, METHOD[name].produces)
     assert [leaf.shape for leaf in jax.tree.leaves(produced)] == SHAPES[name]
@@ -69,7 +69,7 @@ def test_trained_parameters_are_float32(name):
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
 
 
-def test_parameters_are_as_many_as_the_papers_count():
+def test_parameter_counts_match_the_papers():
     def size(name: str) -> int:
         return count(METHOD[name].init(KEY, G, None))
 
@@ -87,8 +87,8 @@ def test_parameters_are_as_many_as_the_papers_count():
 
 
 @each_method
-def test_a_start_is_what_is_produced_at_first(name):
-    """Also through networks, whose last layer can meet P vectors exactly: P <= their width."""
+def test_initial_output_equals_the_start(name):
+    """Also with networks: their last layer matches P vectors exactly if P <= their width."""
     method = METHOD[name]
     start = normal_like(method.blank(G), jax.random.key(1), std=2.0)
     produced = method(method.init(KEY, G, start))
@@ -97,7 +97,7 @@ def test_a_start_is_what_is_produced_at_first(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), produced, start)
 
 
-def test_a_start_wider_than_the_mlp_is_met_as_well_as_its_last_layer_can():
+def test_start_wider_than_the_mlp_is_fitted_by_least_squares():
     method = PrefixTuning(P, mid=P - 2)
     start = normal(Prefix, G, P, jax.random.key(1), std=2.0)
     params = method.init(KEY, G, start)
@@ -114,7 +114,7 @@ def test_a_start_wider_than_the_mlp_is_met_as_well_as_its_last_layer_can():
         assert error({"decoder": {**mlp, "out_XL2KH": mlp["out_XL2KH"] + noise}}) > least
 
 
-def test_exporting_leaves_keys_and_values_alone():
+def test_export_keeps_only_keys_and_values():
     produced = METHOD["mlp"](METHOD["mlp"].init(KEY, G, None))
     raw = PrefixTuning(P)
     again = raw(raw.init(KEY, G, produced))
@@ -124,16 +124,16 @@ def test_exporting_leaves_keys_and_values_alone():
 
 
 @each_method
-def test_random_starts_follow_the_seed(name):
+def test_random_starts_depend_on_the_seed(name):
     init = METHOD[name].init
     first, again, other = init(KEY, G, None), init(KEY, G, None), init(jax.random.key(9), G, None)
     jax.tree.map(np.testing.assert_array_equal, first, again)
     for a, b in zip(*map(jax.tree.leaves, (first, other)), strict=True):
-        # Gates and memories begin at zero.
+        # Gates and memories start at zero.
         assert (a != b).any() or not a.any()
 
 
-def test_random_starts_are_those_of_the_papers():
+def test_random_starts_match_the_papers():
     def flat(method) -> np.ndarray:
         leaves = jax.tree.leaves(method.init(KEY, G, None))
         return np.concatenate([np.ravel(leaf) for leaf in leaves])
@@ -147,7 +147,7 @@ def test_random_starts_are_those_of_the_papers():
     assert 0.9 / 3 < float(jnp.abs(mlp["out_XL2KH"]).max()) <= 1 / 3
 
 
-def test_zero_and_normal_starts():
+def test_zero_and_normal_starts_have_the_right_statistics():
     for kind in (Embeds, Hidden, Prefix):
         nothing, noise = zeros(kind, G, P), normal(kind, G, P, KEY, std=0.5)
         assert isinstance(nothing, kind)
@@ -161,7 +161,7 @@ def test_zero_and_normal_starts():
 # Positions.
 
 
-def test_text_starts_after_the_prefix_unless_it_is_told_otherwise():
+def test_text_starts_after_the_prefix_unless_offset_is_set():
     def produced(**fields) -> Prefix:
         method = PrefixTuning(P, **fields)
         return method(method.init(KEY, G, None))
@@ -180,7 +180,7 @@ def test_text_starts_after_the_prefix_unless_it_is_told_otherwise():
 
 
 @each_method
-def test_dropout_zeroes_some_elements_and_scales_the_others(name):
+def test_dropout_zeroes_some_elements_and_rescales_the_others(name):
     length = {"length": 50} if METHOD[name].slots else {}
     method = dataclasses.replace(METHOD[name], dropout=0.25, **length)
     params = method.init(KEY, G, normal_like(method.blank(G), KEY, 1.0))
@@ -196,14 +196,14 @@ def test_dropout_zeroes_some_elements_and_scales_the_others(name):
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (dropped, other)), strict=True))
 
 
-def test_keys_and_values_drop_apart():
+def test_dropout_of_keys_and_values_is_independent():
     method = PrefixTuning(50, dropout=0.5)
     join = method(method.init(KEY, G, None), KEY).decoder.join
     assert ((join.k_LPKH == 0) != (join.v_LPKH == 0)).any()
 
 
 @each_method
-def test_without_dropout_a_key_changes_nothing(name):
+def test_rng_has_no_effect_without_dropout(name):
     params = METHOD[name].init(KEY, G, None)
     jax.tree.map(np.testing.assert_array_equal, METHOD[name](params, KEY), METHOD[name](params))
 
@@ -211,7 +211,7 @@ def test_without_dropout_a_key_changes_nothing(name):
 # The registry.
 
 
-def test_methods_are_made_by_name():
+def test_makes_methods_by_name():
     assert make_method({"name": "prefix", "length": 3, "mid": 8}) == PrefixTuning(3, mid=8)
     assert make_method({"name": "hidden"}) == HiddenPrefixTuning()
     assert make_method({"name": "prompt", "dropout": 0.1}) == PromptTuning(dropout=0.1)
@@ -219,38 +219,40 @@ def test_methods_are_made_by_name():
 
 
 @pytest.mark.parametrize("name", [*METHODS, "full"])
-def test_a_method_knows_its_name(name):
+def test_name_of_inverts_make_method(name):
     assert name_of(make_method({"name": name})) == name
 
 
 @pytest.mark.parametrize("method", [*METHOD.values(), None], ids=[*METHOD, "full"])
-def test_a_section_describes_a_method_whole(method):
+def test_section_round_trips_every_field(method):
     assert make_method(section_of(method)) == method
 
 
-def test_a_method_of_ones_own_has_to_be_registered():
+def test_rejects_an_unregistered_method():
     class Own(PrefixTuning):
         pass
 
     for describe in (name_of, section_of):
-        with pytest.raises(ConfigError, match=r"Own is in no line of prefix_jax\.methods\.METHODS"):
+        with pytest.raises(
+            ConfigError, match=r"Own is not registered in prefix_jax\.methods\.METHODS"
+        ):
             describe(Own())
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"name": "prefx"}, "unknown method 'prefx'; did you mean 'prefix'? there are prefix, "),
-        ({"name": "zzz"}, "unknown method 'zzz'; there are prefix, hidden, prompt, ptuning, "),
+        ({"name": "prefx"}, "unknown method 'prefx'; did you mean 'prefix'? use one of prefix, "),
+        ({"name": "zzz"}, "unknown method 'zzz'; use one of prefix, hidden, prompt, ptuning, "),
         ({"name": "prefix", "lenght": 3}, "method.lenght: unknown key; did you mean method.length"),
         ({"name": "prompt", "mid": 3}, "method.mid: unknown key"),
         ({"name": "prefix", "length": "many"}, "method.length: expected int; got 'many'"),
-        ({"name": "full", "length": 3}, "full takes no fields, got length"),
+        ({"name": "full", "length": 3}, "full has no fields, got length"),
         ({"name": "prefix", "length": 0}, "method.length: must be at least 1, got 0"),
         ({"name": "prompt", "dropout": 1.0}, r"must be in \[0, 1\)"),
         ({"name": "prefix", "mid": 10**9}, "method.mid: must be at most 65536, got 1000000000"),
         ({"name": "prefix", "offset": -1}, "method.offset: must be at least 0, got -1"),
-        ({"name": "prefix", "sites": []}, "method.sites is .*; name one or more of encoder, "),
+        ({"name": "prefix", "sites": []}, "method.sites is .*; list one or more of encoder, "),
         ({"name": "prefix", "sites": ["cross", "cross"]}, "each once"),
         ({"name": "prefix", "sites": ["middle"]}, "method.sites: expected list of one of encoder"),
         ({"name": "prefix", "layers": [2, 1]}, "counted from 0 in ascending order"),
@@ -268,22 +270,22 @@ def test_a_method_of_ones_own_has_to_be_registered():
             {"name": "multitask", "source_task": -1},
             "method.source_task: must be at least 0, got -1",
         ),
-        ({"name": "adapter", "layers": 0}, "adapt at least 1 layer"),
+        ({"name": "adapter", "layers": 0}, "method.layers must be at least 1, got 0"),
         ({"name": "adapter", "layers": [3, 3]}, "counted from 0 in ascending order"),
-        ({"name": "cartridge", "length": 3, "frozen": 3}, "leave at least one to train"),
+        ({"name": "cartridge", "length": 3, "frozen": 3}, "leave at least one slot trainable"),
     ],
 )
-def test_what_is_wrong_with_a_section_is_said(section, message):
+def test_reports_invalid_sections(section, message):
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
         make_method(section)
 
 
-def test_a_section_is_left_as_it_was():
+def test_make_method_does_not_modify_the_section():
     section = {"name": "prefix", "length": 3}
     make_method(section)
     assert section == {"name": "prefix", "length": 3}
 
 
-def test_a_prefix_knows_its_length():
+def test_prefix_length_is_its_number_of_slots():
     join = KVPrefix(jnp.zeros((3, P, 2, 8)), jnp.zeros((3, P, 2, 8)))
     assert Prefix(Site(join)).length == P

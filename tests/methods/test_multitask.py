@@ -36,7 +36,7 @@ def produced(source: str, **fields) -> np.ndarray:
     return np.asarray(method(method.init(KEY, G, None)).x_PD)
 
 
-def test_a_source_task_is_taken_over_exactly(source):
+def test_exact_copies_a_source_task(source):
     shared, cols, rows = ARRAYS.values()
     for task in range(TASKS):
         expected = shared * (cols[task] @ rows[task])
@@ -44,42 +44,44 @@ def test_a_source_task_is_taken_over_exactly(source):
         np.testing.assert_allclose(x_PD, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_cols_and_rows_are_averaged_apart(source):
+def test_average_means_cols_and_rows_separately(source):
     shared, cols, rows = ARRAYS.values()
     expected = shared * (cols.mean(0) @ rows.mean(0))
     np.testing.assert_allclose(produced(source), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_shared_prompt_alone_gets_a_part_that_is_drawn(source):
+def test_shared_draws_the_task_part_at_random(source):
     method = MultitaskPromptTuning(P, ranks=R, source=source, source_init="shared")
     params = method.init(KEY, G, None)
     np.testing.assert_array_equal(params["shared_PD"], ARRAYS["prompt_embeddings"])
     assert 0.01 < float(params["cols_PR"].std()) < 0.04
 
 
-def test_a_file_will_do(source):
+def test_source_may_be_a_file(source):
     file = f"{source}/adapter_model.safetensors"
     np.testing.assert_array_equal(produced(file), produced(source))
 
 
-def test_every_parameter_has_a_gradient_after_a_start():
+def test_every_parameter_receives_a_gradient_after_a_start():
     method = MultitaskPromptTuning(P, ranks=R)
     params = method.init(KEY, G, normal(Embeds, G, P, KEY, std=1.0))
     grads = jax.grad(lambda params: jnp.sum(method(params).x_PD ** 2))(params)
-    # Rows of ranks whose columns are zero wait for these to move.
+    # The rows of ranks with zero columns receive no gradient until these columns change.
     assert grads["cols_PR"].all()
     assert grads["shared_PD"].all()
     assert grads["rows_RD"][0].all()
 
 
-def test_what_is_no_source_is_refused(source, tmp_path):
+def test_rejects_invalid_sources(source, tmp_path):
     with pytest.raises(PrefixError, match=r"nowhere: no such file"):
         produced("nowhere")
     (tmp_path / "text.safetensors").write_text("no arrays at all")
     with pytest.raises(PrefixError, match=r"text.safetensors is truncated or corrupt"):
         produced(str(tmp_path / "text.safetensors"))
     save_file({"prompt_embeddings": ARRAYS["prompt_embeddings"]}, tmp_path / "one.safetensors")
-    with pytest.raises(PrefixError, match="no multitask prompt: prefix_task_cols, prefix_task_row"):
+    with pytest.raises(
+        PrefixError, match="not a multitask prompt: prefix_task_cols, prefix_task_row"
+    ):
         produced(str(tmp_path / "one.safetensors"))
     save_file(ARRAYS | {"prefix_task_cols": np.float32(1)}, tmp_path / "scalar.safetensors")
     with pytest.raises(PrefixError, match=r"have shapes .* \(\) and .*; expected \(P, D\)"):
@@ -88,13 +90,13 @@ def test_what_is_no_source_is_refused(source, tmp_path):
     save_file(broken, tmp_path / "nan.safetensors")
     with pytest.raises(PrefixError, match="NaN or infinite values"):
         produced(str(tmp_path / "nan.safetensors"))
-    with pytest.raises(PrefixError, match=r"4 slots of width 12 and 2 ranks take \(\(4, 12\)"):
+    with pytest.raises(PrefixError, match=r"expected \(\(4, 12\), .* for 4 slots of"):
         MultitaskPromptTuning(4, ranks=R, source=source).init(KEY, G, None)
     with pytest.raises(ConfigError, match=r"source_task is 3; .* has tasks 0 to 2"):
         produced(source, source_init="exact", source_task=3)
 
 
-def test_a_source_and_another_start_exclude_each_other(source):
+def test_rejects_a_source_together_with_another_start(source):
     method = MultitaskPromptTuning(P, ranks=R, source=source)
     with pytest.raises(ConfigError, match=r"leave init\.start out"):
         method.init(KEY, G, normal(Embeds, G, P, KEY, std=1.0))

@@ -1,4 +1,4 @@
-"""Prefix-Tuning+ adds elu(q) M to what every head reads."""
+"""Prefix-Tuning+ adds elu(q) M to the output of every head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BACKBONE = decoder("llama")
 G = BACKBONE.geometry
 
 
-def test_it_begins_as_the_bare_model_and_every_matrix_has_a_gradient():
+def test_starts_as_the_bare_model_and_every_matrix_has_a_gradient():
     params, ids, tokens = weights(BACKBONE), token_ids(1, 6), present(1, 6)
     method = PrefixTuningPlus()
     trained = method.init(KEY, G, None)
@@ -35,7 +35,7 @@ def test_it_begins_as_the_bare_model_and_every_matrix_has_a_gradient():
     assert (jnp.abs(grad_LNHH).max((2, 3)) > 0).all()
 
 
-def test_the_other_layers_stay_bare():
+def test_other_layers_are_unchanged():
     params, ids, tokens = weights(BACKBONE), token_ids(1, 6), present(1, 6)
     some, full = PrefixTuningPlus(layers=(2,)), PrefixTuningPlus()
     start = normal_like(full.blank(G), KEY, 1.0)
@@ -56,7 +56,7 @@ def test_the_other_layers_stay_bare():
 
 
 @pytest.mark.parametrize("site", ["encoder", "decoder", "cross"])
-def test_every_attention_of_an_encoder_decoder_can_have_a_memory(site):
+def test_every_attention_of_an_encoder_decoder_accepts_a_memory(site):
     backbone, params = encoder_decoder("t5"), params_of("t5")
     ids, tokens = token_ids(1, 6), present(1, 6)
     method = PrefixTuningPlus(sites=(site,))

@@ -1,4 +1,4 @@
-"""Prefix tuning reaches any attentions and any layers, each with parameters of its own."""
+"""Prefix tuning at any choice of sites and layers, with separate parameters for each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prefix_jax.methods.base import normal_like
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.prefix import SITES, Geometry, SiteShape
 
-# The decoder is deeper than the encoder, whose heads are grouped otherwise.
+# The decoder is deeper than the encoder and has other head groups.
 G = Geometry(
     d_model=32,
     vocab=50,
@@ -29,7 +29,7 @@ SUBSETS = [subset for size in (1, 2, 3) for subset in itertools.combinations(SIT
 
 @pytest.mark.parametrize("sites", SUBSETS, ids="+".join)
 @pytest.mark.parametrize("mid", [None, 7])
-def test_any_subset_of_the_attentions_gets_parameters_of_its_own(sites, mid):
+def test_every_subset_of_sites_has_separate_parameters(sites, mid):
     method = PrefixTuning(P, sites=sites, mid=mid)
     params = method.init(KEY, G, None)
     assert set(params) == set(sites)
@@ -43,12 +43,12 @@ def test_any_subset_of_the_attentions_gets_parameters_of_its_own(sites, mid):
         assert size == (P * outputs if mid is None else P * 32 + 33 * mid + (mid + 1) * outputs)
 
 
-def test_all_attentions_that_there_are_is_the_default():
+def test_default_is_every_site():
     assert set(PrefixTuning(P)(PrefixTuning(P).init(KEY, G, None)).sites) == set(SITES)
 
 
 @pytest.mark.parametrize("mid", [None, 7])
-def test_a_start_is_met_at_the_chosen_sites_and_layers(mid):
+def test_initial_output_equals_the_start_at_chosen_sites_and_layers(mid):
     start = normal_like(PrefixTuning(P).blank(G), KEY, 1.0)
     method = PrefixTuning(P, sites=("encoder", "cross"), layers=(1,), mid=mid)
     prefix = method(method.init(KEY, G, start))
@@ -57,7 +57,7 @@ def test_a_start_is_met_at_the_chosen_sites_and_layers(mid):
         assert site.layers == (1,)
         expected = start.sites[name].join.k_LPKH[1:2]
         np.testing.assert_allclose(site.join.k_LPKH, expected, rtol=1e-3, atol=1e-4)
-    # What was trained so, and stored, is a start of the same method again.
+    # A stored prefix can be the start of the same method again.
     again = method(method.init(KEY, G, prefix))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), again, prefix)
 
@@ -69,18 +69,18 @@ def test_a_start_is_met_at_the_chosen_sites_and_layers(mid):
         ({"layers": (3,), "sites": ("cross",)}, "layer 3; at the site 'cross' .* 0 to 2"),
     ],
 )
-def test_layers_that_there_are_not_are_refused(fields, message):
+def test_rejects_missing_layers(fields, message):
     with pytest.raises(ConfigError, match=message):
         PrefixTuning(P, **fields).init(KEY, G, None)
 
 
-def test_sites_that_there_are_not_are_refused():
+def test_rejects_missing_sites():
     alone = Geometry(d_model=32, vocab=50, decoder=SiteShape(3, 4, 2, 8))
     with pytest.raises(ConfigError, match="names 'cross'; this backbone has decoder"):
         PrefixTuning(P, sites=("cross",)).init(KEY, alone, None)
 
 
-def test_a_prefix_of_some_layers_is_one_of_all_whose_other_slots_are_absent():
+def test_prefix_of_some_layers_has_masked_slots_in_the_others():
     backbone = decoder("llama")
     params, ids, tokens = weights(backbone), token_ids(2, 7), present(2, 7)
     some = PrefixTuning(P, layers=(0, 2))

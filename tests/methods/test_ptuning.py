@@ -32,7 +32,7 @@ def by_hand(params, x_PD: np.ndarray, reverse: bool) -> np.ndarray:
     return out
 
 
-def test_the_lstm_reads_the_slots_in_both_directions():
+def test_lstm_reads_slots_in_both_directions():
     method = PTuning(P, encoder="lstm", hidden=6, lstm_layers=2)
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), method.init(KEY, G, None))
     x_PX = params["embedding_PD"]
@@ -49,7 +49,7 @@ def test_the_lstm_reads_the_slots_in_both_directions():
     np.testing.assert_allclose(produced, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_mlp_has_three_layers_and_two_relus():
+def test_mlp_has_three_layers_and_two_relus():
     method = PTuning(P, hidden=7)
     params = method.init(KEY, G, None)
     one, two, three = (params["linear"][str(number)] for number in range(3))
@@ -60,21 +60,21 @@ def test_the_mlp_has_three_layers_and_two_relus():
 
 
 @pytest.mark.parametrize("encoder", ["mlp", "lstm"])
-def test_the_width_is_that_of_the_embeddings_unless_it_is_given(encoder):
+def test_width_defaults_to_the_embedding_width(encoder):
     params = PTuning(P, encoder=encoder).init(KEY, G, None)
     width = params["linear"]["0"]["weight_XY"].shape[1]
     assert width == (12 if encoder == "mlp" else 24)
 
 
 @pytest.mark.parametrize("encoder", ["mlp", "lstm"])
-def test_every_parameter_has_a_gradient(encoder):
+def test_every_parameter_receives_a_gradient(encoder):
     method = PTuning(P, encoder=encoder, hidden=8)
     params = method.init(KEY, G, normal(Embeds, G, P, KEY, std=1.0))
     grads = jax.grad(lambda params: jnp.sum(method(params).x_PD ** 2))(params)
     assert all(leaf.any() for leaf in jax.tree.leaves(grads))
 
 
-def test_dropout_stands_between_the_layers_of_the_lstm():
+def test_dropout_applies_between_lstm_layers():
     wet = PTuning(P, encoder="lstm", hidden=6, lstm_dropout=0.5)
     params = wet.init(KEY, G, None)
     assert wet.draws
