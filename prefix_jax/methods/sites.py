@@ -74,8 +74,8 @@ def check_layers(layers: Layers, count: int | None = None, where: str = "") -> N
         return
     if not layers or layers[0] < 0 or list(layers) != sorted(set(layers)):
         raise ConfigError(
-            f"method.layers is {list(layers)}; list layers from 0 in ascending order, or use null "
-            "for all"
+            f"method.layers is {list(layers)}; list layers counted from 0 in ascending order, or "
+            "use null for all"
         )
     if count is not None and layers[-1] >= count:
         raise ConfigError(

@@ -1,1 +1,1 @@
-"""What a computation costs, known before it runs."""
+"""Cost of a computation, determined before it runs."""

@@ -1,4 +1,4 @@
-"""A run without weights and data: all of its shapes, and where they would lie."""
+"""A run without weights and data: the shapes and shardings of its arrays."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from prefix_jax.train.task import check_task, head_of
 
 Job = Literal["train", "decode"]
 
-# Of a model whose positions allow more, and a config that does not say.
+# Default row length, if the config sets none and the model's positions allow more.
 _USUAL_TOKENS = 2048
-# Columns that a device has at least where several share a row: fewer are not worth the exchange.
+# Minimum columns per device if several devices share a row: fewer are not worth the exchange.
 _SHARE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The rows of one step, on all devices together.
+    """The shape of one step's batch, over all devices.
 
     Attributes:
         rows: B.
-        tokens: T of each row; of an encoder-decoder, of the decoder.
-        targets: M of each row.
-        source: S, what an encoder reads of each row; 0 for a single stack.
-        micro: micro-batches that they come in.
+        tokens: T per row; for an encoder-decoder, the decoder's.
+        targets: M per row.
+        source: S, the encoder tokens per row; 0 for a single stack.
+        micro: the number of micro-batches.
     """
 
     rows: int
@@ -51,18 +51,18 @@ class Rows:
     micro: int = 1
 
     def worth_sharing(self, devices: int) -> bool:
-        """Whether a row is so long that so many devices may share its columns."""
+        """Whether a row is long enough for this many devices to share its columns."""
         return max(self.tokens, self.source) >= _SHARE * devices
 
 
 @dataclasses.dataclass(frozen=True)
 class AbstractRun:
-    """What a config describes, as far as shapes go.
+    """The shapes that a config describes.
 
     Attributes:
         config: the run.
         model: backbone, method and head.
-        dtype: of the weights, and of the scales of quantised ones.
+        dtype: dtype of the weights, and of the scales of quantised weights.
         job: "train" or "decode".
     """
 
@@ -73,26 +73,26 @@ class AbstractRun:
 
     @classmethod
     def of(cls, config: Config, job: Job = "train") -> AbstractRun:
-        """Reads the shape of the model; neither its weights nor the data.
+        """Reads the shape of the model, but neither its weights nor the data.
 
         Raises:
-            PrefixJaxError: there is no such model, or something in the config contradicts it.
+            PrefixJaxError: there is no such model, or the config does not fit it.
         """
         arch = read_architecture(config.model.path)
         method = make_method(config.method)
         if method is not None and config.data.task is not None and not method.task_names:
             raise ConfigError(
-                "data.task: a plan reads no data, so name the tasks: method.tasks=[a, b]"
+                "data.task: a plan reads no data; name the tasks, as in method.tasks=[a, b]"
             )
         check_quantized(config, full=method is None)
         check_task(config, arch, config.model.path)
         dtype = config.model.dtype
         if dtype == "auto":
-            # As `load` has it on a TPU; what trains is float32.
+            # As in `load` on a TPU; trained parameters are float32.
             dtype = "bfloat16" if method is not None else "float32"
         model = PrefixModel(Backbone(arch, config.model.remat), method)
         if config.task.name != "generate":
-            # The data tells how many labels there are, where the config does not: two at least.
+            # Without labels in the config, their number depends on the data: at least two.
             head = head_of(config.task, arch, len(config.task.labels or ("", "")))
             model = dataclasses.replace(model, head=head)
         model.check_context(config.data.max_length)
@@ -101,24 +101,23 @@ class AbstractRun:
         return cls(config, model, dtype, job=job)
 
     def with_model(self, **fields: Any) -> AbstractRun:
-        """The same with other settings of `model`."""
+        """Returns a copy with changed settings in the `model` section."""
         model = dataclasses.replace(self.config.model, **fields)
         return AbstractRun.of(dataclasses.replace(self.config, model=model), self.job)
 
     def rows(self, tokens: int | None = None, targets: int | None = None) -> Rows:
-        """The rows of a step: an example a row, each as long as it may be, learnt as a whole.
+        """The batch of a step: one example of maximum length per row, every token a target.
 
-        How many rows packing makes of the examples is known to the data alone: fewer, at most as
-        many.
+        Packing reduces the number of rows, by an amount that depends on the data.
 
         Args:
-            tokens: T (of an encoder-decoder, S); None takes `data.max_length`, or 2,048, or what
-                the model's positions allow.
-            targets: M (of an encoder-decoder, T as well); None takes all of them, and for a head
-                what its task has.
+            tokens: T (S for an encoder-decoder); None for `data.max_length`, or else the smaller of
+                2,048 and what the model's positions allow.
+            targets: M (also T for an encoder-decoder); None for all tokens, or the number that the
+                task of a head has.
 
         Raises:
-            ConfigError: these do not fit the model.
+            ConfigError: `tokens` or `targets` do not fit the model.
         """
         model, data = self.model, self.config.data
         room = model.room
@@ -126,25 +125,25 @@ class AbstractRun:
             tokens = data.max_length or min(_USUAL_TOKENS, room)
         if not 2 <= tokens <= room:
             raise ConfigError(
-                f"--tokens {tokens}: a row has 2 tokens at least, and {room} fit the model's "
-                "positions beside the prefix"
+                f"--tokens {tokens}: must be at least 2 and at most {room}, the model's positions "
+                "after the prefix"
             )
         if targets is not None and self.job == "decode":
-            raise ConfigError(f"--targets {targets}: nothing is learnt in decoding; leave it out")
+            raise ConfigError(f"--targets {targets}: decoding has no targets; remove it")
         two_sided = model.encoder_decoder
         most = tokens if two_sided is None else two_sided.max_target
         if targets is None:
             all_of_them = self.config.task.name in ("generate", "tag", "span")
             targets = min(tokens, most) if all_of_them else 1
         if not 1 <= targets <= most:
-            raise ConfigError(f"--targets {targets}: a row has 1 at least, and {most:,} at most")
+            raise ConfigError(f"--targets {targets}: must be at least 1 and at most {most:,}")
         count, micro = data.batch_size, self.config.optim.accumulate if self.job == "train" else 1
         if two_sided is None:
             return Rows(count, tokens, targets, 0, micro)
         return Rows(count, targets, targets, tokens, micro)
 
     def params(self, mesh: Mesh) -> Params:
-        """{"backbone": …, "prefix": …, "head": …}, abstract, placed as training places them."""
+        """Abstract {"backbone": …, "prefix": …, "head": …}, sharded as in training."""
         model, backbone = self.model, self.model.backbone
         weights = abstract_params(backbone, self.dtype, self.config.model.quantize)
         made: dict[str, Any] = {"backbone": placed(weights, weight_shardings(weights, mesh))}
@@ -157,10 +156,10 @@ class AbstractRun:
         return made
 
     def batch(self, rows: Rows, mesh: Mesh) -> Batch:
-        """The batch of a step, abstract, rows over the batch axes.
+        """The abstract batch of a step, with rows over the batch axes.
 
         Raises:
-            MeshError: its rows do not divide over the mesh.
+            MeshError: the rows do not divide over the mesh.
         """
         count = rows.rows // rows.micro
         check_rows(mesh, count, "data.batch_size" if rows.micro == 1 else "a micro-batch of")
@@ -200,11 +199,11 @@ class AbstractRun:
 
 
 def read_architecture(source: str) -> Architecture:
-    """The shape of a model: of a preset, or of anything that `load` reads, of which the
-    configuration will do.
+    """Reads the architecture of a preset, or of anything that `load` accepts. Only the
+    configuration of the model is needed.
 
     Raises:
-        BackboneError: there is no such thing, or it is not supported.
+        BackboneError: the model does not exist or is not supported.
     """
     if source.startswith(PREFIX):
         return architecture(preset(source), source)
@@ -214,15 +213,18 @@ def read_architecture(source: str) -> Architecture:
 def _check_decoding(model: PrefixModel) -> None:
     if model.head is not None or not model.backbone.arch.causal:
         raise ConfigError(
-            "--for decode: a task with labels answers in one pass and writes no text; plan its "
-            "training step"
+            "--for decode: a task with labels runs in one pass and generates no text; plan its "
+            "training step instead"
         )
     if model.method is not None and model.method.task_names:
-        raise ConfigError("--for decode: text is written behind the prefix of one task")
+        raise ConfigError(
+            "--for decode: not supported for several tasks (method.tasks), as text is generated "
+            "with the prefix of one task; plan its training step instead"
+        )
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
-    """Abstract arrays with a sharding each."""
+    """Adds shardings to abstract arrays."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -231,5 +233,5 @@ def placed(shapes: Any, shardings: Any) -> Any:
 
 
 def everywhere(shapes: Any, mesh: Mesh) -> Any:
-    """Abstract arrays that are whole on every device."""
+    """Marks abstract arrays as replicated on every device."""
     return placed(shapes, jax.tree.map(lambda _: replicated(mesh), shapes))

@@ -1,4 +1,4 @@
-"""Whether a compiled training step does work, or holds memory, that a frozen backbone spares."""
+"""Checks a compiled training step for work and memory that a frozen backbone makes unnecessary."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from prefix_jax.plan.products import Product, opaque, products
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What a compiled step computes and stores.
+    """Computation and memory of a compiled step.
 
     Attributes:
-        flops: of all matrix products, loops counted.
+        flops: operations of all matrix products, with loop bodies counted at every iteration.
         opaque: custom calls whose products, if any, are not in `flops`.
-        largest: the largest array that it fills on its way.
-        weight_gradients: products as large as a matrix of the backbone: with the backbone frozen,
-            there is none.
-        weight_copies: arrays as large as a parameter of the backbone, all layers together, that
-            the step fills: copies, conversions or gradients of it. There should be none.
-        temp_bytes: what the step needs besides arguments and results.
-        backbone_bytes: the backbone.
-        train_elements: numbers that train.
-        optimizer_elements: numbers that the optimizer keeps of them, scalars apart.
+        largest: the largest temporary array.
+        weight_gradients: products as large as a matrix of the backbone. Empty if the backbone is
+            frozen.
+        weight_copies: temporary arrays as large as a stacked parameter of the backbone: copies,
+            conversions or gradients. Should be empty.
+        temp_bytes: memory in addition to arguments and results.
+        backbone_bytes: size of the backbone.
+        train_elements: number of trainable parameters.
+        optimizer_elements: number of elements in the optimizer state, without scalars.
     """
 
     flops: int
@@ -42,10 +42,10 @@ class Audit:
 
 
 def audit(compiled: jax.stages.Compiled, backbone: Mapping[str, Any], state: Any) -> Audit:
-    """Reads a compiled step.
+    """Audits a compiled step.
 
-    Arrays are told apart by their number of elements alone, since compilers transpose and merge
-    axes: choose numbers of rows, tokens and targets that no axis of the weights has.
+    Arrays are identified only by their number of elements, because compilers transpose and merge
+    axes. Choose numbers of rows, tokens and targets that differ from all axes of the weights.
 
     Args:
         compiled: the step.
@@ -53,11 +53,11 @@ def audit(compiled: jax.stages.Compiled, backbone: Mapping[str, Any], state: Any
         state: the (abstract) `TrainState`.
 
     Raises:
-        ValueError: the backend shows neither text nor memory of what it compiled.
+        ValueError: the backend does not provide the compiled text or memory statistics.
     """
     text, memory = compiled.as_text(), compiled.memory_analysis()
     if text is None or memory is None:
-        raise ValueError("this backend does not show what it compiled")
+        raise ValueError("this backend provides no compiled text or memory statistics")
     module = parse(text)
     found, arrays = products(module), temporaries(module)
     layer, stored = _matrices(backbone)
@@ -78,10 +78,10 @@ def audit(compiled: jax.stages.Compiled, backbone: Mapping[str, Any], state: Any
 
 
 def _matrices(backbone: Mapping[str, Any]) -> tuple[set[int], set[int]]:
-    """The sizes of the matrices of one layer, and of all matrices as they are stored."""
+    """The sizes of the matrices of one layer, and of all matrices as stored (stacked)."""
     layer, stored = set(), set()
     for path, leaf in jax.tree.leaves_with_path(backbone):
-        # The integers and scales of a quantised one are attributes below its name.
+        # The integers and scales of a quantised parameter are attributes below its name.
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         stacked = "layers" in names
         if "bias" in names[-1] or leaf.ndim - stacked < 2:

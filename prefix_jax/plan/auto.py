@@ -1,4 +1,4 @@
-"""Which mesh is the fastest that fits."""
+"""Searches for the fastest mesh on which a step fits."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from prefix_jax.plan.topology import Topology
 
 Sizes = Mapping[str, int]
 
-# Programs that fit and are compared; those that turn out not to fit come on top.
+# The number of fitting programs to compare; programs that do not fit are not counted.
 _FEW = 3
-# Meshes within so much of the fastest are as good: the one that keeps weights wholest wins.
+# Relative step times closer than this are a tie: the mesh that splits the weights least wins.
 _CLOSE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
 class Guess:
-    """What can be said of a mesh before anything is compiled.
+    """Estimate for a mesh, before anything is compiled.
 
     Attributes:
-        sizes: of its axes.
-        seconds: of a step, about.
+        sizes: axis sizes.
+        seconds: estimated time of a step.
         weights: bytes of the backbone on one device.
     """
 
@@ -41,12 +41,12 @@ class Guess:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The mesh that was chosen.
+    """Result of a mesh search.
 
     Attributes:
-        best: its plan.
-        compiled: the plans of all that were compiled, in their order.
-        possible: how many meshes there were.
+        best: the plan of the chosen mesh.
+        compiled: the plans of all compiled meshes, in order.
+        possible: the number of possible meshes.
     """
 
     best: Plan
@@ -60,21 +60,21 @@ def choose_mesh(
     topology: Topology,
     tried: Callable[[Plan], None] = lambda _: None,
 ) -> Choice:
-    """Compiles the step on the meshes that promise most, and takes the fastest that fits.
+    """Compiles the step on the most promising meshes and chooses the fastest that fits.
 
-    A prefix's gradients are kilobytes, so copies of the backbone (data) need next to no network
-    and are taken where they fit. Else the weights are split and gathered as they are used (fsdp),
-    or each layer is (tensor), which exchanges activations. Devices for which there is no row may
-    share the columns of long ones (sequence).
+    The gradients of a prefix are kilobytes, so copies of the backbone (data) need almost no network
+    and are preferred if they fit. Otherwise the weights are split and gathered at their use (fsdp),
+    or each layer is split and activations are exchanged (tensor). If there are fewer rows than
+    devices, devices may share the columns of long rows (sequence).
 
     Args:
         run: the run.
-        rows: of its step.
+        rows: the batch of a step.
         topology: the chips.
         tried: called with every plan.
 
     Raises:
-        MeshError: the rows divide over none.
+        MeshError: the rows divide over no mesh.
     """
     guesses = sorted(
         (guess(run, rows, topology, sizes) for sizes in meshes(run, rows, topology)),
@@ -84,7 +84,7 @@ def choose_mesh(
         hosts = "" if topology.hosts == 1 else f" on {topology.hosts} hosts"
         raise MeshError(
             f"{rows.rows} rows in {rows.micro} micro-batches divide over no mesh of "
-            f"{len(topology.devices)} devices{hosts}; choose data.batch_size accordingly"
+            f"{len(topology.devices)} devices{hosts}; choose another data.batch_size"
         )
     limit = topology.hbm_limit
     hopeful = [made for made in guesses if made.weights < limit] or guesses[-1:]
@@ -93,19 +93,19 @@ def choose_mesh(
     for made in hopeful:
         if best is not None and best.roofline is not None:
             fitting = sum(plan.fits for plan in plans)
-            # A guess is a floor: no program of this mesh is faster.
+            # A guess is a lower bound: no program on this mesh is faster.
             if fitting >= _FEW or made.seconds > best.roofline.seconds:
                 break
         plan = compile_step(run, rows, topology, topology.mesh(made.sizes))
         plans.append(plan)
         tried(plan)
         best = better(best, plan)
-    assert best is not None  # as there is a hopeful one
+    assert best is not None  # `hopeful` is not empty
     return Choice(best, tuple(plans), len(guesses))
 
 
 def better(one: Plan | None, other: Plan) -> Plan:
-    """The faster of two that fit; of two that do not, the one that lacks less."""
+    """The faster of two plans that fit; if neither fits, the one with less memory missing."""
     if one is None or (other.fits and not one.fits):
         return other
     if one.roofline is None or other.roofline is None:
@@ -121,8 +121,8 @@ def _split(sizes: Sizes) -> int:
 
 
 def meshes(run: AbstractRun, rows: Rows, topology: Topology) -> Iterator[Sizes]:
-    """The meshes that the rows divide over, each host's among them, and the heads can be split by.
-    Columns are split where rows are not left to split."""
+    """The meshes over which the rows (on every host) and the heads divide. Columns are split only
+    if there are no more rows to split."""
     devices, arch = len(topology.devices), run.model.backbone.arch
     count = rows.rows // rows.micro
     for tensor, sequence in itertools.product(_divisors(devices), repeat=2):
@@ -133,7 +133,7 @@ def meshes(run: AbstractRun, rows: Rows, topology: Topology) -> Iterator[Sizes]:
         if sequence > 1 and not (run.job == "train" and rows.worth_sharing(sequence)):
             continue
         shards = devices // tensor // sequence
-        # Every host sends rows of its own.
+        # Every host loads its own rows.
         if shards % topology.hosts:
             continue
         if count % shards or (sequence > 1 and math.gcd(count, shards * sequence) > shards):
@@ -153,16 +153,16 @@ def _divisors(number: int) -> list[int]:
 
 
 def guess(run: AbstractRun, rows: Rows, topology: Topology, sizes: Sizes) -> Guess:
-    """A floor of the time of a step: products with weights at the peak, the gathering of weights
-    hidden behind them, from other slices too, the exchange of activations not, and all links of a
-    chip used both ways."""
+    """A lower bound of the step time. Products with weights run at peak and overlap with gathering
+    the weights, also from other slices. Exchanges of activations do not overlap. All links of a
+    chip are used in both directions."""
     arch, chip = run.model.backbone.arch, topology.chip
     backbone = run.params(topology.mesh(sizes))["backbone"]
     weights = bytes_on_one(backbone)
     trains = run.job == "train"
     tokens = rows.rows * (rows.tokens + rows.source if trains else 1)
     devices = len(topology.devices)
-    # How often the weights are gone through: forwards, backwards, and forwards again.
+    # Passes over the weights: forward, backward, and recomputation of the forward pass.
     passes = 2 + (run.config.model.remat == "full") if trains else 1
     if trains:
         least = floor_of(arch, rows, produced=None)
@@ -174,28 +174,28 @@ def guess(run: AbstractRun, rows: Rows, topology: Topology, sizes: Sizes) -> Gue
     read = passes * weights * sharing / (chip.bandwidth / chip.devices)
     links = 2 * chip.axes * chip.link / chip.devices
     gathered = passes * weights * (sharing - 1) / links
-    # Slices that a copy of the weights is spread over.
+    # The number of slices that a copy of the weights spans.
     spanned = max(sharing * tensor * topology.slices // devices, 1)
     abroad = passes * weights * (spanned - 1) / (chip.dcn / chip.devices)
     here = tokens / sizes["data"] / sharing * 2
-    # After attention and after the feed-forward, forwards and backwards.
+    # All-reduces after attention and after the feed-forward, in every pass.
     summed = 2 * passes * arch.layers * here * arch.d_model * 2 * (tensor - 1) / tensor / links
-    # Keys and values of the columns of others.
+    # Keys and values of the columns on other devices.
     heads = 2 * arch.kv_heads * arch.head_dim / tensor
     shared = passes * arch.layers * here * heads * (sizes["sequence"] - 1) / links
     return Guess(sizes, max(compute, read, gathered, abroad) + summed + shared, weights)
 
 
 def settle(config: Config, devices: Sequence[jax.Device] | None = None) -> Config:
-    """The config with the mesh that `mesh: auto` asks for, on devices that are there; any other
-    as it is.
+    """Replaces `mesh: auto` in a config by the mesh chosen for the attached devices. Other configs
+    are returned unchanged.
 
     Args:
-        config: of a training run.
-        devices: None takes all of this machine.
+        config: the config of a training run.
+        devices: None for all devices of this machine.
 
     Raises:
-        MeshError: the devices are several and no TPUs, or nothing fits them.
+        MeshError: there are several devices that are not TPUs, or the step fits on no mesh.
     """
     if not config.mesh.auto:
         return config
@@ -206,9 +206,9 @@ def settle(config: Config, devices: Sequence[jax.Device] | None = None) -> Confi
         best = choose_mesh(run, run.rows(), Topology.of(devices)).best
         if not best.fits:
             raise MeshError(
-                f"mesh: auto: the step fits {len(devices)} devices on no mesh; on "
-                f"{describe(best.mesh)} it takes {best.over / 2**30:.1f} GiB too much. "
-                "See prefix-jax plan"
+                f"mesh: auto: the step fits on no mesh of {len(devices)} devices; on "
+                f"{describe(best.mesh)} it is {best.over / 2**30:.1f} GiB over the limit. "
+                "Run prefix-jax plan to find config changes that make it fit"
             )
         sizes = best.mesh
     return dataclasses.replace(config, mesh=MeshConfig(**sizes, auto=False))

@@ -1,4 +1,4 @@
-"""The largest batch that fits."""
+"""Searches for the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from prefix_jax.plan.abstract import AbstractRun, Rows
 from prefix_jax.plan.plan import Plan, compile_step
 from prefix_jax.plan.topology import Topology
 
-# A batch that still fits at so many rows a shard is not searched further: nobody's step.
+# The search ends at this many rows per shard, far beyond practical steps.
 _MOST = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Largest:
-    """What was found.
+    """Result of a batch search.
 
     Attributes:
-        rows: of the largest batch that fits; 0 if none does.
-        plan: of it; if none fits, of the smallest.
-        quickest: of those that were compiled, the one that reads most tokens in a second. Close to
-            the limit, the compiler computes products again to save memory.
-        above: of the smallest batch that was seen not to fit; None if all did.
-        compiled: how many programs that took.
+        rows: the number of rows of the largest batch that fits; 0 if none fits.
+        plan: the plan of that batch; if none fits, of the smallest one.
+        quickest: the compiled plan with the most tokens per second. It may be smaller than `plan`:
+            close to the limit, the compiler recomputes products to save memory.
+        above: the plan of the smallest batch known not to fit; None if all compiled batches fit.
+        compiled: the number of compiled programs.
     """
 
     rows: int
@@ -46,16 +46,16 @@ def largest_batch(
 ) -> Largest:
     """Compiles a few batches until the largest that fits is known.
 
-    A line through what was compiled says what to try next, as memory grows with rows by as much
-    each time, nearly: three or four programs, as a rule.
+    Memory grows almost linearly with rows, so a line through two compiled plans predicts the next
+    batch to try: usually three or four programs are enough.
 
     Args:
         run: the run.
-        rows: of a step; their number is what is sought.
-        topology, mesh: the devices. The number is a multiple of the mesh's batch shards, and of
-            the micro-batches.
+        rows: the batch of a step, whose number of rows is varied.
+        topology, mesh: the devices. The number of rows is a multiple of the mesh's batch shards
+            and of the micro-batches.
         tried: called with every plan.
-        known: the plan of `rows` on this mesh, if there is one: it is not compiled again.
+        known: the plan of `rows` on this mesh if there is one, to avoid compiling it again.
     """
     unit = batch_shards(mesh) * rows.micro
     plans = {} if known is None else {known.rows.rows // unit: known}
@@ -78,18 +78,18 @@ def largest_batch(
 
 
 def _next(plans: dict[int, Plan], fits: int, above: int | None) -> int:
-    """How many units to try: where the line through two plans meets the limit."""
+    """The number of units to try next: where the line through two plans meets the limit."""
     known = sorted(plans)
     limit = plans[known[0]].limit
     if len(known) == 1:
-        # All of the temporaries may grow with the rows, and nothing else does.
+        # Assume that everything except the weights grows with the rows.
         (only,) = known
         memory = plans[only].memory
-        assert memory is not None  # or the search is over
+        assert memory is not None  # otherwise the search has ended
         each = max(memory.total - memory.weights, 1) / only
         guess = int((limit - memory.weights) / each)
     else:
-        # The last that fits, and what is next to it.
+        # The largest batch that fits, and its nearest neighbour.
         low = fits or known[0]
         high = above if above is not None else max(n for n in known if n < low)
         slope = (plans[high].needs - plans[low].needs) / (high - low)

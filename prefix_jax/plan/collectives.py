@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program."""
+"""Collectives: communication between devices in a compiled program."""
 
 from __future__ import annotations
 
@@ -32,22 +32,21 @@ _BETWEEN_SLICES: dict[str, Kind] = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange between devices.
+    """A collective operation.
 
     Attributes:
-        kind: what it is.
-        op_name: where in the traced Python program it comes from.
-        nbytes: of one device's array where it is whole: what is gathered, reduced or scattered.
-        groups: numbers of the devices that exchange with each other, [groups, size]; of slices,
-            if it is between these.
-        hidden: whether other work goes on meanwhile.
-        count: how many times the program does it.
-        opposed: whether one like it goes the other way round at the same time, over the other
-            direction of the same links.
-        written: bytes of its result that reach the device's memory inside of fusions, where `moved`
-            does not count them.
-        between_slices: whether it goes over the network of the data centre, from each device to its
-            like in other slices.
+        kind: the operation.
+        op_name: its origin in the traced Python program.
+        nbytes: bytes of the full array: the one that is gathered, reduced or scattered.
+        groups: ids of the devices in each group, [groups, size]; ids of slices if between slices.
+        hidden: whether it overlaps with other work.
+        count: the number of times that the program runs it.
+        opposed: whether the same operation runs at the same time in the opposite direction, over
+            the other direction of the same links.
+        written: bytes of the result that fusions write to device memory, which `moved` does not
+            count.
+        between_slices: whether it uses the data center network, between corresponding devices of
+            different slices.
     """
 
     kind: Kind
@@ -62,7 +61,7 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends in one of them, over the best of algorithms."""
+        """Bytes that each device sends per run, with the best algorithm."""
         n = self.groups.shape[1]
         if self.kind == "collective-permute":
             return self.nbytes
@@ -70,10 +69,10 @@ class Collective:
 
 
 def collectives(found: Sequence[Visit]) -> list[Collective]:
-    """Every exchange of a walk.
+    """Finds all collectives among the visited instructions.
 
-    The TPU compiler spreads an asynchronous one over several fusions, some of them in loops that
-    run meanwhile. Each names it, and one of them starts it.
+    The TPU compiler spreads an asynchronous collective over several fusions, some of them in loops
+    that run at the same time. Each fusion names the collective, and one of them starts it.
     """
     starting = {
         (visit.run, visit.kernel.name)
@@ -121,13 +120,13 @@ def collectives(found: Sequence[Visit]) -> list[Collective]:
 
 
 def _between_slices(visit: Visit) -> Collective:
-    """An exchange between slices, which a program makes by sending to its host and receiving from
-    it, while other work goes on."""
+    """A collective between slices, which a program runs as a send to and a receive from its host,
+    overlapping with other work."""
     instruction = visit.instruction
     kind = _BETWEEN_SLICES.get(instruction.word("_xla_megascale_transfer_type") or "")
     if kind is None:
         raise ValueError(
-            f"what {instruction.name} sends is not understood: {instruction.attributes:.300}"
+            f"cannot parse the transfer {instruction.name}: {instruction.attributes:.300}"
         )
     slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}x', instruction.attributes)
     groups = np.array([_numbers(slices[1]) if slices else (1, 2)])
@@ -139,7 +138,7 @@ def _between_slices(visit: Visit) -> Collective:
 
 
 def _whole(visit: Visit, kind: Kind, size: int) -> int:
-    """Bytes of the array that is gathered, reduced, scattered or sent."""
+    """Bytes of the full array that is gathered, reduced, scattered or sent."""
     operands = [
         array for name in visit.instruction.operands for array in visit.computation[name].results
     ]
@@ -148,7 +147,7 @@ def _whole(visit: Visit, kind: Kind, size: int) -> int:
 
 
 def _pairs(instruction: Instruction) -> tuple[tuple[int, int], ...]:
-    """Who sends to whom, of a permutation, those that send to themselves left out."""
+    """(source, target) pairs of a permutation, without pairs of a device with itself."""
     found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.attributes)
     pairs = re.findall(r"(\d+),(\d+)", found[1]) if found else ()
     return tuple(sorted((int(a), int(b)) for a, b in pairs if a != b))
@@ -176,7 +175,7 @@ def _groups(instruction: Instruction) -> np.ndarray:
             rest = [axis for axis in range(len(sizes)) if axis not in axes]
             size = math.prod(sizes[name] for name in names)
             return ids.reshape(tuple(sizes.values())).transpose(*rest, *axes).reshape(-1, size)
-    raise ValueError(f"the devices of {instruction.name} are not understood: {text:.200}")
+    raise ValueError(f"cannot parse the device groups of {instruction.name}: {text:.200}")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -184,7 +183,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """So many numbers, reshaped and transposed: of "[2,4]T(1,0)"."""
+    """Evaluates an iota such as "[2,4]T(1,0)": numbers from 0, reshaped and transposed."""
     found: Any = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     dims = _numbers(found[1])
     numbers = np.arange(math.prod(dims)).reshape(dims)

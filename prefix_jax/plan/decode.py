@@ -1,4 +1,4 @@
-"""One step of greedy decoding: a token for every row, behind a prefix and a text."""
+"""One step of greedy decoding: one token per row, after a prefix and a text."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from prefix_jax.plan.abstract import AbstractRun, everywhere, placed
 
 
 def lower_step(run: AbstractRun, rows: int, context: int, mesh: Mesh) -> tuple[Any, Params]:
-    """A decoding step, lowered, and {"backbone": …, "prefix": …}, abstract, the layers listed.
+    """Lowers a decoding step. Also returns its abstract {"backbone": …, "prefix": …}, with the
+    layers unstacked.
 
     Args:
-        run: the run whose prefix stands before every text.
+        run: the run whose prefix precedes every text.
         rows: B.
-        context: tokens of each row, read and written; of an encoder-decoder, those that its
-            encoder read, and as many are written at most.
-        mesh: the devices. Rows of the cache are split over the batch axes, its heads over tensor.
+        context: tokens per row, prompt and output together; for an encoder-decoder, the encoder's
+            tokens, and the maximum number of output tokens.
+        mesh: the devices. The cache is split over the batch axes (rows) and tensor (heads).
     """
     backbone, stacked = run.model.backbone, run.params(mesh)
     weights = _listed(stacked["backbone"])
@@ -67,7 +68,7 @@ def lower_step(run: AbstractRun, rows: int, context: int, mesh: Mesh) -> tuple[A
 
 
 def _listed(params: Params) -> Params:
-    """As `to_listed`, of abstract weights."""
+    """Like `to_listed`, for abstract weights."""
     layers = params["layers"]
     L = jax.tree.leaves(layers)[0].shape[0]
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), layers)
@@ -75,7 +76,7 @@ def _listed(params: Params) -> Params:
 
 
 def _spec(shape: tuple[int, ...], rows: int, mesh: Mesh) -> PartitionSpec:
-    """Rows come first, and the heads of keys and values second: [B, K, S, H]."""
+    """Partition of the decoding state: rows come first, then KV heads ([B, K, S, H])."""
     if not shape or shape[0] != rows or rows % batch_shards(mesh):
         return PartitionSpec()
     if len(shape) == 4 and shape[1] % mesh.shape[HEAD_AXIS] == 0:

@@ -1,4 +1,4 @@
-"""What a step of prefix tuning has to compute, in floating-point operations."""
+"""Minimum floating-point operations of a prefix tuning step."""
 
 from __future__ import annotations
 
@@ -20,33 +20,35 @@ from prefix_jax.prefix import (
 
 @dataclasses.dataclass(frozen=True)
 class Floor:
-    """The least that a step computes in matrix products, by part; a multiply-add counts as two.
+    """Minimum operations of a step in matrix products, by part. A multiply-add counts as two.
 
-    With W the weights of one layer's matrices, D(N + 2K)H + NHD + 2DF (3DF if gated), and frozen:
+    W is the number of weights in one layer's matrices, D(N + 2K)H + NHD + 2DF (3DF if gated). They
+    are frozen:
 
-        layers      4 · B·T · L·W           2 forward, 2 for the gradient of the activations; the
-                                            2 for the gradient of the weights are not needed
+        layers      4 · B·T · L·W           2 forward and 2 for the gradient of the activations;
+                                            the 2 for the gradient of the weights are not needed
         attention   12 · B·T · (T·L + P·J) · NH
-                                            logits and mix take 2 each; their backward twice that:
-                                            the gradients of weights, values, queries and keys. J
-                                            layers have slots, in the softmax or beside it
+                                            logits and weighted sum are 2 each; their backward pass
+                                            is twice that: the gradients of weights, values, queries
+                                            and keys. J layers have slots, inside or outside the
+                                            softmax
                     6 · B·T · J · NHH       for a memory: its product, and the gradients of queries
                                             and memory
-        head        4 · B·M · D·V           only where there is a target, as in `layers`
+        head        4 · B·M · D·V           like `layers`, only at targets
         lift        0                       for keys and values, and memories
                     4 · P · J·2DKH          for hidden and adapter states: their keys and values
                     4 · P · L·W + 12 · P·P · L·NH
-                                            for soft tokens: a forward pass of one row of P (of a
-                                            bank, of a row for each task)
+                                            for soft tokens: a forward pass of one row of P (in a
+                                            bank, of one row per task)
 
-    Attention is dense: T keys for every query, masked or not. What the first layer could leave
-    out (no gradient flows on from it to frozen embeddings) and what the last layer of the lift
-    could is counted nevertheless, since scanned layers are all alike: less than 1/(2L) in all.
-    Networks of a method's own that make what it produces are not counted.
+    Attention is dense: T keys for every query, masked or not. The gradient of the first layer's
+    input, which frozen embeddings do not need, and the end of the last layer of the lift are
+    counted although they could be omitted, because all scanned layers are equal: together less than
+    1/(2L). A method's own networks are not counted.
 
-    An encoder-decoder reads sources of S tokens besides, which soft tokens (of a bank, those of one
-    task) make longer by P, and these take no lift. Its encoder has W, L, N and H of its own, and
-    each layer of its decoder has the projections of an attention from T to S:
+    An encoder-decoder also reads sources of S tokens. Soft tokens (in a bank, those of one task)
+    extend a source by P and need no lift. The encoder has its own W, L, N and H, and each decoder
+    layer has the projections of an attention from T to S:
 
         layers      4 · B·S · L·W           of the encoder
                     4 · B · L · (T·2DNH + S·2DKH)
@@ -55,8 +57,9 @@ class Floor:
                     12 · B·T · (S·L + P·J) · NH
                                             from the decoder
 
-    Where nothing trains at the encoder, no gradient flows back into it: it takes 2 for 4 and 4 for
-    12, as do the keys and values of S; the T queries' look at these takes 8.
+    If nothing at the encoder is trained, no gradient flows back into it: its factors, and those of
+    the keys and values of S, become 2 instead of 4 and 4 instead of 12; the attention of the T
+    queries to S has a factor of 8.
     """
 
     layers: int
@@ -66,7 +69,7 @@ class Floor:
 
     @property
     def total(self) -> int:
-        """All parts together."""
+        """The sum of all parts."""
         return self.layers + self.attention + self.head + self.lift
 
 
@@ -79,15 +82,15 @@ def floor(
     produced: Produced | None,
     source: int = 0,
 ) -> Floor:
-    """The floor of one training step of a decoder, or of an encoder-decoder.
+    """Computes the floor of one training step of a decoder or an encoder-decoder.
 
     Args:
-        arch: of the frozen backbone.
+        arch: architecture of the frozen backbone.
         rows: B.
-        tokens: T, of each row.
-        targets: M, of each row.
-        produced: the (abstract) value that the method makes; None without a prefix.
-        source: S, what an encoder reads of each row.
+        tokens: T per row.
+        targets: M per row.
+        produced: the (abstract) output of the method; None without a prefix.
+        source: S, the encoder tokens per row.
     """
     L, D = arch.layers, arch.d_model
     NH, KH = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
@@ -127,7 +130,7 @@ def floor(
 
 @dataclasses.dataclass(frozen=True)
 class _Added:
-    """What a prefix adds to an attention, over all layers.
+    """Slots and memories that a prefix adds to an attention, over all layers.
 
     Attributes:
         slots: P · J.
@@ -148,12 +151,13 @@ class _Added:
         return cls(slots, memories)
 
     def cost(self, queries: int, tokens: int, arch: Architecture) -> int:
-        """Of an attention of so many queries, where each takes `tokens` · NH without a prefix."""
+        """Operations of an attention of `queries` queries, each of which costs `tokens` · NH
+        without a prefix."""
         NH = arch.heads * arch.head_dim
         return queries * NH * (tokens + 12 * self.slots + 6 * self.memories * arch.head_dim)
 
 
 def _weights(arch: Architecture) -> int:
-    """W, of self-attention and feed-forward."""
+    """W, for self-attention and feed-forward."""
     D, NH, KH = arch.d_model, arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     return D * (NH + 2 * KH) + NH * D + (3 if arch.gated else 2) * D * arch.d_ff

@@ -1,6 +1,6 @@
-"""Reads optimised HLO, the text of a compiled program (`compiled.as_text()`).
+"""Parses optimised HLO, the text of a compiled program (`compiled.as_text()`).
 
-Only text is read, so the program of any backend will do, compiled on any machine.
+Only the text is needed, so programs of any backend can be parsed on any machine.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class Array:
     """One array of a program.
 
     Attributes:
-        dtype: its element type as HLO names it ("f32", "bf16").
-        dims: its axes.
-        space: where it lies: 0 is the device's memory; on a TPU 1 is the chip's own (VMEM), and
-            others are smaller still. Arrays are equal wherever they lie.
+        dtype: the element type in HLO notation ("f32", "bf16").
+        dims: the axis sizes.
+        space: the memory space: 0 is the device memory; on a TPU, 1 is on-chip memory (VMEM), and
+            others are smaller. Ignored when comparing arrays.
     """
 
     dtype: str
@@ -28,12 +28,12 @@ class Array:
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """The number of elements."""
         return math.prod(self.dims)
 
     @property
     def nbytes(self) -> int:
-        """Its size, without the padding of a device's layout."""
+        """The size in bytes, without the padding of a device layout."""
         bits = re.search(r"\d+", self.dtype)
         return math.ceil(self.elements * (int(bits[0]) if bits else 8) / 8)
 
@@ -47,11 +47,11 @@ class Instruction:
 
     Attributes:
         name: unique in its computation.
-        results: the arrays that it returns, several if it returns a tuple.
+        results: the arrays that it returns; several for a tuple.
         opcode: "dot", "fusion", …
-        operands: names of instructions of the same computation; of a constant, its value.
+        operands: names of instructions in the same computation; for a constant, its value.
         attributes: the rest of the line.
-        root: whether this is what the computation returns.
+        root: whether this is the result of the computation.
     """
 
     name: str
@@ -67,13 +67,13 @@ class Instruction:
         return found[1] if found else None
 
     def listed(self, key: str) -> tuple[str, ...]:
-        """The values of `key={a,b}`; none if the attribute is missing."""
+        """The values of `key={a,b}`; empty if the attribute is missing."""
         found = re.search(rf"\b{key}={{([^}}]*)}}", self.attributes)
         return tuple(re.findall(r"[^\s,%]+", found[1])) if found else ()
 
     @property
     def op_name(self) -> str:
-        """Where in the traced Python program it comes from; empty if the compiler made it."""
+        """Its origin in the traced Python program; empty if the compiler added it."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
@@ -83,7 +83,7 @@ Computation = Mapping[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program: its computations by name, and the name of the one that it starts with."""
+    """A program: its computations by name, and the name of the entry computation."""
 
     computations: Mapping[str, Computation]
     entry: str
@@ -95,10 +95,10 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _BRACES = re.compile(r"\{[^{}]*\}")
 _COMMENT = re.compile(r"/\*.*?\*/")
-# The metadata of a Pallas kernel stands on lines of its own.
+# The metadata of a Pallas kernel is on separate lines.
 _CONTINUED = re.compile(r'\n(?="|\}\})')
 
-# Instructions that pass arrays on and fill none of their own.
+# Instructions that pass arrays on and allocate none.
 PASSING = {
     "parameter",
     "constant",
@@ -113,10 +113,10 @@ PASSING = {
 
 
 def parse(text: str) -> Module:
-    """Reads a compiled program.
+    """Parses a compiled program.
 
     Raises:
-        ValueError: the text is not HLO, or a line of it is not understood.
+        ValueError: the text is not HLO, or a line cannot be parsed.
     """
     computations: dict[str, dict[str, Instruction]] = {}
     entry, inside = None, None
@@ -130,15 +130,15 @@ def parse(text: str) -> Module:
             inside = computations.setdefault(found[2], {})
             entry = found[2] if found[1] else entry
     if entry is None:
-        raise ValueError("this is not the text of an HLO module: it has no ENTRY computation")
+        raise ValueError("not the text of an HLO module: it has no ENTRY computation")
     return Module(computations, entry)
 
 
 def temporaries(module: Module) -> list[Array]:
-    """The arrays that the program fills on its way, each once by type, the largest first.
+    """The temporary arrays of the program, without duplicates, largest first.
 
-    What happens inside a fusion never reaches memory and is not listed. Arrays that are updated
-    in place (the stacked results of a scan) are.
+    Arrays inside a fusion never reach memory and are not included. Arrays that are updated in place
+    (the stacked results of a scan) are included.
     """
     fused = {
         instruction.word("calls")
@@ -162,7 +162,7 @@ def _instruction(line: str) -> Instruction:
     if not found:
         raise ValueError(f"not an HLO instruction: {line!r:.200}")
     root, name, rest = found.groups()
-    # A tuple of results stands in parentheses; a single one contains no space.
+    # A tuple of results is in parentheses; a single result contains no space.
     cut = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
     start = rest.index("(", cut)
     end = _closing(rest, start)
@@ -177,7 +177,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """The index behind the parenthesis that closes the one at `start`; quotes are skipped."""
+    """The index after the parenthesis that closes the one at `start`; quotes are skipped."""
     depth = 0
     for found in re.compile(r'"(?:[^"\\]|\\.)*"|[()]').finditer(text, start):
         depth += {"(": 1, ")": -1}.get(found[0], 0)
@@ -194,6 +194,6 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 def _operands(text: str) -> tuple[str, ...]:
-    """The names in "%a, f32[2,3]{1,0} %b, /*index=2*/%c"; a type may stand before each."""
+    """The names in "%a, f32[2,3]{1,0} %b, /*index=2*/%c"; a type may precede each."""
     bare = _ARRAY.sub("", _BRACES.sub("", _COMMENT.sub("", text)))
     return tuple(re.findall(r"([\w.\-]+)\s*(?:,|$)", bare))

@@ -1,4 +1,4 @@
-"""What a run needs on a TPU that is not there, from the TPU's own compiler."""
+"""Memory and time of a step on any TPU, from the TPU compiler, without the TPU."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Memory:
     """Bytes on one device.
 
     Attributes:
-        weights: of the frozen backbone, and of what trains.
-        arguments: all that the step is given: weights, optimizer state, the batch.
-        temporaries: what it needs besides, on its way, when it needs most.
-        total: all together.
-        limit: what the compiler gives to a program.
+        weights: the frozen backbone and the trainable parameters.
+        arguments: all arguments of the step: weights, optimizer state and batch.
+        temporaries: peak memory in addition to the arguments.
+        total: arguments and temporaries together.
+        limit: the memory that the compiler allows a program.
     """
 
     weights: int
@@ -48,24 +48,23 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a step needs, and what limits it.
+    """Memory and minimum time of a step.
 
     Attributes:
-        model: as the config names it.
-        method: by name.
-        quantize: the weights.
+        model: the model, as in the config.
+        method: the name of the method.
+        quantize: quantisation of the weights.
         topology: the chips.
         chips, devices: how many there are; some chips are two devices.
-        mesh: how the devices are laid out.
+        mesh: the mesh axis sizes.
         job: "train" or "decode".
-        rows: the rows of the step.
-        memory: on one device; where the step does not fit, what the compiler said it needs.
-        needs: bytes that one device needs in all.
-        limit: bytes that it has.
-        floor: the least that the step computes, on all devices together; None where no formula
-            is known.
-        roofline: how long it takes at least; None if it does not fit.
-        compile_seconds: that the compiler took.
+        rows: the batch of the step.
+        needs: bytes that one device needs in total, according to the compiler.
+        limit: bytes available on one device.
+        memory: memory of one device; None if the step does not fit.
+        floor: minimum operations of the step, over all devices; None if there is no formula.
+        roofline: minimum time of the step; None if it does not fit.
+        compile_seconds: compilation time.
     """
 
     model: str
@@ -86,17 +85,17 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the memory of a device is enough."""
+        """Whether the step fits in the memory of a device."""
         return self.memory is not None
 
     @property
     def over(self) -> int:
-        """Bytes that one device lacks; 0 if the step fits."""
+        """Bytes over the per-device limit; 0 if the step fits."""
         return 0 if self.fits else self.needs - self.limit
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens that all devices together read (or, decoding, write) in a second, at most."""
+        """Upper bound of the tokens per second that all devices process (generate, in decoding)."""
         if self.roofline is None:
             return None
         rows = self.rows
@@ -112,17 +111,17 @@ def plan(
     targets: int | None = None,
     job: Job = "train",
 ) -> Plan:
-    """Compiles a step of a config for a topology, weights abstract.
+    """Compiles a step of a config for a topology, with abstract weights.
 
     Args:
         config: the run. Neither its weights nor its data are read.
-        topology: "v5e:4x4".
-        tokens, targets: of a row, see `AbstractRun.rows`.
-        job: the step of training, or one of decoding.
+        topology: for example "v5e:4x4".
+        tokens, targets: per row, see `AbstractRun.rows`.
+        job: plan a training step or a decoding step.
 
     Raises:
-        PrefixJaxError: something in the config does not fit together, or to the topology; or the
-            compiler for TPUs is not installed. A step that does not fit is no error.
+        PrefixJaxError: the config is inconsistent or does not fit the topology, or the TPU compiler
+            is not installed. Running out of memory is not an error.
     """
     topology = Topology.parse(topology) if isinstance(topology, str) else topology
     run = AbstractRun.of(config, job)
@@ -154,12 +153,12 @@ def compile_step(run: AbstractRun, rows: Rows, topology: Topology, mesh: Mesh) -
         memory = _memory(compiled, params, limit)
         needs = memory.total
         text = compiled.as_text()
-        assert text is not None  # as the TPU compiler shows it
+        assert text is not None  # always available from the TPU compiler
         found = roofline(
             parse(text),
             topology,
             list(mesh.devices.flat),
-            # The encoder of an encoder-decoder is not; its tiles all count.
+            # Encoders are not causal, so all tiles count in encoder-decoders.
             causal=arch.causal and arch.encoder is None,
         )
     elif shortage is not None:
@@ -185,7 +184,8 @@ def compile_step(run: AbstractRun, rows: Rows, topology: Topology, mesh: Mesh) -
 
 @contextlib.contextmanager
 def _nothing_kept() -> Iterator[None]:
-    """Keeps programs out of the persistent cache: without a TPU, JAX cannot read them from it."""
+    """Disables the persistent compilation cache, from which JAX cannot load TPU programs without a
+    TPU."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]
     jax.config.update(name, float("inf"))
@@ -196,7 +196,7 @@ def _nothing_kept() -> Iterator[None]:
 
 
 def _lower(run: AbstractRun, rows: Rows, mesh: Mesh) -> tuple[jax.stages.Lowered, Params]:
-    """The traced step, and the weights that it reads."""
+    """Lowers the step. Also returns its abstract parameters."""
     if run.job == "decode":
         return lower_step(run, rows.rows, max(rows.tokens, rows.source), mesh)
     params, batch = run.params(mesh), run.batch(rows, mesh)
@@ -207,16 +207,16 @@ def _lower(run: AbstractRun, rows: Rows, mesh: Mesh) -> tuple[jax.stages.Lowered
 
 def _memory(compiled: jax.stages.Compiled, params: Any, limit: int) -> Memory:
     stats = compiled.memory_analysis()
-    assert stats is not None  # as the TPU compiler has it
-    # The compiler holds against the limit what lives at once. All temporaries that it reports come
-    # to more: in steps that fit, to a third more than there is.
+    assert stats is not None  # always available from the TPU compiler
+    # The compiler compares peak memory with the limit. The temporaries that it reports sum to more:
+    # in steps that fit, up to a third over the limit.
     total = stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes
     arguments = stats.argument_size_in_bytes
     return Memory(bytes_on_one(params), arguments, total - arguments, total, limit)
 
 
 def bytes_on_one(tree: Any) -> int:
-    """Bytes of abstract arrays that lie on one device."""
+    """Bytes of abstract arrays on one device."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape)
@@ -225,7 +225,7 @@ def bytes_on_one(tree: Any) -> int:
 
 
 def _floor(run: AbstractRun, rows: Rows) -> int | None:
-    """The least that a training step computes; None for full fine-tuning and heads."""
+    """Minimum operations of a training step; None for decoding, full fine-tuning and heads."""
     model = run.model
     method, arch = model.method, model.backbone.arch
     if run.job == "decode" or method is None or model.head is not None:
@@ -237,7 +237,7 @@ def _floor(run: AbstractRun, rows: Rows) -> int | None:
 
 
 def floor_of(arch: Architecture, rows: Rows, produced: Produced | None) -> Floor:
-    """The least that a training step on these rows computes."""
+    """Minimum operations of a training step on these rows."""
     return floor(
         arch,
         rows=rows.rows,

@@ -1,7 +1,7 @@
-"""Shapes of published models, by name, so that a plan needs no file of theirs.
+"""Configurations of published models by name, so that a plan needs no model files.
 
-They hold what each model's `config.json` on the Hugging Face hub says, as far as it shapes the
-computation; `tests/plan/test_presets.py` counts their parameters.
+They contain the parts of each model's `config.json` on the Hugging Face hub that affect the
+computation. `tests/plan/test_presets.py` checks their parameter counts.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ PREFIX = "preset:"
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The configuration of a published model.
+    """Returns the configuration of a published model.
 
     Raises:
-        BackboneError: there is none of this name.
+        BackboneError: the name is unknown.
     """
     key = name.lower().removeprefix(PREFIX)
     if key not in PRESETS:
         near = difflib.get_close_matches(key, PRESETS, n=1)
         hint = f" did you mean {near[0]!r}?" if near else ""
-        raise BackboneError(f"there is no preset {key!r};{hint} there are {', '.join(PRESETS)}")
+        raise BackboneError(f"there is no preset {key!r};{hint} use one of {', '.join(PRESETS)}")
     return dict(PRESETS[key])
 
 
@@ -47,7 +47,7 @@ def _llama(D: int, F: int, L: int, N: int, K: int, **more: Any) -> dict[str, Any
 
 
 def _long(factor: float) -> dict[str, Any]:
-    """What Llama 3.1 and 3.2 add to Llama 3."""
+    """Long-context settings that Llama 3.1 and 3.2 add to Llama 3."""
     return {
         "max_position_embeddings": 131_072,
         "rope_scaling": {
@@ -95,7 +95,7 @@ def _mistral(vocab: int, theta: float, window: int | None) -> dict[str, Any]:
 
 
 def _gemma3(D: int, F: int, L: int, N: int, K: int, H: int, scalar: int) -> dict[str, Any]:
-    """The text part; the published files leave out what transformers has as its default."""
+    """The text model; the published files omit the defaults of transformers."""
     return {
         "model_type": "gemma3",
         "text_config": {

@@ -1,7 +1,7 @@
-"""Counts the matrix products of a compiled program: nearly all that a transformer computes.
+"""Counts the matrix products of a compiled program, nearly all of a transformer's computation.
 
-`compiled.cost_analysis()` counts the body of a loop once, and nothing inside a library call. Here
-the program is walked from its entry, each loop body as often as it runs.
+`compiled.cost_analysis()` counts a loop body only once, and nothing inside a library call. This
+module walks the program from its entry and counts every iteration of a loop.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Product:
     """A matrix product.
 
     Attributes:
-        op_name: where in the traced Python program it comes from; empty if the compiler made it.
-        out: the array that one of them returns.
-        inputs: the two arrays that it multiplies.
-        count: how many times the program computes it.
-        flops: of all of them; a multiplication and an addition are two.
+        op_name: its origin in the traced Python program; empty if the compiler added it.
+        out: the result of one run.
+        inputs: the two operands.
+        count: the number of times that the program computes it.
+        flops: operations of all runs; a multiply-add counts as two.
     """
 
     op_name: str
@@ -35,19 +35,19 @@ class Product:
     flops: int
 
 
-# Library calls that are products: oneDNN's and cuBLAS's names.
+# Library calls that are products, in oneDNN and cuBLAS.
 _LIBRARY = re.compile(r"gemm|matmul|\bdot\b", re.IGNORECASE)
 
 
 def products(module: Module) -> list[Product]:
-    """Every matrix product that the program computes, the costliest first.
+    """Finds all matrix products of a program, costliest first.
 
-    Products inside fusions and library calls count, those of a loop as often as it runs, and of a
-    conditional those of its costliest branch. Convolutions are products too: the TPU compiler
-    turns `dot` into them.
+    Products inside fusions and library calls are included. Those in a loop count at every
+    iteration, those in a conditional only in its costliest branch. Convolutions are included,
+    because the TPU compiler converts `dot` to them.
 
     Raises:
-        ValueError: a loop holds products, and the text does not tell how often it runs.
+        ValueError: a loop contains products, but its trip count is unknown.
     """
     found = []
     for visit in visits(module, cost):
@@ -64,7 +64,7 @@ def flops(module: Module) -> int:
 
 
 def opaque(module: Module) -> tuple[str, ...]:
-    """Targets of custom calls, in which `products` sees nothing: Pallas kernels, say."""
+    """Targets of custom calls that `products` cannot see into, such as Pallas kernels."""
     targets = {
         instruction.word("custom_call_target") or ""
         for computation in module.computations.values()
@@ -80,7 +80,7 @@ def _inputs(computation: Computation, instruction: Instruction) -> tuple[Array, 
 
 
 def cost(computation: Computation, instruction: Instruction) -> int:
-    """Operations of one run of the instruction itself; 0 if it is no product."""
+    """Operations of one run of an instruction; 0 if it is not a product."""
     if instruction.opcode == "dot":
         left, _ = _inputs(computation, instruction)
         contracted = [int(axis) for axis in instruction.listed("lhs_contracting_dims")]
@@ -100,10 +100,10 @@ def cost(computation: Computation, instruction: Instruction) -> int:
 
 
 def _convolution_cost(instruction: Instruction, left: Array, right: Array) -> int:
-    """Taps that fall on padding, or between the elements of a dilated input, cost nothing.
+    """Operations of a convolution, without taps on padding or between dilated elements.
 
-    The TPU compiler writes batch and head axes of a product as spatial axes, of whose taps a
-    single one hits.
+    The TPU compiler turns batch and head axes of a product into spatial axes, on which only a
+    single tap hits.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     if not labels:
@@ -114,7 +114,7 @@ def _convolution_cost(instruction: Instruction, left: Array, right: Array) -> in
 
     def numbers(key: str, default: int) -> list[int]:
         axes = len(left_labels) - 2
-        # A padding is "low_high"; low decides where taps fall.
+        # Padding is "low_high"; low determines the positions of the taps.
         each = fields[key].split("x") if key in fields else [str(default)] * axes
         return [int(value.split("_")[0]) for value in each]
 

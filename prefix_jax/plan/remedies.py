@@ -1,4 +1,4 @@
-"""What would make a step fit that does not."""
+"""Config changes that make a step fit."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from prefix_jax.plan.abstract import AbstractRun, Rows
 from prefix_jax.plan.plan import Plan, compile_step
 from prefix_jax.plan.topology import Topology
 
-# Enough to choose from; every one costs a compilation.
+# The number of fitting changes to find; each attempt costs a compilation.
 _ENOUGH = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Remedy:
-    """A change of the config, and the plan that was compiled with it.
+    """A config change and its compiled plan.
 
     Attributes:
-        settings: as one writes it behind a config: "model.remat=full".
-        plan: with this change alone, or beside those named before it.
+        settings: the change as a command-line override: "model.remat=full".
+        plan: the plan with only this change.
     """
 
     settings: str
@@ -35,15 +35,15 @@ def remedies(
     topology: Topology,
     tried: Callable[[Remedy], None] = lambda _: None,
 ) -> tuple[Remedy, ...]:
-    """Compiles changes of a config, one at a time, until some of them fit.
+    """Compiles config changes, one at a time, until two of them fit.
 
     Args:
         failed: the plan that does not fit.
-        run, rows, topology: of it.
+        run, rows, topology: the arguments of that plan.
         tried: called with every change.
 
     Returns:
-        all that were compiled, whether they fit or not.
+        All compiled changes, whether they fit or not.
     """
     found: list[Remedy] = []
     for settings, other, changed, sizes in _changes(failed, run, rows, topology):
@@ -66,7 +66,7 @@ def _changes(
         yield "model.remat=full", run.with_model(remat="full"), rows, sizes
     if model.quantize == "none" and run.model.method is not None:
         yield "model.quantize=int8", run.with_model(quantize="int8"), rows, sizes
-    # As many micro-batches as there are rows for each shard.
+    # At most one micro-batch per row of a shard.
     shards = sizes["data"] * sizes["fsdp"]
     most = rows.rows // shards if trains else 1
     for micro in dict.fromkeys((2 * rows.micro, most)):
@@ -79,7 +79,7 @@ def _changes(
 
 
 def _meshes(failed: Plan, run: AbstractRun, rows: Rows) -> Iterator[dict[str, int]]:
-    """Meshes with less on each device; none where all of them have been tried."""
+    """Meshes that need less memory per device; none with `mesh: auto`, which has tried them all."""
     if run.config.mesh.auto:
         return
     sizes, devices = dict(failed.mesh), failed.devices
@@ -94,7 +94,7 @@ def _meshes(failed: Plan, run: AbstractRun, rows: Rows) -> Iterator[dict[str, in
 
 
 def _settings(sizes: Mapping[str, int], given: MeshConfig) -> str:
-    """What to write behind a config for a mesh; data that is left open becomes 1."""
+    """The overrides for a mesh. `mesh.data` is omitted if the config leaves it open (-1)."""
     return " ".join(
         f"mesh.{axis}={size}"
         for axis, size in sizes.items()

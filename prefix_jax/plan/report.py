@@ -17,13 +17,12 @@ from prefix_jax.plan.remedies import Remedy
 from prefix_jax.terminal.console import text
 
 GIB = 2**30
-# By how much a smaller batch has to be quicker to be worth a word.
+# A smaller batch is mentioned if it is faster by at least this factor.
 _QUICKER = 1.02
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """All figures of a plan: bytes, seconds and operations, of one device if nothing else is
-    said."""
+    """All figures of a plan: bytes, seconds and operations, per device unless noted otherwise."""
     found = dataclasses.asdict(plan)
     found |= {"fits": plan.fits, "over": plan.over, "tokens_per_second": plan.tokens_per_second}
     if plan.roofline is not None:
@@ -43,7 +42,7 @@ def largest_as_json(largest: Largest) -> dict[str, Any]:
 
 
 def table(plan: Plan) -> Table:
-    """What a person wants to know."""
+    """Formats a plan as a table."""
     made = Table(
         title=text(_title(plan)), title_justify="left", box=box.SIMPLE_HEAD, show_header=False
     )
@@ -56,15 +55,15 @@ def table(plan: Plan) -> Table:
 
 
 def line(plan: Plan) -> str:
-    """A plan in a few words."""
+    """Summarizes a plan in one line."""
     shape = f"{plan.rows.rows} rows on {describe(plan.mesh)}"
     if plan.roofline is None:
-        return f"{shape} lack {lacking(plan)}"
+        return f"{shape}: {lacking(plan)} over the limit"
     return f"{shape}: {gib(plan.needs)}, at least {_ms(plan.roofline.seconds)}"
 
 
 def compared(choice: Choice) -> Table:
-    """The meshes that were compiled."""
+    """Formats the compiled meshes as a table."""
     compiled, possible = len(choice.compiled), choice.possible
     made = Table(
         title=f"Compiled {compiled} of {possible} meshes",
@@ -78,7 +77,7 @@ def compared(choice: Choice) -> Table:
         mark = " (chosen)" if plan is choice.best else ""
         made.add_row(
             describe(plan.mesh) + mark,
-            gib(plan.needs) if plan.fits else f"[red]{lacking(plan)} too much[/]",
+            gib(plan.needs) if plan.fits else f"[red]{lacking(plan)} over the limit[/]",
             "" if found is None else _ms(found.seconds),
             "" if found is None else gib(found.sent),
             "" if found is None else found.bound,
@@ -87,40 +86,43 @@ def compared(choice: Choice) -> Table:
 
 
 def advice(tried: Sequence[Remedy]) -> str:
-    """What was tried to make a step fit, and what came of it."""
-    lines = ["What was tried to make it fit:"]
+    """Lists the changes tried to make a step fit, and their results."""
+    lines = ["Changes tried to make it fit:"]
     for remedy in tried:
         plan = remedy.plan
         if plan.roofline is None:
-            came = f"still {lacking(plan)} too much"
+            came = f"still {lacking(plan)} over the limit"
         else:
-            came = f"fits, {gib(plan.needs)} a device, at least {_ms(plan.roofline.seconds)} a step"
+            came = (
+                f"fits, {gib(plan.needs)} per device, "
+                f"at least {_ms(plan.roofline.seconds)} per step"
+            )
         lines.append(f"  {remedy.settings}: {came}")
     if not any(remedy.plan.fits for remedy in tried):
-        lines.append("Nothing of it is enough: take more chips, or shorter rows (data.max_length).")
+        lines.append("No change is enough; use more chips or shorter rows (data.max_length).")
     return "\n".join(lines)
 
 
 def largest_line(largest: Largest) -> str:
-    """The largest batch in a sentence."""
+    """Summarizes a batch search in a sentence or two."""
     plan = largest.plan
     where = f" on {describe(plan.mesh)}" if plan.devices > 1 else ""
     count = f"{plan.rows.rows} row{'s' if plan.rows.rows > 1 else ''}"
     if not largest.rows:
-        return f"No batch fits{where}: {lacking(plan)} too much at {count}."
+        return f"No batch fits{where}: {count} would be {lacking(plan)} over the limit."
     if largest.above is None:
-        said = f"{count} fit{where} ({gib(plan.needs)} a device), and more were not tried"
+        said = f"{count} fit{where} ({gib(plan.needs)} per device); more were not tried"
     else:
         said = (
-            f"The largest batch that fits{where} has {count} ({gib(plan.needs)} a device); "
-            f"{largest.above.rows.rows} take {lacking(largest.above)} too much"
+            f"The largest batch that fits{where} has {count} ({gib(plan.needs)} per device); "
+            f"{largest.above.rows.rows} would be {lacking(largest.above)} over the limit"
         )
-    said += f". {largest.compiled} programs were compiled."
+    said += f". Compiled {largest.compiled} program{'s' if largest.compiled > 1 else ''}."
     rate, best = largest.plan.tokens_per_second, largest.quickest.tokens_per_second
     if rate and best and best > _QUICKER * rate:
         said += (
-            f" It reads {rate:,.0f} tokens a second at most, and {largest.quickest.rows.rows} rows "
-            f"{best:,.0f}."
+            f" It reaches at most {rate:,.0f} tokens per second; {largest.quickest.rows.rows} rows "
+            f"reach {best:,.0f}."
         )
     return said
 
@@ -129,7 +131,7 @@ def _title(plan: Plan) -> str:
     chips = f"{plan.chips} chip{'s' if plan.chips > 1 else ''}"
     if plan.devices != plan.chips:
         chips += f", {plan.devices} devices"
-    job = plan.method if plan.job == "train" else f"decoding behind {plan.method}"
+    job = plan.method if plan.job == "train" else f"decoding with {plan.method}"
     weights = "" if plan.quantize == "none" else f" in {plan.quantize}"
     return f"{plan.model}{weights}, {job}, on {plan.topology} ({chips}), {describe(plan.mesh)}"
 
@@ -138,13 +140,13 @@ def _lines(plan: Plan) -> list[tuple[str, str, str]]:
     lines = [("step", "", _shape(plan))]
     if plan.memory is None:
         said = (
-            f"[red]does not fit[/]: {gib(plan.needs)} of {gib(plan.limit)} a device, "
-            f"{lacking(plan)} too much"
+            f"[red]does not fit[/]: needs {gib(plan.needs)} of {gib(plan.limit)} per device, "
+            f"{lacking(plan)} over the limit"
         )
     else:
         memory = plan.memory
         said = (
-            f"[green]fits[/]: {gib(memory.total)} of {gib(memory.limit)} a device "
+            f"[green]fits[/]: {gib(memory.total)} of {gib(memory.limit)} per device "
             f"({100 * memory.total / memory.limit:.0f} %): weights {gib(memory.weights)}, other "
             f"arguments {gib(max(memory.arguments - memory.weights, 0))}, temporaries "
             f"{gib(memory.temporaries)}"
@@ -152,22 +154,22 @@ def _lines(plan: Plan) -> list[tuple[str, str, str]]:
     lines.append(("memory", "", said))
     found = plan.roofline
     if found is not None:
-        flops = f"{_flop(found.flops)} a device"
+        flops = f"{_flop(found.flops)} per device"
         if plan.floor is not None:
             ratio = found.flops * plan.devices / plan.floor
-            flops += f", {ratio:.2f} of the least with dense attention"
+            flops += f", {ratio:.2f} x the minimum with dense attention"
         lines += [
             ("compute", _ms(found.compute), flops),
-            ("memory traffic", _ms(found.memory), f"{gib(found.moved)} a device"),
+            ("memory traffic", _ms(found.memory), f"{gib(found.moved)} per device"),
             ("network", _ms(found.network), f"{gib(found.sent)} sent by each device"),
             *(
-                (f"  {kind}", _ms(one.seconds), f"{one.count:,}, {gib(one.sent)} together")
+                (f"  {kind}", _ms(one.seconds), f"{one.count:,}, {gib(one.sent)} in total")
                 for kind, one in found.exchanges.items()
             ),
             (
                 "step, at least",
                 _ms(found.seconds),
-                f"bound by {found.bound}; at most {plan.tokens_per_second or 0:,.0f} tokens a "
+                f"bound by {found.bound}; at most {plan.tokens_per_second or 0:,.0f} tokens per "
                 "second",
             ),
         ]
@@ -178,20 +180,21 @@ def _lines(plan: Plan) -> list[tuple[str, str, str]]:
 def _shape(plan: Plan) -> str:
     rows = plan.rows
     if plan.job == "decode":
-        return f"a token for each of {rows.rows} rows, behind up to {rows.tokens:,} others"
+        return f"one token for each of {rows.rows} rows, after up to {rows.tokens:,} others"
     shape = f"{rows.rows} rows of {rows.tokens:,} tokens, {rows.targets:,} of them targets"
     if rows.source:
-        shape = f"{rows.rows} sources of {rows.source:,} tokens, {rows.tokens:,} written for each"
+        shape = f"{rows.rows} sources of {rows.source:,} tokens, {rows.tokens:,} targets for each"
     return shape + (f", in {rows.micro} micro-batches" if rows.micro > 1 else "")
 
 
 def lacking(plan: Plan) -> str:
-    """What a device lacks, in words. The compiler tells hundredths of a GiB of some programs."""
+    """Formats the memory over the limit. For some programs, the compiler reports only hundredths of
+    a GiB."""
     return gib(plan.over) if plan.over else "less than 0.01 GiB"
 
 
 def gib(count: float) -> str:
-    """Bytes in words."""
+    """Formats bytes with a unit."""
     if count < 2**20:
         return f"{count / 2**10:.1f} KiB"
     return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
@@ -204,6 +207,6 @@ def _flop(count: float) -> str:
 def _ms(seconds: float) -> str:
     if seconds >= 10:
         return f"{seconds:.2f} s"
-    # A token is decoded in less than a millisecond.
+    # Decoding a token may take less than a millisecond.
     digits = 3 if 0 < seconds < 1e-3 else 1
     return f"{1e3 * seconds:,.{digits}f} ms"

@@ -1,4 +1,4 @@
-"""How long a compiled program takes at least, by the figures of the chips that it is for."""
+"""Roofline model: the minimum time of a compiled program on its chips."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from prefix_jax.plan.walk import visits
 
 Bound = Literal["compute", "memory", "network"]
 
-# From one chip to its neighbour, about: https://jax-ml.github.io/scaling-book/sharding.
+# Approximate latency between neighbouring chips: https://jax-ml.github.io/scaling-book/sharding.
 _HOP = 1e-6
-# Behind the kind of an exchange.
+# Suffix to the kind of a collective.
 _BETWEEN = " between slices"
 
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """The collectives of one kind.
+    """All collectives of one kind.
 
     Attributes:
-        count: how many a step does.
-        sent: bytes that each device sends in all of them.
-        seconds: that they take, one after another.
+        count: the number per step.
+        sent: bytes that each device sends in total.
+        seconds: the sum of their times.
     """
 
     count: int
@@ -43,20 +43,20 @@ class Exchange:
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """What one device does in a step, and how long it takes at the peak of what it can.
+    """Work of one device in a step, and its time at peak performance.
 
-    A kernel takes what its products or its memory traffic take, whichever is longer. Exchanges
-    that the compiler lets go on beside kernels cost what these do not hide, others all they take.
-    Real steps are slower: no program runs at the peak.
+    The time of a kernel is the longer of its compute time and its memory time. Collectives that
+    overlap with kernels add only the part that is not hidden; others add their full time. Real
+    steps are slower, because no program runs at peak.
 
     Attributes:
-        flops: of matrix products, those of known kernels among them.
-        moved: bytes between memory and chip.
-        exchanges: by kind, those that there are; those between slices apart.
-        compute: seconds of the products alone.
-        memory: seconds of the memory traffic alone.
-        network: seconds of all exchanges alone.
-        seconds: of the step.
+        flops: operations of matrix products, including known kernels.
+        moved: bytes moved between device memory and chip.
+        exchanges: collectives by kind, with separate entries for those between slices.
+        compute: seconds of the products.
+        memory: seconds of the memory traffic.
+        network: seconds of all collectives.
+        seconds: seconds of the step.
     """
 
     flops: int
@@ -74,7 +74,7 @@ class Roofline:
 
     @property
     def bound(self) -> Bound:
-        """What takes longest."""
+        """The resource that limits the step."""
         times: dict[Bound, float] = {
             "compute": self.compute,
             "memory": self.memory,
@@ -86,16 +86,16 @@ class Roofline:
 def roofline(
     module: Module, topology: Topology, devices: Sequence[object], *, causal: bool = False
 ) -> Roofline:
-    """Reads a compiled program.
+    """Computes the roofline of a compiled program.
 
     Args:
         module: the program of one device.
         topology: the chips.
-        devices: in the order in which the program numbers them: that of the mesh.
+        devices: the devices in the order of the program's device ids: that of the mesh.
         causal: whether attention is causal: see `kernel`.
 
     Raises:
-        ValueError: a loop holds products, and the text does not tell how often it runs.
+        ValueError: a loop contains products, but its trip count is unknown.
     """
     found = list(visits(module, cost))
     peak = topology.chip.bf16 / topology.chip.devices
@@ -104,7 +104,7 @@ def roofline(
 
     flops = traffic = 0
     compute = 0.0
-    # By kernel, seconds of its products and of its memory traffic.
+    # Compute and memory seconds per kernel.
     products: dict[tuple[int, str], float] = collections.defaultdict(float)
     memory: dict[tuple[int, str], float] = collections.defaultdict(float)
     ahead = 0.0
@@ -133,7 +133,7 @@ def roofline(
     exchanges = collectives(found)
     traffic += sum(one.count * one.written for one in exchanges)
     times = [(one, one.count * seconds_of(one, topology, devices)) for one in exchanges]
-    # Two networks, at the same time.
+    # The two networks work in parallel.
     hidden = max(
         sum(seconds for one, seconds in times if one.hidden and one.between_slices is between)
         for between in (False, True)
@@ -166,7 +166,7 @@ def _name(one: Collective) -> str:
 
 
 def seconds_of(one: Collective, topology: Topology, devices: Sequence[object]) -> float:
-    """How long one exchange takes: that of its slowest group, all of them at once."""
+    """Time of one collective: that of its slowest group, as all groups run in parallel."""
     if one.between_slices:
         return one.sent / (topology.chip.dcn / topology.chip.devices)
     if one.kind == "collective-permute":
@@ -177,14 +177,14 @@ def seconds_of(one: Collective, topology: Topology, devices: Sequence[object]) -
         bandwidth, hops = _links(members, topology)
         sent = one.sent
         if one.kind == "all-to-all":
-            # Around a ring or along a line, a quarter of a gathering (jax-ml scaling book).
+            # On a ring or a line, a quarter of an all-gather (JAX scaling book).
             sent = one.nbytes * len(numbers) / 4
         slowest = max(slowest, sent / bandwidth + hops * _HOP)
     return slowest
 
 
 def _permuting(one: Collective, topology: Topology, devices: Sequence[object]) -> float:
-    """Of a permutation: all of its pairs share the links between them."""
+    """Time of a permutation, whose pairs share the links between them."""
     pairs = [[devices[number] for number in pair] for pair in one.groups]
     if any(_across_slices(pair) for pair in pairs):
         return one.nbytes / (topology.chip.dcn / topology.chip.devices)
@@ -198,7 +198,7 @@ def _across_slices(members: Sequence[object]) -> bool:
 
 
 def _links(members: Sequence[object], topology: Topology) -> tuple[float, int]:
-    """Bytes a second that each of these devices can send to the others, and hops between them."""
+    """Bytes per second that each device can send to the others, and the hops between them."""
     chip = topology.chip
     if _across_slices(members):
         return chip.dcn / chip.devices, 1
@@ -212,8 +212,8 @@ def _links(members: Sequence[object], topology: Topology) -> tuple[float, int]:
             links += 2 if ring else 1
             hops += math.ceil((span - 1) / (2 if ring else 1))
     if not links:
-        # Two devices of one chip, between which there is more than all of its links together.
+        # Two devices of one chip: their connection is faster than all links of the chip together.
         return 6 * chip.link, 1
-    # Of chips that stand apart, the links are shared with those between them.
+    # If the chips are not contiguous, they share links with the chips in between.
     filled = len(np.unique(coords, axis=0)) / math.prod(int(span) for span in spans)
     return links * chip.link * filled / chip.devices, hops

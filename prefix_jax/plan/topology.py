@@ -1,6 +1,6 @@
-"""TPUs that are not there: what their chips can do, and devices to compile for.
+"""TPU specs, and abstract devices for ahead-of-time compilation.
 
-`libtpu` brings the compiler along, so that a machine without a TPU can compile for any of them.
+`libtpu` includes the compiler, so a machine without a TPU can compile for any of them.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one chip can do at most, as Google publishes it.
+    """Published peak figures of one chip.
 
     Attributes:
-        bf16, int8: operations a second in matrix products.
-        hbm: bytes of memory. Of them the compiler leaves a little to the system: see `hbm_limit`.
-        bandwidth: bytes a second between memory and the chip.
-        link: bytes a second that one link to a neighbouring chip carries each way.
-        ring: chips along an axis from which on its ends are linked, so that traffic goes both
-            ways round; below, an axis is a line.
-        axes: of the mesh of chips in a slice.
-        pod: chips in a slice at most.
-        devices: that JAX shows for one chip.
-        dcn: bytes a second of the data centre's network for each chip, between slices.
-        options: for the compiler, so that a device is what users see of this chip.
+        bf16, int8: operations per second in matrix products.
+        hbm: bytes of memory, of which the compiler reserves a little: see `hbm_limit`.
+        bandwidth: bytes per second between memory and chip.
+        link: bytes per second in each direction on one link to a neighbouring chip.
+        ring: the minimum number of chips along an axis for which its ends are linked to a ring;
+            shorter axes are lines.
+        axes: the number of axes of a slice.
+        pod: the maximum number of chips per slice.
+        devices: the number of JAX devices per chip.
+        dcn: bytes per second and chip on the data center network between slices.
+        options: compiler options that make devices look as they do to users of this chip.
     """
 
     bf16: float
@@ -85,7 +85,7 @@ CHIPS = {
     "tpu7x": Chip(2307e12, 2307e12, 192 * GIB, 7380e9, 100e9, 4, 3, 9216, 2, 12.5e9),
 }
 
-# By what JAX calls their devices.
+# Chips by JAX's `device_kind`.
 _KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -96,21 +96,21 @@ _KINDS = {
 }
 
 _NAME = re.compile(r"(?:(\d+)\*)?([a-z0-9]+):(\d+(?:x\d+)*)")
-# As Cloud TPU names slices: by their chips (v5litepod-16 is v5e:4x4), or by their cores, two a
-# chip (v5p-8 is v5p:2x2x1).
+# Cloud TPU names of slices: by chips (v5litepod-16 is v5e:4x4), or by cores, two per chip (v5p-8 is
+# v5p:2x2x1).
 _CLOUD = re.compile(r"((?:\d+\*)?)(?:(v5e|v5litepod|v6e)|(v4|v5p))-(\d+)")
 _EXAMPLES = "v5e:4x4 (16 chips), v5p:2x2x1, v5e:1x1 (one chip), 2*v5e:4x4 (two slices)"
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips in a row, a rectangle or a box, once or several times.
+    """One or more slices of chips.
 
     Attributes:
-        name: of the chip, in `CHIPS`.
-        shape: chips along every axis of a slice.
-        slices: how many there are; the data centre's network is between them.
-        attached: the devices, if they are there; None compiles for some that are not.
+        name: the chip, a key of `CHIPS`.
+        shape: the number of chips along each axis of a slice.
+        slices: the number of slices, connected by the data center network.
+        attached: real devices; None to compile for abstract ones.
     """
 
     name: str
@@ -120,10 +120,10 @@ class Topology:
 
     @classmethod
     def parse(cls, text: str, slices: int | None = None) -> Topology:
-        """Reads "v5e:4x4", or "2*v5e:4x4".
+        """Parses "v5e:4x4" or "2*v5e:4x4".
 
         Raises:
-            MeshError: that is none.
+            MeshError: the text is not a valid topology.
         """
         found = _NAME.fullmatch(text.strip().lower())
         if not found:
@@ -140,28 +140,28 @@ class Topology:
             raise MeshError(f"topology {text}: {name} has {axes} axes of chips, as in {example}")
         if math.prod(sizes) > CHIPS[name].pod:
             raise MeshError(
-                f"topology {text}: a slice of {name} has {CHIPS[name].pod:,} chips at most; "
-                "write several as 2*…"
+                f"topology {text}: a slice of {name} has at most {CHIPS[name].pod:,} chips; "
+                "write several slices as 2*…"
             )
         if count is not None and slices not in (None, int(count)):
-            raise MeshError(f"topology {text} is of {count} slices, and {slices} are asked for")
+            raise MeshError(f"topology {text} has {count} slices, but {slices} are requested")
         number = int(count or (1 if slices is None else slices))
         if number < 1:
-            raise MeshError(f"topology {text}: there has to be one slice at least")
+            raise MeshError(f"topology {text}: needs at least one slice, got {number}")
         return cls(name, sizes, number)
 
     @classmethod
     def of(cls, devices: Sequence[jax.Device]) -> Topology:
-        """The topology of devices that are there.
+        """The topology of attached devices.
 
         Raises:
-            MeshError: they are no TPUs, or of an unknown kind.
+            MeshError: they are not TPUs, or of an unknown kind.
         """
         kind = devices[0].device_kind
         if kind not in _KINDS:
             raise MeshError(
-                f"mesh: auto goes by the figures of TPUs ({', '.join(CHIPS)}) and knows none of "
-                f"{len(devices)} x {kind}: give the sizes, as in mesh.fsdp={len(devices)}"
+                f"mesh: auto supports only TPUs ({', '.join(CHIPS)}), got {len(devices)} x {kind}; "
+                f"set the sizes instead, as in mesh.fsdp={len(devices)}"
             )
         coords = np.array([device.coords for device in devices])
         sizes = tuple(int(size) for size in coords.max(0) - coords.min(0) + 1)
@@ -174,39 +174,41 @@ class Topology:
 
     @property
     def chip(self) -> Chip:
-        """What each of its chips can do."""
+        """The figures of each chip."""
         return CHIPS[self.name]
 
     @property
     def chips(self) -> int:
-        """How many there are, in all slices."""
+        """The number of chips in all slices."""
         return math.prod(self.shape) * self.slices
 
     def together(self, devices: int) -> bool:
-        """Whether so many devices, which exchange activations in every layer, are of one slice."""
+        """Whether a group of this many devices, which exchange activations in every layer, fits in
+        one slice."""
         return devices <= len(self.devices) // self.slices
 
     @property
     def hosts(self) -> int:
-        """How many processes the devices belong to, if they are there; else 1, as nobody knows."""
+        """The number of processes of attached devices; 1 for abstract devices, where it is
+        unknown."""
         return len({device.process_index for device in self.attached or ()}) or 1
 
     @functools.cached_property
     def devices(self) -> Sequence[jax.Device]:
-        """Devices to compile for. None of them computes anything.
+        """Devices to compile for.
 
         Raises:
-            MeshError: `libtpu` is missing, or knows no such topology.
+            MeshError: `libtpu` is missing or does not support this topology.
         """
         if self.attached is not None:
             return self.attached
         if importlib.util.find_spec("libtpu") is None:
             raise MeshError(
-                "libtpu, the compiler for TPUs, is not installed: "
-                'pip install "prefix_jax[tpu]" (no TPU is needed)'
+                "libtpu, the compiler for TPUs, is not installed; "
+                'run pip install "prefix_jax[tpu]" (no TPU is needed)'
             )
         asked: dict[str, Any] = dict(self.chip.options)
-        # By default a host has 2x2 chips; slices that have fewer along an axis are one host's.
+        # By default a host has 2x2 chips; a slice that is narrower along an axis is a single host.
         usual = (2, 2, 1)
         bounds = (*self.shape, *(1 for _ in range(3 - len(self.shape))))
         if any(size % host for size, host in zip(bounds, usual, strict=True)):
@@ -219,24 +221,26 @@ class Topology:
                     f"{self.name}:{'x'.join(map(str, self.shape))}", "tpu", **asked
                 )
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            raise MeshError(f"the TPU compiler knows no topology {self}: {reason(error)}") from None
+            raise MeshError(
+                f"the TPU compiler does not support topology {self}: {reason(error)}"
+            ) from None
         return found.devices
 
     def mesh(self, sizes: Mapping[str, int]) -> Mesh:
-        """The devices as `data` × `fsdp` × `sequence` × `tensor`.
+        """The devices as a `data` × `fsdp` × `sequence` × `tensor` mesh.
 
         Raises:
-            MeshError: the sizes do not multiply to their number.
+            MeshError: the product of the sizes is not the number of devices.
         """
         return make_mesh(**sizes, devices=self.devices)
 
     @functools.cached_property
     def hbm_limit(self) -> int:
-        """Bytes of memory that the compiler gives to a program on one device.
+        """Bytes of memory that the compiler allows a program on one device.
 
-        It tells when it is asked for too much, which takes it a few hundredths of a second.
+        Read from the error for a program that is too large, in a few hundredths of a second.
         """
-        # Of devices that are there, one of this host: others' alone are not its to compile for.
+        # With attached devices, use one of this host: it cannot compile only for other hosts'.
         ours = (d for d in self.attached or () if d.process_index == jax.process_index())
         own = next(ours, self.devices[0])
         too_much = jax.ShapeDtypeStruct((2**42,), jnp.int8, sharding=SingleDeviceSharding(own))
@@ -252,11 +256,11 @@ class Topology:
 
 @dataclasses.dataclass(frozen=True)
 class Shortage:
-    """What the compiler says of a program that does not fit.
+    """Out of memory, as reported by the compiler.
 
     Attributes:
-        used: bytes that it needs on one device.
-        limit: bytes that there are.
+        used: bytes that the program needs on one device.
+        limit: bytes available.
     """
 
     used: int
@@ -264,9 +268,9 @@ class Shortage:
 
     @classmethod
     def read(cls, message: str) -> Shortage | None:
-        """Reads an error of the compiler; None if it is another one.
+        """Parses a compiler error; None if it is a different error.
 
-        Of programs whose arguments alone are too large it says only how much these take.
+        If the arguments by themselves are too large, the compiler reports only their size.
         """
         if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
             return None
@@ -279,9 +283,9 @@ class Shortage:
 
 
 def _written(cloud: str) -> str | None:
-    """A slice that is named as Cloud TPU does, as we write it; None if it is none of its sizes.
+    """Converts a Cloud TPU slice name to our notation; None if it is not a valid size.
 
-    The chips are in a square or cube, or several of them beside each other.
+    The chips form a square or cube, or several adjacent ones.
     """
     found = _CLOUD.fullmatch(cloud)
     if found is None:
@@ -304,14 +308,14 @@ def _bytes(number: str, unit: str) -> int:
 
 @contextlib.contextmanager
 def _ready_to_load() -> Iterator[None]:
-    """Lets `libtpu` load where there is no TPU: without looking for one in the network, without
-    its notices, and beside another process that has loaded it as well."""
+    """Lets `libtpu` load without a TPU: without querying the network for one, without its notices,
+    and while another process has it loaded."""
     if not _attached():
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # What is written before its log begins goes to the file descriptor itself.
+    # Messages before its logging starts go directly to the file descriptor.
     sys.stderr.flush()
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)

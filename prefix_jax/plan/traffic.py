@@ -1,25 +1,25 @@
-"""What a compiled program moves between memory and chip."""
+"""Memory traffic of a compiled program."""
 
 from __future__ import annotations
 
 from prefix_jax.plan.hlo import PASSING, Array, Computation, Instruction, Module
 from prefix_jax.plan.walk import Visit
 
-# What moves nothing besides, or is counted where it begins.
+# Instructions that move nothing, or are counted at their start.
 _FREE = PASSING | {"partition-id", "replica-id", "after-all"}
 # Custom calls of the TPU compiler that name memory and move nothing.
 _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}
 _PARTS = ("dynamic-slice", "slice", "gather")
-# Of a fusion within a fusion: its operand in another tiling, made as far as it is used.
+# A fusion within a fusion that changes the tiling of its operand, computed only where it is used.
 _IN_PLACE = "output_to_operand_aliasing={{}: (0, {})}"
 
 
 def moved(module: Module, visit: Visit) -> int:
-    """Bytes that one run of a kernel reads from memory and writes to it; 0 for a part of one.
+    """Bytes that one run of a kernel reads from and writes to memory; 0 inside a fusion.
 
-    Arrays that live in the chip's own memory are free. Of an operand that a kernel only slices,
-    the slices count, and of a result that it only updates, the update. Bytes are those of the
-    elements: the padding of layouts is not counted. Exchanges inside of fusions are not either.
+    Arrays in on-chip memory are free. If a kernel only slices an operand, only the slices count; if
+    it only updates a result in place, only the update counts. Layout padding and collectives inside
+    fusions are not counted.
     """
     instruction = visit.instruction
     if visit.fused or instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
@@ -36,7 +36,7 @@ def moved(module: Module, visit: Visit) -> int:
         ends = instruction.results[:2]
         return sum(array.space == 0 for array in ends) * min(array.nbytes for array in ends)
     if instruction.opcode in ("send", "recv"):
-        # To other slices, or from them: the array, and what names the transfer.
+        # Transfers between slices: the result is the array and metadata of the transfer.
         return _size(instruction.results[:1])
     if instruction.opcode.endswith("-start"):
         return _size(instruction.results)
@@ -67,14 +67,14 @@ def _fusion(
 
 
 def _read(module: Module, inside: Computation, number: int, whole: int) -> int:
-    """Bytes that a fusion reads of an operand which is `whole` large."""
+    """Bytes that a fusion reads of an operand of `whole` bytes."""
     names = {
         name
         for name, instruction in inside.items()
         if instruction.opcode == "parameter" and instruction.operands[0] == str(number)
     }
     total = 0
-    # Users stand behind what they use.
+    # Users come after their operands.
     for name, user in inside.items():
         used = [place for place, operand in enumerate(user.operands) if operand in names]
         if not used or user.opcode == "parameter":
@@ -94,14 +94,14 @@ def _read(module: Module, inside: Computation, number: int, whole: int) -> int:
 
 
 def _is_exchange(instruction: Instruction) -> bool:
-    """Whether it is of an exchange between devices, whose arrays a fusion only passes on."""
+    """Whether an instruction is part of a collective, whose arrays a fusion only passes on."""
     target = instruction.word("custom_call_target") or ""
     exchanged = instruction.opcode.startswith(("all-", "reduce-scatter", "collective-"))
     return instruction.opcode == "tuple" or exchanged or target.startswith("AsyncCollective")
 
 
 def _written(inside: Computation, maker: Instruction, result: Array) -> int:
-    """Bytes of a result that a fusion writes."""
+    """Bytes that a fusion writes of a result."""
     while maker.opcode in ("bitcast", "get-tuple-element"):
         maker = inside[maker.operands[0]]
     if maker.opcode == "parameter" or _is_exchange(maker):

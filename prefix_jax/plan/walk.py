@@ -1,4 +1,4 @@
-"""Walks a compiled program as it runs: every instruction, and how often."""
+"""Walks a compiled program in execution order, with the number of runs of every instruction."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from collections.abc import Callable, Iterator
 
 from prefix_jax.plan.hlo import Computation, Instruction, Module
 
-# Operations of one run of an instruction itself.
+# Operations of one run of an instruction.
 Cost = Callable[[Computation, Instruction], int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
-    """An instruction where the program comes by it.
+    """A visit to an instruction during the walk.
 
     Attributes:
-        computation: that it stands in.
-        instruction: itself.
-        kernel: the instruction that starts it: itself, or the outermost fusion around it.
-        run: a number for every run of a computation outside of fusions: a loop's body, say.
-        count: how often.
-        unknown: a loop around it of which the text does not tell how often it runs: it counts
-            once.
+        computation: the computation that contains the instruction.
+        instruction: the instruction.
+        kernel: the outermost fusion around it, or the instruction itself.
+        run: a number that identifies each visit to a computation outside fusions (for example, a
+            loop body).
+        count: how often the instruction runs.
+        unknown: an enclosing loop with unknown trip count, which counts as one iteration.
     """
 
     computation: Computation
@@ -37,25 +37,25 @@ class Visit:
 
     @property
     def fused(self) -> bool:
-        """Whether it is a part of a kernel."""
+        """Whether the instruction is inside a fusion."""
         return self.kernel is not self.instruction
 
     @property
     def times(self) -> int:
-        """How often.
+        """How often the instruction runs.
 
         Raises:
-            ValueError: the text does not tell.
+            ValueError: the trip count of an enclosing loop is unknown.
         """
         if self.unknown is not None:
-            raise ValueError(f"the text does not tell how often the loop {self.unknown} runs")
+            raise ValueError(f"unknown trip count of loop {self.unknown}")
         return self.count
 
 
 def visits(module: Module, cost: Cost) -> Iterator[Visit]:
-    """Every instruction of the program, with those of fusions, calls and loops.
+    """Visits every instruction of the program, including those in fusions, calls and loops.
 
-    Of a conditional, those of the branch that costs most.
+    Only the costliest branch of a conditional is visited.
     """
     runs = itertools.count()
 
@@ -67,7 +67,7 @@ def visits(module: Module, cost: Cost) -> Iterator[Visit]:
             yield Visit(computation, instruction, kernel or instruction, run, count, unknown)
             opcode = instruction.opcode
             if opcode == "while":
-                # The condition runs once more than the body, and costs nothing worth a thought.
+                # The condition runs once more than the body, at negligible cost.
                 trips = _trips(module, computation, instruction)
                 times, which = (1, instruction.name) if trips is None else (trips, unknown)
                 body = _called(instruction, "body")
@@ -100,11 +100,11 @@ def _called(instruction: Instruction, key: str) -> str:
 
 
 def _trips(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often the body of a loop runs; None if the text does not tell.
+    """The trip count of a loop; None if unknown.
 
-    CPU and GPU programs say so. TPU programs do not, but a scan is known by its looks: it counts
-    from a constant to another, in equal steps. (Products that gather their weights piece by piece
-    take two at a time, one from either side.)
+    CPU and GPU programs state it. TPU programs do not, but a scan can be recognised: its counter
+    runs from one constant to another in equal steps. (Products that gather their weights piecewise
+    have a step of two, one piece from either side.)
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:

@@ -98,5 +98,5 @@ def test_rejects_invalid_sources(source, tmp_path):
 
 def test_rejects_a_source_together_with_another_start(source):
     method = MultitaskPromptTuning(P, ranks=R, source=source)
-    with pytest.raises(ConfigError, match=r"leave init\.start out"):
+    with pytest.raises(ConfigError, match=r"remove init\.start"):
         method.init(KEY, G, normal(Embeds, G, P, KEY, std=1.0))

@@ -1,4 +1,4 @@
-"""A model that is a config and nothing else."""
+"""Fixtures: a model directory with only a config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plans import TINY
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that is a config and nothing else."""
+    """Fixtures: a model directory with only a config."""
     made = tmp_path_factory.mktemp("tiny")
     (made / "config.json").write_text(json.dumps(TINY))
     return made

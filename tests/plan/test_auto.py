@@ -1,4 +1,4 @@
-"""Which mesh is chosen. Nothing is compiled: a formula says what a step needs."""
+"""Mesh search. Nothing is compiled: a formula replaces the compiler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prefix_jax.plan.floor import floor
 from prefix_jax.plan.topology import Topology
 
 
-def test_weights_stay_whole_where_they_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_replicated_if_they_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_step, seen = formula(lambda rows, mesh: 4.0)
     monkeypatch.setattr(auto, "compile_step", compile_step)
     run = AbstractRun.of(config_of(folder, "data.batch_size=16"))
@@ -28,7 +28,7 @@ def test_weights_stay_whole_where_they_fit(folder: Path, monkeypatch: pytest.Mon
     assert len(seen) <= 3 < choice.possible
 
 
-def test_weights_are_split_where_they_do_not_fit(
+def test_weights_are_split_if_they_do_not_fit(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_step, _ = formula(lambda rows, mesh: 40.0 / mesh["fsdp"] / mesh["tensor"])
@@ -39,8 +39,8 @@ def test_weights_are_split_where_they_do_not_fit(
     assert best.mesh["fsdp"] * best.mesh["tensor"] == 4
 
 
-def test_no_mesh_is_guessed_to_be_slower_than_what_it_has_to_compute(tmp_path: Path) -> None:
-    # Each stack of an encoder-decoder reads tokens of its own, and the head targets alone.
+def test_guess_is_a_lower_bound_of_the_compute_time(tmp_path: Path) -> None:
+    # Each stack of an encoder-decoder has its own tokens; the head reads only targets.
     t5 = tiny.T5_CONFIG | {"d_model": 512, "d_ff": 2048, "d_kv": 64, "vocab_size": 32_000}
     (tmp_path / "config.json").write_text(json.dumps(t5))
     run = AbstractRun.of(config_of(tmp_path, "data.max_length=256", "data.batch_size=64"))
@@ -52,7 +52,7 @@ def test_no_mesh_is_guessed_to_be_slower_than_what_it_has_to_compute(tmp_path: P
     assert 0.5 * least.total < guessed.seconds * topology.chip.bf16 < least.total
 
 
-def test_a_mesh_has_as_many_batch_shards_as_rows_divide_by(folder: Path) -> None:
+def test_rows_divide_over_batch_shards(folder: Path) -> None:
     run = AbstractRun.of(config_of(folder, "data.batch_size=2"))
     sizes = list(auto.meshes(run, run.rows(), Topology.parse("v5e:2x4")))
     assert sizes
@@ -62,8 +62,8 @@ def test_a_mesh_has_as_many_batch_shards_as_rows_divide_by(folder: Path) -> None
         auto.choose_mesh(run, run.rows(), Topology.parse("v5e:2x4"))
 
 
-def test_devices_share_columns_where_there_are_no_rows_for_them(folder: Path) -> None:
-    """Of rows that are long enough, and only then."""
+def test_devices_share_columns_if_there_are_too_few_rows(folder: Path) -> None:
+    """Only if rows are long enough."""
     topology = Topology.parse("v5e:2x4")
 
     def shares(rows: int, tokens: int, *overrides: str) -> set[tuple[int, int]]:
@@ -72,14 +72,14 @@ def test_devices_share_columns_where_there_are_no_rows_for_them(folder: Path) ->
         return {(mesh["data"] * mesh["fsdp"], mesh["sequence"]) for mesh in sizes}
 
     assert shares(8, 8192) == {(8, 1), (4, 1), (2, 1)}
-    # 4 heads: no more than 4 devices share a layer.
+    # With 4 heads, at most 4 devices share a layer.
     assert shares(1, 8192) == {(1, 8), (1, 4), (1, 2)}
     assert shares(2, 4096) == {(2, 1), (2, 4), (2, 2)}
     assert shares(1, 1024) == set()
 
 
-def test_every_host_of_a_mesh_has_rows_of_its_own(folder: Path) -> None:
-    """Or the run would be refused that `mesh: auto` had chosen it for."""
+def test_every_host_has_its_own_rows(folder: Path) -> None:
+    """Otherwise training would reject the mesh that `mesh: auto` has chosen."""
     devices: Any = tuple(types.SimpleNamespace(process_index=number // 4) for number in range(8))
     topology = Topology("v5e", (2, 4), attached=devices)
     run = AbstractRun.of(config_of(folder))
@@ -90,8 +90,8 @@ def test_every_host_of_a_mesh_has_rows_of_its_own(folder: Path) -> None:
         auto.choose_mesh(run, Rows(1, 8192, 8192), topology)
 
 
-def test_copies_of_weights_that_stay_within_a_slice_are_guessed_to_be_faster() -> None:
-    """For the network between slices is slower than the links within one."""
+def test_guess_prefers_weights_that_stay_within_a_slice() -> None:
+    """The network between slices is slower than the links within one."""
     run = AbstractRun.of(config_of("preset:llama-3-8b", "data.batch_size=16"))
     topology = Topology.parse("2*v5e:2x4")
 
@@ -102,16 +102,16 @@ def test_copies_of_weights_that_stay_within_a_slice_are_guessed_to_be_faster() -
     assert seconds(data=2, fsdp=8) < 0.5 * seconds(data=1, fsdp=16)
 
 
-def test_on_one_device_there_is_one_mesh(folder: Path) -> None:
+def test_single_device_has_one_mesh(folder: Path) -> None:
     config = config_of(folder, "mesh=auto")
     assert config.mesh.auto
     settled = auto.settle(config, jax.devices()[:1])
     assert settled.mesh.sizes == {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
     assert auto.settle(settled) is settled
-    with pytest.raises(MeshError, match="goes by the figures of TPUs"):
+    with pytest.raises(MeshError, match="supports only TPUs"):
         auto.settle(config, jax.devices())
 
 
-def test_auto_takes_no_sizes(folder: Path) -> None:
+def test_auto_rejects_sizes(folder: Path) -> None:
     with pytest.raises(ConfigError, match="auto chooses data, fsdp, sequence and tensor"):
         config_of(folder, "mesh=auto", "mesh.fsdp=2")

@@ -1,4 +1,4 @@
-"""The search for the largest batch. Nothing is compiled: a formula says what a step needs."""
+"""Batch search. Nothing is compiled: a formula replaces the compiler."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from prefix_jax.plan.topology import GIB, Topology
 
 
 @pytest.mark.parametrize("largest", [1, 2, 7, 48, 1000])
-def test_the_largest_batch_takes_few_programs(
+def test_largest_batch_needs_few_programs(
     folder: Path, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # More than linear at first, as some buffers are shared.
+    # Superlinear at first, because some buffers are shared.
     compile_step, seen = formula(lambda rows, _: 3 + 13 * (rows.rows / 4 / (largest + 0.5)) ** 0.9)
     monkeypatch.setattr(batch, "compile_step", compile_step)
     topology, run = Topology.parse("v5e:2x2"), AbstractRun.of(config_of(folder))
@@ -33,10 +33,10 @@ def test_the_largest_batch_takes_few_programs(
 
 
 @pytest.mark.parametrize("again", [1.0, 1.3])
-def test_a_smaller_batch_that_reads_more_tokens_a_second_is_named(
+def test_reports_a_smaller_batch_with_higher_throughput(
     folder: Path, monkeypatch: pytest.MonkeyPatch, again: float
 ) -> None:
-    """Where the compiler computes things again to save memory: in more than 14 GiB, here."""
+    """The compiler recomputes values to save memory: here above 14 GiB."""
     compile_step, _ = formula(lambda rows, _: 3 + rows.rows)
 
     def timed(run: AbstractRun, rows: Rows, *where: Any) -> Plan:
@@ -53,15 +53,15 @@ def test_a_smaller_batch_that_reads_more_tokens_a_second_is_named(
     found = batch.largest_batch(run, Rows(8, 16, 16), topology, topology.mesh(ALONE))
     assert found.rows == 13
     said = report.largest_line(found)
-    assert ("tokens a second" in said) == (again > 1)
+    assert ("tokens per second" in said) == (again > 1)
     if again > 1:
         assert found.quickest.rows.rows <= 11
-        assert f"12 tokens a second at most, and {found.quickest.rows.rows} rows 16." in said
+        assert f"12 tokens per second; {found.quickest.rows.rows} rows reach 16." in said
         assert report.largest_as_json(found)["quickest"]["rows"]["rows"] <= 11
 
 
 @pytest.mark.parametrize("planned", [4, 28, 40])
-def test_the_search_for_the_largest_batch_begins_with_what_was_planned(
+def test_search_starts_from_the_known_plan(
     folder: Path, planned: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_step, seen = formula(lambda rows, _: 2 + rows.rows / 2)
@@ -77,7 +77,7 @@ def test_the_search_for_the_largest_batch_begins_with_what_was_planned(
     assert [plan.rows.rows for plan in seen].count(planned) == 1
 
 
-def test_where_no_batch_fits_the_smallest_says_by_how_much(
+def test_reports_the_smallest_batch_if_none_fits(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_step, seen = formula(lambda rows, _: 20.0)
@@ -89,7 +89,7 @@ def test_where_no_batch_fits_the_smallest_says_by_how_much(
     assert len(seen) == 1
 
 
-def test_a_step_that_lacks_less_than_the_compiler_tells_is_not_said_to_lack_nothing(
+def test_tiny_memory_shortage_is_not_reported_as_zero(
     folder: Path,
 ) -> None:
     compile_step, _ = formula(lambda rows, _: 16.0)
@@ -97,10 +97,10 @@ def test_a_step_that_lacks_less_than_the_compiler_tells_is_not_said_to_lack_noth
     fits = compile_step(run, Rows(8, 16, 16), topology, topology.mesh(ALONE))
     failed = dataclasses.replace(fits, memory=None, roofline=None)
     found = batch.Largest(8, fits, fits, failed, compiled=2)
-    assert "; 8 take less than 0.01 GiB too much" in report.largest_line(found)
+    assert "; 8 would be less than 0.01 GiB over the limit" in report.largest_line(found)
 
 
-def test_the_largest_batch_is_that_of_a_mesh_and_of_those_that_were_tried(
+def test_search_ends_at_the_maximum_and_reports_the_mesh(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_step, _ = formula(lambda rows, _: 1.0)
@@ -108,5 +108,5 @@ def test_the_largest_batch_is_that_of_a_mesh_and_of_those_that_were_tried(
     topology, run = Topology.parse("v5e:2x2"), AbstractRun.of(config_of(folder))
     found = batch.largest_batch(run, Rows(8, 16, 16), topology, topology.mesh({"data": 4}))
     said = report.largest_line(found)
-    assert said.startswith("16384 rows fit on data=4 x fsdp=1 x tensor=1 (1.00 GiB a device), and ")
+    assert said.startswith("16384 rows fit on data=4 x fsdp=1 x tensor=1 (1.00 GiB per device); ")
     assert "more were not tried" in said

@@ -1,4 +1,4 @@
-"""What devices send each other is read from a program, however the compiler wrote it."""
+"""Collectives are parsed from a program in every notation of the compiler."""
 
 import json
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ BYTES = 64 * 16 * 2
         ),
     ],
 )
-def test_groups_are_read_in_every_notation(groups: str, expected: list[list[int]]) -> None:
+def test_parses_groups_in_every_notation(groups: str, expected: list[list[int]]) -> None:
     (one,) = found(
         ARGUMENT,
         f"ROOT %r = bf16[64,16]{{1,0}} all-reduce(%a), channel_id=1, replica_groups={groups}, "
@@ -61,7 +61,7 @@ def test_groups_are_read_in_every_notation(groups: str, expected: list[list[int]
         ("all-to-all(%a), dimensions={0}", "all-to-all", BYTES * 3 / 4),
     ],
 )
-def test_every_kind_sends_what_the_best_algorithm_does(line: str, kind: str, sent: float) -> None:
+def test_bytes_sent_match_the_best_algorithm(line: str, kind: str, sent: float) -> None:
     call, _, rest = line.partition(",")
     (one,) = found(
         ARGUMENT, f"ROOT %r = bf16[64,16]{{1,0}} {call}, replica_groups={{{{0,1,2,3}}}},{rest}"
@@ -69,7 +69,7 @@ def test_every_kind_sends_what_the_best_algorithm_does(line: str, kind: str, sen
     assert (one.kind, one.sent, one.hidden) == (kind, sent, False)
 
 
-def test_an_asynchronous_one_hides_behind_other_work_and_counts_once() -> None:
+def test_asynchronous_collective_is_hidden_and_counted_once() -> None:
     (one,) = found(
         ARGUMENT,
         "%s = (bf16[64,16]{1,0}, bf16[64,16]{1,0}) collective-permute-start(%a), channel_id=1, "
@@ -80,7 +80,7 @@ def test_an_asynchronous_one_hides_behind_other_work_and_counts_once() -> None:
     np.testing.assert_array_equal(one.groups, [[1, 2], [2, 1]])
 
 
-def test_fusions_that_share_one_channel_are_one_exchange() -> None:
+def test_fusions_with_the_same_channel_are_one_collective() -> None:
     part = """%part.{0} (p: bf16[64,16]) -> bf16[128,16] {{
   %p = bf16[64,16]{{1,0}} parameter(0)
   ROOT %g.{0} = bf16[128,16]{{1,0}} all-gather(%p), channel_id=7, replica_groups={{{{0,1}}}}
@@ -96,7 +96,7 @@ def test_fusions_that_share_one_channel_are_one_exchange() -> None:
     assert (one.kind, one.hidden, one.nbytes) == ("all-gather", True, 2 * BYTES)
 
 
-def test_an_exchange_with_oneself_is_none() -> None:
+def test_collective_within_one_device_is_ignored() -> None:
     line = "ROOT %r = bf16[64,16]{1,0} all-reduce(%a), replica_groups={{0},{1}}, to_apply=%add"
     assert found(ARGUMENT, line) == []
 
@@ -110,7 +110,7 @@ def test_an_exchange_with_oneself_is_none() -> None:
         ("v5p:2x2x4", list(range(16)), 4),  # One ring of three axes.
     ],
 )
-def test_an_exchange_takes_what_the_links_between_its_chips_allow(
+def test_time_follows_the_links_between_chips(
     topology: str, devices: list[int], links: int
 ) -> None:
     chips = Topology.parse(topology)
@@ -124,7 +124,7 @@ def test_an_exchange_takes_what_the_links_between_its_chips_allow(
     assert at_most <= seconds_of(one, chips, chips.devices) < 1.01 * at_most
 
 
-def test_between_slices_there_is_the_network_of_the_data_centre() -> None:
+def test_slices_use_the_data_center_network() -> None:
     chips = Topology.parse("2*v5e:2x2")
     line = "ROOT %r = bf16[64,16]{1,0} all-reduce(%a), replica_groups={{0,4}}, to_apply=%add"
     (one,) = found(ARGUMENT, line)
@@ -140,7 +140,7 @@ def test_between_slices_there_is_the_network_of_the_data_centre() -> None:
         ("ONE_TO_ONE", "{{100001->200000},{200000->100001}}", "collective-permute", BYTES),
     ],
 )
-def test_what_a_program_sends_to_its_host_goes_to_other_slices(
+def test_transfers_to_the_host_are_collectives_between_slices(
     transfer: str, target: str, kind: str, sent: float
 ) -> None:
     chips = Topology.parse("2*v5e:2x2")
@@ -159,8 +159,8 @@ def test_what_a_program_sends_to_its_host_goes_to_other_slices(
     assert seconds_of(one, chips, chips.devices) == sent / chips.chip.dcn
 
 
-def test_weights_that_are_gathered_from_another_slice_cost_its_network(tmp_path: Path) -> None:
-    """What the compiler makes of it: halves of all weights, forwards and backwards."""
+def test_gathering_weights_across_slices_costs_network_time(tmp_path: Path) -> None:
+    """In the compiled program: half of all weights, forward and backward."""
     model = {
         "model_type": "llama",
         "num_hidden_layers": 2,

@@ -1,4 +1,4 @@
-"""The floor is the sum of what every part has to compute."""
+"""The floor is the sum of the operations of all parts."""
 
 import dataclasses
 import math
@@ -49,7 +49,7 @@ SHAPE = {"rows": 2, "tokens": 10, "targets": 4}
 
 
 def made_by(method: Method) -> Produced:
-    """What it produces for the Llama, abstractly."""
+    """Abstract output of a method for the Llama."""
     return jax.eval_shape(lambda: method(method.init(jax.random.key(0), LLAMA.geometry, None)))
 
 
@@ -57,7 +57,7 @@ PREFIX = made_by(PrefixTuning(5))
 
 
 @pytest.mark.parametrize("arch", [LLAMA, GPT2])
-def test_layers_cost_four_times_their_matrices_a_token(arch: llama.Architecture) -> None:
+def test_layers_cost_four_times_their_weights_per_token(arch: llama.Architecture) -> None:
     params = jax.eval_shape(Backbone(arch).init, jax.random.key(0))
     matrices = [leaf for path, leaf in jax.tree.leaves_with_path(params["layers"])
                 if "bias" not in str(path[-1]) and leaf.ndim > 2]  # fmt: skip
@@ -65,7 +65,7 @@ def test_layers_cost_four_times_their_matrices_a_token(arch: llama.Architecture)
     assert floor(arch, **SHAPE, produced=None).layers == 4 * 2 * 10 * weights
 
 
-def test_attention_reads_tokens_and_prefix() -> None:
+def test_attention_covers_tokens_and_prefix() -> None:
     def attention(produced: Produced | None) -> int:
         return floor(LLAMA, **SHAPE, produced=produced).attention
 
@@ -74,22 +74,22 @@ def test_attention_reads_tokens_and_prefix() -> None:
     assert attention(PREFIX) == (10 + 5) * 3 * a_slot
     assert attention(made_by(HiddenPrefixTuning(5))) == (10 + 5) * 3 * a_slot
     assert attention(made_by(PromptTuning(5))) == (10 + 5) * 3 * a_slot
-    # Where some layers have slots alone.
+    # Only some layers have slots.
     assert attention(made_by(PrefixTuning(5, layers=(1,)))) == (10 * 3 + 5) * a_slot
     assert attention(made_by(LlamaAdapter(5, layers=2))) == (10 * 3 + 5 * 2) * a_slot
 
 
-def test_a_memory_costs_as_much_as_a_slot_for_every_two_features() -> None:
+def test_memory_costs_one_slot_per_two_features() -> None:
     plus = floor(LLAMA, **SHAPE, produced=made_by(PrefixTuningPlus()))
     bare = floor(LLAMA, **SHAPE, produced=None)
     assert plus.attention - bare.attention == 6 * 2 * 10 * 3 * 48 * 8
 
 
-def test_the_head_counts_targets_alone() -> None:
+def test_head_counts_only_targets() -> None:
     assert floor(LLAMA, **SHAPE, produced=PREFIX).head == 4 * 2 * 4 * 24 * 100
 
 
-def test_the_lift_is_free_for_keys_and_values_and_one_short_row_for_soft_tokens() -> None:
+def test_lift_is_free_for_keys_and_values_and_one_short_row_for_soft_tokens() -> None:
     def lift(method: Method) -> int:
         return floor(LLAMA, **SHAPE, produced=made_by(method)).lift
 
@@ -100,16 +100,16 @@ def test_the_lift_is_free_for_keys_and_values_and_one_short_row_for_soft_tokens(
     assert lift(LlamaAdapter(5, layers=2)) == 4 * 5 * 2 * 2 * 24 * 16
 
 
-def test_the_prompts_of_a_bank_are_lifted_as_rows_that_do_not_see_each_other() -> None:
+def test_lift_of_a_bank_is_one_row_per_task() -> None:
     alone = floor(LLAMA, **SHAPE, produced=made_by(MultitaskPromptTuning(5)))
     bank = made_by(MultitaskPromptTuning(5, tasks=("a", "b", "c")))
     together = floor(LLAMA, **SHAPE, produced=bank)
     assert together.lift == 3 * alone.lift
-    # Attention is dense: all slots of the bank are before every token.
+    # Attention is dense: every token has all slots of the bank as keys.
     assert together.attention == floor(LLAMA, **SHAPE, produced=made_by(PromptTuning(15))).attention
 
 
-def test_the_total_is_all_parts() -> None:
+def test_total_is_the_sum_of_all_parts() -> None:
     least = floor(LLAMA, **SHAPE, produced=made_by(HiddenPrefixTuning(5)))
     assert least.total == sum(dataclasses.asdict(least).values())
 
@@ -126,7 +126,7 @@ class TestEncoderDecoders:
         geometry = T5.geometry
         return jax.eval_shape(lambda: method(method.init(jax.random.key(0), geometry, None)))
 
-    def test_layers_read_both_sides(self) -> None:
+    def test_layers_include_encoder_and_decoder(self) -> None:
         params = jax.eval_shape(Backbone(T5).init, jax.random.key(0))
 
         def matrices(layers: Any, *names: str) -> int:
@@ -144,26 +144,26 @@ class TestEncoderDecoders:
             + 10 * (matrices(decoder, "attn", "mlp", "cross") - memory)
         )
 
-    def test_attention_reads_the_slots_of_every_site(self) -> None:
+    def test_attention_covers_the_slots_of_every_site(self) -> None:
         NH, everywhere = 40, self.produced("encoder", "decoder", "cross")
         assert floor(T5, **TWO_SIDED, produced=everywhere).attention == 12 * 2 * NH * (
             30 * (30 + P) * 3 + 10 * (10 + P) * 2 + 10 * (30 + P) * 2
         )
 
-    def test_soft_tokens_are_read_with_the_source(self) -> None:
+    def test_soft_tokens_extend_the_source(self) -> None:
         soft = Embeds(jax.ShapeDtypeStruct((P, 32), jnp.float32))
         longer = TWO_SIDED | {"source": 30 + P}
         bare = floor(T5, **longer, produced=self.produced("encoder"))
         found = floor(T5, **TWO_SIDED, produced=soft)
         assert (found.layers, found.lift) == (bare.layers, 0)
 
-    def test_of_a_bank_each_source_gets_the_soft_tokens_of_its_task(self) -> None:
+    def test_bank_extends_each_source_by_one_task(self) -> None:
         x_PD = jax.ShapeDtypeStruct((P, 32), jnp.float32)
         bank = jax.ShapeDtypeStruct((3 * P, 32), jnp.float32)
         alone, together = Embeds(x_PD), Embeds(bank, tasks=3)
         assert floor(T5, **TWO_SIDED, produced=together) == floor(T5, **TWO_SIDED, produced=alone)
 
-    def test_an_encoder_where_nothing_trains_is_only_read(self) -> None:
+    def test_frozen_encoder_has_no_backward_pass(self) -> None:
         through = floor(T5, **TWO_SIDED, produced=self.produced("encoder"))
         beside = floor(T5, **TWO_SIDED, produced=self.produced("decoder"))
         writing = floor(T5, **TWO_SIDED | {"source": 0}, produced=None).layers

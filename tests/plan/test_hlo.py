@@ -1,10 +1,10 @@
-"""HLO text becomes computations, instructions and arrays, whatever compiler printed it."""
+"""Parsing of HLO text from any compiler."""
 
 import pytest
 
 from prefix_jax.plan.hlo import Array, parse, temporaries
 
-# Abridged from what the CPU compiler prints.
+# Abridged output of the CPU compiler.
 CPU = """\
 HloModule jit_f, is_scheduled=true, entry_computation_layout={(f32[4,8]{1,0})->f32[4,4]{1,0}}
 
@@ -27,14 +27,14 @@ calls=%fused_computation, backend_config={"fusion_config":{"kind":"__ynn_fusion"
 """
 
 
-def test_the_entry_is_found_among_computations() -> None:
+def test_finds_the_entry_computation() -> None:
     module = parse(CPU)
     assert module.entry == "main.1"
     assert set(module.computations) == {"fused_computation", "main.1"}
     assert list(module.computations["main.1"])[-1] == "tuple.4"
 
 
-def test_an_instruction_has_its_arrays_operands_and_attributes() -> None:
+def test_parses_arrays_operands_and_attributes() -> None:
     module = parse(CPU)
     dot = module.computations["fused_computation"]["dot.1"]
     assert (dot.opcode, dot.operands, dot.root) == ("dot", ("param_0", "param_1"), True)
@@ -61,7 +61,7 @@ def test_an_instruction_has_its_arrays_operands_and_attributes() -> None:
         ("  %a = f8e4m3fn[3,2]{1,0} convert(%b)", ("b",), "f8e4m3fn[3,2]"),
     ],
 )  # fmt: skip
-def test_layouts_tiles_and_typed_operands_are_understood(
+def test_parses_layouts_tiles_and_typed_operands(
     line: str, operands: tuple[str, ...], result: str
 ) -> None:
     module = parse(f"ENTRY %main (b: f32[2]) -> f32[2] {{\n{line}\n}}\n")
@@ -70,7 +70,7 @@ def test_layouts_tiles_and_typed_operands_are_understood(
     assert [str(array) for array in instruction.results] == [result]
 
 
-def test_arrays_know_their_size() -> None:
+def test_array_sizes() -> None:
     assert Array("bf16", (3, 5)).nbytes == 30
     assert Array("f32", ()).nbytes == 4
     assert Array("pred", (7,)).nbytes == 7
@@ -78,7 +78,7 @@ def test_arrays_know_their_size() -> None:
     assert Array("f8e4m3fn", (8,)).nbytes == 8
 
 
-def test_temporaries_are_what_reaches_memory() -> None:
+def test_temporaries_exclude_arrays_inside_fusions() -> None:
     assert [str(array) for array in temporaries(parse(CPU))] == ["f32[8,4]", "f32[4,4]"]
 
 
@@ -91,6 +91,6 @@ def test_temporaries_are_what_reaches_memory() -> None:
         ("ENTRY %main () -> f32[] {\n  %a = f32[] add(%b\n}\n", "unbalanced"),
     ],
 )
-def test_text_that_is_not_hlo_is_refused(text: str, message: str) -> None:
+def test_rejects_text_that_is_not_hlo(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse(text)

@@ -1,4 +1,4 @@
-"""A plan says what the TPU's compiler says."""
+"""Plans agree with the TPU compiler."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def trained(folder: Path) -> Plan:
     return plan(config_of(folder, "mesh.tensor=2"), "v5e:2x2")
 
 
-def test_a_step_is_compiled_from_a_config_alone(trained: Plan) -> None:
+def test_compiles_a_step_without_weights_or_data(trained: Plan) -> None:
     assert trained.fits
     assert trained.over == 0
     assert trained.mesh == {"data": 2, "fsdp": 1, "sequence": 1, "tensor": 2}
@@ -34,21 +34,21 @@ def test_a_step_is_compiled_from_a_config_alone(trained: Plan) -> None:
     assert found is not None
     assert trained.floor is not None
     assert memory.weights <= memory.arguments < memory.total == trained.needs < memory.limit
-    # Half of the matrices: two devices hold each.
+    # Each matrix is split over two devices.
     count = 2 * 128 * 32 + 2 * (32 * 16 * 4 + 3 * 32 * 64)
     assert count < memory.weights < 2 * count
-    # Nothing of it is computed twice; the compiler may leave out what nobody needs.
+    # Nothing is computed twice; the compiler may omit unused results.
     assert 0.8 < found.flops * 4 / trained.floor < 1.2
     assert found.moved > memory.weights
-    assert found.exchanges["all-reduce"].count >= 2 * 2  # of a layer, forwards and backwards
+    assert found.exchanges["all-reduce"].count >= 2 * 2  # per layer, forward and backward
     assert found.seconds >= max(found.compute, found.memory)
     assert found.sent == sum(one.sent for one in found.exchanges.values())
     rate = trained.tokens_per_second
     assert rate == pytest.approx(8 * 16 / found.seconds)
 
 
-def test_a_step_needs_what_lives_at_once_and_not_all_of_its_temporaries() -> None:
-    # What the compiler said of 561 rows of a small Llama, in MiB. It refused 562 for 15.77 GiB.
+def test_memory_is_the_peak_not_the_sum_of_temporaries() -> None:
+    # Compiler statistics for 561 rows of a small Llama, in MiB. It rejected 562 rows: 15.77 GiB.
     stats = types.SimpleNamespace(
         argument_size_in_bytes=17,
         temp_size_in_bytes=21_460,
@@ -63,7 +63,7 @@ def test_a_step_needs_what_lives_at_once_and_not_all_of_its_temporaries() -> Non
     assert found.total <= found.limit
 
 
-def test_decoding_writes_a_token_for_every_row(folder: Path) -> None:
+def test_decoding_generates_one_token_per_row(folder: Path) -> None:
     found = plan(config_of(folder, "data.batch_size=4"), "v5e:1x1", tokens=32, job="decode")
     assert found.memory is not None
     assert found.roofline is not None
@@ -72,7 +72,7 @@ def test_decoding_writes_a_token_for_every_row(folder: Path) -> None:
     assert found.tokens_per_second == pytest.approx(4 / found.roofline.seconds)
 
 
-def test_what_does_not_fit_is_an_answer() -> None:
+def test_plan_of_a_step_that_does_not_fit() -> None:
     config = config_of("preset:llama-3-70b", "data.batch_size=1")
     found = plan(config, "v5e:1x1", tokens=256)
     assert not found.fits
@@ -83,12 +83,12 @@ def test_what_does_not_fit_is_an_answer() -> None:
 @pytest.mark.parametrize(
     ("overrides", "arguments", "message"),
     [
-        ((), {"tokens": 0}, "--tokens 0: a row has 2 tokens at least"),
-        ((), {"tokens": 1}, "--tokens 1: a row has 2 tokens at least"),
-        ((), {"tokens": 3000}, "and 2044 fit the model's"),
-        ((), {"targets": 17}, "--targets 17: a row has 1 at least, and 16 at most"),
-        ((), {"targets": 0}, "--targets 0: a row has 1 at least, and 16 at most"),
-        ((), {"targets": 5, "job": "decode"}, "--targets 5: nothing is learnt"),
+        ((), {"tokens": 0}, "--tokens 0: must be at least 2"),
+        ((), {"tokens": 1}, "--tokens 1: must be at least 2"),
+        ((), {"tokens": 3000}, "and at most 2044, the model's positions"),
+        ((), {"targets": 17}, "--targets 17: must be at least 1 and at most 16"),
+        ((), {"targets": 0}, "--targets 0: must be at least 1 and at most 16"),
+        ((), {"targets": 5, "job": "decode"}, "--targets 5: decoding has no targets"),
         (
             (
                 "task.name=classify",
@@ -102,25 +102,25 @@ def test_what_does_not_fit_is_an_answer() -> None:
         (("task.name=classify", "data.target=null", "data.input={a}"), {"job": "decode"}, "labels"),
     ],
 )
-def test_what_does_not_fit_the_model_is_said(
+def test_rejects_settings_that_do_not_fit_the_model(
     folder: Path, overrides: tuple[str, ...], arguments: Any, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         plan(config_of(folder, *overrides), "v5e:1x1", **arguments)
 
 
-def test_rows_have_to_divide_over_the_mesh(folder: Path) -> None:
+def test_rejects_rows_that_do_not_divide_over_the_mesh(folder: Path) -> None:
     with pytest.raises(MeshError, match=r"data\.batch_size 6 does not divide over 4"):
         plan(config_of(folder, "data.batch_size=6"), "v5e:2x2")
 
 
-def test_micro_batches_are_of_training_alone(folder: Path) -> None:
+def test_micro_batches_apply_only_to_training(folder: Path) -> None:
     config = config_of(folder, "optim.accumulate=4")
     assert AbstractRun.of(config).rows() == Rows(8, 16, 16, micro=4)
     assert AbstractRun.of(config, "decode").rows() == Rows(8, 16, 16, micro=1)
 
 
-def test_what_a_decoder_writes_fits_its_positions(tmp_path: Path) -> None:
+def test_targets_are_limited_by_decoder_positions(tmp_path: Path) -> None:
     bart = {"d_model": 32, "vocab_size": 64, "max_position_embeddings": 40, "eos_token_id": 2}
     for stack in ("encoder", "decoder"):
         bart |= {f"{stack}_{what}": size for what, size in
@@ -129,11 +129,11 @@ def test_what_a_decoder_writes_fits_its_positions(tmp_path: Path) -> None:
     config = config_of(tmp_path, "method.sites=[decoder]", "data.max_length=40")
     run = AbstractRun.of(config)
     assert run.rows() == Rows(8, tokens=36, targets=36, source=40)
-    with pytest.raises(ConfigError, match="--targets 37: a row has 1 at least, and 36 at most"):
+    with pytest.raises(ConfigError, match="--targets 37: must be at least 1 and at most 36"):
         run.rows(targets=37)
 
 
-def test_figures_of_a_small_step_are_not_told_as_nothing(folder: Path) -> None:
+def test_figures_of_a_small_step_are_not_rounded_to_zero(folder: Path) -> None:
     compile_step, _ = formula(lambda rows, _: 1.0, lambda _: 0.000661)
     topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
     made = compile_step(run, Rows(8, 16, 16), topology, topology.mesh(ALONE))
@@ -141,10 +141,10 @@ def test_figures_of_a_small_step_are_not_told_as_nothing(folder: Path) -> None:
     made = dataclasses.replace(made, roofline=dataclasses.replace(made.roofline, flops=2_100_000))
     assert "at least 0.661 ms" in report.line(made)
     said = [figures for _, _, figures in report._lines(made)]
-    assert any(figures.startswith("0.002 GFLOP a device") for figures in said)
+    assert any(figures.startswith("0.002 GFLOP per device") for figures in said)
 
 
-def test_what_is_quantised_counts_by_its_bits(folder: Path) -> None:
+def test_quantised_weights_are_counted_in_bits(folder: Path) -> None:
     from prefix_jax.plan.plan import bytes_on_one
 
     run = AbstractRun.of(config_of("preset:llama-3-8b"))

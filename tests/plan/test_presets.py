@@ -1,4 +1,4 @@
-"""Presets are the published models: they have as many parameters as their checkpoints."""
+"""Presets have the same number of parameters as the published checkpoints."""
 
 import jax
 import pytest
@@ -8,7 +8,7 @@ from prefix_jax.backbones.load import architecture
 from prefix_jax.errors import BackboneError
 from prefix_jax.plan.presets import PRESETS, preset
 
-# As the models' cards on the Hugging Face hub count them; of Gemma 3, without what sees images.
+# Parameter counts on the Hugging Face hub; for Gemma 3, without the vision encoder.
 PUBLISHED = {
     "llama-3-8b": 8_030_261_248,
     "llama-3-70b": 70_553_706_496,
@@ -38,14 +38,14 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_has_the_parameters_of_its_checkpoint(name: str) -> None:
+def test_parameter_count_matches_the_checkpoint(name: str) -> None:
     backbone = Backbone(architecture(preset(name), name))
     shapes = jax.eval_shape(lambda: backbone.init(jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == PUBLISHED[name]
 
 
-def test_an_unknown_preset_lists_the_known_ones() -> None:
+def test_unknown_preset_lists_the_known_ones() -> None:
     with pytest.raises(
-        BackboneError, match=r"no preset 'llama-9'; did you .* there are llama-3-8b, "
+        BackboneError, match=r"no preset 'llama-9'; did you .* use one of llama-3-8b, "
     ):
         preset("llama-9")

@@ -1,4 +1,4 @@
-"""Every matrix product of a compiled program is counted, as often as it runs."""
+"""Matrix products of a compiled program are counted at every run."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,11 +23,11 @@ def scanned(x: jax.Array, weights: jax.Array) -> jax.Array:
     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
 
 
-def test_a_product_costs_a_multiplication_and_an_addition_an_element() -> None:
+def test_product_counts_two_operations_per_multiply_add() -> None:
     assert compiled_flops(jnp.matmul, (24, 40), (40, 56)) == 2 * 24 * 40 * 56
 
 
-def test_batch_axes_and_several_contracted_axes_count() -> None:
+def test_counts_batch_axes_and_several_contracted_axes() -> None:
     def products(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.einsum("btnh,bsnh->bnts", q, k), jnp.einsum("btnh,bsnh->ts", q, k)
 
@@ -35,22 +35,22 @@ def test_batch_axes_and_several_contracted_axes_count() -> None:
     assert compiled_flops(products, (3, 17, 5, 16), (3, 19, 5, 16)) == 2 * one
 
 
-def test_elementwise_work_is_no_product() -> None:
+def test_elementwise_operations_are_not_counted() -> None:
     assert compiled_flops(lambda x: jnp.tanh(x).sum(axis=0), (24, 40)) == 0
 
 
-def test_a_scan_counts_as_often_as_it_runs() -> None:
+def test_scan_counts_every_iteration() -> None:
     assert compiled_flops(scanned, (24, 40), (7, 40, 40)) == 7 * 2 * 24 * 40 * 40
 
 
-def test_nested_scans_multiply() -> None:
+def test_trip_counts_of_nested_scans_multiply() -> None:
     def outer(x: jax.Array, weights: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, w: (scanned(x, w), None), x, weights)[0]
 
     assert compiled_flops(outer, (24, 40), (5, 7, 40, 40)) == 35 * 2 * 24 * 40 * 40
 
 
-def test_a_gradient_of_the_activations_alone_costs_the_forward_pass_again() -> None:
+def test_gradient_of_only_the_activations_doubles_the_forward_cost() -> None:
     def loss(x: jax.Array, weights: jax.Array) -> jax.Array:
         return scanned(x, weights).sum()
 
@@ -60,7 +60,7 @@ def test_a_gradient_of_the_activations_alone_costs_the_forward_pass_again() -> N
     assert compiled_flops(jax.grad(loss, argnums=(0, 1)), *shapes) == 3 * forward
 
 
-def test_rematerialisation_is_seen() -> None:
+def test_counts_rematerialisation() -> None:
     @jax.checkpoint
     def block(x: jax.Array, w: jax.Array) -> jax.Array:
         return jnp.tanh(jnp.tanh(x @ w) @ w)
@@ -73,7 +73,7 @@ def test_rematerialisation_is_seen() -> None:
     assert compiled_flops(jax.grad(loss), (24, 40), (7, 40, 40)) == 6 * 7 * 2 * 24 * 40 * 40
 
 
-def test_a_conditional_counts_its_costliest_branch() -> None:
+def test_conditional_counts_its_costliest_branch() -> None:
     def choose(x: jax.Array, w: jax.Array, index: jax.Array) -> jax.Array:
         branches = [lambda: x, lambda: x @ w, lambda: jnp.sin(x @ w) @ w]
         return jax.lax.switch(jnp.int32(index), branches)
@@ -81,7 +81,7 @@ def test_a_conditional_counts_its_costliest_branch() -> None:
     assert compiled_flops(choose, (24, 40), (40, 40), ()) == 2 * 2 * 24 * 40 * 40
 
 
-def test_a_product_knows_its_shapes_count_and_origin() -> None:
+def test_product_records_shapes_count_and_origin() -> None:
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((24, 40), (7, 40, 40))]
     module = parse(jax.jit(scanned).lower(*arrays).compile().as_text())
     (product,) = products(module)
@@ -96,7 +96,7 @@ def entry(*lines: str, before: str = "") -> str:
     return f"{before}ENTRY %main (a: f32[4,8]) -> f32[4,8] {{\n{body}}}\n"
 
 
-def test_a_library_call_is_counted_by_the_shapes_of_its_arguments() -> None:
+def test_library_call_is_counted_from_its_argument_shapes() -> None:
     text = entry(
         "%a = f32[3,4,8]{2,1,0} parameter(0)",
         "%b = f32[3,8,6]{2,1,0} parameter(1)",
@@ -108,7 +108,7 @@ def test_a_library_call_is_counted_by_the_shapes_of_its_arguments() -> None:
     assert flops(parse(text)) == 2 * 3 * 4 * 6 * 8 + 2 * 3 * 4 * 5 * 6
 
 
-def test_custom_calls_that_nobody_can_look_into_are_named() -> None:
+def test_opaque_custom_calls_are_listed() -> None:
     text = entry(
         "%a = f32[4,8]{1,0} parameter(0)",
         '%b = f32[4,8]{1,0} custom-call(%a), custom_call_target="tpu_custom_call"',
@@ -147,26 +147,26 @@ WHILE = (
 )
 
 
-def test_a_loop_of_a_tpu_program_is_counted_by_its_condition() -> None:
+def test_tpu_loop_is_counted_from_its_condition() -> None:
     text = entry(*WHILE, before=LOOP.format(step=1))
     assert flops(parse(text)) == 30 * 2 * 4 * 8 * 8
 
 
-def test_a_loop_that_takes_two_at_a_time_runs_half_as_often() -> None:
+def test_loop_with_step_two_runs_half_as_often() -> None:
     text = entry(*WHILE, before=LOOP.format(step=2))
     assert flops(parse(text)) == 15 * 2 * 4 * 8 * 8
 
 
-def test_a_loop_of_unknown_length_is_refused() -> None:
+def test_rejects_a_loop_of_unknown_trip_count() -> None:
     text = entry(*WHILE, before=LOOP.format(step=1).replace("LT", "NE"))
-    with pytest.raises(ValueError, match="how often the loop loop runs"):
+    with pytest.raises(ValueError, match="unknown trip count of loop loop"):
         flops(parse(text))
 
 
 @pytest.mark.parametrize(
     ("left", "right", "out", "attributes", "expected"),
     [
-        # x_TD w_DNH, as the TPU compiler writes it: heads are taps, all but one on padding.
+        # x_TD w_DNH from the TPU compiler: heads are taps, all but one on padding.
         ("512,576,1", "576,9,64", "512,9,64",
          "window={size=9 pad=8_8 rhs_reversal=1}, dim_labels=bf0_i0o->b0f", 2 * 512 * 576 * 576),
         # y_TNH w_NHD: heads are contracted.
@@ -183,7 +183,7 @@ def test_a_loop_of_unknown_length_is_refused() -> None:
          2 * 2 * (10 * 3 - 3) * 6),
     ],
 )  # fmt: skip
-def test_convolutions_are_products(
+def test_counts_convolutions(
     left: str, right: str, out: str, attributes: str, expected: int
 ) -> None:
     text = entry(
@@ -194,7 +194,7 @@ def test_convolutions_are_products(
     assert flops(parse(text)) == expected
 
 
-def test_a_live_convolution_agrees_with_its_definition() -> None:
+def test_compiled_convolution_agrees_with_its_definition() -> None:
     def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(
             x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")

@@ -1,4 +1,4 @@
-"""What is tried where a step does not fit. Nothing is compiled: a formula says what it needs."""
+"""Config changes for steps that do not fit. A formula replaces the compiler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prefix_jax.plan.abstract import AbstractRun, Rows
 from prefix_jax.plan.topology import Topology
 
 
-def test_what_would_make_a_step_fit_is_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tries_changes_until_a_step_fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_step, _ = formula(lambda rows, mesh: 2 + 2 * rows.rows / rows.micro / mesh["tensor"])
     monkeypatch.setattr(remedies, "compile_step", compile_step)
     run = AbstractRun.of(config_of(folder, "data.batch_size=16"))
@@ -27,7 +27,7 @@ def test_what_would_make_a_step_fit_is_tried(folder: Path, monkeypatch: pytest.M
     ]
 
 
-def test_meshes_that_would_make_a_step_fit_are_named_in_full(
+def test_suggested_meshes_are_complete_overrides(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_step, _ = formula(lambda rows, mesh: 20.0 + mesh["data"])
@@ -43,7 +43,7 @@ def test_meshes_that_would_make_a_step_fit_are_named_in_full(
         assert topology.mesh(changed.mesh.sizes).size == 8
 
 
-def test_layers_are_not_split_across_slices(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_does_not_split_layers_across_slices(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_step, _ = formula(lambda rows, mesh: 20.0 + mesh["data"])
     monkeypatch.setattr(remedies, "compile_step", compile_step)
     run = AbstractRun.of(config_of(folder, "mesh.data=1", "mesh.fsdp=8", "data.batch_size=8"))

@@ -1,4 +1,4 @@
-"""Topologies are read as people write them, and what is wrong with one is said."""
+"""Parsing of topologies, and the figures of chips."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ from prefix_jax.plan.topology import CHIPS, GIB, Shortage, Topology
         ("2*v5e:4x4", 32, 32),
     ],
 )
-def test_a_topology_has_its_chips(text: str, chips: int, devices: int) -> None:
+def test_parses_topologies(text: str, chips: int, devices: int) -> None:
     topology = Topology.parse(text)
     assert topology.chips == chips
     assert len(topology.devices) == devices
@@ -40,7 +40,7 @@ def test_a_topology_has_its_chips(text: str, chips: int, devices: int) -> None:
     )
 
 
-def test_slices_can_be_said_apart() -> None:
+def test_slices_may_be_a_separate_argument() -> None:
     assert Topology.parse("v5e:2x2", 2) == Topology.parse("2*v5e:2x2")
 
 
@@ -50,11 +50,11 @@ def test_slices_can_be_said_apart() -> None:
         ("v5e", None, "topology 'v5e': write it as one of v5e:4x4"),
         ("v9:2x2", None, "the chip 'v9' is not one of v4, v5e, v5p, v6e, tpu7x"),
         ("v5p:2x2", None, "v5p has 3 axes of chips, as in v5p:4x4x4"),
-        ("v5e:16x32", None, "a slice of v5e has 256 chips at most"),
+        ("v5e:16x32", None, "a slice of v5e has at most 256 chips"),
         ("v5e:0x2", None, "v5e has 2 axes of chips"),
-        ("2*v5e:2x2", 3, "is of 2 slices, and 3 are asked for"),
-        ("v5e:2x2", -1, "one slice at least"),
-        ("v5e:2x2", 0, "one slice at least"),
+        ("2*v5e:2x2", 3, "has 2 slices, but 3 are requested"),
+        ("v5e:2x2", -1, "needs at least one slice, got -1"),
+        ("v5e:2x2", 0, "needs at least one slice, got 0"),
         ("v5litepod-16", None, "topology 'v5litepod-16': write its chips, v5e:4x4"),
         ("2*v6e-4", None, "write its chips, 2*v6e:2x2"),
         ("v6e-128", None, "write its chips, v6e:8x16"),
@@ -67,32 +67,32 @@ def test_slices_can_be_said_apart() -> None:
         ("v5p-0", None, "write it as one of v5e:4x4"),
     ],
 )
-def test_what_is_wrong_with_a_topology_is_said(text: str, slices: int | None, message: str) -> None:
+def test_reports_invalid_topologies(text: str, slices: int | None, message: str) -> None:
     with pytest.raises(MeshError, match=message.replace("*", r"\*")):
         Topology.parse(text, slices)
 
 
-def test_without_its_compiler_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_libtpu_error_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MeshError, match=r'pip install "prefix_jax\[tpu\]"'):
         _ = Topology.parse("v5e:2x2").devices
 
 
-def test_other_devices_than_tpus_are_refused() -> None:
+def test_rejects_devices_that_are_not_tpus() -> None:
     import jax
 
-    with pytest.raises(MeshError, match=r"knows none of \d+ x cpu"):
+    with pytest.raises(MeshError, match=r"supports only TPUs .* got \d+ x cpu"):
         Topology.of(jax.devices())
 
 
 @pytest.mark.parametrize("name", ["v5e:2x2", "v4:2x2x1", "tpu7x:2x2x1"])
-def test_the_compiler_leaves_nearly_all_of_the_memory_to_a_program(name: str) -> None:
+def test_hbm_limit_is_nearly_all_of_the_memory(name: str) -> None:
     topology = Topology.parse(name)
     published = topology.chip.hbm / topology.chip.devices
     assert published - 2 * GIB < topology.hbm_limit < published
 
 
-def test_each_host_asks_for_the_memory_of_a_device_of_its_own(
+def test_each_host_queries_its_own_device_for_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import jax
@@ -112,10 +112,10 @@ def test_each_host_asks_for_the_memory_of_a_device_of_its_own(
     assert asked == [devices[4]]
 
 
-def test_every_chip_is_within_reach_of_the_figures_of_another() -> None:
+def test_figures_of_chips_are_within_range_of_each_other() -> None:
     for chip in CHIPS.values():
         assert 1e14 < chip.bf16 <= chip.int8 <= 2.1 * chip.bf16
-        # So many operations a byte: what makes a large product worth it on all of them.
+        # Operations per byte: a large product is compute-bound on every chip.
         assert 150 < chip.bf16 / chip.bandwidth < 700
 
 
@@ -137,15 +137,13 @@ def test_every_chip_is_within_reach_of_the_figures_of_another() -> None:
         ("RESOURCE_EXHAUSTED: … Used 1.50T of 512.00M hbm.", 1536, 0.5),
     ],
 )
-def test_the_compiler_says_how_much_a_program_needs(
-    message: str, used: float, limit: float
-) -> None:
+def test_parses_out_of_memory_errors(message: str, used: float, limit: float) -> None:
     found = Shortage.read(message)
     assert found is not None
     assert (found.used, found.limit) == (round(used * GIB), round(limit * GIB))
 
 
-def test_another_error_is_no_shortage() -> None:
+def test_ignores_other_compiler_errors() -> None:
     assert Shortage.read("INVALID_ARGUMENT: 3.0G of what?") is None
 
 
@@ -155,8 +153,8 @@ print(len(Topology.parse("v5e:2x2").devices))
 """
 
 
-def test_two_processes_load_the_compiler_at_once_and_neither_speaks() -> None:
-    # Else each of two says that the other holds a lock, or what it misses of a real TPU.
+def test_two_processes_load_libtpu_at_once_without_output() -> None:
+    # Otherwise each process would report that the other holds a lock, or a missing TPU.
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "ALLOW"))
     }

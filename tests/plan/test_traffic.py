@@ -1,4 +1,4 @@
-"""Memory traffic is what kernels read and write of the device's memory."""
+"""Memory traffic: bytes that kernels read from and write to device memory."""
 
 import pytest
 
@@ -20,11 +20,11 @@ def traffic(*lines: str, before: str = "") -> int:
 A = "%a = f32[64,128]{1,0} parameter(0)"
 
 
-def test_a_kernel_reads_its_operands_and_writes_its_result() -> None:
+def test_kernel_reads_operands_and_writes_result() -> None:
     assert traffic(A, "ROOT %r = f32[64,128]{1,0} tanh(%a)") == 2 * 64 * ROW
 
 
-def test_arrays_in_the_chips_own_memory_are_free() -> None:
+def test_arrays_in_on_chip_memory_are_free() -> None:
     lines = (
         A,
         "%b = f32[64,128]{1,0:T(8,128)S(1)} tanh(%a)",
@@ -33,12 +33,12 @@ def test_arrays_in_the_chips_own_memory_are_free() -> None:
     assert traffic(*lines) == 2 * 64 * ROW
 
 
-def test_what_only_passes_arrays_on_is_free() -> None:
+def test_instructions_that_pass_arrays_on_are_free() -> None:
     lines = (A, "%b = f32[128,64]{1,0} bitcast(%a)", "ROOT %t = (f32[128,64]{1,0}) tuple(%b)")
     assert traffic(*lines) == 0
 
 
-def test_a_copy_to_the_chip_reads_once() -> None:
+def test_copy_to_the_chip_reads_once() -> None:
     lines = (
         A,
         "%s = (f32[64,128]{1,0:S(1)}, f32[64,128]{1,0}, u32[]{:S(2)}) copy-start(%a)",
@@ -47,7 +47,7 @@ def test_a_copy_to_the_chip_reads_once() -> None:
     assert traffic(*lines) == 64 * ROW
 
 
-def test_what_goes_to_other_slices_is_read_and_what_comes_is_written() -> None:
+def test_transfers_between_slices_read_or_write_once() -> None:
     lines = (
         A,
         "%t = token[] after-all()",
@@ -85,7 +85,7 @@ NESTED = (
 """
 )
 
-# As newer chips read: the stack in another tiling, which is never made as a whole.
+# On newer chips: the stack is retiled, but never materialised as a whole.
 RETILED = """%copied (p: f32[64,128]) -> f32[64,128] {
   %p = f32[64,128]{1,0:T(16,128)} parameter(0)
   ROOT %c = f32[64,128]{1,0:T(8,128)} copy(%p)
@@ -106,7 +106,7 @@ def retiled(inside: str) -> str:
 
 
 @pytest.mark.parametrize("inside", [SLICED, NESTED, retiled(SLICED)])
-def test_of_what_a_fusion_slices_the_slice_counts(inside: str) -> None:
+def test_fusion_counts_only_the_slice_it_reads(inside: str) -> None:
     lines = (
         A,
         "%i = s32[]{:S(6)} parameter(1)",
@@ -116,7 +116,7 @@ def test_of_what_a_fusion_slices_the_slice_counts(inside: str) -> None:
 
 
 @pytest.mark.parametrize("inside", [UPDATED, retiled(UPDATED)])
-def test_of_what_a_fusion_updates_the_update_counts(inside: str) -> None:
+def test_fusion_counts_only_the_update_it_writes(inside: str) -> None:
     lines = (
         A,
         "%b = f32[1,128]{1,0} parameter(1)",
@@ -127,7 +127,7 @@ def test_of_what_a_fusion_updates_the_update_counts(inside: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
-def test_splash_attention_counts_the_tiles_that_are_seen(name: str, products: int) -> None:
+def test_splash_attention_counts_visible_tiles(name: str, products: int) -> None:
     text = f"""ENTRY %main () -> bf16[6,4,2048,64] {{
   %m = s8[1,4,4]{{2,1,0}} parameter(0)
   %q = bf16[6,4,2048,64]{{3,2,1,0}} parameter(1)
@@ -147,8 +147,8 @@ def test_splash_attention_counts_the_tiles_that_are_seen(name: str, products: in
 
 
 @pytest.mark.parametrize(("name", "grid"), [("fwd", "4,3"), ("dq", "4,3"), ("dkv", "3,16")])
-def test_splash_attention_counts_the_tiles_of_a_window(name: str, grid: str) -> None:
-    """Of 4 x 16 tiles, on one of 4 devices that share a row."""
+def test_splash_attention_counts_tiles_of_a_window(name: str, grid: str) -> None:
+    """4 x 16 tiles, on one of 4 devices that share a row."""
     text = f"""ENTRY %main () -> bf16[6,4,2048,64] {{
   %m = s8[1,{grid}]{{2,1,0}} parameter(0)
   %q = bf16[6,4,2048,64]{{3,2,1,0}} parameter(1)
