@@ -23,6 +23,7 @@ def main() -> None:
     """Serves requests until stdin closes, which it does when the parent ends in any way."""
     setup = json.loads(sys.stdin.buffer.readline())
     sys.path[:] = setup["path"]
+    _accept_timer()
     try:
         compile_template = _import_jinja()
         # Loads what Jinja and strftime import late: no file can be opened once the limits are set.
@@ -220,6 +221,13 @@ def _limit(memory: int) -> None:
             resource.setrlimit(kind, (value, value))
         except (AttributeError, OSError, ValueError):
             pass
+
+
+def _accept_timer() -> None:
+    """Undoes what the parent may have done to the timer's signal: profilers block or ignore it."""
+    if hasattr(signal, "SIGPROF"):
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
 
 
 def _set_timer(seconds: float) -> None:

@@ -205,6 +205,18 @@ def test_a_template_without_end_is_one_error(template: str, message: str) -> Non
     assert render("{{ messages | length }}") == ["2", "3", "4"]
 
 
+def test_time_is_limited_where_the_parent_ignores_the_timer(short: None) -> None:
+    """As after a trace of JAX's profiler. A child process inherits both."""
+    handler = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})
+    try:
+        with pytest.raises(DataError, match="did not end within"):
+            render(LOOP.replace("BODY", ""))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGPROF, handler)
+
+
 def test_mutated_templates_are_rendered_or_refused(short: None) -> None:
     sources = list(TEMPLATES.values())
     for seed in range(400):
