@@ -134,7 +134,8 @@ def test_what_fits_beside_a_prefix_follows_from_where_text_starts():
 
 @pytest.mark.parametrize("method", [PromptTuning(2**20), HiddenPrefixTuning(2**20)])
 def test_a_million_soft_tokens_are_refused_before_they_are_traced(method) -> None:
-    with pytest.raises(ContextError, match="position 1048576, after the prefix, which leaves no room"):
+    message = "position 1048576, after the prefix, which leaves no room"
+    with pytest.raises(ContextError, match=message):
         PrefixModel(BACKBONE, method).check_context(None)
 
 
