@@ -1,6 +1,6 @@
-"""What the benchmarks share: the machine, memory, tables, and PEFT as the peer.
+"""Shared code of the benchmarks: environment, memory, tables, and the PEFT baseline.
 
-Nothing here imports JAX or torch at the top, so that each process brings up one of them alone.
+Nothing here imports JAX or torch at module level, so that each process loads only one of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PACKAGES = ("jax", "jaxlib", "torch", "transformers", "peft", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    """Date, machine and versions, for the JSON beside every table."""
+    """Date, machine and versions, stored with every result."""
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -54,7 +54,7 @@ def _version(name: str) -> str | None:
 
 
 def e2e(name: str) -> Path:
-    """A file of the E2E data, or an end with one line that says where it should be."""
+    """Path of a file of the E2E data. Exits with a one-line message if it is missing."""
     path = E2E / name
     if not path.exists():
         sys.exit(f"this benchmark needs the cleaned E2E data: no file {path}")
@@ -62,15 +62,14 @@ def e2e(name: str) -> Path:
 
 
 def reset_peak() -> None:
-    """Gives what loading has left over back to the system, and forgets the peak of resident
-    memory so far: Linux only."""
+    """Returns free memory to the system and resets the peak of resident memory. Linux only."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_mib() -> float:
-    """The peak of resident memory since `reset_peak`, MiB."""
+    """Peak resident memory since `reset_peak`, in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024
@@ -78,7 +77,7 @@ def peak_mib() -> float:
 
 
 def run_worker(script: str, *arguments: str) -> dict[str, Any]:
-    """Runs a script in a process of its own and returns the JSON that it prints last."""
+    """Runs a script in a separate process and returns the JSON on its last line."""
     command = [sys.executable, script, *arguments]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environ)
@@ -91,8 +90,7 @@ def take_turns(
     worker: Callable[[str], dict[str, Any]],
     libraries: Sequence[str] = ("ours", "peft"),
 ) -> dict[str, list[dict[str, Any]]]:
-    """What `worker` finds for each library, these taking turns, so that a machine that grows slower
-    does so for all."""
+    """Runs `worker` for each library in turn, so that a slowing machine affects all of them."""
     found: dict[str, list[dict[str, Any]]] = {library: [] for library in libraries}
     for _ in range(rounds):
         for library, results in found.items():
@@ -101,7 +99,7 @@ def take_turns(
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table in Markdown, ready for the documentation."""
+    """Formats a Markdown table for the documentation."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
     print(f"\n{title}\n")
@@ -110,7 +108,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 
 def write_json(name: str, content: Mapping[str, Any], output: Path | None = None) -> None:
-    """Stores a benchmark's figures with the environment they were measured in."""
+    """Stores the results of a benchmark together with its environment."""
     path = output or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**environment(), **content}, indent=2) + "\n")
@@ -118,17 +116,17 @@ def write_json(name: str, content: Mapping[str, Any], output: Path | None = None
 
 
 def output_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds --output, where the JSON goes."""
+    """Adds the option --output."""
     parser.add_argument("--output", type=Path, help="the JSON (default: benchmarks/results)")
 
 
 def peft_model(prefix: Mapping[str, np.ndarray] | None, length: int) -> Any:
-    """SmolLM2 on PyTorch in float32 under PEFT's prefix tuning, trained part float32.
+    """SmolLM2 on PyTorch with PEFT's prefix tuning, everything in float32.
 
-    The weights are those of the same GGUF file, dequantised by transformers.
+    The weights come from the same GGUF file, dequantised by transformers.
 
     Args:
-        prefix: k_LPKH and v_LPKH to start from; None keeps PEFT's own initialisation.
+        prefix: k_LPKH and v_LPKH to start from; None for PEFT's default initialization.
         length: P.
     """
     import torch
@@ -152,7 +150,7 @@ def peft_model(prefix: Mapping[str, np.ndarray] | None, length: int) -> Any:
 
 
 def _model_file() -> Path:
-    """The GGUF file of MODEL, found without importing JAX: it would count as PEFT's memory."""
+    """Finds the GGUF file of MODEL without importing JAX, which would count as PEFT's memory."""
     spec = importlib.util.find_spec(MODEL.partition(":")[2])
     if spec is None or spec.origin is None:
         sys.exit(f"this benchmark needs the PyPI package of {MODEL}")
@@ -161,17 +159,17 @@ def _model_file() -> Path:
 
 
 def without_torch() -> None:
-    """Hides torch from this process, as nobody who uses prefix_jax needs it: transformers would
-    import it wherever it is installed, and it would count as our memory."""
+    """Hides torch from this process. transformers imports it if it is installed, which would count
+    as our memory although prefix_jax does not need it."""
     sys.modules["torch"] = None
 
 
 def padded(batch: Sequence[tuple[np.ndarray, np.ndarray]], pad: int) -> dict[str, Any]:
-    """Examples as a PyTorch batch, padded on the right to the longest, labels on the targets.
+    """Converts examples to a right-padded PyTorch batch with labels on the targets.
 
     Args:
         batch: token ids and target mask of each example.
-        pad: the token that fills.
+        pad: the padding token.
     """
     import torch
 

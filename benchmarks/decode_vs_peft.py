@@ -2,10 +2,10 @@
 
     make bench NAME=decode_vs_peft
 
-SmolLM2-135M, float32, a prefix of 16, prompts of the cleaned E2E data, 64 new tokens with no end of
-text, so that both libraries do the same work. Each measurement is a process of its own, the two
-libraries taking turns; times are whole calls of `generate`, prompts included, after one call that
-compiles. What they generate is compared token by token.
+SmolLM2-135M, float32, a prefix of 16, prompts of the cleaned E2E data, 64 new tokens without end of
+text, so that both libraries do the same work. Each measurement runs in a separate process, with the
+libraries alternating. Times are for whole calls of `generate`, including the prompts, after one
+call that compiles. The generated tokens are compared.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import common
 import numpy as np
 
 LENGTH, NEW = 16, 64
-# Name → prompts at a time, beams, goal in multiples of PEFT's speed.
+# Name → prompts per batch, beams, goal as a multiple of PEFT's speed.
 SETTINGS = {
     "1 prompt, greedy": (1, 1, 2.0),
     "16 prompts, greedy": (16, 1, 2.0),
@@ -41,7 +41,7 @@ def prompts(count: int) -> list[str]:
 
 
 def prepare(exchange: Path) -> dict[str, Any]:
-    """Leaves both libraries a prefix that starts as a text, and tokenised prompts."""
+    """Prepares a prefix initialized from a text and tokenized prompts for both libraries."""
     common.without_torch()
     import jax
     import jax.numpy as jnp
@@ -116,7 +116,7 @@ def peft(setting: str, repeats: int, exchange: Path) -> dict[str, Any]:
 def _timed(generate: Callable[[], list[list[int]]], repeats: int) -> dict[str, Any]:
     ids = generate()
     if any(len(row) != NEW for row in ids):
-        raise RuntimeError("a text ended early: the work is not what was asked for")
+        raise RuntimeError("a text ended early: the libraries did different work")
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -127,8 +127,8 @@ def _timed(generate: Callable[[], list[list[int]]], repeats: int) -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each library")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls of a process")
+    parser.add_argument("--rounds", type=int, default=2, help="processes per library")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls per process")
     common.output_argument(parser)
     parser.add_argument("--worker", nargs=3, metavar=("LIBRARY", "SETTING", "DIRECTORY"), help="-")
     arguments = parser.parse_args()

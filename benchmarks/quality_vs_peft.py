@@ -1,15 +1,15 @@
-"""Quality against Hugging Face PEFT on PyTorch at an equal budget.
+"""Quality against Hugging Face PEFT on PyTorch, at equal budget.
 
     make bench NAME=quality_vs_peft
 
 SmolLM2-135M, float32, prefix length 16, 300 steps of 8 examples of the cleaned E2E data, AdamW with
-a linear schedule. Both libraries get the same examples in the same order. PEFT runs from each of
-its initialisations: random (its default), zero, and the keys and values of a text, which are the
-ones that ours starts from. Measured on the held-out inputs of dev.csv: the mean loss of a target
-token, and BLEU of greedy decoding against all references of an input.
+a linear schedule. Both libraries receive the same examples in the same order. PEFT runs with each
+of three initializations: random (its default), zero, and the keys and values of a text, which are
+also our initialization. Measured on the held-out inputs of dev.csv: mean loss per target token, and
+BLEU of greedy decoding against all references of an input.
 
-Each run takes about half an hour on two cores. The JSON is written after each, and what stands
-there already, of as many steps, is not run again.
+Each run takes about half an hour on two cores. The JSON is written after each run; runs that it
+already contains with the same number of steps are skipped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LENGTH, BATCH, RATE, NEW_TOKENS, ROWS = 16, 8, 1e-2, 64, 16
 
 
 def _config(steps: int, output: Path) -> Any:
-    """Our configuration of the run."""
+    """Our config of the run."""
     from prefix_jax.config import parse
 
     values = {
@@ -60,7 +60,7 @@ def ours(steps: int, exchange: Path) -> dict[str, Any]:
 
 
 def examples(steps: int, exchange: Path) -> dict[str, Any]:
-    """Leaves PEFT the examples of ours, in their order, and the start of its prefix."""
+    """Saves our examples, in order, and the initial prefix for PEFT."""
     from prefix_jax.data.tokens import group_references
     from prefix_jax.train.setup import prepare
 
@@ -84,7 +84,7 @@ def examples(steps: int, exchange: Path) -> dict[str, Any]:
 
 
 def peft(init: str, steps: int, exchange: Path) -> dict[str, Any]:
-    """Trains and measures PEFT from one initialisation."""
+    """Trains and measures PEFT from one initialization."""
     import torch
     from transformers import get_linear_schedule_with_warmup
 
@@ -124,7 +124,7 @@ def peft(init: str, steps: int, exchange: Path) -> dict[str, Any]:
         for start in range(0, len(data["prompts"]), ROWS):
             prompts = data["prompts"][start : start + ROWS]
             width = max(map(len, prompts))
-            # Generation wants its padding on the left.
+            # Generation requires left padding.
             ids = torch.tensor([[data["eos"]] * (width - len(p)) + p for p in prompts])
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
             out = model.generate(
@@ -144,7 +144,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument(
-        "--inits", nargs="+", default=["text", "zero", "random"], help="of PEFT (default: all)"
+        "--inits",
+        nargs="+",
+        default=["text", "zero", "random"],
+        help="PEFT's initialization (default: all)",
     )
     common.output_argument(parser)
     parser.add_argument("--worker", nargs=2, metavar=("LIBRARY", "DIRECTORY"), help="-")

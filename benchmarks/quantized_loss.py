@@ -1,15 +1,16 @@
-"""What int8 and int4 weights cost in loss, before and after training.
+"""Effect of int8 and int4 weights on the loss, before and after training.
 
     make bench NAME=quantized_loss
 
 SmolLM2-135M on E2E (60 steps of 8 examples) and all-MiniLM-L6-v2 with a head on SST-2 (200 steps of
-32): prefix length 16, AdamW with a linear schedule, the same examples in the same order, and losses
-on held-out data, of the bare model and of the trained one. Each prefix trains on the backbone that
-it is measured on. The reference has its weights rounded to bfloat16. All compute in float32: on
-TPUs they would in bfloat16, which a CPU does slowly. Goals: within 1 % (int8) and 5 % (int4).
+32): prefix length 16, AdamW with a linear schedule, the same examples in the same order. Measured:
+losses on held-out data of the bare model and of the trained one. Each prefix is trained on the
+backbone that it is measured on. The reference has its weights rounded to bfloat16. All computation
+is in float32; TPUs would use bfloat16, which is slow on CPUs. Goals: within 1 % (int8) and 5 %
+(int4).
 
-The GGUF file of SmolLM2 holds blocks of 4 bits already (Q4_1), which int4 keeps as they are: there
-the figures show no more than that. MiniLM's weights are float32.
+The GGUF file of SmolLM2 already has 4-bit blocks (Q4_1), which int4 keeps exactly, so its int4
+figures show only that. MiniLM's weights are float32.
 """
 
 from __future__ import annotations
@@ -52,12 +53,12 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 def measure(task: str, limit: int, steps: int | None) -> dict[str, dict[str, float]]:
-    """Loss before and after, and the megabytes of the backbone's weights, by their kind.
+    """Losses before and after training, and megabytes of the backbone, per kind of weights.
 
     Args:
-        task: of `TASKS`.
-        limit: held-out examples.
-        steps: of training; None for the task's own number.
+        task: a key of `TASKS`.
+        limit: the number of held-out examples.
+        steps: the number of training steps; None for the default of the task.
     """
     import jax
     import jax.numpy as jnp
@@ -111,7 +112,7 @@ def measure(task: str, limit: int, steps: int | None) -> dict[str, dict[str, flo
                 state, _ = setup.step(state, setup.frozen, micro)
             params = setup.params(state)
             after = loss(params, jax.jit(setup.model.prefix)(params))
-        # As they lie on a TPU: a bfloat16 takes two bytes, and two numbers of int4 one.
+        # Sizes as on a TPU: two bytes per bfloat16, half a byte per int4.
         bits = [
             x.size * (16 if x.dtype == jnp.float32 else jax.dtypes.itemsize_bits(x.dtype))
             for x in jax.tree.leaves(pretrained.params)
@@ -122,14 +123,14 @@ def measure(task: str, limit: int, steps: int | None) -> dict[str, dict[str, flo
 
 
 def _spread(records: Sequence[Any], count: int) -> list[Any]:
-    """So many, from all over a file: neighbours are alike."""
+    """Picks examples evenly spaced over a file, because neighbours are similar."""
     return list(records[:: max(1, len(records) // count)][:count])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--limit", type=int, default=400, help="held-out examples")
-    parser.add_argument("--steps", type=int, help="of training (default: as above)")
+    parser.add_argument("--steps", type=int, help="training steps (default: as above)")
     common.output_argument(parser)
     parser.add_argument("--worker", choices=TASKS, help="-")
     arguments = parser.parse_args()
@@ -153,7 +154,7 @@ def main() -> None:
                 )
             rows.append([*cells, f"{GOALS[how]:.0f} %" if how in GOALS else ""])
     common.print_table(
-        "Loss on held-out data under quantised weights",
+        "Loss on held-out data with quantised weights",
         ["", "weights", "MB", "bare model", "trained", "goal: within"],
         rows,
     )

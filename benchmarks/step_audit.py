@@ -1,14 +1,14 @@
-"""What one training step computes and stores, against what it has to.
+"""Computation and memory of one training step, compared with the minimum.
 
     python benchmarks/step_audit.py [--output benchmarks/results/step_audit.json]
 
 Steps are compiled for this machine from abstract weights: nothing is allocated and nothing runs.
-Goals, without remat: at most 1.05 times the floor (`prefix_jax.plan.floor`), no product that makes
-a frozen weight's gradient, no array as large as a parameter of the backbone, and an optimizer that
-knows the trained leaves alone. The rows "full" train the whole backbone and are there for contrast.
+Goals, without remat: at most 1.05 times the floor (`prefix_jax.plan.floor`), no product that
+computes the gradient of a frozen weight, no array as large as a parameter of the backbone, and
+optimizer state only for trained leaves. For comparison, the "full" rows train the whole backbone.
 
 XLA's CPU compiler computes bfloat16 products in float32 and converts whole stacks of weights for
-it: those copies, in the rows in bfloat16, are its own.
+them, which causes the weight copies in the bfloat16 rows.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ class Case:
 
     Attributes:
         model: a name in `CONFIGS`.
-        method: a name in `METHODS`, or "full": the backbone trains, and there is no prefix.
+        method: a name in `METHODS`, or "full" for training the backbone without a prefix.
         tokens, targets, length: T, M and P.
-        source: S, what an encoder reads; 0 for a decoder.
+        source: S, the encoder tokens; 0 for a decoder.
     """
 
     model: str
@@ -112,7 +112,7 @@ class Case:
     source: int = 0
 
 
-# Sizes that make no activation as large as a weight; see `audit`.
+# Sizes for which no activation is as large as a weight; see `audit`.
 TINY = Case("tiny", "prefix", tokens=72, targets=24, length=8)
 TINY_T5 = Case("tiny-T5", "prefix", tokens=36, targets=28, length=8, source=84)
 SMOLLM2 = Case("SmolLM2-135M", "prefix", tokens=512, targets=224, length=16)
@@ -146,7 +146,7 @@ def compile_step(
 
     Args:
         case: what to compile.
-        make: as `make_step`; (model, optimizer) → step.
+        make: (model, optimizer) → step, like `make_step`.
     """
     model = model_of(case)
 
@@ -178,13 +178,13 @@ def compile_step(
         source=Source(integers(S), Tokens(integers(S), None, integers(S))) if S else None,
     )
     lowered = jax.jit(make(model, optimizer), donate_argnums=0).lower(state, frozen, batch)
-    # Nothing runs: optimise the program, but spare LLVM the work on its machine code.
+    # Nothing runs, so only the HLO needs optimising: skip LLVM's optimisation of machine code.
     compiled = lowered.compile({"xla_backend_optimization_level": 0})
     return compiled, params["backbone"], state
 
 
 def floor_of(case: Case) -> int:
-    """The floor of a case. For "full", of a frozen backbone without a prefix."""
+    """The floor of a case; for "full", that of a frozen backbone without a prefix."""
     model = model_of(case)
     geometry, method = model.backbone.geometry, model.method
     produced = None

@@ -1,13 +1,13 @@
-"""What prefix tuning needs on TPUs, from the TPU's compiler, on any machine.
+"""Memory and time of prefix tuning on TPUs, from the TPU compiler, on any machine.
 
     python benchmarks/tpu_plan.py --part batches [--only NAME] [--goals]
 
-Parts: `batches` (the largest global batch that fits), `flops` (of the step, over the least that it
-takes), `collectives` (what layouts make devices send), `auto` (`mesh: auto` against every mesh),
-`full` (against full fine-tuning), `long` (long rows), `depth` (how long compilation takes). Rows
-of 2,048 tokens but for `long`, all of them targets, behind 32 slots of keys and values. Each part
-writes benchmarks/results/tpu_plan_PART.json, row by row; what stands there already is not compiled
-again. `--part batches --goals` compiles the step at the goals alone, into tpu_plan_goals.json.
+Parts: `batches` (the largest global batch that fits), `flops` (of the step, relative to the
+minimum), `collectives` (communication of each layout), `auto` (`mesh: auto` against every mesh),
+`full` (against full fine-tuning), `long` (long rows), `depth` (compilation time). Rows have 2,048
+tokens (except in `long`), all of them targets, and a prefix of 32 slots of keys and values. Each
+part writes benchmarks/results/tpu_plan_PART.json row by row; existing rows are not compiled again.
+`--part batches --goals` compiles only the steps of the goals, into tpu_plan_goals.json.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Case:
         model: a preset.
         topology: the chips.
         mesh: data, fsdp and tensor.
-        sequence: the mesh's fourth axis.
-        rows: of the step; where the largest batch is sought, the goal.
-        remat, quantize: as in `model` of a config.
+        sequence: the fourth mesh axis.
+        rows: rows per step; in a batch search, the goal.
+        remat, quantize: as in the `model` section of a config.
         method: as in a config.
-        tokens: of a row.
+        tokens: tokens per row.
     """
 
     model: str
@@ -66,7 +66,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """In one word, for --only and the results."""
+        """A one-word name, for --only and the results."""
         mesh = "x".join(map(str, self.mesh))
         if self.sequence > 1:
             mesh += f"+{self.sequence}"
@@ -95,12 +95,12 @@ class Case:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Of the mesh's axes."""
+        """Sizes of the mesh axes."""
         data, fsdp, tensor = self.mesh
         return {"data": data, "fsdp": fsdp, "sequence": self.sequence, "tensor": tensor}
 
 
-# The goals of the project, and what a throw-away step had reached.
+# The goals of the project, and the results of a prototype.
 BATCHES = (
     Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 48),
     Case("llama-3-8b", "v5e:2x2", (1, 4, 1), 16, quantize="int8"),
@@ -108,7 +108,7 @@ BATCHES = (
     Case("llama-3-8b", "v5e:1x1", (1, 1, 1), 8, quantize="int4"),
     Case("llama-3-70b", "v5p:2x2x1", (1, 4, 1), 16),
     Case("llama-3-70b", "v5e:4x4", (1, 16, 1), 16, quantize="int8"),
-    # What does not fit, and by how much.
+    # Steps that do not fit, to see by how much.
     Case("llama-3-8b", "v5e:1x1", (1, 1, 1), 1),
     Case("llama-3-70b", "v5e:4x4", (1, 16, 1), 16),
     Case("gemma-3-27b", "v6e:2x4", (1, 8, 1), 8),
@@ -124,7 +124,7 @@ FLOPS = (
     Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 24, remat="projections"),
     Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 24, remat="mlp"),
     Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 48),
-    # One step below the largest batches, where XLA begins to compute products again by itself.
+    # Slightly below the largest batches, at which XLA starts to rematerialise products by itself.
     Case("llama-3-8b", "v5e:2x2", (1, 4, 1), 64, quantize="int8"),
     Case("llama-3-8b", "v5e:1x1", (1, 1, 1), 9, quantize="int8"),
     Case("llama-3-8b", "v5e:1x1", (1, 1, 1), 12, quantize="int4"),
@@ -153,7 +153,7 @@ FULL = tuple(
     for remat in ("none", "full")
 )
 
-# A row a device, and fewer rows than devices: these share layers, or the columns of rows.
+# One row per device, and fewer rows than devices, which then share layers or columns.
 LONG = (
     Case("llama-3.1-8b", "v5e:2x4", (1, 8, 1), 8, tokens=8192),
     Case("llama-3.1-8b", "v5e:2x4", (1, 8, 1), 8, tokens=32768),
@@ -169,7 +169,7 @@ DEPTH = Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 16)
 
 
 def batches(case: Case, goals: bool) -> Row:
-    """The largest batch, or whether the goal fits."""
+    """Finds the largest batch, or checks whether the goal fits."""
     run, rows, topology = case.prepared()
     if goals:
         plan = case.plan()
@@ -192,7 +192,7 @@ def one(case: Case, _: bool) -> Row:
 
 
 def auto(case: Case, _: bool) -> Row:
-    """What auto chooses, and every mesh."""
+    """Compares the mesh that auto chooses with every mesh."""
     run, rows, topology = case.prepared()
     choice = choose_mesh(run, rows, topology, lambda plan: print("   ", line(plan)))
     plans = list(choice.compiled)
@@ -212,7 +212,7 @@ def auto(case: Case, _: bool) -> Row:
 
 
 def depth(layers: int) -> Row:
-    """How long the step takes to compile with so many layers."""
+    """Measures the compilation time with the given number of layers."""
     run, rows, topology = DEPTH.prepared()
     backbone = run.model.backbone
     arch = dataclasses.replace(backbone.arch, layers=layers)
@@ -233,7 +233,7 @@ CASES: dict[str, tuple[tuple[Case, ...], Callable[[Case, bool], Row]]] = {
 
 
 def work(part: str, goals: bool) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """The rows of a part, by name."""
+    """Computations of the rows of a part, by name."""
     if part == "depth":
         for layers in (8, 16, 32):
             yield f"{layers} layers", lambda layers=layers: depth(layers)
@@ -244,7 +244,7 @@ def work(part: str, goals: bool) -> Iterator[tuple[str, Callable[[], Row]]]:
 
 
 def told(row: Row) -> str:
-    """A row in a line."""
+    """Formats a row in one line."""
     plan = row.get("plan")
     if plan is None:
         return (
@@ -266,9 +266,9 @@ def told(row: Row) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=(*CASES, "depth"), required=True)
-    parser.add_argument("--only", metavar="TEXT", help="rows whose name has this in it")
+    parser.add_argument("--only", metavar="TEXT", help="only rows whose name contains this text")
     parser.add_argument(
-        "--goals", action="store_true", help="of batches: see whether the goals fit, no more"
+        "--goals", action="store_true", help="for batches: only check whether the goals fit"
     )
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

@@ -2,15 +2,16 @@
 
     make bench NAME=train_vs_peft
 
-SmolLM2-135M, float32, prefix tuning of length 16 on the cleaned E2E data, AdamW, 8 examples a
-step. Both libraries get the same examples in every step, start from the same prefix and report the
-same loss. Each measurement is a process of its own, the two libraries taking turns; times begin
-after warm-up (every shape compiled), memory is the peak after loading, compilation included.
+SmolLM2-135M, float32, prefix tuning of length 16 on the cleaned E2E data, AdamW, 8 examples per
+step. Both libraries receive the same examples in every step, start from the same prefix and report
+the same loss. Each measurement runs in a separate process, with the libraries alternating. Timing
+starts after warm-up (every shape compiled); memory is the peak after loading, including
+compilation.
 
-    random    the order of the data is shuffled
-    grouped   as `group_by_source: true` draws it: targets of one source come together
+    random    the data is shuffled
+    grouped   sampled as with `group_by_source: true`: the targets of a source are adjacent
 
-Ours runs a second time with `optim.accumulate: 2`: the same steps in two halves, which takes less
+Ours also runs with `optim.accumulate: 2`, the same steps in two micro-batches, which needs less
 memory and more time.
 """
 
@@ -31,12 +32,12 @@ import numpy as np
 LENGTH, BATCH, RATE = 16, 8, 1e-2
 GOALS = {"random": 1.7, "grouped": 2.2}
 MEMORY_GOAL = 0.6
-# Ours, by the number of micro-batches.
+# Our variants, by the number of micro-batches.
 OURS = {"ours": 1, "halves": 2}
 
 
 def setup_of(order: str, steps: int, micro: int) -> Any:
-    """Our run in so many micro-batches: the setup, whose pipeline also decides PEFT's batches."""
+    """Sets up our run with `micro` micro-batches. Its pipeline also defines PEFT's batches."""
     from prefix_jax.config import parse
     from prefix_jax.train.setup import prepare
 
@@ -58,7 +59,7 @@ def setup_of(order: str, steps: int, micro: int) -> Any:
 
 
 def ours(micro: int, order: str, steps: int, exchange: Path) -> dict[str, Any]:
-    """Times our steps, and leaves PEFT its batches and its prefix."""
+    """Times our steps, and saves the batches and the prefix for PEFT."""
     common.without_torch()
     import jax
 
@@ -144,8 +145,8 @@ def _result(seconds: list[float], losses: list[float], laid: int) -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=16, help="timed steps of a measurement")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of each library")
+    parser.add_argument("--steps", type=int, default=16, help="timed steps per measurement")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements per library")
     common.output_argument(parser)
     parser.add_argument("--worker", nargs=3, metavar=("LIBRARY", "ORDER", "DIRECTORY"), help="-")
     arguments = parser.parse_args()
@@ -197,7 +198,7 @@ def main() -> None:
                     ]
                 )
     common.print_table(
-        "Training, SmolLM2-135M float32, prefix 16, 8 examples a step",
+        "Training, SmolLM2-135M float32, prefix 16, 8 examples per step",
         [
             "batches",
             "ours (examples/s)",

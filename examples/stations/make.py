@@ -1,10 +1,10 @@
-"""Writes the stations data set: facts about an invented railway station, told in prose.
+"""Writes the stations data set: facts about invented railway stations, and texts about them.
 
     python examples/stations/make.py        # rewrites train.jsonl, dev.jsonl and test.jsonl
 
-The seed is fixed: the files change only when this page does. Every text is written in one of two
+The seed is fixed, so the files change only with this script. Every text is written in one of two
 manners, "A" and "B", which share the house style and the order of the facts (history and place,
-platforms and access, services) and differ in the words.
+platforms and access, services) and differ in wording.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 SEED = 1830
 STATIONS = {"train": 240, "dev": 40, "test": 40}
-TOLD_TWICE = {"train": 60, "dev": 40, "test": 40}  # stations with a text in either manner
+TOLD_TWICE = {"train": 60, "dev": 40, "test": 40}  # stations with a text in each manner
 
 FIRST = (
     "Alder Amber Badger Beacon Bramble Bracken Brindle Candle Chalk Clover Copper Crane Drover "
@@ -45,7 +45,7 @@ Record = dict[str, str | list[str]]
 
 @dataclasses.dataclass(frozen=True)
 class Station:
-    """What is known of a station; None where nothing is."""
+    """The known facts of a station; None for unknown ones."""
 
     name: str
     town: str | None = None
@@ -54,7 +54,7 @@ class Station:
     platforms: int | None = None
     step_free: bool | None = None
     cafe: bool | None = None
-    parking: int | None = None  # spaces; 0 says that there is no car park
+    parking: int | None = None  # spaces; 0 for no car park
 
     def facts(self) -> str:
         """The input of the model: "name[Wren Hill], opened[1874], café[no]"."""
@@ -168,11 +168,11 @@ class Station:
         return f"{parking} but no café" if self.parking else "neither a café nor parking"
 
     def _serves(self) -> bool:
-        """Whether there is any service to speak of."""
+        """True if there is a café or parking."""
         return bool(self.cafe or self.parking)
 
     def _and_or_but(self) -> str:
-        """Joins access and services: "but" where one is welcome news and the other is not."""
+        """Joins access and services: "but" if one is good news and the other is not."""
         if "but" in self._services():
             return "and"
         return "but" if self.step_free is not None and self.step_free != self._serves() else "and"
@@ -223,7 +223,7 @@ def records() -> dict[str, list[Record]]:
 
 
 def render(split: list[Record]) -> str:
-    """The content of a file: one JSON record a line."""
+    """The content of a file: one JSON record per line."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in split)
 
 
