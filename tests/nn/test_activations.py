@@ -1,4 +1,4 @@
-"""Activations compute what those of the same names do in transformers."""
+"""Activations match those of the same name in transformers."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ EXPECTED = {
 }
 
 
-def test_every_activation_has_expected_values() -> None:
+def test_activations_have_expected_values() -> None:
     assert EXPECTED.keys() == _ACTIVATIONS.keys()
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_activation_equals_that_of_transformers(name: str) -> None:
+def test_activations_match_transformers(name: str) -> None:
     values = activation(name)(jnp.asarray(INPUTS))
     np.testing.assert_allclose(values, EXPECTED[name], rtol=1e-4, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Attention equals a plain softmax over prefix and tokens, in values and in gradients."""
+"""Attention matches a plain softmax over prefix and tokens, in values and gradients."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def make(
     relative: Literal["none", "shared", "own"] = "none",
     seed: int = 0,
 ) -> Case:
-    """Random arrays; query 0 of row 0 sees nothing at all, like padding behind a window.
+    """Random arrays; query 0 of row 0 sees nothing, like padding outside a window.
 
-    With `relative`, logits have a bias, of one row for all or for each row its own.
+    With `relative`, logits have a bias, shared by all rows or separate for each row.
     """
     rng = np.random.default_rng(seed)
 
@@ -75,7 +75,7 @@ def make(
 
 
 def reference(case: Case, scale: float, softcap: float | None = None) -> jax.Array:
-    """One softmax over keys that were concatenated and repeated for each query head."""
+    """One softmax over concatenated keys, repeated for each query head."""
     q, k, v, join, mask_BTS, mask_BTP, added_BNTS, added_BNTP = case
     B, T, N, _ = q.shape
     bias_BNTS = jnp.where(mask_BTS, 0.0, -1e30)[:, None] * jnp.ones((1, N, 1, 1))
@@ -114,7 +114,7 @@ def ours(case: Case, softcap: float | None = None) -> jax.Array:
 def _value_and_gradients(function: object, case: Case, weight_BTNH: jax.Array) -> tuple:
     def scalar(q, k, v, join, *biases):
         out = function(Case(q, k, v, join, case.mask_BTS, case.mask_BTP, *biases))
-        # Nobody reads what a query that sees nothing finds.
+        # The output of a fully masked query is never used.
         return jnp.sum(jnp.where(sees_BT[..., None, None], out * weight_BTNH, 0))
 
     sees_BT = case.mask_BTS.any(-1)
@@ -144,7 +144,7 @@ def both(case: Case, weight_BTNH: jax.Array, softcap: float | None = None) -> tu
     window=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_values_and_gradients_are_those_of_one_softmax(**sizes):
+def test_values_and_gradients_match_one_softmax(**sizes):
     _compare(make(**sizes))
 
 
@@ -152,8 +152,8 @@ def test_values_and_gradients_are_those_of_one_softmax(**sizes):
     ("softcap", "relative", "bias"),
     [(0.8, "none", True), (None, "shared", True), (None, "own", False), (0.8, "own", True)],
 )
-def test_so_they_are_with_soft_caps_and_biases(softcap, relative, bias):
-    """A bias is added behind the cap; one row of it serves all, and gathers their gradients."""
+def test_values_and_gradients_match_with_soft_cap_and_bias(softcap, relative, bias):
+    """A bias is added after the cap; a single row is shared, and its gradients are summed."""
     _compare(make(relative=relative, bias=bias), softcap)
 
 
@@ -163,7 +163,7 @@ def _compare(case: Case, softcap: float | None = None) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours_, plain)
 
 
-def test_a_bias_of_minus_infinity_makes_a_slot_absent():
+def test_bias_of_minus_infinity_removes_a_slot():
     case = make(P=3, window=False)
     without = KVPrefix(*(x[jnp.array([0, 2])] for x in jax.tree.leaves(case.join)))
     bias = case.join.bias_LPN.at[1].set(-jnp.inf)
@@ -178,7 +178,7 @@ def test_a_bias_of_minus_infinity_makes_a_slot_absent():
         assert (leaf[1] == 0).all()
 
 
-def test_a_bias_of_minus_infinity_may_hide_a_slot_from_one_head_alone():
+def test_bias_of_minus_infinity_can_hide_a_slot_from_one_head():
     case = make(P=1, K=2, G=2, window=False)
     hidden = case.join.bias_LPN.at[0, 3].set(-jnp.inf)
     bare = ours(case._replace(join=None))
@@ -189,7 +189,7 @@ def test_a_bias_of_minus_infinity_may_hide_a_slot_from_one_head_alone():
 
 
 @pytest.mark.parametrize("P", [0, 3])
-def test_a_query_that_sees_nothing_stays_finite_and_sends_no_gradient(P):
+def test_fully_masked_query_is_finite_and_has_no_gradient(P):
     case = make(B=1, T=1, P=P)
     assert not case.mask_BTS.any()
     assert jnp.isfinite(ours(case)).all()
@@ -198,8 +198,8 @@ def test_a_query_that_sees_nothing_stays_finite_and_sends_no_gradient(P):
         assert (leaf == 0).all()
 
 
-def test_padding_changes_no_gradient():
-    """The rows of one batch do not mix: a row that sees nothing adds nothing to the prefix."""
+def test_padding_does_not_change_gradients():
+    """Rows are independent: a fully masked row adds nothing to the gradient of the prefix."""
     case = make(B=2, T=3, S=3)
     padded = case._replace(
         mask_BTS=case.mask_BTS.at[1].set(False), mask_BTP=case.mask_BTP.at[1].set(False)
@@ -216,7 +216,7 @@ def test_padding_changes_no_gradient():
 
 def test_bfloat16_accumulates_in_float32():
     case = make(B=2, T=16, S=64, K=2, G=2, H=16, P=8)
-    # One rounding of the inputs is common to both; the softmax itself must not add to it.
+    # Both round the inputs once; the softmax itself must not add to the error.
     low = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.bfloat16), case)
     high = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.float32), low)
     (_, grads), _ = both(low, jnp.ones_like(low.q_BTNH))
@@ -231,7 +231,7 @@ def test_bfloat16_accumulates_in_float32():
         assert error < 0.02
 
 
-def test_a_float32_prefix_gets_float32_gradients_from_a_bfloat16_model():
+def test_float32_prefix_has_float32_gradients_in_a_bfloat16_model():
     case = make()
     low = case._replace(
         **{
@@ -252,8 +252,8 @@ def test_large_logits_do_not_overflow():
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((value, grads)))
 
 
-def test_a_soft_cap_bounds_the_logits():
-    """Far beyond the cap, all that is seen weighs nearly the same, up to the cap's sign."""
+def test_soft_cap_bounds_the_logits():
+    """Far beyond the cap, all visible keys of the same sign have nearly the same weight."""
     case = make(P=0, bias=False)
     hot = case._replace(q_BTNH=case.q_BTNH * 1e4)
     capped = ours(hot, 1e-4)
@@ -265,7 +265,7 @@ def test_a_soft_cap_bounds_the_logits():
     assert jnp.abs(ours(hot) - capped)[sees].max() > 0.1
 
 
-# What stands beside the softmax.
+# Terms outside the softmax.
 
 
 def _add(case: Case, added: Beside | None) -> jax.Array:
@@ -274,7 +274,7 @@ def _add(case: Case, added: Beside | None) -> jax.Array:
 
 
 def _gated(case: Case, added: Gated) -> jax.Array:
-    """A softmax over the adapter alone, times the gate of its query head (Zhang et al. 2023)."""
+    """A softmax over only the adapter, times the gate of its query head (Zhang et al. 2023)."""
     group = case.q_BTNH.shape[2] // added.k_LPKH.shape[1]
     k_PNH, v_PNH = (jnp.repeat(x, group, axis=1) for x in (added.k_LPKH, added.v_LPKH))
     weights = jax.nn.softmax(jnp.einsum("BTNH,PNH->BNTP", case.q_BTNH, k_PNH) * 0.7, axis=-1)
@@ -282,7 +282,7 @@ def _gated(case: Case, added: Gated) -> jax.Array:
 
 
 def _memory(case: Case, added: Memory) -> jax.Array:
-    """elu of the query times a matrix of its head (Wang et al. 2025)."""
+    """elu(query) times the matrix of its head (Wang et al. 2025)."""
     q = case.q_BTNH
     return jnp.einsum("BTNH,NHY->BTNY", jnp.where(q > 0, q, jnp.expm1(q)), added.m_LNHH)
 
@@ -296,7 +296,7 @@ def _added(kind: str) -> Beside:
 
 
 @pytest.mark.parametrize(("kind", "plain"), [("gated", _gated), ("memory", _memory)])
-def test_what_stands_beside_the_softmax_is_added_to_it(kind, plain):
+def test_terms_outside_the_softmax_are_added(kind, plain):
     case = make(P=0)
     weight_BTNH = jnp.asarray(np.random.default_rng(1).normal(size=case.q_BTNH.shape), jnp.float32)
 
@@ -313,8 +313,8 @@ def test_what_stands_beside_the_softmax_is_added_to_it(kind, plain):
     )
 
 
-def test_a_closed_gate_adds_nothing_and_moves_nothing_but_itself():
-    """LLaMA-Adapter begins at zero: the model is itself at first, and the gate alone learns."""
+def test_closed_gate_adds_nothing_and_only_the_gate_has_a_gradient():
+    """LLaMA-Adapter starts at zero: from the bare model, with a gradient only for the gate."""
     case = make(P=0)
     closed = _added("gated").replace(gate_LN=jnp.zeros(4))
     np.testing.assert_array_equal(_add(case, closed), _add(case, None))
@@ -325,7 +325,7 @@ def test_a_closed_gate_adds_nothing_and_moves_nothing_but_itself():
 
 
 @pytest.mark.parametrize("kind", ["gated", "memory"])
-def test_a_bfloat16_model_keeps_its_dtype_beside_float32_parameters(kind):
+def test_bfloat16_model_keeps_its_dtype_with_float32_parameters(kind):
     case = make(P=0)
     low = case._replace(**{
         name: getattr(case, name).astype(jnp.bfloat16) for name in ("q_BTNH", "k_BSKH", "v_BSKH")

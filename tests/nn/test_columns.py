@@ -1,4 +1,4 @@
-"""Columns are dealt to the devices that share a row, and come back. `conftest.py` makes 8."""
+"""Zigzag layout of columns over devices and back. `conftest.py` makes 8 devices."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from prefix_jax.nn import columns
 
 
 @pytest.mark.parametrize("shards", [2, 4, 8])
-def test_each_device_has_columns_from_either_end(shards: int):
+def test_each_device_has_columns_from_both_ends(shards: int):
     order = columns.origin(48, shards).reshape(shards, -1)
     assert sorted(order.reshape(-1)) == list(range(48))
-    # What causal attention costs: column t sees t + 1.
+    # The cost of causal attention: column t sees t + 1 keys.
     assert len(set((order + 1).sum(axis=1))) == 1
     for device in order:
         half = len(device) // 2
@@ -25,7 +25,7 @@ def test_each_device_has_columns_from_either_end(shards: int):
 
 @pytest.mark.parametrize("shards", [2, 4, 8])
 @pytest.mark.parametrize("rows", [1, 8])
-def test_what_is_dealt_comes_back(shards: int, rows: int):
+def test_undeal_inverts_deal(shards: int, rows: int):
     x = {"ids": jnp.arange(rows * 48).reshape(rows, 48), "h": jnp.ones((rows, 48, 3)).cumsum(1)}
     with jax.set_mesh(make_mesh(sequence=shards)):
         dealt = jax.jit(columns.deal)(x)
@@ -37,7 +37,7 @@ def test_what_is_dealt_comes_back(shards: int, rows: int):
         np.testing.assert_array_equal(columns.reorder(dealt[name], shards, 1, back=True), leaf)
 
 
-def test_a_row_is_filled_until_it_can_be_dealt():
+def test_fill_pads_rows_until_they_can_be_dealt():
     x_BT = jnp.ones((2, 13), int)
     with jax.set_mesh(make_mesh(sequence=4)):
         filled = columns.fill(x_BT)
@@ -46,14 +46,14 @@ def test_a_row_is_filled_until_it_can_be_dealt():
     np.testing.assert_array_equal(filled.sum(axis=0), [2] * 13 + [0] * 3)
 
 
-def test_outside_of_a_mesh_there_is_nothing_to_deal():
+def test_cannot_deal_outside_a_mesh():
     x_BT = jnp.ones((2, 13), int)
     assert columns.fill(x_BT) is x_BT
     assert not columns.can_deal(16)
 
 
-def test_a_gradient_of_what_was_dealt_crosses_no_other_axis():
-    """What the devices of tensor hold alike, they do not add up."""
+def test_gradient_of_deal_is_not_summed_over_other_axes():
+    """Replicas along the tensor axis are not summed."""
 
     def total(x_BT: jax.Array) -> jax.Array:
         return jnp.sum(columns.deal(x_BT) ** 2)

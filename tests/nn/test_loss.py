@@ -1,4 +1,4 @@
-"""The chunked losses equal plain cross-entropy, in values and in gradients."""
+"""The chunked losses match plain cross-entropy, in values and gradients."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def plain(params, h_BMD, label_BM, weight_BM):
     return -(picked_BM * weight_BM).sum()
 
 
-# 2 targets a chunk leave a last chunk that is half empty; 1 is the least; 99 is one chunk.
+# With 2 targets per chunk the last chunk is half empty; 1 is the minimum; 99 is one chunk.
 @pytest.fixture(params=[1, 2 * B, 99 * B], ids=["single", "ragged", "whole"])
 def chunked(request, monkeypatch):
     monkeypatch.setattr(vocabulary, "chunk_targets", lambda: request.param)
 
 
 @pytest.mark.usefixtures("chunked")
-def test_a_frozen_head_passes_the_exact_gradient_to_hidden_states(arrays):
+def test_frozen_head_gives_exact_gradients_of_hidden_states(arrays):
     value, grad = jax.value_and_grad(losses.frozen_head_loss, argnums=2)(unembed, *arrays)
     expected, expected_grad = jax.value_and_grad(plain, argnums=1)(*arrays)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -51,7 +51,7 @@ def test_a_frozen_head_passes_the_exact_gradient_to_hidden_states(arrays):
 
 
 @pytest.mark.usefixtures("chunked")
-def test_a_training_head_gets_its_gradient_too(arrays):
+def test_training_head_has_a_gradient(arrays):
     value, grads = jax.value_and_grad(losses.training_head_loss, argnums=(1, 2))(unembed, *arrays)
     expected, expected_grads = jax.value_and_grad(plain, argnums=(0, 1))(*arrays)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -60,7 +60,7 @@ def test_a_training_head_gets_its_gradient_too(arrays):
 
 
 @pytest.mark.usefixtures("chunked")
-def test_row_losses_are_those_of_each_row_alone(arrays):
+def test_row_losses_are_independent_of_other_rows(arrays):
     params, *rows = arrays
     loss_B = losses.row_losses(unembed, params, *rows)
     expected = [plain(params, *(x[row] for x in rows)) for row in range(B)]
@@ -68,7 +68,7 @@ def test_row_losses_are_those_of_each_row_alone(arrays):
     assert loss_B[2] == 0
 
 
-def test_the_gradient_of_a_frozen_head_scales_with_the_cotangent(arrays):
+def test_frozen_head_gradient_scales_with_the_cotangent(arrays):
     params, h_BMD, *targets = arrays
 
     def value(h_BMD):
@@ -78,11 +78,11 @@ def test_the_gradient_of_a_frozen_head_scales_with_the_cotangent(arrays):
     np.testing.assert_allclose(tripled, 3 * jax.grad(value)(h_BMD), rtol=1e-5)
 
 
-def test_a_frozen_head_gets_no_gradient(arrays):
+def test_frozen_head_has_no_gradient(arrays):
     assert (jax.grad(losses.frozen_head_loss, argnums=1)(unembed, *arrays) == 0).all()
 
 
-def test_hidden_states_in_bfloat16_get_bfloat16_gradients(arrays):
+def test_bfloat16_hidden_states_have_bfloat16_gradients(arrays):
     params, h_BMD, *targets = arrays
     grad = jax.grad(losses.frozen_head_loss, argnums=2)(
         unembed, params, h_BMD.astype(jnp.bfloat16), *targets
@@ -93,7 +93,7 @@ def test_hidden_states_in_bfloat16_get_bfloat16_gradients(arrays):
     )
 
 
-def test_targets_that_share_a_column_add_their_gradients():
+def test_gradients_of_targets_in_the_same_column_add_up():
     h_BTD = jax.random.normal(jax.random.key(0), (1, 3, D))
     index_BM = jnp.array([[1, 1, 2]])
     gathered = losses.gather_targets(h_BTD, index_BM)
@@ -102,18 +102,18 @@ def test_targets_that_share_a_column_add_their_gradients():
     np.testing.assert_array_equal(grad[0, :, 0], [0, 2, 1])
 
 
-def test_confident_and_hopeless_logits_stay_finite():
+def test_extreme_logits_give_finite_losses():
     logits = jnp.array([[[1e4, 0.0], [0.0, 1e4]]])
     loss_BM = losses.token_losses(logits, jnp.array([[0, 0]]))
     np.testing.assert_allclose(loss_BM, [[0.0, 1e4]])
 
 
-# Candidates for one answer.
+# Candidates of one question.
 
 
 @pytest.mark.parametrize("answers", [1, 2])
-def test_the_loss_of_candidates_is_that_of_choosing_within_their_question(answers):
-    """Whatever else stands in the row, padding included."""
+def test_candidate_loss_is_a_softmax_within_each_question(answers):
+    """Independent of the rest of the row, including padding."""
     logits_BMY = jax.random.normal(jax.random.key(0), (2, 7, answers)) * 3
     question_BM = jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 0]])
     weight_BM = jnp.array([[1, 0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]], jnp.float32)

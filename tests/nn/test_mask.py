@@ -1,4 +1,4 @@
-"""Who sees whom follows from (group, branch, position) alone."""
+"""Masks follow from (group, branch, position)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def as_tokens(places: np.ndarray) -> Tokens:
 
 @settings(max_examples=50)
 @given(places(), places(), st.sampled_from([None, 1, 2, 5]))
-def test_a_token_sees_its_group_and_the_trunk_of_its_branch_up_to_its_position(q, k, window):
+def test_token_sees_its_group_its_branch_and_the_source_up_to_its_position(q, k, window):
     mask_BTS = np.asarray(visible(as_tokens(q), as_tokens(k), window))
     for b, t, s in np.ndindex(*mask_BTS.shape):
         group, branch, position = q[6 * b + t]
@@ -41,7 +41,7 @@ def test_a_token_sees_its_group_and_the_trunk_of_its_branch_up_to_its_position(q
 
 @settings(max_examples=20)
 @given(places(), places(), st.lists(st.booleans(), min_size=72, max_size=72))
-def test_a_lineage_takes_the_place_of_branches_and_of_nothing_else(q, k, lineage):
+def test_lineage_replaces_only_branches(q, k, lineage):
     lineage_BTS = jnp.asarray(lineage).reshape(2, 6, 6)
     one_branch = k.copy()
     one_branch[:, 1] = 0
@@ -51,7 +51,7 @@ def test_a_lineage_takes_the_place_of_branches_and_of_nothing_else(q, k, lineage
     )
 
 
-def test_plain_tokens_count_from_the_first_real_one_on_either_side_of_padding():
+def test_plain_positions_start_at_the_first_real_token():
     present = jnp.array([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]], bool)
     tokens = Tokens.plain(present)
     np.testing.assert_array_equal(tokens.position_BT[0, 2:], [0, 1, 2])
@@ -67,7 +67,7 @@ def test_padding_neither_sees_nor_is_seen():
 
 
 @given(st.integers(0, 12), st.integers(1, 6), st.sampled_from([None, 1, 3, 8]))
-def test_a_window_reaches_prefix_slots_as_it_reaches_tokens(position, length, window):
+def test_window_treats_prefix_slots_like_tokens(position, length, window):
     seen_P = np.asarray(visible_prefix(jnp.array([[position]]), jnp.arange(length), window))[0, 0]
     expected = [window is None or position - slot < window for slot in range(length)]
     np.testing.assert_array_equal(seen_P, expected)

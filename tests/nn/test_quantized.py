@@ -1,5 +1,4 @@
-"""Quantised weights are close to what they were, and products with them are products with what
-they stand for."""
+"""Quantised weights are close to the original, and products match the dequantised weights."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from prefix_jax.nn.quantized import QTensor, dequantize, matmul, quantize, take
 
-# Of a weight w_DNH, whose input is D: a scale for each output, and one for every 8 inputs of it.
+# Blocks of a w_DNH with input D: one scale per output, and one per 8 inputs of each output.
 BLOCKS = {8: (1, 4, 6), 4: (2, 4, 6)}
 
 
@@ -27,10 +26,10 @@ def _weight(seed: int, *shape: int) -> np.ndarray:
     st.floats(-3, 3),
     st.sampled_from(["float32", "bfloat16", "float16"]),
 )
-def test_no_value_is_further_off_than_half_a_step(
+def test_rounding_error_is_at_most_half_a_step(
     bits: int, seed: int, magnitude: float, shift: float, dtype: str
 ) -> None:
-    """And what the precision of scales and zeros, bfloat16's, costs at the ends of the range."""
+    """Plus the error of bfloat16 scales and zeros at the ends of the range."""
     if dtype == "float16":
         magnitude = min(max(magnitude, -10), 10)
     w_DNH = ((_weight(seed, 16, 4, 6) + np.float32(shift)) * np.float32(2.0**magnitude)).astype(
@@ -45,14 +44,14 @@ def test_no_value_is_further_off_than_half_a_step(
     assert (off <= bound_DNH * 1.001).all()
 
 
-def test_nothing_but_zeros_stay_zeros() -> None:
+def test_zeros_are_exact() -> None:
     for bits in (4, 8):
         quantised = quantize(np.zeros((16, 4, 6), np.float32), bits, BLOCKS[bits], np.float32)
         np.testing.assert_array_equal(np.asarray(dequantize(quantised)), 0.0)
 
 
-def test_four_bits_reproduce_blocks_that_have_sixteen_values() -> None:
-    """Those of a GGUF's Q4_1, say, whose least and greatest value both occur."""
+def test_four_bits_reproduce_blocks_of_sixteen_values() -> None:
+    """For example Q4_1 blocks of a GGUF file, in which the minimum and maximum both occur."""
     rng = np.random.default_rng(0)
     level = rng.integers(0, 16, size=(2, 8, 4, 6))
     level[:, 0], level[:, 1] = 0, 15
@@ -62,7 +61,7 @@ def test_four_bits_reproduce_blocks_that_have_sixteen_values() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_numbers_are_the_same_on_host_and_device_and_in_either_dtype(bits: int) -> None:
+def test_numbers_are_equal_on_host_and_device_and_in_both_dtypes(bits: int) -> None:
     w_DNH = _weight(0, 16, 4, 6)
     on_host = quantize(w_DNH, bits, BLOCKS[bits], np.float32)
     on_device = quantize(jnp.asarray(w_DNH), bits, BLOCKS[bits], jnp.bfloat16)
@@ -71,7 +70,7 @@ def test_numbers_are_the_same_on_host_and_device_and_in_either_dtype(bits: int) 
         np.testing.assert_array_equal(ours.astype(np.float32), np.asarray(theirs, np.float32))
 
 
-def test_it_looks_like_the_weight() -> None:
+def test_has_the_shape_size_and_dtype_of_the_weight() -> None:
     quantised = quantize(_weight(0, 16, 4, 6), 4, BLOCKS[4], jnp.bfloat16)
     assert (quantised.shape, quantised.size) == ((16, 4, 6), 16 * 4 * 6)
     assert (quantised.dtype, quantised.q.dtype) == (jnp.bfloat16, jnp.int4)
@@ -87,7 +86,7 @@ CASES = {
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
 @pytest.mark.parametrize("case", CASES)
-def test_products_and_their_gradients_are_those_of_the_weight(case: str, bits: int | None) -> None:
+def test_products_and_gradients_match_the_dequantized_weight(case: str, bits: int | None) -> None:
     shape, options, blocks = CASES[case]
     plain = weight = jnp.asarray(_weight(1, *shape))
     if bits is not None:
@@ -109,8 +108,8 @@ def test_products_and_their_gradients_are_those_of_the_weight(case: str, bits: i
     np.testing.assert_allclose(back(g)[0], expected_back(g)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_scan_keeps_no_copy_of_the_stack() -> None:
-    """The backward pass gets the integers of each layer, and dequantises them again."""
+def test_scan_keeps_no_dequantized_copy_of_the_stack() -> None:
+    """The backward pass receives the integers of each layer and dequantises them again."""
     weights = jax.vmap(lambda w: quantize(w, 4, (2, 16), jnp.float32))(
         jnp.asarray(_weight(0, 3, 16, 16))
     )
@@ -124,7 +123,7 @@ def test_a_scan_keeps_no_copy_of_the_stack() -> None:
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
-def test_rows_of_a_table(bits: int | None) -> None:
+def test_take_looks_up_rows_of_a_table(bits: int | None) -> None:
     table: jax.Array | QTensor = jnp.asarray(_weight(0, 10, 16))
     whole = table
     if bits is not None:

@@ -1,4 +1,4 @@
-"""Buckets of relative positions, against T5's definition."""
+"""Relative position buckets match T5's definition."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def buckets(relative: Relative, *distances: int) -> list[int]:
     return relative.bucket(np.array(distances)).tolist()
 
 
-def test_a_decoder_has_16_exact_buckets_and_16_logarithmic_ones() -> None:
-    """Query minus key: the past. 16 to 128 are spread evenly on a logarithmic scale."""
+def test_decoder_has_16_exact_and_16_logarithmic_buckets() -> None:
+    """Query minus key, the past. 16 to 128 are evenly spaced on a logarithmic scale."""
     assert buckets(T5[False], *range(16)) == list(range(16))
     edges = np.ceil(16 * 8 ** (np.arange(16) / 16) - 1e-9).astype(int)
     assert buckets(T5[False], *edges) == list(range(16, 32))
@@ -27,26 +27,26 @@ def test_a_decoder_has_16_exact_buckets_and_16_logarithmic_ones() -> None:
     assert buckets(T5[False], 128, 1000) == [31, 31]
 
 
-def test_a_decoder_puts_the_future_into_the_bucket_of_itself() -> None:
+def test_decoder_puts_future_keys_into_bucket_0() -> None:
     assert buckets(T5[False], -1, -50) == [0, 0]
 
 
-def test_an_encoder_halves_the_buckets_between_past_and_future() -> None:
+def test_encoder_splits_buckets_between_past_and_future() -> None:
     past = buckets(T5[True], 0, 1, 7, 8, 127, 128, 5000)
     assert past == [0, 1, 7, 8, 15, 15, 15]
     assert buckets(T5[True], -1, -7, -8, -127, -5000) == [17, 23, 24, 31, 31]
-    # Ranges begin at powers of two, where a logarithm that is rounded otherwise would err.
+    # Ranges start at powers of two, where a differently rounded logarithm would be wrong.
     assert buckets(T5[True], 15, 16, 31, 32, 63, 64) == [9, 10, 11, 12, 13, 14]
 
 
 @pytest.mark.parametrize("both_ways", [False, True])
 @given(far=st.integers(0, 3000))
-def test_buckets_never_fall_with_distance_and_stay_in_range(both_ways: bool, far: int) -> None:
+def test_buckets_increase_with_distance_and_stay_in_range(both_ways: bool, far: int) -> None:
     near, next_ = buckets(T5[both_ways], far, far + 1)
     assert 0 <= near <= next_ < 32
 
 
-def test_the_bias_is_the_buckets_entry_for_every_head() -> None:
+def test_bias_is_the_table_entry_of_the_bucket_for_every_head() -> None:
     relative, N = T5[False], 3
     table_RN = jax.random.normal(jax.random.key(0), (32, N))
     query_BT, key_BS = jnp.array([[4, 9], [0, 1]]), jnp.array([[0, 4, 8], [0, 1, 2]])

@@ -1,4 +1,4 @@
-"""What each policy computes again, counted in the compiled program."""
+"""Recomputation under each policy, counted in the compiled program."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.decoders import decoder, present, weights
 
 B, T, P = 2, 20, 3
 NH, KH, D, F, L = 4 * 8, 2 * 8, 32, 48, 3
-TOKEN = 2 * B * T * L  # of each number in a layer's matrices: a multiply-add counts as two
+TOKEN = 2 * B * T * L  # per element of a layer's matrices: a multiply-add counts as two
 
 
 def flops(remat: Remat) -> int:
-    """Of the gradient of a prefix under the Llama of `decoders`."""
+    """Operations for the gradient of a prefix with the Llama of `decoders`."""
     backbone = decoder("llama", remat)
 
     def loss(prefix, params, ids_BT, tokens):
@@ -39,25 +39,25 @@ def least() -> int:
     return flops("none")
 
 
-def test_keeping_every_product_computes_none_again(least):
+def test_dots_recomputes_no_product(least):
     assert flops("dots") == least
 
 
-def test_keeping_the_feed_forward_computes_attention_again(least):
+def test_mlp_recomputes_attention(least):
     projections = TOKEN * (D * (NH + 2 * KH) + NH * D)
-    # Of attention's two products, the backward pass computes the logits again in any case.
+    # The backward pass always recomputes the logits, so only the weighted sum is added.
     mixing = 2 * B * T * (T + P) * NH * L
     assert flops("mlp") == least + projections + mixing
 
 
-def test_keeping_projections_computes_the_gate_and_mixes_again(least):
+def test_projections_recomputes_the_gate_and_the_attention_output(least):
     mixing = 2 * B * T * (T + P) * NH * L
     assert flops("projections") == least + TOKEN * D * F + mixing
 
 
-def test_keeping_attention_computes_the_feed_forward_again_but_for_its_last_product(least):
+def test_attention_recomputes_the_feed_forward_except_its_last_product(least):
     assert flops("attention") == least + TOKEN * 2 * D * F
 
 
-def test_keeping_nothing_computes_all_but_the_last_product_again(least):
+def test_full_recomputes_all_but_the_last_product(least):
     assert flops("full") == flops("mlp") + flops("attention") - least

@@ -1,4 +1,4 @@
-"""Rotary frequencies and their scalings, against the formulas of their sources."""
+"""Rotary frequencies and scalings match the formulas of their sources."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def test_linear_scaling_divides_positions():
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
-def test_llama3_keeps_short_wavelengths_divides_long_ones_and_blends_between():
-    """Llama 3.1's published numbers: theta 500000, factor 8, bounds 1 and 4, context 8192."""
+def test_llama3_keeps_short_wavelengths_divides_long_ones_and_interpolates_between():
+    """Llama 3.1's published values: theta 500000, factor 8, bounds 1 and 4, context 8192."""
     rotary = Rotary(500000.0, "llama3", 8.0, 8192, low=1.0, high=4.0)
     plain, scaled = Rotary(500000.0).frequencies(128), rotary.frequencies(128)
     wavelength = 2 * np.pi / plain.astype(np.float64)
@@ -55,7 +55,7 @@ def test_yarn_interpolates_slow_dimensions_and_keeps_fast_ones():
         np.testing.assert_allclose(scaled[d], expected, rtol=1e-5)
 
 
-def test_yarn_without_rounding_bends_at_fractional_dimensions():
+def test_yarn_without_rounding_has_fractional_ramp_bounds():
     arguments = (10000.0, "yarn", 4.0, 2048, 1.0, 32.0)
     rounded = Rotary(*arguments).frequencies(64)
     exact = Rotary(*arguments, truncate=False).frequencies(64)
@@ -70,7 +70,7 @@ def test_attention_scales_cos_and_sin():
         np.testing.assert_allclose(ours, 1.5 * theirs, rtol=1e-6)
 
 
-def test_rotation_keeps_norms_and_makes_products_depend_on_distance_alone():
+def test_rotation_keeps_norms_and_products_depend_only_on_distance():
     rotary, H = Rotary(100.0), 8
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, H))
 
@@ -84,8 +84,8 @@ def test_rotation_keeps_norms_and_makes_products_depend_on_distance_alone():
     assert float(near) != pytest.approx(float(at(q, 6) @ at(k, 2)), abs=1e-3)
 
 
-def test_rotation_turns_the_two_halves_as_one_plane():
-    """Dimension i turns with dimension i + H/2, as in Hugging Face checkpoints."""
+def test_rotation_pairs_dimensions_of_the_two_halves():
+    """Dimension i rotates with dimension i + H/2, as in Hugging Face checkpoints."""
     rotary = Rotary(100.0)
     x = jnp.zeros((1, 1, 1, 4)).at[..., 0].set(1.0)
     out = rotate(x, *rotary.angles(jnp.array([[1]]), 4))[0, 0, 0]
@@ -97,8 +97,8 @@ def test_bfloat16_stays_bfloat16():
     assert rotate(x, *Rotary(100.0).angles(jnp.array([[3]]), 4)).dtype == jnp.bfloat16
 
 
-def test_a_share_turns_the_first_dimensions_and_leaves_the_rest():
-    """A head of 8 of which half turns is a head of 4 that turns, and 4 dimensions as they were."""
+def test_share_rotates_only_the_first_dimensions():
+    """A head of 8 with share 0.5 is a rotated head of 4 and 4 unchanged dimensions."""
     x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
     position = jnp.array([[0, 5, 90]])
     angles = Rotary(100.0, share=0.5).angles(position, 8)

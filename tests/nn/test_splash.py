@@ -1,6 +1,6 @@
-"""The kernels compute what XLA computes, in values and in gradients.
+"""The kernels match XLA, in values and gradients.
 
-Pallas interprets them here; that they compile for a TPU is in `tests/backbones/test_stack.py`.
+Pallas interprets them here; `tests/backbones/test_stack.py` compiles them for a TPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from prefix_jax.prefix import KVPrefix, Site
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
 B, T, K, G, H = 2, 256, 2, 2, 8
-# What a case has of tokens.
+# The token arrays of a case.
 TOKENS = ("q_BTNH", "k_BSKH", "v_BSKH")
 
 
@@ -53,7 +53,7 @@ def case(S: int = T, P: int = 3, columns: int = T, rows: int = B) -> Case:
 
 
 def packed(columns: int, branches: int = 0, rows: int = B) -> Tokens:
-    """Rows of groups of many lengths, each a source with `branches` targets, and then padding."""
+    """Rows of groups of various lengths, each a source with `branches` targets, then padding."""
     rng = np.random.default_rng(columns)
     group, branch, position = np.zeros((3, rows, columns), np.int32)
     for row in range(rows):
@@ -66,7 +66,7 @@ def packed(columns: int, branches: int = 0, rows: int = B) -> Tokens:
                 branch[row, target:end] = b
                 position[row, target:end] = source - start + np.arange(end - target)
             group[row, start:end] = number
-            # Columns behind the row's end were cut off.
+            # Columns beyond the end of the row were cut off.
             start, number = end, number + 1
     arrays = map(jnp.asarray, (group, branch, position))
     tokens = Tokens(*arrays)
@@ -74,7 +74,7 @@ def packed(columns: int, branches: int = 0, rows: int = B) -> Tokens:
 
 
 def weights(case: Case) -> jax.Array:
-    """Of what each query reads, in a sum."""
+    """Weights of each query's output in the sum."""
     return jnp.asarray(np.random.default_rng(1).normal(size=case.q_BTNH.shape), jnp.float32)
 
 
@@ -85,7 +85,7 @@ def found(
     fused: bool = True,
     weight_BTNH: jax.Array | None = None,
 ) -> tuple[jax.Array, Case]:
-    """What the queries that are no padding read, and the gradients of a sum of it."""
+    """Outputs of queries that are not padding, and the gradients of their weighted sum."""
     weight_BTNH = weights(case) if weight_BTNH is None else weight_BTNH
     assert isinstance(seen.tokens, Sight)
     real_BT11 = (seen.tokens.queries.group_BT > 0)[..., None, None]
@@ -116,38 +116,38 @@ def compare(case: Case, seen: Seen, softcap: float | None = None) -> None:
     )
 
 
-def test_packed_rows_behind_a_prefix_with_biases_and_a_soft_cap():
+def test_packed_rows_with_prefix_bias_and_soft_cap():
     tokens = packed(T)
     compare(case(), Seen(Sight(tokens, tokens)), softcap=2.0)
 
 
-def test_rows_that_are_no_multiple_of_a_block():
+def test_rows_that_are_not_a_multiple_of_the_block():
     tokens = packed(200)
     compare(case(S=200, P=0, columns=200), Seen(Sight(tokens, tokens)))
 
 
-def test_targets_that_branch_from_one_source():
+def test_branched_targets():
     tokens = packed(T, branches=3)
     compare(case(), Seen(Sight(tokens, tokens)))
 
 
 @pytest.mark.parametrize("narrow", [True, False])
-def test_windows_of_layers_that_differ_in_them(narrow: bool):
-    """A prefix falls out of a window too."""
+def test_windows_that_differ_between_layers(narrow: bool):
+    """A prefix also leaves the window."""
     tokens = packed(T)
     sight = Sight(tokens, tokens, window=9, narrow=jnp.asarray(narrow))
     mask_BTP = jnp.broadcast_to((tokens.position_BT < 9)[..., None], (B, T, 3))
     compare(case(), Seen(sight, mask_BTP))
 
 
-def test_encoders_and_what_attends_to_them():
+def test_encoder_and_cross_attention():
     compare(case(S=384), Seen(Sight(packed(T), packed(384), causal=False)))
 
 
 @pytest.mark.parametrize(("sizes", "rows"), [((2, 1, 4), 2), ((4, 1, 2), 2)])
 def test_devices_share_rows_and_heads(sizes: tuple[int, int, int], rows: int):
-    """Of 2 key heads on 4 devices, two devices hold each, with one of its query heads. 2 rows on 4
-    devices are on all of them."""
+    """With 2 key heads on 4 devices, two devices hold each key head, with one of its query heads.
+    2 rows on 4 devices are replicated."""
     inputs, tokens = case(S=128, columns=128, rows=rows), packed(128, rows=rows)
     seen = Seen(Sight(tokens, tokens))
     plain = found(inputs, seen, fused=False)
@@ -166,7 +166,7 @@ def packed_with(kind: str, columns: int) -> Sight:
     ("kind", "columns", "sequence", "tensor"),
     [
         ("plain", 256, 4, 2),
-        # Shares that are no multiple of a block.
+        # Shares that are not a multiple of the block.
         ("plain", 192, 2, 2),
         # Copies of the 2 key heads.
         ("plain", 256, 2, 4),
@@ -175,7 +175,7 @@ def packed_with(kind: str, columns: int) -> Sight:
     ],
 )
 def test_devices_share_columns(kind: str, columns: int, sequence: int, tensor: int, dealt: bool):
-    """In order, or each with columns from either end of a row."""
+    """In order, or each with columns from both ends of a row."""
     sight, inputs = packed_with(kind, columns), case(S=columns, columns=columns)
     plain = found(inputs, Seen(sight), fused=False)
     order = origin(columns, sequence) if dealt else np.arange(columns)
@@ -194,8 +194,8 @@ def test_devices_share_columns(kind: str, columns: int, sequence: int, tensor: i
 
 
 @pytest.mark.parametrize("S", [384, 129])
-def test_devices_share_columns_of_what_attends_to_an_encoder(S: int):
-    """Whose keys they share too, if their number divides them."""
+def test_devices_share_columns_in_cross_attention(S: int):
+    """They also share the keys, if their number divides them."""
     inputs, seen = case(S=S), Seen(Sight(packed(T), packed(S), causal=False))
     plain = found(inputs, seen, fused=False)
     with jax.set_mesh(make_mesh(2, sequence=4)):
@@ -203,7 +203,7 @@ def test_devices_share_columns_of_what_attends_to_an_encoder(S: int):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), split, plain)
 
 
-def test_a_query_that_sees_nothing_is_finite_and_sends_no_gradient():
+def test_fully_masked_query_is_finite_and_has_no_gradient():
     nobody = Tokens.plain(jnp.zeros((1, 128), bool))
     seen = Seen(Sight(nobody, nobody))
 
@@ -219,7 +219,7 @@ def test_a_query_that_sees_nothing_is_finite_and_sends_no_gradient():
         assert not leaf.any()
 
 
-def test_what_the_kernels_cannot_do_is_left_to_XLA():
+def test_unsupported_cases_use_xla():
     tokens, branched = packed(T), packed(T, branches=2)
     short = packed(100)
     q, k = jnp.zeros((B, K, G, T, H)), jnp.zeros((B, T, K, H))
@@ -229,7 +229,7 @@ def test_what_the_kernels_cannot_do_is_left_to_XLA():
             return splash.fits(q, k, seen)
 
     rule = Seen(Sight(tokens, tokens))
-    # 8 devices, and nothing that says how many of them the program is for.
+    # 8 devices without a mesh: the program may span any number of them.
     assert not splash.fits(q, k, rule)
     assert fits(rule)
     assert fits(Seen(Sight(branched, branched)))

@@ -1,4 +1,4 @@
-"""Tiles of a mask are what comparing each query with each key gives."""
+"""Tiles of a mask match a comparison of every query with every key."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prefix_jax.nn.columns import origin
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40])
 @pytest.mark.parametrize("shards", [1, 4])
-def test_every_tile_is_what_the_rule_says(window: int | None, shards: int):
+def test_every_tile_matches_the_mask(window: int | None, shards: int):
     queries = origin(64, shards)
     mask = tiles.Causal(queries, 64, window)
     distance = queries[:, None] - np.arange(64)
@@ -23,8 +23,8 @@ def test_every_tile_is_what_the_rule_says(window: int | None, shards: int):
     np.testing.assert_array_equal(mask[:, :], expected)
 
 
-def test_masks_of_other_queries_are_others():
-    """JAX keeps what it found of a mask, by its hash."""
+def test_masks_of_different_queries_are_not_equal():
+    """JAX caches mask information by hash."""
     first, second = (tiles.Causal(origin(64, shards), 64, None) for shards in (1, 4))
     assert first != second
     assert first == tiles.Causal(origin(64, 1), 64, None)

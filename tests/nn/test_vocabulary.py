@@ -1,4 +1,4 @@
-"""A head on a mesh: who holds which logits, and that no loss depends on it."""
+"""Sharding of the head: the placement of logits, which must not change the loss."""
 
 import functools
 
@@ -46,7 +46,7 @@ def problem(V: int):
 @pytest.mark.parametrize("name", MESHES)
 @pytest.mark.parametrize("V", [32, 30, 7])
 @pytest.mark.parametrize("few", [1, 16], ids=["gathered", "shared"])
-def test_a_mesh_changes_neither_loss_nor_gradient(few, V, name, monkeypatch):
+def test_loss_and_gradient_do_not_depend_on_the_mesh(few, V, name, monkeypatch):
     monkeypatch.setattr(vocabulary, "_FEW", few)
     weights_DV, h_BMD, label_BM = problem(V)
     expected = loss_and_gradient(weights_DV, h_BMD, label_BM)
@@ -59,7 +59,7 @@ def test_a_mesh_changes_neither_loss_nor_gradient(few, V, name, monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [None, 8])
-def test_few_devices_take_a_part_of_the_vocabulary_each(bits):
+def test_few_devices_split_the_vocabulary(bits):
     weights_DV = jnp.ones((D, 32))
     if bits:
         weights_DV = quantize(weights_DV, bits, (1, 32), jnp.float32)
@@ -76,8 +76,8 @@ def test_many_devices_gather_the_head(monkeypatch):
     assert placed.sharding.is_fully_replicated
 
 
-def test_devices_that_share_columns_but_no_vocabulary_compute_their_share_of_logits(monkeypatch):
-    """Of 3 targets a row, filled to 4, one on each of 4 devices."""
+def test_devices_that_share_only_columns_split_the_logits(monkeypatch):
+    """3 targets per row are padded to 4, one on each of 4 devices."""
     monkeypatch.setattr(vocabulary, "_FEW", 1)
     V = 37
     arguments = problem(V)
@@ -92,7 +92,7 @@ def test_devices_that_share_columns_but_no_vocabulary_compute_their_share_of_log
     assert max(array.elements for array in logits) <= max(B // 2, D) * V
 
 
-def test_chunks_are_as_large_as_the_products_and_the_exchange_need():
+def test_chunk_size_follows_the_mesh():
     assert vocabulary.chunk_targets() == 512
     assert targets_of_a_chunk(make_mesh(4, 1, 1, devices=jax.devices()[:4])) == 4 * 128
     assert targets_of_a_chunk(make_mesh(1, 8, 1)) == 8 * 128
@@ -108,7 +108,7 @@ def targets_of_a_chunk(mesh):
     return found
 
 
-def test_outside_of_a_mesh_nothing_happens():
+def test_does_nothing_outside_a_mesh():
     weights_DV = jnp.ones((D, 32))
     assert vocabulary.head(weights_DV, 1) is weights_DV
     assert vocabulary.rows(weights_DV) is weights_DV
