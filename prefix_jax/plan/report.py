@@ -121,8 +121,8 @@ def largest_line(largest: Largest) -> str:
     rate, best = largest.plan.tokens_per_second, largest.quickest.tokens_per_second
     if rate and best and best > _QUICKER * rate:
         said += (
-            f" It reaches at most {rate:,.0f} tokens per second; {largest.quickest.rows.rows} rows "
-            f"reach {best:,.0f}."
+            f" At most {rate:,.0f} tokens per second with {count}, {best:,.0f} with "
+            f"{largest.quickest.rows.rows}."
         )
     return said
 

@@ -56,7 +56,7 @@ def test_reports_a_smaller_batch_with_higher_throughput(
     assert ("tokens per second" in said) == (again > 1)
     if again > 1:
         assert found.quickest.rows.rows <= 11
-        assert f"12 tokens per second; {found.quickest.rows.rows} rows reach 16." in said
+        assert f"12 tokens per second with 13 rows, 16 with {found.quickest.rows.rows}." in said
         assert report.largest_as_json(found)["quickest"]["rows"]["rows"] <= 11
 
 

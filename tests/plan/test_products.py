@@ -68,8 +68,8 @@ def test_counts_rematerialisation() -> None:
     def loss(x: jax.Array, weights: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, w: (block(x, w), None), x, weights)[0].sum()
 
-    # Of the two products that a block computes again, the second is the first thing its own
-    # gradient needs: only what tanh of it is.
+    # Per block: 2 products forward, 2 for the gradient of the activations, and 2 recomputed, as the
+    # gradient of the outer tanh needs its output.
     assert compiled_flops(jax.grad(loss), (24, 40), (7, 40, 40)) == 6 * 7 * 2 * 24 * 40 * 40
 
 
