@@ -126,7 +126,7 @@ def peft_model(prefix: Mapping[str, np.ndarray] | None, length: int) -> Any:
     The weights come from the same GGUF file, dequantised by transformers.
 
     Args:
-        prefix: k_LPKH and v_LPKH to start from; None for PEFT's default initialization.
+        prefix: k_LPKH and v_LPKH to start from; None for PEFT's default initialisation.
         length: P.
     """
     import torch

@@ -41,7 +41,7 @@ def prompts(count: int) -> list[str]:
 
 
 def prepare(exchange: Path) -> dict[str, Any]:
-    """Prepares a prefix initialized from a text and tokenized prompts for both libraries."""
+    """Prepares a prefix initialised from a text and tokenised prompts for both libraries."""
     common.without_torch()
     import jax
     import jax.numpy as jnp

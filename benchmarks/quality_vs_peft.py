@@ -4,8 +4,8 @@
 
 SmolLM2-135M, float32, prefix length 16, 300 steps of 8 examples of the cleaned E2E data, AdamW with
 a linear schedule. Both libraries receive the same examples in the same order. PEFT runs with each
-of three initializations: random (its default), zero, and the keys and values of a text, which are
-also our initialization. Measured on the held-out inputs of dev.csv: mean loss per target token, and
+of three initialisations: random (its default), zero, and the keys and values of a text, which are
+also our initialisation. Measured on the held-out inputs of dev.csv: mean loss per target token, and
 BLEU of greedy decoding against all references of an input.
 
 Each run takes about half an hour on two cores. The JSON is written after each run; runs that it
@@ -84,7 +84,7 @@ def examples(steps: int, exchange: Path) -> dict[str, Any]:
 
 
 def peft(init: str, steps: int, exchange: Path) -> dict[str, Any]:
-    """Trains and measures PEFT from one initialization."""
+    """Trains and measures PEFT from one initialisation."""
     import torch
     from transformers import get_linear_schedule_with_warmup
 
@@ -147,7 +147,7 @@ def main() -> None:
         "--inits",
         nargs="+",
         default=["text", "zero", "random"],
-        help="PEFT's initialization (default: all)",
+        help="PEFT's initialisation (default: all)",
     )
     common.output_argument(parser)
     parser.add_argument("--worker", nargs=2, metavar=("LIBRARY", "DIRECTORY"), help="-")

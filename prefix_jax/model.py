@@ -150,7 +150,7 @@ class PrefixModel:
 
     @property
     def encoder_decoder(self) -> EncoderDecoder | None:
-        """Tokenization settings of an encoder-decoder: see `encoder_decoder`."""
+        """Tokenisation settings of an encoder-decoder: see `encoder_decoder`."""
         return encoder_decoder(self.backbone, self._abstract)
 
     @property
@@ -200,7 +200,7 @@ def packs(prefix: Prefix | None) -> bool:
 
 
 def encoder_decoder(backbone: Backbone, prefix: Prefix | None) -> EncoderDecoder | None:
-    """Tokenization settings of an encoder-decoder with a prefix; None for a single stack."""
+    """Tokenisation settings of an encoder-decoder with a prefix; None for a single stack."""
     start_id = backbone.arch.start_id
     if backbone.arch.encoder is None or start_id is None:
         return None

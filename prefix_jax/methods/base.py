@@ -66,12 +66,12 @@ class Method(abc.ABC, Generic[ProducedT]):
 
     @abc.abstractmethod
     def init(self, rng: jax.Array, geometry: Geometry, start: ProducedT | None) -> Params:
-        """Initializes the parameters, float32.
+        """Initialises the parameters, float32.
 
         Args:
             rng: for random values.
             geometry: geometry of the backbone.
-            start: the value to produce at initialization; None for the random initialization of the
+            start: the value to produce at initialisation; None for the random initialisation of the
                 method's paper or reference code.
         """
 
@@ -132,6 +132,6 @@ def normal_like(blank: ProducedT, rng: jax.Array, std: float) -> ProducedT:
 
 
 def torch_linear(rng: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """The default initialization of `torch.nn.Linear`, which the reference codes use."""
+    """The default initialisation of `torch.nn.Linear`, which the reference codes use."""
     bound = fan_in**-0.5
     return jax.random.uniform(rng, shape, minval=-bound, maxval=bound)

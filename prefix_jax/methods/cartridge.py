@@ -1,4 +1,4 @@
-"""Cartridges: a trained KV cache, initialized from a corpus (Eyuboglu et al. 2025)."""
+"""Cartridges: a trained KV cache, initialised from a corpus (Eyuboglu et al. 2025)."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class MultitaskPromptTuning(Method[Embeds]):
         check_storable_names(tasks, "the tasks of method.tasks or data.task", ConfigError)
         if self.source is not None:
             raise ConfigError(
-                "method.source can initialize only one task, got several (data.task); remove it, "
+                "method.source can initialise only one task, got several (data.task); remove it, "
                 "or train the tasks one by one"
             )
 
@@ -83,7 +83,7 @@ class MultitaskPromptTuning(Method[Embeds]):
         return self.tasks or ()
 
     def init(self, rng: jax.Array, geometry: Geometry, start: Embeds | None) -> Params:
-        """See `Method.init`. Without start and source, uses PEFT's random initialization.
+        """See `Method.init`. Without start and source, uses PEFT's random initialisation.
 
         Raises:
             ConfigError: there are both a source and another start, or the source has no such task.
@@ -101,7 +101,7 @@ class MultitaskPromptTuning(Method[Embeds]):
         }
         if start is not None and self.source is not None:
             raise ConfigError(
-                "method.source already initializes the prompt; remove init.start, or set it to "
+                "method.source already initialises the prompt; remove init.start, or set it to "
                 "random"
             )
         if start is not None:

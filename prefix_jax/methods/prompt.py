@@ -18,7 +18,7 @@ class PromptTuning(Method[Embeds]):
 
     def init(self, rng: jax.Array, geometry: Geometry, start: Embeds | None) -> Params:
         if start is None:
-            # The paper's random initialization.
+            # The paper's random initialisation.
             shape = (self.length, geometry.input_dim)
             start = Embeds(jax.random.uniform(rng, shape, minval=-0.5, maxval=0.5))
         return {"x_PD": start.x_PD}

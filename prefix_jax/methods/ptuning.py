@@ -115,7 +115,7 @@ def _relus(layers: Sequence[Params], x_PX: jax.Array) -> jax.Array:
 
 
 def _init_lstm(rng: jax.Array, d_model: int, width: int, layers: int) -> Params:
-    """The default initialization of `torch.nn.LSTM`: uniform within ±X ** -0.5.
+    """The default initialisation of `torch.nn.LSTM`: uniform within ±X ** -0.5.
 
     There are two biases, as in torch, although one would suffice: an optimizer moves their sum
     twice as fast, so results match torch only with both.

@@ -1,6 +1,6 @@
-"""Token attention in plain XLA, which materializes the T x S attention weights.
+"""Token attention in plain XLA, which materialises the T x S attention weights.
 
-`splash` computes the same on TPUs without materializing them. Both modules have a `forward` and a
+`splash` computes the same on TPUs without materialising them. Both modules have a `forward` and a
 `backward` with the same signature; `attend` chooses between them.
 """
 

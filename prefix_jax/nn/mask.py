@@ -83,7 +83,7 @@ class Sight:
     dealt: bool = flax.struct.field(pytree_node=False, default=False)
 
     def mask(self) -> jax.Array:
-        """Materializes the mask, bool [B, T, S]."""
+        """Materialises the mask, bool [B, T, S]."""
         if not self.causal:
             return visible_group(self.queries, self.keys)
         if self.window is None or self.narrow is None:

@@ -45,7 +45,7 @@ class Collective:
             the other direction of the same links.
         written: bytes of the result that fusions write to device memory, which `moved` does not
             count.
-        between_slices: whether it uses the data center network, between corresponding devices of
+        between_slices: whether it uses the data centre network, between corresponding devices of
             different slices.
     """
 

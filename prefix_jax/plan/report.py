@@ -55,7 +55,7 @@ def table(plan: Plan) -> Table:
 
 
 def line(plan: Plan) -> str:
-    """Summarizes a plan in one line."""
+    """Summarises a plan in one line."""
     shape = f"{plan.rows.rows} rows on {describe(plan.mesh)}"
     if plan.roofline is None:
         return f"{shape}: {lacking(plan)} over the limit"
@@ -104,7 +104,7 @@ def advice(tried: Sequence[Remedy]) -> str:
 
 
 def largest_line(largest: Largest) -> str:
-    """Summarizes a batch search in a sentence or two."""
+    """Summarises a batch search in a sentence or two."""
     plan = largest.plan
     where = f" on {describe(plan.mesh)}" if plan.devices > 1 else ""
     count = f"{plan.rows.rows} row{'s' if plan.rows.rows > 1 else ''}"

@@ -43,7 +43,7 @@ class Chip:
         axes: the number of axes of a slice.
         pod: the maximum number of chips per slice.
         devices: the number of JAX devices per chip.
-        dcn: bytes per second and chip on the data center network between slices.
+        dcn: bytes per second and chip on the data centre network between slices.
         options: compiler options that make devices look as they do to users of this chip.
     """
 
@@ -109,7 +109,7 @@ class Topology:
     Attributes:
         name: the chip, a key of `CHIPS`.
         shape: the number of chips along each axis of a slice.
-        slices: the number of slices, connected by the data center network.
+        slices: the number of slices, connected by the data centre network.
         attached: real devices; None to compile for abstract ones.
     """
 

@@ -29,7 +29,7 @@ def test_first_slots_are_frozen_and_the_others_train(frozen):
     assert sizes == {"train": (P - frozen) * slot, "freeze": frozen * slot}
 
 
-def test_produces_its_start_at_initialization():
+def test_produces_its_start_at_initialisation():
     start = normal(Prefix, G, P, KEY, std=1.0)
     method, plain = Cartridge(P, frozen=2), PrefixTuning(P)
     ours, theirs = (each(each.init(KEY, G, start)) for each in (method, plain))

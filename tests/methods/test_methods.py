@@ -1,4 +1,4 @@
-"""Outputs, initialization and registry of all methods."""
+"""Outputs, initialisation and registry of all methods."""
 
 from __future__ import annotations
 

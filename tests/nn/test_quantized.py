@@ -86,7 +86,7 @@ CASES = {
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
 @pytest.mark.parametrize("case", CASES)
-def test_products_and_gradients_match_the_dequantized_weight(case: str, bits: int | None) -> None:
+def test_products_and_gradients_match_the_dequantised_weight(case: str, bits: int | None) -> None:
     shape, options, blocks = CASES[case]
     plain = weight = jnp.asarray(_weight(1, *shape))
     if bits is not None:
@@ -108,7 +108,7 @@ def test_products_and_gradients_match_the_dequantized_weight(case: str, bits: in
     np.testing.assert_allclose(back(g)[0], expected_back(g)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_scan_keeps_no_dequantized_copy_of_the_stack() -> None:
+def test_scan_keeps_no_dequantised_copy_of_the_stack() -> None:
     """The backward pass receives the integers of each layer and dequantises them again."""
     weights = jax.vmap(lambda w: quantize(w, 4, (2, 16), jnp.float32))(
         jnp.asarray(_weight(0, 3, 16, 16))

@@ -124,7 +124,7 @@ def test_time_follows_the_links_between_chips(
     assert at_most <= seconds_of(one, chips, chips.devices) < 1.01 * at_most
 
 
-def test_slices_use_the_data_center_network() -> None:
+def test_slices_use_the_data_centre_network() -> None:
     chips = Topology.parse("2*v5e:2x2")
     line = "ROOT %r = bf16[64,16]{1,0} all-reduce(%a), replica_groups={{0,4}}, to_apply=%add"
     (one,) = found(ARGUMENT, line)
