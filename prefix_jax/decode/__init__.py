@@ -1,4 +1,4 @@
-"""Generation: a prefix is a warm cache that text follows."""
+"""Text generation: the prefix is a warm key-value cache, and the prompt follows it."""
 
 from prefix_jax.decode.continuation import Continuation, Generation
 from prefix_jax.decode.generate import Generator

@@ -1,4 +1,4 @@
-"""Beam search, hypothesis for hypothesis that of transformers 5."""
+"""Beam search that returns the same hypotheses as transformers 5."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from prefix_jax.decode.processors import Constraints, constrain
 from prefix_jax.decode.state import Beams, State
 from prefix_jax.decode.topk import top_k
 
-# Takes something out of a choice but, unlike minus infinity, keeps the order among such things.
+# Excludes a candidate but, unlike minus infinity, keeps the order among excluded candidates.
 _OUT = -1e9
 
 
 @flax.struct.dataclass
 class Beam:
-    """Keeps the M likeliest continuations of a prompt, and the M best finished ones.
+    """Keeps the M likeliest running beams of each prompt, and its M best finished hypotheses.
 
-    A finished hypothesis scores its summed log-probability over its length (end-of-text token
-    included) to the power of `length_penalty`. A search ends when M hypotheses have finished and
-    the best running one would not beat the worst of them if it ended here; with
-    `early_stopping`, as soon as M have finished; if `patient`, only when the running one would not
-    win even if the rest of its greatest length cost nothing.
+    The score of a finished hypothesis is its summed log-probability divided by its length
+    (including the end-of-text token) to the power of `length_penalty`. The search ends when M
+    hypotheses have finished and the best running beam would not beat the worst of them if it ended
+    now. With `early_stopping` it ends as soon as M have finished. With `patient` it ends only when
+    the best running beam could not win even if all its remaining tokens had probability 1.
 
     Attributes:
-        constraints: what may come next.
-        length_penalty: above 0 favours long texts.
-        early_stopping: whether M finished hypotheses are enough.
-        patient: whether running hypotheses are judged by their best possible score: transformers'
-            early_stopping="never".
-        width: M.
+        constraints: limits on the next token.
+        length_penalty: values above 0 favour long texts.
+        early_stopping: whether M finished hypotheses end the search.
+        patient: whether running beams are judged by their best possible score; this is
+            early_stopping="never" in transformers.
+        width: the number of beams M.
     """
 
     constraints: Constraints
@@ -42,7 +42,7 @@ class Beam:
     width: int = flax.struct.field(pytree_node=False)
 
     def start(self, ids_BMW: jax.Array, real_B: jax.Array, capacity: int) -> Beams:
-        """All beams are equal at first, so that only the first of them may go on."""
+        """Returns the initial state: all beams are identical, so only the first may be extended."""
         B, M, _ = ids_BMW.shape
         none_BM = jnp.full((B, M), _OUT)
         return Beams(
@@ -58,7 +58,7 @@ class Beam:
         )
 
     def running(self, state: State) -> jax.Array:
-        """Whether any prompt's search may still find better hypotheses."""
+        """Returns whether any prompt's search may still find better hypotheses."""
         return self._running_B(state.found).any()
 
     def _running_B(self, found: Beams) -> jax.Array:
@@ -66,7 +66,7 @@ class Beam:
         return found.open_B & ~(full_B & self.early_stopping)
 
     def lineage(self, state: State) -> jax.Array:
-        """Which cached columns each beam descends from, bool [B, M, S]."""
+        """Masks the cached columns that each beam descends from, bool [B, M, S]."""
         M = self.width
         lineage_BMU = state.found.lineage_BMU
         generated_BMUM = lineage_BMU[..., None] == jnp.arange(M)
@@ -75,17 +75,17 @@ class Beam:
         return jnp.pad(generated_BMS, ((0, 0), (0, 0), (prompt, 0)), constant_values=True)
 
     def choose(self, state: State, logits_BMV: jax.Array, end: jax.Array) -> State:
-        """Extends the beams by a token, and files those that end."""
+        """Extends every beam by one token, and moves those that end to the finished ones."""
         found: Beams = state.found
         B, M, V = logits_BMV.shape
         logprobs_RV = jax.nn.log_softmax(logits_BMV.reshape(B * M, V), axis=-1)
-        # One NaN or positive infinity among the logits makes all of a row NaN.
+        # A single NaN or positive infinity among the logits makes the whole row NaN.
         invalid_B = jnp.isnan(logprobs_RV[:, 0]).reshape(B, M).any(axis=1) & found.open_B
         length_R = jnp.repeat(state.prompt_B + state.step, M)
         ids_RW = state.ids_BMW.reshape(B * M, -1)
         scores_RV = constrain(logprobs_RV, ids_RW, length_R, state.step, end, self.constraints)
 
-        # As many candidates as leave M running if each of M beams ends in every possible way.
+        # Enough candidates to keep M running even if every beam ends with every end token.
         n = max(2, 1 + len(self.constraints.eos_E)) * M
         score_Rn, token_Rn = top_k(scores_RV, min(n, V))
         logprob_Rn = jnp.take_along_axis(logprobs_RV, token_Rn, axis=1)
@@ -98,13 +98,13 @@ class Beam:
         logprob_BnU = _pick(found.logprob_BMU, parent_Bn).at[:, :, state.step].set(logprob_Bn)
         ends_Bn = jnp.isin(token_Bn, self.constraints.eos_E) | (state.step + 1 >= end)
 
-        # The M best candidates that go on. Their keys and values stay where they are.
+        # The M best candidates that continue. Their keys and values are not moved.
         score_BM, next_BM = jax.lax.top_k(score_Bn + ends_Bn * _OUT, M)
         parent_BM = _pick(parent_Bn, next_BM)
         lineage_BMU = _pick(found.lineage_BMU, parent_BM).at[:, :, state.step].set(jnp.arange(M))
 
-        # The M best of the hypotheses that had finished and the candidates that end. Candidates
-        # beyond the first M only stand in for others that end.
+        # The M best among the finished hypotheses and the candidates that end now. Candidates
+        # after the first M only replace beams that end; they never finish themselves.
         ends_Bn &= jnp.arange(n) < M
         length = (state.step + 1).astype(jnp.float32)
         worth_Bn = score_Bn / length**self.length_penalty
@@ -118,7 +118,7 @@ class Beam:
         )
         count_Bn = jnp.broadcast_to(state.step + 1, (B, n))
         final_BM = merge(found.final_BM, ends_Bn)
-        # Only a positive penalty favours length.
+        # Only a positive penalty favours long hypotheses.
         longest = self.patient & (self.length_penalty > 0)
         hope_B = score_BM[:, 0] / jnp.where(longest, end, length) ** self.length_penalty
         worst_BM = jnp.where(final_BM, final_score_BM.min(axis=1, keepdims=True), _OUT)
@@ -142,5 +142,5 @@ class Beam:
 
 
 def _pick(x: jax.Array, index_Bn: jax.Array) -> jax.Array:
-    """Rows of axis 1, for each prompt its own."""
+    """Gathers entries of axis 1, with separate indices for each prompt."""
     return jnp.take_along_axis(x, index_Bn.reshape(*index_Bn.shape, *[1] * (x.ndim - 2)), axis=1)

@@ -1,4 +1,4 @@
-"""What was generated, and how it comes together."""
+"""Generation results, and the writer that assembles them token by token."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Finish = Literal["eos", "stop", "length"]
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """One text that was generated.
+    """One generated text.
 
     Attributes:
         text: without special tokens, and without the stop text that ended it.
-        ids: its tokens, an end-of-text token included.
-        logprobs: the log-probability of each under the model, before any processor, in nats.
-        score: their sum; of beam search, what its hypotheses are ranked by.
-        finish: what ended it: an end-of-text token, a stop text, or its length.
+        ids: the generated token ids, including an end-of-text token.
+        logprobs: the log-probability of each token under the model, before any processor, in nats.
+        score: the sum of `logprobs`; with beam search, the score that ranks hypotheses.
+        finish: why generation ended: an end-of-text token, a stop text, or the length limit.
     """
 
     text: str
@@ -32,10 +32,10 @@ class Continuation:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What followed one prompt.
+    """All continuations of one prompt.
 
     Attributes:
-        samples: the continuations; of beam search, best first.
+        samples: the continuations; with beam search, best first.
     """
 
     samples: tuple[Continuation, ...]
@@ -50,7 +50,7 @@ class Writer:
     """Collects one continuation token by token.
 
     Attributes:
-        finish: what ended it, if anything has.
+        finish: why the continuation ended; None while it is running.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class Writer:
         self.finish: Finish | None = None
 
     def __len__(self) -> int:
-        """Tokens so far."""
+        """The number of tokens so far."""
         return len(self._ids)
 
     def extend(self, ids: Sequence[int], logprobs: Sequence[float]) -> None:
-        """Takes tokens, up to the first that ends the continuation."""
+        """Appends tokens, up to the first one that ends the continuation."""
         for token, logprob in zip(ids, logprobs, strict=True):
             if self.finish is not None:
                 return
@@ -79,10 +79,10 @@ class Writer:
                 self.finish = "stop" if self._stream.stopped else None
 
     def close(self, score: float | None = None) -> Continuation:
-        """The continuation, as no more tokens come.
+        """Returns the finished continuation.
 
         Args:
-            score: None takes the sum of the log-probabilities.
+            score: None uses the sum of the log-probabilities.
         """
         self._emit(self._stream.finish())
         return Continuation(

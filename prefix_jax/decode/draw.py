@@ -16,14 +16,14 @@ from prefix_jax.decode.topk import top_k
 
 @flax.struct.dataclass
 class Draw:
-    """Chooses the next token of every continuation for itself.
+    """Chooses the next token of each continuation independently.
 
     Attributes:
-        constraints: what may come next.
-        sampling: what to draw from; None takes the likeliest token.
-        key_BM: with `sampling`, a random key for every continuation, so that what is drawn does
-            not depend on the other rows of the batch.
-        width: M.
+        constraints: limits on the next token.
+        sampling: the distribution to sample from; None decodes greedily.
+        key_BM: with `sampling`, one random key per continuation, so that samples do not depend
+            on the other rows of the batch.
+        width: the number of continuations M per prompt.
     """
 
     constraints: Constraints
@@ -32,7 +32,7 @@ class Draw:
     width: int = flax.struct.field(pytree_node=False, default=1)
 
     def start(self, ids_BMW: jax.Array, real_B: jax.Array, capacity: int) -> Draws:
-        """Nothing drawn yet; rows that only fill the batch have ended."""
+        """Returns the initial state. Padding rows count as done."""
         B, M, _ = ids_BMW.shape
         return Draws(
             logprob_BMU=jnp.zeros((B, M, capacity)),
@@ -41,15 +41,15 @@ class Draw:
         )
 
     def running(self, state: State) -> jax.Array:
-        """Whether any continuation has not ended."""
+        """Returns whether any continuation has not ended."""
         return ~state.found.done_BM.all()
 
     def lineage(self, state: State) -> None:
-        """Continuations are branches of their prompt: the ordinary mask."""
+        """Returns None: continuations are branches of their prompt and use the ordinary mask."""
         return None
 
     def choose(self, state: State, logits_BMV: jax.Array, end: jax.Array) -> State:
-        """Appends a token to every continuation."""
+        """Appends one token to every continuation."""
         found: Draws = state.found
         B, M, V = logits_BMV.shape
         logits_RV = logits_BMV.reshape(B * M, V)
@@ -64,7 +64,7 @@ class Draw:
         logprob_R = jnp.take_along_axis(logits_RV, token_R[:, None], axis=1)[:, 0]
         total_R = jax.nn.logsumexp(logits_RV, axis=-1)
         logprob_R -= total_R
-        # One NaN or positive infinity among the logits is enough.
+        # A single NaN or positive infinity among the logits makes the sum non-finite.
         invalid_BM = ~jnp.isfinite(total_R).reshape(B, M) & ~found.done_BM
 
         token_BM = token_R.reshape(B, M).astype(jnp.int32)

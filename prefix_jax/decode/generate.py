@@ -1,4 +1,4 @@
-"""Text generation behind a prefix."""
+"""Text generation with a prefix."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from prefix_jax.untrusted.tokenizer import token_ids
 
 OnText = Callable[[int, int, str], None]
 
-# Tokens between two looks at the text, where a stop text may end it.
+# Tokens between two checks for stop texts.
 _STOP_INTERVAL = 8
-# So many batches are sorted by length together: all would finish the first prompt last.
+# Number of batches sorted by length together. Sorting all of them would delay the first prompts.
 _WINDOW = 8
 
 
@@ -39,16 +39,17 @@ _WINDOW = 8
 class Generator:
     """Generates text after prompts.
 
-    Programs are compiled for a short list of sizes (rows, prompt width, room for new tokens) and
-    kept for as long as the process lives.
+    Programs are compiled for a small set of sizes (rows, prompt width, room for new tokens) and
+    cached for the life of the process.
 
     Attributes:
-        backbone: the computation.
-        params: its weights; `backbone.listed(params)` is the faster form here.
-        tokenizer: a fast one of Hugging Face transformers.
-        prefix: stands before every prompt; None is the bare model.
-        eos: the tokens that end a text; None for the tokenizer's and the checkpoint's. A prefix
-            that was trained on chats needs more: see `Pretrained.ends`.
+        backbone: the model without its weights.
+        params: the backbone's weights; the unstacked form, `backbone.listed(params)`, is faster
+            here.
+        tokenizer: a fast tokenizer from Hugging Face transformers.
+        prefix: precedes every prompt; None runs the bare model.
+        eos: the tokens that end a text; None uses those of the tokenizer and the checkpoint. A
+            prefix trained on chats needs more: see `Pretrained.ends`.
     """
 
     backbone: Backbone
@@ -69,29 +70,30 @@ class Generator:
     ) -> list[Generation]:
         """Generates `config.samples` continuations of every prompt.
 
-        Neither the batch size nor the other prompts change what is generated; sampling depends on
-        the seed and on the place of a prompt in the list.
+        The results depend neither on the batch size nor on the other prompts. Sampling depends on
+        the seed and on the prompt's position in the list.
 
         Args:
-            prompts: texts, or token ids that are taken as they are.
-            config: how to generate.
-            batch_size: prompts at a time; those of similar length share a batch.
-            names: what errors call the prompts: "test.jsonl:17"; None numbers them.
-            on_text: called with the index of a prompt, of a sample, and the next piece of its
-                text as soon as that is certain: token by token, or at the end of a beam search.
-            on_done: called with the index of a prompt and what was generated for it.
+            prompts: texts, or token ids, which are used unchanged.
+            config: decoding options.
+            batch_size: prompts per batch; prompts of similar length share a batch.
+            names: names of the prompts in error messages, such as "test.jsonl:17"; None numbers
+                them.
+            on_text: called with (prompt index, sample index, piece of text) as soon as the piece
+                is final: token by token, or at the end of a beam search.
+            on_done: called with the prompt index and its Generation.
 
         Returns:
-            a Generation for every prompt, in their order.
+            One Generation per prompt, in the order of the prompts.
 
         Raises:
-            ConfigError: the batch size is none.
-            DataError: a prompt is empty, or holds a token that the model does not have.
-            ContextError: a prompt does not fit the model with the prefix and what is generated.
+            ConfigError: the batch size is not positive.
+            DataError: a prompt is empty, or contains a token id outside the vocabulary.
+            ContextError: prefix, prompt and new tokens exceed the model's positions.
             NonFiniteError: the model gives NaN or infinite logits.
         """
         if batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         names = names or [f"prompt {i}" for i in range(len(prompts))]
         texts = any(isinstance(prompt, str) for prompt in prompts)
         around = special_around(self.tokenizer) if texts else ([], [])
@@ -117,7 +119,7 @@ class Generator:
     def _encode(
         self, prompt: str | Sequence[int], name: str, before: list[int], after: list[int]
     ) -> list[int]:
-        """The tokens of a prompt, with the special tokens before and after a text."""
+        """Tokenises a prompt; a text also gets the special tokens before and after it."""
         if not isinstance(prompt, str):
             return list(prompt)
         # The same tokens as in training: see `data.tokens.tokenize`.
@@ -137,13 +139,16 @@ class Generator:
             raise ContextError(
                 f"max_new_tokens {new} exceeds the "
                 f"{self.backbone.room(self.prefix, 'decoder')} positions that the prefix leaves to "
-                "the decoder; lower it"
+                "the decoder; lower max_new_tokens"
             )
         for name, ids in zip(names, prompts, strict=True):
             if len(ids) == 0:
-                raise DataError(f"{name} is empty: give it one token at least")
+                raise DataError(f"{name} is empty; it needs at least one token")
             if min(ids) < 0 or max(ids) >= vocab:
-                raise DataError(f"{name} holds a token that is none of the model's {vocab}")
+                outside = next(token for token in ids if not 0 <= token < vocab)
+                raise DataError(
+                    f"{name} contains token id {outside}, outside the vocabulary (size {vocab})"
+                )
             if len(ids) + (0 if two_sided else new) > room:
                 raise ContextError(
                     f"{name}: {len(ids)} tokens after a prefix of {positions - room}"
@@ -159,12 +164,12 @@ class Generator:
         config: DecodeConfig,
         on_text: OnText | None,
     ) -> list[tuple[Continuation, ...]]:
-        """The continuations of one batch.
+        """Generates the continuations of one batch.
 
         Args:
-            prompts: the index and the tokens of each prompt.
-            names: of all prompts, by index.
-            config: how to generate.
+            prompts: maps each prompt's index to its tokens.
+            names: the names of all prompts, by index.
+            config: decoding options.
             on_text: as in `generate`.
         """
         eos = self.eos
@@ -191,7 +196,7 @@ class Generator:
         )
 
         def writer(index: int, sample: int) -> Writer:
-            # What a decoder writes beside an encoder continues no text.
+            # With an encoder, the decoder's output does not continue the prompt's text.
             before = prompts[index] if arch.encoder is None else []
             stream = TextStream(self.tokenizer.backend_tokenizer, before, config.stop)
             return Writer(stream, eos, on_text and functools.partial(on_text, index, sample))
@@ -213,7 +218,7 @@ class Generator:
         interval: int,
     ) -> list[tuple[Continuation, ...]]:
         while True:
-            # Everything but the cache, which stays on the device.
+            # Fetch everything except the cache, which stays on the device.
             now = _fetch(_without_cache(state))
             _check_finite(now, rows)
             done_BM = now.found.done_BM.copy()
@@ -273,8 +278,8 @@ def _check_finite(state: State, names: Sequence[str]) -> None:
     """Raises NonFiniteError if the model gave NaN or infinite logits.
 
     Args:
-        state: fetched.
-        names: of the prompts, by row.
+        state: a state on the host.
+        names: the names of the prompts, by row.
     """
     for name, invalid in zip(names, state.invalid_B, strict=False):
         if invalid:
@@ -282,12 +287,12 @@ def _check_finite(state: State, names: Sequence[str]) -> None:
 
 
 def _without_cache(state: State) -> Any:
-    """All of a state but what stays on the device."""
+    """Drops the arrays that stay on the device."""
     return dataclasses.replace(state, cache=cast(Any, None), encoded=None)
 
 
 def _fetch(tree: Any) -> Any:
-    """Arrays of the devices as numpy's: whole on every process, where several hold their rows."""
+    """Fetches arrays to the host as numpy arrays, with the rows of all processes."""
 
     def whole(x: Any) -> Any:
         here = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
@@ -297,11 +302,11 @@ def _fetch(tree: Any) -> Any:
 
 
 def bucket(size: int, smallest: int = 16) -> int:
-    """The size that stands for `size` in compiled programs: the next power of two."""
+    """Rounds a size up to one that programs are compiled for: the next power of two."""
     return max(smallest, 1 << (size - 1).bit_length())
 
 
 def prompt_bucket(size: int) -> int:
-    """As `bucket`, or three quarters of it: all that prompts are padded to is computed."""
+    """Rounds like `bucket`, or to three quarters of that, since padding costs as much as text."""
     power = bucket(size)
     return power * 3 // 4 if 16 < size <= power * 3 // 4 else power

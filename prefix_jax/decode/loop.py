@@ -1,4 +1,4 @@
-"""The two programs of decoding: read the prompts, then go on token by token."""
+"""The two compiled programs of decoding: prefill, then token-by-token generation."""
 
 from __future__ import annotations
 
@@ -32,19 +32,21 @@ def read(
     *,
     capacity: int,
 ) -> State:
-    """Reads the prompts and chooses the first token of every continuation. What the encoder of an
-    encoder-decoder reads is the prompt, and its decoder starts with the model's start token.
+    """Prefills the cache with the prompts and chooses the first token of every continuation.
+
+    In an encoder-decoder the encoder reads the prompt, and the decoder starts from the model's
+    start token.
 
     Args:
-        backbone: the computation.
-        params: its weights, stacked or listed.
-        prefix: stands before every prompt.
+        backbone: the model without its weights.
+        params: the backbone's weights, stacked or unstacked.
+        prefix: precedes every prompt.
         search: how tokens are chosen.
         ids_BS: the prompts, padded on the right.
-        prompt_B: their lengths, 1 at least.
-        real_B: False for rows that only fill the batch.
-        end: tokens to generate at most.
-        capacity: U, tokens that there is room for; `end` at least.
+        prompt_B: the lengths of the prompts, at least 1.
+        real_B: False for padding rows.
+        end: the maximum number of tokens to generate.
+        capacity: the number of columns U allocated for new tokens, at least `end`.
     """
     M = search.width
     tokens = Tokens.plain(jnp.arange(ids_BS.shape[1]) < prompt_B[:, None])
@@ -83,7 +85,7 @@ def advance(
     until: jax.Array,
     end: jax.Array,
 ) -> State:
-    """Generates up to step `until`, or until everything has ended. Uses up `state`."""
+    """Generates until step `until`, or until every continuation has ended. Donates `state`."""
     return jax.lax.while_loop(
         lambda state: (state.step < until) & search.running(state),
         lambda state: step(backbone, params, prefix, search, state, end),
@@ -99,7 +101,7 @@ def step(
     state: State,
     end: jax.Array,
 ) -> State:
-    """Generates one token of every continuation."""
+    """Generates one token for every continuation."""
     B, M, _ = state.ids_BMW.shape
     position_B = state.prompt_B + state.step - 1
     tokens = Tokens(

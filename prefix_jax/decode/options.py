@@ -1,4 +1,4 @@
-"""Configuration → how tokens are chosen."""
+"""Builds a search from the decoding options."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def make_search(
     first: int | None = None,
     last: int | None = None,
 ) -> Search:
-    """The search that a configuration asks for.
+    """Builds the search for a decoding configuration.
 
     Args:
-        config: what is asked for.
+        config: decoding options.
         tokenizer: encodes banned words.
         eos: the tokens that end a text.
-        prompts: the number of the prompt in each row of the batch, which sampling depends on.
-        first: the token that the model has to write first; None for any.
-        last: the token that it has to write where no more fits; None for any.
+        prompts: the prompt index of each row of the batch; it seeds sampling.
+        first: the token that the model must generate first; None for any.
+        last: the token that the model must generate at the length limit; None for any.
     """
     constraints = Constraints(
         eos_E=jnp.array(eos, jnp.int32),
@@ -68,8 +68,10 @@ def make_search(
 def banned_sequences(
     words: Sequence[str], tokenizer: PreTrainedTokenizerFast, eos: Sequence[int]
 ) -> tuple[jax.Array, ...]:
-    """The tokens of words, as a text begins with them and as they stand after a space; one array
-    [words, length] for every length. An end-of-text token by itself is never banned."""
+    """Encodes banned words, both at the start of a text and after a space.
+
+    Returns one array [words, length] per length. A single end-of-text token is never banned.
+    """
     if not words:
         return ()
     forms = [form for word in words for form in (word, f" {word}")]
@@ -84,12 +86,12 @@ def banned_sequences(
 def _unless(
     off: float, value: float | None, dtype: type[np.number] = np.float32
 ) -> jax.Array | None:
-    """The value as an array, so that another one needs no other program; None where it is off."""
+    """Returns the value as an array, so that changing it does not recompile; None if it is off."""
     return None if value is None or value == off else jnp.asarray(value, dtype)
 
 
 def _keys(seed: int, prompt_B: np.ndarray, samples: int) -> jax.Array:
-    """A random key for each sample of each prompt, [B, M]."""
+    """Derives one random key per sample of each prompt, [B, M]."""
     fold = jax.vmap(jax.random.fold_in, (0, None))
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), prompt_B)
     return jax.vmap(fold, (None, 0), out_axes=1)(key_B, np.arange(samples))

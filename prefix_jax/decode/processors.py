@@ -1,8 +1,8 @@
-"""What changes the scores of the next token before one is chosen.
+"""Logits processors: they change the scores of the next token before one is chosen.
 
-Each function maps scores [R, V] to scores [R, V] and means what the logits processor of the same
-purpose means in transformers; `constrain` and `warp` apply them in transformers' order. What a
-configuration does not ask for is None and never traced.
+Each function maps scores [R, V] to scores [R, V] and matches its counterpart in transformers;
+`constrain` and `warp` apply them in the same order as transformers. A processor that is off is None
+and is never traced.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ NEVER = -jnp.inf
 
 @flax.struct.dataclass
 class Constraints:
-    """What may come next, given what stands before. Numbers are arrays, so that other values of
-    them need no other program.
+    """Limits on the next token, given the tokens so far.
+
+    Numbers are arrays, so that changing their values does not recompile.
 
     Attributes:
         eos_E: the tokens that end a text.
-        min_new: tokens before one of them may come.
-        repetition_penalty: divides (positive) or multiplies (negative) the scores of tokens that
-            have occurred, in the prompt too.
-        banned: sequences of tokens that may not be completed, one array [words, length] for
-            every length.
-        no_repeat_ngram: the length of n-grams that may not occur twice, the prompt included.
-        first: the token that has to come first; None for any.
-        last: the token that has to come where no more fits; None for any.
+        min_new: the number of new tokens before an end token is allowed.
+        repetition_penalty: divides (if positive) or multiplies (if negative) the scores of tokens
+            that have already occurred, including in the prompt.
+        banned: token sequences that must not be completed, one array [words, length] per length.
+        no_repeat_ngram: the size of n-grams that must not occur twice, including in the prompt.
+        first: the token that must come first; None for any.
+        last: the token that must come at the length limit; None for any.
     """
 
     eos_E: jax.Array
@@ -44,13 +44,13 @@ class Constraints:
 
 @flax.struct.dataclass
 class Sampling:
-    """The distribution that tokens are drawn from.
+    """The distribution that tokens are sampled from.
 
     Attributes:
         temperature: divides the scores.
-        top_p: the smallest set of likeliest tokens with this probability stays.
-        min_p: tokens below this share of the likeliest one's probability go.
-        top_k: so many of the likeliest tokens stay.
+        top_p: keeps the smallest set of likeliest tokens with at least this total probability.
+        min_p: drops tokens less likely than this fraction of the likeliest token's probability.
+        top_k: keeps this many of the likeliest tokens.
     """
 
     temperature: jax.Array
@@ -71,10 +71,10 @@ def constrain(
 
     Args:
         scores_RV: logits or log-probabilities.
-        ids_RW: prompt and generated tokens of each row, from column 0 on.
-        length_R: how many of them there are.
-        step: how many of them were generated.
-        end: how many are generated at most.
+        ids_RW: the prompt and generated tokens of each row, from column 0.
+        length_R: the number of tokens in each row.
+        step: the number of generated tokens.
+        end: the maximum number of generated tokens.
         constraints: what to apply.
     """
     c = constraints
@@ -94,7 +94,7 @@ def constrain(
 
 
 def warp(logits_RV: jax.Array, sampling: Sampling) -> jax.Array:
-    """The logits of the distribution that tokens are drawn from."""
+    """Returns the logits of the distribution that tokens are sampled from."""
     logits_RV = logits_RV / sampling.temperature
     if sampling.top_k is not None:
         logits_RV = keep_top_k(logits_RV, sampling.top_k)
@@ -108,7 +108,7 @@ def warp(logits_RV: jax.Array, sampling: Sampling) -> jax.Array:
 def penalise_repetition(
     scores_RV: jax.Array, ids_RW: jax.Array, length_R: jax.Array, penalty: jax.Array
 ) -> jax.Array:
-    """Makes tokens that have occurred less likely (Keskar et al. 2019)."""
+    """Lowers the scores of tokens that have already occurred (Keskar et al. 2019)."""
     score_RW = jnp.take_along_axis(scores_RV, ids_RW, axis=1)
     score_RW = jnp.where(score_RW < 0, score_RW * penalty, score_RW / penalty)
     present_RW = jnp.arange(ids_RW.shape[1]) < length_R[:, None]
@@ -118,7 +118,7 @@ def penalise_repetition(
 def forbid_ngrams(
     scores_RV: jax.Array, ids_RW: jax.Array, length_R: jax.Array, n: int
 ) -> jax.Array:
-    """Forbids every token that would complete an n-gram for the second time."""
+    """Forbids every token that would repeat an n-gram."""
     if n > ids_RW.shape[1]:
         return scores_RV
     windows = ids_RW.shape[1] - n + 1
@@ -132,7 +132,7 @@ def forbid_ngrams(
 def forbid_words(
     scores_RV: jax.Array, ids_RW: jax.Array, length_R: jax.Array, banned_XY: jax.Array
 ) -> jax.Array:
-    """Forbids the last token of each banned sequence where the others have just occurred."""
+    """Forbids the last token of each banned sequence if its other tokens have just occurred."""
     before = banned_XY.shape[1] - 1
     suffix_RY = _last(ids_RW, length_R, before)
     match_RX = (suffix_RY[:, None] == banned_XY[:, :-1]).all(axis=-1)
@@ -142,14 +142,17 @@ def forbid_words(
 
 
 def keep_top_k(logits_RV: jax.Array, k: int) -> jax.Array:
-    """Keeps the k likeliest tokens, and those as likely as the last of them."""
+    """Keeps the k likeliest tokens, and any that tie with the k-th."""
     least_R = top_k(logits_RV, min(k, logits_RV.shape[1]))[0][:, -1]
     return jnp.where(logits_RV < least_R[:, None], NEVER, logits_RV)
 
 
 def keep_top_p(logits_RV: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Nucleus sampling (Holtzman et al. 2020): drops the least likely tokens that have a
-    probability of at most 1 - top_p together, never the likeliest one."""
+    """Applies nucleus sampling (Holtzman et al. 2020).
+
+    Drops the least likely tokens whose total probability is at most 1 - top_p, but never the
+    likeliest token.
+    """
     ascending_RV = jnp.sort(logits_RV, axis=1)
     drop_RV = jnp.cumsum(jax.nn.softmax(ascending_RV, axis=1), axis=1) <= 1 - top_p
     first_R = jnp.minimum(drop_RV.sum(axis=1), logits_RV.shape[1] - 1)
@@ -158,18 +161,18 @@ def keep_top_p(logits_RV: jax.Array, top_p: jax.Array) -> jax.Array:
 
 
 def keep_min_p(logits_RV: jax.Array, min_p: jax.Array) -> jax.Array:
-    """Drops tokens below a share of the likeliest one's probability."""
+    """Drops tokens less likely than `min_p` times the likeliest token's probability."""
     least_R1 = logits_RV.max(axis=1, keepdims=True) + jnp.log(min_p)
     return jnp.where(logits_RV < least_R1, NEVER, logits_RV)
 
 
 def _certain(scores_RV: jax.Array, token: jax.Array) -> jax.Array:
-    """Scores that leave one token, whose probability is 1."""
+    """Returns scores that give one token probability 1."""
     return jnp.full_like(scores_RV, NEVER).at[:, token].set(0)
 
 
 def _last(ids_RW: jax.Array, length_R: jax.Array, count: int) -> jax.Array:
-    """The last `count` tokens of each row; meaningless where there are fewer."""
+    """Returns the last `count` tokens of each row; meaningless for shorter rows."""
     column_RC = jnp.maximum(length_R[:, None] - count + jnp.arange(count), 0)
     return jnp.take_along_axis(ids_RW, column_RC, axis=1)
 
@@ -177,7 +180,7 @@ def _last(ids_RW: jax.Array, length_R: jax.Array, count: int) -> jax.Array:
 def _set(
     scores_RV: jax.Array, ids_RX: jax.Array, where_RX: jax.Array, values: jax.Array | float
 ) -> jax.Array:
-    """Scores with those of some tokens replaced."""
+    """Replaces the scores of the tokens in `ids_RX` where `where_RX` is True."""
     rows_R1 = jnp.arange(scores_RV.shape[0])[:, None]
     nowhere = scores_RV.shape[1]
     return scores_RV.at[rows_R1, jnp.where(where_RX, ids_RX, nowhere)].set(values, mode="drop")

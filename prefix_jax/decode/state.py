@@ -1,11 +1,11 @@
-"""What a decoding loop carries from token to token.
+"""The carry of the decoding loop.
 
-A row belongs to a prompt, and its T = M query tokens are the M continuations of it (samples, or
-beams). All of them attend to one copy of the prompt's keys and values, and what they have
-generated is appended to the same row, M columns a step, so that nothing is ever copied or
-reordered: who descends from whom is a matter of the attention mask.
+Each row holds one prompt, and its T = M query tokens belong to the prompt's M continuations
+(samples or beams). All of them attend to one copy of the prompt's keys and values. Their own keys
+and values are appended to the same row, M columns per step. Nothing is copied or reordered: the
+attention mask encodes which columns a continuation descends from.
 
-Axes: B prompts · M continuations of each · W columns of prompt and continuation together ·
+Axes: B prompts · M continuations per prompt · W columns of prompt and continuation together ·
 U generated tokens · n candidates.
 """
 
@@ -22,11 +22,11 @@ from prefix_jax.backbones.stack import Cache, Encoded
 
 @flax.struct.dataclass
 class Draws:
-    """Continuations that do not know of each other: greedy or sampled.
+    """Independent continuations, greedy or sampled.
 
     Attributes:
         logprob_BMU: the log-probability of each token under the model, before any processor.
-        count_BM: tokens generated, an end-of-text token included.
+        count_BM: the number of generated tokens, including an end-of-text token.
         done_BM: whether the continuation has ended.
     """
 
@@ -41,13 +41,14 @@ class Beams:
 
     Attributes:
         score_BM: summed log-probabilities of the running beams, best first.
-        logprob_BMU: of their tokens.
-        lineage_BMU: at which place among the beams the ancestor of each stood, step by step.
-        final_score_BM: summed log-probabilities over length to the power of the length penalty,
-            of the finished hypotheses, best first; about -1e9 where there is none yet.
-        final_ids_BMW, final_logprob_BMU, final_count_BM: what they are.
-        final_BM: which of them exist.
-        open_B: whether a running beam could still become better than a finished one.
+        logprob_BMU: the log-probabilities of their tokens.
+        lineage_BMU: the beam index of each beam's ancestor at every step.
+        final_score_BM: scores of the finished hypotheses, best first: summed log-probability
+            divided by length to the power of the length penalty. About -1e9 for empty entries.
+        final_ids_BMW, final_logprob_BMU, final_count_BM: tokens, log-probabilities and lengths of
+            the finished hypotheses.
+        final_BM: which finished hypotheses exist.
+        open_B: whether a running beam could still beat a finished hypothesis.
     """
 
     score_BM: jax.Array
@@ -66,15 +67,15 @@ class State:
     """A batch of prompts with their continuations.
 
     Attributes:
-        cache: keys and values: the prompts' columns, then M columns for every step.
-        ids_BMW: prompt and continuation without a gap, from column 0 on.
+        cache: keys and values: the prompts' columns, then M columns per step.
+        ids_BMW: prompt and continuation without a gap, from column 0.
         prompt_B: the lengths of the prompts.
-        step: tokens generated so far.
-        found: what the search knows besides: `Draws` or `Beams`.
+        step: the number of tokens generated so far.
+        found: the state of the search: `Draws` or `Beams`.
         invalid_B: whether the model gave NaN or infinite logits for a continuation that had not
-            ended. Such a row ends there.
-        encoded: of an encoder-decoder, one copy of what each row's encoder read, for all of its
-            continuations. Its prompt is then the start token alone.
+            ended. Such a row ends at that step.
+        encoded: in an encoder-decoder, the encoder output of each row, shared by all its
+            continuations. The prompt is then only the start token.
     """
 
     cache: Cache
@@ -86,12 +87,12 @@ class State:
     encoded: Encoded | None = None
 
     def append(self, ids_BMW: jax.Array, token_BM: jax.Array) -> jax.Array:
-        """`ids_BMW` with the next tokens written behind."""
+        """Appends the next tokens to `ids_BMW`."""
         here_BW = jnp.arange(ids_BMW.shape[2]) == (self.prompt_B + self.step)[:, None]
         return jnp.where(here_BW[:, None], token_BM[:, :, None], ids_BMW)
 
     @property
     def last_BM(self) -> jax.Array:
-        """The tokens generated last."""
+        """The most recently generated tokens."""
         column_B = self.prompt_B + self.step - 1
         return jnp.take_along_axis(self.ids_BMW, column_B[:, None, None], axis=2)[:, :, 0]

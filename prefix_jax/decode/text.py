@@ -1,4 +1,4 @@
-"""Tokens → text, as it is generated."""
+"""Streaming detokenisation with stop texts."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from prefix_jax.untrusted.tokenizer import failures
 class TextStream:
     """Turns tokens into text piece by piece, up to the first stop text.
 
-    Pieces never end within a character and never hold the beginning of what may yet become a stop
-    text. `text` is always what the pieces make together.
+    A piece never ends inside a character and never contains the beginning of a possible stop text.
+    `text` is always the concatenation of the pieces.
 
     Attributes:
-        text: what was let through so far.
-        stopped: whether a stop text was found; it is cut off.
+        text: the text emitted so far.
+        stopped: whether a stop text was found; `text` excludes it.
     """
 
-    # A token may need those before it to become text: a leading space, in SentencePiece.
+    # Decoding a token may need the tokens before it: SentencePiece drops a leading space.
     _CONTEXT = 8
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int], stop: Sequence[str]):
-        """Starts after the prompt whose token ids are `context`."""
+        """Starts after a prompt with the token ids `context`."""
         self._tokenizer = tokenizer
         ids = list(context[-self._CONTEXT :])
         self._stream = DecodeStream(ids=ids, skip_special_tokens=True)
@@ -36,7 +36,7 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Takes the next token and returns the text that is now certain, often none."""
+        """Adds the next token and returns the text that is now final, often empty."""
         with failures("the generated tokens cannot be decoded", DataError):
             self._held += self._stream.step(self._tokenizer, token) or ""
         found = [at for at in map(self._held.find, self._stop) if at >= 0]
@@ -46,11 +46,11 @@ class TextStream:
         return self._let_through(len(self._held) - self._doubtful())
 
     def finish(self) -> str:
-        """Returns what was held back, as no more tokens come."""
+        """Returns the text held back; call it after the last token."""
         return "" if self.stopped else self._let_through(len(self._held))
 
     def _doubtful(self) -> int:
-        """How many characters at the end may be the beginning of a stop text."""
+        """Counts the characters at the end that may begin a stop text."""
         longest = max(map(len, self._stop), default=1) - 1
         for size in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-size:]) for stop in self._stop):

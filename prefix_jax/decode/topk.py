@@ -1,4 +1,4 @@
-"""The largest of very many."""
+"""Top-k over a vocabulary."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _BLOCK = 128
 
 
 def top_k(x_RV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest values of each row, largest first, and where they stand.
+    """Returns the k largest values of each row, largest first, and their columns.
 
-    Exact, and faster than `jax.lax.top_k` and `jnp.argmax` where V is a vocabulary: the k largest
-    values stand in the k blocks with the largest maxima, so that only those need sorting.
+    The result is exact, and faster than `jax.lax.top_k` and `jnp.argmax` when V is a vocabulary:
+    the k largest values are in the k blocks with the largest maxima, so only those need sorting.
     """
     R, V = x_RV.shape
     if V <= k * _BLOCK:
