@@ -1,4 +1,4 @@
-"""The shapes in which examples travel: tokenised, then packed into rows."""
+"""Data structures for tokenised examples and packed batches."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from prefix_jax.nn.mask import Tokens
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A stretch of a text in which the answer to a question may stand.
+    """A window of a text that may contain the answer to a question.
 
     Attributes:
-        question: its number; successive windows of one text share it.
+        question: the index of the question; all windows of one text share it.
         context: the whole text.
-        offset_T2: int32, where each token starts and ends in it, in characters; -1 for those that
-            are not of the text.
+        offset_T2: int32, the start and end of each token in the text, in characters; -1 for tokens
+            outside the text.
     """
 
     question: int
@@ -32,29 +32,32 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One tokenised example: its tokens, and what is predicted from where.
+    """One tokenised example with its targets.
 
     Attributes:
-        ids_T: int32 token ids; of an encoder-decoder, those of the decoder, its start token first.
-        index_M: int32, ascending; for every target the column whose hidden state predicts it.
-        label_M: what is predicted there: int32, a token or a class, or float32, a value.
-        source: where the example came from, for messages: "train.jsonl:17".
+        ids_T: int32 token ids; in an encoder-decoder, those of the decoder, starting with its start
+            token.
+        index_M: int32, ascending; for each target, the column whose hidden state predicts it.
+        label_M: the targets: int32 tokens or classes, or float32 values.
+        source: the origin of the example, for messages: "train.jsonl:17".
         references: every acceptable target text, for evaluation.
-        prompt: the text before the target (of a chat, before its last answer), as it was rendered.
-        prompt_length: how many of `ids_T` stand before the target, or before a chat's last answer.
-        source_ids_S: int32, what the encoder of an encoder-decoder reads; None for a single stack.
-        whole: whether every token plays a part, as in an example with labels. Otherwise those
-            behind the last column of `index_M` do not, and are not laid.
-        segment_T: int32, which of two texts a token belongs to; None where nothing asks.
-        part_T: int32 from 0; tokens of several parts do not see each other, and each part counts
-            its positions from 0 (the choices of one question). None is one part; several are
-            `whole`.
-        candidates: whether the targets are candidates for one answer: the loss is that of choosing
-            among them, and they count as one target. A label's bits then say of which answers its
-            candidate is the right one (bit 0 the first answer, bit 1 the second).
-        window: what its tokens are, where an answer is to be found among them.
-        choices: the texts of the candidates, where they are texts.
-        task: which of several tasks it is of, from 0; None where there is one.
+        prompt: the rendered text before the target (in a chat, before the last answer).
+        prompt_length: the number of tokens in `ids_T` before the target (in a chat, before the last
+            answer).
+        source_ids_S: int32 encoder input of an encoder-decoder; None for a single stack.
+        whole: whether all tokens are needed, as in an example with labels. Otherwise the tokens
+            after the last column of `index_M` are left out of the rows.
+        segment_T: int32, which of two texts each token belongs to; None if the model has no segment
+            embeddings.
+        part_T: int32 from 0. Tokens of different parts do not attend to each other, and each part
+            counts its positions from 0 (the choices of one question). None means one part; several
+            parts require `whole`.
+        candidates: whether the targets are candidates for one answer. The loss is then the
+            cross-entropy over them, and they count as one target. The bits of a label mark the
+            answers for which its candidate is correct (bit 0 the first answer, bit 1 the second).
+        window: character offsets of the tokens, for extracting an answer span.
+        choices: the texts of the candidates, if they are texts.
+        task: the task index in multitask training, from 0; None with a single task.
     """
 
     ids_T: np.ndarray
@@ -77,31 +80,34 @@ class Example:
     def of_text(
         cls, ids_T: np.ndarray, target_T: np.ndarray, source: str, **fields: Any
     ) -> Example:
-        """Text of which the tokens where `target_T` is True are predicted, each from the one
-        before it: it is never True at 0. `fields` are further attributes."""
+        """Builds an example from text whose targets are the tokens where `target_T` is True.
+
+        Each target is predicted from the token before it, so `target_T[0]` is False. `fields` are
+        further attributes.
+        """
         index_M = np.flatnonzero(target_T).astype(np.int32) - 1
         return cls(ids_T, index_M, ids_T[index_M + 1], source, **fields)
 
     @property
     def target_T(self) -> np.ndarray:
-        """Of text, the mask that `of_text` takes."""
+        """The target mask of a text example, as passed to `of_text`."""
         target_T = np.zeros(len(self.ids_T), bool)
         target_T[self.index_M + 1] = True
         return target_T
 
     @property
     def source_length(self) -> int:
-        """The number of tokens before the first target: what several targets may share."""
+        """The number of tokens before the first target, which several targets may share."""
         return len(self.ids_T) if self.whole else int(self.index_M[0]) + 1
 
     @property
     def targets(self) -> int:
-        """How many targets it counts as."""
+        """The number of targets; candidates for one answer count as one."""
         return 1 if self.candidates else len(self.index_M)
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The tokens that generation starts from: of an encoder-decoder, its source."""
+        """The tokens that generation starts from; in an encoder-decoder, the encoder input."""
         if self.source_ids_S is not None:
             return [int(token) for token in self.source_ids_S]
         return [int(token) for token in self.ids_T[: self.prompt_length]]
@@ -109,11 +115,11 @@ class Example:
 
 @flax.struct.dataclass
 class Source:
-    """What an encoder reads, row by row. A group of it is what the decoder's group attends to.
+    """Packed encoder inputs. A decoder group attends to the encoder group of the same number.
 
     Attributes:
         ids_BS: int32 token ids.
-        tokens: where each token stands.
+        tokens: the group and position of each token.
     """
 
     ids_BS: jax.Array
@@ -122,22 +128,21 @@ class Source:
 
 @flax.struct.dataclass
 class Batch:
-    """Packed rows with their targets listed, so that logits are asked only where one is.
+    """Packed rows with an explicit list of targets, so that logits are computed only there.
 
     Attributes:
         ids_BT: int32 token ids.
-        tokens: where each token stands.
-        index_BM: int32, for every target the column in its row whose hidden state predicts it.
-            Several targets may name one column: the last source token predicts the first token
-            of every target that shares the source.
-        label_BM: what to predict: int32, a token or a class, or float32, a value.
-        weight_BM: float32, 1 for a target and 0 for padding. Of candidates for one answer the
-            first has it.
-        examples: float32 scalar, the number of examples in the batch: what a summed loss is
-            divided by.
-        source: what the encoder of an encoder-decoder reads; None for a single stack.
-        question_BM: int32, from 1; candidates of equal number in a row stand for one answer, and 0
-            marks padding. None where no targets are candidates.
+        tokens: the group, branch and position of each token.
+        index_BM: int32, for each target, the column in its row whose hidden state predicts it.
+            Several targets may share a column: the last source token predicts the first token
+            of every target with that source.
+        label_BM: the targets: int32 tokens or classes, or float32 values.
+        weight_BM: float32, 1 for a target and 0 for padding. Among candidates for one answer, only
+            the first has weight 1.
+        examples: float32 scalar, the number of examples in the batch; it divides a summed loss.
+        source: the encoder inputs of an encoder-decoder; None for a single stack.
+        question_BM: int32 from 1; candidates with equal numbers in a row belong to one answer, and
+            0 marks padding. None if the targets are not candidates.
     """
 
     ids_BT: jax.Array
@@ -151,7 +156,7 @@ class Batch:
 
     @property
     def read(self) -> jax.Array:
-        """How many tokens the rows hold on both sides, padding not counted."""
+        """The number of tokens in the rows of encoder and decoder, without padding."""
         written = jnp.sum(self.tokens.group_BT > 0)
         if self.source is None:
             return written

@@ -1,4 +1,4 @@
-"""End tokens: where decoding stops, and what training teaches to stop with."""
+"""End tokens: training appends them to targets, and decoding stops at them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _PROBE = Record(
 def end_tokens(
     tokenizer: PreTrainedTokenizerBase, stated: Sequence[int] = (), *, chat: bool = False
 ) -> tuple[int, ...]:
-    """Distinct ids of the tokens that end a text.
+    """Returns the distinct ids of the tokens that end a text.
 
     Args:
-        tokenizer: of Hugging Face transformers; its eos token comes first.
-        stated: end tokens that the checkpoint states (`Architecture.end_ids`).
-        chat: add the token that ends an assistant's turn in the tokenizer's chat template. Gemma's
-            `<end_of_turn>` is neither the tokenizer's eos nor, in some checkpoints, in
-            `generation_config.json`.
+        tokenizer: a tokenizer from Hugging Face transformers; its eos token comes first.
+        stated: end tokens from the checkpoint (`Architecture.end_ids`).
+        chat: also return the token that ends an assistant turn in the tokenizer's chat template.
+            Gemma's `<end_of_turn>` is not the tokenizer's eos, and some checkpoints do not list it
+            in `generation_config.json`.
     """
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     turn = _turn_end(tokenizer) if chat else None
@@ -37,7 +37,7 @@ def end_tokens(
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that ends an assistant's turn; None if the template ends it with plain text."""
+    """Returns the token that ends an assistant turn; None if the turn ends with plain text."""
     if tokenizer.chat_template is None:
         return None
     try:

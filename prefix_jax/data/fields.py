@@ -1,4 +1,4 @@
-"""What the fields of a labelled record hold, checked; errors name the record and the field."""
+"""Validates the fields of labelled records; errors name the record and the field."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?", re.ASCII)
 
 
 class LabelIndex:
-    """Turns labels, as records hold them, into their numbers.
+    """Maps the labels in records to class indices.
 
-    A text is the name of a label. So is a number if any name is a number ("1"); otherwise it
-    counts the labels from 0. A boolean is the label "true" or "false". The number 1.0 is the same
-    as 1. How a record is read never depends on the other records.
+    A text is the name of a label. If any label name is a number ("1"), a number is a name too;
+    otherwise it is an index from 0. A boolean is the label "true" or "false". The number 1.0 equals
+    1. How one record is read never depends on the other records.
 
     Args:
-        names: of the labels, in order.
-        what: the word for messages, "label" or "choice".
+        names: the label names, in order.
+        what: the noun for messages, "label" or "choice".
     """
 
     def __init__(self, names: Sequence[str], what: str = "label"):
@@ -35,18 +35,18 @@ class LabelIndex:
         self._what = what
 
     def number(self, record: Record, field: str, value: Any) -> int:
-        """The number of a label.
+        """Returns the class index of a label.
 
         Args:
-            record: where it is from, for messages.
-            field: the field that holds it, for messages.
+            record: the label's record, for messages.
+            field: the label's field, for messages.
             value: the label.
 
         Raises:
-            DataError: it is unknown, or not a label.
+            DataError: the value is not a label, or an unknown one.
         """
         name = label_name(record, field, value)
-        # Prefixes that were stored by earlier versions spell True and 1.0 as Python does.
+        # Prefixes stored by earlier versions spell True and 1.0 as Python does.
         for spelling in (name, str(value)):
             if spelling in self._numbers:
                 return self._numbers[spelling]
@@ -59,15 +59,15 @@ class LabelIndex:
             advice = "choices are counted from 0"
         elif inside:
             advice = (
-                "labels with numbers as names are not counted from 0: name them in task.labels as "
-                "the data does"
+                "when label names are numbers, a number is a name, not an index; list the names in "
+                "task.labels exactly as in the data"
             )
         elif isinstance(value, bool):
-            advice = "name booleans in task.labels as true and false, in quotes"
+            advice = "list booleans in task.labels as 'true' and 'false', in quotes"
         elif near is not None:
             advice = f"did you mean {near!r}?"
         else:
-            advice = "name all of them in task.labels"
+            advice = "list every label in task.labels"
         raise DataError(
             f"{record.source}: the {self._what} {shown(value)} in field {field!r} is not one of "
             f"{listed(self._numbers)}; {advice}"
@@ -75,10 +75,12 @@ class LabelIndex:
 
 
 def label_name(record: Record, field: str, value: Any) -> str:
-    """The name of a label: a text; the digits of a number, 1.0 being 1; "true" or "false".
+    """Returns the name of a label: the text, the digits of a number, or "true" or "false".
+
+    The number 1.0 has the name "1".
 
     Raises:
-        DataError: it is something else.
+        DataError: the value is not a text, a number or a boolean.
     """
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -86,24 +88,24 @@ def label_name(record: Record, field: str, value: Any) -> str:
         return str(int(value) if value.is_integer() else value)
     if isinstance(value, str) and not value.strip():
         raise DataError(
-            f"{record.source}: field {field!r} holds {value!r} where a label is expected; fill it "
-            "in or remove the record"
+            f"{record.source}: field {field!r} is {value!r}, expected a label; fill it in or "
+            "remove the record"
         )
     if isinstance(value, str | int):
         return str(value)
     if isinstance(value, float):
-        raise DataError(f"{record.source}: field {field!r} holds {value}, which is not a label")
+        raise DataError(f"{record.source}: field {field!r} is {value}, expected a label")
     raise DataError(
-        f"{record.source}: field {field!r} holds a {type(value).__name__} where a label is a text "
-        "or a number"
+        f"{record.source}: field {field!r} must be a label (text, number or boolean), got "
+        f"{type(value).__name__}"
     )
 
 
 def collect_labels(records: Sequence[Record], task: TaskConfig) -> tuple[str, ...]:
-    """The names of the labels that records hold, sorted: numbers by size, texts by letter.
+    """Collects the distinct label names, sorted: numbers by value, texts alphabetically.
 
     Raises:
-        DataError: there is only one label; a record has none, or one that cannot be stored; or
+        DataError: there is only one label; a record has no label, or one that cannot be stored; or
             some labels are booleans and others are not.
     """
     found: dict[str, Any] = {}
@@ -115,10 +117,10 @@ def collect_labels(records: Sequence[Record], task: TaskConfig) -> tuple[str, ..
             first.setdefault(isinstance(label, bool), record)
             if len(first) == 2:
                 raise DataError(
-                    f"{record.source}: field {task.label!r} holds {shown(label)}, but "
-                    f"{first[not isinstance(label, bool)].source} holds "
-                    f"{'another kind of label' if isinstance(label, bool) else 'a boolean'}; "
-                    "write true and false in every record or in none"
+                    f"{record.source}: field {task.label!r} is {shown(label)}, but in "
+                    f"{first[not isinstance(label, bool)].source} it is "
+                    f"{'not a boolean' if isinstance(label, bool) else 'a boolean'}; "
+                    "use booleans in every record or in none"
                 )
             if name not in found:
                 check_storable_labels((name,), record.source, DataError)
@@ -127,38 +129,41 @@ def collect_labels(records: Sequence[Record], task: TaskConfig) -> tuple[str, ..
     names = tuple(sorted(found, key=found.__getitem__ if numbers else None))
     if len(names) < 2:
         raise DataError(
-            f"the training data holds one label, {names[0]!r}, in the field {task.label!r}; "
-            "there must be two at least"
+            f"the training data has only one label, {names[0]!r}, in field {task.label!r}; "
+            "at least two are needed"
         )
     return names
 
 
 def list_of(record: Record, name: str) -> list[Any]:
-    """The items of a field, of which there is one at least."""
+    """Returns the items of a field that holds a non-empty list."""
     value = record.value(name)
     if not isinstance(value, list):
-        raise DataError(f"{record.source}: field {name!r} must hold a list, one item a word")
+        raise DataError(
+            f"{record.source}: field {name!r} must be a list with one item per word, got "
+            f"{type(value).__name__}"
+        )
     if not value:
-        raise DataError(f"{record.source}: field {name!r} holds an empty list; remove the record")
+        raise DataError(f"{record.source}: field {name!r} is an empty list; remove the record")
     return value
 
 
 def words_of(record: Record, name: str) -> list[str]:
-    """The words of a field, as texts."""
+    """Returns the words of a field as texts."""
     words = list_of(record, name)
     for word in words:
         if not isinstance(word, str | int | float):
             raise DataError(
-                f"{record.source}: field {name!r} holds a {type(word).__name__} where a word is "
-                "a text or a number"
+                f"{record.source}: words in field {name!r} must be texts or numbers, got "
+                f"{type(word).__name__}"
             )
         if word != word:
-            raise DataError(f"{record.source}: field {name!r} holds NaN where a word should be")
+            raise DataError(f"{record.source}: field {name!r} contains NaN, expected a word")
     return [str(word) for word in words]
 
 
 def number_of(record: Record, name: str) -> float:
-    """A finite number."""
+    """Returns the value of a field as a number that is finite in float32."""
     value = record.value(name)
     try:
         number = math.nan if isinstance(value, bool) else float(value)
@@ -167,18 +172,18 @@ def number_of(record: Record, name: str) -> float:
     except OverflowError:
         number = math.inf
     if number != number:
-        raise DataError(f"{record.source}: field {name!r} holds {shown(value)}, not a number")
+        raise DataError(f"{record.source}: field {name!r} must be a number, got {shown(value)}")
     if not abs(number) <= float(np.finfo(np.float32).max):
         raise DataError(
-            f"{record.source}: field {name!r} holds {shown(value)}, which is not finite in float32"
+            f"{record.source}: field {name!r} must be finite in float32, got {shown(value)}"
         )
     return number
 
 
 def answers_of(record: Record, name: str, context: str) -> list[tuple[str, int]]:
-    """The texts of the answers, and where each starts, in characters of the context.
+    """Returns the answers as pairs of text and start, in characters of the context.
 
-    A question without an answer has an empty list, or one answer without text.
+    A question without an answer has an empty list, or one empty answer.
     """
     value = record.value(name)
     if isinstance(value, Mapping) and all(
@@ -187,20 +192,20 @@ def answers_of(record: Record, name: str, context: str) -> list[tuple[str, int]]
         texts, starts = value.get("text", []), value.get("answer_start", [])
         if len(texts) != len(starts):
             raise DataError(
-                f"{record.source}: field {name!r} has {len(texts)} texts and {len(starts)} "
-                "answer_starts; each answer needs both"
+                f"{record.source}: field {name!r} has {len(texts)} text and {len(starts)} "
+                "answer_start entries; every answer needs both"
             )
         pairs = list(zip(texts, starts, strict=True))
     elif isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
         pairs = [(item.get("text"), item.get("answer_start")) for item in value]
     else:
         raise DataError(
-            f"{record.source}: field {name!r} must hold answers as SQuAD does: "
+            f"{record.source}: field {name!r} must have answers in SQuAD's format, "
             '{"text": […], "answer_start": […]}'
         )
     for text, start in pairs:
         if not isinstance(text, str) or not isinstance(start, int) or isinstance(start, bool):
-            raise DataError(f"{record.source}: an answer needs a text and an answer_start")
+            raise DataError(f"{record.source}: every answer needs a text and an answer_start")
         if not text:
             if len(pairs) > 1:
                 raise DataError(f"{record.source}: one of {len(pairs)} answers is empty")
@@ -208,7 +213,7 @@ def answers_of(record: Record, name: str, context: str) -> list[tuple[str, int]]
         if start < 0 or context[start : start + len(text)] != text:
             there = context[start : start + len(text)] if start >= 0 else ""
             raise DataError(
-                f"{record.source}: the text at character {start} is {shown(there)}, not the answer "
-                f"{shown(text)}; offsets count characters of data.pair as it is rendered, from 0"
+                f"{record.source}: expected the answer {shown(text)} at character {start}, got "
+                f"{shown(there)}; offsets count characters of the rendered data.pair from 0"
             )
     return pairs

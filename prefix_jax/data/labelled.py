@@ -1,8 +1,7 @@
-"""Records → examples of a task with labels, tokenised as the backbone was pretrained to read them.
+"""Tokenises records of a task with labels in the backbone's pretraining format.
 
-Text gets the tokenizer's own special tokens, and two texts its template for pairs. An answer is
-predicted from the first token, which is [CLS], under an encoder, and from the last one under a
-decoder, as in transformers' models for these tasks.
+Texts get the tokenizer's own special tokens, and two texts its pair template. As in transformers,
+an encoder predicts the answer from the first token, [CLS], and a decoder from the last token.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ if TYPE_CHECKING:  # its import takes seconds
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How a backbone reads the texts of a task.
+    """Turns the records of a task into labelled examples.
 
     Attributes:
-        tokenizer: of the backbone.
-        task: what is to be found.
+        tokenizer: the backbone's tokenizer.
+        task: the task, with its labels.
         input, pair: templates; see `DataConfig`.
-        max_length: tokens of a text, or of a pair, at most; special ones counted.
-        truncate: the side on which longer ones are cut.
-        causal: whether a decoder reads them.
-        segments: whether the backbone embeds which of two texts a token belongs to.
+        max_length: maximum number of tokens of a text or a pair, including special tokens.
+        truncate: the side on which longer texts are cut.
+        causal: whether the backbone is a decoder.
+        segments: whether the backbone has segment embeddings for pairs of texts.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -53,15 +52,15 @@ class Reading:
     segments: bool
 
     def examples(self, records: Sequence[Record], answered: bool = True) -> Examples:
-        """The examples of records.
+        """Builds one or more examples per record.
 
         Args:
-            records: what fills the templates.
-            answered: whether the records hold what is to be found; else the labels are 0, and the
-                examples without references.
+            records: the records that fill the templates.
+            answered: whether the records have answers. If not, the labels are 0 and the examples
+                have no references.
 
         Raises:
-            DataError: a record cannot become an example; or a template is not one.
+            DataError: a record cannot become an example, or a template is invalid.
         """
         with self._cutting():
             if self.task.name == "tag":
@@ -75,7 +74,7 @@ class Reading:
     # The tasks.
 
     def _whole(self, records: Sequence[Record], answered: bool) -> Examples:
-        """One answer for a text or a pair: a class or a value."""
+        """Builds examples with one answer per text or pair: a class or a value."""
         found, cut = [], []
         encoded = self._encode(*self._texts(records), records)
         for record, encoding, prompt in zip(records, encoded, self._prompts(records), strict=True):
@@ -96,7 +95,7 @@ class Reading:
         return Examples(found, cut)
 
     def _tagged(self, records: Sequence[Record], answered: bool) -> Examples:
-        """One label for each word, predicted from its first token."""
+        """Builds examples with one label per word, predicted from the word's first token."""
         words = [words_of(record, self.task.words) for record in records]
         found, cut = [], []
         encoded = self._encode([" ".join(texts) for texts in words], None, records)
@@ -109,14 +108,14 @@ class Reading:
                 if len(tags) != len(texts):
                     raise DataError(
                         f"{record.source}: {len(tags)} tags in {self.task.label!r} for "
-                        f"{len(texts)} words in {self.task.words!r}; each word needs one"
+                        f"{len(texts)} words in {self.task.words!r}; every word needs one tag"
                     )
-                # Those of words that are cut off are checked like the others.
+                # Tags of truncated words are checked too.
                 numbers = [self._labels.number(record, self.task.label, tag) for tag in tags]
                 labels = [numbers[word] for word in kept]
                 references = tuple(self._names[label] for label in labels)
             if not kept:
-                raise DataError(f"{record.source}: the tokenizer makes no token of its words")
+                raise DataError(f"{record.source}: the words have no tokens; remove the record")
             example = self._example(record, [encoding], index_M, np.array(labels, np.int32))
             prompt = " ".join(texts[word] for word in kept)
             found.append(dataclasses.replace(example, references=references, prompt=prompt))
@@ -124,8 +123,11 @@ class Reading:
         return Examples(found, cut)
 
     def _windows(self, records: Sequence[Record], answered: bool) -> Examples:
-        """Where the answer to a question starts and ends: in each window of the text, one after
-        another where it is long. Where a window does not hold it, it is the first token."""
+        """Builds examples that predict the start and the end of an answer.
+
+        A long text becomes several overlapping windows. In a window without the answer, the start
+        and the end are the first token.
+        """
         questions, contexts = self._texts(records)
         assert contexts is not None  # as the configuration checks
         special = self.tokenizer.num_special_tokens_to_add(pair=True)
@@ -137,14 +139,14 @@ class Reading:
             if len(asked[number]) + special + self.task.stride >= self.max_length:
                 raise DataError(
                     f"{record.source}: a question of {len(asked[number])} tokens and task.stride "
-                    f"{self.task.stride} leave no room for the text within {self.max_length} "
-                    "tokens; raise data.max_length or lower task.stride"
+                    f"{self.task.stride} leave no room for the text within max_length "
+                    f"{self.max_length}; raise data.max_length or lower task.stride"
                 )
             answers = answers_of(record, self.task.label, context) if answered else []
             if answered and not answers and not self.task.unanswerable:
                 raise DataError(
-                    f"{record.source}: there is no answer; leave the record out, or set "
-                    "task.unanswerable=true, where a question may have none (SQuAD 2.0)"
+                    f"{record.source}: the question has no answer; remove the record, or set "
+                    "task.unanswerable=true to allow unanswerable questions (SQuAD 2.0)"
                 )
             windows = encodings(
                 self.tokenizer,
@@ -177,7 +179,7 @@ class Reading:
         return Examples(found)
 
     def _choices(self, records: Sequence[Record], answered: bool) -> Examples:
-        """One answer for several texts, each read apart behind the same input."""
+        """Builds examples with one answer among several texts, each paired with the same input."""
         templates = [Template(text) for text in self.task.choices or ()]
         inputs, _ = self._texts(records)
         texts = [[t for one in templates for t in one.render(record)] for record in records]
@@ -227,7 +229,7 @@ class Reading:
         return LabelIndex(self._names)
 
     def _texts(self, records: Sequence[Record]) -> tuple[list[str], list[str] | None]:
-        """The rendered inputs, and the rendered pairs if there are any."""
+        """Renders the inputs, and the pairs if there is a pair template."""
         assert self.input is not None  # as the configuration checks
         first, second = Template(self.input), self.pair
         inputs = [_render(first, record) for record in records]
@@ -255,7 +257,7 @@ class Reading:
 
     @contextlib.contextmanager
     def _cutting(self) -> Iterator[None]:
-        """The tokenizer cuts on the side that is asked for; of windows always on the right."""
+        """Sets the tokenizer's truncation side; windows always use the right side."""
         before = self.tokenizer.truncation_side
         self.tokenizer.truncation_side = "right" if self.task.name == "span" else self.truncate
         try:
@@ -275,7 +277,7 @@ class Reading:
         label_M: np.ndarray,
     ) -> Example:
         if not all(part.ids for part in parts):
-            raise DataError(f"{record.source}: the tokenizer makes no token of an empty text")
+            raise DataError(f"{record.source}: the text has no tokens; remove the record")
         segment_T = None
         if self.segments:
             segment_T = np.array([i for part in parts for i in part.type_ids], np.int32)
@@ -294,16 +296,16 @@ def _render(template: Template, record: Record) -> str:
     texts = template.render(record)
     if len(texts) > 1:
         raise DataError(
-            f"{record.source}: {template.text!r} has {len(texts)} alternatives; a text that is "
-            "read must be one"
+            f"{record.source}: {template.text!r} has {len(texts)} alternatives; an input must have "
+            "exactly one text"
         )
     return texts[0]
 
 
 def _first_tokens(words: Sequence[str], encoding: Encoding) -> tuple[np.ndarray, list[int]]:
-    """The column of each word's first token, ascending, and which words have one.
+    """Returns the column of each word's first token, ascending, and the words that have one.
 
-    Words were joined by spaces, and some tokenizers put the space before a word into its token.
+    The words were joined by spaces, and some tokenizers include the preceding space in a token.
     """
     spans = [
         (column, *span)
@@ -326,13 +328,16 @@ def _first_tokens(words: Sequence[str], encoding: Encoding) -> tuple[np.ndarray,
 
 
 def _context_offsets(encoding: Encoding) -> np.ndarray:
-    """Where each token stands in the context, in characters; -1 for those outside it."""
+    """Returns each token's start and end in the context, in characters; -1 outside the context."""
     inside = [sequence == 1 for sequence in encoding.sequence_ids]
     return np.where(np.array(inside)[:, None], np.array(encoding.offsets), -1).astype(np.int32)
 
 
 def _span(offset_T2: np.ndarray, answers: Sequence[tuple[str, int]]) -> tuple[int, int]:
-    """The columns of the first answer's first and last token; (0, 0) if the window lacks it."""
+    """Returns the columns of the first answer's first and last token.
+
+    Returns (0, 0) if the window does not contain the answer.
+    """
     if not answers or not answers[0][0]:
         return 0, 0
     text, begin = answers[0]
@@ -340,7 +345,7 @@ def _span(offset_T2: np.ndarray, answers: Sequence[tuple[str, int]]) -> tuple[in
     inside = np.flatnonzero(offset_T2[:, 0] >= 0)
     if not len(inside) or offset_T2[inside[0], 0] > begin or offset_T2[inside[-1], 1] < end:
         return 0, 0
-    # The last token that starts by the answer's start, and the first that ends by its end.
+    # The last token that starts at or before the answer, and the first that ends at or after it.
     start = inside[np.flatnonzero(offset_T2[inside, 0] <= begin)[-1]]
     stop = inside[np.flatnonzero(offset_T2[inside, 1] >= end)[0]]
     return int(start), int(stop)

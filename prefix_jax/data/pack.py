@@ -1,18 +1,18 @@
-"""Examples → rows with little padding, in few shapes.
+"""Packs examples into rows with little padding, using few shapes.
 
-XLA compiles each shape of a batch anew, and every padded token costs as much as a real one. So a
-layout has one of a few `Shape`s, which `choose_shapes` picks once for a dataset, and examples are
-spread over its rows by longest-processing-time-first scheduling (Graham 1969).
+XLA recompiles for every batch shape, and a padding token costs as much as a real one. A layout
+therefore has one of a few `Shape`s, which `choose_shapes` picks once per dataset, and
+longest-processing-time-first scheduling (Graham 1969) spreads the examples over its rows.
 
-Targets that answer the same source share its tokens: they become branches of one group. An example
-is laid without its last token, which predicts nothing.
+Targets with the same source share its tokens: they become branches of one group. The last token of
+an example predicts nothing and is left out.
 
-For an encoder-decoder a row has two sides: the sources that its encoder reads, and the groups of
-its decoder, each of which attends to the source of its own number. Targets of one source share it,
-and the decoder's start token.
+In an encoder-decoder a row has two sides: the sources that the encoder reads, and the groups of the
+decoder, each of which attends to the source of the same number. Targets with the same source share
+it and the decoder's start token.
 
-A layout follows from the lengths of the batch's examples and the options, never from earlier
-batches, so that every host finds the same one and a resumed run repeats it.
+A layout depends only on the lengths of the batch's examples and the options, never on earlier
+batches, so every host computes the same layout and a resumed run repeats it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,21 @@ from prefix_jax.data.batch import Batch, Example, Source
 from prefix_jax.errors import DataError
 from prefix_jax.nn.mask import Tokens
 
-# What a batch costs, in tokens through the layers: a token's attention to a row of T, and a
-# target's logits. Shares of the FLOPs of a 135M model (SmolLM2); larger models have smaller ones.
+# Costs relative to one token through the layers: a token's attention, per column of the row, and
+# a target's logits. From the FLOPs of a 135M model (SmolLM2); the ratios shrink for larger models.
 ATTENTION_COST = 1 / 3000
 TARGET_COST = 1 / 4
 
 
 class Shape(NamedTuple):
-    """The shape of a micro-batch: rows R, tokens in a row T, targets in a row M; for an
-    encoder-decoder, tokens S that its encoder reads of a row, else 0."""
+    """The shape of a micro-batch.
+
+    Attributes:
+        rows: the number of rows R.
+        columns: tokens T per row.
+        targets: targets M per row.
+        sources: encoder tokens S per row in an encoder-decoder, else 0.
+    """
 
     rows: int
     columns: int
@@ -46,7 +52,7 @@ class Shape(NamedTuple):
 
     @property
     def cost(self) -> float:
-        """In tokens through the layers."""
+        """The cost, as a number of tokens through the layers."""
         token = 1 + ATTENTION_COST * (self.columns + self.sources)
         source = 1 + ATTENTION_COST * self.sources
         return self.rows * (
@@ -55,10 +61,15 @@ class Shape(NamedTuple):
 
 
 class Item(NamedTuple):
-    """What packing needs to know of an example.
+    """The sizes of an example that packing needs.
 
-    `shared` tokens stand before the first target, `own` tokens after them up to the last target,
-    and an encoder reads `read` tokens; items of equal `source` have the same read and shared ones.
+    Attributes:
+        source: the number of the example's source; items with equal numbers have the same `read`
+            and `shared` tokens.
+        shared: tokens before the first target.
+        own: tokens from there to the last target.
+        targets: the number of targets.
+        read: tokens that an encoder reads.
     """
 
     source: int
@@ -69,12 +80,12 @@ class Item(NamedTuple):
 
     @property
     def common(self) -> int:
-        """Tokens that items of the same source share, on both sides."""
+        """Tokens that items with the same source share, on both sides."""
         return self.read + self.shared
 
 
 class Block(NamedTuple):
-    """Examples that share one source in one row, by their place in the batch."""
+    """Examples that share one source in one row, by their index in the batch."""
 
     members: tuple[int, ...]
     columns: int
@@ -89,12 +100,12 @@ class Block(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the examples of a batch stand.
+    """The placement of a batch's examples in rows.
 
     Attributes:
-        shape: of a micro-batch.
+        shape: the shape of a micro-batch.
         rows: the blocks of each row, micro-batch after micro-batch.
-        items: the examples as they were measured.
+        items: the sizes of the examples.
         branches: whether blocks may have several examples.
     """
 
@@ -110,12 +121,13 @@ class Packing:
 
     Attributes:
         pack: put several examples into a row. Otherwise row i is example i, padded on the right.
-        rows_multiple: each micro-batch has a multiple of so many rows (a mesh's batch shards).
-        accumulate: micro-batches in a batch, all of one shape.
-        shapes: shapes to prefer, as `choose_shapes` finds them. A batch that fits none of them
-            gets a shape from a coarse ladder.
-        branches: whether examples may share their source in a row: see `branching`. Where nothing
-            branches, attention's kernels have half of the work.
+        rows_multiple: the number of rows of a micro-batch is a multiple of this (the mesh's batch
+            shards).
+        accumulate: micro-batches per batch, all of one shape.
+        shapes: preferred shapes, from `choose_shapes`. A batch that fits none of these gets a shape
+            from a coarse ladder.
+        branches: whether examples may share their source in a row: see `branching`. Without
+            branches, the attention kernels do half the work.
     """
 
     pack: bool = True
@@ -126,10 +138,10 @@ class Packing:
 
 
 def measure(examples: Sequence[Example]) -> list[Item]:
-    """Measures examples, numbering their sources.
+    """Measures examples and numbers their sources.
 
     Raises:
-        DataError: an example has no target, or one at its first token.
+        DataError: an example has no target, or its first token is a target.
     """
     sources: dict[tuple[Any, ...], int] = {}
     items = []
@@ -138,7 +150,7 @@ def measure(examples: Sequence[Example]) -> list[Item]:
         if not len(index_M) or index_M[0] < 0:
             raise DataError(
                 f"{example.source}: {'a target at' if len(index_M) else 'no target after'} its "
-                "first token; each example needs a token to predict from and one to predict"
+                "first token; every target needs a token before it"
             )
         shared = example.source_length
         laid = len(example.ids_T) if example.whole else int(index_M[-1]) + 1
@@ -146,7 +158,7 @@ def measure(examples: Sequence[Example]) -> list[Item]:
         read = none if example.source_ids_S is None else example.source_ids_S
         what = read, example.ids_T[:shared], example.segment_T, example.part_T
         text = ((none if array is None else array).tobytes() for array in what)
-        # What tasks read alike they read behind prefixes of their own.
+        # Tasks do not share equal texts, because each task has its own prefix.
         key = (example.task, *text)
         source = sources.setdefault(key, len(sources))
         items.append(Item(source, shared, laid - shared, len(index_M), len(read)))
@@ -154,8 +166,10 @@ def measure(examples: Sequence[Example]) -> list[Item]:
 
 
 def branching(items: Sequence[Item], pack: bool) -> bool:
-    """Whether some of all examples of a run can meet as branches of one source: the same for all
-    its batches, so that they are the same programs."""
+    """Returns whether any examples of a run can share a source as branches.
+
+    The answer is the same for all batches of the run, so they use the same programs.
+    """
     return pack and len({item.source for item in items}) < len(items)
 
 
@@ -185,15 +199,15 @@ def arrange(items: Sequence[Item], packing: Packing) -> Layout:
 def choose_shapes(
     batches: Sequence[Sequence[Item]], packing: Packing, *, limit: int = 16, gain: float = 0.003
 ) -> tuple[Shape, ...]:
-    """Chooses shapes that together make these batches cheap.
+    """Chooses a set of shapes with a low total cost for these batches.
 
-    Greedily adds the shape that lowers the cost of all batches most.
+    Greedily adds the shape that lowers the total cost most.
 
     Args:
-        batches: a sample of what will be arranged.
-        packing: the options; its `shapes` are not looked at.
-        limit: shapes at most.
-        gain: the share of the cost that a further shape must save to be worth its compilation.
+        batches: a sample of the batches to arrange.
+        packing: the options; ignores its `shapes`.
+        limit: the maximum number of shapes.
+        gain: the fraction of the cost that another shape must save to be worth compiling.
     """
     counts = _row_counts(max(map(len, batches)), packing)
     extent_NC3 = np.array(
@@ -210,7 +224,7 @@ def choose_shapes(
     room_S3 = np.array([shape[1:] for _, shape in options])
     cost_S = np.array([shape.cost for _, shape in options])
     fits_NS = (extent_NC3[:, at] <= room_S3).all(-1)
-    # What fits none costs more than anything that does: the first shapes are to cover everything.
+    # A batch that fits no shape costs the most, so the first shapes cover every batch.
     none = 2 * cost_S.max()
     cost_NS = np.where(fits_NS, cost_S, none)
     chosen: list[int] = []
@@ -234,10 +248,10 @@ def materialise(
     """Writes a layout's rows as numpy arrays, [R, T], or [A, R, T] for A > 1 micro-batches.
 
     Args:
-        layout: what `arrange` found for the whole batch.
-        examples: the whole batch.
-        part: (i, n) takes the i-th of n equal parts of each micro-batch's rows: those of host i.
-            The count of examples stays the whole batch's.
+        layout: the layout of the whole batch, from `arrange`.
+        examples: the examples of the whole batch.
+        part: (i, n) writes only host i's rows, the i-th of n equal parts of each micro-batch. The
+            count of examples still covers the whole batch.
     """
     shape = layout.shape
     accumulate = len(layout.rows) // shape.rows
@@ -284,7 +298,7 @@ def materialise(
                 ids[stretch] = example.ids_T[shared : shared + own]
                 branch[stretch], group[stretch] = b, g
                 position[stretch] = np.arange(shared, shared + own)
-                # What predicts the first target may stand in the source, which others share.
+                # The column that predicts the first target may be in the shared source.
                 at = example.index_M
                 slots = micro, row, slice(slot, slot + len(at))
                 column[slots] = np.where(at < shared, start, end - shared) + at
@@ -316,7 +330,7 @@ def materialise(
 
 
 def _parts(example: Example, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The part of each of the first `count` tokens, and its position within that part."""
+    """Returns the part of each of the first `count` tokens, and its position in that part."""
     columns = np.arange(count)
     if example.part_T is None:
         return np.zeros_like(columns), columns
@@ -325,12 +339,12 @@ def _parts(example: Example, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _zeros(*shape: int, dtype: Any = np.int32) -> Any:
-    # Any: the fields of a batch are typed as the arrays that they become on the device.
+    # Returns Any because the fields of a batch are typed as device arrays.
     return np.zeros(shape, dtype)
 
 
 def _spread(items: Sequence[Item], rows: int, packing: Packing) -> list[list[Block]]:
-    """Spreads the items over the rows of every micro-batch, as evenly as it can."""
+    """Spreads the items over the rows of all micro-batches as evenly as possible."""
     rows *= packing.accumulate
     spread: list[list[Block]] = [[] for _ in range(rows)]
     if not packing.pack:
@@ -340,7 +354,7 @@ def _spread(items: Sequence[Item], rows: int, packing: Packing) -> list[list[Blo
     if packing.branches:
         blocks = _blocks(items, rows)
     else:
-        # Also of an example that a batch over the end of an epoch holds twice.
+        # This includes an example that occurs twice in a batch across an epoch boundary.
         blocks = [_block(items, [i]) for i in range(len(items))]
     free = [(0, row) for row in range(rows)]
     for block in sorted(blocks, key=lambda block: (-block.size, block.members)):
@@ -351,7 +365,7 @@ def _spread(items: Sequence[Item], rows: int, packing: Packing) -> list[list[Blo
 
 
 def _blocks(items: Sequence[Item], rows: int) -> list[Block]:
-    """One block a source, or several where a single one would outgrow its share of the rows."""
+    """Makes one block per source, or several if one would exceed its share of the rows."""
     groups: dict[int, list[int]] = {}
     for i, item in enumerate(items):
         groups.setdefault(item.source, []).append(i)
@@ -386,7 +400,7 @@ def _block(items: Sequence[Item], members: Sequence[int]) -> Block:
 
 
 def _extent(spread: Sequence[Sequence[Block]]) -> tuple[int, int, int]:
-    """The most columns, targets and source columns of a row."""
+    """Returns the maximum columns, targets and source columns over the rows."""
     columns = max(sum(block.columns for block in row) for row in spread)
     targets = max(sum(block.targets for block in row) for row in spread)
     sources = max(sum(block.sources for block in row) for row in spread)
@@ -394,7 +408,7 @@ def _extent(spread: Sequence[Sequence[Block]]) -> tuple[int, int, int]:
 
 
 def _row_counts(examples: int, packing: Packing) -> list[int]:
-    """Numbers of rows of a micro-batch to try: from one to one an example, steps of 1.3 to 1.5."""
+    """Lists row counts to try, from one to the number of examples, in steps of 1.3 to 1.5."""
     unit = packing.rows_multiple
     most = -(-examples // (unit * packing.accumulate)) * unit
     if not packing.pack:
@@ -404,6 +418,6 @@ def _row_counts(examples: int, packing: Packing) -> list[int]:
 
 
 def _round_up(length: int, steps: int) -> int:
-    """The next value of a ladder: multiples of 8 at first, then `steps` (or more) an octave."""
+    """Rounds up to a ladder: multiples of 8 first, then `steps` (or more) values per octave."""
     step = max(8, (1 << max(length - 1, 1).bit_length() - 1) // steps)
     return -(-length // step) * step

@@ -1,4 +1,4 @@
-"""From examples to the batch of a step, and from records to examples."""
+"""Loads examples from records, and produces the batches of training and evaluation."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from prefix_jax.errors import ConfigError, MeshError
 if TYPE_CHECKING:  # its import takes seconds
     from transformers import PreTrainedTokenizerBase
 
-# Shapes are chosen from so many examples of the first steps, in between 16 and 512 steps: enough
-# to see how batches vary, little enough to lay out in a second.
+# Number of examples from the first steps (16 to 512 steps) that shapes are chosen from: enough to
+# show how batches vary, and few enough to lay out in a second.
 _SAMPLE = 16_384
 
 
@@ -55,38 +55,36 @@ def load_examples(
 
     Args:
         records: a .jsonl, .csv or .parquet file, `tfds:NAME/SPLIT`, or an iterable of mappings.
-        tokenizer: of Hugging Face transformers.
-        prepare: what records of a published set need first: a name of `PREPARE`.
-        input: template of the text that is given, with fields in braces; None gives nothing.
-        target: template of the text to learn. A field that holds a list gives one example for each
-            of its texts.
-        messages: the field that holds a chat, instead of `input` and `target`.
-        references: the field that holds the acceptable targets, for evaluation; None takes the
-            rendered targets.
-        loss: which tokens are learnt, those of the "target" (of a chat, the assistant's turns) or
-            "all".
-        max_length: tokens of an example at most, or of what an encoder reads; None sets no limit.
-        truncate: the side at which an input that is too long is cut. A target is never cut.
-        on_overflow: "error", or "drop" an example whose target alone is too long.
-        tfds_dir: the data directory of TensorFlow Datasets; None takes its default.
-        encoder_decoder: what an encoder-decoder needs; None for a single stack.
-        end_ids: end tokens that the checkpoint states (`Architecture.end_ids`), for chats.
+        tokenizer: a tokenizer from Hugging Face transformers.
+        prepare: the preparation for records of a published dataset: a key of `PREPARE`.
+        input: the input template, with fields in braces; None for no input.
+        target: the target template. If one of its fields is a list, each item becomes an example.
+        messages: the field with a chat, instead of `input` and `target`.
+        references: the field with the acceptable targets, for evaluation; None uses the rendered
+            targets.
+        loss: the tokens to train on: "target" (in a chat, the assistant turns) or "all".
+        max_length: maximum tokens of an example, or of the encoder input; None for no limit.
+        truncate: the side on which inputs that are too long are cut. Targets are never cut.
+        on_overflow: "error", or "drop" for examples whose target is too long by itself.
+        tfds_dir: the data directory of TensorFlow Datasets; None uses its default.
+        encoder_decoder: tokenisation options of an encoder-decoder; None for a single stack.
+        end_ids: end tokens from the checkpoint (`Architecture.end_ids`), for chats.
 
     Returns:
-        A list of examples that also names the records which were truncated or dropped.
+        The examples, with the origins of those that were truncated or dropped.
 
     Raises:
-        DataError: a record, a file or a template cannot become examples.
-        ConfigError: neither or both of `target` and `messages` are given, or an encoder-decoder
-            is given `messages`.
+        DataError: a record, a file or a template is invalid.
+        ConfigError: neither or both of `target` and `messages` are given, or `messages` is given
+            for an encoder-decoder.
     """
     if encoder_decoder is not None and messages is not None:
         raise ConfigError(
-            "data.messages: a chat is one text of many turns, and this model reads its input with "
-            "an encoder; take templates (data.input, data.target), or a decoder"
+            "data.messages: an encoder-decoder cannot train on chats; use templates (data.input, "
+            "data.target), or a decoder-only model"
         )
     if (target is None) == (messages is None) or (messages is not None and input is not None):
-        raise ConfigError("give either a target template (and an input), or the field of messages")
+        raise ConfigError("give either target (and optionally input), or messages")
     read = prepare_records(read_records(records, tfds_dir=tfds_dir), prepare)
     if messages is not None:
         rendered = [render_chat(record, messages, tokenizer) for record in read]
@@ -112,10 +110,10 @@ def load_examples(
 
 
 class Pipeline:
-    """The batches of a training run: `batch(step)` is a pure function.
+    """The batches of a training run; `batch(step)` is a pure function.
 
-    Every host holds all examples, lays out the whole batch, which costs little, and writes its own
-    rows alone. So shapes agree across hosts, and targets meet their source wherever it stands.
+    Every host has all examples, computes the layout of the whole batch, which is cheap, and writes
+    only its own rows. Shapes therefore agree across hosts, and targets always find their source.
     """
 
     def __init__(
@@ -133,24 +131,25 @@ class Pipeline:
         """Measures the examples and chooses the shapes of their batches.
 
         Args:
-            examples: what to train on.
-            batch_size: examples in a step, over all hosts and micro-batches.
-            seed: of the order.
-            pack: put several examples into a row; otherwise each has a row of its own.
-            group_by_source: keep examples of one source adjacent in the order, so that they meet in
-                a row and share its tokens.
-            rows_multiple: the mesh's batch shards, which the rows of a micro-batch divide over.
-            accumulate: micro-batches in a step; above 1, batches have a leading axis.
-            part: (i, n) for host i of n; it gets the i-th part of each micro-batch's rows.
+            examples: the training examples.
+            batch_size: examples per step, over all hosts and micro-batches.
+            seed: the seed of the order.
+            pack: put several examples into a row; otherwise each has its own row.
+            group_by_source: keep examples with the same source adjacent in the order, so that they
+                share its tokens in a row.
+            rows_multiple: the mesh's batch shards; the rows of a micro-batch are a multiple of
+                this.
+            accumulate: micro-batches per step; above 1, batches have a leading axis.
+            part: (i, n) for host i of n, which gets the i-th part of each micro-batch's rows.
 
         Raises:
-            MeshError: the batch does not divide over shards and micro-batches, or the shards over
-                hosts.
-            DataError: an example has nothing to learn.
+            MeshError: the batch is not divisible by shards times micro-batches, or the shards are
+                not divisible by the hosts.
+            DataError: an example has no target.
         """
         if batch_size % (rows_multiple * accumulate):
             raise MeshError(
-                f"batch_size {batch_size} does not divide over {rows_multiple} batch shards x "
+                f"batch_size {batch_size} is not divisible by {rows_multiple} batch shards x "
                 f"{accumulate} micro-batches; "
                 f"choose a multiple of {rows_multiple * accumulate}"
             )
@@ -172,23 +171,23 @@ class Pipeline:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps until every example was seen."""
+        """The number of steps until every example has been seen."""
         return self.order.steps_per_epoch
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, as numpy arrays; on several hosts, this host's rows of it."""
+        """Returns a step's batch as numpy arrays; with several hosts, only this host's rows."""
         indices = self.order.step(step)
         layout = arrange([self._items[i] for i in indices], self.packing)
         return materialise(layout, [self._examples[i] for i in indices], part=self._part)
 
     def batch_sources(self, step: int) -> list[str]:
-        """Where the examples of a step came from, for messages."""
+        """Returns the origins of a step's examples, for messages."""
         return [self._examples[i].source for i in self.order.step(step)]
 
     def iterate(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        """The batches of steps `start` to `stop` (without end if None), made ahead in a thread."""
+        """Yields the batches of steps `start` to `stop` (None: endless), prefetched in a thread."""
         steps = grain.MapDataset.range(start, sys.maxsize if stop is None else stop)
-        # One thread: the work holds Python's lock, and is far quicker than a step.
+        # One thread is enough: the work holds the GIL and is much faster than a step.
         ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
         return iter(steps.map(self.batch).to_iter_dataset(ahead))
 
@@ -201,21 +200,21 @@ def evaluation_batches(
     rows_multiple: int = 1,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """Every example once, in batches of one of few shapes; the last one may hold more padding.
+    """Yields every example once, in batches of few shapes; the last one may have more padding.
 
-    Packed, examples of one source come together and share its tokens. Without packing they keep
-    their order, one a row: row i of the b-th batch is example b · batch_size + i.
+    With packing, examples with the same source are adjacent and share its tokens. Without packing
+    they keep their order, one per row: row i of batch b is example b · batch_size + i.
 
     Args:
-        examples: what to evaluate.
-        batch_size: examples in a batch.
+        examples: the examples to evaluate.
+        batch_size: examples per batch.
         pack: put several examples into a row.
-        rows_multiple: the mesh's batch shards, which the rows divide over.
+        rows_multiple: the mesh's batch shards; the number of rows is a multiple of this.
         part: (i, n) for host i of n, as in `Pipeline`.
 
     Raises:
-        MeshError: the shards do not divide over the hosts.
-        DataError: an example has nothing to score.
+        MeshError: the shards are not divisible by the hosts.
+        DataError: an example has no target.
     """
     _check_hosts(rows_multiple, part[1])
     items = measure(examples)
@@ -224,7 +223,7 @@ def evaluation_batches(
     packing = Packing(pack=pack, rows_multiple=rows_multiple, branches=branching(items, pack))
     measured = [[items[i] for i in chunk] for chunk in chunks]
     if measured:
-        # These batches are all there are: a shape that saves less than one is not worth compiling.
+        # There are no other batches: a shape that saves less than one batch is not worth compiling.
         shapes = choose_shapes(measured, packing, gain=1 / len(measured))
         packing = dataclasses.replace(packing, shapes=shapes)
     return (
@@ -236,6 +235,6 @@ def evaluation_batches(
 def _check_hosts(rows_multiple: int, hosts: int) -> None:
     if rows_multiple % hosts:
         raise MeshError(
-            f"{rows_multiple} batch shards do not divide over {hosts} hosts; "
+            f"{rows_multiple} batch shards are not divisible by {hosts} hosts; "
             "choose a mesh whose data x fsdp axes are a multiple of the hosts"
         )

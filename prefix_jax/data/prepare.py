@@ -1,7 +1,7 @@
-"""What records of published data sets need before a template can render them.
+"""Preparations: derived fields for records of published datasets.
 
-A preparation adds a field to a record, which templates then name. Most sets need none: templates
-name the fields that they have.
+A preparation adds a field to each record for templates to use. Most datasets need none, because
+templates can use their fields directly.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterable
 from prefix_jax.data.source import Record, shown
 from prefix_jax.errors import ConfigError, DataError
 
-# The names under which Li & Liang's E2E files hold the slots of a meaning representation.
+# The names of meaning-representation slots in Li & Liang's E2E files.
 _SLOTS = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 _SLOT = re.compile(r"([^\[\],]+)\[([^\]]*)\]\s*(?:,|$)")
 
 
 def _e2e(record: Record) -> str:
-    """The pairs of a meaning representation: "name : The Eagle | Type : pub" from "name[The
-    Eagle], eatType[pub]" (E2E, Novikova et al. 2017; the form of Li & Liang 2021)."""
+    """Linearises a meaning representation (E2E, Novikova et al. 2017), as Li & Liang 2021 do.
+
+    "name[The Eagle], eatType[pub]" becomes "name : The Eagle | Type : pub".
+    """
     text = _text(record, "mr")
     slots, end = [], 0
     while (found := _SLOT.match(text, end)) and (name := found[1].strip()):
@@ -29,39 +31,45 @@ def _e2e(record: Record) -> str:
         end = found.end()
     if not slots or text[end:].strip():
         raise DataError(
-            f"{record.source}: the meaning representation {shown(text)} is not of the form "
+            f"{record.source}: invalid meaning representation {shown(text)}; expected the form "
             "'name[The Eagle], eatType[pub]'"
         )
     return " | ".join(slots)
 
 
 def _web_nlg(record: Record) -> str:
-    """For every triple " | subject : predicate : object" (WebNLG, Gardent et al. 2017; the form
-    of Li & Liang 2021)."""
+    """Writes each triple as " | subject : predicate : object".
+
+    The dataset is WebNLG (Gardent et al. 2017), and the format that of Li & Liang 2021.
+    """
     return "".join(f" | {triple}" for triple in _triples(record, "input"))
 
 
 def _dart(record: Record) -> str:
-    """The triples as "subject : predicate : object | …", predicates in lower case (DART, Nan et al.
-    2021; the form of Li & Liang 2021)."""
+    """Writes the triples as "subject : predicate : object | …", with lower-case predicates.
+
+    The dataset is DART (Nan et al. 2021), and the format that of Li & Liang 2021.
+    """
     return " | ".join(_triples(record, "tripleset", lower=True))
 
 
 def _copa(record: Record) -> str:
-    """The premise with "because" or "so" behind it, whichever its question asks for (COPA in
-    SuperGLUE; the form of P-tuning v2, Liu et al. 2022)."""
-    # SuperGLUE's own files say it in words, TFDS by number: 0 is the cause.
+    """Appends "because" or "so" to the premise, depending on the question.
+
+    The dataset is COPA in SuperGLUE, and the format that of P-tuning v2 (Liu et al. 2022).
+    """
+    # SuperGLUE's own files use words, TFDS uses numbers: 0 is the cause.
     question = record.value("question")
     kinds = {"cause": "because", 0: "because", "effect": "so", 1: "so"}
     if type(question) not in (str, int) or question not in kinds:
         raise DataError(
-            f"{record.source}: the question {shown(question)} is neither 'cause' nor 'effect'"
+            f"{record.source}: the question must be 'cause' or 'effect', got {shown(question)}"
         )
     return f"{_text(record, 'premise')} {kinds[question]}"
 
 
 def _named(*names: str) -> Callable[[Record], str]:
-    """The name of a label that TFDS stores as a number; a name stays what it is."""
+    """Maps the label numbers of TFDS to label names, and leaves names unchanged."""
 
     def make(record: Record) -> str:
         label = record.value("label")
@@ -70,8 +78,8 @@ def _named(*names: str) -> Callable[[Record], str]:
         # A boolean would be the number 0 or 1.
         if type(label) is not int or not 0 <= label < len(names):
             raise DataError(
-                f"{record.source}: the label {shown(label)} is none of {', '.join(names)}, nor a "
-                f"number from 0 to {len(names) - 1}; the test split of GLUE has no labels"
+                f"{record.source}: the label must be {', '.join(names)} or a number from 0 to "
+                f"{len(names) - 1}, got {shown(label)}; the test splits of GLUE have no labels"
             )
         return names[label]
 
@@ -80,12 +88,12 @@ def _named(*names: str) -> Callable[[Record], str]:
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """A field that records of a published set gain.
+    """A derived field for records of a published dataset.
 
     Attributes:
-        field: its name.
-        needs: the fields that it is made of.
-        make: its value.
+        field: the name of the new field.
+        needs: the fields that it is computed from.
+        make: computes its value.
     """
 
     field: str
@@ -105,7 +113,7 @@ PREPARE = {
 
 
 def fields_needed(names: Iterable[str], name: str | None) -> tuple[str, ...]:
-    """The fields that a record must have if templates name these, before it is prepared.
+    """Returns the fields that a record needs before preparation, given those in the templates.
 
     Raises:
         ConfigError: the name of the preparation is unknown.
@@ -118,11 +126,11 @@ def fields_needed(names: Iterable[str], name: str | None) -> tuple[str, ...]:
 
 
 def prepare(records: Iterable[Record], name: str | None) -> list[Record]:
-    """The records with the field that `PREPARE[name]` makes of each; None adds nothing.
+    """Adds the field of `PREPARE[name]` to each record; None adds nothing.
 
     Raises:
         ConfigError: the name is unknown.
-        DataError: a record is not of the data set.
+        DataError: a record does not have the dataset's format.
     """
     if name is None:
         return list(records)
@@ -137,22 +145,24 @@ def _named_preparation(name: str) -> Preparation:
     if name not in PREPARE:
         near = difflib.get_close_matches(name, PREPARE, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"data.prepare {name!r}: {hint}there are {', '.join(PREPARE)}")
+        raise ConfigError(f"data.prepare {name!r}: {hint}choose one of {', '.join(PREPARE)}")
     return PREPARE[name]
 
 
 def _text(record: Record, field: str) -> str:
     value = record.value(field)
     if not isinstance(value, str):
-        raise DataError(f"{record.source}: field {field!r} holds a {type(value).__name__}, no text")
+        raise DataError(
+            f"{record.source}: field {field!r} must be a text, got {type(value).__name__}"
+        )
     return value
 
 
 def _triples(record: Record, field: str, lower: bool = False) -> list[str]:
-    """Every triple, which is "s | p | o" or a list of three, as "subject : predicate : object"."""
+    """Formats triples, "s | p | o" or lists of three, as "subject : predicate : object"."""
     value = record.value(field)
     if not isinstance(value, list) or not value:
-        raise DataError(f"{record.source}: field {field!r} is not a list of triples")
+        raise DataError(f"{record.source}: field {field!r} must be a non-empty list of triples")
     triples = []
     for triple in value:
         parts = triple.split(" | ") if isinstance(triple, str) else triple
@@ -162,7 +172,7 @@ def _triples(record: Record, field: str, lower: bool = False) -> list[str]:
             or not all(isinstance(part, str | int | float) for part in parts)
         ):
             raise DataError(
-                f"{record.source}: {shown(triple)} in {field!r} is not a triple: expected "
+                f"{record.source}: {shown(triple)} in field {field!r} is not a triple; expected "
                 "'subject | predicate | object'"
             )
         subject, predicate, object_ = map(str, parts)

@@ -1,7 +1,7 @@
-"""Records and where they came from: JSONL, CSV, Parquet, TensorFlow Datasets or Python.
+"""Reads records from JSONL, CSV, Parquet, TensorFlow Datasets or Python iterables.
 
-A file is read whole: what trains here fits in memory as tokens, and every error of a file shows
-before the first step. The readers of files are in `untrusted/`.
+Files are read whole: training data fits in memory as tokens, and every error in a file is reported
+before the first step. The file readers are in `untrusted/`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from prefix_jax.untrusted.paths import expand
 TFDS = "tfds:"
 # "huggingface:NAME", but not "glue:2.0.0".
 _NAMESPACE = re.compile(r"\w+:(?![\d*])")
-# As many are searched for the one that was meant.
+# Number of names searched for the closest match.
 _MOST_NAMES = 1000
 
 
@@ -39,8 +39,8 @@ class Record:
 
     Attributes:
         fields: name → value.
-        source: where the record came from, for messages: "train.jsonl:17".
-        task: which of several tasks it is of, from 0; None where there is one. See `tasks`.
+        source: the origin of the record, for messages: "train.jsonl:17".
+        task: the task index in multitask training, from 0; None with a single task. See `tasks`.
     """
 
     fields: Mapping[str, Any]
@@ -48,10 +48,10 @@ class Record:
     task: int | None = None
 
     def value(self, name: str) -> Any:
-        """The value of a field.
+        """Returns the value of a field.
 
         Raises:
-            DataError: there is no such field, or it is null or NaN.
+            DataError: there is no such field, or its value is null or NaN.
         """
         if name not in self.fields:
             raise DataError(
@@ -76,12 +76,11 @@ def read_records(
 
     Args:
         spec: a .jsonl, .csv or .parquet file; `tfds:NAME/SPLIT` (`tfds:glue/sst2/train[:10%]`) for
-            a TensorFlow dataset that was prepared as array_record; or an iterable of mappings, or
-            of records that were read before.
-        tfds_dir: the data directory of TensorFlow Datasets; None takes its default.
+            a TensorFlow dataset prepared as array_record; or an iterable of mappings or `Record`s.
+        tfds_dir: the data directory of TensorFlow Datasets; None uses its default.
 
     Raises:
-        DataError: the source is missing, of an unknown kind, malformed or empty.
+        DataError: the source is missing, malformed, empty, or of an unknown type.
     """
     if isinstance(spec, str) and spec.startswith(TFDS):
         name, records = spec, _read_tfds(spec, tfds_dir)
@@ -90,7 +89,7 @@ def read_records(
     elif isinstance(spec, Iterable):
         name, records = "the records", _read_mappings(spec)
     else:
-        raise DataError(f"the records are {shown(spec)}; give a file, or an iterable of mappings")
+        raise DataError(f"expected a file or an iterable of mappings as records, got {shown(spec)}")
     if not records:
         raise DataError(f"{name}: no records; at least one is needed")
     return records
@@ -103,17 +102,17 @@ def _read_mappings(mappings: Iterable[Mapping[str, Any] | Record]) -> list[Recor
             records.append(fields)
             continue
         if not isinstance(fields, Mapping):
-            raise DataError(f"record {number} is a {type(fields).__name__}; it must be a mapping")
+            raise DataError(f"record {number} must be a mapping, got {type(fields).__name__}")
         records.append(_record(fields, f"record {number}"))
     return records
 
 
 def _record(fields: Mapping[Any, Any], source: str) -> Record:
-    """A record of a library's values, as those of a file."""
+    """Converts a library's values to a record like one from a file."""
     try:
         plain = _plain(fields)
     except RecursionError:
-        raise DataError(f"{source}: lists within lists without end; flatten them") from None
+        raise DataError(f"{source}: values are nested too deeply; flatten them") from None
     check_text(plain, source, DataError)
     return Record(plain, source)
 
@@ -121,17 +120,17 @@ def _record(fields: Mapping[Any, Any], source: str) -> Record:
 def _read_file(path: Path) -> list[Record]:
     if path.suffix not in READERS:
         raise DataError(
-            f"{path}: unknown kind of data {path.suffix!r}; give a file that ends in "
+            f"{path}: unknown file type {path.suffix!r}; give a file that ends in "
             f"{', '.join(READERS)}, or {TFDS}NAME/SPLIT"
         )
     if path.is_dir():
-        raise DataError(f"{path} is a directory; give one of the files in it")
+        raise DataError(f"{path} is a directory; give a file")
     if path.is_symlink() and not path.exists():
-        raise DataError(f"{path}: a link to {path.readlink()}, which does not exist")
+        raise DataError(f"{path}: a broken link to {path.readlink()}")
     if not path.exists():
         where = "" if path.parent.is_dir() else f"; there is no directory {path.parent}"
         raise DataError(f"{path}: no such file{_nearest(path.name, _siblings(path))}{where}")
-    # Predictions name the file that they are for.
+    # Predictions contain the name of this file.
     check_text(path.name, f"the file name {path.name!a}", DataError)
     rows = READERS[path.suffix](path, DataError)
     return [Record(fields, f"{path.name}:{number}") for number, fields in rows]
@@ -148,7 +147,7 @@ Rows = Iterator[tuple[int, dict[str, Any]]]
 
 
 def _read_csv(path: Path, error: type[PrefixJaxError]) -> Rows:
-    """Cells that are empty or "nan", as numeric libraries write a missing value, become None."""
+    """Reads CSV rows. Empty cells and "nan", a missing value in numeric libraries, become None."""
     for number, fields in read_csv(path, error):
         yield (
             number,
@@ -164,7 +163,7 @@ READERS: dict[str, Callable[[Path, type[PrefixJaxError]], Rows]] = {
 
 
 def _read_tfds(spec: str, data_dir: str | os.PathLike[str] | None) -> list[Record]:
-    # Imported where it is used: it takes seconds.
+    # A local import, because it takes seconds.
     import tensorflow_datasets as tfds
 
     name, _, split = spec.removeprefix(TFDS).rpartition("/")
@@ -172,8 +171,8 @@ def _read_tfds(spec: str, data_dir: str | os.PathLike[str] | None) -> list[Recor
         raise DataError(f"{spec}: write {TFDS}NAME/SPLIT, such as {TFDS}e2e_cleaned/train")
     if _NAMESPACE.match(name):
         raise DataError(
-            f"{spec}: sets of other namespaces, such as huggingface:NAME, can run code of their "
-            "own and are not read; export the set to a .parquet file"
+            f"{spec}: datasets of other namespaces, such as huggingface:NAME, can run their own "
+            "code and are not supported; export the dataset to a .parquet file"
         )
     try:
         with _importing_no_features(tfds.features.FeatureConnector):
@@ -182,18 +181,18 @@ def _read_tfds(spec: str, data_dir: str | os.PathLike[str] | None) -> list[Recor
                     name, split=split, data_dir=data_dir, download=False, try_gcs=False
                 )
             except ModuleNotFoundError:
-                # The code of some sets (SuperGLUE) needs TensorFlow; what it prepared does not.
+                # The code of some datasets (SuperGLUE) needs TensorFlow; the prepared files do not.
                 prepared = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
                 rows = prepared.as_data_source(split=split)
         return [_record(row, f"{spec}:{number}") for number, row in enumerate(rows)]
     except DataError:
         raise
-    except Exception as error:  # damaged files raise every kind of error, in several libraries
+    except Exception as error:  # damaged files raise many types of errors in several libraries
         # Without h5py, registration stops halfway and many text datasets are not found.
         missing = "" if importlib.util.find_spec("h5py") else "; install h5py, and try again"
         raise DataError(
             f"{spec}: cannot be read from {data_dir or 'the default data directory'}: "
-            # The rest of such a message may be a list of every dataset there is.
+            # The rest of the message may list every dataset.
             f"{reason(error)}; "
             "prepare it first, with download_and_prepare(file_format='array_record')" + missing
         ) from error
@@ -201,12 +200,12 @@ def _read_tfds(spec: str, data_dir: str | os.PathLike[str] | None) -> list[Recor
 
 @contextlib.contextmanager
 def _importing_no_features(connector: Any) -> Iterator[None]:
-    """Keeps TFDS from importing the modules that features.json names, wherever they are."""
+    """Keeps TFDS from importing arbitrary modules named in features.json."""
     original = connector.__dict__["cls_from_name"]
 
     def find(cls: Any, name: str) -> Any:
         if not str(name).startswith("tensorflow_datasets."):
-            raise ValueError(f"features.json names {shown(name)}, which is not a feature of TFDS")
+            raise ValueError(f"features.json names {shown(name)}, which is not a TFDS feature")
         return original.__func__(cls, name)
 
     connector.cls_from_name = classmethod(find)
@@ -217,7 +216,7 @@ def _importing_no_features(connector: Any) -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    """Values of numpy as Python's, and text as str (bytes that are not text stay bytes)."""
+    """Converts numpy values to Python values, and UTF-8 bytes to str (other bytes stay bytes)."""
     if isinstance(value, bytes):
         try:
             return value.decode()
@@ -235,23 +234,23 @@ def _plain(value: Any) -> Any:
 
 
 def listed(names: Iterable[Any], most: int = 20) -> str:
-    """The first names, quoted, for a message."""
+    """Formats the first names, quoted, for a message."""
     names = list(names)
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(map(shown, names[:most])) + more or "(none)"
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """A value as a message shows it, cut if it is long."""
+    """Formats a value for a message, shortened if it is long."""
     try:
         text = repr(value)
-    except ValueError:  # a number of thousands of digits
-        text = f"a {type(value).__name__} of thousands of digits"
+    except ValueError:  # a number with thousands of digits
+        text = f"{type(value).__name__} with thousands of digits"
     return text if len(text) <= most else f"{text[:most]}…"
 
 
 def nearest(name: str, names: Iterable[Any]) -> str | None:
-    """The name that is most like one that is unknown, if any is."""
+    """Returns the closest match for an unknown name, if there is one."""
     short = [text for text in map(str, itertools.islice(names, _MOST_NAMES)) if len(text) <= 100]
     return next(iter(difflib.get_close_matches(name[:100], short, n=1)), None)
 

@@ -1,4 +1,4 @@
-"""Which of several tasks a record is of, where they train together."""
+"""Multitask training: assigns records to tasks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from prefix_jax.untrusted.names import check_storable_names
 
 
 def collect_tasks(records: Iterable[Record], field: str) -> tuple[str, ...]:
-    """The tasks that records name in a field, sorted.
+    """Collects the task names in a field of the records, sorted.
 
     Raises:
-        DataError: a record names none, or one that cannot name a directory for its prefix.
+        DataError: a record has no task, or its name cannot be used as a directory name.
     """
     names: set[str] = set()
     for record in records:
@@ -26,10 +26,10 @@ def collect_tasks(records: Iterable[Record], field: str) -> tuple[str, ...]:
 
 
 def with_tasks(records: Iterable[Record], field: str, names: Sequence[str]) -> list[Record]:
-    """The records with the number of the task that each names, its place in `names`.
+    """Sets each record's task to the index of its task name in `names`.
 
     Raises:
-        DataError: a record names none, or an unknown one.
+        DataError: a record has no task, or an unknown one.
     """
     numbers = {name: number for number, name in enumerate(names)}
     found = []
@@ -39,24 +39,24 @@ def with_tasks(records: Iterable[Record], field: str, names: Sequence[str]) -> l
             near = nearest(name, names)
             hint = "" if near is None else f" did you mean {near!r}?"
             raise DataError(
-                f"{record.source}: the task {shown(name)} in field {field!r} is unknown;{hint} "
-                f"there are {listed(names)}, of method.tasks or else of the training examples"
+                f"{record.source}: unknown task {shown(name)} in field {field!r};{hint} the tasks "
+                f"from method.tasks or else the training data are {listed(names)}"
             )
         found.append(dataclasses.replace(record, task=numbers[name]))
     return found
 
 
 def of_task(records: Iterable[Record], field: str, name: str) -> list[Record]:
-    """The records of one task: those that name it in a field, or have no such field.
+    """Selects the records of one task: those that name it in a field, or lack the field.
 
     Raises:
-        DataError: there is none.
+        DataError: there are no such records.
     """
     found = [record for record in records if str(record.fields.get(field, name)) == name]
     if not found:
         raise DataError(
-            f"no record is of the task {name!r}, which the prefix is for: field {field!r} of all "
-            "names another"
+            f"no record has the task {name!r} in field {field!r}, which this prefix was trained "
+            "for; give records of this task, or leave the field out"
         )
     return found
 
@@ -65,6 +65,6 @@ def _name(record: Record, field: str) -> str:
     name = record.value(field)
     if not isinstance(name, str | int) or isinstance(name, bool):
         raise DataError(
-            f"{record.source}: field {field!r} holds {shown(name)}, not the name of a task"
+            f"{record.source}: field {field!r} must be the name of a task, got {shown(name)}"
         )
     return str(name)

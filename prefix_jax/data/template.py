@@ -1,7 +1,7 @@
-"""Records → text: `{field}` templates for an input and a target, and chats.
+"""Renders records as text: `{field}` templates for input and target, and chats.
 
-What is rendered is a list of segments, each either given or learnt. Segments are tokenised apart
-(`tokens.py`), so that what is given has the same tokens whatever follows it.
+The result is a list of segments, each either context or target. Segments are tokenised separately
+(`tokens.py`), so that the tokens of a context do not depend on the target.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from prefix_jax.errors import DataError
 from prefix_jax.untrusted.chat import render_chat_template
 from prefix_jax.untrusted.tokenizer import check_text
 
-# Texts in a list; each becomes an example with all of its input.
+# Maximum texts in a list; each becomes an example with the whole input.
 MAX_ALTERNATIVES = 10_000
-# Characters of a reference that is no target: ROUGE-L takes time in the product of two lengths.
+# Maximum characters of a reference from a field: ROUGE-L is quadratic in the lengths.
 MAX_REFERENCE = 100_000
-# Turns of a chat times its characters: it is rendered up to each of its answers.
+# Maximum turns times characters of a chat, which is rendered once per answer.
 MAX_CHAT_SIZE = 2**27
 
 
@@ -39,12 +39,12 @@ class Rendered:
     """One example as text.
 
     Attributes:
-        segments: in order; a target segment is one answer.
-        source: where the record came from.
-        references: every acceptable text of the last target.
-        chat: whether a chat template made the segments. It then writes the special tokens, which
-            are otherwise added around the text.
-        task: of the record.
+        segments: the segments in order; each target segment is one answer.
+        source: the origin of the record.
+        references: every acceptable text for the last target.
+        chat: whether the segments come from a chat template. If so, it has written the special
+            tokens; otherwise they are added around the text.
+        task: the record's task index.
     """
 
     segments: tuple[Segment, ...]
@@ -62,13 +62,13 @@ class Rendered:
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """Text with fields in braces: "{mr} => ". A literal brace is doubled.
+    """A text with fields in braces: "{mr} => ". A literal brace is doubled.
 
-    A field is a name and nothing else: no index, attribute, conversion or format is looked at, so
-    that "{a.b}" means the field called "a.b".
+    Braces contain only the name of a field: "{a.b}" is the field named "a.b". Indices, attributes,
+    conversions and format specifications are not supported.
 
     Raises:
-        DataError: an unbalanced brace, or braces that hold anything but a name.
+        DataError: a brace is unbalanced, or braces contain anything but a name.
     """
 
     text: str
@@ -82,10 +82,10 @@ class Template:
         return tuple(name for _, name in self._parts() if name is not None)
 
     def render(self, record: Record) -> list[str]:
-        """The text for a record; several texts where a field holds a list of alternatives.
+        """Renders a record as one text, or as several if a field is a list of alternatives.
 
         Raises:
-            DataError: a field is missing, null, NaN or not text, or two fields hold lists.
+            DataError: a field is missing, null, NaN or not text, or two fields are lists.
         """
         texts, listed = [""], None
         for literal, name in self._parts():
@@ -93,15 +93,15 @@ class Template:
             if name is not None and isinstance(record.value(name), list):
                 if listed is not None:
                     raise DataError(
-                        f"{record.source}: fields {listed!r} and {name!r} both hold lists; "
-                        f"the template {self.text!r} may use one"
+                        f"{record.source}: fields {listed!r} and {name!r} are both lists; "
+                        f"the template {self.text!r} may use only one list"
                     )
                 listed = name
             texts = [text + literal + value for text in texts for value in values]
         return texts
 
     def _parts(self) -> list[tuple[str, str | None]]:
-        """Pairs of literal text and the name of the field that follows it, if one does."""
+        """Splits the text into pairs of literal text and the name of the next field, if any."""
         try:
             parts = list(string.Formatter().parse(self.text))
         except ValueError as error:
@@ -111,7 +111,7 @@ class Template:
         for _, name, spec, conversion in parts:
             if name is not None and (not name or spec or conversion):
                 raise DataError(
-                    f"template {self.text!r}: braces hold the name of a field and nothing else; "
+                    f"template {self.text!r}: braces may contain only the name of a field; "
                     "write a literal brace twice"
                 )
         return [(literal, name) for literal, name, _, _ in parts]
@@ -123,17 +123,19 @@ def _texts(record: Record, name: str) -> list[str]:
     for item in values:
         if not isinstance(item, str | int | float):
             raise DataError(
-                f"{record.source}: field {name!r} holds a {type(item).__name__}; "
-                "templates take text and numbers"
+                f"{record.source}: field {name!r} must be a text or a number, got "
+                f"{type(item).__name__}"
             )
         if item != item:
-            raise DataError(f"{record.source}: field {name!r} holds NaN; fill it in or remove it")
+            raise DataError(
+                f"{record.source}: field {name!r} contains NaN; fill it in or remove it"
+            )
     if not values:
         raise DataError(f"{record.source}: field {name!r} is an empty list")
     if len(values) > MAX_ALTERNATIVES:
         raise DataError(
-            f"{record.source}: field {name!r} is a list of {len(values):,} texts, each of which "
-            f"would be an example; at most {MAX_ALTERNATIVES:,} are read"
+            f"{record.source}: field {name!r} is a list of {len(values):,} texts; at most "
+            f"{MAX_ALTERNATIVES:,} are supported, since each becomes an example"
         )
     texts = [str(item) for item in values]
     check_unicode(texts, record.source)
@@ -141,11 +143,11 @@ def _texts(record: Record, name: str) -> list[str]:
 
 
 def check_unicode(texts: Iterable[str], source: str) -> None:
-    """Raises DataError if texts hold half of a surrogate pair, as JSON can: no tokenizer reads it.
+    """Raises DataError for unpaired surrogates, which JSON allows and tokenizers cannot encode.
 
     Args:
-        texts: of a record.
-        source: of the record.
+        texts: the texts of a record.
+        source: the origin of the record.
     """
     try:
         "".join(texts).encode()
@@ -156,13 +158,13 @@ def check_unicode(texts: Iterable[str], source: str) -> None:
 def render(
     record: Record, *, input: Template | None, target: Template, references: str | None = None
 ) -> list[Rendered]:
-    """Renders input and target: one example, or one for each alternative of the target.
+    """Renders input and target as one example, or one per alternative of the target.
 
     Args:
-        record: what fills the templates.
-        input: the text that is given; None gives nothing.
-        target: the text to learn.
-        references: the field that holds the acceptable texts; None takes the rendered targets.
+        record: the record that fills the templates.
+        input: the input template; None for no input.
+        target: the target template.
+        references: the field with the acceptable texts; None uses the rendered targets.
 
     Raises:
         DataError: a field is missing or unusable, or a target is empty.
@@ -171,7 +173,7 @@ def render(
     if input is not None and len(given) > 1:
         raise DataError(
             f"{record.source}: the input {input.text!r} has {len(given)} alternatives; "
-            "only a target may hold a list"
+            "only the target may use a list"
         )
     answers = target.render(record)
     if not all(answer.strip() for answer in answers):
@@ -179,8 +181,8 @@ def render(
     accepted = tuple(answers if references is None else _texts(record, references))
     if references is not None and (longest := max(map(len, accepted))) > MAX_REFERENCE:
         raise DataError(
-            f"{record.source}: field {references!r} holds a reference of {longest:,} characters; "
-            f"metrics compare at most {MAX_REFERENCE:,}"
+            f"{record.source}: field {references!r} has a reference of {longest:,} characters; "
+            f"metrics support at most {MAX_REFERENCE:,}"
         )
     segments = [Segment(text, False) for text in given if text]
     return [
@@ -190,19 +192,19 @@ def render(
 
 
 def render_chat(record: Record, field: str, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """Renders a chat through the tokenizer's template; the assistant's turns are targets.
+    """Renders a chat with the tokenizer's chat template; the assistant turns are targets.
 
-    The template is asked for the conversation before and after each assistant's turn. The turn is
-    the difference, so it holds its end-of-turn token, and no knowledge of a template is needed.
+    The template renders the conversation before and after each assistant turn, and the turn is the
+    difference. It therefore includes the end-of-turn token, for any template.
 
     Raises:
-        DataError: the field is not a list of {"role", "content"} with an assistant's turn; the
-            tokenizer has no chat template, or its template refuses the chat or rewrites earlier
+        DataError: the field is not a list of {"role", "content"} with an assistant turn; the
+            tokenizer has no chat template; or the template rejects the chat, or changes earlier
             turns when later ones follow.
     """
     turns = _turns(record, field)
     if not any(turn["role"] == "assistant" for turn in turns):
-        raise DataError(f"{record.source}: field {field!r} has no assistant's turn to learn from")
+        raise DataError(f"{record.source}: field {field!r} has no assistant turn to learn from")
 
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     cuts = [cut for i in answers for cut in ((i, True), (i + 1, False))]
@@ -213,7 +215,7 @@ def render_chat(record: Record, field: str, tokenizer: PreTrainedTokenizerBase) 
             raise DataError(
                 f"{record.source}: the tokenizer's chat template rewrites earlier turns at turn "
                 f"{i + 1}, so what the model sees in training would differ from generation; "
-                "split the chat into records that end at one assistant's turn each"
+                "split the chat into records with one assistant turn each, at the end"
             )
         segments += [Segment(before[len(done) :], False), Segment(after[len(before) :], True)]
         done = after
@@ -222,10 +224,10 @@ def render_chat(record: Record, field: str, tokenizer: PreTrainedTokenizerBase) 
 
 
 def render_chat_prompt(record: Record, field: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Renders a chat up to where the assistant answers; a last answer that is there is left out.
+    """Renders a chat up to the assistant's next answer; a final answer in the record is left out.
 
     Raises:
-        DataError: as `render_chat`, or nothing is left to answer.
+        DataError: see `render_chat`; or no user turn is left to answer.
     """
     turns = list(_turns(record, field))
     while turns and turns[-1]["role"] == "assistant":
@@ -238,7 +240,7 @@ def render_chat_prompt(record: Record, field: str, tokenizer: PreTrainedTokenize
 def _turns(record: Record, field: str) -> list[Mapping[str, Any]]:
     turns = record.value(field)
     if not isinstance(turns, list):
-        raise DataError(f"{record.source}: field {field!r} must hold a list of turns")
+        raise DataError(f"{record.source}: field {field!r} must be a list of turns")
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, Mapping) or not all(
             isinstance(turn.get(key), str) for key in ("role", "content")
@@ -248,17 +250,17 @@ def _turns(record: Record, field: str) -> list[Mapping[str, Any]]:
                 "with text in both"
             )
         if turn["role"] == "assistant" and not turn["content"].strip():
-            raise DataError(f"{record.source}: the assistant's turn {number} is empty")
+            raise DataError(f"{record.source}: turn {number}, of the assistant, is empty")
     size = sum(len(turn["content"]) for turn in turns)
     if len(turns) * max(size, len(turns)) > MAX_CHAT_SIZE:
         raise DataError(
             f"{record.source}: the chat in {field!r} has {len(turns):,} turns and {size:,} "
-            "characters, too much to be rendered up to each answer; split it into several records"
+            "characters, too much to render once per answer; split it into several records"
         )
     if turns and turns[0]["role"] == "assistant":
         raise DataError(
-            f"{record.source}: the chat in {field!r} opens with the assistant, who has nothing to "
-            "answer; begin it with a user's turn"
+            f"{record.source}: the chat in {field!r} begins with an assistant turn; begin it with "
+            "a user turn"
         )
     return turns
 
@@ -270,18 +272,18 @@ def _chat_texts(
     tokenizer: PreTrainedTokenizerBase,
     cuts: Sequence[tuple[int, bool]],
 ) -> list[str]:
-    """Renders the first turns of a chat; per text, their number and whether an answer follows."""
+    """Renders the first turns of a chat, for each cut (number of turns, does an answer follow)."""
     if tokenizer.chat_template is None:
         raise DataError(
             f"{record.source}: the tokenizer has no chat template for field {field!r}; "
-            "take an instruction-tuned model, or templates for input and target"
+            "use an instruction-tuned model, or templates for input and target"
         )
     try:
         template = tokenizer.get_chat_template()
     except ValueError:
         raise DataError(
-            f"{record.source}: none of the tokenizer's chat templates is called default; set "
-            "tokenizer.chat_template to one of them"
+            f"{record.source}: the tokenizer has no chat template named default; set "
+            "tokenizer.chat_template to one of its templates"
         ) from None
     if not isinstance(template, str):
         raise DataError(

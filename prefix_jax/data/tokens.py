@@ -1,4 +1,4 @@
-"""Text → tokens: what is given, what is learnt, and what happens when it is too long."""
+"""Tokenises rendered examples, marks their targets and applies the length limit."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:  # its import takes seconds
 
 
 class Examples(list[Example]):
-    """Tokenised examples, and what the length limit did to the others.
+    """Tokenised examples, with the origins of those that the length limit affected.
 
     Attributes:
-        truncated: sources of the examples whose input was cut.
-        dropped: sources of the examples that were left out.
+        truncated: origins of the examples whose input was cut.
+        dropped: origins of the examples that were left out.
     """
 
     def __init__(
@@ -39,17 +39,16 @@ class Examples(list[Example]):
 
 @dataclasses.dataclass(frozen=True)
 class EncoderDecoder:
-    """How text becomes tokens for an encoder-decoder.
+    """Tokenisation options of an encoder-decoder.
 
-    The input goes to the encoder, and the target to the decoder, behind its start token; each with
-    the special tokens that the tokenizer writes around a text. These are the labels of
-    transformers: T5's end with </s>, BART's begin with <s> as well.
+    The encoder reads the input, and the decoder its start token and the target. Both texts have
+    the special tokens that the tokenizer adds, as in transformers: T5's labels end with </s>, and
+    BART's also begin with <s>.
 
     Attributes:
-        start_id: the token that the decoder begins with.
-        max_target: tokens of a target at most, special ones counted.
-        source_needed: whether an input without any token is an error. It is not where soft tokens
-            stand before it.
+        start_id: the decoder's start token.
+        max_target: maximum tokens of a target, including special tokens.
+        source_needed: whether an empty input is an error. It is allowed if soft tokens precede it.
     """
 
     start_id: int
@@ -68,38 +67,39 @@ def tokenize(
     encoder_decoder: EncoderDecoder | None = None,
     end_ids: Sequence[int] = (),
 ) -> Examples:
-    """Tokenises each segment apart and joins them, or keeps input and target apart for an
-    encoder-decoder.
+    """Tokenises each segment separately and concatenates them.
 
-    Text from templates gets the special tokens that the tokenizer itself would write before it, if
-    any and unless it begins with them, and an end-of-sequence token as the last target. What the
-    tokenizer would write after a text (Llama's with `add_eos_token`) is left out: in the middle,
-    between input and target, it would end the text. In a chat, a turn's targets end with
-    its last end token (`end_tokens`): the line break that templates put after it is never
-    generated. If the last turn has none, an end-of-sequence token follows it.
+    For an encoder-decoder, input and target stay separate.
+
+    Text from templates gets the special tokens that the tokenizer adds before a text, unless it
+    already begins with them, and an end-of-sequence token as the last target. Special tokens that
+    the tokenizer adds after a text (Llama's with `add_eos_token`) are left out: between input and
+    target, they would end the text. In a chat, a turn's targets end with its last end token
+    (`end_tokens`), because the line break that templates write after it is never generated. If the
+    last turn has no end token, an end-of-sequence token follows it.
 
     Args:
         rendered: the examples as text.
-        tokenizer: of Hugging Face transformers.
-        loss: which tokens are targets, those of target segments or "all". The first token of an
-            example never is one.
-        max_length: tokens of an example at most, or of what an encoder reads; None sets no limit.
-        truncate: the side at which the input (what stands before the first target segment) is cut
-            to fit. Targets are never cut.
-        on_overflow: what to do with an example that does not fit with one token of its input.
-        encoder_decoder: what an encoder-decoder needs; None for a single stack.
-        end_ids: end tokens that the checkpoint states (`Architecture.end_ids`), for chats.
+        tokenizer: a tokenizer from Hugging Face transformers.
+        loss: the tokens that are targets: those of "target" segments or "all". The first token of
+            an example is never a target.
+        max_length: maximum tokens of an example, or of the encoder input; None for no limit.
+        truncate: the side on which the input (everything before the first target segment) is cut.
+            Targets are never cut.
+        on_overflow: "error" or "drop" for an example that does not fit with one input token.
+        encoder_decoder: tokenisation options of an encoder-decoder; None for a single stack.
+        end_ids: end tokens from the checkpoint (`Architecture.end_ids`), for chats.
 
     Raises:
-        DataError: an example does not fit, or no target is left of it; the tokenizer has no
-            end-of-sequence token; an encoder would have nothing to read.
-        ConfigError: an encoder-decoder is to learn what it only reads.
+        DataError: an example does not fit or has no target; the tokenizer has no end-of-sequence
+            token; or the input of an encoder is empty.
+        ConfigError: `loss` is "all" for an encoder-decoder.
     """
     if encoder_decoder is not None:
         if loss == "all":
             raise ConfigError(
-                "data.loss: all learns the input too, which the encoder of this model only reads; "
-                "take data.loss: target"
+                "data.loss: all is not supported for an encoder-decoder, which does not predict "
+                "its input; use data.loss: target"
             )
         return _two_sided(rendered, tokenizer, encoder_decoder, max_length, truncate, on_overflow)
     ids_of = _ids(rendered, tokenizer)
@@ -115,7 +115,7 @@ def tokenize(
         for segment in item.segments:
             tokens = ids_of[segment.text]
             if segment.target and not tokens:
-                raise DataError(f"{item.source}: the tokenizer makes no token of {segment.text!r}")
+                raise DataError(f"{item.source}: the target {segment.text!r} has no tokens")
             if segment.target and not item.chat:
                 tokens = [*tokens, tokenizer.eos_token_id]
             end = len(tokens)
@@ -139,7 +139,7 @@ def tokenize(
                     continue
                 raise DataError(
                     f"{item.source}: {start} tokens of input and {len(ids) - start} from the first "
-                    f"target on do not fit max_length {max_length}, even with the input cut to one "
+                    f"target on exceed max_length {max_length}, even with the input cut to one "
                     "token; raise max_length, or set on_overflow: drop to leave such examples out"
                 )
             truncated.append(item.source)
@@ -151,7 +151,7 @@ def tokenize(
         target_T[0] = False
         if not target_T.any():
             raise DataError(
-                f"{item.source}: its one token cannot be a target, as nothing stands before it; "
+                f"{item.source}: its only token cannot be a target, because no token precedes it; "
                 "give it an input"
             )
         examples.append(
@@ -166,7 +166,9 @@ def tokenize(
             )
         )
     if not examples:
-        raise DataError(f"none of {len(rendered)} examples fits max_length {max_length}; raise it")
+        raise DataError(
+            f"all {len(rendered)} examples exceed max_length {max_length}; raise max_length"
+        )
     return Examples(examples, truncated, dropped)
 
 
@@ -178,7 +180,7 @@ def _two_sided(
     truncate: Literal["left", "right"],
     on_overflow: Literal["error", "drop"],
 ) -> Examples:
-    """Examples for an encoder-decoder: see `tokenize`."""
+    """Tokenises examples for an encoder-decoder: see `tokenize`."""
     ids_of = _ids(rendered, tokenizer)
     before, after = special_around(tokenizer)
     end = [] if tokenizer.eos_token_id in after else [tokenizer.eos_token_id]
@@ -187,7 +189,7 @@ def _two_sided(
         given = [t for s in item.segments if not s.target for t in ids_of[s.text]]
         text = item.segments[-1].text
         if not ids_of[text]:
-            raise DataError(f"{item.source}: the tokenizer makes no token of {text!r}")
+            raise DataError(f"{item.source}: the target {text!r} has no tokens")
         target = [*before, *ids_of[text], *after, *end]
         room = None if max_length is None else max_length - len(before) - len(after)
         if len(target) > how.max_target or (room is not None and room < min(1, len(given))):
@@ -196,16 +198,16 @@ def _two_sided(
                 continue
             raise DataError(
                 f"{item.source}: {len(target)} tokens of target exceed the {how.max_target} that "
-                "fit the decoder, and a target is never cut; set on_overflow: drop to leave such "
+                "fit the decoder, and targets are never cut; set on_overflow: drop to leave such "
                 "examples out"
                 if len(target) > how.max_target
-                else f"{item.source}: not one token of input fits max_length {max_length} beside "
-                f"{len(before) + len(after)} special ones; raise max_length"
+                else f"{item.source}: max_length {max_length} leaves no room for input next to "
+                f"{len(before) + len(after)} special tokens; raise max_length"
             )
         if not given and how.source_needed:
             raise DataError(
-                f"{item.source}: the input is empty, and an encoder needs something to read; give "
-                "data.input, a template with text or a field that is not empty"
+                f"{item.source}: the input is empty, but an encoder needs at least one token; set "
+                "data.input to a template with text or a non-empty field"
             )
         if room is not None and len(given) > room:
             truncated.append(item.source)
@@ -225,14 +227,14 @@ def _two_sided(
         )
     if not examples:
         raise DataError(
-            f"none of {len(rendered)} examples fits max_length {max_length} and "
+            f"all {len(rendered)} examples exceed max_length {max_length} or "
             f"{how.max_target} tokens of target; raise max_length or shorten the targets"
         )
     return Examples(examples, truncated, dropped)
 
 
 def group_references(examples: Sequence[Example]) -> list[Example]:
-    """One example for each prompt, with the references of all: what generation is scored on."""
+    """Merges examples with the same prompt, and their references, for scoring generated text."""
     grouped: dict[str, list[Example]] = {}
     for example in examples:
         grouped.setdefault(example.prompt, []).append(example)
@@ -246,7 +248,7 @@ def group_references(examples: Sequence[Example]) -> list[Example]:
 
 
 def _ids(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Text of a segment → its tokens, each text once and all in one call."""
+    """Maps each distinct segment text to its tokens, using one tokenizer call."""
     if not all(item.chat for item in rendered):
         _eos(tokenizer)
     source_of: dict[str, str] = {}
@@ -264,20 +266,21 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def missing_start(before: Sequence[int], ids: Sequence[int]) -> list[int]:
-    """The special tokens to write before a text for a single stack: none if it has them.
+    """Returns the special tokens to add before a text, or nothing if it begins with them.
 
     Args:
-        before: of `special_around`.
-        ids: tokens of the text. Chat templates write the beginning-of-sequence token themselves.
+        before: the special tokens before a text, from `special_around`.
+        ids: the tokens of the text. Chat templates write the beginning-of-sequence token
+            themselves.
     """
     return [] if [*ids[: len(before)]] == [*before] else [*before]
 
 
 def special_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer writes before and after a text."""
+    """Returns the special tokens that the tokenizer adds before and after a text."""
     (encoding,) = encodings(tokenizer, ["a"], None, "the text 'a'")
     special = encoding.special_tokens_mask
     if 0 not in special:
-        raise DataError("the tokenizer makes no token of the text 'a'")
+        raise DataError("the tokenizer returns no tokens for the text 'a'")
     first, last = special.index(0), len(special) - special[::-1].index(0)
     return encoding.ids[:first], encoding.ids[last:]

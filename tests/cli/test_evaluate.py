@@ -48,7 +48,7 @@ def test_accuracy_chooses_among_labels(run_in, trained):
         (["--data", "test.jsonl", "--official", "there"], "ask for a metric of it"),
         (["--data", "test.jsonl", "evaluate.limits=3"], "did you mean evaluate.limit?"),
         (["--data", "tset.jsonl"], "did you mean 'test.jsonl'?"),
-        (["--data", "config.yaml"], "unknown kind of data"),
+        (["--data", "config.yaml"], "unknown file type"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_error(run_in, trained, words, told):

@@ -46,5 +46,5 @@ def test_a_missing_prefix_is_one_line_and_no_copy(tmp_path, capsys):
 def test_a_prefix_that_is_there_is_not_replaced(stored, capsys):
     before = artifact.load(stored)[1]
     assert main(["export", str(stored), str(stored), "--to", "safetensors"]) == 2
-    assert "holds a prefix already" in capsys.readouterr().err
+    assert "already contains a prefix" in capsys.readouterr().err
     assert artifact.load(stored)[1] == before

@@ -82,7 +82,7 @@ def test_it_shows_what_the_prefix_is(stored, model, show):
 def test_another_place_of_the_backbone_can_be_named(stored, model, show):
     moved = model.rename(model.with_name("moved"))
     _, (out, _) = show(stored)
-    assert "say where it is now (--model)" in out
+    assert "give its current path (--model)" in out
     assert "'[w7]'" not in out
     _, (out, _) = show(stored, "--model", moved)
     assert "'[w7]' 1.00" in out
@@ -127,7 +127,7 @@ def test_the_verdict_comes_first(stored, model, show):
     assert out.splitlines()[0] == verdict
     model.rename(model.with_name("moved"))
     _, (out, _) = show(stored)
-    assert out.splitlines()[1].startswith("nearest words: not known; ")
+    assert out.splitlines()[1].startswith("nearest words: not available; ")
 
 
 def test_a_prefix_that_is_not_finite_is_a_problem(stored, show, monkeypatch):

@@ -220,7 +220,7 @@ def test_labels_of_any_values_are_collected_or_an_error_that_names_a_record() ->
         ]
         names, message = attempt(collect_labels, records, task)
         if message is not None:
-            assert message.startswith("r:") or "holds one label" in message
+            assert message.startswith("r:") or "has only one label" in message
         else:
             assert len(set(names)) == len(names) >= 2
             json.dumps(names, ensure_ascii=False).encode()

@@ -115,11 +115,11 @@ def test_micro_batches_together_hold_the_step():
 
 @pytest.mark.parametrize("options", [{"rows_multiple": 3}, {"accumulate": 16}])
 def test_a_batch_that_does_not_divide_is_an_error(options):
-    with pytest.raises(MeshError, match="batch_size 8 does not divide"):
+    with pytest.raises(MeshError, match="batch_size 8 is not divisible"):
         Pipeline(make_examples(), batch_size=8, **options)
-    with pytest.raises(MeshError, match="2 batch shards do not divide over 4 hosts"):
+    with pytest.raises(MeshError, match="2 batch shards are not divisible by 4 hosts"):
         Pipeline(make_examples(), batch_size=8, rows_multiple=2, part=(0, 4))
-    with pytest.raises(MeshError, match="2 batch shards do not divide over 4 hosts"):
+    with pytest.raises(MeshError, match="2 batch shards are not divisible by 4 hosts"):
         evaluation_batches(make_examples(), 8, rows_multiple=2, part=(0, 4))
 
 

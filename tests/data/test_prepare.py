@@ -49,14 +49,14 @@ def test_labels_get_the_names_that_a_text_model_writes():
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("e2e", {"mr": "The Eagle is a pub"}, "not of the form 'name"),
-        ("e2e", {"mr": "name[A], and more"}, "not of the form"),
-        ("e2e", {"mr": 3}, "holds a int, no text"),
+        ("e2e", {"mr": "The Eagle is a pub"}, "expected the form 'name"),
+        ("e2e", {"mr": "name[A], and more"}, "expected the form"),
+        ("e2e", {"mr": 3}, "must be a text, got int"),
         ("e2e", {"meaning": "name[A]"}, "no field 'mr'"),
-        ("web_nlg", {"input": "a | b | c"}, "not a list of triples"),
-        ("dart", {"tripleset": ["a | b"]}, "'a | b' in 'tripleset' is not a triple"),
-        ("mrpc", {"label": -1}, "the label -1 is none of not_equivalent, equivalent, nor"),
-        ("copa", {"premise": "P.", "question": "why"}, "neither 'cause' nor 'effect'"),
+        ("web_nlg", {"input": "a | b | c"}, "must be a non-empty list of triples"),
+        ("dart", {"tripleset": ["a | b"]}, "'a | b' in field 'tripleset' is not a triple"),
+        ("mrpc", {"label": -1}, "the label must be not_equivalent, equivalent or .*, got -1"),
+        ("copa", {"premise": "P.", "question": "why"}, "must be 'cause' or 'effect', got 'why'"),
     ],
 )
 def test_a_record_of_another_set_is_named(name, fields, message):
@@ -67,7 +67,7 @@ def test_a_record_of_another_set_is_named(name, fields, message):
 def test_a_name_that_is_unknown_gets_a_hint():
     with pytest.raises(ConfigError, match="did you mean 'e2e'"):
         prepare([], "e2")
-    with pytest.raises(ConfigError, match=r"data.prepare '': there are e2e"):
+    with pytest.raises(ConfigError, match=r"data.prepare '': choose one of e2e"):
         fields_needed(("source",), "")
 
 

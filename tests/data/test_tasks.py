@@ -23,7 +23,7 @@ def test_a_task_has_the_number_of_its_place():
 
 def test_an_unknown_task_is_told_with_the_nearest():
     with pytest.raises(
-        DataError, match=r"r:1: the task 'cola' .* did you mean 'colas'\? there are"
+        DataError, match=r"r:1: unknown task 'cola' .* did you mean 'colas'\? the tasks"
     ):
         with_tasks(RECORDS, "kind", ("rte", "colas", "7"))
 
@@ -31,11 +31,11 @@ def test_an_unknown_task_is_told_with_the_nearest():
 def test_records_of_one_task_name_it_or_none():
     bare = Record({"text": "a"}, "r:9")
     assert of_task([*RECORDS, bare], "kind", "rte") == [RECORDS[0], RECORDS[3], bare]
-    with pytest.raises(DataError, match="no record is of the task 'sst2'"):
+    with pytest.raises(DataError, match="no record has the task 'sst2'"):
         of_task(RECORDS, "kind", "sst2")
 
 
 @pytest.mark.parametrize("name", ["a/b", "x" * 300, "..", "", True, 0.5])
 def test_a_task_that_cannot_name_its_prefix_is_found_in_its_record(name):
-    with pytest.raises(DataError, match=r"r:9: field 'kind'.*(directory|not the name of a task)"):
+    with pytest.raises(DataError, match=r"r:9: field 'kind'.*(directory|the name of a task)"):
         collect_tasks([*RECORDS, Record({"kind": name}, "r:9")], "kind")

@@ -64,11 +64,11 @@ def test_references_come_from_their_own_field_if_one_is_named():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"x": ["a", "b"], "y": "c"}, "only a target may hold a list"),
-        ({"x": "a", "y": {"z": 1}}, "field 'y' holds a dict"),
-        ({"x": "a", "y": b"\xff"}, "field 'y' holds a bytes"),
+        ({"x": ["a", "b"], "y": "c"}, "only the target may use a list"),
+        ({"x": "a", "y": {"z": 1}}, "field 'y' must be a text or a number, got dict"),
+        ({"x": "a", "y": b"\xff"}, "field 'y' must be a text or a number, got bytes"),
         ({"x": "a", "y": []}, "field 'y' is an empty list"),
-        ({"x": "a", "y": ["b", None]}, "field 'y' holds a NoneType"),
+        ({"x": "a", "y": ["b", None]}, "field 'y' must be a text or a number, got NoneType"),
         ({"x": "a", "y": " "}, "the target '{y}' is empty"),
         ({"x": "a", "y": float("nan")}, "field 'y' is NaN"),
     ],
@@ -79,7 +79,7 @@ def test_values_that_are_no_text_are_errors(fields, message):
 
 
 def test_two_lists_in_one_template_are_an_error():
-    with pytest.raises(DataError, match="both hold lists"):
+    with pytest.raises(DataError, match="are both lists"):
         Template("{x} {y}").render(record(x=["a", "b"], y=["c"]))
 
 
@@ -124,12 +124,12 @@ def test_a_tokenizer_without_chat_template_is_an_error(tokenizer, monkeypatch):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ("hello", "must hold a list"),
+        ("hello", "must be a list of turns"),
         ([{"role": "user"}], "turn 1 of 'messages' must be"),
-        ([{"role": "user", "content": "x"}], "no assistant's turn"),
-        ([], "no assistant's turn"),
-        ([{"role": "assistant", "content": "x"}], "opens with the assistant"),
-        ([{"role": "assistant", "content": " "}], "the assistant's turn 1 is empty"),
+        ([{"role": "user", "content": "x"}], "no assistant turn"),
+        ([], "no assistant turn"),
+        ([{"role": "assistant", "content": "x"}], "begins with an assistant turn"),
+        ([{"role": "assistant", "content": " "}], "turn 1, of the assistant, is empty"),
     ],
 )
 def test_what_is_no_chat_is_an_error(tokenizer, messages, message):
@@ -169,12 +169,12 @@ def test_a_record_that_would_become_too_many_texts_is_refused(tokenizer):
 
 
 def test_a_reference_that_takes_hours_to_compare_is_refused():
-    with pytest.raises(DataError, match=r"a\.jsonl:3: field 'all' holds a reference of 100,001 ch"):
+    with pytest.raises(DataError, match=r"a\.jsonl:3: field 'all' has a reference of 100,001 ch"):
         render(
             record(y="a", all=["x" * 100_001]), input=None, target=Template("{y}"), references="all"
         )
 
 
 def test_nan_in_a_list_is_no_text():
-    with pytest.raises(DataError, match=r"a\.jsonl:3: field 'x' holds NaN"):
+    with pytest.raises(DataError, match=r"a\.jsonl:3: field 'x' contains NaN"):
         Template("{x}").render(record(x=["one", float("nan")]))

@@ -104,7 +104,7 @@ def test_dropped_examples_are_reported(tokenizer):
     examples = tokenize(rendered, tokenizer, max_length=4, on_overflow="drop")
     assert [example.source for example in examples] == ["a.jsonl:2"]
     assert examples.dropped == ("a.jsonl:1",)
-    with pytest.raises(DataError, match="none of 2 examples fits max_length 2"):
+    with pytest.raises(DataError, match="all 2 examples exceed max_length 2"):
         tokenize(rendered, tokenizer, max_length=2, on_overflow="drop")
 
 
@@ -113,7 +113,7 @@ def test_a_target_that_makes_no_tokens_is_an_error(tokenizer, monkeypatch):
 
     silent = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
     silent.backend_tokenizer.normalizer = normalizers.Replace("#", "")
-    with pytest.raises(DataError, match=r"a\.jsonl:1: the tokenizer makes no token of '#'"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the target '#' has no tokens"):
         tokenize(pairs(("a", "#")), silent)
 
 
@@ -247,5 +247,5 @@ class TestEncoderDecoders:
         assert example.source_ids_S.tolist() == []
 
     def test_what_is_only_read_cannot_be_learnt(self, tokenizer):
-        with pytest.raises(ConfigError, match=r"take data\.loss: target"):
+        with pytest.raises(ConfigError, match=r"use data\.loss: target"):
             tokenize(pairs(("a", "b")), tokenizer, loss="all", encoder_decoder=seq2seq())

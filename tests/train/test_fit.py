@@ -294,7 +294,7 @@ BAD = {
     ),
     "all dropped": Bad(
         DataError,
-        ("none of 20 examples fits max_length 3",),
+        ("all 20 examples exceed max_length 3",),
         ("data.max_length=3", "data.on_overflow=drop"),
     ),
     "text beyond the positions": Bad(

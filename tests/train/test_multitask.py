@@ -90,7 +90,7 @@ def test_a_stored_prefix_scores_the_records_of_its_task(run, pretrained) -> None
         expected = run.evaluations["after"].report.metrics[f"{name}.loss"]
         assert found.examples == len(RECORDS) / 2
         assert found.metrics["loss"] == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(DataError, match="no record is of the task 'sum'"):
+    with pytest.raises(DataError, match="no record has the task 'sum'"):
         tuned.evaluate([record for record in RECORDS if record["kind"] == "first"])
 
 
@@ -153,7 +153,7 @@ def told_apart(field: str | None = "kind", records=RECORDS, **fields):
     ("fields", "change", "error", "message"),
     [
         ({"field": None, "tasks": ("a", "b")}, {}, ConfigError, "say with data.task"),
-        ({"tasks": ("sum",)}, {}, DataError, "the task 'first' .* is unknown; .* are 'sum'"),
+        ({"tasks": ("sum",)}, {}, DataError, "unknown task 'first' .* are 'sum'"),
         ({"tasks": ("sum", "third")}, {}, ConfigError, "no training example .* 'third'"),
         ({"tasks": ("sum", "sum")}, {}, ConfigError, "each of them once"),
         ({"source": "somewhere"}, {}, ConfigError, "train them one by one"),
@@ -162,7 +162,7 @@ def told_apart(field: str | None = "kind", records=RECORDS, **fields):
         ({}, {"kind": "\ud800"}, DataError, "record 1: not valid Unicode text"),
         ({}, {"kind": "FIRST"}, ConfigError, "'FIRST' and 'first' would share a directory"),
         ({}, {"kind": None}, DataError, "record 1: field 'kind' is missing"),
-        ({}, {"kind": 1.5}, DataError, "record 1: .* holds 1.5, not the name"),
+        ({}, {"kind": 1.5}, DataError, "record 1: .* the name of a task, got 1.5"),
     ],
 )
 def test_what_does_not_fit_is_told(fields, change, error, message):

@@ -104,7 +104,7 @@ def test_what_was_stored_answers_alike(learnt: Run, encoder: Pretrained, tmp_pat
     metrics = tuned.evaluate(TEST, ["loss", "accuracy", "f1"]).report.metrics
     assert metrics["loss"] == pytest.approx(learnt.evaluations["after"].report.metrics["loss"])
     assert (metrics["accuracy"], metrics["f1"]) == (100, 100)
-    with pytest.raises(PrefixError, match="writes no text: use classify"):
+    with pytest.raises(PrefixError, match="cannot generate text; use classify"):
         tuned.generate("a good film")
     with pytest.raises(ConfigError, match="bleu cannot measure task"):
         tuned.evaluate(TEST, ["bleu"])
