@@ -1,4 +1,4 @@
-"""A stored prefix and its head at work: from records to answers."""
+"""Predicts answers for records using a stored prefix and its head."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from prefix_jax.typed import build
 
 @dataclasses.dataclass(frozen=True)
 class Answerer:
-    """What answers the questions of a task.
+    """A backbone with a prefix and a head, trained for a task with labels.
 
     Attributes:
         pretrained: the backbone.
-        prefix: what stands before every text; None is the bare backbone.
+        prefix: precedes every text; None runs the bare backbone.
         head: the weights of the head.
-        card: of the prefix.
+        card: the card of the prefix.
     """
 
     pretrained: Pretrained
@@ -42,10 +42,10 @@ class Answerer:
 
     @property
     def task(self) -> TaskConfig:
-        """The task, with the labels that it was trained with.
+        """The task with its labels, as in training.
 
         Raises:
-            PrefixError: the card does not describe a task, or one that its head cannot answer.
+            PrefixError: the card has no task, or the task does not match its head.
         """
         return self._task_and_head[0]
 
@@ -61,7 +61,7 @@ class Answerer:
         if (head.kind, head.outputs) != (task.name, outputs):
             raise PrefixError(
                 f"prefix.json: task.config needs a head for {task.name} with {outputs} outputs, "
-                f"and task.head is one for {head.kind} with {head.outputs}; the card is damaged"
+                f"got {head.kind} with {head.outputs} in task.head; the card is damaged"
             )
         return task, head
 
@@ -79,12 +79,12 @@ class Answerer:
         answered: bool = True,
         template: TemplateCard | None = None,
     ) -> Examples:
-        """Examples as those of the training data.
+        """Reads records and turns them into examples as in training.
 
         Args:
             data: a file, `tfds:NAME/SPLIT`, or records.
-            answered: whether they hold what is to be found.
-            template: None takes that of the training data.
+            answered: whether the records have labels.
+            template: None uses the template of the training data.
 
         Raises:
             DataError: a record cannot become an example.
@@ -92,13 +92,13 @@ class Answerer:
         template = template or self.card.template or TemplateCard()
         if template.input is None and self.task.name != "tag":
             raise PrefixError(
-                "this prefix was stored without templates, and nothing says how records become "
-                "text; an adapter of PEFT is imported with data.input=…"
+                "this prefix was stored without templates, so records cannot be rendered as text; "
+                "import a PEFT adapter with data.input=…"
             )
         if template.pair is None and self.task.name == "span":
             raise PrefixError(
-                "this prefix was stored without the template of the text to search; an adapter of "
-                "PEFT is imported with data.pair=…"
+                "this prefix was stored without a template for the text to search; import a PEFT "
+                "adapter with data.pair=…"
             )
         backbone = self.pretrained.backbone
         arch, room = backbone.arch, backbone.room(self.prefix, backbone.reader)
@@ -115,10 +115,10 @@ class Answerer:
         return reading.examples(prepare(read_records(data), template.prepare), answered)
 
     def evaluator(self, settings: EvaluateConfig) -> Evaluator:
-        """Measures by these settings.
+        """Returns an evaluator with these settings.
 
         Raises:
-            ConfigError: the metrics are not those of the task.
+            ConfigError: a metric does not fit the task.
         """
         task, head = self._task_and_head
         return Evaluator(
@@ -130,7 +130,7 @@ class Answerer:
         )
 
     def predictions(self, examples: Examples, batch_size: int) -> Sequence[Prediction]:
-        """The answers, in the order of the examples; of spans one a question."""
+        """Predicts answers in the order of the examples; for spans, one per question."""
         # Imported here because scikit-learn takes a second.
         from prefix_jax.evaluate.answers import read_answers
 

@@ -1,8 +1,8 @@
-"""What a head's numbers say, and how good it is: labels, values, tags, spans and choices.
+"""Decodes and scores the answers of a head: labels, values, tags, spans and choices.
 
-Scores are percentages, as those of generated text are. F1 and Matthews' correlation are
-scikit-learn's, Pearson's and Spearman's scipy's, F1 of entities is seqeval's, which scores as
-CoNLL's own script; exact match and F1 of spans follow SQuAD's.
+Scores are percentages, like those of generated text. F1 and Matthews correlation come from
+scikit-learn, Pearson and Spearman correlation from scipy, and entity F1 from seqeval, which scores
+like CoNLL's script. Exact match and F1 of spans follow SQuAD's script.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ from prefix_jax.errors import DataError
 from prefix_jax.evaluate.metrics import Score
 from prefix_jax.evaluate.report import Prediction
 
-# How many starts and ends of a span are paired, at most, as in transformers' example.
+# Maximum number of span starts and ends to pair, as in the question-answering example of
+# transformers.
 _BEST = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What was found for one input.
+    """The answer for one input.
 
     Attributes:
-        prediction: for people and files.
-        found, right: what metrics compare: a class, a value, the tags of all words, a text (and the
-            texts that are right), the number of a choice. `right` is None where it is not known.
+        prediction: the answer for people and files.
+        found, right: the predicted and the correct answer that metrics compare: a class, a value,
+            the tags of all words, a text (with a tuple of correct texts), or the index of a choice.
+            `right` is None if it is unknown.
     """
 
     prediction: Prediction
@@ -50,15 +52,15 @@ class Answer:
 def read_answers(
     task: TaskConfig, examples: Sequence[Example], outputs: Sequence[np.ndarray]
 ) -> list[Answer]:
-    """What a head's outputs say.
+    """Decodes the outputs of a head.
 
     Args:
-        task: with its labels.
-        examples: as they were read.
-        outputs: out_MY of each, without padding.
+        task: the task, with its labels.
+        examples: the examples.
+        outputs: out_MY of each example, without padding.
 
     Returns:
-        One answer for each example; of spans, one for each question.
+        One answer per example; for spans, one per question.
     """
     if task.name == "span":
         return _spans(task, examples, outputs)
@@ -69,16 +71,16 @@ def read_answers(
 def score_answers(
     task: TaskConfig, names: Iterable[str], answers: Sequence[Answer]
 ) -> dict[str, Score]:
-    """Scores answers by the named metrics.
+    """Scores answers using the named metrics.
 
     Raises:
-        DataError: there are none, or what is right is not known.
+        DataError: there are no answers, or a correct answer is unknown.
     """
     if not answers or any(answer.right is None for answer in answers):
-        raise DataError("there is nothing to score: the examples hold no labels")
+        raise DataError("there is nothing to score: the examples have no labels")
     found, right = [a.found for a in answers], [a.right for a in answers]
     with warnings.catch_warnings():
-        # Where a label never occurs, or all values are equal, libraries warn and return 0 or NaN.
+        # If a label never occurs, or all values are equal, libraries warn and return 0 or NaN.
         warnings.simplefilter("ignore")
         return {name: _METRICS[task.name, name](task, found, right) for name in names}
 
@@ -134,7 +136,7 @@ def _spans(
     for of_question in windows.values():
         texts = [_best_span(task, example, out) for example, out in of_question]
         score, text = max(texts, key=lambda pair: pair[0])
-        # No answer is as likely as in the window that likes it least.
+        # The score of "no answer" is the minimum over the windows.
         nothing = min(float(out[0].sum()) for _, out in of_question)
         if task.unanswerable and nothing > score:
             text = ""
@@ -145,7 +147,7 @@ def _spans(
 
 
 def _best_span(task: TaskConfig, example: Example, out_T2: np.ndarray) -> tuple[float, str]:
-    """The likeliest span of a window and its score, the sum of its start's and its end's."""
+    """Returns the best span of a window with its score, the sum of start and end logits."""
     window = example.window
     assert window is not None
     inside = np.flatnonzero(window.offset_T2[:, 0] >= 0)
@@ -224,13 +226,13 @@ def _word_f1(_: TaskConfig, found: Sequence[Any], right: Sequence[Any]) -> Score
 
 
 def _plain(text: str) -> list[str]:
-    """The words of an answer as SQuAD compares them: small letters, no punctuation, no articles."""
+    """Normalises an answer as SQuAD does: lower-case words without punctuation or articles."""
     kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", kept).split()
 
 
 def _overlap(found: list[str], right: list[str]) -> float:
-    """F1 of words; where either is empty, whether both are."""
+    """Computes the F1 of words; if either list is empty, 1 if both are and else 0."""
     if not found or not right:
         return float(found == right)
     same = sum((collections.Counter(found) & collections.Counter(right)).values())

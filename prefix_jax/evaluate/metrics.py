@@ -1,7 +1,7 @@
-"""Corpus metrics of generated text, by name, each with the signature that makes it comparable.
+"""Corpus metrics for generated text, by name, with signatures that make scores comparable.
 
-All of them are percentages, 0 to 100, and all take several references per prediction. BLEU and
-chrF are sacrebleu's, ROUGE is Google's rouge-score.
+All metrics are percentages, 0 to 100, and accept several references per prediction. BLEU and chrF
+come from sacrebleu, ROUGE from Google's rouge-score.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Score:
 
     Attributes:
         value: percent.
-        signature: options and library version, to be reported with the value (Post 2018).
+        signature: options and library version, to report with the value (Post 2018).
     """
 
     value: float
@@ -44,9 +44,9 @@ def measure(
     """Scores predictions against their references.
 
     Args:
-        names: of `METRICS`.
+        names: keys of `METRICS`.
         predictions: one text per input; empty texts are allowed, and score low.
-        references: for each prediction one or more texts, not necessarily equally many.
+        references: one or more texts per prediction; their number may vary.
 
     Raises:
         ConfigError: a name is unknown.
@@ -55,21 +55,21 @@ def measure(
     metrics = {name: _find(name) for name in names}
     if len(predictions) != len(references):
         raise DataError(
-            f"{len(predictions)} predictions came with {len(references)} sets of references: "
-            "give one set for each"
+            f"got {len(predictions)} predictions and {len(references)} lists of references; "
+            "give one list per prediction"
         )
     if not predictions:
         raise DataError("there are no predictions to score")
     for i, texts in enumerate(references):
         if isinstance(texts, str) or not texts:
-            raise DataError(f"references[{i}] is {texts!r}: expected one or more texts in a list")
+            raise DataError(f"references[{i}]: expected a non-empty list of texts, got {texts!r}")
     return {name: metric(predictions, references) for name, metric in metrics.items()}
 
 
 def score(
     names: Iterable[str], predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """The values of `measure` alone."""
+    """Returns only the values of `measure`."""
     scores = measure(names, predictions, references)
     return {name: found.value for name, found in scores.items()}
 
@@ -79,7 +79,7 @@ def _find(name: str) -> Metric:
         return METRICS[name]
     near = difflib.get_close_matches(name, METRICS, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"unknown metric {name!r}: {hint}there are {', '.join(METRICS)}")
+    raise ConfigError(f"unknown metric {name!r}: {hint}choose from {', '.join(METRICS)}")
 
 
 def _sacrebleu(
@@ -87,18 +87,18 @@ def _sacrebleu(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
 ) -> Score:
-    """BLEU (Papineni et al. 2002) or chrF (Popović 2015), with sacrebleu's defaults."""
+    """Computes BLEU (Papineni et al. 2002) or chrF (Popović 2015) with sacrebleu's defaults."""
     metric = kind()
-    # sacrebleu wants the first reference of every input, then the second …, None where none is.
+    # sacrebleu expects the first reference of every input, then the second, …; None if missing.
     streams = list(itertools.zip_longest(*references))
     value = metric.corpus_score(predictions, streams).score
     return Score(float(value), str(metric.get_signature()))
 
 
 def _rouge(kind: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """ROUGE (Lin 2004): mean over the inputs of the best F1 over the references, stemmed.
+    """Computes stemmed ROUGE (Lin 2004): the best F1 over the references, averaged over the inputs.
 
-    rouge-score knows the letters a to z and the digits alone: any other script scores 0.
+    rouge-score recognises only the letters a to z and digits: text in other scripts scores 0.
     """
     # Imported here because it brings NLTK, whose import takes a second.
     from rouge_score.rouge_scorer import RougeScorer
@@ -116,7 +116,7 @@ def _rouge(kind: str, predictions: Sequence[str], references: Sequence[Sequence[
 
 
 def _exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """How often the prediction is one of the references, but for the amount of whitespace."""
+    """Counts predictions that equal a reference, ignoring differences in whitespace."""
 
     def plain(texts: Sequence[str]) -> list[str]:
         return [" ".join(text.split()) for text in texts]
@@ -126,27 +126,27 @@ def _exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]
 
 
 def _final_number(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """How often the last number of the prediction is the last one of a reference.
+    """Counts predictions whose last number equals the last number of a reference.
 
-    The usual reading of answers to GSM8K (Cobbe et al. 2021): the reasoning before is not looked
-    at, and "1,000", "$1000" and "1000.0" are one number.
+    This is the usual metric for GSM8K (Cobbe et al. 2021): it ignores the reasoning before the
+    number, and "1,000", "$1000" and "1000.0" are equal.
     """
 
     def last(text: str) -> Decimal:
         found = _NUMBER.findall(text)
-        # A NaN equals no other: a text without a number is never right. Decimals compare exactly.
+        # NaN equals nothing, so a text without a number is never correct. Decimals compare exactly.
         return Decimal(found[-1].replace(",", "") if found else "NaN")
 
     wanted = [[last(text) for text in texts] for texts in references]
     return Score(_hits([last(text) for text in predictions], wanted), "refs:any|number:last")
 
 
-# A comma stands between groups of three digits alone, and a full stop inside a number alone.
+# Commas only separate groups of three digits, and a full stop must be inside a number.
 _NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 
 
 def _accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """How often the predicted label is a right one, to the letter."""
+    """Counts predicted labels that exactly equal a reference."""
     return Score(_hits(predictions, references), "refs:any|case:mixed|space:exact")
 
 
@@ -166,4 +166,4 @@ METRICS: dict[str, Metric] = {
     "final_number": _final_number,
     "accuracy": _accuracy,
 }
-"""The metrics that `measure` knows. rougeLsum takes every line for a sentence."""
+"""The metrics that `measure` supports. rougeLsum treats every line as a sentence."""

@@ -11,20 +11,20 @@ from prefix_jax.evaluate.report import Prediction, write_lines
 
 
 def write_official(directory: str | Path, predictions: Sequence[Prediction]) -> list[Path]:
-    """Writes a prediction a line, and the references in both forms that scripts want.
+    """Writes one prediction per line, and the references in the two formats that scripts expect.
 
-        hypotheses.txt           a prediction a line
-        references.e2e.txt       the references of each, a blank line between (e2e-metrics: BLEU,
-                                 NIST, METEOR, ROUGE-L, CIDEr)
-        reference0, reference1…  the first reference of each, the second… (multi-bleu, the scripts
-                                 of WebNLG and DART); empty where there are fewer
+        hypotheses.txt           one prediction per line
+        references.e2e.txt       the references of each input, separated by blank lines
+                                 (e2e-metrics: BLEU, NIST, METEOR, ROUGE-L, CIDEr)
+        reference0, reference1…  the first reference of each input, the second… (multi-bleu, the
+                                 scripts of WebNLG and DART); an empty line if there are fewer
 
     Args:
-        directory: is made if it is not there; files of these names are replaced.
-        predictions: in the order of the inputs.
+        directory: created if it does not exist; existing files of these names are overwritten.
+        predictions: the predictions in the order of the inputs.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
         DataError: a prediction has no references.
@@ -33,7 +33,7 @@ def write_official(directory: str | Path, predictions: Sequence[Prediction]) -> 
     directory = Path(directory)
     for made in predictions:
         if not made.references:
-            raise DataError(f"{made.source}: no references, which official scripts compare with")
+            raise DataError(f"{made.source}: no references; the official scripts need at least one")
     groups = [[_line(text) for text in made.references] for made in predictions]
     contents = {
         "hypotheses.txt": [_line(made.prediction) for made in predictions],
@@ -47,5 +47,5 @@ def write_official(directory: str | Path, predictions: Sequence[Prediction]) -> 
 
 
 def _line(text: str) -> str:
-    """The text on one line: a line break would begin another example."""
+    """Puts a text on one line, because a line break would begin another example."""
     return " ".join(text.split())

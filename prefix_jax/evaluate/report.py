@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: results as JSON, predictions as JSON lines, a table to read."""
+"""Evaluation results: metrics as JSON, predictions as JSON lines, and a table for the console."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from prefix_jax.evaluate.metrics import METRICS
 from prefix_jax.untrusted.jsonl import read_jsonl
 
 PERCENTAGES = {*METRICS, "f1", "f1_macro", "matthews", "pearson", "spearman"}
-"""The metrics of text, and of answers with labels."""
+"""Metrics that are percentages, of generated text and of tasks with labels."""
 
 
 def metrics_of(task: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of one task out of those of several, which are named "TASK.METRIC"."""
+    """Selects one task's metrics from those of several tasks, which are named "TASK.METRIC"."""
     named = ((name.rpartition("."), value) for name, value in metrics.items())
     return {metric: value for (of, _, metric), value in named if of == task}
 
@@ -32,8 +32,8 @@ class Report:
     """The results of an evaluation.
 
     Attributes:
-        metrics: values by name: token loss in nats, perplexity, and those of `METRICS`.
-        signatures: how each was computed, where its library says so.
+        metrics: values by name: token loss in nats, perplexity, and those in `METRICS`.
+        signatures: how each metric was computed, if its library has a signature.
         examples: the number of inputs.
     """
 
@@ -42,7 +42,7 @@ class Report:
     examples: int
 
     def save(self, path: str | Path) -> None:
-        """Writes the report as JSON. What is not finite becomes null: JSON has no word for it.
+        """Writes the report as JSON. Non-finite values become null, as JSON cannot express them.
 
         Raises:
             PrefixJaxError: the file cannot be written.
@@ -50,7 +50,7 @@ class Report:
         write_lines(path, [json.dumps(self.as_dict(), indent=2, ensure_ascii=False)])
 
     def as_dict(self) -> dict[str, Any]:
-        """The content of its JSON."""
+        """Returns the report as a JSON object."""
         return {
             "metrics": {
                 name: value if math.isfinite(value) else None
@@ -62,10 +62,10 @@ class Report:
 
     @classmethod
     def from_dict(cls, content: Any) -> Report:
-        """From the content of its JSON. What was not finite is NaN.
+        """Reads a report from a JSON object. Null values become NaN.
 
         Raises:
-            ValueError: the content is not that of a report.
+            ValueError: the content is not a report.
         """
         metrics, signatures, examples = (
             (content if isinstance(content, Mapping) else {}).get(name)
@@ -74,26 +74,26 @@ class Report:
         if not isinstance(metrics, Mapping) or not _is_scores(
             {name: math.nan if value is None else value for name, value in metrics.items()}
         ):
-            raise ValueError("metrics must be numbers or null by name")
+            raise ValueError("metrics must map names to numbers or null")
         if not isinstance(signatures, Mapping) or not _is_texts([*signatures.values()]):
-            raise ValueError("signatures must be texts by name")
+            raise ValueError("signatures must map names to texts")
         if type(examples) is not int:
-            raise ValueError("examples must be a number")
+            raise ValueError("examples must be an integer")
         values = {name: math.nan if value is None else value for name, value in metrics.items()}
         return cls(values, signatures, examples)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What was generated for one input.
+    """The prediction for one input.
 
     Attributes:
-        source: where the input came from: "test.jsonl:17".
-        prompt: the input as the model read it.
-        prediction: what the model wrote.
-        references: what it should have written.
-        scores: of an answer with labels, the probability of each; of a span, its score and that of
-            there being none. None where text was generated.
+        source: the origin of the input: "test.jsonl:17".
+        prompt: the rendered input.
+        prediction: the generated text, or the answer.
+        references: the correct texts.
+        scores: for a task with labels, the probability of each label; for a span, its score and
+            the score of "no answer". None for generated text.
     """
 
     source: str
@@ -104,7 +104,7 @@ class Prediction:
 
 
 def save_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:
-    """Writes one JSON record a line, with the fields of `Prediction`.
+    """Writes one JSON record per line, with the fields of `Prediction`.
 
     Raises:
         PrefixJaxError: the file cannot be written.
@@ -116,9 +116,10 @@ def save_predictions(path: str | Path, predictions: Iterable[Prediction]) -> Non
 
 @contextlib.contextmanager
 def writing_predictions(path: str | Path) -> Iterator[Callable[[Prediction], None]]:
-    """Yields a function that appends a prediction to `path` + ".unfinished", where it can be read
-    at once. The file gets its name when all of them are written. A pipe or a device (/dev/stdout)
-    is written to as it is.
+    """Yields a function that appends a prediction to `path` + ".unfinished".
+
+    Each prediction can be read there at once. The file is renamed to `path` when all are written. A
+    pipe or a device (/dev/stdout) is written directly.
 
     Raises:
         PrefixJaxError: the file cannot be written.
@@ -138,10 +139,10 @@ def writing_predictions(path: str | Path) -> Iterator[Callable[[Prediction], Non
 
 
 def make_directory(path: str | Path) -> None:
-    """Makes sure that results can be written to a directory, before they take hours.
+    """Creates a directory and checks that it is writable, before hours of work.
 
     Raises:
-        PrefixJaxError: they cannot.
+        PrefixJaxError: the directory cannot be created or written to.
     """
     path = Path(path)
     try:
@@ -152,14 +153,14 @@ def make_directory(path: str | Path) -> None:
 
 
 def read_predictions(path: str | Path, error: type[PrefixJaxError] = DataError) -> list[Prediction]:
-    """Reads what `save_predictions` wrote.
+    """Reads a file written by `save_predictions`.
 
     Args:
-        path: of the file.
-        error: the class to raise.
+        path: the file.
+        error: the exception class to raise.
 
     Raises:
-        PrefixJaxError: of class `error`, if the file is missing, unreadable, or holds anything but
+        PrefixJaxError: an `error`, if the file is missing, unreadable, or contains anything but
             predictions.
     """
     return [_prediction(fields, f"{path}:{n}", error) for n, fields in read_jsonl(path, error)]
@@ -193,14 +194,14 @@ def _is_texts(value: Any) -> bool:
 
 def _is_scores(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        # An integer of 400 digits is no float.
+        # An integer with 400 digits does not fit a float.
         isinstance(item, float) or (type(item) is int and abs(item) < 2**63)
         for item in value.values()
     )
 
 
 def table(columns: Mapping[str, Mapping[str, float]], title: str | None = None) -> Table:
-    """Metrics as rows, and a column for each set of them: {"before": …, "after": …}."""
+    """Builds a table with one row per metric and one column per set: {"before": …, "after": …}."""
     names = dict.fromkeys(name for values in columns.values() for name in values)
     grid = Table(title=title)
     grid.add_column("metric")
@@ -228,7 +229,7 @@ def write_lines(path: str | Path, lines: Iterable[str]) -> None:
     """Writes a text file.
 
     Raises:
-        PrefixJaxError: it cannot be written.
+        PrefixJaxError: the file cannot be written.
     """
     path = Path(path)
     try:

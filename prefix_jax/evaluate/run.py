@@ -35,17 +35,17 @@ LIKELIHOOD_METRICS = ("loss", "accuracy")
 
 
 def needs_references(metrics: Iterable[str]) -> bool:
-    """Whether any metric compares with the acceptable targets of `data.references`."""
+    """Returns whether any metric needs the acceptable targets in `data.references`."""
     return not {*metrics} <= {"loss"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What one prefix achieved.
+    """The evaluation of one prefix.
 
     Attributes:
-        report: values and signatures.
-        predictions: generated texts, or chosen labels; empty if only the loss was asked for.
+        report: metrics and signatures.
+        predictions: generated texts or chosen labels; empty if only the loss was measured.
     """
 
     report: Report
@@ -53,19 +53,19 @@ class Evaluation:
 
 
 class Evaluator:
-    """Scores prefixes. Keep one: its compiled functions stay with it.
+    """Scores prefixes. Reuse one evaluator: it caches its compiled functions.
 
     Args:
         model: backbone and method.
-        tokenizer: of the backbone.
-        mesh: where its weights lie.
+        tokenizer: the backbone's tokenizer.
+        mesh: the mesh of the backbone's weights.
         config: metrics, labels, batch size and limit.
-        decode: how text is generated.
-        task: what is made of a text, with its labels.
-        ends: the tokens that end a generated text; None for those of `Generator`.
+        decode: decoding options.
+        task: the task, with its labels.
+        ends: the tokens that end a generated text; None uses the defaults of `Generator`.
 
     Raises:
-        ConfigError: the metrics are not those of the task.
+        ConfigError: a metric does not fit the task.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Evaluator:
         self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
         self._config, self._decode = config, decode
         self._ends = end_tokens(tokenizer, model.backbone.arch.end_ids) if ends is None else ends
-        # Every host reads the scores of all rows.
+        # Every host needs the scores of all rows.
         self._score = jax.jit(model.score, out_shardings=replicated(mesh))
         self._answer = jax.jit(model.answer, out_shardings=replicated(mesh))
 
@@ -95,16 +95,16 @@ class Evaluator:
         phase: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
         head: Params | None = None,
     ) -> dict[str, Evaluation]:
-        """Measures several prefixes on the same examples, by all metrics of the config.
+        """Measures several prefixes on the same examples, using all metrics of the config.
 
-        Likelihoods come first, under stacked weights, then generated text, which wants them
-        listed: the backbone is converted once, and stays listed.
+        Likelihoods come first, with stacked weights. Text generation follows, with unstacked
+        weights: the backbone is converted once, and remains unstacked.
 
         Args:
             pretrained: the backbone.
-            prefixes: by name; None is the bare model.
-            examples: with their references.
-            phase: a context for what goes on at the moment, for a display.
+            prefixes: prefixes by name; None is the bare model.
+            examples: examples with references.
+            phase: returns a context manager for a phase with this name, for progress displays.
             head: the weights of a task's head.
         """
         metrics = self._config.metrics
@@ -126,17 +126,15 @@ class Evaluator:
         return {name: _merged(found) for name, found in parts.items()}
 
     def check(self, examples: Sequence[Example], metrics: Iterable[str]) -> None:
-        """Makes sure that what is to be generated or chosen fits the model and the data: a long
-        run learns it before.
+        """Checks that the texts to generate or choose fit the model, before a long run starts.
 
         Args:
-            examples: to be measured.
-            metrics: by which.
+            examples: the examples to measure.
+            metrics: the metrics to use.
 
         Raises:
-            ConfigError: `labels` are no targets of the examples.
-            ContextError: a prompt leaves no room for `max_new_tokens` behind the prefix, or for a
-                label.
+            ConfigError: none of `labels` is a target of the examples.
+            ContextError: prefix and prompt leave no room for `max_new_tokens`, or for a label.
         """
         names = set(metrics)
         if not examples or self._task.name != "generate":
@@ -149,7 +147,7 @@ class Evaluator:
             return
         longest = max(examples[: self._config.limit], key=lambda example: example.prompt_length)
         sides, new = self._model.encoder_decoder, self._decode.max_new_tokens
-        # What an encoder reads was cut to fit; its decoder holds what is generated alone.
+        # The input of an encoder was cut to fit, and its decoder holds only the generated text.
         room = self._model.room if sides is None else sides.max_target
         given = longest.prompt_length if sides is None else 0
         if given + new > room:
@@ -168,14 +166,16 @@ class Evaluator:
         metrics: Iterable[str],
         head: Params | None = None,
     ) -> Evaluation:
-        """Measures one prefix by the named metrics. Of a method with several tasks, on the examples
-        of each behind its own prefix: see `_over_tasks`.
+        """Measures one prefix using the named metrics.
+
+        With a multitask method, the examples of each task follow the task's own prefix: see
+        `_over_tasks`.
 
         Args:
-            params: the backbone's weights, stacked or listed (quicker where text is generated).
-            prefix: what stands before every example; None is the bare model.
-            examples: with their references.
-            metrics: names, see `EvaluateConfig`.
+            params: the backbone's weights, stacked or unstacked (faster for generation).
+            prefix: precedes every example; None runs the bare model.
+            examples: examples with references.
+            metrics: metric names, see `EvaluateConfig`.
             head: the weights of a task's head.
         """
         metrics = list(metrics)
@@ -197,7 +197,7 @@ class Evaluator:
         names: Sequence[str],
         head: Params | None,
     ) -> Evaluation:
-        """Measures one prefix of one task."""
+        """Measures the prefix of one task."""
         examples = examples[: self._config.limit]
         if head is not None:
             return self._measure_answers(params, head, prefix, examples, names)
@@ -248,13 +248,13 @@ class Evaluator:
     def outputs(
         self, params: Params, head: Params, prefix: Prefix | None, examples: Sequence[Example]
     ) -> tuple[list[np.ndarray], float]:
-        """What a head makes of every example, out_MY, and its loss, averaged over targets.
+        """Computes a head's output out_MY for every example, and its loss, averaged over targets.
 
         Args:
             params: the backbone's weights.
-            head: the head's.
-            prefix: what stands before every example.
-            examples: to be answered.
+            head: the head's weights.
+            prefix: precedes every example.
+            examples: the inputs.
 
         Raises:
             NonFiniteError: an output is NaN or infinite.
@@ -266,7 +266,7 @@ class Evaluator:
                 placed = place_rows(batch, self._mesh)
                 out_BMY, loss_B = jax.device_get(self._answer(params, head, prefix, placed))
             total += float(loss_B.sum())
-            # A batch may end in rows of padding, its rows in targets of padding.
+            # A batch may end in padding rows, and a row in padding targets.
             some = examples[len(outputs) : len(outputs) + self._config.batch_size]
             for example, out_MY in zip(some, out_BMY, strict=False):
                 outputs.append(out_MY[: len(example.index_M)])
@@ -275,12 +275,12 @@ class Evaluator:
         return outputs, total / sum(example.targets for example in examples)
 
     def loss(self, params: Params, prefix: Prefix | None, examples: Sequence[Example]) -> float:
-        """Mean negative log-likelihood of the target tokens, in nats."""
+        """Computes the mean negative log-likelihood of the target tokens, in nats."""
         total = sum(
             float(self._scores(params, prefix, batch).sum())
             for batch in self._batches(examples, pack=packs(prefix))
         )
-        # A batch holds this host's rows alone, its scores are of all rows.
+        # A batch has only this host's rows, but its scores cover the rows of all hosts.
         return total / sum(example.targets for example in examples)
 
     def _batches(self, examples: Sequence[Example], pack: bool) -> Iterable[Batch]:
@@ -297,14 +297,14 @@ class Evaluator:
     def _choose(
         self, params: Params, prefix: Prefix | None, examples: Sequence[Example]
     ) -> list[str]:
-        """The likeliest label of each example, by the summed log-probability of its tokens."""
+        """Chooses the label with the largest summed log-probability for each example."""
         labels = self._config.labels or ()
         candidates = self._candidates(examples, self._model.backbone.room(prefix, "decoder"))
         rows = [
             np.asarray(self._scores(params, prefix, batch))
             for batch in self._batches(candidates, pack=False)
         ]
-        # The last batch may end in rows of padding.
+        # The last batch may end in padding rows.
         losses = np.concatenate(rows)[: len(candidates)].reshape(len(examples), len(labels))
         for example, losses_Y in zip(examples, losses, strict=True):
             if not np.isfinite(losses_Y).all():
@@ -312,18 +312,18 @@ class Evaluator:
         return [labels[best] for best in losses.argmin(axis=1)]
 
     def _candidates(self, examples: Sequence[Example], room: int) -> list[Example]:
-        """Every example with each of the labels in the place of its target.
+        """Pairs every example with every label as its target.
 
         Args:
-            examples: with their references.
-            room: tokens that fit behind the prefix; of an encoder-decoder, those of a target.
+            examples: examples with references.
+            room: tokens that fit after the prefix; in an encoder-decoder, tokens of a target.
         """
         labels = self._config.labels or ()
         targets = list(dict.fromkeys(text for example in examples for text in example.references))
         if not {*labels} & {*targets}:
             raise ConfigError(
-                f"evaluate.labels: none of {', '.join(map(repr, labels))} is a target of the data, "
-                f"such as {targets[0]!r}; write them as the targets are, spaces included"
+                f"evaluate.labels: {', '.join(map(repr, labels))} do not occur as targets in the "
+                f"data, such as {targets[0]!r}; write labels exactly like targets, including spaces"
             )
         ids = token_ids(self._tokenizer, labels, "evaluate.labels", ConfigError)
         candidates = [
@@ -332,24 +332,24 @@ class Evaluator:
             for label_ids in ids
         ]
         longest = max(candidates, key=lambda candidate: len(candidate.ids_T))
-        # The start token of a decoder takes no place of a target.
+        # The start token of a decoder does not count as part of a target.
         needed = len(longest.ids_T) - (longest.source_ids_S is not None)
         if needed > room:
             raise ContextError(
-                f"{longest.source}: with the longest of evaluate.labels {needed} tokens exceed the "
-                f"{room} that fit the model beside the prefix; lower data.max_length"
+                f"{longest.source}: with the longest of evaluate.labels, {needed} tokens exceed "
+                f"the {room} positions left by the prefix; lower data.max_length"
             )
         return candidates
 
     def _end(self, example: Example) -> list[int]:
-        """The token that ends the example's target: of a chat, that of the assistant's turn."""
+        """Returns the token that ends the target; in a chat, the end of the assistant turn."""
         ids: list[int] = example.ids_T[np.isin(example.ids_T, self._ends)][-1:].tolist()
         return ids
 
     def _generate(
         self, params: Params, prefix: Prefix | None, examples: Sequence[Example]
     ) -> list[str]:
-        """What the model writes after each example's prompt."""
+        """Generates a text for each example's prompt."""
         generator = Generator(self._model.backbone, params, self._tokenizer, prefix, self._ends)
         prompts = [example.prompt_ids for example in examples]
         generations = generator.generate(prompts, self._decode, batch_size=self._config.batch_size)
@@ -357,7 +357,7 @@ class Evaluator:
 
 
 def _with_target(example: Example, target: Sequence[int]) -> Example:
-    """The same prompt with other tokens to score."""
+    """Replaces the target of an example by other tokens to score."""
     prompt = example.ids_T[: example.prompt_length]
     return Example.of_text(
         np.concatenate([prompt, np.asarray(target, np.int32)]),
@@ -375,14 +375,14 @@ def _exp(loss: float) -> float:
 
 
 def better(metric: str, value: float, than: float | None) -> bool:
-    """Whether a value of `metric` beats another one: losses fall, scores rise."""
+    """Returns whether a value of `metric` is better: lower for a loss, higher for a score."""
     if than is None or math.isnan(than):
         return True
     return value < than if metric == "loss" else value > than
 
 
 def _over_tasks(found: Mapping[str, Evaluation]) -> Evaluation:
-    """Evaluations by task as one: a value of each, "TASK.METRIC", and the mean over tasks."""
+    """Merges the evaluations of several tasks: one "TASK.METRIC" each, and means over tasks."""
     reports = {task: evaluation.report for task, evaluation in found.items()}
     first = next(iter(reports.values()))
     metrics = {
@@ -400,12 +400,12 @@ def _over_tasks(found: Mapping[str, Evaluation]) -> Evaluation:
 
 
 def _merged(parts: Sequence[Evaluation]) -> Evaluation:
-    """Evaluations of one prefix on the same examples, by different metrics, as one."""
+    """Merges evaluations of one prefix on the same examples with different metrics."""
     metrics: dict[str, float] = {}
     signatures: Mapping[str, str] = {}
     for part in parts:
         metrics |= part.report.metrics
         signatures = {**signatures, **part.report.signatures}
-    # Where there are both, generated text says more than chosen labels, which come first.
+    # Chosen labels come first; prefer generated texts, which are more informative.
     predictions = next((part.predictions for part in reversed(parts) if part.predictions), ())
     return Evaluation(Report(metrics, signatures, parts[0].report.examples), predictions)

@@ -1,4 +1,4 @@
-"""Heads: what reads the last hidden states of a backbone, and trains beside the prefix."""
+"""Task heads: they read a backbone's last hidden states and train together with the prefix."""
 
 from prefix_jax.heads.head import Head, make_head
 

@@ -1,4 +1,4 @@
-"""The layers on top of a backbone that turn hidden states into answers."""
+"""Layers on top of a backbone that map hidden states to answers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from prefix_jax.nn.loss import candidate_losses, squared_errors, token_losses
 Params = Mapping[str, Any]
 Kind = Literal["classify", "regress", "tag", "span", "choice"]
 
-# The standard deviation of what transformers initialises heads with.
+# The standard deviation of initial head weights in transformers.
 _STD = 0.02
-# Models whose classification head has a layer of its own, where BERT has its pretrained pooler.
+# Models whose classification head has its own layer in place of BERT's pretrained pooler.
 _OWN_LAYER = {
     "roberta": "tanh",
     "xlm-roberta": "tanh",
@@ -30,24 +30,24 @@ _OWN_LAYER = {
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A linear layer on hidden states, and perhaps one more before it.
+    """A linear layer on hidden states, optionally after a dense layer.
 
-    `make_head` gives each model the head that transformers gives it, and that P-tuning v2 (Liu et
-    al. 2022) and PEFT's `modules_to_save` train beside the prefix.
+    `make_head` builds the same head as transformers for each model. P-tuning v2 (Liu et al. 2022)
+    and PEFT's `modules_to_save` train it together with the prefix.
 
     Attributes:
-        kind: the task, which decides the loss.
-        outputs: Y, the numbers that it makes of a hidden state: a logit for every label; a value;
-            a logit for the start and one for the end of a span; a logit for a choice.
-        activation: of a layer D → D that comes first; None for no such layer.
-        pooled: whether it reads what the backbone's own pretrained pooler, which stays frozen,
-            makes of a hidden state (BERT).
-        bias: whether the last layer has one.
-        dropout: the probability with which an element of the input of the last layer is zeroed in
-            training, the others scaled up.
-        drop_input: whether dropout falls on the input of the first of two layers as well.
-        soft: whether it reads the first of the soft tokens before an encoder, in place of the
-            text's first token, as PEFT's classification does.
+        kind: the task, which determines the loss.
+        outputs: the number of outputs Y per hidden state: one logit per label; one value; two
+            logits for the start and the end of a span; one logit per choice.
+        activation: the activation of a dense layer D → D before the last layer; None for no such
+            layer.
+        pooled: whether the head reads the output of the backbone's pretrained pooler (BERT), which
+            stays frozen.
+        bias: whether the last layer has a bias.
+        dropout: the dropout rate on the input of the last layer in training.
+        drop_input: whether dropout also applies to the input of the dense layer.
+        soft: whether the head reads the first soft token before an encoder instead of the text's
+            first token, as PEFT does for classification.
     """
 
     kind: Kind
@@ -60,7 +60,7 @@ class Head:
     soft: bool = False
 
     def init(self, rng: jax.Array, d_model: int) -> Params:
-        """The initial parameters, float32: weights from a normal distribution, biases zero."""
+        """Returns initial parameters in float32: normally distributed weights and zero biases."""
         dense_rng, out_rng = jax.random.split(rng)
         params = {"out_DY": _STD * jax.random.normal(out_rng, (d_model, self.outputs))}
         if self.bias:
@@ -71,7 +71,7 @@ class Head:
         return params
 
     def __call__(self, params: Params, h_BMD: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """out_BMY in float32, of hidden states (or pooled ones). With `rng`, under dropout."""
+        """Maps (pooled) hidden states to out_BMY in float32. With `rng`, applies dropout."""
         first, last = (None, None) if rng is None else jax.random.split(rng)
         h_BMD = h_BMD.astype(jnp.float32)
         if self.activation is not None:
@@ -88,10 +88,10 @@ class Head:
         return jnp.where(keep, x / (1 - self.dropout), 0)
 
     def losses(self, out_BMY: jax.Array, batch: Batch) -> jax.Array:
-        """The summed loss of each row's targets, [B].
+        """Returns the summed loss of each row's targets, [B].
 
-        Cross-entropy of labels, squared errors of values, and for candidates the cross-entropy of
-        choosing the right one: of a span, the mean of its start's and its end's.
+        The loss is cross-entropy for labels, squared error for values, and cross-entropy over the
+        candidates for choices and spans; for a span, the mean over start and end.
         """
         if self.kind in ("span", "choice"):
             assert batch.question_BM is not None  # as the examples of these tasks have it
@@ -106,15 +106,16 @@ class Head:
 def make_head(
     kind: Kind, outputs: int, *, model_type: str, causal: bool, pooler: bool, dropout: float
 ) -> Head:
-    """The head of transformers for a task on a model.
+    """Builds the head that transformers uses for a task and a model type.
 
     Args:
         kind: the task.
-        outputs: labels, for "classify" and "tag"; else it is known.
-        model_type: of the backbone's checkpoint.
-        causal: whether the backbone is a decoder. Its head reads the last token, without a bias.
+        outputs: the number of labels, for "classify" and "tag"; ignored otherwise.
+        model_type: the model type of the backbone's checkpoint.
+        causal: whether the backbone is a decoder. Its head reads the last token, and has no bias
+            for classification, regression and choices.
         pooler: whether the backbone has a pretrained pooler.
-        dropout: of heads that have any.
+        dropout: the dropout rate of heads with dropout.
     """
     if kind == "span":
         return Head(kind, 2)
@@ -124,7 +125,7 @@ def make_head(
     if causal:
         return Head(kind, outputs, bias=False)
     own = _OWN_LAYER.get(model_type)
-    # RoBERTa's multiple choice does read the pooler, its classification does not.
+    # RoBERTa's multiple-choice head reads the pooler; its classification head does not.
     if pooler and (own is None or kind == "choice"):
         return Head(kind, outputs, pooled=True, dropout=dropout)
     return Head(kind, outputs, activation=own or "tanh", dropout=dropout, drop_input=own != "relu")

@@ -28,9 +28,9 @@ def test_the_task_has_its_labels() -> None:
 @pytest.mark.parametrize(
     ("config", "head", "message"),
     [
-        ({**LABELS, "labels": ["a", "b", "c"]}, HEAD, "classify with 3 outputs, and .* with 2"),
-        ({"name": "classify"}, HEAD, "classify with 0 outputs, and .* with 2"),
-        ({"name": "span"}, HEAD, "a head for span with 2 outputs, and task.head is one for class"),
+        ({**LABELS, "labels": ["a", "b", "c"]}, HEAD, "classify with 3 outputs, got .* with 2"),
+        ({"name": "classify"}, HEAD, "classify with 0 outputs, got .* with 2"),
+        ({"name": "span"}, HEAD, "a head for span with 2 outputs, got classify"),
         ({"name": "regress"}, {"kind": "regress", "outputs": 2}, "regress with 1 outputs"),
         ({**LABELS, "stride": "x"}, HEAD, "prefix.json: task: stride: .*; the card is damaged"),
         (LABELS, {**HEAD, "kind": "x"}, "prefix.json: task: kind: .*; the card is damaged"),

@@ -133,8 +133,8 @@ def test_spans_are_compared_as_squad_does() -> None:
 
 
 def test_answers_without_what_is_right_have_no_score() -> None:
-    with pytest.raises(DataError, match="hold no labels"):
+    with pytest.raises(DataError, match="have no labels"):
         classes(("a", "b"), [], [])
     task = TaskConfig("regress")
-    with pytest.raises(DataError, match="hold no labels"):
+    with pytest.raises(DataError, match="have no labels"):
         scores(task, [example(np.float32([0]))], [[[1]]])

@@ -131,7 +131,7 @@ def test_labels_that_are_no_targets_are_refused_before_anything_is_measured(
     pretrained: Pretrained, examples: list[Example], prefix: Prefix
 ) -> None:
     chosen = evaluator(pretrained, "accuracy", labels=(" yes", " no"))
-    told = "none of ' yes', ' no' is a target of the data, such as 'yes'"
+    told = "' yes', ' no' do not occur as targets in the data, such as 'yes'"
     with pytest.raises(ConfigError, match=told):
         chosen.check(examples, ["accuracy"])
     with pytest.raises(ConfigError, match=told):
@@ -146,7 +146,7 @@ def test_a_label_for_which_there_are_no_positions_left_is_refused(
     # 240 tokens, a label of 11 and the end of text fit 256 positions, but not beside 5 slots.
     chosen = evaluator(pretrained, "accuracy", labels=("yes", "n" * 11))
     chosen.check(long, ["accuracy"])
-    with pytest.raises(ContextError, match=r"record 1: .* 252 tokens exceed the 251 that fit"):
+    with pytest.raises(ContextError, match=r"record 1: .* 252 tokens exceed the 251 positions"):
         chosen(pretrained.stacked(), prefix, long, ["accuracy"])
 
 
