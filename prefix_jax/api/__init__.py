@@ -1,4 +1,4 @@
-"""The calls that most programs need: tune a prefix, store it, load it, use it."""
+"""The high-level API: tune, save, load and use prefixes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a record becomes the text that stands before what is generated."""
+"""Renders records as prompts for generation."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Prompt = str | Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Rendering:
-    """The template of the training data at work.
+    """Renders prompts with the template of the training data.
 
     Attributes:
-        template: of the card; None where none is known.
-        tokenizer: of the backbone, with its template for chats.
+        template: the template from the card; None if it has no template.
+        tokenizer: the backbone's tokenizer, with its chat template.
     """
 
     template: TemplateCard | None
@@ -33,7 +33,7 @@ class Rendering:
 
     @property
     def fields(self) -> tuple[str, ...] | None:
-        """The fields that a prompt is made of; None where only text will do."""
+        """The record fields that a prompt needs; None if prompts must be text."""
         template = self.template
         if template is None or template.input is template.messages is None:
             return None
@@ -42,38 +42,43 @@ class Rendering:
         return fields_needed(Template(template.input or "").fields, template.prepare)
 
     def text(self, prompt: Prompt) -> str:
-        """The prompt of a record; text is one already.
+        """Renders a record as a prompt, and returns text unchanged.
 
         Raises:
-            DataError: the template needs a field that the record lacks; or it is no record.
-            PrefixError: there is no template for inputs.
+            DataError: the record lacks a field of the template, or `prompt` is not a record.
+            PrefixError: there is no input template.
         """
         if isinstance(prompt, str):
             return prompt
         if not isinstance(prompt, Mapping):
-            raise DataError(f"a prompt is a text or a record, not {prompt!r:.80}")
+            raise DataError(f"a prompt must be a text or a record, got {prompt!r:.80}")
         return self.of_record(Record(prompt, "the record"))
 
     def of_record(self, record: Record) -> str:
-        """As `text`, of a record that knows where it came from."""
+        """Renders a `Record`, whose origin appears in errors; see `text`."""
         template = self.template
         if template is None:
             raise PrefixError(
-                "this prefix has no template: give prompts as text, not as records; an adapter of "
-                "PEFT is imported with data.input=…"
+                "this prefix has no template; give prompts as text, not as records, or import a "
+                "PEFT adapter with data.input=…"
             )
         (record,) = prepare([record], template.prepare)
         if template.messages is not None:
             return render_chat_prompt(record, template.messages, self.tokenizer)
         if template.input is None:
-            raise PrefixError("this prefix was trained without inputs: give the text to continue")
+            raise PrefixError("this prefix was trained without inputs; give the text to continue")
         texts = Template(template.input).render(record)
         if len(texts) > 1:
-            raise DataError(f"{record.source}: the input holds a list of {len(texts)} texts")
+            raise DataError(
+                f"{record.source}: the input is a list of {len(texts)} texts; give one text"
+            )
         return texts[0]
 
     def encoded(self, prompt: Prompt) -> str | list[int]:
-        """What `Generator.generate` takes: a chat's text holds its special tokens already."""
+        """Returns the argument for `Generator.generate`: text, or token ids for a chat.
+
+        The rendered text of a chat already contains its special tokens.
+        """
         text = self.text(prompt)
         if isinstance(prompt, str) or self.template is None or self.template.messages is None:
             return text

@@ -1,4 +1,4 @@
-"""Brings prefixes back: our own, and those of Hugging Face PEFT."""
+"""Loads stored prefixes, and imports adapters from Hugging Face PEFT."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def load_prefix(
     """Loads a stored prefix together with its backbone.
 
     Args:
-        path: the directory of a prefix, or of a run that has ended.
-        model: its backbone, or where to load it from; None loads the one that the prefix names.
-        allow_other_weights: accept a backbone of the same shape with other weights.
+        path: the directory of a prefix or of a finished run.
+        model: the backbone, or a path to load it from; None loads the backbone named in the prefix.
+        allow_other_weights: accept a backbone with the same shape but other weights.
 
     Raises:
         PrefixError: there is no prefix, it is damaged, or it belongs to another backbone.
@@ -42,18 +42,18 @@ def import_peft(
     task: int | None = None,
     overrides: Sequence[str] = (),
 ) -> Tuned:
-    """Loads an adapter of Hugging Face PEFT: what it computes there, it computes here.
+    """Loads a Hugging Face PEFT adapter as a prefix that computes the same function.
 
     Args:
-        adapter: what `PeftModel.save_pretrained` wrote, for a method that makes prefixes or soft
-            tokens; see `prefix_jax.interop.peft`.
-        model: its backbone, or where to load it from; None loads the one that the adapter names.
-        task: which task of a multitask prompt, counted from 0.
-        overrides: what an adapter does not tell, as on the command line: how records become text,
-            "data.input={text}", and the names of a head's labels, "task.labels=[bad, good]".
+        adapter: a directory written by `PeftModel.save_pretrained`, of a method that trains a
+            prefix or soft tokens; see `prefix_jax.interop.peft`.
+        model: the backbone, or a path to load it from; None loads the one named in the adapter.
+        task: the task index in a multitask prompt, from 0.
+        overrides: settings missing from the adapter, in command-line syntax: templates, such as
+            "data.input={text}", and the label names of a head, such as "task.labels=[bad, good]".
 
     Raises:
-        ConfigError: an override is not one of `data` or `task`.
+        ConfigError: an override is not in `data` or `task`.
         PrefixError: the adapter is damaged, of another type, or made for another backbone.
         BackboneError: the backbone cannot be loaded.
     """

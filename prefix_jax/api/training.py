@@ -44,40 +44,43 @@ def fit(
     """Tunes a prefix.
 
     Args:
-        pretrained: of `load`, or what it takes.
-        method: what trains: `PrefixTuning(length=16)`, say; None fine-tunes the whole backbone.
+        pretrained: the result of `load`, or its argument.
+        method: the tuning method, such as `PrefixTuning(length=16)`; None fine-tunes the whole
+            backbone.
         train, dev, test: files, `tfds:NAME/SPLIT`, or iterables of records.
-        input: template of the text that is given: "{facts} =>".
-        target: template of the text to learn: " {text}".
-        messages: the field that holds a chat, in place of both templates.
-        pair: template of a second text, for a task with labels.
-        task: what is made of a text: `Task("classify", label="label")`, say, trains a head beside
+        input: the input template: "{facts} =>".
+        target: the target template: " {text}".
+        messages: the field with a chat, instead of both templates.
+        pair: the template of a second text, for a task with labels.
+        task: the task: `Task("classify", label="label")`, for example, trains a head together with
             the prefix; None generates the target.
-        steps, epochs: how long; one of them.
+        steps, epochs: the length of training; give one of them.
         batch_size: examples per step.
-        learning_rate: the peak.
-        output: the run directory; None takes a temporary one. A run that was interrupted continues.
-        overrides: anything else of the config, as on the command line: "optim.schedule=cosine".
-        console: where progress is shown.
-        quiet: show nothing.
+        learning_rate: the peak learning rate.
+        output: the run directory; None uses a temporary one. An interrupted run resumes.
+        overrides: other config settings, in command-line syntax: "optim.schedule=cosine".
+        console: the console for progress.
+        quiet: show no progress.
 
     Raises:
         PrefixJaxError: see `prefix_jax.train.fit.fit`.
     """
     if method is not None and not isinstance(method, Method):
         raise ConfigError(
-            f"method is {method!r}; give one such as PrefixTuning(length=16), or None, which "
-            "trains the whole backbone"
+            f"method must be a method such as PrefixTuning(length=16), or None to train the whole "
+            f"backbone, got {method!r}"
         )
     if not isinstance(pretrained, Pretrained | str | Path):
         raise ConfigError(
-            f"the model is a {type(pretrained).__name__}; give what prefix_jax.load returned, or "
-            "what it takes"
+            "pretrained must be a path or the result of prefix_jax.load, got "
+            f"{type(pretrained).__name__}"
         )
     if task is not None and not isinstance(task, TaskConfig):
-        raise ConfigError(f"task is {task!r}; give one such as Task('classify', label='label')")
+        raise ConfigError(
+            f"task must be a Task such as Task('classify', label='label'), got {task!r}"
+        )
     if isinstance(overrides, str):
-        raise ConfigError(f"overrides is {overrides!r}; give a list, such as [{overrides!r}]")
+        raise ConfigError(f"overrides must be a list such as [{overrides!r}], got {overrides!r}")
     loaded = pretrained if isinstance(pretrained, Pretrained) else None
     splits = {"train": train, "dev": dev, "test": test}
     named = {name: str(s) for name, s in splits.items() if isinstance(s, str | Path)}

@@ -1,4 +1,4 @@
-"""A backbone with the prefix that was tuned for it: generates, answers, measures, stores."""
+"""A backbone with its tuned prefix: generates, predicts, evaluates and saves."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Tuned:
 
     Attributes:
         pretrained: the backbone.
-        produced: the prefix as its method produces it; None is the bare backbone.
-        card: what is known about the prefix.
-        run: the run that trained it; None if it was loaded.
-        head: the weights of the head that was trained beside it; None where text is generated.
+        produced: the prefix in its method's form; None is the bare backbone.
+        card: the metadata of the prefix.
+        run: the training run; None if the prefix was loaded.
+        head: the weights of the head trained together with it; None for text generation.
     """
 
     pretrained: Pretrained
@@ -58,12 +58,12 @@ class Tuned:
 
     @functools.cached_property
     def prefix(self) -> Prefix | None:
-        """The prefix as plain keys and values, float32: `bake`d once, whatever the method."""
+        """The prefix as plain keys and values in float32, `bake`d once."""
         return bake(self.pretrained, self.produced)
 
     @property
     def tasks(self) -> dict[str, Tuned]:
-        """What a run that trained several tasks made for each, by name; otherwise empty."""
+        """The result for each task of a multitask run, by name; otherwise empty."""
         trained = {} if self.run is None else self.run.tasks
         return {
             name: dataclasses.replace(self, produced=produced, card=card, run=None)
@@ -72,16 +72,16 @@ class Tuned:
 
     @functools.cached_property
     def decode(self) -> DecodeConfig:
-        """How text is generated unless one says otherwise: as in the training run."""
+        """The default decoding options, from the training run."""
         return self._decode()
 
     def _decode(self, **options: Any) -> DecodeConfig:
-        """`decode` with other options, which may also correct what is stored."""
+        """Returns `decode` with some options replaced, which may also correct stored ones."""
         stored = {} if self.card is None else self.card.decode
         return build(DecodeConfig, {**stored, **options})
 
     def without_prefix(self) -> Tuned:
-        """The bare backbone, which reads prompts and decodes as the prefix was trained to."""
+        """Returns the bare backbone, with the same prompt template and decoding options."""
         return dataclasses.replace(self, produced=None)
 
     def generate(
@@ -94,15 +94,15 @@ class Tuned:
         """Generates text.
 
         Args:
-            prompts: a prompt or several: texts that are taken as they are, or records that the
+            prompts: one prompt or several: texts, which are used unchanged, or records, which the
                 template of the training data renders.
-            on_text: called with (index of the prompt, of the sample, the next piece of its text).
+            on_text: called with (prompt index, sample index, next piece of text).
             options: fields of `DecodeConfig`: max_new_tokens=100, beams=5, temperature=0.7, …; the
-                others are `decode`'s.
+                defaults come from `decode`.
 
         Returns:
-            A text for one prompt, a list for several; with `samples` above 1, a list of texts in
-            place of each text.
+            A text for one prompt, a list for several; with `samples` above 1, each text is replaced
+            by a list of texts.
         """
         single = isinstance(prompts, str | Mapping)
         several = isinstance(prompts, Iterable) and not single
@@ -120,17 +120,17 @@ class Tuned:
     def generations(
         self, prompts: Sequence[Prompt], decode: DecodeConfig | None = None, **options: Any
     ) -> list[Generation]:
-        """Generates with token ids, log-probabilities and reasons: see `Generator.generate`.
+        """Generates texts with token ids, log-probabilities and finish reasons.
 
         Args:
             prompts: as for `generate`.
-            decode: None takes `decode` of this object.
+            decode: decoding options; None uses `decode` of this object.
             options: further arguments of `Generator.generate`.
         """
         if self.head is not None:
             raise PrefixError(
-                "this prefix was trained together with a head, which answers and writes no text: "
-                "use classify or answers (prefix-jax predict)"
+                "this prefix was trained with a head and cannot generate text; use classify or "
+                "answers (prefix-jax predict)"
             )
         generator = Generator(
             self.pretrained.backbone,
@@ -146,33 +146,35 @@ class Tuned:
     def _answerer(self) -> Answerer:
         if self.card is None or self.head is None:
             raise PrefixError(
-                "there is no stored prefix with a head: this one generates text; use generate "
-                "(prefix-jax generate)"
+                "this prefix has no head and generates text; use generate (prefix-jax generate)"
             )
         return Answerer(self.pretrained, self.prefix, self.head, self.card)
 
     def classify(self, texts: Prompt | Sequence[Prompt], batch_size: int = 16) -> Any:
-        """The likeliest label of a text, or of each of several.
+        """Predicts the label of one text, or of several.
 
         Args:
-            texts: texts that are taken as they are, or records that the templates of the training
+            texts: texts, which are used unchanged, or records, which the templates of the training
                 data render.
-            batch_size: texts at a time.
+            batch_size: texts per batch.
 
         Returns:
-            The name of a label for one text, a list for several. `answers` has probabilities too.
+            A label name for one text, a list for several. `answers` also returns probabilities.
 
         Raises:
             PrefixError: the prefix was trained for another task.
         """
         answerer, single = self._answerer, isinstance(texts, str | Mapping)
         if answerer.task.name != "classify":
-            raise PrefixError(f"this prefix was trained to {answerer.task.name}; use answers")
+            raise PrefixError(
+                f"this prefix was trained for the task {answerer.task.name}, not classify; use "
+                "answers"
+            )
         listed: Any = [texts] if single else texts
         template = self.card.template if self.card is not None else None
         if all(isinstance(text, str) for text in listed):
             if template is not None and template.pair is not None:
-                raise PrefixError("this prefix reads two texts: give records, not texts")
+                raise PrefixError("this prefix needs pairs of texts; give records, not texts")
             template = dataclasses.replace(template or TemplateCard(), input="{text}", prepare=None)
             listed = [{"text": text} for text in listed]
         examples = answerer.examples(listed, answered=False, template=template)
@@ -182,22 +184,22 @@ class Tuned:
     def answers(
         self, data: Source, *, batch_size: int = 16, output: str | Path | None = None
     ) -> list[Prediction]:
-        """What the head makes of every record of a file.
+        """Predicts an answer for every record with the head.
 
         Args:
-            data: a file, `tfds:NAME/SPLIT`, or records, which need not hold what is to be found.
-            batch_size: examples at a time.
-            output: a file of JSON lines, one an answer in the order of the data.
+            data: a file, `tfds:NAME/SPLIT`, or records; they do not need labels.
+            batch_size: examples per batch.
+            output: a file for the answers, one JSON line per answer in the order of the data.
 
         Raises:
-            DataError: a record cannot be read as those of the training data.
+            DataError: a record does not have the format of the training data.
             PrefixError: the prefix was trained to generate text.
         """
         answerer = self._answerer
         examples = answerer.examples(data, answered=False)
         if output is None:
             return list(answerer.predictions(examples, batch_size))
-        # That it cannot be written shows before the work.
+        # Opened first, so that a file that cannot be written is reported before the work.
         with writing_predictions(output) as write:
             made = list(answerer.predictions(examples, batch_size))
             for one in made:
@@ -213,22 +215,23 @@ class Tuned:
         output: str | Path | None = None,
         on_prediction: Callable[[Prediction], None] | None = None,
     ) -> list[Prediction]:
-        """Generates for every record of a file; with a head, answers as `answers` does.
+        """Generates a text for every record; with a head, predicts answers like `answers`.
 
         Args:
-            data: a file, `tfds:NAME/SPLIT`, or records; the template of the training data renders
-                them, and what it does not name plays no part.
-            decode: None takes `decode` of this object.
-            batch_size: prompts at a time.
-            output: a file of JSON lines, one a prediction in the order of the data. It grows as
-                OUTPUT.unfinished while predictions come, and gets its name with the last one.
-            on_prediction: called with each, in the order of the data.
+            data: a file, `tfds:NAME/SPLIT`, or records, rendered by the template of the training
+                data. Fields outside the template are ignored.
+            decode: decoding options; None uses `decode` of this object.
+            batch_size: prompts per batch.
+            output: a file for the predictions, one JSON line per prediction in the order of the
+                data. Predictions are appended to OUTPUT.unfinished, which is renamed after the last
+                one.
+            on_prediction: called with each prediction, in the order of the data.
 
         Returns:
-            The predictions, in the order of the data: one for every sample of every record.
+            One prediction per sample and record, in the order of the data.
 
         Raises:
-            DataError, ContextError: a record does not make a prompt; nothing was generated.
+            DataError, ContextError: a record cannot become a prompt; nothing was generated.
         """
         if self.head is not None:
             answers = self.answers(data, batch_size=batch_size, output=output)
@@ -268,7 +271,7 @@ class Tuned:
 
     @property
     def rendering(self) -> Rendering:
-        """How records become text: as in the training run."""
+        """Renders records as prompts, as in the training run."""
         return Rendering(
             None if self.card is None else self.card.template, self.pretrained.tokenizer
         )
@@ -281,30 +284,30 @@ class Tuned:
 
     @property
     def fields(self) -> tuple[str, ...] | None:
-        """The fields of a record from which its prompt is made; None where only text will do."""
+        """The record fields that a prompt needs; None if prompts must be text."""
         return self.rendering.fields
 
     def render(self, prompt: Prompt) -> str:
-        """The prompt of a record, by the template that the prefix was trained with.
+        """Renders a record as a prompt, using the template from training.
 
         Raises:
-            DataError: the template needs a field that the record lacks.
-            PrefixError: the prefix was stored without a template for inputs.
+            DataError: the record lacks a field of the template.
+            PrefixError: the prefix was stored without an input template.
         """
         return self.rendering.text(prompt)
 
     def examples(self, data: Source, *, references: bool = True) -> Examples:
-        """Held-out examples, rendered, cut and tokenised as the training data was.
+        """Reads held-out examples: rendered, truncated and tokenised as in training.
 
         Args:
-            data: a file, `tfds:NAME/SPLIT`, or records. Of several tasks' records, those of the
-                task that the prefix is for are taken.
-            references: whether records hold the field `data.references`, if the run had one; the
-                loss is measured without it.
+            data: a file, `tfds:NAME/SPLIT`, or records. After multitask training, only the records
+                of this prefix's task are used.
+            references: whether the records have the field `data.references`, if the run had one.
+                The loss does not need it.
 
         Raises:
             DataError: a record cannot become an example.
-            PrefixError: the prefix was stored without its template.
+            PrefixError: the prefix was stored without templates.
         """
         template = None if self.card is None else self.card.template
         records: Any = data
@@ -314,8 +317,8 @@ class Tuned:
             return self._answerer.examples(records)
         if template is None:
             raise PrefixError(
-                "this prefix was stored without templates, and nothing says how records become "
-                "text; an adapter of PEFT is imported with data.input=… and data.target=…"
+                "this prefix was stored without templates, so records cannot be rendered as text; "
+                "import a PEFT adapter with data.input=… and data.target=…"
             )
         backbone = self.pretrained.backbone
         how = dataclasses.asdict(template)
@@ -343,9 +346,9 @@ class Tuned:
         """Measures the prefix on held-out records.
 
         Args:
-            data: a file, `tfds:NAME/SPLIT`, or records, or what `examples` made of them.
-            metrics: "loss", "accuracy", "bleu", …, one or several: see `EvaluateConfig`.
-            decode: how text is generated; None takes `decode` of this object.
+            data: a file, `tfds:NAME/SPLIT`, records, or the result of `examples`.
+            metrics: one or several of "loss", "accuracy", "bleu", …: see `EvaluateConfig`.
+            decode: decoding options; None uses `decode` of this object.
             options: further fields of `EvaluateConfig`.
         """
         names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
@@ -364,8 +367,8 @@ class Tuned:
         Args:
             data: as for `evaluate`.
             settings: metrics, labels, batch size and limit.
-            decode: how text is generated; None takes `decode` of this object.
-            phase: a context for what is being measured at the moment, for a display.
+            decode: decoding options; None uses `decode` of this object.
+            phase: returns a context manager for a phase with this name, for progress displays.
         """
         if self.head is not None:
             evaluator = self._answerer.evaluator(settings)
@@ -392,18 +395,20 @@ class Tuned:
         artifact.save(path, *self._storable("save"), arrays, self.head)
 
     def _storable(self, verb: str) -> tuple[Produced, Card]:
-        """The prefix and its card, if there is one.
+        """Returns the prefix and its card.
 
         Raises:
-            PrefixError: there is none, or one for each of several tasks.
+            PrefixError: there is no prefix, or there is one per task.
         """
         if self.tasks:
             names = ", ".join(map(repr, self.tasks))
-            raise PrefixError(f"each task has a prefix to {verb}: take tasks[…] of {names}")
+            raise PrefixError(
+                f"there is no single prefix to {verb}; choose a task, tasks[…] with one of {names}"
+            )
         if self.produced is None or self.card is None:
             raise PrefixError(
-                f"there is no prefix to {verb}: this is a backbone alone, as it was or after full "
-                "fine-tuning"
+                f"there is no prefix to {verb}: this is only a backbone, unchanged or fully "
+                "fine-tuned"
             )
         return self.produced, self.card
 
@@ -411,11 +416,11 @@ class Tuned:
         """Writes the prefix as an adapter that `PeftModel.from_pretrained` loads.
 
         Args:
-            path: the directory, which is absent or empty.
-            bake: write the keys and values that the prefix stands for.
+            path: the directory, which must be absent or empty.
+            bake: convert the prefix to keys and values first.
 
         Raises:
-            PrefixError: PEFT cannot express the prefix, or there is something at the path.
+            PrefixError: PEFT cannot express the prefix, or the directory is not empty.
             CheckpointError: the adapter cannot be written.
         """
         produced, card = self._storable("export")
@@ -425,6 +430,6 @@ class Tuned:
 
 
 def bake(pretrained: Pretrained, produced: Produced | None) -> Prefix | None:
-    """Turns what a method produced into plain keys and values under a backbone."""
+    """Converts a method's output to plain keys and values for a backbone."""
     with on_mesh_of(pretrained.params):
         return jax.jit(pretrained.backbone.lift)(pretrained.params, produced)

@@ -1,4 +1,4 @@
-"""The backbone that a stored prefix belongs to."""
+"""Loads the backbone of a stored prefix."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def backbone_of(
     *,
     allow_other_weights: bool = False,
 ) -> Pretrained:
-    """The backbone of a prefix, in the dtype that the prefix was trained with, quantised as then.
+    """Loads the backbone of a prefix with the dtype and quantisation used in training.
 
     Args:
-        card: of the prefix.
-        model: a backbone, or where to load it from; None loads it from where it was in training.
-        allow_other_weights: accept a backbone of the same shape with other weights.
+        card: the card of the prefix.
+        model: a backbone, or a path to load it from; None loads it from its path in training.
+        allow_other_weights: accept a backbone with the same shape but other weights.
 
     Raises:
-        BackboneError: it cannot be loaded.
-        PrefixError: it is not the one that the prefix was made for.
+        BackboneError: the backbone cannot be loaded.
+        PrefixError: the prefix was made for another backbone.
     """
     if not isinstance(model, Pretrained):
         dtype = cast(Literal["float32", "bfloat16"], card.backbone.dtype)
@@ -40,8 +40,8 @@ def backbone_of(
             if model is not None:
                 raise
             raise BackboneError(
-                f"the prefix belongs to {card.backbone.source}: {error}; "
-                "say where it is now (--model)"
+                f"cannot load the prefix's backbone {card.backbone.source}: {error}; "
+                "give its current path (--model)"
             ) from None
     artifact.check(
         card,

@@ -1,4 +1,4 @@
-"""A prefix for other software: other containers, and plain keys and values."""
+"""Exports prefixes to other containers, and as plain keys and values."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def export(
     model: Pretrained | str | Path | None = None,
     allow_other_weights: bool = False,
 ) -> Card:
-    """Copies a stored prefix; `docs/export.md` says how to use the copy without this package.
+    """Copies a stored prefix; `docs/export.md` explains how to use the copy without this package.
 
     Args:
         source: a stored prefix, or a run.
-        output: the directory to write, which holds no prefix yet.
+        output: the directory to write; it must not contain a prefix.
         to: the container of the arrays.
-        bake: turn hidden states and soft tokens into the keys and values that they stand for. It
-            takes the backbone; keys and values stay what they are, and take none.
+        bake: convert hidden states and soft tokens to keys and values, which needs the backbone. A
+            prefix of keys and values is copied unchanged and does not need it.
         model: for `bake`, see `backbone_of`.
         allow_other_weights: for `bake`, see `backbone_of`.
 
@@ -41,13 +41,14 @@ def export(
         The card of the copy.
 
     Raises:
-        PrefixError: the source is no prefix, or does not fit the backbone, or the output holds one.
+        PrefixError: the source is not a prefix or does not fit the backbone, or the output already
+            contains one.
         BackboneError: the backbone cannot be loaded.
         CheckpointError: the copy cannot be written.
     """
     if (expand(output, PrefixError) / "prefix.json").exists():
         raise PrefixError(
-            f"{output} holds a prefix already; choose another directory, or remove it"
+            f"{output} already contains a prefix; choose another directory, or remove it"
         )
     produced, card = artifact.load(source)
     if bake and not isinstance(produced, Prefix):
@@ -59,21 +60,21 @@ def export(
 
 
 def baked(produced: Produced, card: Card, pretrained: Pretrained) -> tuple[Prefix, Card]:
-    """The keys and values that a prefix stands for, and their card.
+    """Converts a prefix to keys and values, and returns them with their card.
 
     Args:
-        produced: of the method.
-        card: of `produced`.
-        pretrained: the backbone that it was made for.
+        produced: the prefix in its method's form.
+        card: the card of `produced`.
+        pretrained: the backbone that the prefix was made for.
 
     Raises:
-        PrefixError: it has none, for it is soft tokens before an encoder.
+        PrefixError: the prefix consists of soft tokens before an encoder.
     """
     with on_mesh_of(pretrained.params):
         prefix = jax.jit(pretrained.backbone.lift)(pretrained.params, produced)
     if prefix.embeds_PD is not None:
         raise PrefixError(
-            "soft tokens before an encoder stand for no keys and values of their own: what they "
-            "become depends on the text behind them; leave --bake out"
+            "soft tokens before an encoder have no fixed keys and values, because they depend on "
+            "the text after them; omit --bake"
         )
     return prefix, dataclasses.replace(card, **dataclasses.asdict(artifact.facts(prefix)))

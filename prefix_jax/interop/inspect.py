@@ -1,4 +1,4 @@
-"""What a stored prefix is, in numbers that a person can judge."""
+"""Inspects a stored prefix: its size, norms and nearest words."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from prefix_jax.untrusted.tokenizer import decode
 
 @dataclasses.dataclass(frozen=True)
 class Norms:
-    """How long the vectors of one layer are (Euclidean).
+    """Euclidean norms of the vectors in one layer.
 
     Attributes:
         of: "keys" and "values" (per slot and head, H numbers each); "hidden states", "adapter
             states" or "soft tokens" (per slot, D numbers each); "gates" (per head, one number);
             "memory" (per head and feature, H numbers each).
-        layer: counted from 0; None for soft tokens, which stand before the first.
-        min: of the shortest vector.
-        mean: over all of them.
-        max: of the longest.
+        layer: the layer, from 0; None for soft tokens, which precede the first layer.
+        min: the smallest norm.
+        mean: the mean over all vectors.
+        max: the largest norm.
     """
 
     of: str
@@ -48,7 +48,7 @@ class Neighbour:
     Attributes:
         text: the word.
         id: its token id.
-        cosine: of the angle between its embedding and the soft token.
+        cosine: the cosine similarity of its embedding and the soft token.
     """
 
     text: str
@@ -58,17 +58,17 @@ class Neighbour:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What a stored prefix is.
+    """A summary of a stored prefix.
 
     Attributes:
         path: its directory.
-        card: what is known of it.
-        bytes: on disk.
-        parameters: the numbers that it consists of.
-        norms: layer by layer.
-        nearest: for every soft token, the nearest words of the vocabulary, nearest first; None
-            where there are none to tell.
-        note: why `nearest` is None.
+        card: its metadata.
+        bytes: its size on disk.
+        parameters: its number of parameters.
+        norms: norms of its vectors, per layer.
+        nearest: the nearest words of the vocabulary for each soft token, nearest first; None if
+            not available.
+        note: the reason why `nearest` is None.
     """
 
     path: Path
@@ -87,13 +87,13 @@ def inspect(
     words: int = 5,
     allow_other_weights: bool = False,
 ) -> Inspection:
-    """Reads a prefix and looks at it.
+    """Reads a prefix and summarises it.
 
     Args:
         path: a stored prefix, or a run.
-        model: the backbone, for the nearest words of soft tokens; see `backbone_of`. If None and
-            it is not where it was in training, `note` says so.
-        words: how many of the nearest words; 0 does without, and without the backbone.
+        model: the backbone, for the nearest words of soft tokens; see `backbone_of`. If it is None
+            and the backbone has moved since training, `note` reports that.
+        words: the number of nearest words; 0 omits them, and does not load the backbone.
         allow_other_weights: see `backbone_of`.
 
     Raises:
@@ -102,12 +102,12 @@ def inspect(
         ConfigError: `words` is negative.
     """
     if words < 0:
-        raise ConfigError(f"words is {words}; ask for 0 or more")
+        raise ConfigError(f"words must be at least 0, got {words}")
     path = artifact.find(path)
     produced, card = artifact.load(path)
     nearest, note = None, None
     if not isinstance(produced, Embeds):
-        note = f"nearest words: none, for {_NAMES[card.kind]} do not stand where words do"
+        note = f"nearest words: not applicable; {_NAMES[card.kind]} are not token embeddings"
     elif words:
         try:
             pretrained = backbone_of(card, model, allow_other_weights=allow_other_weights)
@@ -115,7 +115,7 @@ def inspect(
         except BackboneError as error:
             if model is not None:
                 raise
-            note = f"nearest words: not known; {error}"
+            note = f"nearest words: not available; {error}"
     return Inspection(
         path=path,
         card=card,
@@ -128,7 +128,7 @@ def inspect(
 
 
 def norms(produced: Produced) -> tuple[Norms, ...]:
-    """The lengths of a prefix's vectors: of every layer's keys, then of every layer's values."""
+    """Computes the norms of a prefix's vectors: the keys of every layer, then the values."""
     if isinstance(produced, Embeds):
         return (_norms("soft tokens", None, produced.x_PD),)
     if isinstance(produced, Hidden):
@@ -163,14 +163,14 @@ def norms(produced: Produced) -> tuple[Norms, ...]:
 def nearest_words(
     embeds: Embeds, pretrained: Pretrained, count: int = 5
 ) -> tuple[tuple[Neighbour, ...], ...]:
-    """For every soft token, the words whose embeddings have the largest cosine with it.
+    """Finds the words whose embeddings have the largest cosine similarity to each soft token.
 
-    Lester et al. (2021, section 7) read trained prompts this way.
+    Lester et al. (2021, section 7) interpret trained prompts this way.
 
     Args:
         embeds: soft tokens.
         pretrained: the backbone with its tokenizer.
-        count: how many words.
+        count: the number of words per soft token.
     """
     table_VD = pretrained.backbone.reader_table(pretrained.params)
     cosines_PC, ids_PC = jax.device_get(
@@ -195,11 +195,11 @@ def _norms(of: str, layer: int | None, x: jax.Array) -> Norms:
 
 @functools.partial(jax.jit, static_argnames="count")
 def _nearest(table_VD: Weight, x_PD: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines, largest first, and ids, both [P, count]."""
+    """Returns cosines, largest first, and token ids, both [P, count]."""
 
     def unit(x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
-        # The rows that fill up a vocabulary may be zero.
+        # Padding rows of a vocabulary may be zero.
         return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-20)
 
     if isinstance(table_VD, QTensor):

@@ -134,7 +134,7 @@ def test_full_fine_tuning_leaves_a_model_that_generates(
     assert tuned.generate("1+1=", max_new_tokens=4) != pj.Tuned(model, None, None).generate(
         "1+1=", max_new_tokens=4
     )
-    with pytest.raises(PrefixError, match=r"no prefix to save.*full fine-tuning"):
+    with pytest.raises(PrefixError, match=r"no prefix to save.*fully fine-tuned"):
         tuned.save(tmp_path / "prefix")
 
 
@@ -253,22 +253,22 @@ def test_held_out_text_that_does_not_fit_is_an_error(tuned: pj.Tuned) -> None:
 
 @pytest.mark.parametrize("prompt", [5, [7, 8]])
 def test_a_prompt_is_a_text_or_a_record(tuned: pj.Tuned, prompt: object) -> None:
-    with pytest.raises(DataError, match="a prompt is a text or a record, not"):
+    with pytest.raises(DataError, match="a prompt must be a text or a record, got"):
         tuned.generate(prompt)
 
 
 def test_what_is_not_what_it_should_be_is_refused_with_what_to_give(model: pj.Pretrained) -> None:
-    with pytest.raises(ConfigError, match=r"method is 'prefix'; give one such as PrefixTuning"):
+    with pytest.raises(ConfigError, match=r"method must be .* such as PrefixTuning.*got 'prefix'"):
         pj.fit(model, "prefix", runs.RECORDS, **TEMPLATES, **SHORT)
-    with pytest.raises(ConfigError, match=r"the model is a Tuned; give what prefix_jax\.load"):
+    with pytest.raises(ConfigError, match=r"pretrained must be .* prefix_jax\.load, got Tuned"):
         pj.fit(pj.Tuned(model, None, None), None, runs.RECORDS, **TEMPLATES, **SHORT)
     with pytest.raises(BackboneError, match="a NoneType names no model"):
         pj.load(None)
     with pytest.raises(ConfigError, match="length: expected int; got '4'"):
         pj.PrefixTuning(length="4")
-    with pytest.raises(ConfigError, match=r"task is 'classify'; give one such as Task\("):
+    with pytest.raises(ConfigError, match=r"task must be a Task such as Task\(.*got 'classify'"):
         pj.fit(model, pj.PrefixTuning(2), runs.RECORDS, input="{sum}", task="classify", steps=1)
-    with pytest.raises(ConfigError, match=r"overrides is 'train.seed=1'; give a list"):
+    with pytest.raises(ConfigError, match=r"overrides must be a list .*got 'train.seed=1'"):
         pj.fit(model, pj.PrefixTuning(2), runs.RECORDS, **TEMPLATES, overrides="train.seed=1")
 
 

@@ -73,7 +73,7 @@ def test_soft_tokens_before_an_encoder_cannot_be_baked(tmp_path: Path) -> None:
     )
     card = artifact.make_card(produced, encoder.backbone.geometry, backbone)
     artifact.save(tmp_path / "soft", produced, card)
-    with pytest.raises(PrefixError, match="depends on the text behind them; leave --bake out"):
+    with pytest.raises(PrefixError, match="depend on the text after them; omit --bake"):
         export(tmp_path / "soft", tmp_path / "baked", bake=True)
     assert not (tmp_path / "baked").exists()
 
@@ -89,7 +89,7 @@ def test_a_backbone_that_moved_is_an_error_that_asks_for_it(
     forms: Forms, save, tmp_path: Path
 ) -> None:
     source = save(forms["embeds"], source="/gone/model")
-    with pytest.raises(BackboneError, match=r"belongs to /gone/model.*--model"):
+    with pytest.raises(BackboneError, match=r"backbone /gone/model.*--model"):
         export(source, tmp_path / "baked", bake=True)
 
 

@@ -106,14 +106,14 @@ def test_soft_tokens_that_start_as_words_are_nearest_to_them(
 def test_only_soft_tokens_have_nearest_words(kind: str, name: str, forms: Forms, save) -> None:
     found = inspect(save(forms[kind], source="/gone"))
     assert found.nearest is None
-    assert found.note == f"nearest words: none, for {name} do not stand where words do"
+    assert found.note == f"nearest words: not applicable; {name} are not token embeddings"
 
 
 def test_a_backbone_that_moved_hides_the_words_and_nothing_else(forms: Forms, save) -> None:
     found = inspect(save(forms["embeds"], source="/gone/model"))
     assert found.nearest is None
     assert found.note is not None
-    assert "belongs to /gone/model" in found.note
+    assert "cannot load the prefix's backbone /gone/model" in found.note
     assert "--model" in found.note
     assert found.norms
 
@@ -131,7 +131,7 @@ def test_a_backbone_that_was_named_must_be_there_and_fit(
 def test_no_words_need_no_backbone(forms: Forms, save) -> None:
     found = inspect(save(forms["embeds"], source="/gone"), words=0)
     assert (found.nearest, found.note) == (None, None)
-    with pytest.raises(ConfigError, match="words is -1"):
+    with pytest.raises(ConfigError, match="words must be at least 0, got -1"):
         inspect(save(forms["embeds"]), words=-1)
 
 
