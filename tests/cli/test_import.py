@@ -32,7 +32,7 @@ def test_templates_and_names_of_labels_come_with_the_import(tmp_path, capsys):
     assert card.template.input == "{text}"
     assert card.task.config["labels"] == ["no", "perhaps", "yes"]
     assert run("import", adapter, tmp_path / "b", "task.labels=[a, b]", "--model", BERT) == 2
-    assert "tells 3 labels apart, and task.labels names 2" in capsys.readouterr().err
+    assert "has 3 labels, but task.labels has 2" in capsys.readouterr().err
     assert run("import", adapter, tmp_path / "b", "data.inptu={text}", "--model", BERT) == 2
     assert "did you mean data.input" in capsys.readouterr().err
 

@@ -1,8 +1,8 @@
-"""Prefixes from and to Hugging Face PEFT, exactly: `docs/from_peft.md` says what is what.
+"""Exact conversion of prefixes from and to Hugging Face PEFT (see `docs/from_peft.md`).
 
-An adapter of PEFT is a directory of two files: `adapter_config.json`, and
-`adapter_model.safetensors` with what its method produces (`files`). `layout` says where keys and
-values lie in it, `reading` makes our prefix of it, `writing` makes it of our prefix.
+A PEFT adapter is a directory with two files: `adapter_config.json`, and
+`adapter_model.safetensors` with the arrays of its method (`files`). `layout` converts the layout of
+keys and values, `reading` imports adapters, and `writing` exports them.
 """
 
 from __future__ import annotations

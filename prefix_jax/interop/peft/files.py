@@ -1,4 +1,4 @@
-"""The two files of a PEFT adapter, as they are."""
+"""Reads and writes the two files of a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _CONFIG_LIMIT = 2**20
 
-# The version whose files these are, to the byte.
+# The PEFT version whose files are reproduced byte for byte.
 VERSION = "0.21.2"
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """An adapter.
+    """The contents of an adapter.
 
     Attributes:
         where: its directory, for messages.
-        config: of `adapter_config.json`.
-        arrays: of `adapter_model.safetensors`, float32.
+        config: the contents of `adapter_config.json`.
+        arrays: the arrays of `adapter_model.safetensors`, in float32.
     """
 
     where: Path
@@ -41,10 +41,10 @@ class Files:
     arrays: Mapping[str, np.ndarray]
 
     def number(self, key: str, default: int | None = None) -> int:
-        """A whole number of the configuration.
+        """Returns an integer from the configuration.
 
         Raises:
-            PrefixError: it is absent and has no default, or is something else.
+            PrefixError: the key is absent and has no default, or its value is not an integer.
         """
         value = self.config.get(key)
         value = default if value is None else value
@@ -53,20 +53,22 @@ class Files:
         return number
 
     def array(self, name: str, ndim: int) -> np.ndarray:
-        """An array of the adapter.
+        """Returns an array of the adapter.
 
         Raises:
-            PrefixError: it is absent, has another number of axes, or is not finite.
+            PrefixError: the array is absent, has another number of axes, or is not finite.
         """
         file = self.where / WEIGHTS
         x = self.arrays.get(name)
         if x is None:
             held = ", ".join(sorted(self.arrays)) or "nothing"
-            raise PrefixError(f"{file} lacks {name}; it holds {held}: save the adapter again")
+            raise PrefixError(f"{file} has no {name}, only {held}; save the adapter again")
         if x.ndim != ndim:
-            raise PrefixError(f"{file}: {name} has shape {x.shape}, which is not of {ndim} axes")
+            raise PrefixError(f"{file}: {name} must have {ndim} axes, got shape {x.shape}")
         if not np.isfinite(x).all():
-            raise PrefixError(f"{file}: {name} holds NaN or infinite values: train it again")
+            raise PrefixError(
+                f"{file}: {name} contains NaN or infinite values; train the adapter again"
+            )
         return x
 
 
@@ -74,42 +76,43 @@ def read(directory: str | Path) -> Files:
     """Reads an adapter.
 
     Args:
-        directory: what `PeftModel.save_pretrained` wrote; of an adapter that is not called
-            "default", the folder of its name in there.
+        directory: the output of `PeftModel.save_pretrained`; for an adapter with a name other than
+            "default", the subfolder with its name.
 
     Raises:
-        PrefixError: it is none, it is damaged, or its weights are a pickle.
+        PrefixError: the directory has no adapter, the adapter is damaged, or its weights are a
+            pickle.
     """
     path = expand(directory, PrefixError)
     if not expand(path / CONFIG, PrefixError).is_file():
         inner = sorted(file.parent.name for file in path.glob(f"*/{CONFIG}"))
         hint = f"; it has adapters by name: {', '.join(inner)}" if inner else ""
-        raise PrefixError(f"{path} is no PEFT adapter: it has no {CONFIG}{hint}")
+        raise PrefixError(f"{path} is not a PEFT adapter: it has no {CONFIG}{hint}")
     config = read_json_object(path / CONFIG, PrefixError, limit=_CONFIG_LIMIT)
     if not expand(path / WEIGHTS, PrefixError).is_file():
         if (path / _PICKLE).is_file():
             raise PrefixError(
-                f"{path} has its weights in {_PICKLE}, a pickle, which is never read: loading one "
-                "can run any code. Convert it where you trust it, with PEFT: "
+                f"{path} has its weights in {_PICKLE}, a pickle, which is never read because it "
+                "can run arbitrary code. Convert it with PEFT where you trust it: "
                 "PeftModel.from_pretrained(model, directory).save_pretrained(directory)"
             )
-        raise PrefixError(f"{path} has no {WEIGHTS}; copy it again from where it came from")
+        raise PrefixError(f"{path} has no {WEIGHTS}; copy the adapter again")
     arrays = read_tensors(path / WEIGHTS, PrefixError)
     with np.errstate(over="ignore"):  # `array` reports what becomes infinite
         return Files(path, config, {name: np.asarray(x, np.float32) for name, x in arrays.items()})
 
 
 def write(output: str | Path, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an adapter as PEFT's `save_pretrained` does, to the byte.
+    """Writes an adapter, byte for byte like PEFT's `save_pretrained`.
 
     Args:
-        output: the directory, which is absent or empty.
-        config: of `adapter_config.json`.
-        arrays: of `adapter_model.safetensors`.
+        output: the directory, which must be absent or empty.
+        config: the contents of `adapter_config.json`.
+        arrays: the arrays of `adapter_model.safetensors`.
 
     Raises:
-        PrefixError: something is there already.
-        CheckpointError: it could not be written.
+        PrefixError: the directory is not empty.
+        CheckpointError: the adapter could not be written.
     """
     path = expand(output, PrefixError).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

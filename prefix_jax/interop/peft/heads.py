@@ -1,7 +1,7 @@
-"""Heads beside a prefix, under the names that transformers and PEFT have for them.
+"""Converts the heads of adapters, using the names in transformers and PEFT.
 
-PEFT stores the modules of `modules_to_save` beside `prompt_embeddings`, as `base_model.NAME.weight`
-and `….bias`, with the output axis first.
+PEFT stores the modules of `modules_to_save` next to `prompt_embeddings`, as
+`base_model.NAME.weight` and `….bias`, with the output axis first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from prefix_jax.interop.peft.files import Files
 from prefix_jax.prefix import Embeds, Geometry, Produced
 from prefix_jax.untrusted.names import check_storable_labels
 
-# PEFT's task types by our tasks; a regression is there a classification with one label.
+# Our tasks → PEFT's task types. In PEFT, regression is classification with one label.
 TASK_TYPES = {
     "classify": "SEQ_CLS",
     "regress": "SEQ_CLS",
@@ -36,12 +36,12 @@ _MODULES = {
     "QUESTION_ANS": ["qa_outputs"],
 }
 _BASE = "base_model."
-# Decoders whose tagging head is called as encoders' are.
+# Decoders whose tagging head has the same name as in encoders.
 _CLASSIFIER = {"gpt2", "gpt_neox"}
 
 
 def names(head: Head, model_type: str, causal: bool) -> dict[str, str]:
-    """The name in an adapter of each array of a head."""
+    """Maps each array of a head to its name in an adapter."""
     dense, out = _layers(head, model_type, causal)
     found = {"out_DY": f"{_BASE}{out}.weight"}
     if head.bias:
@@ -52,7 +52,7 @@ def names(head: Head, model_type: str, causal: bool) -> dict[str, str]:
 
 
 def _layers(head: Head, model_type: str, causal: bool) -> tuple[str, str]:
-    """Of the first layer, where there is one, and of the last."""
+    """Returns the names of the dense layer ("" without one) and of the last layer."""
     if head.kind == "span":
         return "", "qa_outputs"
     if head.kind == "tag":
@@ -69,22 +69,22 @@ def _layers(head: Head, model_type: str, causal: bool) -> tuple[str, str]:
 def to_arrays(
     head: Mapping[str, Any], task: TaskCard, produced: Produced, model_type: str, geometry: Geometry
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What a head adds to an adapter's configuration and to its arrays.
+    """Returns the head's entries in an adapter's configuration, and its arrays.
 
     Raises:
-        PrefixError: PEFT has no such task, or its head reads another token.
+        PrefixError: PEFT does not have the task, or its head reads another token.
     """
     of = Head(**task.head)
     if of.kind not in TASK_TYPES:
         raise PrefixError(
-            f"PEFT has no adapters for task.name={of.kind}: keep it in our own format "
-            "(--to safetensors), which docs/export.md tells how to use"
+            f"PEFT has no adapters for task.name={of.kind}; keep the prefix in our own format "
+            "(--to safetensors, see docs/export.md)"
         )
     causal = geometry.decoder is not None
     if _reads_soft(of.kind, produced, causal) and not of.soft:
         raise PrefixError(
-            "with soft tokens, PEFT's classification reads an encoder's first soft token, and this "
-            "head the text's first token: train with task.reads_soft=true, or keys and values "
+            "with soft tokens, PEFT classifies by an encoder's first soft token, but this head "
+            "reads the text's first token; train with task.reads_soft=true, or keys and values "
             "(method.name=prefix)"
         )
     task_type = TASK_TYPES[of.kind]
@@ -97,14 +97,14 @@ def to_arrays(
 def from_arrays(
     files: Files, pretrained: Pretrained, produced: Produced, given: TaskConfig
 ) -> tuple[dict[str, Any], TaskCard]:
-    """The head of an adapter, and the task that it is for.
+    """Reads the head of an adapter and its task.
 
-    The names of labels are those that are given; or the backbone's, where its configuration has as
-    many; or "LABEL_0" and so on, as in transformers.
+    The label names come from `given`; or else from the backbone's configuration if it has the right
+    number; or else they are "LABEL_0" and so on, as in transformers.
 
     Raises:
-        PrefixError: it lacks arrays, or has some that the backbone's head does not have, or more or
-            fewer labels than are given.
+        PrefixError: arrays are missing or unknown for the backbone's head, or the number of labels
+            differs from `given`.
     """
     arch, task_type = pretrained.backbone.arch, files.config["task_type"]
     outputs = _outputs(files)
@@ -123,9 +123,9 @@ def from_arrays(
     held = {name for name in files.arrays if name.startswith(_BASE)}
     if held != set(expected.values()):
         raise PrefixError(
-            f"{files.where}: the head of {task_type} for a {arch.model_type} is "
+            f"{files.where}: expected a {task_type} head for {arch.model_type} with the arrays "
             f"{', '.join(sorted(expected.values()))}; the adapter has "
-            f"{', '.join(sorted(held)) or 'none'}: give the backbone that it was trained for"
+            f"{', '.join(sorted(held)) or 'none'}; give the backbone that it was trained for"
         )
     shapes = {
         "out_DY": (arch.d_model, outputs),
@@ -138,8 +138,8 @@ def from_arrays(
         x = files.array(theirs, len(shapes[ours])).T
         if x.shape != shapes[ours]:
             raise PrefixError(
-                f"{files.where}: {theirs} has shape {x.T.shape}, and this backbone's head "
-                f"{shapes[ours][::-1]}: give the backbone that the adapter was trained for"
+                f"{files.where}: {theirs} has shape {x.T.shape}, but this backbone's head has "
+                f"{shapes[ours][::-1]}; give the backbone that the adapter was trained for"
             )
         head[ours] = jnp.asarray(x)
     labels = None
@@ -147,8 +147,8 @@ def from_arrays(
         labels = given.labels or _labels(pretrained, outputs)
         if len(labels) != outputs:
             raise PrefixError(
-                f"{files.where}: the head tells {outputs} labels apart, and task.labels names "
-                f"{len(labels)}"
+                f"{files.where}: the head has {outputs} labels, but task.labels has "
+                f"{len(labels)}; list all {outputs} labels"
             )
     task = dataclasses.replace(given, name=kind, labels=labels, reads_soft=soft)
     return head, TaskCard(
@@ -167,19 +167,21 @@ def _kind(task_type: str, outputs: int) -> Kind:
 
 
 def _outputs(files: Files) -> int:
-    """Y, of the last layer of whatever head there is."""
+    """Returns the number of outputs Y of the last layer of the head."""
     for layer in ("qa_outputs", "score", "classifier", "classifier.out_proj"):
         if f"{_BASE}{layer}.weight" in files.arrays:
             return len(files.array(f"{_BASE}{layer}.weight", 2))
     raise PrefixError(
-        f"{files.where}: task_type is {files.config['task_type']}, and there are no weights of a "
-        "head; save the adapter again, with its modules_to_save"
+        f"{files.where}: task_type is {files.config['task_type']}, but the adapter has no weights "
+        "of a head; save the adapter again, with its modules_to_save"
     )
 
 
 def _reads_soft(kind: str, produced: Produced, causal: bool) -> bool:
-    """Whether PEFT's head reads the first soft token: what it classifies by is the first column of
-    an encoder, where its soft tokens stand."""
+    """Returns whether PEFT's head reads the first soft token.
+
+    It classifies by the first column of an encoder, which is a soft token if there are any.
+    """
     return isinstance(produced, Embeds) and kind in ("classify", "regress") and not causal
 
 

@@ -1,12 +1,12 @@
-"""Where the keys and values of each layer lie in PEFT's `prompt_embeddings`, and back.
+"""Converts the layout of keys and values to and from PEFT's `prompt_embeddings`.
 
-A row of it, one for each slot, is [stored layer, key or value, K, H], flattened. With a single
-stack, the layer l reads stored layer l.
+Each row, one per slot, is [stored layer, key or value, K, H], flattened. In a single stack, layer l
+reads stored layer l.
 
-For an encoder-decoder PEFT doubles the row and splits it into groups of four halves, as if each
-layer had keys and values for its self-attention and for its attention to the encoder; the second
-pair is then thrown away. So decoder layer l reads stored layer 2l mod S of S stored layers: for odd
-S a permutation, while for even S half of the layers read what the other half does.
+For an encoder-decoder, PEFT doubles the row and splits it into groups of four halves, as if each
+layer had keys and values for self-attention and for cross-attention, and then discards the second
+pair. Decoder layer l therefore reads stored layer 2l mod S of S stored layers. For odd S this is a
+permutation; for even S, half of the layers read the same stored layers as the other half.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ from prefix_jax.prefix import SiteShape
 
 
 def stored_layers(layers: int, doubled: bool) -> int:
-    """How many layers to store so that every layer has its own: S, as above.
+    """Returns the number of stored layers S that gives every layer its own keys and values.
 
-    Of an encoder-decoder the next odd number will do: one that nothing reads, if `layers` is even.
+    For an encoder-decoder this is the next odd number. If `layers` is even, the additional stored
+    layer is never read.
 
     Args:
-        layers: L, of the stack that reads them.
-        doubled: whether that is the decoder of an encoder-decoder.
+        layers: the number of layers L in the stack.
+        doubled: whether the stack is the decoder of an encoder-decoder.
     """
     return layers if not doubled or layers % 2 else layers + 1
 
 
 def read_by(layers: int, stored: int, doubled: bool) -> np.ndarray:
-    """The stored layer that each layer reads, [L]."""
+    """Returns the index of the stored layer that each layer reads, [L]."""
     return np.arange(layers) * 2 % stored if doubled else np.arange(layers)
 
 
 def flatten(k_LPKH: np.ndarray, v_LPKH: np.ndarray, doubled: bool) -> np.ndarray:
-    """`prompt_embeddings`, (P, S · 2 · K · H), from which every layer reads its own."""
+    """Flattens keys and values to `prompt_embeddings`, (P, S · 2 · K · H)."""
     L, P, K, H = k_LPKH.shape
     stored = stored_layers(L, doubled)
-    # S stands for the stored layers, 2 for key and value.
+    # Axis S: stored layers; axis 2: key and value.
     x_S2PKH = np.zeros((stored, 2, P, K, H), np.float32)
     x_S2PKH[read_by(L, stored, doubled)] = np.stack([k_LPKH, v_LPKH], axis=1)
     return x_S2PKH.transpose(2, 0, 1, 3, 4).reshape(P, -1)
@@ -47,16 +48,16 @@ def flatten(k_LPKH: np.ndarray, v_LPKH: np.ndarray, doubled: bool) -> np.ndarray
 def unflatten(
     flat: np.ndarray, shape: SiteShape, doubled: bool, where: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """k_LPKH and v_LPKH as the layers of a stack read them from `prompt_embeddings`.
+    """Extracts the k_LPKH and v_LPKH that the layers of a stack read from `prompt_embeddings`.
 
     Args:
         flat: (P, S · 2 · K · H).
-        shape: of the stack's attention.
-        doubled: whether that is the decoder of an encoder-decoder.
+        shape: the shape of the stack's attention.
+        doubled: whether the stack is the decoder of an encoder-decoder.
         where: the file, for messages.
 
     Raises:
-        PrefixError: it was made for another shape.
+        PrefixError: the array was made for another shape.
     """
     P, width = flat.shape
     L, K, H = shape.layers, shape.kv_heads, shape.head_dim
@@ -64,9 +65,9 @@ def unflatten(
     if rest or (stored < L if doubled else stored != L):
         least = "at least " if doubled else ""
         raise PrefixError(
-            f"{where}: prompt_embeddings has {width} numbers a slot; {least}{L * 2 * K * H} are "
-            f"needed by this backbone, whose prefix has {L} layers of {K} key/value heads of "
-            f"{H} numbers: give the backbone that the adapter was trained for"
+            f"{where}: prompt_embeddings has {width} numbers per slot, but this backbone needs "
+            f"{least}{L * 2 * K * H}: {L} layers of {K} key/value heads with {H} numbers each; "
+            "give the backbone that the adapter was trained for"
         )
     x_S2PKH = flat.reshape(P, stored, 2, K, H).transpose(1, 2, 0, 3, 4)
     k_LPKH, v_LPKH = x_S2PKH[read_by(L, stored, doubled)].swapaxes(0, 1)

@@ -1,4 +1,4 @@
-"""Makes our prefix of a PEFT adapter."""
+"""Imports PEFT adapters as prefixes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from prefix_jax.interop.peft.layout import unflatten
 from prefix_jax.prefix import Adapter, Embeds, Geometry, KVPrefix, Prefix, Produced, Site
 
 _MULTITASK = "MULTITASK_PROMPT_TUNING"
-# The names of our methods for PEFT's; a projection is gone when an adapter is stored.
+# PEFT's types → our methods. Stored adapters no longer contain a projection.
 _METHODS = {
     "PREFIX_TUNING": "prefix",
     "CARTRIDGE": "cartridge",
@@ -37,12 +37,12 @@ _ADAPTION = re.compile(r"base_model\.model\.model\.layers\.(\d{1,9})\.self_attn\
 
 @dataclasses.dataclass(frozen=True)
 class ImportConfig:
-    """What an adapter does not tell, and the configuration of a run does.
+    """Settings that are missing from an adapter.
 
     Attributes:
-        data: how records become text: `input`, `target`, `pair`, … of `DataConfig`.
-        task: of a head, the fields that records are read from, and the names of its labels. What
-            it answers the adapter tells.
+        data: templates for records: `input`, `target`, `pair`, … of `DataConfig`.
+        task: for a head, the record fields and the label names. The kind of task comes from the
+            adapter.
     """
 
     data: TemplateCard = dataclasses.field(default_factory=TemplateCard)
@@ -56,13 +56,13 @@ class ImportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """An adapter as a prefix of ours.
+    """An imported adapter.
 
     Attributes:
         pretrained: the backbone.
         produced: the prefix.
-        card: what is known about it.
-        head: the arrays of the head beside it; None where there is none.
+        card: its metadata.
+        head: the arrays of its head; None if it has no head.
     """
 
     pretrained: Pretrained
@@ -78,19 +78,19 @@ def import_peft(
     task: int | None = None,
     settings: ImportConfig = ImportConfig(),
 ) -> Imported:
-    """Reads an adapter of PEFT: what it computes there, it computes here.
+    """Imports a PEFT adapter as a prefix that computes the same function.
 
     PREFIX_TUNING (with or without projection) and CARTRIDGE become keys and values; PROMPT_TUNING,
-    P_TUNING and MULTITASK_PROMPT_TUNING soft tokens; ADAPTION_PROMPT a gated adapter. The heads of
-    SEQ_CLS, TOKEN_CLS and QUESTION_ANS come with them. With an encoder-decoder, keys and values are
-    of the decoder's layers as PEFT reads them (see `layout`), and soft tokens stand before the
-    encoder's input, as PEFT generates.
+    P_TUNING and MULTITASK_PROMPT_TUNING become soft tokens; ADAPTION_PROMPT becomes a gated
+    adapter. The heads of SEQ_CLS, TOKEN_CLS and QUESTION_ANS are imported too. With an
+    encoder-decoder, keys and values belong to the decoder layers that read them in PEFT (see
+    `layout`), and soft tokens precede the encoder's input, as in PEFT's generation.
 
     Args:
-        adapter: what `PeftModel.save_pretrained` wrote.
-        model: its backbone, or where to load it from; None takes the one that the adapter names.
-        task: which task of MULTITASK_PROMPT_TUNING, counted from 0; see `tasks_of`.
-        settings: what the adapter does not tell.
+        adapter: a directory written by `PeftModel.save_pretrained`.
+        model: the backbone, or a path to load it from; None loads the one named in the adapter.
+        task: the task index in MULTITASK_PROMPT_TUNING, from 0; see `tasks_of`.
+        settings: settings that are missing from the adapter.
 
     Raises:
         PrefixError: the adapter is damaged, of another type, or made for another backbone.
@@ -100,10 +100,10 @@ def import_peft(
     kind = _type_of(files)
     tasks = tasks_of(files)
     if tasks is None and task is not None:
-        raise PrefixError(f"{adapter} is of type {kind}, which has no tasks: do not name one")
+        raise PrefixError(f"{adapter} is of type {kind}, which has no tasks; omit the task")
     if tasks is not None and (task is None or not 0 <= task < tasks):
         asked = "" if task is None else f", not task {task}"
-        raise PrefixError(f"{adapter} has the tasks 0 to {tasks - 1}{asked}: name one of them")
+        raise PrefixError(f"{adapter} has the tasks 0 to {tasks - 1}{asked}; choose one of them")
     pretrained = model if isinstance(model, Pretrained) else load(_source(files, model))
     arch = pretrained.backbone.arch
     _check_task_type(files, arch)
@@ -125,10 +125,10 @@ def import_peft(
 
 
 def tasks_of(adapter: str | Path | Files) -> int | None:
-    """How many tasks an adapter has: None if it is not of MULTITASK_PROMPT_TUNING.
+    """Returns the number of tasks of an adapter; None unless it is a MULTITASK_PROMPT_TUNING.
 
     Raises:
-        PrefixError: it is damaged.
+        PrefixError: the adapter is damaged.
     """
     files = adapter if isinstance(adapter, Files) else read(adapter)
     if _type_of(files) != _MULTITASK:
@@ -140,7 +140,7 @@ def _type_of(files: Files) -> str:
     kind = files.config.get("peft_type")
     if not isinstance(kind, str) or kind not in _METHODS:
         raise PrefixError(
-            f"{files.where / CONFIG}: peft_type is {kind!r}; what is read are prefixes: "
+            f"{files.where / CONFIG}: unsupported peft_type {kind!r}; expected one of "
             f"{', '.join(_METHODS)}"
         )
     return str(kind)
@@ -150,13 +150,13 @@ def _source(files: Files, model: str | Path | None) -> str | Path:
     found = files.config.get("base_model_name_or_path") if model is None else model
     if not found:
         raise BackboneError(
-            f"{files.where / CONFIG} does not name its backbone: say where it is (--model)"
+            f"{files.where / CONFIG} does not name its backbone; give its path (--model)"
         )
     return found
 
 
 def task_type(geometry: Geometry) -> str:
-    """PEFT's name for what a backbone without a head of its own does."""
+    """Returns PEFT's task type for a backbone without a head."""
     if geometry.decoder is None:
         return "FEATURE_EXTRACTION"
     return "CAUSAL_LM" if geometry.encoder is None else "SEQ_2_SEQ_LM"
@@ -167,8 +167,8 @@ def _check_task_type(files: Files, arch: Architecture) -> None:
     of_heads = [] if arch.encoder is not None else sorted({*heads.TASK_TYPES.values()})
     if found is not None and found not in (bare, *of_heads):
         raise PrefixError(
-            f"{files.where / CONFIG}: task_type is {found}, and the backbone, a "
-            f"{arch.model_type}, takes adapters of {', '.join([bare, *of_heads])}: give the "
+            f"{files.where / CONFIG}: task_type is {found}, but the backbone, a "
+            f"{arch.model_type}, supports {', '.join([bare, *of_heads])}; give the "
             "backbone that the adapter was trained for"
         )
     unread = sorted(
@@ -178,19 +178,19 @@ def _check_task_type(files: Files, arch: Architecture) -> None:
     )
     if unread and found not in of_heads:
         raise PrefixError(
-            f"{files.where / WEIGHTS} has trained more than a prefix, {', '.join(unread)}: of "
-            f"adapters for {found} that is not read; train it again without modules_to_save"
+            f"{files.where / WEIGHTS} contains more than a prefix, {', '.join(unread)}, which is "
+            f"not supported for {found}; train the adapter again without modules_to_save"
         )
 
 
 def _length(files: Files, flat: np.ndarray, copies: int) -> int:
-    """P, checked against the rows of `prompt_embeddings`."""
+    """Returns the length P, checked against the rows of `prompt_embeddings`."""
     P = files.number("num_virtual_tokens")
     if len(flat) != P * copies:
         times = "" if copies == 1 else f" times {copies} num_transformer_submodules"
         raise PrefixError(
-            f"{files.where}: {CONFIG} has num_virtual_tokens {P}{times}, and prompt_embeddings of "
-            f"{WEIGHTS} has {len(flat)} rows: they are not of one adapter; copy both again"
+            f"{files.where}: {CONFIG} has num_virtual_tokens {P}{times}, but prompt_embeddings in "
+            f"{WEIGHTS} has {len(flat)} rows; the files do not belong together, copy both again"
         )
     return P
 
@@ -201,7 +201,7 @@ def _keys_values(files: Files, arch: Architecture) -> Prefix:
     if doubled and files.number("num_transformer_submodules", 2) != 2:
         raise PrefixError(
             f"{files.where / CONFIG}: num_transformer_submodules is "
-            f"{files.config['num_transformer_submodules']}; for an encoder-decoder PEFT then puts "
+            f"{files.config['num_transformer_submodules']}; for an encoder-decoder, PEFT then puts "
             "keys of one attention into the cache of another. Train it again with 2, the default"
         )
     P = _length(files, flat, 1)
@@ -213,15 +213,15 @@ def _keys_values(files: Files, arch: Architecture) -> Prefix:
 
 def _soft_tokens(files: Files, arch: Architecture, task: int | None) -> Embeds:
     flat = files.array("prompt_embeddings", 2)
-    # Of an encoder-decoder's two parts, the first stands before the encoder's input. PEFT never
-    # reads the second, but for a forward pass of MULTITASK_PROMPT_TUNING without generation.
+    # For an encoder-decoder there are two parts; the first precedes the encoder's input. PEFT reads
+    # the second only in a forward pass of MULTITASK_PROMPT_TUNING without generation.
     parts = files.number("num_transformer_submodules", 1 if arch.encoder is None else 2)
     P = _length(files, flat, parts)
     width = arch.geometry.input_dim
     if flat.shape[1] != width:
         raise PrefixError(
-            f"{files.where / WEIGHTS}: prompt_embeddings is of width {flat.shape[1]}, and this "
-            f"backbone of {width}: give the backbone that the adapter was trained for"
+            f"{files.where / WEIGHTS}: prompt_embeddings has width {flat.shape[1]}, but this "
+            f"backbone has {width}; give the backbone that the adapter was trained for"
         )
     if task is not None:
         cols, rows = files.array("prefix_task_cols", 3), files.array("prefix_task_rows", 3)
@@ -239,15 +239,15 @@ def _soft_tokens(files: Files, arch: Architecture, task: int | None) -> Embeds:
 def _adapter(files: Files, arch: Architecture) -> Adapter:
     if arch.model_type not in ("llama", "mistral") or arch.out_bias:
         raise PrefixError(
-            f"{files.where}: ADAPTION_PROMPT is read for llama and mistral without biases; with a "
-            f"{arch.model_type} PEFT adds what the adapter reads behind another projection, or "
-            "adds that projection's bias twice. Train method.name=adapter here"
+            f"{files.where}: ADAPTION_PROMPT is supported only for llama and mistral without "
+            f"biases; with a {arch.model_type}, PEFT adds the adapter's output after another "
+            "projection, or adds that projection's bias twice. Train method.name=adapter here"
         )
     found: dict[str, dict[int, np.ndarray]] = {"prompt": {}, "gate": {}}
     for name in files.arrays:
         matched = _ADAPTION.fullmatch(name)
         if matched is None or matched[2] not in found:
-            raise PrefixError(f"{files.where / WEIGHTS}: {name} is no part of ADAPTION_PROMPT")
+            raise PrefixError(f"{files.where / WEIGHTS}: {name} is not part of ADAPTION_PROMPT")
         of = matched[2]
         found[of][int(matched[1])] = files.array(name, 3 if of == "prompt" else 1)
     layers, P, D = sorted(found["prompt"]), files.number("adapter_len"), arch.d_model
@@ -257,16 +257,16 @@ def _adapter(files: Files, arch: Architecture) -> Adapter:
     if not layers or len(layers) != count or layers != expected or layers != sorted(found["gate"]):
         raise PrefixError(
             f"{files.where / WEIGHTS}: there are prompts for the layers {layers} and gates for "
-            f"{sorted(found['gate'])}; {CONFIG} has adapter_layers {count}, the topmost of "
-            f"this backbone's {arch.layers}"
+            f"{sorted(found['gate'])}; {CONFIG} has adapter_layers {count}, which are the top "
+            f"layers of this backbone's {arch.layers}"
         )
     if shapes != {(1, P, D), (1,)}:
         raise PrefixError(
             f"{files.where / WEIGHTS}: the arrays have shapes {sorted(shapes)}; {CONFIG} and the "
-            f"backbone ask for {(1, P, D)} and {(1,)}"
+            f"backbone require {(1, P, D)} and {(1,)}"
         )
     h_LPD = np.concatenate([found["prompt"][layer] for layer in layers])
-    # One gate a layer, which its heads share.
+    # One gate per layer, shared by its heads.
     gate_LN = np.stack([found["gate"][layer] for layer in layers])
     every = len(layers) == arch.layers
     return Adapter(jnp.asarray(h_LPD), jnp.asarray(gate_LN), None if every else tuple(layers))

@@ -1,4 +1,4 @@
-"""Makes a PEFT adapter of our prefix, where PEFT can express it."""
+"""Exports prefixes as PEFT adapters, if PEFT can express them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from prefix_jax.methods.multitask import PARTS, read_parts
 from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Produced
 from prefix_jax.untrusted.paths import expand
 
-_OURS = "or keep it in our own format (--to safetensors), which docs/export.md tells how to use"
-# Their code takes no cache, by which PEFT hands over keys and values.
+_OURS = "or keep it in our own format (--to safetensors, see docs/export.md)"
+# Models without a KV cache in transformers; PEFT passes keys and values through the cache.
 _WITHOUT_CACHE = {"distilbert"}
 
 Config = dict[str, Any]
@@ -42,27 +42,26 @@ def export_peft(
     """Writes a stored prefix as an adapter that `PeftModel.from_pretrained` loads.
 
     Args:
-        source: a stored prefix, or a run; one of several tasks becomes MULTITASK_PROMPT_TUNING,
-            whose task_ids count the tasks in the order of `method.tasks`, sorted if not said.
-        output: the directory to write, which is absent or empty.
-        bake: turn hidden states and soft tokens into the keys and values that they stand for. It
-            takes the backbone.
+        source: a stored prefix, or a run. A multitask run becomes MULTITASK_PROMPT_TUNING, whose
+            task_ids follow the order of `method.tasks` (sorted by default).
+        output: the directory to write, which must be absent or empty.
+        bake: convert hidden states and soft tokens to keys and values, which needs the backbone.
         model: for `bake`, see `backbone_of`.
         allow_other_weights: for `bake`, see `backbone_of`.
 
     Returns:
-        What `adapter_config.json` holds.
+        The contents of `adapter_config.json`.
 
     Raises:
-        PrefixError: PEFT cannot express the prefix, or there is something at the output.
+        PrefixError: PEFT cannot express the prefix, or the output is not empty.
         BackboneError: the backbone cannot be loaded.
         CheckpointError: the adapter cannot be written.
     """
     if (expand(source, PrefixError) / PARTS).is_file():
         if bake:
             raise PrefixError(
-                f"{source} is of several tasks, which have keys and values of their own: bake the "
-                "prefix of one (in its folder prefixes)"
+                f"{source} is a multitask run, and each task has its own keys and values; bake the "
+                "prefix of one task (in its folder prefixes)"
             )
         config, arrays = several_tasks(source)
         write(output, config, arrays)
@@ -80,15 +79,15 @@ def export_peft(
 def to_peft(
     produced: Produced, card: Card, head: Mapping[str, Any] | None = None
 ) -> tuple[Config, Arrays]:
-    """The configuration and the arrays of the adapter that computes what a prefix does.
+    """Returns configuration and arrays of an adapter that computes the same function as a prefix.
 
     Args:
         produced: the prefix.
-        card: of it.
-        head: the arrays of the head beside it, if there is one.
+        card: its card.
+        head: the arrays of its head, if it has one.
 
     Raises:
-        PrefixError: PEFT cannot express it; the message says which part, and what to do instead.
+        PrefixError: PEFT cannot express the prefix; the message names the part and an alternative.
     """
     if isinstance(produced, Prefix) and produced.embeds_PD is not None and not produced.sites:
         produced = Embeds(produced.embeds_PD)
@@ -108,17 +107,17 @@ def _prefix(produced: Produced, card: Card) -> tuple[Config, Arrays]:
         return _keys_values(_join(produced, card), card)
     if isinstance(produced, Hidden):
         raise PrefixError(
-            "PEFT knows no hidden states before layers: bake them into the keys and values that "
-            f"they stand for (--bake), {_OURS}"
+            "PEFT does not support hidden states as prefixes; convert them to keys and values "
+            f"(--bake), {_OURS}"
         )
     raise PrefixError(
-        "PEFT's ADAPTION_PROMPT has no gates for single heads and layers of choice; it is read and "
-        f"not written: train keys and values (method.name=prefix), {_OURS}"
+        "PEFT's ADAPTION_PROMPT has no gates per head and no choice of layers, so it can only be "
+        f"imported; train keys and values (method.name=prefix), {_OURS}"
     )
 
 
 def several_tasks(run: str | Path) -> tuple[Config, Arrays]:
-    """The configuration and the arrays of the adapter for a run that trained several tasks.
+    """Returns configuration and arrays of the adapter for a multitask run.
 
     Raises:
         PrefixError: the run is damaged, or PEFT cannot express its prompts.
@@ -127,10 +126,10 @@ def several_tasks(run: str | Path) -> tuple[Config, Arrays]:
     arrays = read_parts(path / PARTS)
     places = sorted((path / artifact.PREFIXES).glob("*"))
     if not places:
-        raise PrefixError(f"{path} has {PARTS} and no {artifact.PREFIXES}: copy it again")
+        raise PrefixError(f"{path} has {PARTS} but no {artifact.PREFIXES}; copy it again")
     embeds, card = artifact.load(places[0])
     if not isinstance(embeds, Embeds):
-        raise PrefixError(f"{places[0]} holds no soft tokens, which {PARTS} are for: copy it again")
+        raise PrefixError(f"{places[0]} has no soft tokens, unlike {PARTS}; copy the run again")
     head = None if card.task is None else artifact.load_head(places[0])
     config, others = to_peft(embeds, card, head)
     tasks, _, ranks = arrays["prefix_task_cols"].shape
@@ -145,21 +144,21 @@ def several_tasks(run: str | Path) -> tuple[Config, Arrays]:
 
 
 def _join(prefix: Prefix, card: Card) -> KVPrefix:
-    """The keys and values, if they are all that there is.
+    """Returns the keys and values of a prefix that has nothing else.
 
     Raises:
-        PrefixError: they are not.
+        PrefixError: the prefix has other parts.
     """
     main = card.geometry.main_site
     if others := [name for name in prefix.sites if name != main]:
         raise PrefixError(
-            f"PEFT's prefixes reach the self-attention of the decoder alone, and this one has "
-            f"{' and '.join(others)} too: train with method.sites=[decoder], {_OURS}"
+            "PEFT supports prefixes only in the self-attention of the decoder, but this one also "
+            f"has {' and '.join(others)}; train with method.sites=[decoder], {_OURS}"
         )
     site = prefix.sites.get(main)
     parts = {
-        "soft tokens beside keys and values": prefix.embeds_PD is not None,
-        "gates or matrices beside the softmax": site is not None and site.beside is not None,
+        "soft tokens in addition to keys and values": prefix.embeds_PD is not None,
+        "gates or matrices outside the softmax": site is not None and site.beside is not None,
         "some layers only": site is not None and site.layers is not None,
         "biases on slots": site is not None
         and site.join is not None
@@ -168,25 +167,25 @@ def _join(prefix: Prefix, card: Card) -> KVPrefix:
     }
     if found := [part for part, there in parts.items() if there]:
         raise PrefixError(
-            f"PEFT cannot express {', '.join(found)}: train method.name=prefix for all layers, "
+            f"PEFT cannot express {', '.join(found)}; train method.name=prefix for all layers, "
             f"{_OURS}"
         )
     if site is None or site.join is None:
-        raise PrefixError(f"there are no keys and values that PEFT could take: {_OURS[3:]}")
+        raise PrefixError(f"the prefix has no keys and values for PEFT; {_OURS[3:]}")
     if prefix.pinned:
         raise PrefixError(
-            "PEFT cannot pin a prefix in sight of sliding windows: train with method.pinned=false, "
+            "PEFT cannot keep a prefix visible to sliding windows; train with method.pinned=false, "
             f"{_OURS}"
         )
     if prefix.offset != site.length:
         raise PrefixError(
-            f"PEFT lets text start at position {site.length} behind as many slots, and this prefix "
-            f"at {prefix.offset}: train with method.offset=null, {_OURS}"
+            f"in PEFT, text after {site.length} slots starts at position {site.length}, but with "
+            f"this prefix at {prefix.offset}; train with method.offset=null, {_OURS}"
         )
     if card.backbone.model_type in _WITHOUT_CACHE:
         raise PrefixError(
-            f"PEFT cannot give a {card.backbone.model_type} keys and values: train soft tokens "
-            f"(method.name=prompt), {_OURS}"
+            f"PEFT does not support keys and values for {card.backbone.model_type}; train soft "
+            f"tokens (method.name=prompt), {_OURS}"
         )
     return site.join
 
@@ -216,12 +215,12 @@ def _keys_values(join: KVPrefix, card: Card) -> tuple[Config, Arrays]:
 
 def _soft_tokens(embeds: Embeds, card: Card) -> tuple[Config, Arrays]:
     geometry = card.geometry
-    # PEFT takes these from the stack that reads the soft tokens, and makes no use of them.
+    # PEFT copies these from the stack that reads the soft tokens, but never uses them.
     shape = geometry.encoder or geometry.main
     config = _config(card) | {
         "num_attention_heads": shape.query_heads,
         "num_layers": shape.layers,
-        # With an encoder-decoder PEFT's own 2 adds a second half, which nothing reads.
+        # PEFT's default for an encoder-decoder, 2, adds a second half, which is never read.
         "num_transformer_submodules": 1,
         "token_dim": geometry.input_dim,
     }
