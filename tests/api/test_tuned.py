@@ -1,4 +1,4 @@
-"""What a program does in a few lines."""
+"""Tests the high-level API."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_three_lines_make_a_tuned_model(tiny_model_dir: Path) -> None:
     assert isinstance(tuned.generate({"sum": "1+1"}, max_new_tokens=4), str)
 
 
-def test_one_metric_may_stand_alone(tuned: pj.Tuned) -> None:
+def test_accepts_a_single_metric_name(tuned: pj.Tuned) -> None:
     some = runs.RECORDS[:2]
     assert tuned.evaluate(some, "loss").report == tuned.evaluate(some, ["loss"]).report
 
@@ -77,7 +77,7 @@ def test_records_texts_and_lists_are_prompts(tuned: pj.Tuned) -> None:
     assert "".join(pieces) == one
 
 
-def test_options_correct_stored_ones_that_no_longer_go_together(tuned: pj.Tuned) -> None:
+def test_options_override_stored_options_that_conflict(tuned: pj.Tuned) -> None:
     """Earlier versions stored a length penalty without beams, which did nothing."""
     card = dataclasses.replace(tuned.card, decode={"length_penalty": 2.0, "max_new_tokens": 4})
     old = dataclasses.replace(tuned, card=card)
@@ -89,7 +89,7 @@ def test_options_correct_stored_ones_that_no_longer_go_together(tuned: pj.Tuned)
 
 
 @pytest.mark.parametrize("arrays", ["orbax", "safetensors"])
-def test_a_stored_prefix_generates_the_same(
+def test_stored_prefix_generates_the_same_text(
     tuned: pj.Tuned, model: pj.Pretrained, tmp_path: Path, arrays: str
 ) -> None:
     tuned.save(tmp_path / "prefix", arrays=arrays)
@@ -100,14 +100,16 @@ def test_a_stored_prefix_generates_the_same(
     assert loaded.evaluate(runs.SOME) == tuned.evaluate(runs.SOME)
 
 
-def test_a_run_directory_finds_its_own_backbone(tuned: pj.Tuned) -> None:
+def test_run_directory_loads_its_own_backbone(tuned: pj.Tuned) -> None:
     loaded = pj.load_prefix(tuned.run.directory)
     assert loaded.pretrained.fingerprint == tuned.pretrained.fingerprint
     assert loaded.card.template == tuned.card.template
 
 
 @pytest.mark.parametrize("method", [pj.HiddenPrefixTuning(4), pj.PromptTuning(4)])
-def test_baking_changes_no_word(model: pj.Pretrained, tmp_path: Path, method: object) -> None:
+def test_baking_does_not_change_generated_text(
+    model: pj.Pretrained, tmp_path: Path, method: object
+) -> None:
     tuned = pj.fit(model, method, runs.RECORDS, **TEMPLATES, **SHORT, output=tmp_path / "run")
     export(tmp_path / "run", tmp_path / "baked", bake=True)
     baked = pj.load_prefix(tmp_path / "baked", model)
@@ -153,7 +155,7 @@ def test_data_may_come_from_a_generator_or_a_file(
         assert runs.bits(again.produced) == runs.bits(tuned.produced)
 
 
-def test_chats_are_learnt_and_answered_through_the_chat_template(
+def test_chats_use_the_chat_template_in_training_and_generation(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     model = runs.on_one_device(tiny_model_dir)
@@ -179,8 +181,8 @@ def test_chats_are_learnt_and_answered_through_the_chat_template(
     assert dev == [pytest.approx(tuned.evaluate(chats[:4]).report.metrics["loss"])]
 
 
-def test_a_prefix_trained_on_chats_stops_where_a_turn_ends(tmp_path: Path) -> None:
-    """As on Gemma, whose turns end with a token that is not the tokenizer's eos."""
+def test_prefix_trained_on_chats_stops_at_end_of_turn(tmp_path: Path) -> None:
+    """Gemma's turns, for example, end with a token that is not the tokenizer's eos."""
     model = runs.on_one_device(tiny.write_model(tmp_path / "model", vocab_size=258))
     model.tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
     model.tokenizer.chat_template = CHAT.replace("</s>", "<end_of_turn>\n")
@@ -202,7 +204,7 @@ def test_a_prefix_trained_on_chats_stops_where_a_turn_ends(tmp_path: Path) -> No
 # --- Bad input -------------------------------------------------------------------------------
 
 
-def test_a_prefix_of_another_backbone_is_refused(tuned: pj.Tuned, tmp_path: Path) -> None:
+def test_rejects_prefix_of_another_backbone(tuned: pj.Tuned, tmp_path: Path) -> None:
     same_shape = runs.on_one_device(tiny.write_model(tmp_path / "same", seed=1))
     fingerprints = f"{tuned.pretrained.fingerprint}.*{same_shape.fingerprint}"
     with pytest.raises(PrefixError, match=fingerprints):
@@ -257,7 +259,7 @@ def test_a_prompt_is_a_text_or_a_record(tuned: pj.Tuned, prompt: object) -> None
         tuned.generate(prompt)
 
 
-def test_what_is_not_what_it_should_be_is_refused_with_what_to_give(model: pj.Pretrained) -> None:
+def test_argument_of_wrong_type_error_states_expected_type(model: pj.Pretrained) -> None:
     with pytest.raises(ConfigError, match=r"method must be .* such as PrefixTuning.*got 'prefix'"):
         pj.fit(model, "prefix", runs.RECORDS, **TEMPLATES, **SHORT)
     with pytest.raises(ConfigError, match=r"pretrained must be .* prefix_jax\.load, got Tuned"):

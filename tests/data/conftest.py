@@ -12,7 +12,7 @@ CHATML = (
 
 
 def _make(template: str = "$A") -> PreTrainedTokenizerFast:
-    """A byte-level BPE that knows every byte and a few merges, and writes a text by a template."""
+    """A byte-level BPE with all bytes, a few merges, and a template for special tokens."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = ByteLevel()
@@ -43,5 +43,5 @@ def bos_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[[str], PreTrainedTokenizerFast]:
-    """Makes the tokenizer that writes a text by a template: "<s> $A <|im_end|>"."""
+    """Makes a tokenizer with a template for special tokens, such as "<s> $A <|im_end|>"."""
     return _make

@@ -1,4 +1,4 @@
-"""The tokens that end a text, and a chat's turn."""
+"""Tests the tokens that end a text or a chat turn."""
 
 import copy
 
@@ -11,7 +11,7 @@ TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}%s{% en
 
 @pytest.fixture
 def speaking(tokenizer):
-    """Gives the tokenizer another chat template, whose turns end as told."""
+    """Gives the tokenizer a chat template whose turns end with the given text."""
 
     def make(ending=None, *added, template=TURNS):
         changed = copy.deepcopy(tokenizer)
@@ -22,19 +22,19 @@ def speaking(tokenizer):
     return make
 
 
-def test_ends_are_the_tokenizers_and_the_checkpoints_each_once(tokenizer):
+def test_merges_end_tokens_of_tokenizer_and_checkpoint(tokenizer):
     eos = tokenizer.eos_token_id
     assert end_tokens(tokenizer) == (eos,)
     assert end_tokens(tokenizer, (7, eos, 7, 8)) == (eos, 7, 8)
 
 
-def test_a_tokenizer_without_eos_leaves_the_checkpoints_ends(tokenizer):
+def test_tokenizer_without_eos_uses_end_tokens_of_checkpoint(tokenizer):
     endless = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
     assert end_tokens(endless) == ()
     assert end_tokens(endless, [3]) == (3,)
 
 
-def test_a_chat_also_ends_where_its_template_ends_a_turn(speaking):
+def test_chat_adds_end_of_turn_token_of_template(speaking):
     gemma = speaking("<end_of_turn>\n", "<end_of_turn>")
     turn = gemma.convert_tokens_to_ids("<end_of_turn>")
     assert end_tokens(gemma, chat=True) == (gemma.eos_token_id, turn)
@@ -46,12 +46,12 @@ def test_a_chat_also_ends_where_its_template_ends_a_turn(speaking):
     [
         ("<|im_end|>\n",),
         (" END\n",),
-        # Some tokenizers keep line breaks as tokens of their own.
+        # Some tokenizers have separate tokens for line breaks.
         ("\n\n", "\n\n"),
         (None,),
         ("{{ raise_exception('give a system turn') }}",),
     ],
 )
-def test_a_template_without_another_end_adds_none(speaking, changes):
+def test_template_without_end_of_turn_token_adds_nothing(speaking, changes):
     tokenizer = speaking(*changes)
     assert end_tokens(tokenizer, chat=True) == (tokenizer.eos_token_id,)

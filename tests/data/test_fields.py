@@ -1,4 +1,4 @@
-"""What a record's fields hold is what a task can learn from, or an error that names them."""
+"""Tests that fields of labelled records are validated, and that errors name them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def number(names: tuple[str, ...], label: Any) -> int:
     return LabelIndex(names).number(Record({}, "a.jsonl:7"), "label", label)
 
 
-def test_labels_are_collected_by_size_or_letter() -> None:
+def test_sorts_labels_by_value_or_alphabetically() -> None:
     assert collect(10, 9, 9) == ("9", "10")
     assert collect(0.5, 10, 9) == ("0.5", "9", "10")
     assert collect("no", "yes", "maybe") == ("maybe", "no", "yes")
@@ -32,7 +32,7 @@ def test_labels_are_collected_by_size_or_letter() -> None:
         collect(["a"], "b")
 
 
-def test_a_number_is_the_same_label_in_every_spelling() -> None:
+def test_spellings_of_a_number_are_one_label() -> None:
     assert collect(1, 1.0, "1", 2, -0.0, 0) == ("0", "1", "2")
     with pytest.raises(DataError, match="record 2: field 'label' is NaN"):
         collect(1, float("nan"))
@@ -43,7 +43,7 @@ def test_a_number_is_the_same_label_in_every_spelling() -> None:
 
 
 @pytest.mark.parametrize("label", ["", " "])
-def test_an_empty_text_is_no_label(label: str) -> None:
+def test_rejects_empty_label(label: str) -> None:
     with pytest.raises(DataError, match=r"record 2: field 'label' is '.*', expected a label"):
         collect("a", label)
     with pytest.raises(DataError, match=r"record 1: field 'label' is '.*', expected a label"):
@@ -52,7 +52,7 @@ def test_an_empty_text_is_no_label(label: str) -> None:
         TaskConfig("tag", labels=("O", label))
 
 
-def test_booleans_are_labels_if_all_labels_are() -> None:
+def test_rejects_mix_of_booleans_and_other_labels() -> None:
     assert collect(True, False, True) == ("false", "true")
     assert number(("false", "true"), True) == 1
     with pytest.raises(DataError, match=r"record 3: field 'label' is True, but .* 1 it is not a"):
@@ -63,18 +63,18 @@ def test_booleans_are_labels_if_all_labels_are() -> None:
         collect([True, "x"], name="tag")
 
 
-def test_a_boolean_does_not_count_labels() -> None:
+def test_boolean_is_not_a_label_index() -> None:
     for names in (("1", "2"), ("no", "yes")):
         with pytest.raises(DataError, match=r"a\.jsonl:7: the label True .* as 'true' and 'false'"):
             number(names, True)
 
 
-def test_labels_of_prefixes_that_earlier_versions_stored_are_found() -> None:
+def test_accepts_label_spellings_of_earlier_versions() -> None:
     assert number(("False", "True"), True) == 1
     assert number(("0.0", "1.0"), 1.0) == 1
 
 
-def test_a_number_counts_labels_only_if_no_label_has_a_number_as_name() -> None:
+def test_number_is_an_index_only_if_no_label_name_is_a_number() -> None:
     assert [number(("bad", "good"), label) for label in (0, 1, 1.0, "good")] == [0, 1, 1, 1]
     assert [number(("1", "2", "3"), label) for label in (1, "2", 3.0)] == [0, 1, 2]
     with pytest.raises(DataError, match=r"a\.jsonl:7: the label 0 .* a name, not an index"):
@@ -83,7 +83,7 @@ def test_a_number_counts_labels_only_if_no_label_has_a_number_as_name() -> None:
         number(("1", "2", "many"), 0)
 
 
-def test_a_label_that_cannot_be_stored_is_found_before_training() -> None:
+def test_rejects_label_that_cannot_be_stored() -> None:
     bad = Record({"label": "\ud800"}, "a.jsonl:1")
     with pytest.raises(DataError, match=r"a\.jsonl:1: the label '\\ud800' is not valid Unicode"):
         collect_labels([bad, Record({"label": "b"}, "a.jsonl:2")], TaskConfig("classify"))
@@ -92,7 +92,7 @@ def test_a_label_that_cannot_be_stored_is_found_before_training() -> None:
 
 
 @pytest.mark.parametrize("value", [True, "much", [1], {"a": 1}, "nan"])
-def test_a_value_that_is_no_number_is_refused(value: Any) -> None:
+def test_rejects_value_that_is_not_a_number(value: Any) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl:7: field 'y' must be a number, got"):
         number_of(Record({"y": value}, "a.jsonl:7"), "y")
 
@@ -105,12 +105,12 @@ def test_a_value_that_is_no_number_is_refused(value: Any) -> None:
         ({"text": ["paris", ""], "answer_start": [3, 0]}, "one of 2 answers is empty"),
     ],
 )
-def test_an_answer_that_is_not_in_the_text_is_refused(answers: Any, message: str) -> None:
+def test_rejects_answer_that_is_not_in_the_text(answers: Any, message: str) -> None:
     record = Record({"answers": answers}, "a.jsonl:7")
     with pytest.raises(DataError, match=message):
         answers_of(record, "answers", "in paris rain")
 
 
-def test_an_answer_without_text_is_no_answer() -> None:
+def test_empty_answer_means_no_answer() -> None:
     record = Record({"answers": {"text": [""], "answer_start": [0]}}, "a.jsonl:7")
     assert answers_of(record, "answers", "in paris") == []

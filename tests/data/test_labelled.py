@@ -1,4 +1,4 @@
-"""Records become labelled examples with the tokenizer's own special tokens."""
+"""Tests that records become labelled examples with the tokenizer's own special tokens."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def examples(tokenizer: Any, task: TaskConfig, *records: dict[str, Any], **field
 CLASSES = TaskConfig("classify", labels=("bad", "good"))
 
 
-def test_a_pair_is_one_example_predicted_from_its_first_token(bert: Any) -> None:
+def test_encoder_predicts_label_of_pair_from_first_token(bert: Any) -> None:
     record = {"a": "the film", "b": "was great", "label": "good"}
     (one,) = examples(bert, CLASSES, record, input="{a}", pair="{b}")
     assert bert.decode(one.ids_T) == "[CLS] the film [SEP] was great [SEP]"
@@ -55,14 +55,14 @@ def test_a_pair_is_one_example_predicted_from_its_first_token(bert: Any) -> None
     assert (one.index_M.tolist(), one.label_M.tolist(), one.references) == ([0], [1], ("good",))
 
 
-def test_under_a_decoder_the_last_token_predicts(decoder: Any) -> None:
+def test_decoder_predicts_label_from_last_token(decoder: Any) -> None:
     record = {"text": "abc", "label": 0}
     (one,) = examples(decoder, CLASSES, record, input="{text}", causal=True, segments=False)
     assert (one.index_M.tolist(), one.references) == ([2], ("bad",))
     assert one.segment_T is None
 
 
-def test_a_long_text_is_cut_and_named(bert: Any) -> None:
+def test_long_text_is_truncated_and_reported(bert: Any) -> None:
     record = {"text": "the a good bad film", "label": "bad"}
     found = examples(bert, CLASSES, record, input="{text}", max_length=4)
     assert bert.decode(found[0].ids_T) == "[CLS] the a [SEP]"
@@ -72,12 +72,12 @@ def test_a_long_text_is_cut_and_named(bert: Any) -> None:
 
 
 @pytest.mark.parametrize("label", ["fine", 2, -1, 0.5])
-def test_an_unknown_label_is_an_error_that_names_the_record(bert: Any, label: Any) -> None:
+def test_unknown_label_error_names_the_record(bert: Any, label: Any) -> None:
     with pytest.raises(DataError, match=r"record 1: the label .* is not one of 'bad', 'good'"):
         examples(bert, CLASSES, {"text": "a", "label": label}, input="{text}")
 
 
-def test_a_value_is_a_number(bert: Any) -> None:
+def test_regression_label_must_be_a_number(bert: Any) -> None:
     (one,) = examples(bert, TaskConfig("regress"), {"t": "a", "label": "2.5"}, input="{t}")
     assert (one.label_M.dtype, one.label_M.tolist()) == (np.float32, [2.5])
     with pytest.raises(DataError, match="must be a number, got 'much'"):
@@ -87,7 +87,7 @@ def test_a_value_is_a_number(bert: Any) -> None:
             examples(bert, TaskConfig("regress"), {"t": "a", "label": infinite}, input="{t}")
 
 
-def test_what_is_to_be_answered_needs_no_label(bert: Any) -> None:
+def test_prediction_does_not_need_labels(bert: Any) -> None:
     read = reading(bert, CLASSES, input="{t}")
     (one,) = read.examples(read_records([{"t": "good"}]), answered=False)
     assert one.references == ()
@@ -99,7 +99,7 @@ TAGS = TaskConfig("tag", labels=("O", "B"))
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "decoder"])
-def test_a_tag_is_predicted_from_its_words_first_token(
+def test_tag_is_predicted_from_first_token_of_word(
     kind: str, request: pytest.FixtureRequest
 ) -> None:
     tokenizer = request.getfixturevalue(kind)
@@ -107,21 +107,21 @@ def test_a_tag_is_predicted_from_its_words_first_token(
     record = {"tokens": words, "label": ["B", "O", "O", "B"]}
     (one,) = examples(tokenizer, TAGS, record, causal=kind == "decoder")
     firsts = [tokenizer.decode([one.ids_T[column]]).strip(" #")[:1] for column in one.index_M]
-    # A space before a word may be in its first token, or be a token of its own.
+    # The space before a word may be part of its first token, or a separate token.
     assert all(first in ("", word[0]) or word.startswith(first)
                for first, word in zip(firsts, words, strict=True))  # fmt: skip
     assert one.label_M.tolist() == [1, 0, 0, 1]
     assert (np.diff(one.index_M) > 0).all()
 
 
-def test_words_that_are_cut_off_have_no_tag(bert: Any) -> None:
+def test_truncated_words_have_no_tag(bert: Any) -> None:
     record = {"tokens": ["good", "xyz", "film"], "label": ["B", "O", "B"]}
     found = examples(bert, TAGS, record, max_length=5)
     assert found[0].references == ("B", "O")
     assert found.truncated == ("record 1",)
 
 
-def test_a_word_is_a_text_or_a_number(bert: Any) -> None:
+def test_word_must_be_a_text_or_a_number(bert: Any) -> None:
     task = TaskConfig("tag", labels=("O", "B"))
     (one,) = examples(bert, task, {"tokens": ["film", 3], "label": ["O", "B"]})
     assert one.prompt == "film 3"
@@ -159,13 +159,13 @@ def spans(tokenizer: Any, text: str, start: int, **fields: Any) -> Any:
         ([{"text": "film"}], "every answer needs a text and an answer_start"),
     ],
 )
-def test_answers_of_another_form_are_an_error(bert: Any, answers: Any, message: str) -> None:
+def test_rejects_answers_in_another_format(bert: Any, answers: Any, message: str) -> None:
     record = {"q": "where", "c": "the film", "answers": answers}
     with pytest.raises(DataError, match=f"record 1: .*{message}"):
         examples(bert, SPANS, record, input="{q}", pair="{c}")
 
 
-def test_windows_of_a_long_text_overlap_and_mark_the_answer_where_it_is(bert: Any) -> None:
+def test_long_text_becomes_overlapping_windows(bert: Any) -> None:
     found = spans(bert, "paris", CONTEXT.index("paris"))
     assert len(found) == 3
     assert {one.window.question for one in found} == {0}
@@ -179,18 +179,18 @@ def test_windows_of_a_long_text_overlap_and_mark_the_answer_where_it_is(bert: An
     assert starts == sorted(set(starts))
 
 
-def test_a_question_without_an_answer_points_at_the_first_token(bert: Any) -> None:
+def test_unanswerable_question_targets_first_token(bert: Any) -> None:
     for one in spans(bert, "", 0, unanswerable=True):
         assert one.label_M[0] == 3
         assert one.references == ("",)
 
 
-def test_a_question_has_an_answer_unless_one_says_otherwise(bert: Any) -> None:
+def test_rejects_missing_answer_unless_unanswerable_is_set(bert: Any) -> None:
     with pytest.raises(DataError, match=r"record 1: .* has no answer; .*task\.unanswerable"):
         spans(bert, "", 0)
 
 
-def test_an_answer_must_stand_where_it_says(bert: Any) -> None:
+def test_answer_must_be_at_its_offset(bert: Any) -> None:
     with pytest.raises(DataError, match=r"the answer .* at character 3, got ' film'"):
         spans(bert, "paris", 3)
 
@@ -203,7 +203,7 @@ def test_a_question_must_leave_room_for_the_text(bert: Any) -> None:
 # Choices.
 
 
-def test_choices_are_parts_of_one_example_that_do_not_see_each_other(bert: Any) -> None:
+def test_choices_do_not_attend_to_each_other(bert: Any) -> None:
     task = TaskConfig("choice", choices=("{one}", "{two}"))
     records = [
         {"q": "the film was", "one": "good", "two": "very bad", "label": 1},
@@ -225,7 +225,7 @@ def test_choices_are_parts_of_one_example_that_do_not_see_each_other(bert: Any) 
         assert (np.bincount(batch.question_BM[row][real])[1:] == 2).all()
 
 
-def test_a_field_of_texts_gives_a_choice_for_each(bert: Any) -> None:
+def test_list_field_gives_one_choice_per_text(bert: Any) -> None:
     task = TaskConfig("choice", choices=("{ends}",))
     record = {"q": "the", "ends": ["film", "plot", "a"], "label": "2"}
     (one,) = examples(bert, task, record, input="{q}")

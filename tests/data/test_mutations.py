@@ -64,7 +64,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def examples_of(kind: str, tokenizer: Any, bert: Any) -> Callable[[Any], Any]:
-    """Makes the examples of a source, as a run of the kind does."""
+    """Loads the examples of a source like a run of this kind."""
     if kind == "text":
         fields = {"input": "{facts} => ", "target": "{text}", "references": "refs"}
         return lambda source: load_examples(source, tokenizer, max_length=64, **fields)
@@ -76,7 +76,7 @@ def examples_of(kind: str, tokenizer: Any, bert: Any) -> Callable[[Any], Any]:
 
 
 def attempt(read: Callable[..., Any], *args: Any) -> tuple[Any, str | None]:
-    """What a function returns, and None; or None, and the message of its one error."""
+    """Returns (result, None), or (None, message) if the function raises an error."""
     try:
         return read(*args), None
     except DataError as error:
@@ -87,14 +87,14 @@ def attempt(read: Callable[..., Any], *args: Any) -> tuple[Any, str | None]:
 
 
 def outcome(examples_of: Callable[[Any], Any], path: Path, records: list[Any]) -> Any:
-    """What the examples of a JSONL file hold, by line, or what is wrong and with which line."""
+    """Maps lines of a JSONL file to their examples, or returns the error and its line."""
     path.write_bytes(b"\n".join(map(dump_json, records)))
     examples, message = attempt(examples_of, path)
     if message is not None:
         return message
     found: dict[str, list[Any]] = {}
     for example in examples:
-        # The number of the question depends on those before it.
+        # The index of a question depends on the questions before it.
         window = example.window and dataclasses.replace(example.window, question=0)
         values = vars(example) | {
             "window": None,
@@ -107,7 +107,7 @@ def outcome(examples_of: Callable[[Any], Any], path: Path, records: list[Any]) -
 
 
 @pytest.mark.parametrize("kind", GOOD)
-def test_what_becomes_of_a_record_does_not_depend_on_others(
+def test_example_does_not_depend_on_other_records(
     kind: str, examples_of: Callable[[Any], Any], tmp_path: Path
 ) -> None:
     path, good, refused = tmp_path / "data.jsonl", GOOD[kind], 0
@@ -174,7 +174,7 @@ def parquet_of_all_types() -> pa.Table:
     )
 
 
-# Attacks pyarrow's decoder in a process of its own, which a crash would end.
+# Attacks pyarrow's decoder in a separate process, because it may crash.
 ATTACK_PARQUET = """
 import sys
 from pathlib import Path
@@ -210,7 +210,7 @@ def test_mutated_parquet_is_records_or_one_error(tmp_path: Path) -> None:
     assert 100 < int(done.stdout) < 400
 
 
-def test_labels_of_any_values_are_collected_or_an_error_that_names_a_record() -> None:
+def test_collects_any_labels_or_names_the_record() -> None:
     for case in range(600):
         rng = Random(case)
         values = [rng.choice((*HOSTILE_VALUES, "a", "b", 0, 1)) for _ in range(rng.randint(2, 4))]

@@ -10,7 +10,7 @@ from prefix_jax.errors import ConfigError
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 5), st.booleans())
-def test_every_epoch_holds_every_example_once_though_steps_run_across(count, size, seed, grouped):
+def test_every_epoch_has_every_example_once(count, size, seed, grouped):
     groups = [i % 3 for i in range(count)] if grouped else None
     order = Order(count, size, seed=seed, groups=groups)
     flat = np.concatenate([order.step(s) for s in range(3 * order.steps_per_epoch)])
@@ -19,7 +19,7 @@ def test_every_epoch_holds_every_example_once_though_steps_run_across(count, siz
         assert sorted(held.tolist()) == list(range(count))
 
 
-def test_a_step_depends_on_seed_and_step_alone():
+def test_step_depends_only_on_seed_and_step():
     one, two = Order(100, 8, seed=3), Order(100, 8, seed=3)
     steps = [one.step(s).tolist() for s in range(50)]
     assert [two.step(s).tolist() for s in reversed(range(50))] == steps[::-1]
@@ -31,7 +31,7 @@ def test_epochs_differ():
     assert order.step(0).tolist() != order.step(1).tolist()
 
 
-def test_equal_groups_stay_adjacent_and_both_they_and_their_members_are_shuffled():
+def test_groups_stay_adjacent_and_are_shuffled():
     groups = [0, 1, 2, 3, 4] * 6
     order = Order(30, 30, groups=groups)
     epochs = [order.step(s) for s in range(8)]
@@ -42,12 +42,12 @@ def test_equal_groups_stay_adjacent_and_both_they_and_their_members_are_shuffled
     assert len({tuple(i for i in held if groups[i] == 0) for held in epochs}) > 1
 
 
-def test_steps_per_epoch_counts_the_step_that_runs_over():
+def test_steps_per_epoch_includes_last_partial_step():
     assert Order(16, 8).steps_per_epoch == 2
     assert Order(17, 8).steps_per_epoch == 3
 
 
 @pytest.mark.parametrize(("count", "size"), [(0, 8), (8, 0)])
-def test_nothing_to_order_is_an_error(count, size):
+def test_rejects_empty_order(count, size):
     with pytest.raises(ConfigError, match="must be at least 1"):
         Order(count, size)

@@ -21,22 +21,24 @@ from prefix_jax.errors import DataError
 
 
 def example(source, target_T, start=0, name="x"):
-    """An example with the given source and a target of which some tokens count."""
+    """Makes an example with a source, and a target with a mask of scored tokens."""
     ids = [*source, *range(1000 + start, 1000 + start + len(target_T))]
     learnt = np.array([False] * len(source) + list(target_T))
     return Example.of_text(np.array(ids, np.int32), learnt, name)
 
 
 def two_sided(read, target_T, start=0, name="x"):
-    """An example of an encoder-decoder, whose decoder starts with 99."""
+    """Makes an encoder-decoder example whose decoder starts with token 99."""
     one = example([99], target_T, start, name)
     return dataclasses.replace(one, source_ids_S=np.array(read, np.int32))
 
 
 @st.composite
 def batches(draw):
-    """Examples with few sources, so that some are shared, and targets with gaps, as chats have;
-    of single stacks, or of encoder-decoders."""
+    """Generates examples of single stacks or encoder-decoders.
+
+    There are few sources, so that some are shared, and targets with gaps, as in chats.
+    """
     make = draw(st.sampled_from([example, two_sided]))
     sources = draw(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=12), min_size=1))
     targets = st.lists(st.booleans(), max_size=12).map(lambda rest: [True, *rest])
@@ -58,8 +60,7 @@ def micro_batches(batch):
 
 
 def predictions(batch):
-    """For every target: what its column sees, in order of position, and the label; before it
-    what its encoder read."""
+    """Lists for every target the encoder input, the tokens visible to its column, and its label."""
     found = []
     for micro in micro_batches(batch):
         at = micro.tokens
@@ -79,7 +80,7 @@ def predictions(batch):
 
 
 def read_of(micro, row, group):
-    """The tokens that the encoder of an encoder-decoder read for a group."""
+    """Returns the encoder input of a group."""
     if micro.source is None:
         return ()
     at = micro.source.tokens
@@ -111,7 +112,7 @@ def test_each_target_is_predicted_once_from_exactly_the_tokens_before_it(example
 
 @settings(deadline=None)
 @given(batches(), packings)
-def test_rows_hold_sources_once_and_targets_without_their_last_token(examples, packing):
+def test_rows_have_each_source_once_and_targets_without_last_token(examples, packing):
     layout = arrange(measure(examples), packing)
     batch = materialise(layout, examples)
     laid = sum(
@@ -136,7 +137,7 @@ def test_rows_hold_sources_once_and_targets_without_their_last_token(examples, p
 
 @settings(deadline=None)
 @given(batches(), packings)
-def test_the_shape_is_the_layouts_and_the_rows_divide(examples, packing):
+def test_batch_has_shape_of_layout_and_divisible_rows(examples, packing):
     layout = arrange(measure(examples), packing)
     batch = materialise(layout, examples)
     lead = (packing.accumulate,) if packing.accumulate > 1 else ()
@@ -151,7 +152,7 @@ def test_the_shape_is_the_layouts_and_the_rows_divide(examples, packing):
 
 @settings(deadline=None)
 @given(batches(), packings)
-def test_hosts_get_parts_that_make_the_whole(examples, packing):
+def test_parts_of_hosts_form_the_whole_batch(examples, packing):
     layout = arrange(measure(examples), packing)
     whole = materialise(layout, examples)
     n = packing.rows_multiple
@@ -165,7 +166,7 @@ def test_hosts_get_parts_that_make_the_whole(examples, packing):
 
 @settings(deadline=None)
 @given(batches(), packings, st.integers(0, 10**6))
-def test_a_layout_does_not_depend_on_how_sources_are_numbered(examples, packing, shift):
+def test_layout_does_not_depend_on_source_numbers(examples, packing, shift):
     items = measure(examples)
     renumbered = [item._replace(source=shift - item.source) for item in items]
     assert arrange(items, packing).rows == arrange(renumbered, packing).rows
@@ -173,8 +174,8 @@ def test_a_layout_does_not_depend_on_how_sources_are_numbered(examples, packing,
 
 @settings(deadline=None)
 @given(batches(), packings)
-def test_columns_stand_in_the_order_of_what_sees_what(examples, packing):
-    """Kernels compare columns: no token sees one behind it, and positions go up one by one."""
+def test_columns_are_in_causal_order(examples, packing):
+    """Kernels compare columns: tokens attend only to earlier ones; positions are consecutive."""
     for micro in micro_batches(materialise(arrange(measure(examples), packing), examples)):
         at = micro.tokens
         for group, branch, position in zip(at.group_BT, at.branch_BT, at.position_BT, strict=True):
@@ -186,7 +187,7 @@ def test_columns_stand_in_the_order_of_what_sees_what(examples, packing):
                 assert (steps == 1).all()
 
 
-def test_only_where_sources_are_shared_can_rows_branch():
+def test_rows_branch_only_if_sources_are_shared():
     def tokens(sources, pack=True):
         examples = [example([7, source], [True] * 3) for source in sources]
         items = measure(examples)
@@ -198,7 +199,7 @@ def test_only_where_sources_are_shared_can_rows_branch():
     assert tokens([8, 9, 10]).branch_BT is None
 
 
-def test_a_batch_over_the_end_of_an_epoch_holds_an_example_twice_and_apart():
+def test_example_repeated_across_epochs_is_not_merged():
     examples = [example([7, 8], [True, True])] * 2
     packing = Packing(branches=False)
     tokens = materialise(arrange(measure(examples), packing), examples).tokens
@@ -210,32 +211,32 @@ def test_targets_of_one_source_share_its_tokens_as_branches():
     examples = [example([7, 8, 9], [True] * 3, start=10 * i) for i in range(3)]
     batch = materialise(arrange(measure(examples), Packing()), examples)
     assert batch.ids_BT.shape[0] == 1
-    # 3 of the source and 2 of each target: the last token of each predicts nothing.
+    # 3 source tokens and 2 of each target, whose last token predicts nothing.
     assert batch.tokens.branch_BT[0, :9].tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3]
     assert batch.tokens.position_BT[0, :9].tolist() == [0, 1, 2, 3, 4, 3, 4, 3, 4]
     assert (batch.tokens.group_BT[0] > 0).sum() == 9
     assert batch.index_BM[0, :9].tolist() == [2, 3, 4, 2, 5, 6, 2, 7, 8]
 
 
-def test_targets_of_one_source_share_what_the_encoder_read_of_it():
+def test_targets_of_one_source_share_its_encoder_input():
     examples = [two_sided([7, 8, 9], [True] * 3, start=10 * i) for i in range(3)]
     batch = materialise(arrange(measure(examples), Packing()), examples)
     assert batch.source.ids_BS[0].tolist() == [7, 8, 9, 0, 0, 0, 0, 0]
     assert batch.source.tokens.group_BT[0, :4].tolist() == [1, 1, 1, 0]
-    # The start token, and 2 of each target.
+    # The start token, and 2 tokens of each target.
     assert batch.tokens.branch_BT[0, :7].tolist() == [0, 1, 1, 2, 2, 3, 3]
     assert batch.tokens.position_BT[0, :7].tolist() == [0, 1, 2, 1, 2, 1, 2]
     assert batch.index_BM[0, :9].tolist() == [0, 1, 2, 0, 3, 4, 0, 5, 6]
 
 
-def test_equal_targets_of_other_sources_are_apart():
+def test_equal_targets_of_other_sources_are_not_merged():
     examples = [two_sided([read], [True] * 2) for read in (7, 8)]
     batch = materialise(arrange(measure(examples), Packing()), examples)
     groups = batch.tokens.group_BT[batch.tokens.group_BT > 0]
     assert sorted(groups.tolist()) == [1, 1, 2, 2]
 
 
-def test_a_long_group_is_split_over_rows_and_repeats_its_source():
+def test_long_group_is_split_over_rows_and_repeats_its_source():
     examples = [example([5] * 10, [True] * 400, start=400 * i) for i in range(8)]
     layout = arrange(measure(examples), Packing(rows_multiple=4))
     assert layout.shape.rows >= 4
@@ -254,7 +255,7 @@ def test_without_packing_row_i_is_example_i():
 
 
 def lengths(count, seed):
-    """Batches of 8 examples with lengths as data-to-text sets have them."""
+    """Makes batches of 8 examples with lengths typical of data-to-text datasets."""
     rng = np.random.default_rng(seed)
     examples = [
         example([n] * int(rng.integers(20, 50)), [True] * int(rng.integers(15, 45)))
@@ -275,7 +276,7 @@ def test_few_chosen_shapes_fit_batches_with_little_padding():
     assert area / laid < 1.06
 
 
-def test_a_further_shape_must_be_worth_its_compilation():
+def test_another_shape_must_save_enough_to_compile():
     sample = lengths(64, seed=0)
     few, many = (choose_shapes(sample, Packing(), gain=gain) for gain in (0.02, 0.001))
     assert few == many[: len(few)]
@@ -283,7 +284,7 @@ def test_a_further_shape_must_be_worth_its_compilation():
     assert len(choose_shapes(sample, Packing(), gain=0, limit=3)) == 3
 
 
-def test_a_batch_takes_the_cheapest_shape_that_it_fits_or_one_of_a_ladder():
+def test_batch_uses_cheapest_fitting_shape_or_ladder():
     items = measure([example([1] * 20, [True] * 10), example([2] * 20, [True] * 10)])
     small, large = Shape(1, 64, 24), Shape(1, 128, 64)
     assert arrange(items, Packing(shapes=(large, small))).shape == small
@@ -292,7 +293,7 @@ def test_a_batch_takes_the_cheapest_shape_that_it_fits_or_one_of_a_ladder():
 
 
 @pytest.mark.parametrize("target_T", [[False, False], [True, False]])
-def test_an_example_without_a_target_to_predict_is_an_error(target_T):
+def test_rejects_example_without_target(target_T):
     bad = Example.of_text(np.array([1, 2], np.int32), np.array(target_T), "a.jsonl:9")
     with pytest.raises(DataError, match=r"a\.jsonl:9: "):
         measure([bad])

@@ -29,12 +29,12 @@ def equal(one, two):
 
 
 def targets(batch):
-    """The labels that count, sorted."""
+    """Returns the labels with non-zero weight, sorted."""
     return np.sort(batch.label_BM[batch.weight_BM > 0]).tolist()
 
 
 @pytest.mark.parametrize("options", [{}, {"group_by_source": True}, {"pack": False}])
-def test_a_step_gives_the_same_batch_in_any_order_and_any_process(options):
+def test_batch_depends_only_on_step(options):
     one = Pipeline(make_examples(), batch_size=8, seed=1, **options)
     two = Pipeline(make_examples(), batch_size=8, seed=1, **options)
     steps = [one.batch(step) for step in range(12)]
@@ -50,7 +50,7 @@ def test_iteration_resumes_at_any_step_with_the_same_bytes():
         equal(resumed, batch)
 
 
-def test_iteration_runs_ahead_in_a_thread():
+def test_iteration_prefetches_in_a_thread():
     made = []
 
     class Watched(Pipeline):
@@ -75,7 +75,7 @@ def test_an_epoch_trains_on_every_target_once():
     assert seen == sorted(int(i) for one in examples for i in one.ids_T[one.target_T])
 
 
-def test_grouping_by_source_lays_fewer_tokens():
+def test_grouping_by_source_packs_fewer_tokens():
     laid = [
         sum((pipeline.batch(step).tokens.group_BT > 0).sum() for step in range(9))
         for pipeline in (
@@ -106,7 +106,7 @@ def test_hosts_agree_on_the_shape_and_share_the_rows():
     assert parts[0].examples == parts[1].examples == 8
 
 
-def test_micro_batches_together_hold_the_step():
+def test_micro_batches_together_contain_the_step():
     apart = Pipeline(make_examples(), batch_size=8, accumulate=4).batch(2)
     whole = Pipeline(make_examples(), batch_size=8).batch(2)
     assert apart.ids_BT.shape[0] == apart.examples.shape[0] == 4
@@ -114,7 +114,7 @@ def test_micro_batches_together_hold_the_step():
 
 
 @pytest.mark.parametrize("options", [{"rows_multiple": 3}, {"accumulate": 16}])
-def test_a_batch_that_does_not_divide_is_an_error(options):
+def test_rejects_batch_size_that_is_not_divisible(options):
     with pytest.raises(MeshError, match="batch_size 8 is not divisible"):
         Pipeline(make_examples(), batch_size=8, **options)
     with pytest.raises(MeshError, match="2 batch shards are not divisible by 4 hosts"):

@@ -1,4 +1,4 @@
-"""Records of published sets, in the forms of the papers."""
+"""Tests that records of published datasets get the formats of the papers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_meaning_representation_becomes_pairs():
     }
 
 
-def test_triples_are_joined_as_each_set_wants_it():
+def test_triples_have_the_format_of_each_dataset():
     triples = ["Aarhus | cityServed | Denmark", ["A", "Elevation", 25]]
     assert added("web_nlg", input=triples) == {
         "source": " | Aarhus : cityServed : Denmark | A : Elevation : 25"
@@ -35,13 +35,13 @@ def test_triples_are_joined_as_each_set_wants_it():
 @pytest.mark.parametrize(
     ("question", "joiner"), [("cause", "because"), (0, "because"), ("effect", "so"), (1, "so")]
 )
-def test_a_premise_gets_the_word_that_its_question_asks_for(question, joiner):
+def test_premise_gets_connective_of_its_question(question, joiner):
     assert added("copa", premise="It rained.", question=question) == {
         "start": f"It rained. {joiner}"
     }
 
 
-def test_labels_get_the_names_that_a_text_model_writes():
+def test_numeric_labels_become_names():
     assert added("sst2", label=1) == {"answer": "positive"}
     assert added("rte", label="entailment") == {"answer": "entailment"}
 
@@ -59,12 +59,12 @@ def test_labels_get_the_names_that_a_text_model_writes():
         ("copa", {"premise": "P.", "question": "why"}, "must be 'cause' or 'effect', got 'why'"),
     ],
 )
-def test_a_record_of_another_set_is_named(name, fields, message):
+def test_error_names_record_of_another_dataset(name, fields, message):
     with pytest.raises(DataError, match=f"x:1: .*{message}"):
         prepare([Record(fields, "x:1")], name)
 
 
-def test_a_name_that_is_unknown_gets_a_hint():
+def test_unknown_name_gets_a_hint():
     with pytest.raises(ConfigError, match="did you mean 'e2e'"):
         prepare([], "e2")
     with pytest.raises(ConfigError, match=r"data.prepare '': choose one of e2e"):

@@ -63,7 +63,7 @@ def test_a_malformed_csv_row_is_named(tmp_path, text, message):
         read_records(write(tmp_path / "a.csv", text))
 
 
-def test_a_csv_cell_may_hold_a_book(tmp_path):
+def test_csv_cell_may_contain_a_book(tmp_path):
     book = "word " * 100_000
     (record,) = read_records(write(tmp_path / "a.csv", f"x,y\n{book},1\n"))
     assert record.value("x") == book
@@ -100,7 +100,7 @@ def test_python_mappings_are_numbered():
         read_records([{"x": 1}, "x"])
 
 
-def test_python_mappings_may_hold_what_numpy_makes_of_text_and_numbers():
+def test_python_mappings_may_contain_numpy_values():
     given = {
         "n": np.int64(3),
         "x": np.float32(0.5),
@@ -114,12 +114,12 @@ def test_python_mappings_may_hold_what_numpy_makes_of_text_and_numbers():
         record.value("nan")
 
 
-def test_what_holds_no_records_is_an_error():
+def test_rejects_value_without_records():
     with pytest.raises(DataError, match=r"expected a file or an iterable of mappings .*, got None"):
         read_records(None)
 
 
-def test_an_unknown_field_names_the_fields_there_are_and_the_nearest():
+def test_unknown_field_error_lists_fields_and_closest_match():
     record = Record({"name": "a", "area": "b"}, "a.jsonl:7")
     with pytest.raises(DataError, match=r"a\.jsonl:7: no field 'nane' \(did you mean 'name'\?\)"):
         record.value("nane")
@@ -149,7 +149,7 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path):
 @pytest.mark.parametrize(
     "line", ['{"x": 1, "y": "\\ud800"}', '{"x": 1, "\\uDFFF": 2}', '{"x": {"y": ["\\udabc"]}}']
 )
-def test_half_a_surrogate_pair_is_found_in_every_field(tmp_path, line):
+def test_rejects_unpaired_surrogate_in_any_field(tmp_path, line):
     path = write(tmp_path / "a.jsonl", f'{{"x": "\\ud83d\\ude00"}}\n{line}\n')
     with pytest.raises(DataError, match=r"a\.jsonl:2: not valid Unicode text: surrogates"):
         read_records(path)
@@ -157,7 +157,7 @@ def test_half_a_surrogate_pair_is_found_in_every_field(tmp_path, line):
         read_records([{"x": "😀"}, json.loads(line)])
 
 
-def test_a_file_whose_name_no_prediction_can_hold_is_refused(tmp_path):
+def test_rejects_file_name_that_is_not_unicode(tmp_path):
     path = tmp_path / os.fsdecode(b"\xff.jsonl")
     path.write_text('{"x": 1}\n')
     with pytest.raises(DataError, match=r"the file name '\\udcff\.jsonl': not valid Unicode"):
@@ -175,7 +175,7 @@ def test_a_file_whose_name_no_prediction_can_hold_is_refused(tmp_path):
         ("zip.jsonl", "a zip archive; unpack it"),
     ],
 )
-def test_what_is_not_a_file_of_records_is_said_in_one_line(tmp_path, monkeypatch, path, message):
+def test_invalid_path_is_a_one_line_error(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe.jsonl")
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
@@ -187,14 +187,14 @@ def test_what_is_not_a_file_of_records_is_said_in_one_line(tmp_path, monkeypatch
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_rights_is_an_error(tmp_path):
+def test_unreadable_file_is_an_error(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"x": 1}')
     Path(path).chmod(0)
     with pytest.raises(DataError, match=r"a\.jsonl: cannot be read \(Permission denied\)"):
         read_records(path)
 
 
-def test_values_of_libraries_never_recurse_without_end():
+def test_rejects_deeply_nested_values():
     endless = []
     endless.append(endless)
     for value in (endless, 10**5000):
@@ -211,7 +211,7 @@ def test_messages_about_fields_are_bounded():
     assert len(str(error.value)) < 3000
 
 
-def test_an_unknown_kind_of_file_lists_the_known_ones(tmp_path):
+def test_unknown_file_type_error_lists_supported_types(tmp_path):
     with pytest.raises(DataError, match=r"'\.txt'.*\.jsonl, \.csv, \.parquet, or tfds:"):
         read_records(write(tmp_path / "a.txt", "x"))
 
@@ -224,11 +224,11 @@ def test_bytes_that_are_not_text_are_an_error(tmp_path):
 
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
-    """A dataset on disk as array_record, unknown to TFDS' registry when it is read."""
+    """Prepares a dataset as array_record; it is not in the TFDS registry when read."""
     import tensorflow_datasets as tfds
 
     class TinyPairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        # TFDS looks for the code of builders inside packages; a folder of tests is none.
+        # TFDS looks for the code of builders in packages, and a folder of tests is not a package.
         __module__ = "__main__"
         VERSION = tfds.core.Version("1.0.0")
 
@@ -255,11 +255,11 @@ def tfds_dir(tmp_path_factory):
     return path
 
 
-def test_a_set_whose_code_needs_tensorflow_is_read_from_what_was_prepared(tmp_path):
+def test_reads_prepared_dataset_whose_code_needs_tensorflow(tmp_path):
     import tensorflow_datasets as tfds
 
     class SuperGlue(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        # One question, in the place of SuperGLUE's BoolQ.
+        # One question, in place of SuperGLUE's BoolQ.
         __module__ = "__main__"
         VERSION = tfds.core.Version("1.0.3")
         BUILDER_CONFIGS = (tfds.core.BuilderConfig(name="boolq"),)
@@ -308,7 +308,7 @@ def test_tfds_errors_are_one_line(tfds_dir, spec, message):
     assert "\n" not in str(error.value)
 
 
-def test_sets_that_may_run_code_of_their_own_are_refused(tfds_dir):
+def test_rejects_datasets_that_may_run_their_own_code(tfds_dir):
     with pytest.raises(DataError, match="can run their own code and are not supported"):
         read_records("tfds:huggingface:glue/train", tfds_dir=tfds_dir)
 
@@ -330,7 +330,7 @@ def test_a_set_that_names_a_module_to_import_is_refused(tfds_dir, tmp_path, monk
         read_records("tfds:tiny_pairs/train", tfds_dir=copy)
 
 
-def test_every_damage_to_a_prepared_set_is_one_error(tfds_dir, tmp_path):
+def test_damaged_prepared_dataset_is_one_error(tfds_dir, tmp_path):
     rng, messages = random.Random(0), []
     for number in range(60):
         copy, files = _damaged(tfds_dir, tmp_path / str(number))
@@ -345,7 +345,7 @@ def test_every_damage_to_a_prepared_set_is_one_error(tfds_dir, tmp_path):
     assert all(message.startswith("tfds:tiny_pairs/train") for message in messages)
 
 
-def test_a_set_that_tfds_knows_and_nobody_has_prepared_is_an_error(tmp_path, monkeypatch):
+def test_rejects_tfds_dataset_that_is_not_prepared(tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Records name the task that they are of."""
+"""Tests that records are assigned to tasks."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ def test_tasks_are_collected_once_each_and_sorted():
     assert collect_tasks(RECORDS, "kind") == ("7", "cola", "rte")
 
 
-def test_a_task_has_the_number_of_its_place():
+def test_task_index_is_its_position():
     found = with_tasks(RECORDS, "kind", ("rte", "7", "cola"))
     assert [record.task for record in found] == [0, 2, 1, 0]
     assert [record.fields for record in found] == [record.fields for record in RECORDS]
 
 
-def test_an_unknown_task_is_told_with_the_nearest():
+def test_unknown_task_error_has_closest_match():
     with pytest.raises(
         DataError, match=r"r:1: unknown task 'cola' .* did you mean 'colas'\? the tasks"
     ):
         with_tasks(RECORDS, "kind", ("rte", "colas", "7"))
 
 
-def test_records_of_one_task_name_it_or_none():
+def test_selects_records_with_the_task_or_without_the_field():
     bare = Record({"text": "a"}, "r:9")
     assert of_task([*RECORDS, bare], "kind", "rte") == [RECORDS[0], RECORDS[3], bare]
     with pytest.raises(DataError, match="no record has the task 'sst2'"):
@@ -36,6 +36,6 @@ def test_records_of_one_task_name_it_or_none():
 
 
 @pytest.mark.parametrize("name", ["a/b", "x" * 300, "..", "", True, 0.5])
-def test_a_task_that_cannot_name_its_prefix_is_found_in_its_record(name):
+def test_rejects_task_that_cannot_be_a_directory_name(name):
     with pytest.raises(DataError, match=r"r:9: field 'kind'.*(directory|the name of a task)"):
         collect_tasks([*RECORDS, Record({"kind": name}, "r:9")], "kind")

@@ -19,11 +19,11 @@ def test_fields_are_filled_and_doubled_braces_are_literal():
     assert template.fields == ("x", "y", "x")
 
 
-def test_values_are_inserted_as_they_are():
+def test_values_are_inserted_unchanged():
     assert Template("{x}").render(record(x="{y} {{")) == ["{y} {{"]
 
 
-def test_nothing_is_looked_up_inside_a_value():
+def test_field_names_are_not_attribute_lookups():
     assert Template("{a.b}").render(Record({"a.b": "plain", "a": "no"}, "r")) == ["plain"]
     with pytest.raises(DataError, match=r"no field 'x\.__class__'"):
         Template("{x.__class__}").render(record(x="one"))
@@ -32,17 +32,17 @@ def test_nothing_is_looked_up_inside_a_value():
 
 
 @pytest.mark.parametrize("text", ["{", "a } b", "{}", "{x!r}", "{x:>9}", "{x:{y}}"])
-def test_braces_that_are_not_a_field_are_an_error(text):
+def test_rejects_braces_that_are_not_a_field(text):
     with pytest.raises(DataError, match="write a literal brace twice"):
         Template(text)
 
 
-def test_a_missing_field_is_an_error_that_names_the_record():
+def test_missing_field_error_names_the_record():
     with pytest.raises(DataError, match=r"a\.jsonl:3: no field 'mr'"):
         render(record(rm="x", ref="y"), input=Template("{mr}"), target=Template("{ref}"))
 
 
-def test_a_list_in_the_target_gives_an_example_each_and_all_are_references():
+def test_target_list_gives_one_example_per_item():
     rendered = render(
         record(mr="m", refs=["a", "b"]), input=Template("{mr}: "), target=Template("{refs}.")
     )
@@ -53,7 +53,7 @@ def test_a_list_in_the_target_gives_an_example_each_and_all_are_references():
     assert all(one.references == ("a.", "b.") and one.prompt == "m: " for one in rendered)
 
 
-def test_references_come_from_their_own_field_if_one_is_named():
+def test_references_come_from_the_named_field():
     (one,) = render(
         record(y="a", all=["a", "b"]), input=None, target=Template("{y}"), references="all"
     )
@@ -73,32 +73,32 @@ def test_references_come_from_their_own_field_if_one_is_named():
         ({"x": "a", "y": float("nan")}, "field 'y' is NaN"),
     ],
 )
-def test_values_that_are_no_text_are_errors(fields, message):
+def test_rejects_values_that_are_not_text(fields, message):
     with pytest.raises(DataError, match=f"a.jsonl:3: .*{message}"):
         render(record(**fields), input=Template("{x}"), target=Template("{y}"))
 
 
-def test_two_lists_in_one_template_are_an_error():
+def test_rejects_two_lists_in_one_template():
     with pytest.raises(DataError, match="are both lists"):
         Template("{x} {y}").render(record(x=["a", "b"], y=["c"]))
 
 
-def test_every_turn_of_the_assistant_is_a_target_with_its_end(tokenizer):
+def test_assistant_turns_are_targets_including_end_token(tokenizer):
     turns = [("system", "be"), ("user", "1"), ("assistant", "one"), ("user", "2")]
     rendered = render_chat(chat(*turns, ("assistant", "2!")), "messages", tokenizer)
     assert [segment.text for segment in rendered.segments if segment.target] == [
         "one<|im_end|>\n",
         "2!<|im_end|>\n",
     ]
-    # What stands before the last answer is what generation will be given.
+    # The text before the last answer is the prompt for generation.
     assert rendered.prompt == tokenizer.apply_chat_template(
         chat(*turns).value("messages"), tokenize=False, add_generation_prompt=True
     )
     assert rendered.references == ("2!",)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_an_error(tokenizer, monkeypatch):
-    # As templates do that drop the reasoning of every answer but the last.
+def test_rejects_template_that_rewrites_earlier_turns(tokenizer, monkeypatch):
+    # Like templates that drop the reasoning of all answers except the last.
     monkeypatch.setattr(
         tokenizer,
         "chat_template",
@@ -109,7 +109,7 @@ def test_a_template_that_rewrites_earlier_turns_is_an_error(tokenizer, monkeypat
         render_chat(chat(("user", "1"), ("assistant", "a")), "messages", tokenizer)
 
 
-def test_a_chat_that_the_template_refuses_is_an_error(tokenizer, monkeypatch):
+def test_chat_rejected_by_template_is_an_error(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(DataError, match=r"a\.jsonl:3: .*refuses the chat: roles must alternate"):
         render_chat(chat(("user", "1"), ("assistant", "a")), "messages", tokenizer)
@@ -132,12 +132,12 @@ def test_a_tokenizer_without_chat_template_is_an_error(tokenizer, monkeypatch):
         ([{"role": "assistant", "content": " "}], "turn 1, of the assistant, is empty"),
     ],
 )
-def test_what_is_no_chat_is_an_error(tokenizer, messages, message):
+def test_rejects_invalid_chat(tokenizer, messages, message):
     with pytest.raises(DataError, match=f"a.jsonl:3: .*{message}"):
         render_chat(record(messages=messages), "messages", tokenizer)
 
 
-def test_a_chat_is_prompted_up_to_its_last_answer(tokenizer):
+def test_chat_prompt_ends_before_last_answer(tokenizer):
     turns = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "ho"},
@@ -153,12 +153,12 @@ def test_a_chat_is_prompted_up_to_its_last_answer(tokenizer):
         render_chat_prompt(Record({"chat": []}, "r"), "chat", tokenizer)
 
 
-def test_half_of_a_surrogate_pair_is_an_error():
+def test_rejects_unpaired_surrogate():
     with pytest.raises(DataError, match=r"a\.jsonl:3: not valid Unicode text"):
         Template("{x}").render(record(x="\ud800"))
 
 
-def test_a_record_that_would_become_too_many_texts_is_refused(tokenizer):
+def test_rejects_too_many_alternatives(tokenizer):
     words = ["x"] * 10_000
     assert len(Template("{x}").render(record(x=words))) == 10_000
     with pytest.raises(DataError, match=r"a\.jsonl:3: field 'x' is a list of 10,001 texts"):
@@ -168,13 +168,13 @@ def test_a_record_that_would_become_too_many_texts_is_refused(tokenizer):
         render_chat(chat(*turns), "messages", tokenizer)
 
 
-def test_a_reference_that_takes_hours_to_compare_is_refused():
+def test_rejects_reference_that_is_too_long_to_score():
     with pytest.raises(DataError, match=r"a\.jsonl:3: field 'all' has a reference of 100,001 ch"):
         render(
             record(y="a", all=["x" * 100_001]), input=None, target=Template("{y}"), references="all"
         )
 
 
-def test_nan_in_a_list_is_no_text():
+def test_rejects_nan_in_a_list():
     with pytest.raises(DataError, match=r"a\.jsonl:3: field 'x' contains NaN"):
         Template("{x}").render(record(x=["one", float("nan")]))

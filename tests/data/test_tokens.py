@@ -24,8 +24,8 @@ def chat(tokenizer, *turns):
     return render_chat(Record({"messages": messages}, "a.jsonl:1"), "messages", tokenizer)
 
 
-def test_the_source_has_the_same_tokens_whatever_target_follows(tokenizer):
-    # Joined, "the c" + "at" would merge into one token across the border.
+def test_input_tokens_do_not_depend_on_target(tokenizer):
+    # Tokenised together, "the c" + "at" would merge into one token across the boundary.
     whole = tokenizer("the cat", add_special_tokens=False)["input_ids"]
     one, two = tokenize(pairs(("the c", "at"), ("the c", "entre")), tokenizer)
     assert one.ids_T[:-1].tolist() != whole
@@ -42,12 +42,12 @@ def test_the_loss_is_on_the_target_and_its_end(tokenizer):
     assert example.ids_T.dtype == np.int32
 
 
-def test_the_loss_may_be_on_all_tokens_but_the_first(tokenizer):
+def test_loss_may_cover_all_tokens_except_the_first(tokenizer):
     (example,) = tokenize(pairs(("the cat", " sat")), tokenizer, loss="all")
     assert example.target_T.tolist() == [False] + [True] * (len(example.ids_T) - 1)
 
 
-def test_text_starts_as_the_tokenizer_itself_would_start_it(bos_tokenizer):
+def test_text_starts_with_special_tokens_of_tokenizer(bos_tokenizer):
     (example,) = tokenize(pairs(("the cat", " sat")), bos_tokenizer)
     prompt = bos_tokenizer("the cat")["input_ids"]
     assert example.ids_T[: example.source_length].tolist() == prompt
@@ -56,8 +56,8 @@ def test_text_starts_as_the_tokenizer_itself_would_start_it(bos_tokenizer):
 
 
 @pytest.mark.parametrize("written", ["<s> $A <|im_end|>", "$A <|im_end|>"])
-def test_an_end_that_the_tokenizer_appends_is_not_put_before_the_target(make_tokenizer, written):
-    """As of Llama's tokenizer with add_eos_token."""
+def test_appended_end_token_is_not_put_before_the_target(make_tokenizer, written):
+    """Llama's tokenizer does this with add_eos_token."""
     tokenizer = make_tokenizer(written)
     (example,) = tokenize(pairs(("the cat", " sat")), tokenizer)
     begin = written.removesuffix("$A <|im_end|>").strip()
@@ -65,7 +65,7 @@ def test_an_end_that_the_tokenizer_appends_is_not_put_before_the_target(make_tok
     assert tokenizer.decode(example.prompt_ids) == f"{begin}the cat"
 
 
-def test_a_text_that_begins_with_the_special_token_gets_no_second_one(bos_tokenizer):
+def test_special_token_is_not_duplicated(bos_tokenizer):
     inputs = pairs(("<s>the cat", " sat"), ("", "<s>the cat"), ("the cat", " sat"))
     examples = tokenize(inputs, bos_tokenizer)
     for example in examples:
@@ -74,7 +74,7 @@ def test_a_text_that_begins_with_the_special_token_gets_no_second_one(bos_tokeni
     assert cut.ids_T[0] == bos_tokenizer.bos_token_id
 
 
-def test_without_input_the_first_token_is_no_target(tokenizer):
+def test_first_token_without_input_is_not_a_target(tokenizer):
     (example,) = tokenize(pairs(("", "the cat")), tokenizer)
     assert not example.target_T[0]
     assert example.target_T[1:].all()
@@ -82,7 +82,7 @@ def test_without_input_the_first_token_is_no_target(tokenizer):
 
 
 @pytest.mark.parametrize(("side", "kept"), [("left", "cdef"), ("right", "abcd")])
-def test_an_input_that_is_too_long_is_cut_and_the_target_is_not(tokenizer, side, kept):
+def test_long_input_is_cut_but_target_is_not(tokenizer, side, kept):
     examples = tokenize(pairs(("abcdef", "xy"), ("a", "b")), tokenizer, max_length=7, truncate=side)
     assert tokenizer.decode(examples[0].ids_T) == kept + "xy<|im_end|>"
     assert len(examples[0].ids_T) == 7
@@ -90,7 +90,7 @@ def test_an_input_that_is_too_long_is_cut_and_the_target_is_not(tokenizer, side,
     assert examples.dropped == ()
 
 
-def test_a_target_that_is_too_long_is_an_error_that_names_lengths(tokenizer):
+def test_long_target_error_names_lengths(tokenizer):
     with pytest.raises(DataError, match=r"a\.jsonl:1: 2 tokens of input and 4 .* max_length 4"):
         tokenize(pairs(("ab", "xyz")), tokenizer, max_length=4)
     (example,) = tokenize(pairs(("ab", "xyz")), tokenizer, max_length=5)
@@ -108,7 +108,7 @@ def test_dropped_examples_are_reported(tokenizer):
         tokenize(rendered, tokenizer, max_length=2, on_overflow="drop")
 
 
-def test_a_target_that_makes_no_tokens_is_an_error(tokenizer, monkeypatch):
+def test_rejects_target_without_tokens(tokenizer, monkeypatch):
     from tokenizers import normalizers
 
     silent = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
@@ -123,7 +123,7 @@ def test_a_tokenizer_without_end_token_is_an_error(tokenizer):
         tokenize(pairs(("a", "b")), endless)
 
 
-def test_in_a_chat_the_assistants_turns_and_their_ends_are_learnt(tokenizer):
+def test_chat_targets_are_assistant_turns_with_end_tokens(tokenizer):
     turns = [("user", "1"), ("assistant", "one"), ("user", "2"), ("assistant", "two")]
     (example,) = tokenize([chat(tokenizer, *turns)], tokenizer)
     learnt = tokenizer.decode(example.ids_T[example.target_T])
@@ -135,7 +135,7 @@ def test_in_a_chat_the_assistants_turns_and_their_ends_are_learnt(tokenizer):
 
 
 def _speaking(tokenizer, ending, *added):
-    """The tokenizer with a chat template whose turns end with a text."""
+    """Gives the tokenizer a chat template whose turns end with this text."""
     changed = copy.deepcopy(tokenizer)
     changed.add_tokens(list(added))
     changed.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", ending)
@@ -145,7 +145,7 @@ def _speaking(tokenizer, ending, *added):
 TURNS = [("user", "1"), ("assistant", "one"), ("user", "2"), ("assistant", "two")]
 
 
-def test_a_turn_is_learnt_up_to_a_token_that_decoding_stops_at(tokenizer):
+def test_turn_targets_end_at_a_decoding_end_token(tokenizer):
     gemma = _speaking(tokenizer, "<end_of_turn>\n", "<end_of_turn>")
     (example,) = tokenize([chat(gemma, *TURNS)], gemma)
     learnt = gemma.decode(example.ids_T[example.target_T])
@@ -153,14 +153,14 @@ def test_a_turn_is_learnt_up_to_a_token_that_decoding_stops_at(tokenizer):
     assert example.ids_T[example.target_T][-1] in end_tokens(gemma, chat=True)
 
 
-def test_a_turn_may_end_with_a_token_that_only_the_checkpoint_names(tokenizer):
+def test_turn_may_end_with_end_token_of_checkpoint(tokenizer):
     stated = _speaking(tokenizer, "{{ '#' if m.content == 'two' else '' }}\n")
     sharp = stated.convert_tokens_to_ids("#")
     (example,) = tokenize([chat(stated, *TURNS)], stated, end_ids=[sharp])
     assert stated.decode(example.ids_T[example.target_T]) == "one\ntwo#"
 
 
-def test_a_chat_whose_template_ends_no_turn_ends_with_eos(tokenizer):
+def test_chat_without_end_of_turn_token_ends_with_eos(tokenizer):
     plain = _speaking(tokenizer, "\n")
     (example,) = tokenize([chat(plain, *TURNS)], plain)
     assert plain.decode(example.ids_T[example.target_T]) == "one\ntwo\n<|im_end|>"
@@ -170,7 +170,7 @@ def test_a_chat_whose_template_ends_no_turn_ends_with_eos(tokenizer):
         tokenize([chat(plain, *TURNS)], endless)
 
 
-def test_a_chat_gets_no_special_tokens_beside_its_templates(bos_tokenizer):
+def test_chat_has_only_special_tokens_of_its_template(bos_tokenizer):
     (example,) = tokenize([chat(bos_tokenizer, ("user", "1"), ("assistant", "x"))], bos_tokenizer)
     text = "<|im_start|>user\n1<|im_end|>\n<|im_start|>assistant\nx<|im_end|>\n"
     assert bos_tokenizer.decode(example.ids_T) == text
@@ -188,7 +188,7 @@ def test_equal_prompts_become_one_example_with_all_references(tokenizer):
     assert grouped[0].source == "a.jsonl:1"
 
 
-def test_a_lone_surrogate_is_an_error_that_names_its_record(tokenizer):
+def test_unpaired_surrogate_error_names_the_record(tokenizer):
     with pytest.raises(DataError, match=r"a\.jsonl:2: not valid Unicode text"):
         tokenize(pairs(("ab", "x"), ("c\ud83d", "y")), tokenizer)
 
@@ -198,12 +198,10 @@ def seq2seq(**options):
 
 
 class TestEncoderDecoders:
-    """The input goes to the encoder, the target to the decoder, each as the tokenizer writes it."""
+    """Encoder input and decoder target both have the tokenizer's special tokens."""
 
     @pytest.mark.parametrize("written", ["$A <|im_end|>", "<s> $A <|im_end|>", "$A"])
-    def test_source_and_target_are_what_the_tokenizer_makes_of_the_texts(
-        self, make_tokenizer, written
-    ):
+    def test_source_and_target_match_the_tokenizer(self, make_tokenizer, written):
         tokenizer = make_tokenizer(written)
         (example,) = tokenize(pairs(("the cat", " sat")), tokenizer, encoder_decoder=seq2seq())
         target = tokenizer(" sat")["input_ids"]
@@ -213,13 +211,13 @@ class TestEncoderDecoders:
         assert example.target_T.tolist() == [False] + [True] * len([*target, *ends])
         assert example.prompt_ids == example.source_ids_S.tolist()
         assert example.prompt == "the cat"
-        # What a label's tokens follow.
+        # The tokens before those of a label.
         assert example.ids_T[: example.prompt_length].tolist() == (
             [7, 0] if written.startswith("<s>") else [7]
         )
 
     @pytest.mark.parametrize("side", ["left", "right"])
-    def test_a_source_is_cut_between_its_special_tokens(self, make_tokenizer, side):
+    def test_source_is_truncated_between_its_special_tokens(self, make_tokenizer, side):
         tokenizer = make_tokenizer("<s> $A <|im_end|>")
         how = {"truncate": side, "encoder_decoder": seq2seq()}
         (whole,) = tokenize(pairs(("the cat sat", "on")), tokenizer, **how)
@@ -230,7 +228,7 @@ class TestEncoderDecoders:
         assert cut.truncated == ("a.jsonl:1",)
         assert cut[0].ids_T.tolist() == whole.ids_T.tolist()
 
-    def test_a_target_that_does_not_fit_the_decoder_is_an_error_or_dropped(self, tokenizer):
+    def test_target_too_long_for_decoder_is_an_error_or_dropped(self, tokenizer):
         texts = pairs(("the", "cat"), ("the", "none of these"))
         how = {"encoder_decoder": seq2seq(max_target=4)}
         with pytest.raises(DataError, match=r"a\.jsonl:2: \d+ tokens of target exceed the 4"):
@@ -238,7 +236,7 @@ class TestEncoderDecoders:
         kept = tokenize(texts, tokenizer, on_overflow="drop", **how)
         assert (len(kept), kept.dropped) == (1, ("a.jsonl:2",))
 
-    def test_an_empty_input_is_an_error_unless_soft_tokens_stand_there(self, tokenizer):
+    def test_empty_input_needs_soft_tokens(self, tokenizer):
         texts = pairs(("", "cat"))
         with pytest.raises(DataError, match=r"a\.jsonl:1: the input is empty"):
             tokenize(texts, tokenizer, encoder_decoder=seq2seq())
@@ -246,6 +244,6 @@ class TestEncoderDecoders:
         (example,) = tokenize(texts, tokenizer, encoder_decoder=soft)
         assert example.source_ids_S.tolist() == []
 
-    def test_what_is_only_read_cannot_be_learnt(self, tokenizer):
+    def test_rejects_loss_on_encoder_input(self, tokenizer):
         with pytest.raises(ConfigError, match=r"use data\.loss: target"):
             tokenize(pairs(("a", "b")), tokenizer, loss="all", encoder_decoder=seq2seq())

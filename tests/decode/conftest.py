@@ -21,7 +21,7 @@ P = 3
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is a token; 256 ends a text."""
+    """A byte-level tokenizer; token 256 is the end of text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: index for index, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab, []))

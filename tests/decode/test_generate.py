@@ -1,4 +1,4 @@
-"""Generation of a small random model, behind a random prefix."""
+"""Tests generation with a small random model and a random prefix."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from prefix_jax.mesh import make_mesh, weight_shardings
 from prefix_jax.nn.mask import Tokens
 
 NEW = 8
-# Three or four, which share the programs of four rows.
+# Three or four prompts, which share the programs for four rows.
 PROMPTS = st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=14), min_size=3, max_size=4)
 few = settings(max_examples=15)
 
@@ -44,7 +44,7 @@ FORWARD = jax.jit(Backbone.hidden, static_argnums=0)
 
 
 def untied(generator: Generator):
-    """A head of its own with the weights of the embedding."""
+    """An untied output head with the weights of the embedding."""
     return {"unembed_DV": generator.params["embed"]["tokens_VD"].T}
 
 
@@ -64,7 +64,7 @@ def ids_of(generations):
 class TestBatches:
     @few
     @given(prompts=PROMPTS)
-    def test_a_prompt_gives_the_same_alone_and_in_a_ragged_batch(
+    def test_ragged_batches_do_not_change_results(
         self, generator: Generator, config: DecodeConfig, prompts
     ) -> None:
         together = generator.generate(prompts, config)
@@ -75,7 +75,7 @@ class TestBatches:
                 np.testing.assert_allclose(sample.logprobs, same.logprobs, atol=1e-4)
                 assert sample.score == pytest.approx(same.score, abs=1e-4)
 
-    def test_stacked_and_listed_weights_give_the_same(
+    def test_stacked_and_unstacked_weights_give_equal_results(
         self, generator: Generator, params, config: DecodeConfig
     ) -> None:
         stacked = dataclasses.replace(generator, params=params)
@@ -84,10 +84,10 @@ class TestBatches:
             generator.generate(prompts, config)
         )
 
-    def test_devices_that_share_columns_give_the_same(
+    def test_sharded_columns_give_equal_results(
         self, generator: Generator, config: DecodeConfig
     ) -> None:
-        """A prompt's; a new token is one column."""
+        """Only prompts are split over devices; a new token is a single column."""
         mesh = make_mesh(1, 2, sequence=4)
         params = jax.device_put(generator.params, weight_shardings(generator.params, mesh))
         shared = dataclasses.replace(generator, params=params)
@@ -99,7 +99,7 @@ class TestBatches:
 
 @few
 @given(prompts=PROMPTS)
-def test_greedy_tokens_are_the_likeliest_of_a_forward_pass_over_the_whole_text(
+def test_greedy_tokens_match_a_forward_pass_over_the_whole_text(
     generator: Generator, prompts
 ) -> None:
     backbone, params, prefix = generator.backbone, generator.params, generator.prefix
@@ -119,7 +119,7 @@ def test_greedy_tokens_are_the_likeliest_of_a_forward_pass_over_the_whole_text(
             assert logprob == pytest.approx(logprobs_V.max(), abs=1e-4)
 
 
-def test_a_prefix_changes_what_is_generated(generator: Generator) -> None:
+def test_prefix_changes_generated_text(generator: Generator) -> None:
     bare = dataclasses.replace(generator, prefix=None)
     prompts = [[i] for i in range(4)]
     config = DecodeConfig(max_new_tokens=NEW)
@@ -133,7 +133,7 @@ def test_the_score_of_a_text_is_the_sum_of_its_logprobs(generator: Generator) ->
 
 @few
 @given(prompts=PROMPTS)
-def test_a_beam_scores_its_logprobs_over_its_length(generator: Generator, prompts) -> None:
+def test_beam_score_is_logprob_divided_by_length(generator: Generator, prompts) -> None:
     config = DecodeConfig(max_new_tokens=NEW, beams=3, samples=3)
     for generation in generator.generate(prompts, config):
         scores = [sample.score for sample in generation.samples]
@@ -157,7 +157,7 @@ class TestConstraints:
 
     @few
     @given(prompts=PROMPTS, beams=st.sampled_from([1, 3]))
-    def test_banned_words_are_never_written(
+    def test_banned_words_are_never_generated(
         self, generator: Generator, prompts, beams: int
     ) -> None:
         config = DecodeConfig(max_new_tokens=NEW, beams=beams)
@@ -213,7 +213,7 @@ class TestEnds:
     def test_any_of_several_end_tokens_ends_a_text(
         self, generator: Generator, config: DecodeConfig
     ) -> None:
-        """Those of the checkpoint, where the generator is told no other."""
+        """Without other end tokens, the generator uses those of the checkpoint."""
         prompts = [[i] for i in range(4)]
         free = generator.generate(prompts, config)
         ends = tuple(sorted({generation.samples[-1].ids[3] for generation in free}))
@@ -241,22 +241,22 @@ class TestEnds:
 
 
 class TestSampling:
-    def test_the_seed_decides(self, generator: Generator) -> None:
+    def test_seed_determines_samples(self, generator: Generator) -> None:
         def draw(seed: int):
             config = DecodeConfig(max_new_tokens=NEW, temperature=1.5, samples=3, seed=seed)
             return ids_of(generator.generate([[1, 2]] * 2, config))
 
         assert draw(0) == draw(0) != draw(1)
         every = [ids for prompt in draw(0) for ids in prompt]
-        assert len(set(every)) == len(every), "samples and prompts have keys of their own"
+        assert len(set(every)) == len(every), "every sample and prompt has its own key"
 
-    def test_only_the_likeliest_are_drawn_with_top_k_1(self, generator: Generator) -> None:
+    def test_top_k_1_is_greedy(self, generator: Generator) -> None:
         greedy = generator.generate([[1, 2]], DecodeConfig(max_new_tokens=NEW))
         config = DecodeConfig(max_new_tokens=NEW, temperature=2.0, top_k=1, samples=2)
         (sampled,) = ids_of(generator.generate([[1, 2]], config))
         assert sampled == [greedy[0].samples[0].ids] * 2
 
-    def test_tokens_are_drawn_as_often_as_they_are_likely(self, generator: Generator) -> None:
+    def test_sample_frequencies_match_probabilities(self, generator: Generator) -> None:
         config = DecodeConfig(max_new_tokens=1, temperature=1.0, samples=4000)
         (generation,) = generator.generate([[7, 8, 9]], config)
         drawn = np.array([sample.ids[0] for sample in generation.samples])
@@ -269,10 +269,10 @@ class TestSampling:
 class TestPrompts:
     @pytest.mark.parametrize("written", ["$A", "! $A", "$A </s>", "! $A </s>"])
     @pytest.mark.parametrize("prompt", ["ab", "!ab"])
-    def test_a_prompt_has_the_tokens_that_it_has_in_training(
+    def test_prompt_has_the_same_tokens_as_in_training(
         self, generator: Generator, written: str, prompt: str
     ) -> None:
-        """Whatever the tokenizer writes around a text, an end of text included."""
+        """This holds for any special tokens around a text, including an end of text."""
         tokenizer = copy.deepcopy(generator.tokenizer)
         tokenizer.add_special_tokens({"bos_token": "!"})
         special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("!", "</s>")]
@@ -303,10 +303,10 @@ class TestNonFiniteLogits:
         ids=["greedy", "stop", "sampled", "beams"],
     )
     @pytest.mark.parametrize("value", [np.nan, np.inf])
-    def test_they_are_an_error_that_names_the_prompt(
+    def test_error_names_the_prompt(
         self, generator: Generator, config: DecodeConfig, value: float
     ) -> None:
-        """The first prompt never meets the broken token; the second reads it."""
+        """Only the second prompt contains the broken token."""
         table_VD = generator.params["embed"]["tokens_VD"].at[7].set(value)
         broken = {**generator.params, "embed": {"tokens_VD": table_VD}, "head": untied(generator)}
         arch = dataclasses.replace(generator.backbone.arch, tied=False)
@@ -317,7 +317,7 @@ class TestNonFiniteLogits:
         ):
             generator.generate([[1], [1, 7]], config, names=["first", "second"])
 
-    def test_no_text_comes_of_them(self, generator: Generator) -> None:
+    def test_no_text_is_emitted(self, generator: Generator) -> None:
         nowhere = jax.tree.map(lambda leaf: leaf * jnp.nan, generator.params)
         pieces = []
         with pytest.raises(NonFiniteError, match="prompt 0"):
@@ -326,8 +326,8 @@ class TestNonFiniteLogits:
             )
         assert pieces == []
 
-    def test_they_do_not_matter_after_the_end_of_a_text(self, generator: Generator) -> None:
-        """A batch goes on until its last text has ended."""
+    def test_ignored_after_the_end_of_a_text(self, generator: Generator) -> None:
+        """A batch continues until its last text has ended."""
         prompts = [[1], [2]]
         free = generator.generate(prompts, DecodeConfig(max_new_tokens=NEW))
         end = free[0].samples[0].ids[0]
@@ -355,19 +355,19 @@ class TestContext:
         with pytest.raises(ContextError, match=r"prompt 1: 246 tokens after a prefix of 3"):
             generator.generate([[1], [1] * (room - NEW + 1)], config)
 
-    def test_an_empty_prompt_is_refused(self, generator: Generator) -> None:
+    def test_rejects_empty_prompt(self, generator: Generator) -> None:
         with pytest.raises(DataError, match="prompt 1 is empty"):
             generator.generate(["a", ""], DecodeConfig())
 
     @pytest.mark.parametrize("ids", [[1, -1], [1, 10**6]])
-    def test_a_token_that_the_model_does_not_have_is_refused(
+    def test_rejects_token_outside_the_vocabulary(
         self, generator: Generator, ids: list[int]
     ) -> None:
         with pytest.raises(DataError, match="prompt 0 contains token id"):
             generator.generate([ids], DecodeConfig())
 
     @pytest.mark.parametrize("size", [0, -1])
-    def test_a_batch_of_nothing_is_refused(self, generator: Generator, size: int) -> None:
+    def test_rejects_batch_size_below_one(self, generator: Generator, size: int) -> None:
         with pytest.raises(ConfigError, match=f"batch_size must be at least 1, got {size}"):
             generator.generate(["a"], DecodeConfig(), batch_size=size)
 
@@ -393,7 +393,7 @@ class TestPrograms:
         assert memory.temp_size_in_bytes < cache
 
 
-def test_an_encoder_cannot_generate_and_says_what_it_is_for(tmp_path: Path) -> None:
+def test_encoder_rejects_generation(tmp_path: Path) -> None:
     model = load(tiny.write_encoder(tmp_path / "bert"))
     generator = Generator(model.backbone, model.params, model.tokenizer)
     with pytest.raises(BackboneError, match=r"bert is an encoder.*task\.name: classify"):

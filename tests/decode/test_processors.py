@@ -1,4 +1,4 @@
-"""Processors mean what those of transformers mean (`tests/fixtures/make_decode.py`)."""
+"""Tests that processors match those of transformers (`tests/fixtures/make_decode.py`)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def equal(actual, name: str) -> None:
 
 
 def padded(ids):
-    """More columns than there are tokens: what stands in them must not matter."""
+    """Adds columns after the tokens, whose contents must not matter."""
     return jnp.concatenate([ids, ids[:, ::-1]], axis=1)
 
 
@@ -56,7 +56,7 @@ class TestConstraints:
             scores = forbid_words(scores, ids, LENGTH, banned)
         equal(scores, "banned")
 
-    def test_a_context_shorter_than_a_constraint_is_left_alone(self, ids) -> None:
+    def test_context_shorter_than_a_constraint_is_unchanged(self, ids) -> None:
         one = np.ones(len(IDS), int)
         same = forbid_ngrams(SCORES, ids, one, 3)
         same = forbid_words(same, ids, one, BANNED[2])

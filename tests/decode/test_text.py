@@ -1,4 +1,4 @@
-"""Text comes in pieces that are certain."""
+"""Tests streaming of text pieces."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pieces(
 
 
 @given(text=st.text(), context=st.text(max_size=5))
-def test_pieces_make_the_text_and_never_split_a_character(
+def test_pieces_form_the_text_and_never_split_a_character(
     tokenizer: PreTrainedTokenizerFast, text: str, context: str
 ) -> None:
     made, stream = pieces(tokenizer, text, context=context)
@@ -33,7 +33,7 @@ def test_pieces_make_the_text_and_never_split_a_character(
 
 
 @given(text=st.text("ab\n"), stop=st.lists(st.text("ab\n", min_size=1, max_size=3), max_size=3))
-def test_a_text_ends_before_the_first_stop_text_and_shows_nothing_of_it(
+def test_text_ends_before_the_first_stop_text(
     tokenizer: PreTrainedTokenizerFast, text: str, stop: list[str]
 ) -> None:
     made, stream = pieces(tokenizer, text, stop)
@@ -49,7 +49,7 @@ def test_a_text_ends_before_the_first_stop_text_and_shows_nothing_of_it(
         assert shown == text[: min(starts)]
 
 
-def test_half_a_character_at_the_end_is_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_incomplete_character_at_the_end_is_dropped(tokenizer: PreTrainedTokenizerFast) -> None:
     stream = TextStream(tokenizer.backend_tokenizer, [], ())
     for token in tokenizer("aé")["input_ids"][:-1]:
         stream.push(token)
@@ -84,14 +84,14 @@ class TestStreaming:
                 [s.ids for s in g.samples] for g in silent
             ]
 
-    def test_on_done_hears_of_every_prompt_once(self, generator: Generator) -> None:
+    def test_on_done_is_called_once_per_prompt(self, generator: Generator) -> None:
         heard = {}
         generations = generator.generate(
             self.PROMPTS, DecodeConfig(max_new_tokens=4), batch_size=1, on_done=heard.__setitem__
         )
         assert [heard[index] for index in range(3)] == generations
 
-    def test_a_stop_text_ends_a_continuation_whether_heard_or_not(
+    def test_stop_text_ends_a_continuation_with_and_without_streaming(
         self, generator: Generator
     ) -> None:
         config = DecodeConfig(max_new_tokens=40)

@@ -16,7 +16,7 @@ TOP_K = jax.jit(top_k, static_argnums=1)
     levels=st.sampled_from([1, 3, 10_000]),
     seed=st.integers(0, 99),
 )
-def test_top_k_is_exact_with_ties_too(vocab, k, levels, seed) -> None:
+def test_top_k_is_exact_including_ties(vocab, k, levels, seed) -> None:
     x_RV = np.random.default_rng(seed).integers(0, levels, (2, vocab)).astype(np.float32)
     values_Rk, index_Rk = TOP_K(x_RV, k)
     np.testing.assert_array_equal(values_Rk, jax.lax.top_k(x_RV, k)[0])

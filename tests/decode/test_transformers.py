@@ -1,5 +1,7 @@
-"""Greedy decoding and beam search equal those of transformers, token for token, with a prefix and
-without; `tests/fixtures/make_decode.py` wrote what they give."""
+"""Tests that greedy decoding and beam search return the same tokens as transformers.
+
+The expected results, with and without a prefix, come from `tests/fixtures/make_decode.py`.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,13 @@ P, SLOTS = 5, 3
 
 
 def letter(token: int) -> str:
-    """The text of a token: a letter each, but for the space."""
+    """Returns the text of a token: one letter, or a space."""
     return " " if token == 5 else chr(0x400 + token)
 
 
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 96 letters, so that banned words are what their tokens are."""
+    """A tokenizer with 96 letters, so that banned words correspond to their tokens."""
     tokenizer = Tokenizer(models.WordLevel({letter(t): t for t in range(96)}, unk_token=letter(0)))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -67,8 +69,10 @@ def sites_prefix(backbone: Backbone, seed: int) -> Prefix:
 
 
 def check(run: dict[str, Any], pretrained: Pretrained) -> float:
-    """All prompts of a run in one ragged batch give what each gave transformers alone: its tokens,
-    and its scores up to the difference that is returned, relative to 1 + |score|."""
+    """Compares a ragged batch of all prompts with transformers, which ran each prompt separately.
+
+    Tokens must be equal; returns the largest score difference relative to 1 + |score|.
+    """
     options = dict(run["options"])
     banned = options.pop("banned_words", [])
     backbone, make_prefix = pretrained.backbone, peft_prefix
@@ -99,7 +103,7 @@ def check(run: dict[str, Any], pretrained: Pretrained) -> float:
 
 @pytest.mark.parametrize("behind", [False, True], ids=["bare", "prefix"])
 @pytest.mark.parametrize("name", ["gpt2", "mistral_window"])
-def test_decoding_equals_that_of_transformers(name: str, behind: bool) -> None:
+def test_decoding_matches_transformers(name: str, behind: bool) -> None:
     runs = [r for r in RUNS if r["model"] == name and (r["prefix_seed"] is not None) == behind]
     assert len(runs) >= 6
     for run in runs:
@@ -107,7 +111,7 @@ def test_decoding_equals_that_of_transformers(name: str, behind: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_what_encoder_decoders_write_equals_that_of_transformers(name: str) -> None:
+def test_encoder_decoders_match_transformers(name: str) -> None:
     """T5 bare and with a prefix at every attention; BART with tokens forced at both ends."""
     runs = [r for r in RUNS if r["model"] == name]
     assert len(runs) >= 3

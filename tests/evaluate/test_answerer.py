@@ -1,4 +1,4 @@
-"""A stored head answers only the task that it was trained for."""
+"""Tests that a stored head answers only the task that it was trained for."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_task_has_its_labels() -> None:
         (LABELS, [], "prefix.json: task: .*; the card is damaged"),
     ],
 )
-def test_a_card_whose_task_does_not_fit_its_head_is_refused(
+def test_rejects_card_whose_task_does_not_match_its_head(
     config: Any, head: Any, message: str
 ) -> None:
     with pytest.raises(PrefixError, match=message):

@@ -1,4 +1,4 @@
-"""A head's numbers become answers, and answers become scores."""
+"""Tests decoding and scoring of a head's outputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def classes(labels: tuple[str, ...], right: list[int], found: list[int]) -> dict
 
 
 def test_classes() -> None:
-    """Of two labels the last one is positive."""
+    """With two labels, the last one is positive."""
     found = classes(("no", "yes"), [1, 1, 1, 0, 0], [1, 1, 0, 0, 1])
     assert found == {"accuracy": 60, "f1": 66.667, "f1_macro": 58.333, "matthews": 16.667}
     assert classes(("a", "b", "c"), [0, 1, 2], [0, 1, 1])["f1"] == 55.556
@@ -43,7 +43,7 @@ def test_classes() -> None:
     }  # fmt: skip
 
 
-def test_a_class_comes_with_the_probability_of_every_label() -> None:
+def test_class_has_probability_of_every_label() -> None:
     task = TaskConfig("classify", labels=("no", "yes"))
     (answer,) = read_answers(task, [example([1], "yes")], [np.log([[1.0, 3.0]])])
     assert answer.prediction.prediction == "yes"
@@ -58,7 +58,7 @@ def test_values() -> None:
     }  # fmt: skip
 
 
-def test_entities_count_whole() -> None:
+def test_entity_f1_counts_whole_entities() -> None:
     labels = ("O", "B-PER", "I-PER", "B-LOC")
     task = TaskConfig("tag", labels=labels)
     right = [[1, 2, 0, 3], [0, 3]]
@@ -114,7 +114,7 @@ def test_the_best_of_several_windows_answers() -> None:
     assert answer.prediction.prediction == "mat"
 
 
-def test_there_may_be_no_answer_where_a_task_says_so() -> None:
+def test_unanswerable_task_may_predict_no_answer() -> None:
     nothing = logits(start=(0, 9), end=(0, 9), start_too=(4, 1), end_too=(4, 1))
     nothing[4] = 1
     for unanswerable, expected in ((True, ""), (False, "cat")):
@@ -132,7 +132,7 @@ def test_spans_are_compared_as_squad_does() -> None:
     assert half == {"exact_match": 0, "f1": 66.667}
 
 
-def test_answers_without_what_is_right_have_no_score() -> None:
+def test_rejects_scoring_without_labels() -> None:
     with pytest.raises(DataError, match="have no labels"):
         classes(("a", "b"), [], [])
     task = TaskConfig("regress")

@@ -1,4 +1,4 @@
-"""Metrics equal their libraries and hand-made sums, however many references each input has."""
+"""Tests that metrics equal their libraries and hand computations, for any number of references."""
 
 import pytest
 import sacrebleu
@@ -51,25 +51,25 @@ def test_bleu_by_hand():
 
 
 def test_chrf_by_hand():
-    # Precision and recall agree: 2/3 of the letters, 1/2 of the pairs, none of the one triple.
+    # Precision and recall are equal: 2/3 for letters, 1/2 for pairs, 0 for the only triple.
     found = score(["chrf"], ["abc"], [["abd"]])
     assert found["chrf"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
 
 
 def test_rouge_by_hand_with_stems():
-    # cat(s) and sat are shared: precision 2/3, recall 2/4; of the pairs 1/2 and 1/3.
+    # cat(s) and sat are shared: precision 2/3, recall 2/4; for pairs 1/2 and 1/3.
     found = score(ROUGE, ["the cats sat"], [["a cat sat down"]])
     assert found["rouge1"] == pytest.approx(100 * 4 / 7)
     assert found["rouge2"] == pytest.approx(100 * 2 / 5)
     assert found["rougeL"] == pytest.approx(100 * 4 / 7)
 
 
-def test_rouge_l_sum_takes_lines_for_sentences():
+def test_rouge_l_sum_treats_lines_as_sentences():
     found = score(["rougeL", "rougeLsum"], ["red fox\nblue sea"], [["blue sea\nred fox"]])
     assert found == {"rougeL": pytest.approx(50), "rougeLsum": pytest.approx(100)}
 
 
-def test_a_final_number_counts_whatever_stands_before_it_and_however_it_is_written():
+def test_final_number_ignores_text_before_it_and_formatting():
     predictions = ["So 3 + 4 = 7. The answer is: 1,000", "It is $7.50 ($7.5).", "none", "-3 or 4"]
     references = [["#### 1000"], ["7.5"], ["0"], ["5 4", "9"]]
     assert score(["final_number"], predictions, references) == {"final_number": 75.0}
@@ -84,13 +84,13 @@ def test_numbers_beyond_floats_are_compared_exactly():
     }
 
 
-def test_exact_match_overlooks_whitespace_and_accepts_any_reference():
+def test_exact_match_ignores_whitespace_and_accepts_any_reference():
     predictions = [" a  b\n", "A b", "ab", "c"]
     references = [["x", "a b"], ["a b"], ["a b"], ["c"]]
     assert score(["exact_match"], predictions, references) == {"exact_match": 50.0}
 
 
-def test_accuracy_compares_labels_to_the_letter():
+def test_accuracy_compares_labels_exactly():
     labels = [["positive"], ["negative"], ["negative"], ["negative"]]
     predicted = ["positive", "positive", "negative", " negative"]
     assert score(["accuracy"], predicted, labels) == {"accuracy": 50.0}
@@ -125,7 +125,7 @@ def test_signatures_state_options_and_versions():
     assert all(found.signature for found in scores.values())
 
 
-def test_an_unknown_metric_is_refused_with_the_nearest_one():
+def test_unknown_metric_error_has_closest_match():
     with pytest.raises(ConfigError, match="unknown metric 'blue': did you mean 'bleu'"):
         score(["blue"], ["a"], [["a"]])
     with pytest.raises(ConfigError, match="'zzz': choose from bleu, chrf, rouge1"):
@@ -141,6 +141,6 @@ def test_an_unknown_metric_is_refused_with_the_nearest_one():
         (["a"], ["a"], r"references\[0\]: .*, got 'a'"),
     ],
 )
-def test_inputs_that_do_not_pair_up_are_refused(predictions, references, message):
+def test_rejects_unpaired_predictions_and_references(predictions, references, message):
     with pytest.raises(DataError, match=message):
         score(["exact_match"], predictions, references)

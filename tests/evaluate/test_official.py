@@ -1,4 +1,4 @@
-"""What official scripts read."""
+"""Tests the files for official scoring scripts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MADE = [
 ]
 
 
-def test_predictions_and_references_stand_where_the_scripts_look_for_them(tmp_path):
+def test_writes_predictions_and_references_for_the_scripts(tmp_path):
     files = write_official(tmp_path / "official", MADE)
     assert {file.name: file.read_text() for file in files} == {
         "hypotheses.txt": "A is a pub.\n\n",
@@ -24,6 +24,6 @@ def test_predictions_and_references_stand_where_the_scripts_look_for_them(tmp_pa
     }
 
 
-def test_a_prediction_without_references_is_named(tmp_path):
+def test_error_names_prediction_without_references(tmp_path):
     with pytest.raises(DataError, match="t:3: no references"):
         write_official(tmp_path, [*MADE, Prediction("t:3", "", "C", [])])

@@ -1,4 +1,4 @@
-"""A report is strict JSON and a readable table; predictions are JSON lines."""
+"""Tests reports as strict JSON and as a table, and predictions as JSON lines."""
 
 import io
 import json
@@ -27,7 +27,7 @@ def test_a_report_is_saved_as_json(tmp_path):
     }
 
 
-def test_values_that_json_does_not_know_become_null(tmp_path):
+def test_non_finite_values_become_null(tmp_path):
     Report({"loss": math.nan, "perplexity": math.inf}, {}, 1).save(tmp_path / "test.json")
 
     def refuse(constant: str) -> None:
@@ -37,7 +37,7 @@ def test_values_that_json_does_not_know_become_null(tmp_path):
     assert content["metrics"] == {"loss": None, "perplexity": None}
 
 
-def test_predictions_are_saved_one_record_a_line(tmp_path):
+def test_saves_one_prediction_per_line(tmp_path):
     made = [
         Prediction(
             "test.jsonl:1", "café[yes]\n", "There is a café.", ("A café.", "One\u2028café.")
@@ -57,7 +57,7 @@ def test_predictions_are_saved_one_record_a_line(tmp_path):
     assert second["references"] == ["No."]
 
 
-def test_predictions_come_back(tmp_path):
+def test_reads_saved_predictions(tmp_path):
     made = [
         Prediction("a:1", "One\u2028two\r\n", "x", ["A", ""]),
         Prediction("a:2", "", "", [], {"no": 0.25, "yes": 0.75}),
@@ -82,7 +82,7 @@ GOOD = {"source": "a:1", "prompt": "x", "prediction": "y", "references": ["z"], 
         ({"prompt": "\ud800"}, "not valid Unicode"),
     ],
 )
-def test_edited_predictions_are_one_error_that_names_the_line(tmp_path, change, message):
+def test_edited_prediction_error_names_the_line(tmp_path, change, message):
     path = tmp_path / "p.jsonl"
     path.write_text(f"{json.dumps(GOOD)}\n{json.dumps(GOOD | change)}\n")
     with pytest.raises(CheckpointError, match=rf"p\.jsonl:2: {message}"):
@@ -108,7 +108,7 @@ def test_damaged_predictions_are_one_error(tmp_path, content):
         {"metrics": {"loss": 1.5}, "signatures": {}, "examples": None},
     ],
 )
-def test_an_edited_report_is_refused(content):
+def test_rejects_edited_report(content):
     with pytest.raises(ValueError, match=r"must (be|map)"):
         Report.from_dict(content)
 
@@ -130,7 +130,7 @@ def test_the_table_sets_columns_side_by_side():
     assert ["chrf", "-", "81.00"] in rows
 
 
-def test_a_file_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
+def test_write_error_names_the_file(tmp_path):
     (tmp_path / "run").write_text("a file where a folder should be")
     with pytest.raises(PrefixJaxError, match=r"cannot write .*test\.json"):
         Report({}, {}, 0).save(tmp_path / "run" / "test.json")

@@ -1,4 +1,4 @@
-"""Scores equal what the definitions say, and the backbone is usable whatever was measured."""
+"""Tests that scores match their definitions, and that the backbone stays usable."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from prefix_jax.prefix import Prefix
 
 DECODE = DecodeConfig(max_new_tokens=4)
 LABELS = ("yes", "no", "maybe so")
-# Two inputs, one with two answers; of several lengths, so that rows hold padding.
+# Two inputs, one with two answers, with different lengths, so that rows have padding.
 RECORDS = [
     {"input": "is it?", "answer": ["yes", "maybe so"]},
     {"input": "what, now and then and again?", "answer": "no"},
@@ -68,7 +68,7 @@ def evaluator(pretrained: Pretrained, *metrics: str, **settings: object) -> Eval
 def by_hand(
     pretrained: Pretrained, prefix: Prefix | None, ids: Sequence[int], target: Sequence[bool]
 ) -> float:
-    """The summed negative log-likelihood of the targets of one example, read alone."""
+    """Computes the summed negative log-likelihood of one example's targets without batching."""
     row = np.full((1, 48), -1, np.int32)
     row[0, : len(ids)] = ids
     logprob_TV = np.asarray(logprobs(pretrained.backbone, pretrained.params, prefix, row))
@@ -98,7 +98,7 @@ def test_loss_is_the_mean_over_all_target_tokens(
     assert found.predictions == []
 
 
-def test_accuracy_takes_the_likeliest_label_of_each_input(
+def test_accuracy_uses_the_likeliest_label_of_each_input(
     pretrained: Pretrained, examples: list[Example], prefix: Prefix
 ) -> None:
     tokenizer = pretrained.tokenizer
@@ -118,7 +118,7 @@ def test_accuracy_takes_the_likeliest_label_of_each_input(
             losses.append(by_hand(pretrained, prefix, ids, target))
         expected.append(LABELS[int(np.argmin(losses))])
     assert [made.prediction for made in found.predictions] == expected
-    # Either answer of the first input is right.
+    # Both answers of the first input are correct.
     hits = [
         label in np.atleast_1d(record["answer"])
         for label, record in zip(expected, RECORDS, strict=True)
@@ -127,7 +127,7 @@ def test_accuracy_takes_the_likeliest_label_of_each_input(
     assert found.report.examples == 3
 
 
-def test_labels_that_are_no_targets_are_refused_before_anything_is_measured(
+def test_rejects_labels_that_are_not_targets(
     pretrained: Pretrained, examples: list[Example], prefix: Prefix
 ) -> None:
     chosen = evaluator(pretrained, "accuracy", labels=(" yes", " no"))
@@ -138,19 +138,17 @@ def test_labels_that_are_no_targets_are_refused_before_anything_is_measured(
         chosen(pretrained.stacked(), prefix, examples, ["accuracy"])
 
 
-def test_a_label_for_which_there_are_no_positions_left_is_refused(
-    pretrained: Pretrained, prefix: Prefix
-) -> None:
+def test_rejects_label_that_exceeds_the_positions(pretrained: Pretrained, prefix: Prefix) -> None:
     records = [{"input": "x" * 240, "answer": "yes"}]
     long = load_examples(records, pretrained.tokenizer, input="{input}", target="{answer}")
-    # 240 tokens, a label of 11 and the end of text fit 256 positions, but not beside 5 slots.
+    # 240 tokens, a label of 11 and the end of text fit 256 positions, but not with 5 slots.
     chosen = evaluator(pretrained, "accuracy", labels=("yes", "n" * 11))
     chosen.check(long, ["accuracy"])
     with pytest.raises(ContextError, match=r"record 1: .* 252 tokens exceed the 251 positions"):
         chosen(pretrained.stacked(), prefix, long, ["accuracy"])
 
 
-def test_text_is_generated_once_for_each_input_and_scored_on_all_its_references(
+def test_generates_once_per_input_and_scores_on_all_references(
     pretrained: Pretrained, examples: list[Example], prefix: Prefix
 ) -> None:
     found = evaluator(pretrained, "chrf", "exact_match")(
@@ -167,7 +165,7 @@ def test_text_is_generated_once_for_each_input_and_scored_on_all_its_references(
     assert "chrf" in found.report.signatures
 
 
-def test_several_prefixes_and_metrics_are_compared_and_the_backbone_stays_usable(
+def test_compares_prefixes_and_metrics(
     pretrained: Pretrained, examples: list[Example], prefix: Prefix
 ) -> None:
     before = runs.bits(pretrained.stacked())
@@ -183,13 +181,13 @@ def test_several_prefixes_and_metrics_are_compared_and_the_backbone_stays_usable
         measured = dict(found[name].report.metrics)
         measured.pop("perplexity")
         assert measured == pytest.approx(alone)
-        # What the model wrote is kept, rather than which label it preferred.
+        # Generated texts are kept rather than chosen labels.
         written = judge(pretrained.stacked(), given, examples, ["exact_match"])
         assert found[name].predictions == written.predictions
     assert runs.bits(pretrained.stacked()) == before
 
 
-def test_a_limit_measures_the_first_examples_alone(
+def test_limit_measures_only_the_first_examples(
     pretrained: Pretrained, examples: list[Example]
 ) -> None:
     params = pretrained.stacked()
@@ -199,7 +197,7 @@ def test_a_limit_measures_the_first_examples_alone(
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"sequence": 4}])
-def test_a_mesh_changes_no_score(
+def test_mesh_does_not_change_scores(
     pretrained: Pretrained,
     tiny_model_dir: Path,
     examples: list[Example],
@@ -219,7 +217,7 @@ def test_a_mesh_changes_no_score(
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "bleu"])
-def test_weights_that_are_not_finite_measure_nothing(
+def test_non_finite_weights_are_an_error(
     pretrained: Pretrained, examples: list[Example], metric: str
 ) -> None:
     nowhere = jax.tree.map(lambda leaf: leaf * jnp.nan, pretrained.stacked())
@@ -228,7 +226,7 @@ def test_weights_that_are_not_finite_measure_nothing(
         judge(nowhere, None, examples, [metric])
 
 
-def test_a_head_whose_outputs_are_not_finite_answers_nothing(
+def test_non_finite_head_outputs_are_an_error(
     pretrained: Pretrained, examples: list[Example]
 ) -> None:
     head = Head("classify", 2, bias=False)
@@ -244,10 +242,10 @@ def test_a_head_whose_outputs_are_not_finite_answers_nothing(
         judge.outputs(pretrained.stacked(), weights, None, [labelled])
 
 
-def test_a_prompt_is_scored_after_the_template_cut_it(
+def test_truncated_prompt_is_scored_like_in_training(
     pretrained: Pretrained, examples: list[Example]
 ) -> None:
-    """Labels follow the very tokens that training put before the target."""
+    """Labels follow exactly the same tokens as targets in training."""
     ids_T, target_T = examples[1].ids_T[4:], examples[1].target_T[4:]
     references = examples[1].references
     cut = Example.of_text(ids_T, target_T, "cut", references=references, prompt_length=25)
@@ -275,7 +273,7 @@ def test_a_prompt_is_scored_after_the_template_cut_it(
         ("bleu", math.nan, 9.0, False),
     ],
 )
-def test_losses_fall_and_scores_rise(
+def test_lower_losses_and_higher_scores_are_better(
     metric: str, value: float, than: float | None, expected: bool
 ) -> None:
     assert better(metric, value, than) is expected

@@ -1,4 +1,4 @@
-"""A head is the one that transformers gives its model."""
+"""Tests that heads match those of transformers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _BERT = {"model_type": "bert", "causal": False, "pooler": True, "dropout": 0.1}
         ),
     ],
 )
-def test_every_model_has_its_own(kind: Any, model: dict[str, Any], expected: Head) -> None:
+def test_head_matches_model_type(kind: Any, model: dict[str, Any], expected: Head) -> None:
     assert make_head(kind, 3, **(_BERT | model)) == expected
 
 
@@ -66,7 +66,7 @@ def test_weights_start_small_and_biases_at_zero() -> None:
     assert not params["out_bias_Y"].any()
 
 
-def test_dropout_falls_on_training_alone_and_keeps_the_mean() -> None:
+def test_dropout_applies_only_in_training_and_keeps_the_mean() -> None:
     head = Head("tag", 2, dropout=0.5)
     params = {"out_DY": jnp.ones((D, 2)), "out_bias_Y": jnp.zeros(2)}
     h_BMD = jnp.ones((1, 2000, D))

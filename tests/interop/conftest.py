@@ -26,7 +26,7 @@ def pretrained() -> Pretrained:
 
 @pytest.fixture(scope="session")
 def forms(pretrained: Pretrained) -> dict[str, Produced]:
-    """One text in the three forms that stand for the same keys and values."""
+    """The same prefix in three forms that produce equal keys and values."""
     ids_P = jnp.arange(3, 9, dtype=jnp.int32)
     embeds, hidden, prefix = jax.jit(pretrained.backbone.read)(pretrained.params, ids_P)
     assert (type(embeds), type(hidden), type(prefix)) == (Embeds, Hidden, Prefix)
@@ -35,7 +35,7 @@ def forms(pretrained: Pretrained) -> dict[str, Produced]:
 
 @pytest.fixture
 def save(tmp_path: Path, pretrained: Pretrained) -> Save:
-    """Stores a prefix of the model, and says where."""
+    """Stores a prefix of the model and returns its path."""
 
     def save(produced: Produced, **backbone: str) -> Path:
         arch = pretrained.backbone.arch

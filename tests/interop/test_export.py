@@ -1,4 +1,4 @@
-"""An exported prefix is the same prefix, and readable without this package."""
+"""Tests that an exported prefix is unchanged, and readable without this package."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_copy_holds_the_same_numbers_and_the_same_card(
 
 
 @pytest.mark.parametrize("kind", ["embeds", "hidden"])
-def test_baking_gives_the_keys_and_values_that_a_prefix_stands_for(
+def test_baking_returns_the_keys_and_values_of_a_prefix(
     kind: str, forms: Forms, save, pretrained: Pretrained, tmp_path: Path
 ) -> None:
     card = export(save(forms[kind]), tmp_path / "baked", bake=True, model=pretrained)
@@ -59,9 +59,7 @@ def test_baking_gives_the_keys_and_values_that_a_prefix_stands_for(
         np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-def test_baking_loads_the_backbone_of_the_training_by_itself(
-    forms: Forms, save, tmp_path: Path
-) -> None:
+def test_baking_loads_the_training_backbone_by_default(forms: Forms, save, tmp_path: Path) -> None:
     assert export(save(forms["embeds"]), tmp_path / "baked", bake=True).kind == "kv"
 
 
@@ -85,9 +83,7 @@ def test_keys_and_values_are_baked_already_and_need_no_backbone(
     assert export(source, tmp_path / "baked", bake=True).kind == "kv"
 
 
-def test_a_backbone_that_moved_is_an_error_that_asks_for_it(
-    forms: Forms, save, tmp_path: Path
-) -> None:
+def test_moved_backbone_error_asks_for_its_path(forms: Forms, save, tmp_path: Path) -> None:
     source = save(forms["embeds"], source="/gone/model")
     with pytest.raises(BackboneError, match=r"backbone /gone/model.*--model"):
         export(source, tmp_path / "baked", bake=True)
@@ -136,7 +132,7 @@ def test_the_documented_five_lines_read_an_export_without_this_package(
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_the_documented_attention_is_ours(
+def test_documented_attention_matches_ours(
     with_bias: bool, forms: Forms, save, pretrained: Pretrained, tmp_path: Path
 ) -> None:
     g, rng = pretrained.backbone.geometry.main, np.random.default_rng(0)

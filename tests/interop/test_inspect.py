@@ -1,4 +1,4 @@
-"""An inspection tells what a prefix is."""
+"""Tests the inspection of stored prefixes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_norms_of_hidden_states_and_of_soft_tokens() -> None:
     assert norms(Embeds(rows)) == (Norms("soft tokens", None, 1.0, 3.0, 5.0),)
 
 
-def test_norms_of_what_stands_beside_the_softmax() -> None:
+def test_norms_of_parts_outside_the_softmax() -> None:
     adapter = Adapter(jnp.array([[[3.0, 4.0]]]), jnp.array([[-0.5, 0.25]]), layers=(7,))
     states, gates = norms(adapter)
     assert states == Norms("adapter states", 7, 5.0, 5.0, 5.0)
@@ -76,7 +76,7 @@ def test_norms_of_what_stands_beside_the_softmax() -> None:
     assert norms(memory) == (Norms("memory", 3, 3.0, 3.0, 3.0),)
 
 
-def test_the_nearest_words_are_those_of_the_largest_cosine(spelling: Pretrained) -> None:
+def test_nearest_words_have_the_largest_cosine(spelling: Pretrained) -> None:
     table_VD = np.zeros((5, 3), np.float32)  # word 0 is a row that fills up the table
     table_VD[1:] = [[1, 0, 0], [0, 9, 0], [0, 1, 1], [-1, 0, 0]]
     params = {**spelling.params, "embed": {"tokens_VD": jnp.asarray(table_VD)}}
@@ -109,7 +109,7 @@ def test_only_soft_tokens_have_nearest_words(kind: str, name: str, forms: Forms,
     assert found.note == f"nearest words: not applicable; {name} are not token embeddings"
 
 
-def test_a_backbone_that_moved_hides_the_words_and_nothing_else(forms: Forms, save) -> None:
+def test_moved_backbone_omits_only_the_nearest_words(forms: Forms, save) -> None:
     found = inspect(save(forms["embeds"], source="/gone/model"))
     assert found.nearest is None
     assert found.note is not None
@@ -118,9 +118,7 @@ def test_a_backbone_that_moved_hides_the_words_and_nothing_else(forms: Forms, sa
     assert found.norms
 
 
-def test_a_backbone_that_was_named_must_be_there_and_fit(
-    forms: Forms, save, pretrained: Pretrained
-) -> None:
+def test_named_backbone_must_exist_and_fit(forms: Forms, save, pretrained: Pretrained) -> None:
     path = save(forms["embeds"])
     with pytest.raises(BackboneError, match="/gone/model"):
         inspect(path, "/gone/model")
@@ -128,13 +126,13 @@ def test_a_backbone_that_was_named_must_be_there_and_fit(
         inspect(path, dataclasses.replace(pretrained, fingerprint="other"))
 
 
-def test_no_words_need_no_backbone(forms: Forms, save) -> None:
+def test_zero_words_do_not_need_the_backbone(forms: Forms, save) -> None:
     found = inspect(save(forms["embeds"], source="/gone"), words=0)
     assert (found.nearest, found.note) == (None, None)
     with pytest.raises(ConfigError, match="words must be at least 0, got -1"):
         inspect(save(forms["embeds"]), words=-1)
 
 
-def test_a_run_directory_will_do(forms: Forms, save, tmp_path: Path) -> None:
+def test_accepts_a_run_directory(forms: Forms, save, tmp_path: Path) -> None:
     shutil.copytree(save(forms["kv"]), tmp_path / "run" / "prefix")
     assert inspect(tmp_path / "run").path == tmp_path / "run" / "prefix"

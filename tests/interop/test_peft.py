@@ -1,6 +1,7 @@
-"""Adapters of PEFT compute here what they compute there, and ours are theirs to the byte.
+"""Tests that imported adapters compute the same as in PEFT, and that exports are byte-identical.
 
-`tests/fixtures/make_peft.py` wrote the adapters and what PEFT computes behind them."""
+`tests/fixtures/make_peft.py` created the adapters and PEFT's results.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 ADAPTERS = FIXTURES / "peft"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAMES = sorted(path.name for path in ADAPTERS.iterdir())
-# What PEFT needs in two pieces, or leaves unread, we write in one.
+# Arrays that PEFT stores in two parts, or never reads, have one part in our exports.
 REWRITTEN = {"multitask", "prefix_t5", "prefix_bart", "prompt_bart"}
 P, T = 3, 8
 
@@ -65,8 +66,10 @@ def imported(folder: Path, task: int | None = None) -> pj.Tuned:
 
 
 def answers(tuned: pj.Tuned, h_BTD: jax.Array) -> jax.Array:
-    """What the head of an adapter makes of the states of soft tokens, if an encoder has some, and
-    of a text: [2, T, Y], or [2, Y] of all."""
+    """Computes an adapter's head outputs for a text and any soft tokens before it.
+
+    Returns [2, T, Y], or [2, Y] for the whole text.
+    """
     head, model = Head(**tuned.card.task.head), tuned.pretrained
     soft = h_BTD.shape[1] - T
     if head.kind == "classify":
@@ -83,7 +86,7 @@ def answers(tuned: pj.Tuned, h_BTD: jax.Array) -> jax.Array:
 def outputs(
     model: Any, params: Any, produced: Produced | None, given: Any, states: bool
 ) -> jax.Array:
-    """Logits of the text, or states, of soft tokens before an encoder too: [2, T, …]."""
+    """Returns logits or states of the text and any soft tokens before an encoder: [2, T, …]."""
     prefix = model.lift(params, produced)
     tokens = Tokens.plain(jnp.ones(given["ids"].shape, bool))
     encoded, ids = None, given["ids"]
@@ -94,7 +97,7 @@ def outputs(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_adapter_computes_here_what_it_computes_in_peft(name: str) -> None:
+def test_imported_adapter_computes_the_same_as_in_peft(name: str) -> None:
     tuned = imported(ADAPTERS / name, task=1 if name == "multitask" else None)
     stored = np.load(ADAPTERS / name / "expected.npz")
     given = {key: x for key, x in stored.items() if key != "expected"}
@@ -117,7 +120,7 @@ def test_what_was_imported_exports_to_the_same_bytes(name: str, tmp_path: Path) 
     assert after.read_bytes() == before.read_bytes()
     ours, theirs = config_of(tmp_path / "theirs"), config_of(ADAPTERS / name)
     assert list(ours) == list(theirs)
-    # What says how PEFT trained, and where the backbone was; PEFT names a head's modules twice.
+    # Keys about PEFT's training and the backbone's path; PEFT names a head's modules twice.
     free = {"base_model_name_or_path", "prefix_projection", "encoder_hidden_size"}
     free |= {"encoder_reparameterization_type", "modules_to_save"}
     assert set(ours.get("modules_to_save") or ()) == set(theirs.get("modules_to_save") or ())
@@ -127,7 +130,7 @@ def test_what_was_imported_exports_to_the_same_bytes(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", sorted(REWRITTEN - {"multitask"}))
-def test_what_an_encoder_decoder_reads_comes_back_from_an_export(name: str, tmp_path: Path) -> None:
+def test_encoder_decoder_export_round_trips(name: str, tmp_path: Path) -> None:
     tuned = imported(ADAPTERS / name)
     tuned.export_peft(tmp_path / "theirs")
     again = pj.import_peft(tmp_path / "theirs", tuned.pretrained)
@@ -137,7 +140,7 @@ def test_what_an_encoder_decoder_reads_comes_back_from_an_export(name: str, tmp_
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_multitask_prompt_is_one_prefix_a_task(tmp_path: Path) -> None:
+def test_multitask_prompt_has_one_prefix_per_task(tmp_path: Path) -> None:
     folder = ADAPTERS / "multitask"
     assert tasks_of(folder) == 3
     assert tasks_of(ADAPTERS / "prompt") is None
@@ -154,7 +157,7 @@ def test_a_multitask_prompt_is_one_prefix_a_task(tmp_path: Path) -> None:
         imported(ADAPTERS / "prompt", 0)
 
 
-def test_a_run_of_several_tasks_exports_as_one_multitask_prompt(tmp_path: Path) -> None:
+def test_multitask_run_exports_as_one_multitask_prompt(tmp_path: Path) -> None:
     folder, run = ADAPTERS / "multitask", tmp_path / "run"
     for task, name in enumerate(("a", "b", "c")):
         imported(folder, task).save(run / "prefixes" / name)
@@ -168,7 +171,7 @@ def test_a_run_of_several_tasks_exports_as_one_multitask_prompt(tmp_path: Path) 
     assert arrays.keys() == expected.keys()
     for name, x in arrays.items():
         np.testing.assert_array_equal(x, expected[name])
-    # A prefix of it is one of any kind.
+    # The prefix of one task is an ordinary prefix.
     alone = export_peft(run / "prefixes" / "b", tmp_path / "alone")
     assert alone["peft_type"] == "PROMPT_TUNING"
     with pytest.raises(PrefixError, match="bake the prefix of one"):
@@ -179,7 +182,7 @@ def test_a_run_of_several_tasks_exports_as_one_multitask_prompt(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 5])
-def test_every_layer_of_a_decoder_behind_an_encoder_gets_its_own(layers: int) -> None:
+def test_every_layer_of_a_decoder_with_encoder_gets_its_own_keys(layers: int) -> None:
     rng = np.random.default_rng(0)
     k_LPKH, v_LPKH = rng.normal(size=(2, layers, P, 2, 4)).astype(np.float32)
     config, arrays = to_peft(*prefix_of(Site(KVPrefix(k_LPKH, v_LPKH)), layers=layers))
@@ -187,20 +190,20 @@ def test_every_layer_of_a_decoder_behind_an_encoder_gets_its_own(layers: int) ->
     assert stored in (layers, layers + 1)
     assert stored % 2 == 1
     assert config["num_transformer_submodules"] == 2
-    # As PEFT's `get_prompt` does it: doubled, and split in fours, of which two are thrown away.
+    # Like PEFT's `get_prompt`: doubled, then split into groups of four, of which two are discarded.
     slots = arrays["prompt_embeddings"].reshape(P, stored * 2, 2, 4)
     slots = np.concatenate([slots, slots], axis=1).reshape(P, stored, 4, 2, 4)
     np.testing.assert_array_equal(slots[:, :layers, 0].swapaxes(0, 1), k_LPKH)
     np.testing.assert_array_equal(slots[:, :layers, 1].swapaxes(0, 1), v_LPKH)
 
 
-# What PEFT cannot express.
+# Prefixes that PEFT cannot express.
 
 
 def prefix_of(
     site: Site | None = None, *, layers: int = 2, single: bool = False, **more: Any
 ) -> tuple[Prefix, artifact.Card]:
-    """A prefix of a decoder's site, and its card."""
+    """Makes a prefix for a decoder's site, and its card."""
     shape = SiteShape(layers, 4, 2, 4)
     sites = {} if single else {"encoder": shape, "cross": shape}
     geometry = Geometry(16, 32, decoder=shape, **sites)
@@ -237,18 +240,18 @@ INEXPRESSIBLE: dict[str, tuple[Callable[[], tuple[Prefix, artifact.Card]], str]]
 
 
 @pytest.mark.parametrize("part", INEXPRESSIBLE)
-def test_what_peft_cannot_express_is_named_with_what_to_do(part: str) -> None:
+def test_export_error_names_part_and_alternative(part: str) -> None:
     make, message = INEXPRESSIBLE[part]
     with pytest.raises(PrefixError, match=message) as error:
         to_peft(*make())
     assert "--to safetensors" in str(error.value)
 
 
-def test_a_bias_of_zero_is_none() -> None:
+def test_zero_bias_can_be_exported() -> None:
     assert to_peft(*prefix_of(Site(some(bias=0.0))))[0]["peft_type"] == "PREFIX_TUNING"
 
 
-def test_kinds_that_peft_lacks_are_refused() -> None:
+def test_rejects_kinds_that_peft_does_not_support() -> None:
     geometry = Geometry(16, 32, decoder=SiteShape(2, 4, 2, 4))
     hidden = Hidden(jnp.ones((2, P, 16)))
     with pytest.raises(PrefixError, match="--bake"):
@@ -258,14 +261,14 @@ def test_kinds_that_peft_lacks_are_refused() -> None:
         to_peft(adapter, card_of(adapter, geometry))
 
 
-def test_a_model_that_peft_cannot_steer_is_refused() -> None:
+def test_rejects_model_without_cache() -> None:
     geometry = Geometry(16, 32, encoder=SiteShape(2, 4, 2, 4))
     prefix = Prefix(encoder=Site(some()), offset=P)
     with pytest.raises(PrefixError, match=r"distilbert.*method.name=prompt"):
         to_peft(prefix, card_of(prefix, geometry, "distilbert"))
 
 
-def test_hidden_states_are_baked_if_one_says_so(
+def test_hidden_states_are_baked_on_request(
     forms: dict[str, Produced], save: Callable[..., Path], tmp_path: Path, pretrained: Pretrained
 ) -> None:
     source = save(forms["hidden"])
@@ -276,7 +279,7 @@ def test_hidden_states_are_baked_if_one_says_so(
         np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-def test_an_export_replaces_nothing(
+def test_export_does_not_overwrite(
     forms: dict[str, Produced], save: Callable[..., Path], tmp_path: Path
 ) -> None:
     (tmp_path / "there").mkdir()
@@ -291,7 +294,7 @@ def test_an_export_replaces_nothing(
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a stored adapter, with changes of its configuration."""
+    """Copies a stored adapter and changes its configuration."""
 
     def copy(name: str = "prefix", **changes: Any) -> Path:
         folder = tmp_path / name
@@ -379,14 +382,14 @@ def test_one_output_is_a_regression(copy: Callable[..., Path]) -> None:
     assert imported(folder).card.task.config["name"] == "regress"
 
 
-def test_a_head_where_there_should_be_none_is_an_error(copy: Callable[..., Path]) -> None:
+def test_rejects_unexpected_head(copy: Callable[..., Path]) -> None:
     head = {"base_model.lm_head.weight": np.ones((2, 32), np.float32)}
     folder = rewrite(copy(), lambda arrays: arrays.update(head))
     with pytest.raises(PrefixError, match=r"more than a prefix, base_model\.lm_head\.weight"):
         imported(folder)
 
 
-def test_a_head_that_is_missing_or_another_is_an_error(copy: Callable[..., Path]) -> None:
+def test_rejects_missing_or_wrong_head(copy: Callable[..., Path]) -> None:
     folder = copy("classify_bert")
     whole = load_file(folder / WEIGHTS)
     bare = {"prompt_embeddings": whole["prompt_embeddings"]}
@@ -402,7 +405,7 @@ def test_a_head_that_is_missing_or_another_is_an_error(copy: Callable[..., Path]
         imported(folder)
 
 
-def test_classification_by_soft_tokens_that_reads_the_text_is_not_for_peft(tmp_path: Path) -> None:
+def test_rejects_export_of_classifier_that_reads_text_after_soft_tokens(tmp_path: Path) -> None:
     tuned = imported(ADAPTERS / "classify_soft")
     task = tuned.card.task
     assert task.config["reads_soft"]
@@ -415,7 +418,7 @@ def test_classification_by_soft_tokens_that_reads_the_text_is_not_for_peft(tmp_p
         export_peft(tmp_path / "ours", tmp_path / "theirs")
 
 
-def test_a_copy_in_another_container_keeps_its_head(tmp_path: Path) -> None:
+def test_copy_in_another_container_keeps_its_head(tmp_path: Path) -> None:
     imported(ADAPTERS / "classify_roberta").save(tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "copy")
     before, after = (artifact.load_head(tmp_path / name) for name in ("ours", "copy"))
@@ -424,17 +427,17 @@ def test_a_copy_in_another_container_keeps_its_head(tmp_path: Path) -> None:
         np.testing.assert_array_equal(after[name], x)
 
 
-def test_a_prefix_in_one_piece_for_an_encoder_decoder_is_refused(copy: Callable[..., Path]) -> None:
+def test_rejects_encoder_decoder_prefix_with_one_submodule(copy: Callable[..., Path]) -> None:
     with pytest.raises(PrefixError, match="num_transformer_submodules is 1"):
         imported(copy("prefix_t5", num_transformer_submodules=1))
 
 
-def test_an_adaption_prompt_is_of_the_topmost_layers(copy: Callable[..., Path]) -> None:
+def test_adaption_prompt_must_cover_the_top_layers(copy: Callable[..., Path]) -> None:
     with pytest.raises(PrefixError, match=r"layers \[1\].*adapter_layers 2"):
         imported(copy("adaption", adapter_layers=2))
 
 
-def test_an_adaption_prompt_of_gpt2_is_refused(copy: Callable[..., Path]) -> None:
+def test_rejects_adaption_prompt_for_gpt2(copy: Callable[..., Path]) -> None:
     with pytest.raises(PrefixError, match="with a gpt2, PEFT adds"):
         imported(copy("adaption", base_model_name_or_path="backbones/gpt2"))
 
@@ -500,13 +503,13 @@ def test_mutated_adapters_import_or_raise_one_error(kind: str, tmp_path: Path) -
     assert 20 < refused < 100
 
 
-def test_a_folder_of_named_adapters_says_which_there_are(tmp_path: Path) -> None:
+def test_folder_of_named_adapters_error_lists_them(tmp_path: Path) -> None:
     shutil.copytree(ADAPTERS / "prefix", tmp_path / "mine")
     with pytest.raises(PrefixError, match="adapters by name: mine"):
         import_peft(tmp_path, backbone("backbones/llama_grouped"))
 
 
-def test_a_backbone_without_a_name_is_asked_for(copy: Callable[..., Path]) -> None:
+def test_missing_backbone_name_error_asks_for_it(copy: Callable[..., Path]) -> None:
     with pytest.raises(BackboneError, match="does not name its backbone"):
         import_peft(copy(base_model_name_or_path=None))
 
