@@ -100,7 +100,7 @@ def test_the_run_as_a_whole_is_no_prefix(run, pretrained) -> None:
     whole = api.Tuned(pretrained, run.produced, None, run)
     with pytest.raises(PrefixError, match="take the prefix of one task"):
         whole.generate("1+1=")
-    with pytest.raises(PrefixError, match=r"a prefix to save: take tasks.* of 'first', 'sum'"):
+    with pytest.raises(PrefixError, match=r"no single prefix to save; choose a task.* of 'first', 'sum'"):
         whole.save(run.directory / "whole")
     assert whole.tasks["sum"].card.method["task"] == "sum"
 
