@@ -82,7 +82,8 @@ class Place:
                     f"output {output}: a bucket takes one more package: "
                     "pip install 'prefix-jax[gcs]'"
                 )
-        elif "://" in output:
+        # Orbax takes a directory below "gs:" for an address, too.
+        elif re.search(r"(^|/)\w+:/", output):
             raise ConfigError(f"output {output}: give a directory, or a bucket as gs://BUCKET/PATH")
         else:
             try:
@@ -117,6 +118,11 @@ class Place:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
+        if self.directory.is_symlink() and not self.directory.exists():
+            raise ConfigError(
+                f"output {self.directory} is a symbolic link to {self.directory.readlink()}, which "
+                "does not exist; create that directory, or choose another output"
+            )
         if self.directory.exists() and not self.directory.is_dir():
             raise ConfigError(f"output {self.directory} is a file; choose a directory for the run")
         locks: list[Lock] = [FileLock(self.directory)]

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prefix_jax import config as configs
@@ -43,6 +44,13 @@ def refuse_another_run(place: Place, config: Config) -> None:
         ConfigError: it holds another run, or files that the run would replace.
     """
     directory = place.directory
+    inner = directory.resolve()
+    for outer in inner.parents:
+        if inner.relative_to(outer).parts[0] in WRITTEN and _holds_run(outer):
+            raise ConfigError(
+                f"output {directory} is inside the run in {outer}, which replaces and deletes its "
+                "own files; choose another output"
+            )
     path = directory / CONFIG
     if not os.path.lexists(path):
         found = [name for name in WRITTEN if os.path.lexists(directory / name)]
@@ -80,6 +88,10 @@ def refuse_another_run(place: Place, config: Config) -> None:
                 f"init.start=prefix init.path={directory} output=…"
             )
         raise ConfigError(f"{directory} holds a run with another {named}; {remedy}")
+
+
+def _holds_run(directory: Path) -> bool:
+    return (directory / CONFIG).is_file() and (directory / CHECKPOINTS).is_dir()
 
 
 def _flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:

@@ -201,6 +201,21 @@ def test_other_addresses_are_refused() -> None:
         Place("s3://bucket/run")
 
 
+@pytest.mark.parametrize("output", ["gs:/bucket/run", "runs/gs:/bucket", "s3:/bucket/run"])
+def test_an_address_with_one_slash_is_refused(output: str) -> None:
+    with pytest.raises(ConfigError, match="gs://BUCKET/PATH"):
+        Place(output)
+
+
+def test_a_dangling_link_as_output_names_its_target(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("missing")
+    with (
+        pytest.raises(ConfigError, match="a symbolic link to missing, which does not exist"),
+        Place(str(tmp_path / "link")).owned(),
+    ):
+        pass
+
+
 def test_a_run_that_loses_its_machine_ends_as_if_it_had_not(
     cloud, tiny_model_dir: Path, tmp_path: Path, monkeypatch
 ) -> None:

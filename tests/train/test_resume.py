@@ -240,6 +240,17 @@ def test_another_backbone_is_refused(tmp_path: Path) -> None:
         runs.run(other, tmp_path / "run")
 
 
+def test_an_output_inside_the_files_of_another_run_is_refused(
+    pretrained: Pretrained, whole: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(whole)
+    for output in (whole / "prefix", tmp_path / "link/checkpoints/3"):
+        before = sorted(whole.rglob("*"))
+        with pytest.raises(ConfigError, match="inside the run"):
+            runs.run(pretrained, output)
+        assert sorted(whole.rglob("*")) == before
+
+
 def test_other_training_data_are_refused(pretrained: Pretrained, tmp_path: Path) -> None:
     with runs.killed_at(4):
         runs.run(pretrained, tmp_path)
