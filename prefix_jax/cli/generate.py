@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _record(text: str) -> Mapping[str, Any]:
-    record = parse_json(text, "--record", DataError)
+    record = parse_json(text, "--record", DataError, unique_keys=True)
     if not isinstance(record, dict):
         raise DataError('--record: expected an object such as \'{"field": "text"}\'')
     return record

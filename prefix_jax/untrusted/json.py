@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from typing import Any
 
 from prefix_jax.errors import PrefixJaxError
@@ -39,8 +40,9 @@ def parse_json(
         raise error(f"{where}: malformed JSON ({failure.msg} at {place})") from None
     except RecursionError:
         raise error(f"{where}: JSON nested more than {MAX_DEPTH} levels deep") from None
-    except ValueError as failure:  # an integer of thousands of digits
-        raise error(f"{where}: JSON that cannot be read ({failure})") from None
+    except ValueError:  # Python parses no longer integers.
+        digits = f"{sys.get_int_max_str_digits():,}"
+        raise error(f"{where}: JSON with an integer of more than {digits} digits") from None
     if too_deep(value):
         raise error(f"{where}: JSON nested more than {MAX_DEPTH} levels deep")
     return value

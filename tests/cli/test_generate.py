@@ -220,7 +220,11 @@ def test_other_weights_are_refused_unless_allowed(run_in, trained, tmp_path):
     [
         (["--record", "{"], "--record: malformed JSON"),
         (["--record", "[" * 9999], "--record: JSON nested more than"),
-        (["--record", '{"facts": %s}' % ("9" * 5000)], "--record: JSON that cannot be read"),
+        (
+            ["--record", '{"facts": %s}' % ("9" * 5000)],
+            "--record: JSON with an integer of more than 4,300 digits",
+        ),
+        (["--record", '{"facts": "a", "facts": "b"}'], "the key 'facts' appears twice"),
         (["--record", "[1]"], "--record: expected an object"),
         (["--record", '{"fact": "x"}'], "the record: no field 'facts' (did you mean 'fact'?)"),
         (["--prompt", ""], "is empty"),

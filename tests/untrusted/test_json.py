@@ -35,7 +35,7 @@ def test_any_text_parses_or_is_one_error(text: str):
         ("[" * 100_000, "nested more than"),
         ("[" * (MAX_DEPTH + 2) + "]" * (MAX_DEPTH + 2), "nested more than"),
         ('{"a":' * 500 + "1" + "}" * 500, "nested more than"),
-        ("9" * 5_000, "cannot be read .*digits"),
+        ("9" * 5_000, "JSON with an integer of more than 4,300 digits$"),
     ],
 )
 def test_names_what_is_wrong(text: str, message: str):
