@@ -58,6 +58,10 @@ class Rotary:
         turning = int(head_dim * self.share)
         if turning % 2:
             raise ValueError(f"{turning} of {head_dim} dimensions rotate, expected an even number")
+        if self.scaling == "llama3" and self.high <= self.low:
+            raise ValueError(
+                f"high_freq_factor must be greater than low_freq_factor, {self.low}, got {self.high}"
+            )
         with np.errstate(all="ignore"):
             if not np.isfinite(self.frequencies(turning)).all():
                 raise ValueError(f"{self} has frequencies that are not finite")

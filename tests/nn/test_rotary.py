@@ -38,6 +38,13 @@ def test_llama3_keeps_short_wavelengths_divides_long_ones_and_interpolates_betwe
     assert (~short & ~long).sum() > 3
 
 
+@pytest.mark.parametrize("high", [0.5, 1.0])
+def test_llama3_needs_a_high_factor_above_the_low_one(high):
+    rotary = Rotary(500000.0, "llama3", 8.0, 8192, low=1.0, high=high)
+    with pytest.raises(ValueError, match="high_freq_factor must be greater than low_freq_factor"):
+        rotary.check(64)
+
+
 def test_yarn_interpolates_slow_dimensions_and_keeps_fast_ones():
     """Peng et al. 2023, equations 17 to 23, with the rounding of their code."""
     theta, H, original, factor = 10000.0, 64, 2048, 4.0
