@@ -60,7 +60,8 @@ class Rotary:
             raise ValueError(f"{turning} of {head_dim} dimensions rotate, expected an even number")
         if self.scaling == "llama3" and self.high <= self.low:
             raise ValueError(
-                f"high_freq_factor must be greater than low_freq_factor, {self.low}, got {self.high}"
+                f"high_freq_factor must be greater than low_freq_factor ({self.low}), "
+                f"got {self.high}"
             )
         with np.errstate(all="ignore"):
             if not np.isfinite(self.frequencies(turning)).all():
