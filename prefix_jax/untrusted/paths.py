@@ -29,6 +29,8 @@ def expand(path: str | os.PathLike[str], error: type[PrefixJaxError]) -> Path:
             holds a null byte, loops through symbolic links, lies in a directory that this user may
             not enter, or there is no home directory to expand.
     """
+    if "\0" in os.fspath(path):
+        raise error(f"{_shorten(path)!r}: cannot be used as a path (it holds a null byte)")
     try:
         expanded = Path(path).expanduser()
     except RuntimeError as failure:

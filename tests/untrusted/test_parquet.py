@@ -131,7 +131,7 @@ def test_a_small_file_of_many_values_is_refused_before_it_is_read(tmp_path: Path
     path = tmp_path / "a.parquet"
     indices = pa.array(np.zeros(6_000_000, np.int8))
     pq.write_table(pa.table({"x": pa.DictionaryArray.from_arrays(indices, ["a"])}), path)
-    assert path.stat().st_size < 10_000
+    assert path.stat().st_size < 20_000
     with pytest.raises(DataError, match=r"expands from .* bytes to more than 5,000,000 values"):
         read(path)
     lists = pa.ListArray.from_arrays([0, len(indices)], indices)
@@ -204,4 +204,11 @@ def test_nested_values_are_those_that_were_written(tmp_path: Path) -> None:
         values = [draw_value(kind, rng) for _ in range(rng.choice((1, 7, 60)))]
         table = pa.table({"x": pa.array(values, kind)})
         pq.write_table(table, path, row_group_size=rng.choice((3, 100)), data_page_size=100)
-        assert read(path) == values, kind
+        try:
+            for group in range(pq.ParquetFile(path).num_row_groups):
+                pq.ParquetFile(path).read_row_group(group)
+        except pa.ArrowException:  # pyarrow 26 writes a few types that it cannot read
+            with pytest.raises(DataError, match="not a readable Parquet file"):
+                read(path)
+        else:
+            assert read(path) == values, kind

@@ -21,7 +21,7 @@ TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
     "b": np.arange(4, dtype=ml_dtypes.bfloat16),
     "c": np.zeros((0, 3), np.float32),
-    "d": np.float32(7),
+    "d": np.array(7, np.float32),
 }
 
 
