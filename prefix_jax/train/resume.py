@@ -58,19 +58,19 @@ def refuse_another_run(place: Place, config: Config) -> None:
             found.append(CHECKPOINTS)
         if found:
             raise ConfigError(
-                f"{directory} holds no run, and the run would replace {', '.join(found)} there; "
-                "choose another output"
+                f"{directory} was not written by a run, and {', '.join(found)} in it would be "
+                "replaced; choose another output"
             )
         return
     try:
         if read_text(path, ConfigError) == configs.dump(config):
             return
         if not place.has_checkpoints():
-            raise ConfigError(f"the run would replace {path}, which is not of a run")
+            raise ConfigError(f"{path} was not written by a run and would be replaced")
         before = configs.load(path)
     except ConfigError as error:
         raise ConfigError(
-            f"{directory} holds no run that could go on: {error}; choose another output"
+            f"{directory} does not hold a run to resume: {error}; choose another output"
         ) from error
     old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))
     differing = [

@@ -424,7 +424,7 @@ def test_a_file_that_is_not_of_a_run_is_not_replaced(
 ) -> None:
     own = tmp_path / "config.yaml"
     own.write_text("# mine\nmodel: {path: m}\n")
-    with pytest.raises(ConfigError, match=r"would replace .*config\.yaml, which is not of a run"):
+    with pytest.raises(ConfigError, match=r"config\.yaml was not written by a run"):
         runs.run(pretrained, tmp_path)
     assert own.read_text().startswith("# mine")
     with pytest.raises(ConfigError, match=r"config\.yaml is a file"):
@@ -432,7 +432,7 @@ def test_a_file_that_is_not_of_a_run_is_not_replaced(
     # What another program wrote, or a run elsewhere: a second stage may start from its parts.
     for name in ("metrics.jsonl", "predictions-before.jsonl", "multitask.safetensors"):
         own = own.rename(tmp_path / name)
-        with pytest.raises(ConfigError, match=f"holds no run, .* would replace {name} there"):
+        with pytest.raises(ConfigError, match=f"not written by a run, and {name} in it would"):
             runs.run(pretrained, tmp_path)
         assert own.read_text().startswith("# mine")
 
@@ -529,7 +529,7 @@ def test_an_unreadable_config_of_an_output_is_an_error(
         path.mkdir()
     else:
         path.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"holds no run that could go on: .*config\.yaml"):
+    with pytest.raises(ConfigError, match=r"does not hold a run to resume: .*config\.yaml"):
         runs.run(pretrained, tmp_path)
     assert os.path.lexists(path)
 
