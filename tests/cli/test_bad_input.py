@@ -26,7 +26,10 @@ def told(ran):
         (["method.lenght=4"], "length"),
         (["method=prefxi"], "prefix"),
         (["model.path=nowhere/model"], "nowhere/model: no such directory"),
-        (["model.path=package:no_such_package"], "no Python package 'no_such_package' is installed"),
+        (
+            ["model.path=package:no_such_package"],
+            "no Python package 'no_such_package' is installed",
+        ),
         (["model.path=config.yaml"], "neither a directory in Hugging Face layout nor"),
         (["data.train=tarin.jsonl"], "did you mean 'train.jsonl'?"),
         (["data.train=config.yaml"], "unknown file type '.yaml'"),
