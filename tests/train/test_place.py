@@ -140,7 +140,7 @@ def test_checkpoints_of_another_program_in_a_bucket_are_left_alone(
     theirs = tmp_path / "cloud/bucket/some/run/checkpoints/100/state"
     theirs.parent.mkdir(parents=True)
     theirs.write_text("arrays")
-    with pytest.raises(ConfigError, match=r"would replace checkpoints there"):
+    with pytest.raises(ConfigError, match=r"checkpoints in it would be replaced"):
         runs.run(runs.on_one_device(tiny_model_dir), OUTPUT)
     assert theirs.read_text() == "arrays"
 
