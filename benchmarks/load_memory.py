@@ -115,6 +115,10 @@ def measure(tiny: Path, source: str, dtype: str, devices: int) -> dict[str, floa
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": "",
+        # As users run it: the tests compile unoptimised programs, which write out temporaries, and
+        # have more threads than cores, each of which keeps memory.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+        "NPROC": str(os.cpu_count()),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     command = [sys.executable, __file__, "--child", str(tiny), source, dtype, str(devices)]
