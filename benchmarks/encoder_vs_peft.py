@@ -33,8 +33,8 @@ STARTS = {"text": {"start": "text"}, "random": {"start": "normal", "std": 1.0}}
 def ours(start: str, steps: int, exchange: Path) -> dict[str, Any]:
     """Trains and measures ours, and saves the examples and initial values for PEFT."""
     from prefix_jax.config import parse
-    from prefix_jax.train.fit import fit
-    from prefix_jax.train.setup import prepare
+    from prefix_jax.runs.build import build_run
+    from prefix_jax.runs.run import fit
 
     config = parse(
         {
@@ -58,7 +58,7 @@ def ours(start: str, steps: int, exchange: Path) -> dict[str, Any]:
             "output": str(exchange / f"run-{start}"),
         }
     )
-    setup = prepare(config)
+    setup = build_run(config)
     train, dev = setup.splits["train"], setup.splits["test"]
     order = [i for step in range(steps) for i in setup.pipeline.order.step(step)]
     first = setup.state.train

@@ -52,7 +52,7 @@ def _config(steps: int, output: Path) -> Any:
 
 def ours(steps: int, exchange: Path) -> dict[str, Any]:
     """Trains and measures ours."""
-    from prefix_jax.train.fit import fit
+    from prefix_jax.runs.run import fit
 
     run = fit(_config(steps, exchange / "run"), quiet=True)
     metrics = run.evaluations["after"].report.metrics
@@ -62,9 +62,9 @@ def ours(steps: int, exchange: Path) -> dict[str, Any]:
 def examples(steps: int, exchange: Path) -> dict[str, Any]:
     """Saves our examples, in order, and the initial prefix for PEFT."""
     from prefix_jax.data.tokens import group_references
-    from prefix_jax.train.setup import prepare
+    from prefix_jax.runs.build import build_run
 
-    setup = prepare(_config(steps, exchange / "run"))
+    setup = build_run(_config(steps, exchange / "run"))
     train, dev = setup.splits["train"], setup.splits["test"]
     order = [i for step in range(steps) for i in setup.pipeline.order.step(step)]
     inputs = group_references(dev)

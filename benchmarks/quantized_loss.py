@@ -67,7 +67,7 @@ def measure(task: str, limit: int, steps: int | None) -> dict[str, dict[str, flo
     from prefix_jax.config import parse
     from prefix_jax.data.source import read_records
     from prefix_jax.evaluate.run import Evaluator
-    from prefix_jax.train.setup import prepare
+    from prefix_jax.runs.build import build_run
 
     found = {}
     for how in ("bfloat16", *GOALS):
@@ -89,7 +89,7 @@ def measure(task: str, limit: int, steps: int | None) -> dict[str, dict[str, flo
             "train": _spread(read_records(data.train or ""), size),
             "test": _spread(read_records(data.test or ""), limit),
         }
-        setup = prepare(config, pretrained=pretrained, records=records)
+        setup = build_run(config, pretrained=pretrained, records=records)
         evaluator = Evaluator(
             setup.model,
             pretrained.tokenizer,

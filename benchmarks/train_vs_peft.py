@@ -39,7 +39,7 @@ OURS = {"ours": 1, "halves": 2}
 def setup_of(order: str, steps: int, micro: int) -> Any:
     """Sets up our run with `micro` micro-batches. Its pipeline also defines PEFT's batches."""
     from prefix_jax.config import parse
-    from prefix_jax.train.setup import prepare
+    from prefix_jax.runs.build import build_run
 
     values = {
         "model": {"path": common.MODEL, "dtype": "float32"},
@@ -55,7 +55,7 @@ def setup_of(order: str, steps: int, micro: int) -> Any:
         "train": {"steps": steps},
         "output": "unused",
     }
-    return prepare(parse(values))
+    return build_run(parse(values))
 
 
 def ours(micro: int, order: str, steps: int, exchange: Path) -> dict[str, Any]:

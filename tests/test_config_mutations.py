@@ -7,13 +7,13 @@ from typing import Any
 
 import mutations
 import pytest
-import runs
 import tiny
+import tiny_runs
 
 from prefix_jax.config import Config, dump, load, parse
 from prefix_jax.errors import ConfigError, PrefixJaxError
 from prefix_jax.methods import make_method
-from prefix_jax.train.setup import prepare
+from prefix_jax.runs.build import build_run
 
 TEXT = """\
 model: {path: m, dtype: float32, remat: dots}
@@ -98,7 +98,7 @@ def test_mutated_mappings():
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    return runs.on_one_device(tiny.write_model(tmp_path_factory.mktemp("mutations") / "model"))
+    return tiny_runs.on_one_device(tiny.write_model(tmp_path_factory.mktemp("mutations") / "model"))
 
 
 def test_mutated_configs_that_are_read_are_prepared_or_refused(pretrained):
@@ -113,8 +113,8 @@ def test_mutated_configs_that_are_read_are_prepared_or_refused(pretrained):
         if config is None:
             continue
         message = mutations.refusal(
-            lambda config=config: prepare(
-                config, pretrained=pretrained, records={"train": runs.RECORDS}
+            lambda config=config: build_run(
+                config, pretrained=pretrained, records={"train": tiny_runs.RECORDS}
             ),
             PrefixJaxError,
         )

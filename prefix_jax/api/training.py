@@ -17,7 +17,7 @@ from prefix_jax.config import TaskConfig
 from prefix_jax.errors import ConfigError
 from prefix_jax.methods import section_of
 from prefix_jax.methods.base import Method
-from prefix_jax.train.fit import fit as fit_config
+from prefix_jax.runs.run import fit as fit_config
 
 
 def fit(
@@ -63,7 +63,7 @@ def fit(
         quiet: show no progress.
 
     Raises:
-        PrefixJaxError: see `prefix_jax.train.fit.fit`.
+        PrefixJaxError: see `prefix_jax.runs.run.fit`.
     """
     if method is not None and not isinstance(method, Method):
         raise ConfigError(

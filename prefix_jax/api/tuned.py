@@ -32,7 +32,7 @@ from prefix_jax.interop.export import baked
 from prefix_jax.mesh import on_mesh_of
 from prefix_jax.model import PrefixModel, encoder_decoder
 from prefix_jax.prefix import Prefix, Produced
-from prefix_jax.train.fit import Run
+from prefix_jax.runs.run import Run
 from prefix_jax.typed import build
 
 Source = str | Path | Iterable[Mapping[str, Any]]

@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     from prefix_jax.evaluate.official import write_official
     from prefix_jax.evaluate.report import make_directory
     from prefix_jax.evaluate.run import LIKELIHOOD_METRICS, needs_references
+    from prefix_jax.runs.final_report import comparison
     from prefix_jax.terminal.console import make_console
-    from prefix_jax.train.summary import comparison
 
     for key in ("metrics", "labels"):
         given = getattr(args, key)
@@ -132,7 +132,7 @@ def _refuse_foreign(directory: Path) -> None:
 
 def _write(directory: Path, args: argparse.Namespace, found: Mapping[str, Evaluation]) -> None:
     from prefix_jax.evaluate.report import save_predictions
-    from prefix_jax.train.results import write_whole
+    from prefix_jax.runs.results import write_whole
 
     content = {"prefix": args.prefix, "data": args.data, "settings": args.settings}
     results = {name: evaluation.report.as_dict() for name, evaluation in found.items()}

@@ -23,8 +23,8 @@ from prefix_jax.cli import _processes, _usage
 if TYPE_CHECKING:
     from prefix_jax.config import Config
     from prefix_jax.evaluate.run import Evaluation
-    from prefix_jax.train.results import Results
-    from prefix_jax.train.summary import Sample
+    from prefix_jax.runs.final_report import Sample
+    from prefix_jax.runs.results import Results
 
 _SAMPLES = 3
 _LONG = 500  # characters of a record that one would not read in a command
@@ -55,16 +55,16 @@ def run(args: argparse.Namespace) -> int:
     """Trains, and shows what came of it; returns 128 + the signal that stopped it, if one did."""
     from prefix_jax import config as configs
     from prefix_jax.mesh import agreed, describe
+    from prefix_jax.runs.results import Results, read_results
+    from prefix_jax.runs.run import fit
+    from prefix_jax.runs.run_directory import RunDirectory
     from prefix_jax.terminal.console import make_console
-    from prefix_jax.train.fit import fit
-    from prefix_jax.train.place import Place
-    from prefix_jax.train.results import Results, read_results
 
     if args.profile is not None:
         args.settings.append(f"train.profile={args.profile}")
     config = configs.load(args.config, args.settings)
     console = make_console(highlight=False)
-    place = Place(config.output)
+    place = RunDirectory(config.output)
     place.fetch()
     directory = place.directory
     results = read_results(directory, config) if _processes.first() else None
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _close(console: Any, directory: Path, config: Config, results: Results) -> None:
-    from prefix_jax.train.summary import print_closing
+    from prefix_jax.runs.final_report import print_closing
 
     before, after = results.evaluations.get("before"), results.evaluations.get("after")
     print_closing(
@@ -116,7 +116,7 @@ def _close(console: Any, directory: Path, config: Config, results: Results) -> N
 def _dev(directory: Path, step: int) -> dict[str, float]:
     """What the dev split said about the prefix, if it was asked."""
     from prefix_jax.errors import CheckpointError
-    from prefix_jax.train.record import read_metrics
+    from prefix_jax.runs.metric_writer import read_metrics
 
     # The run has ended well; it does not fail for the lack of a line in its closing table.
     with contextlib.suppress(CheckpointError):
@@ -129,7 +129,7 @@ def _dev(directory: Path, step: int) -> dict[str, float]:
 
 def _samples(before: Evaluation | None, after: Evaluation | None, config: Config) -> list[Sample]:
     """A few held-out generations, or answers of a head."""
-    from prefix_jax.train.summary import Sample
+    from prefix_jax.runs.final_report import Sample
 
     if after is None:
         return []

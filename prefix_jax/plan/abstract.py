@@ -21,7 +21,7 @@ from prefix_jax.methods import make_method
 from prefix_jax.model import Params, PrefixModel
 from prefix_jax.nn.mask import Tokens
 from prefix_jax.plan.presets import PREFIX, preset
-from prefix_jax.train.setup import check_quantized
+from prefix_jax.runs.build import check_quantized
 from prefix_jax.train.task import check_task, head_of
 
 Job = Literal["train", "decode"]

@@ -106,14 +106,15 @@ def make_step(
     reduction: Literal["token", "example"] = "token",
     seed: int = 0,
 ) -> Step:
-    """Builds (state, frozen, micro, go=True) → (state, metrics), to be jitted, `state` donated.
+    """Builds (state, frozen, micro, proceed=True) → (state, metrics), to jit with `state` donated.
 
     `micro` is a batch whose leaves have a leading axis of micro-batches. Their summed losses and
     gradients are added up and divided once, by all targets (or examples), so that the result does
     not depend on how a step is split.
 
-    With `go` False a step changes nothing. A loop that passes the `finite` of the step before may
-    start a step ahead of knowing how that one went, and still stops in the state where it failed.
+    With `proceed` False a step changes nothing. A loop can therefore start the next step before it
+    has read `finite` of the current one, pass it as `proceed`, and still stop in the state before
+    the failure.
 
     Args:
         model: backbone and method.
@@ -148,7 +149,7 @@ def make_step(
         return jax.lax.scan(add, zero, (micro, rngs))[0]
 
     def step(
-        state: TrainState, frozen: Any, micro: Batch, go: bool | jax.Array = True
+        state: TrainState, frozen: Any, micro: Batch, proceed: bool | jax.Array = True
     ) -> tuple[TrainState, StepMetrics]:
         loss, grads = summed(state, frozen, micro)
         targets = micro.weight_BM.sum()
@@ -168,7 +169,7 @@ def make_step(
             updates,
             is_leaf=lambda leaf: leaf is None,
         )
-        finite = go & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = proceed & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         moved = TrainState(
             state.step + 1, optax.apply_updates(state.train, updates), optimizer_state
         )

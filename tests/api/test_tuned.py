@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import runs
 import tiny
+import tiny_runs
 
 import prefix_jax as pj
 from prefix_jax.errors import BackboneError, ConfigError, ContextError, DataError, PrefixError
@@ -26,39 +26,39 @@ CHAT = (
 
 @pytest.fixture(scope="module")
 def model(tiny_model_dir: Path) -> pj.Pretrained:
-    return runs.on_one_device(tiny_model_dir)
+    return tiny_runs.on_one_device(tiny_model_dir)
 
 
 @pytest.fixture(scope="module")
 def tuned(model: pj.Pretrained, tmp_path_factory: pytest.TempPathFactory) -> pj.Tuned:
     output = tmp_path_factory.mktemp("tuned")
     return pj.fit(
-        model, pj.PrefixTuning(length=4), runs.RECORDS, **TEMPLATES, **SHORT, output=output
+        model, pj.PrefixTuning(length=4), tiny_runs.RECORDS, **TEMPLATES, **SHORT, output=output
     )
 
 
 def test_three_lines_make_a_tuned_model(tiny_model_dir: Path) -> None:
     method = pj.PromptTuning(2)
-    tuned = pj.fit(tiny_model_dir, method, runs.RECORDS, **TEMPLATES, steps=2, quiet=True)
+    tuned = pj.fit(tiny_model_dir, method, tiny_runs.RECORDS, **TEMPLATES, steps=2, quiet=True)
     assert isinstance(tuned.generate({"sum": "1+1"}, max_new_tokens=4), str)
 
 
 def test_accepts_a_single_metric_name(tuned: pj.Tuned) -> None:
-    some = runs.RECORDS[:2]
+    some = tiny_runs.RECORDS[:2]
     assert tuned.evaluate(some, "loss").report == tuned.evaluate(some, ["loss"]).report
 
 
 def test_a_loss_is_measured_without_references(tuned: pj.Tuned) -> None:
     template = dataclasses.replace(tuned.card.template, references="refs")
     tuned = dataclasses.replace(tuned, card=dataclasses.replace(tuned.card, template=template))
-    assert tuned.evaluate(runs.SOME, "loss").report.examples == len(runs.SOME)
+    assert tuned.evaluate(tiny_runs.SOME, "loss").report.examples == len(tiny_runs.SOME)
     with pytest.raises(DataError, match="record 1: no field 'refs'"):
-        tuned.evaluate(runs.SOME, "exact_match")
+        tuned.evaluate(tiny_runs.SOME, "exact_match")
 
 
 def test_training_lowers_the_loss(tuned: pj.Tuned) -> None:
     before, after = (
-        each.evaluate(runs.RECORDS).report.metrics["loss"]
+        each.evaluate(tiny_runs.RECORDS).report.metrics["loss"]
         for each in (tuned.without_prefix(), tuned)
     )
     assert after < before
@@ -96,8 +96,8 @@ def test_stored_prefix_generates_the_same_text(
     loaded = pj.load_prefix(tmp_path / "prefix", model)
     prompt = {"sum": "2+3"}
     assert loaded.generate(prompt, max_new_tokens=8) == tuned.generate(prompt, max_new_tokens=8)
-    assert runs.bits(loaded.produced) == runs.bits(tuned.produced)
-    assert loaded.evaluate(runs.SOME) == tuned.evaluate(runs.SOME)
+    assert tiny_runs.bits(loaded.produced) == tiny_runs.bits(tuned.produced)
+    assert loaded.evaluate(tiny_runs.SOME) == tuned.evaluate(tiny_runs.SOME)
 
 
 def test_run_directory_loads_its_own_backbone(tuned: pj.Tuned) -> None:
@@ -110,7 +110,7 @@ def test_run_directory_loads_its_own_backbone(tuned: pj.Tuned) -> None:
 def test_baking_does_not_change_generated_text(
     model: pj.Pretrained, tmp_path: Path, method: object
 ) -> None:
-    tuned = pj.fit(model, method, runs.RECORDS, **TEMPLATES, **SHORT, output=tmp_path / "run")
+    tuned = pj.fit(model, method, tiny_runs.RECORDS, **TEMPLATES, **SHORT, output=tmp_path / "run")
     export(tmp_path / "run", tmp_path / "baked", bake=True)
     baked = pj.load_prefix(tmp_path / "baked", model)
     assert baked.card.kind == "kv"
@@ -123,8 +123,8 @@ def test_full_fine_tuning_leaves_a_model_that_generates(
     tuned = pj.fit(
         model,
         None,
-        runs.RECORDS,
-        test=runs.SOME,
+        tiny_runs.RECORDS,
+        test=tiny_runs.SOME,
         **TEMPLATES,
         **SHORT,
         learning_rate=3e-3,
@@ -144,21 +144,21 @@ def test_data_may_come_from_a_generator_or_a_file(
     tuned: pj.Tuned, model: pj.Pretrained, tmp_path: Path
 ) -> None:
     def made() -> Iterator[dict[str, str]]:
-        yield from runs.RECORDS
+        yield from tiny_runs.RECORDS
 
     file = tmp_path / "train.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in runs.RECORDS))
+    file.write_text("".join(json.dumps(record) + "\n" for record in tiny_runs.RECORDS))
     for name, data in {"generator": made(), "file": file}.items():
         again = pj.fit(
             model, pj.PrefixTuning(4), data, **TEMPLATES, **SHORT, output=tmp_path / name
         )
-        assert runs.bits(again.produced) == runs.bits(tuned.produced)
+        assert tiny_runs.bits(again.produced) == tiny_runs.bits(tuned.produced)
 
 
 def test_chats_use_the_chat_template_in_training_and_generation(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    model = runs.on_one_device(tiny_model_dir)
+    model = tiny_runs.on_one_device(tiny_model_dir)
     model.tokenizer.chat_template = CHAT
     chats = [
         {
@@ -167,7 +167,7 @@ def test_chats_use_the_chat_template_in_training_and_generation(
                 {"role": "assistant", "content": record["total"]},
             ]
         }
-        for record in runs.RECORDS
+        for record in tiny_runs.RECORDS
     ]
     tuned = pj.fit(
         model, pj.PrefixTuning(4), chats, dev=chats[:4], messages="turns", **SHORT, output=tmp_path
@@ -177,13 +177,13 @@ def test_chats_use_the_chat_template_in_training_and_generation(
     assert tuned.generate(question, max_new_tokens=4) == tuned.generate(
         "user: 1+1</s>assistant: ", max_new_tokens=4
     )
-    dev = [line["loss"] for line in runs.metrics(tmp_path) if line["kind"] == "dev"]
+    dev = [line["loss"] for line in tiny_runs.metrics(tmp_path) if line["kind"] == "dev"]
     assert dev == [pytest.approx(tuned.evaluate(chats[:4]).report.metrics["loss"])]
 
 
 def test_prefix_trained_on_chats_stops_at_end_of_turn(tmp_path: Path) -> None:
     """Gemma's turns, for example, end with a token that is not the tokenizer's eos."""
-    model = runs.on_one_device(tiny.write_model(tmp_path / "model", vocab_size=258))
+    model = tiny_runs.on_one_device(tiny.write_model(tmp_path / "model", vocab_size=258))
     model.tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
     model.tokenizer.chat_template = CHAT.replace("</s>", "<end_of_turn>\n")
     chats = [
@@ -205,14 +205,14 @@ def test_prefix_trained_on_chats_stops_at_end_of_turn(tmp_path: Path) -> None:
 
 
 def test_rejects_prefix_of_another_backbone(tuned: pj.Tuned, tmp_path: Path) -> None:
-    same_shape = runs.on_one_device(tiny.write_model(tmp_path / "same", seed=1))
+    same_shape = tiny_runs.on_one_device(tiny.write_model(tmp_path / "same", seed=1))
     fingerprints = f"{tuned.pretrained.fingerprint}.*{same_shape.fingerprint}"
     with pytest.raises(PrefixError, match=fingerprints):
         pj.load_prefix(tuned.run.directory, same_shape)
     other = pj.load_prefix(tuned.run.directory, same_shape, allow_other_weights=True)
     assert isinstance(other.generate("1+1=", max_new_tokens=2), str)
 
-    smaller = runs.on_one_device(tiny.write_model(tmp_path / "smaller", num_hidden_layers=1))
+    smaller = tiny_runs.on_one_device(tiny.write_model(tmp_path / "smaller", num_hidden_layers=1))
     with pytest.raises(PrefixError, match=r"layers.*2.*1"):
         pj.load_prefix(tuned.run.directory, smaller, allow_other_weights=True)
 
@@ -261,17 +261,19 @@ def test_a_prompt_is_a_text_or_a_record(tuned: pj.Tuned, prompt: object) -> None
 
 def test_argument_of_wrong_type_error_states_expected_type(model: pj.Pretrained) -> None:
     with pytest.raises(ConfigError, match=r"method must be .* such as PrefixTuning.*got 'prefix'"):
-        pj.fit(model, "prefix", runs.RECORDS, **TEMPLATES, **SHORT)
+        pj.fit(model, "prefix", tiny_runs.RECORDS, **TEMPLATES, **SHORT)
     with pytest.raises(ConfigError, match=r"pretrained must be .* prefix_jax\.load, got Tuned"):
-        pj.fit(pj.Tuned(model, None, None), None, runs.RECORDS, **TEMPLATES, **SHORT)
+        pj.fit(pj.Tuned(model, None, None), None, tiny_runs.RECORDS, **TEMPLATES, **SHORT)
     with pytest.raises(BackboneError, match="a NoneType names no model"):
         pj.load(None)
     with pytest.raises(ConfigError, match="length: expected int; got '4'"):
         pj.PrefixTuning(length="4")
     with pytest.raises(ConfigError, match=r"task must be a Task such as Task\(.*got 'classify'"):
-        pj.fit(model, pj.PrefixTuning(2), runs.RECORDS, input="{sum}", task="classify", steps=1)
+        pj.fit(
+            model, pj.PrefixTuning(2), tiny_runs.RECORDS, input="{sum}", task="classify", steps=1
+        )
     with pytest.raises(ConfigError, match=r"overrides must be a list .*got 'train.seed=1'"):
-        pj.fit(model, pj.PrefixTuning(2), runs.RECORDS, **TEMPLATES, overrides="train.seed=1")
+        pj.fit(model, pj.PrefixTuning(2), tiny_runs.RECORDS, **TEMPLATES, overrides="train.seed=1")
 
 
 def test_a_tuned_model_is_shown_in_a_few_lines(tuned: pj.Tuned) -> None:

@@ -18,14 +18,14 @@ import pytest
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1]))
 
-import runs
+import tiny_runs
 
 from prefix_jax import config
 from prefix_jax.backbones.load import load
 from prefix_jax.cli.main import main
 from prefix_jax.mesh import make_mesh
-from prefix_jax.train.fit import fit
-from prefix_jax.train.together import Together
+from prefix_jax.runs.process_sync import ProcessSync
+from prefix_jax.runs.run import fit
 
 CONFIG = """
 model: {path: MODEL}
@@ -48,7 +48,7 @@ def folder(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("processes")
     text = CONFIG.replace("MODEL", str(tiny_model_dir)).replace("HERE", str(folder))
     (folder / "config.yaml").write_text(text)
-    for name, records in (("train", runs.RECORDS), ("some", runs.SOME)):
+    for name, records in (("train", tiny_runs.RECORDS), ("some", tiny_runs.SOME)):
         lines = (json.dumps(record) + "\n" for record in records)
         (folder / f"{name}.jsonl").write_text("".join(lines))
     return folder
@@ -108,9 +108,9 @@ def pair(
 
 def take_part(number: int, step: int, words: list[str]) -> int:
     """One process, which sends itself a signal when it has started a step, or is slow there."""
-    tell, calls = Together.tell, []
+    tell, calls = ProcessSync.post, []
 
-    def telling(self: Together, busy: float, go: object) -> object:
+    def telling(self: ProcessSync, busy: float, proceed: object) -> object:
         calls.append(busy)
         if len(calls) == step:
             if number:
@@ -118,9 +118,9 @@ def take_part(number: int, step: int, words: list[str]) -> int:
             else:
                 time.sleep(SLOW_SECONDS)
                 busy += SLOW_SECONDS
-        return tell(self, busy, go)
+        return tell(self, busy, proceed)
 
-    Together.tell = telling
+    ProcessSync.post = telling
     return main(words)
 
 
@@ -133,7 +133,7 @@ def alone(folder: Path, output: Path) -> None:
 
 def test_two_processes_make_the_run_of_one(folder: Path, whole: Path, tmp_path: Path) -> None:
     alone(folder, tmp_path)
-    assert runs.outcome(tmp_path) == runs.outcome(whole)
+    assert tiny_runs.outcome(tmp_path) == tiny_runs.outcome(whole)
 
 
 def test_the_host_that_the_others_waited_for_is_named(folder: Path, whole: Path) -> None:
@@ -160,10 +160,10 @@ def test_stopped_and_killed_and_started_again_it_ends_as_if_nothing_had_been(
     # What two have saved, one can go on with.
     shutil.copytree(folder / "hard", tmp_path / "moved")
     alone(folder, tmp_path / "moved")
-    assert runs.outcome(tmp_path / "moved") == runs.outcome(whole)
+    assert tiny_runs.outcome(tmp_path / "moved") == tiny_runs.outcome(whole)
 
     assert [code for code, _ in pair(folder, "hard")] == [0, 0]
-    assert runs.outcome(folder / "hard") == runs.outcome(whole)
+    assert tiny_runs.outcome(folder / "hard") == tiny_runs.outcome(whole)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import pytest
 
 from prefix_jax import config
 from prefix_jax.cli import train as verb
-from prefix_jax.train import fit as fitting
-from prefix_jax.train.lock import FileLock
-from prefix_jax.train.report import Report
+from prefix_jax.runs import run as fitting
+from prefix_jax.runs.console import Report
+from prefix_jax.runs.lock import FileLock
 
 
 def test_the_end_shows_scores_texts_and_paths(trained):

@@ -18,7 +18,7 @@ from prefix_jax import config as configs
 from prefix_jax.backbones.load import Pretrained, load
 from prefix_jax.config import Config
 from prefix_jax.mesh import make_mesh
-from prefix_jax.train.fit import fit
+from prefix_jax.runs.run import fit
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "quickstart")

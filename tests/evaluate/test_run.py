@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
+import tiny_runs
 
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.forms import Params
@@ -41,7 +41,7 @@ RECORDS = [
 
 @pytest.fixture(scope="module")
 def pretrained(tiny_model_dir: Path) -> Pretrained:
-    return runs.on_one_device(tiny_model_dir)
+    return tiny_runs.on_one_device(tiny_model_dir)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_generates_once_per_input_and_scores_on_all_references(
 def test_compares_prefixes_and_metrics(
     pretrained: Pretrained, examples: list[Example], prefix: Prefix
 ) -> None:
-    before = runs.bits(pretrained.stacked())
+    before = tiny_runs.bits(pretrained.stacked())
     metrics = ("exact_match", "accuracy", "loss")
     judge = evaluator(pretrained, *metrics, labels=LABELS)
     found = judge.compare(pretrained, {"bare": None, "tuned": prefix}, examples)
@@ -184,7 +184,7 @@ def test_compares_prefixes_and_metrics(
         # Generated texts are kept rather than chosen labels.
         written = judge(pretrained.stacked(), given, examples, ["exact_match"])
         assert found[name].predictions == written.predictions
-    assert runs.bits(pretrained.stacked()) == before
+    assert tiny_runs.bits(pretrained.stacked()) == before
 
 
 def test_limit_measures_only_the_first_examples(

@@ -1,0 +1,299 @@
+"""Output directories: on disk, or in a bucket with a working copy on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from etils import epath
+
+from prefix_jax.artifact import PREFIXES
+from prefix_jax.errors import CheckpointError, ConfigError, PrefixJaxError, reason
+from prefix_jax.mesh import agreed
+from prefix_jax.methods.multitask import PARTS
+from prefix_jax.runs.checkpoint_store import files_below
+from prefix_jax.runs.lock import BucketLock, FileLock, Lock
+from prefix_jax.untrusted.paths import expand, explain
+
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.yaml"
+# What a run writes to its directory. Everything else there is somebody else's: it is neither
+# deleted nor copied to a bucket.
+WRITTEN = (
+    CONFIG,
+    CHECKPOINTS,
+    "metrics.jsonl",
+    "tensorboard",
+    "profile",
+    "loss.png",
+    "prefix",
+    PREFIXES,
+    PARTS,
+    "predictions.jsonl",
+    "predictions-before.jsonl",
+    "results.json",
+)
+
+_BUCKET = "gs://"
+# In order: the results, which end a run, come last.
+_COPIED = tuple(name for name in WRITTEN if name != CHECKPOINTS)
+# Of these a run deletes files; of the others they are gone by accident, and the bucket keeps them.
+_REPLACED = ("prefix", PREFIXES, "predictions.jsonl", "predictions-before.jsonl")
+# Names the bucket directory that a working copy mirrors.
+_MARKER = ".prefix-jax.bucket"
+_FETCHED = ".prefix-jax.fetched"
+
+
+class RunDirectory:
+    """The directory of a run.
+
+    In a bucket (`gs://BUCKET/PATH`) all processes write checkpoints together. Everything else is
+    written by the first process into a working copy, `runs/BUCKET/PATH`, which `fetch` makes equal
+    to the bucket, and `publish` the bucket equal to it. Both touch only what a run writes.
+
+    Args:
+        output: of the config.
+
+    Attributes:
+        directory: where the first process finds and writes all files but the checkpoints.
+        checkpoints: where the checkpoints are.
+
+    Raises:
+        ConfigError: a bucket cannot be used here.
+    """
+
+    def __init__(self, output: str):
+        self._output = output
+        self._remote: epath.Path | None = None
+        self._there: dict[str, tuple[int, int]] = {}
+        self._locks: list[Lock] = []
+        if output.startswith(_BUCKET):
+            bucket, path = _parse(output)
+            self._remote = epath.Path(f"{_BUCKET}{bucket}/{path}")
+            self.directory = Path("runs") / bucket / path
+            if importlib.util.find_spec("gcsfs") is None:
+                raise ConfigError(
+                    f"output {output}: a bucket takes one more package: "
+                    "pip install 'prefix-jax[gcs]'"
+                )
+        # Orbax takes a directory below "gs:" for an address, too.
+        elif re.search(r"(^|/)\w+:/", output):
+            raise ConfigError(f"output {output}: give a directory, or a bucket as gs://BUCKET/PATH")
+        else:
+            try:
+                self.directory = expand(output, ConfigError)
+            except ConfigError as error:
+                raise ConfigError(f"output {error}") from None
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        return (self._remote or epath.Path(self.directory)) / CHECKPOINTS
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Locks the output for the block, so that no other run writes to it. All processes call it.
+
+        Raises:
+            ConfigError: another run is writing there, or something that is not a directory is.
+            CheckpointError: the lock cannot be written.
+        """
+        failure: PrefixJaxError | None = None
+        with contextlib.ExitStack() as stack:
+            if jax.process_index() == 0:
+                try:
+                    stack.enter_context(self._locked())
+                except PrefixJaxError as error:
+                    failure = error
+            if agreed(failure is not None):
+                raise failure or ConfigError(
+                    f"{self._output}: the first process could not lock the output; see its log"
+                )
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        if self.directory.is_symlink() and not self.directory.exists():
+            raise ConfigError(
+                f"output {self.directory} is a symbolic link to {self.directory.readlink()}, which "
+                "does not exist; create that directory, or choose another output"
+            )
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ConfigError(f"output {self.directory} is a file; choose a directory for the run")
+        locks: list[Lock] = [FileLock(self.directory)]
+        if self._remote is not None:
+            locks.append(BucketLock(str(self._remote), _tell))
+        with contextlib.ExitStack() as stack:
+            for lock in locks:
+                lock.acquire()
+                stack.callback(lock.release)
+            self._locks = locks
+            stack.callback(self._locks.clear)
+            yield
+
+    def fetch(self) -> None:
+        """Makes the working copy equal to the bucket.
+
+        Raises:
+            ConfigError: another run uses the working copy, or the directory is not one.
+            CheckpointError: the bucket cannot be read.
+        """
+        if self._remote is None or jax.process_index() != 0:
+            return
+        with contextlib.ExitStack() as stack:
+            if not self._locks:
+                lock = FileLock(self.directory)
+                lock.acquire()
+                stack.callback(lock.release)
+            try:
+                self._claim()
+                self._fetch(self._remote)
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot write the working copy {self.directory}: {explain(error)}"
+                ) from error
+
+    def _claim(self) -> None:
+        """Marks the directory as the working copy of the bucket; refuses one that is not."""
+        marker = self.directory / _MARKER
+        found = marker.read_text(errors="replace").strip() if marker.is_file() else None
+        if found is None and not any(map(_is_content, self.directory.iterdir())):
+            marker.write_text(f"{self._remote}\n")
+        elif found != str(self._remote):
+            what = "is not a working copy" if found is None else f"is the working copy of {found}"
+            raise ConfigError(
+                f"{self.directory} {what}, and fetching {self._remote} would replace its files; "
+                "move it away, or choose another output"
+            )
+
+    def _fetch(self, remote: epath.Path) -> None:
+        # The old copy is not to be lost with the connection.
+        new = self.directory / _FETCHED
+        _delete(new)
+        with self._talking("read"):
+            for name in _COPIED:
+                for file in _below(remote / name):
+                    copy = new / file.relative_to(remote)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    copy.write_bytes(file.read_bytes())
+        for name in _COPIED:
+            _delete(self.directory / name)
+            if (new / name).exists():
+                (new / name).rename(self.directory / name)
+        _delete(new)
+        self._there = self._stamps()
+
+    def publish(self) -> None:
+        """Makes the bucket equal to the working copy; the results of a run come last.
+
+        Raises:
+            CheckpointError: the bucket cannot be written, or another run has taken it over.
+        """
+        for lock in self._locks:
+            lock.check()
+        if self._remote is None or jax.process_index() != 0:
+            return
+        if self._there and not self.directory.is_dir():
+            raise CheckpointError(
+                f"the working copy {self.directory} was removed while the run wrote to it; give "
+                "the same command again: it goes on from the last checkpoint"
+            )
+        now = self._stamps()
+        with self._talking("write"):
+            for name in now:
+                if self._there.get(name) != now[name]:
+                    (self._remote / name).write_bytes((self.directory / name).read_bytes())
+                    self._there[name] = now[name]
+            for name in self._there.keys() - now.keys():
+                if name.partition("/")[0] in _REPLACED:
+                    (self._remote / name).unlink(missing_ok=True)
+                    del self._there[name]
+
+    def has_checkpoints(self) -> bool:
+        """Whether a run has begun to train here.
+
+        Raises:
+            CheckpointError: the bucket cannot be read.
+        """
+        with self._talking("read"):
+            return self.checkpoints.exists()
+
+    def _stamps(self) -> dict[str, tuple[int, int]]:
+        """The files of the working copy that are copied, each with its size and time."""
+        return {
+            str(file.relative_to(self.directory)): _stamp(file)
+            for name in _COPIED
+            for file in map(Path, _below(epath.Path(self.directory / name)))
+        }
+
+    @contextlib.contextmanager
+    def _talking(self, verb: str) -> Iterator[None]:
+        try:
+            yield
+        # gcsfs and the libraries below it have no base class of errors.
+        except Exception as error:
+            if self._remote is None:
+                raise
+            raise CheckpointError(
+                f"cannot {verb} {self._remote}: {reason(error)}. Is the bucket there (gcloud "
+                "storage ls), and may this account use it (gcloud auth application-default login, "
+                "or the role Storage Object User for the service account of a TPU)?"
+            ) from error
+
+
+def _parse(output: str) -> tuple[str, str]:
+    """The bucket and the path of gs://BUCKET/PATH.
+
+    Raises:
+        ConfigError: one of them is missing, or not a name that a bucket and a disk can both have.
+    """
+    bucket, _, path = output.removeprefix(_BUCKET).strip("/").partition("/")
+    parts = path.split("/")
+    if not path:
+        raise ConfigError(
+            f"output {output}: name a folder of the bucket, gs://BUCKET/PATH: a run needs one of "
+            "its own"
+        )
+    for part in (bucket, *parts):
+        # The working copy has the same path below `runs`. The other characters are wildcards, or
+        # separate versions of an object.
+        if part in ("", ".", "..") or re.search(r"[\x00-\x1f\x7f\\*?\[\]#]", part):
+            raise ConfigError(
+                f"output {output}: {part!r} cannot be a part of gs://BUCKET/PATH; give plain "
+                "names, without '..' and without any of \\ * ? [ ] #"
+            )
+    return bucket, path
+
+
+def _below(path: epath.Path) -> list[epath.Path]:
+    """The file at a path, or all files of the directory there."""
+    if not path.exists():
+        return []
+    return files_below(path) if path.is_dir() else [path]
+
+
+def _delete(path: Path) -> None:
+    """Deletes a file, a link or a directory that this package wrote, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_content(path: Path) -> bool:
+    """Whether an entry of a directory is more than this package's own records."""
+    return not path.name.startswith(".prefix-jax.")
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns

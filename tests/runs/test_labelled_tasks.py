@@ -1,0 +1,301 @@
+"""Runs of tasks with labels: a prefix and a head learn together, are stored, and answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import tiny_runs
+from rich.console import Console
+
+import prefix_jax as pj
+from prefix_jax import artifact, config
+from prefix_jax.backbones.load import Pretrained
+from prefix_jax.cli.main import main
+from prefix_jax.errors import ConfigError, PrefixError
+from prefix_jax.evaluate.report import read_predictions
+from prefix_jax.runs.run import Run, fit
+
+
+def _review(seed: int) -> dict[str, str]:
+    """Three words; one of them decides."""
+    rng, good = random.Random(seed), seed % 2 == 0
+    words = rng.choices(["plot", "film", "was", "the", "very"], k=2)
+    words.insert(rng.randrange(3), "good" if good else "bad")
+    return {"text": " ".join(words), "label": "yes" if good else "no"}
+
+
+TRAIN, TEST = [_review(i) for i in range(48)], [_review(i) for i in range(100, 116)]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Pretrained:
+    return tiny_runs.on_one_device(tiny.write_encoder(tmp_path_factory.mktemp("tiny") / "bert"))
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_model_dir: Path) -> Pretrained:
+    return tiny_runs.on_one_device(tiny_model_dir)
+
+
+def run(
+    pretrained: Pretrained,
+    output: Path,
+    *overrides: str,
+    task: dict[str, Any],
+    console: Console | None = None,
+    **records: Any,
+) -> Run:
+    values = {
+        "model": {"path": pretrained.source},
+        "method": {"name": "prefix", "length": 3},
+        "init": {"start": "random"},
+        "data": {"batch_size": 8},
+        "optim": {"learning_rate": 0.1, "head_learning_rate": 0.03},
+        "train": {"steps": 3},
+        "task": task,
+        "output": str(output),
+    }
+    parsed = config.parse(values, overrides)
+    quiet = console is None
+    return fit(parsed, pretrained=pretrained, records=records, console=console, quiet=quiet)
+
+
+@pytest.fixture(scope="module")
+def learnt(encoder: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(
+        encoder,
+        tmp_path_factory.mktemp("learnt") / "run",
+        "data.input={text}",
+        "train.steps=80",
+        "train.eval_every=40",
+        "evaluate.metrics=[accuracy,loss]",
+        task={"name": "classify", "dropout": 0.0},
+        train=TRAIN,
+        dev=TEST,
+        test=TEST,
+    )
+
+
+def test_a_prefix_and_its_head_learn_a_rule(learnt: Run) -> None:
+    assert learnt.evaluations["after"].report.metrics["accuracy"] == 100
+    assert learnt.card.task.config["labels"] == ("no", "yes")
+    made = read_predictions(learnt.directory / "predictions.jsonl")
+    assert [one.prediction for one in made] == [record["label"] for record in TEST]
+    assert all(sum(one.scores.values()) == pytest.approx(1) for one in made)
+
+
+def test_what_was_stored_answers_alike(learnt: Run, encoder: Pretrained, tmp_path: Path) -> None:
+    tuned = pj.load_prefix(learnt.directory, encoder)
+    assert tuned.classify("a good film") == "yes"
+    assert tuned.classify([record["text"] for record in TEST]) == [r["label"] for r in TEST]
+    assert tuned.classify(TEST[0]) == TEST[0]["label"]
+    made = tuned.answers([{"text": record["text"]} for record in TEST], output=tmp_path / "a.jsonl")
+    stored = read_predictions(tmp_path / "a.jsonl")
+    assert [one.scores for one in stored] == [one.scores for one in made]
+    assert tuned.predict(TEST) == tuned.answers(TEST)
+    metrics = tuned.evaluate(TEST, ["loss", "accuracy", "f1"]).report.metrics
+    assert metrics["loss"] == pytest.approx(learnt.evaluations["after"].report.metrics["loss"])
+    assert (metrics["accuracy"], metrics["f1"]) == (100, 100)
+    with pytest.raises(PrefixError, match="cannot generate text; use classify"):
+        tuned.generate("a good film")
+    with pytest.raises(ConfigError, match="bleu cannot measure task"):
+        tuned.evaluate(TEST, ["bleu"])
+
+
+def test_without_templates_texts_answer_and_records_are_refused(
+    learnt: Run, encoder: Pretrained
+) -> None:
+    """As after an import from PEFT that was not told any."""
+    tuned = pj.load_prefix(learnt.directory, encoder)
+    bare = dataclasses.replace(tuned, card=dataclasses.replace(tuned.card, template=None))
+    assert bare.classify("a good film") == "yes"
+    with pytest.raises(PrefixError, match=r"stored without templates.* data\.input"):
+        bare.answers(TEST)
+
+
+def test_the_container_holds_the_head(learnt: Run, encoder: Pretrained, tmp_path: Path) -> None:
+    tuned = pj.load_prefix(learnt.directory, encoder)
+    tuned.save(tmp_path / "again", "safetensors")
+    head = artifact.load_head(tmp_path / "again")
+    assert sorted(head) == ["out_DY", "out_bias_Y"]
+    jax.tree.map(np.testing.assert_array_equal, head, dict(learnt.head))
+
+
+def test_the_command_line_answers_and_measures(
+    learnt: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in TEST[:4]))
+    assert main(["predict", str(learnt.directory), "--input", str(data)]) == 0
+    assert capsys.readouterr().out.split() == [record["label"] for record in TEST[:4]]
+    arguments = ["--data", str(data), "--metrics", "accuracy"]
+    assert main(["evaluate", str(learnt.directory), *arguments]) == 0
+    assert "100.00" in capsys.readouterr().out
+    assert main(["inspect", str(learnt.directory)]) == 0
+    assert "classify (no, yes), by a head of 66 parameters" in capsys.readouterr().out
+    assert main(["generate", str(learnt.directory), "--prompt", "a"]) == 2
+    assert "prefix-jax predict" in capsys.readouterr().err
+
+
+def test_a_killed_run_comes_to_the_same_bits(encoder: Pretrained, tmp_path: Path) -> None:
+    """Under dropout of prefix and head."""
+    options = ("data.input={text}", "train.steps=4", "train.checkpoint_every=2")
+    options += ("method.dropout=0.2",)
+    task = {"name": "classify", "dropout": 0.2}
+    run(encoder, tmp_path / "whole", *options, task=task, train=TRAIN, test=TEST)
+    with tiny_runs.killed_at(3):
+        run(encoder, tmp_path / "killed", *options, task=task, train=TRAIN, test=TEST)
+    run(encoder, tmp_path / "killed", *options, task=task, train=TRAIN, test=TEST)
+    assert tiny_runs.outcome(tmp_path / "killed") == tiny_runs.outcome(tmp_path / "whole")
+
+
+_TAGS = [{"tokens": ["good", "film"], "label": ["O", "B-X"]}] * 8
+_ANSWERS = {"text": ["paris"], "answer_start": [9]}
+_SPANS = [{"q": "where", "c": "film was paris".replace("was ", "is  "), "label": _ANSWERS}] * 8
+_CHOICES = [{"q": "the film", "a": "was good", "b": "was bad", "label": i % 2} for i in range(8)]
+_VALUES = [{"text": "good film", "label": i / 8} for i in range(8)]
+TASKS = {
+    "regress": (["data.input={text}"], {}, _VALUES, ["loss", "pearson", "spearman"]),
+    "tag": ([], {}, _TAGS, ["loss", "accuracy", "f1"]),
+    "span": (["data.input={q}", "data.pair={c}"], {"stride": 4}, _SPANS, ["exact_match", "f1"]),
+    "choice": (["data.input={q}"], {"choices": ["{a}", "{b}"]}, _CHOICES, ["loss", "accuracy"]),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_trains_is_measured_and_answers(
+    name: str, encoder: Pretrained, tmp_path: Path
+) -> None:
+    options, fields, records, metrics = TASKS[name]
+    names = f"evaluate.metrics=[{','.join(metrics)}]"
+    task = {"name": name, **fields}
+    found = run(encoder, tmp_path, names, *options, task=task, train=records, test=records)
+    assert set(metrics) <= set(found.evaluations["after"].report.metrics)
+    tuned = pj.load_prefix(tmp_path, encoder)
+    unlabelled = [{k: v for k, v in record.items() if k != "label"} for record in records]
+    made = [one.prediction for one in tuned.answers(unlabelled)]
+    assert made == [one.prediction for one in found.evaluations["after"].predictions]
+    assert len(made) == len(records)
+
+
+def test_a_decoder_classifies_by_its_last_token(decoder: Pretrained, tmp_path: Path) -> None:
+    console = tiny_runs.console()
+    found = run(
+        decoder,
+        tmp_path,
+        "data.input={text}",
+        "evaluate.metrics=[accuracy]",
+        task={"name": "classify"},
+        console=console,
+        train=TRAIN[:8],
+        test=TEST[:4],
+    )
+    assert sorted(found.head) == ["out_DY"]
+    assert "(prefix and head); 8 training examples" in tiny_runs.shown(console)
+    assert "labels: 'no', 'yes'" in tiny_runs.shown(console)
+    assert len(found.evaluations["after"].predictions) == 4
+
+
+def test_soft_tokens_before_an_encoder_take_a_row_for_each_text(
+    encoder: Pretrained, tmp_path: Path
+) -> None:
+    """And the head reads [CLS], not the first soft token."""
+    options = ("method={name: prompt, length: 3}", "optim.learning_rate=0.3")
+    found = run(
+        encoder,
+        tmp_path / "prompt",
+        "data.input={text}",
+        "evaluate.metrics=[loss]",
+        *options,
+        task={"name": "classify"},
+        train=TRAIN[:8],
+        test=TEST[:4],
+    )
+    assert np.isfinite(found.evaluations["after"].report.metrics["loss"])
+    with pytest.raises(ConfigError, match="soft tokens before an encoder take one"):
+        run(
+            encoder,
+            tmp_path / "choice",
+            "data.input={q}",
+            *options,
+            task={"name": "choice", "choices": ["{a}", "{b}"]},
+            train=_CHOICES,
+        )
+
+
+def test_an_encoder_writes_no_text(encoder: Pretrained, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="writes no text: give task"):
+        run(encoder, tmp_path, "data.target={label}", task={"name": "generate"}, train=TRAIN)
+
+
+def test_an_encoder_decoder_has_no_head(tmp_path: Path) -> None:
+    both = tiny_runs.on_one_device(tiny.write_bart(tmp_path / "bart"))
+    with pytest.raises(ConfigError, match="let it generate the label as text"):
+        run(both, tmp_path / "run", "data.input={text}", task={"name": "classify"}, train=TRAIN)
+
+
+def test_the_rate_of_a_head_needs_one(decoder: Pretrained, tmp_path: Path) -> None:
+    """`run` gives it."""
+    with pytest.raises(ConfigError, match="there is no head"):
+        run(decoder, tmp_path, "data.target={label}", task={"name": "generate"}, train=TRAIN)
+
+
+def test_a_head_may_read_the_first_soft_token_as_pefts_does(
+    encoder: Pretrained, tmp_path: Path
+) -> None:
+    found = run(
+        encoder,
+        tmp_path / "soft",
+        "data.input={text}",
+        "method={name: prompt, length: 3}",
+        "train.steps=30",
+        task={"name": "classify", "reads_soft": True},
+        train=TRAIN,
+    )
+    tuned = pj.load_prefix(found.directory, encoder)
+    tuned.export_peft(tmp_path / "theirs")
+    again = pj.import_peft(
+        tmp_path / "theirs", encoder, overrides=["data.input={text}", "task.labels=[no, yes]"]
+    )
+    scores = [answer.scores for answer in tuned.answers(TEST)]
+    assert [answer.scores for answer in again.answers(TEST)] == scores
+    # It reads the text through the soft token.
+    assert len({tuple(of.items()) for of in scores}) > 1
+    # Without the soft tokens there is the text's first one.
+    assert tuned.without_prefix().answers(TEST[:1])[0].scores != scores[0]
+
+
+@pytest.mark.parametrize("method", ["prefix", "full"])
+def test_without_soft_tokens_a_head_cannot_read_one(
+    encoder: Pretrained, tmp_path: Path, method: str
+) -> None:
+    options = ("data.input={text}", *(["method=full"] if method == "full" else []))
+    task = {"name": "classify", "reads_soft": True}
+    with pytest.raises(ConfigError, match="no soft tokens stand before an encoder here"):
+        run(encoder, tmp_path / method, *options, task=task, train=TRAIN[:8])
+    with pytest.raises(ConfigError, match="reads_soft is for name: classify and name: regress"):
+        run(encoder, tmp_path / method, task={"name": "tag", "reads_soft": True}, train=TRAIN)
+
+
+def test_full_fine_tuning_trains_a_head_too(encoder: Pretrained, tmp_path: Path) -> None:
+    found = run(
+        encoder,
+        tmp_path,
+        "data.input={text}",
+        "method=full",
+        "evaluate.metrics=[loss]",
+        task={"name": "classify"},
+        train=TRAIN[:8],
+        test=TEST[:4],
+    )
+    assert found.produced is None
+    assert found.head["out_bias_Y"].any()
+    assert found.pretrained.fingerprint != encoder.fingerprint

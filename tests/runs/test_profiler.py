@@ -1,0 +1,59 @@
+"""Some steps of a run are traced for XProf."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import pytest
+import tiny_runs
+
+from prefix_jax.errors import NonFiniteError
+from prefix_jax.runs.profiler import Profiler
+
+
+def nothing_is_traced(tmp_path: Path) -> bool:
+    """JAX traces one at a time, and refuses a second."""
+    with jax.profiler.trace(tmp_path / "next"):
+        return True
+
+
+def test_a_run_leaves_a_trace_of_the_steps_asked_for(tiny_model_dir: Path, tmp_path: Path) -> None:
+    traced, plain = tmp_path / "traced", tmp_path / "plain"
+    pretrained = tiny_runs.on_one_device(tiny_model_dir)
+    tiny_runs.run(pretrained, traced, "train.profile=2", "train.steps=6")
+    (trace,) = traced.glob("profile/plugins/profile/*/*.xplane.pb")
+    assert trace.stat().st_size > 0
+    # XProf tells steps apart by these marks: the third and the fourth.
+    content = trace.read_bytes()
+    assert b"step_num" in content
+
+    tiny_runs.run(pretrained, plain, "train.steps=6")
+    assert not (plain / "profile").exists()
+    assert tiny_runs.metrics(traced) == tiny_runs.metrics(plain)
+
+
+def test_a_run_that_ends_first_leaves_what_it_traced(tiny_model_dir: Path, tmp_path: Path) -> None:
+    tiny_runs.run(
+        tiny_runs.on_one_device(tiny_model_dir), tmp_path, "train.profile=50", "train.steps=4"
+    )
+    assert list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))
+
+
+def test_a_run_that_ends_where_its_trace_would_begin_starts_none(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    tiny_runs.run(
+        tiny_runs.on_one_device(tiny_model_dir), tmp_path, "train.profile=1", "train.steps=2"
+    )
+    assert not (tmp_path / "profile").exists()
+    assert nothing_is_traced(tmp_path)
+
+
+def test_a_failure_ends_the_trace(tmp_path: Path) -> None:
+    profile = Profiler(tmp_path / "failed", 0, 5)
+    profile.turn(last=False)
+    with pytest.raises(NonFiniteError), profile:
+        raise NonFiniteError("step 3: loss nan")
+    assert list(tmp_path.glob("failed/plugins/profile/*/*.xplane.pb"))
+    assert nothing_is_traced(tmp_path)

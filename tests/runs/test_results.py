@@ -1,0 +1,127 @@
+"""What a run measured is read back as it was, for the config that it belongs to alone."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from prefix_jax import config
+from prefix_jax.errors import CheckpointError
+from prefix_jax.evaluate.report import Prediction, Report
+from prefix_jax.evaluate.run import Evaluation
+from prefix_jax.runs.results import Results, read_results, save_results
+
+PREDICTIONS = [Prediction("test.jsonl:1", "café\n", "One\u2028two", ["a", "b"])]
+
+
+@pytest.fixture
+def run(tmp_path):
+    values = {"model": {"path": "m"}, "data": {"target": "{text}"}, "train": {"steps": 1}}
+    return config.parse({**values, "output": str(tmp_path / "run")})
+
+
+def results(predictions=(), loss=2.5):
+    report = Report({"loss": loss, "bleu": 40.0}, {"bleu": "tok:13a"}, 3)
+    return Results(7, {"before": Evaluation(report, []), "after": Evaluation(report, predictions)})
+
+
+def test_results_come_back(run):
+    assert read_results(Path(run.output), run) is None
+    save_results(Path(run.output), run, results(PREDICTIONS))
+    assert read_results(Path(run.output), run) == results(PREDICTIONS)
+
+
+def test_what_was_not_finite_comes_back_as_nan(run):
+    save_results(Path(run.output), run, results(loss=math.inf))
+    found = read_results(Path(run.output), run)
+    assert math.isnan(found.evaluations["after"].report.metrics["loss"])
+
+
+def test_results_of_another_config_are_none(run):
+    save_results(Path(run.output), run, results())
+    other = dataclasses.replace(run, decode=config.DecodeConfig(beams=2))
+    assert read_results(Path(other.output), other) is None
+
+
+def test_results_move_with_their_directory(run, tmp_path):
+    save_results(Path(run.output), run, results(PREDICTIONS))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = dataclasses.replace(run, output=str(tmp_path / "moved"))
+    assert read_results(Path(moved.output), moved) == results(PREDICTIONS)
+
+
+def test_predictions_of_before_do_not_stay(run):
+    save_results(Path(run.output), run, results(PREDICTIONS))
+    save_results(Path(run.output), run, results())
+    assert read_results(Path(run.output), run) == results([])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"config": 1', '{"step": 1}'])
+def test_damaged_results_are_told(run, tmp_path, content):
+    save_results(Path(run.output), run, results())
+    (tmp_path / "run" / "results.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"results\.json cannot be read"):
+        read_results(Path(run.output), run)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"test": []},
+        {"test": {"after": []}},
+        {"test": {"../after": {}}},
+        {"test": {"after": {"metrics": {"loss": "x"}, "signatures": {}, "examples": 3}}},
+        {"test": {"after": {"metrics": {"loss": 10**400}, "signatures": {}, "examples": 3}}},
+        {"test": {"after": {"metrics": {"loss": True}, "signatures": {}, "examples": 3}}},
+        {"test": {"after": {"metrics": {"loss": 1}, "signatures": {"loss": 1}, "examples": 3}}},
+        {"test": {"after": {"metrics": {}, "signatures": {}, "examples": "x"}}},
+        {"step": "7"},
+        {"step": None},
+    ],
+)
+def test_edited_results_are_told(run, change):
+    path = Path(run.output) / "results.json"
+    save_results(Path(run.output), run, results())
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=r"results\.json cannot be read .*measures again"):
+        read_results(Path(run.output), run)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"\xff",
+        b"[]",
+        b"[" * 100_000,
+        b'{"source": "a", "prompt": "b", "prediction": "c"}',
+        b'{"source": "a", "prompt": "b", "prediction": 1, "references": []}',
+        b'{"source": "a", "prompt": "b", "prediction": "c", "references": "d"}',
+        b'{"source": "a", "prompt": "b", "prediction": "\\ud800", "references": []}',
+        b'{"source": "", "prompt": "", "prediction": "", "references": [], "scores": {"d": "e"}}',
+        b'{"source": "a", "prompt": "b", "prediction": "c", "references": [], "more": 1}',
+    ],
+)
+def test_edited_predictions_are_told(run, line):
+    save_results(Path(run.output), run, results(PREDICTIONS))
+    (Path(run.output) / "predictions.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(CheckpointError, match=r"predictions\.jsonl.*measures again"):
+        read_results(Path(run.output), run)
+
+
+def test_results_without_the_right_to_read_them_say_so(run, monkeypatch):
+    save_results(Path(run.output), run, results())
+    opened = Path.open
+
+    def refuse(self, *args, **kwargs):
+        if self.name == "results.json":
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(
+        CheckpointError, match=r"results\.json cannot be read \(Permission denied\); give this user"
+    ):
+        read_results(Path(run.output), run)
