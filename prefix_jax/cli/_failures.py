@@ -1,4 +1,4 @@
-"""Failures of the machine, in one line each: memory, disks, devices, installation."""
+"""One-line messages for failures of the machine: memory, disk, devices, installation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REPORT = (
 
 
 def describe(error: BaseException) -> str | None:
-    """Describes a failure that the machine caused; None if the error is a bug of this package."""
+    """Describes a failure of the machine; None if the error is a bug in this package."""
     if isinstance(error, MemoryError):
         detail = f" ({reason(error)})" if str(error) else ""
         return f"the host is out of memory{detail}; {_SMALLER}"
@@ -38,24 +38,24 @@ def describe(error: BaseException) -> str | None:
         innermost = traceback.extract_tb(error.__traceback__)[-1]
         if Path(innermost.filename).as_posix().endswith("jax/_src/config.py"):
             return (
-                f"JAX refuses an environment variable JAX_…: {reason(error)}; unset or correct it"
+                f"JAX rejected a JAX_… environment variable: {reason(error)}; correct or unset it"
             )
     if isinstance(error, RuntimeError):
-        said = str(error)
-        if "RESOURCE_EXHAUSTED" in said or "Out of memory" in said:
+        message = str(error)
+        if "RESOURCE_EXHAUSTED" in message or "Out of memory" in message:
             return f"a device is out of memory ({reason(error)}); {_SMALLER}"
-        if "nable to initialize backend" in said or "Unknown backend" in said:
-            return f"JAX finds no device: {reason(error)}"
+        if "nable to initialize backend" in message or "Unknown backend" in message:
+            return f"JAX found no device: {reason(error)}"
     return None
 
 
 def prepare_process() -> None:
-    """Prepares a process that only runs this command for interrupts and bugs.
+    """Installs handlers for interrupts and uncaught exceptions in a process that only runs the CLI.
 
-    An interrupt while a module is imported ends the process at once: extension modules turn
-    `KeyboardInterrupt` into other errors, or crash. One that arrives where Python cannot raise it,
-    as in a callback of the garbage collector, is raised a moment later instead of being lost.
-    Tracebacks are escaped.
+    An interrupt during an import ends the process immediately: extension modules turn
+    `KeyboardInterrupt` into other errors, or crash. An interrupt that arrives where Python cannot
+    raise it, such as in a callback of the garbage collector, is raised shortly afterwards instead
+    of being lost. Tracebacks are escaped.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _interrupt)
@@ -63,13 +63,13 @@ def prepare_process() -> None:
     sys.excepthook = _print_traceback
 
 
-def leave_interrupts_to_the_system() -> None:
-    """Lets Ctrl-C end the process at once, without a traceback while it shuts down."""
+def restore_default_interrupt() -> None:
+    """Makes Ctrl-C end the process without a traceback while the interpreter shuts down."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-_SMALLER = "use a smaller model, batch or length ('prefix-jax plan' computes what a step needs)"
+_SMALLER = "use a smaller model, batch or length ('prefix-jax plan' computes the memory of a step)"
 
 
 def _os_error(error: OSError) -> str:
@@ -78,7 +78,7 @@ def _os_error(error: OSError) -> str:
         return f"{error.filename}: {why}"
     advice = ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-        advice = "; make room on the disk, which may be that of standard output"
+        advice = "; free disk space (standard output may be redirected to the full disk)"
     return f"cannot read or write: {why}{advice}"
 
 
@@ -94,16 +94,16 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     signal.default_int_handler(number, innermost)
 
 
-def _raise_interrupts_later(before: Callable[[Any], Any]) -> Callable[[Any], None]:
+def _raise_interrupts_later(previous: Callable[[Any], Any]) -> Callable[[Any], None]:
     def hook(unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            # To the main thread itself: another one would not wake it from a system call.
+            # Signal the main thread: a signal to another thread would not end its system call.
             thread = threading.main_thread().ident
             timer = threading.Timer(0.05, signal.pthread_kill, [thread, signal.SIGINT])
             timer.daemon = True
             timer.start()
         else:
-            before(unraisable)
+            previous(unraisable)
 
     return hook
 

@@ -1,4 +1,4 @@
-"""What the verbs share that use a stored prefix: its arguments, and how it is loaded."""
+"""Arguments and loading for the commands that use a stored prefix."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
-    """The prefix, its backbone, and settings.
+    """Adds the prefix, the backbone and the settings.
 
     Args:
-        parser: of the verb.
-        example: of a setting, for the help.
+        parser: the command's parser.
+        example: example settings, for the help.
     """
-    parser.add_argument("prefix", metavar="PREFIX", help="the directory of a prefix or of a run")
+    parser.add_argument("prefix", metavar="PREFIX", help="directory of a prefix or a run")
     parser.add_argument(
         "settings",
         metavar="key.path=value",
         nargs="*",
-        help=f"changes a setting of the training run: {example}",
+        help=f"overrides settings of the training run: {example}",
     )
     parser.add_argument(
         "--model",
         metavar="PATH",
-        help="the backbone: a directory, a .gguf file, a hub id (default: that of the training)",
+        help="the backbone: a directory, a .gguf file or a hub id (default: as in training)",
     )
     parser.add_argument(
         "--allow-other-weights",
         action="store_true",
-        help="accept a backbone of the same shape with other weights, such as a quantised copy",
+        help="accept a backbone with the same shapes but other weights, such as a quantised copy",
     )
 
 
@@ -41,16 +41,16 @@ def load(args: argparse.Namespace, settings: type[T]) -> tuple[Tuned, T]:
     """Loads the prefix and its backbone.
 
     Args:
-        args: as parsed.
-        settings: a dataclass of the sections that may be set, `decode` among them.
+        args: the parsed arguments.
+        settings: a dataclass of the config sections that can be overridden, including `decode`.
 
     Returns:
-        The prefix, and the settings: those of its training run, changed by the arguments.
+        The tuned model, and the settings of its training run with the overrides applied.
     """
     from prefix_jax import api, artifact, config
 
-    # What is wrong with the arguments shows before the backbone loads, which takes a while.
+    # Check the settings first: loading the backbone may take minutes.
     _, card = artifact.load(args.prefix)
-    changed = config.sections(settings, {"decode": card.decode}, args.settings, args.prefix)
+    updated = config.sections(settings, {"decode": card.decode}, args.settings, args.prefix)
     tuned = api.load_prefix(args.prefix, args.model, allow_other_weights=args.allow_other_weights)
-    return tuned, changed
+    return tuned, updated

@@ -1,23 +1,19 @@
-"""Show devices, versions, caches and memory, and say what is wrong with them.
+"""Check the installation: package versions, devices, memory and folders.
 
-Exits with 1 if a device cannot compute or an installed package is outside its tested range.
+Exits with 1 if a device cannot compute, a folder cannot be used, or an installed
+package is outside its tested range.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import platform
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prefix_jax.errors import reason
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-# Device nodes that drivers make, the JAX backend that uses them, and the extra that installs it.
+# Device nodes of drivers, with the JAX backend that uses them and the extra that installs it.
 _ACCELERATORS = {
     "/dev/nvidiactl": ("gpu", "cuda"),
     "/dev/accel0": ("tpu", "tpu"),
@@ -26,137 +22,119 @@ _ACCELERATORS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Doctor takes no arguments."""
+    """Adds nothing: the command has no arguments."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints problems and three tables; returns 0 if there is no problem."""
+    """Prints the problems, then JAX's environment and ours. Returns 0 without problems, else 1."""
     from prefix_jax.terminal.console import make_console, text
 
-    console = make_console()
+    console = make_console(soft_wrap=True)
     problems: list[str] = []
-    tables = []
-    for make in (_packages, _devices, _places):
+    environment: list[str] = []
+    for check in (_devices, _packages, _resources):
         try:
-            tables.append(make(problems))
+            environment += check(problems)
         except ImportError as error:
             problems.append(f"an installed package cannot be imported: {reason(error)}")
-    # The tables may be longer than a screen.
     for problem in problems:
-        console.print(text("problem:", "bold red"), text(problem), soft_wrap=True)
+        console.print(text("problem:", "bold red"), text(problem))
     if not problems:
-        console.print("[bold green]all is well[/]")
-    for table in tables:
-        console.print(table)
+        console.print("[bold green]no problems found[/]")
+    console.print()
+    for line in environment:
+        console.print(text(line))
     return 1 if problems else 0
 
 
-def _table(title: str, *columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
-    for column in columns:
-        table.add_column(column)
-    return table
-
-
-def _packages(problems: list[str]) -> Table:
+def _packages(problems: list[str]) -> list[str]:
+    """Compares the installed packages with the tested ranges; returns their versions."""
     from packaging.requirements import Requirement
 
-    table = _table("Packages", "package", "installed", "tested range")
-    table.add_row("python", platform.python_version(), ">=3.11")
     try:
-        ourselves = importlib.metadata.distribution("prefix-jax")
+        package = importlib.metadata.distribution("prefix-jax")
     except importlib.metadata.PackageNotFoundError:
-        problems.append("prefix-jax runs from its source alone: pip install --editable .")
-        return table
-    table.add_row("prefix-jax", ourselves.version, "")
-    for line in ourselves.requires or ():
-        required = Requirement(line)
-        if required.marker and not required.marker.evaluate({"extra": ""}):
+        problems.append("prefix-jax is not installed; run pip install --editable .")
+        return []
+    versions = [f"prefix-jax {package.version}"]
+    for line in package.requires or ():
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            version = importlib.metadata.version(required.name)
+            version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            problems.append(f"{required.name} is not installed: pip install '{required}'")
-            table.add_row(required.name, "[red]missing[/]", str(required.specifier))
+            problems.append(f"{requirement.name} is not installed; run pip install '{requirement}'")
             continue
-        tested = ",".join(sorted(map(str, required.specifier), reverse=True))
-        fits = required.specifier.contains(version, prereleases=True)
-        if not fits:
-            problems.append(f"{required.name} {version} is untested: pip install '{required}'")
-        table.add_row(required.name, version if fits else f"[red]{version}[/]", tested)
-    return table
+        if not requirement.specifier.contains(version, prereleases=True):
+            problems.append(
+                f"{requirement.name} {version} is outside the tested range; run pip install "
+                f"'{requirement}'"
+            )
+        versions.append(f"{requirement.name} {version}")
+    return [f"packages: {', '.join(versions)}"]
 
 
-def _devices(problems: list[str]) -> Table:
+def _devices(problems: list[str]) -> list[str]:
+    """Multiplies matrices on every device; returns JAX's environment and the devices' memory."""
     import jax
     import jax.numpy as jnp
 
-    from prefix_jax.terminal.console import text
-
-    table = _table("Devices", "id", "platform", "kind", "memory used", "works")
     try:
         devices = jax.devices()
     except RuntimeError as error:
-        problems.append(f"JAX finds no device: {error}")
-        devices = []
+        problems.append(f"JAX found no device: {error}")
+        return []
+    environment = jax.print_environment_info(return_string=True) or ""
+    lines = [line for line in environment.splitlines() if line.strip()]
     for device in devices:
         stats = device.memory_stats() or {}
-        memory = "shared with the host"
         if "bytes_limit" in stats:
-            memory = f"{_size(stats['bytes_in_use'])} of {_size(stats['bytes_limit'])}"
-        works = "[green]yes[/]"
+            used, limit = _gib(stats["bytes_in_use"]), _gib(stats["bytes_limit"])
+            lines.append(f"memory of device {device.id}: {used} used of {limit}")
         try:
             x = jax.device_put(jnp.ones((128, 128)), device)
-            if float((x @ x).sum()) != 128**3:
-                raise ArithmeticError("a product of matrices is wrong")
+            if (total := float((x @ x).sum())) != 128**3:
+                raise ArithmeticError(f"a matrix product sums to {total}, expected {128**3}")
         except (RuntimeError, ArithmeticError) as error:
-            works = "[red]no[/]"
             problems.append(f"device {device.id} cannot compute: {error}")
-        table.add_row(str(device.id), device.platform, text(device.device_kind), memory, works)
     for node, (backend, extra) in _ACCELERATORS.items():
         if Path(node).exists() and all(device.platform != backend for device in devices):
             problems.append(
-                f"{node} is there, but JAX does not use it: pip install 'prefix-jax[{extra}]'"
+                f"JAX does not use the accelerator at {node}; run pip install 'prefix-jax[{extra}]'"
             )
-    return table
+    return lines
 
 
-def _places(problems: list[str]) -> Table:
+def _resources(problems: list[str]) -> list[str]:
+    """Checks the folders that runs use; returns free memory and disk space."""
     import huggingface_hub.constants
     import jax
     import psutil
 
-    from prefix_jax.terminal.console import text
-
-    table = _table("Memory and places", "what", "where", "free")
     memory = psutil.virtual_memory()
-    table.add_row("host memory", _size(memory.total), _size(memory.available))
+    lines = [f"host memory: {_gib(memory.available)} free of {_gib(memory.total)}"]
     folders = {
-        "working folder": str(Path.cwd()),
+        "working directory": str(Path.cwd()),
         "model cache": huggingface_hub.constants.HF_HUB_CACHE,
-        "compile cache": jax.config.values["jax_compilation_cache_dir"],
+        "compilation cache": jax.config.values["jax_compilation_cache_dir"],
     }
-    for what, folder in folders.items():
+    for name, folder in folders.items():
         if folder is None:
-            table.add_row(what, "off: set JAX_COMPILATION_CACHE_DIR", "")
-        else:
-            try:
-                free = _size(_disk_free(Path(folder)))
-            except OSError as error:
-                problems.append(f"the {what} {folder} cannot be used: {error.strerror}")
-                free = "[red]unknown[/]"
-            table.add_row(what, text(folder), free)
-    return table
+            lines.append(f"{name}: off (set JAX_COMPILATION_CACHE_DIR)")
+            continue
+        try:
+            lines.append(f"{name}: {folder}, {_gib(_disk_free(Path(folder)))} free")
+        except OSError as error:
+            problems.append(f"the {name} {folder} cannot be used: {error.strerror}")
+    return lines
 
 
 def _disk_free(folder: Path) -> int:
-    """Free bytes where the folder is, or where it would be made."""
+    """Returns the free bytes on the disk of a folder, which may not exist yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
 
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

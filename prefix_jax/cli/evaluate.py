@@ -1,10 +1,10 @@
-"""Measure a prefix on held-out records.
+"""Evaluate a prefix on held-out records.
 
   prefix-jax evaluate runs/quickstart --data test.jsonl --metrics loss,bleu
 
-Records are rendered, cut and decoded as in the training run, unless a setting
-says otherwise: decode.beams=5, evaluate.limit=100, evaluate.batch_size=32,
-evaluate.before=true (measures the bare model too).
+Templates, truncation and decoding are those of the training run. Settings
+override them: decode.beams=5, evaluate.limit=100, evaluate.batch_size=32,
+evaluate.before=true (also evaluates the model without the prefix).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The prefix, the data, what to measure and where to write it."""
+    """Adds the prefix, the data, the metrics and the outputs."""
     _stored.add_arguments(parser, "decode.beams=5, evaluate.limit=100, evaluate.before=true")
     parser.add_argument(
         "--data",
@@ -34,30 +34,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics",
         metavar="NAME,…",
-        help="loss, accuracy, bleu, chrf, rouge1, rouge2, rougeL, rougeLsum, exact_match, "
-        "final_number; of a task with labels loss, accuracy, f1, f1_macro, matthews, pearson, "
-        "spearman, exact_match: "
-        "short for evaluate.metrics=[…] (default: loss)",
+        help="text: loss, accuracy, bleu, chrf, rouge1, rouge2, rougeL, rougeLsum, exact_match, "
+        "final_number; tasks with a head: loss, accuracy, f1, f1_macro, matthews, pearson, "
+        "spearman, exact_match (default: loss). Short for evaluate.metrics=[…]",
     )
     parser.add_argument(
         "--labels",
         metavar="TEXT,…",
-        help="the answers among which accuracy chooses, short for evaluate.labels=[…]",
+        help="candidate answers that accuracy compares; short for evaluate.labels=[…]",
     )
     parser.add_argument(
-        "--output", metavar="DIR", help="write results.json and predictions.jsonl there"
+        "--output", metavar="DIR", help="directory for results.json and predictions.jsonl"
     )
     parser.add_argument(
         "--official",
         metavar="DIR",
-        help="write what the scripts of e2e-metrics, WebNLG and DART read there: hypotheses.txt, "
-        "references.e2e.txt, reference0, … (takes a metric of generated text)",
+        help="directory for hypotheses.txt, references.e2e.txt, reference0, …: the input files of "
+        "the e2e-metrics, WebNLG and DART scripts (needs a generation metric, such as bleu)",
     )
     _processes.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a table, and writes the results if asked to."""
+    """Prints a table of metrics and writes the requested files."""
     from prefix_jax.config import MeasureConfig
     from prefix_jax.evaluate.official import write_official
     from prefix_jax.evaluate.report import make_directory
@@ -70,77 +69,79 @@ def run(args: argparse.Namespace) -> int:
         if given is not None:
             args.settings.append(f"evaluate.{key}={json.dumps(given.split(','))}")
     if args.output is not None:
-        _refuse_foreign(Path(args.output))
-    first = _processes.first()
-    for place in (args.output, args.official):
-        if place is not None and first:
-            make_directory(place)
-    progress = make_console(stderr=True, highlight=False, quiet=not first)
+        _check_output(Path(args.output))
+    is_first = _processes.is_first()
+    for directory in (args.output, args.official):
+        if directory is not None and is_first:
+            make_directory(directory)
+    progress = make_console(stderr=True, highlight=False, quiet=not is_first)
     with progress.status("loading"):
         tuned, settings = _stored.load(args, MeasureConfig)
         if args.official is not None and set(settings.evaluate.metrics) <= {*LIKELIHOOD_METRICS}:
             raise ConfigError(
-                "--official writes generated text: ask for a metric of it, --metrics bleu say"
+                "--official needs generated text; add a generation metric, such as --metrics bleu"
             )
         examples = tuned.examples(args.data, references=needs_references(settings.evaluate.metrics))
-    for what, sources in (("cut to fit", examples.truncated), ("left out", examples.dropped)):
+    for effect, sources in (("truncated", examples.truncated), ("dropped", examples.dropped)):
         if sources:
             progress.print(
-                f"warning: {len(sources)} examples were {what} (first: {sources[0]})", markup=False
+                f"warning: {len(sources)} examples were {effect} (first: {sources[0]})",
+                markup=False,
             )
-    found = tuned.compare(examples, settings.evaluate, settings.decode, progress.status)
-    if not first:
+    evaluations = tuned.compare(examples, settings.evaluate, settings.decode, progress.status)
+    if not is_first:
         return 0
-    before, after = found.get("before"), found["after"]
+    before, after = evaluations.get("before"), evaluations["after"]
     make_console(highlight=False).print(
         comparison({} if before is None else before.report.metrics, after.report.metrics)
     )
     if args.output is not None:
-        _write(Path(args.output), args, found)
+        _write(Path(args.output), args, evaluations)
     if args.official is not None:
         write_official(args.official, after.predictions)
     return 0
 
 
-def _refuse_foreign(directory: Path) -> None:
-    """Makes sure that the results of another verb or program are not replaced.
+def _check_output(directory: Path) -> None:
+    """Checks that the directory holds no files of other commands or programs.
 
     Raises:
-        ConfigError: the directory contains some.
+        ConfigError: writing the results there would replace such files or mix with them.
     """
     from prefix_jax.untrusted.json import read_json_object
 
-    what = None
+    content = None
     if (directory / "config.yaml").exists():
-        what = "a run"
+        content = "a run"
     elif (directory / "prefix.json").exists():
-        what = "a prefix"
+        content = "a prefix"
     elif (results := directory / "results.json").exists():
         try:
-            own = {"prefix", "data", "results"} <= read_json_object(results, ConfigError).keys()
+            ours = {"prefix", "data", "results"} <= read_json_object(results, ConfigError).keys()
         except ConfigError:
-            own = False
-        what = None if own else "a results.json of another program"
-    elif found := sorted(directory.glob("predictions*.jsonl")):
-        what = f"{found[0].name} of another program"
-    if what is not None:
+            ours = False
+        content = None if ours else "a results.json of another program"
+    elif predictions := sorted(directory.glob("predictions*.jsonl")):
+        content = f"{predictions[0].name} of another program"
+    if content is not None:
         raise ConfigError(
-            f"--output {directory} holds {what}, which these results would replace or join; "
-            "choose another directory"
+            f"--output: {directory} contains {content}; choose another directory for the results"
         )
 
 
-def _write(directory: Path, args: argparse.Namespace, found: Mapping[str, Evaluation]) -> None:
+def _write(
+    directory: Path, args: argparse.Namespace, evaluations: Mapping[str, Evaluation]
+) -> None:
     from prefix_jax.evaluate.report import save_predictions
     from prefix_jax.runs.results import write_whole
 
     content = {"prefix": args.prefix, "data": args.data, "settings": args.settings}
-    results = {name: evaluation.report.as_dict() for name, evaluation in found.items()}
+    results = {name: evaluation.report.as_dict() for name, evaluation in evaluations.items()}
     write_whole(
         directory / "results.json",
         json.dumps({**content, "results": results}, indent=2, ensure_ascii=False) + "\n",
     )
-    for name, evaluation in found.items():
+    for name, evaluation in evaluations.items():
         if evaluation.predictions:
             suffix = "" if name == "after" else f"-{name}"
             save_predictions(directory / f"predictions{suffix}.jsonl", evaluation.predictions)

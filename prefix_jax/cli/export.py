@@ -1,7 +1,10 @@
-"""Copy a prefix into another container, bake it into plain keys and values, or hand it to PEFT.
+"""Export a prefix as safetensors, Orbax or a PEFT adapter.
 
-What is written can be read without prefix_jax: docs/export.md shows how, in five lines. With
---to peft it is an adapter that PeftModel.from_pretrained loads: docs/from_peft.md.
+  prefix-jax export runs/quickstart exported --bake
+  prefix-jax export runs/quickstart adapter --to peft
+
+The output can be read without prefix_jax (docs/export.md). With --to peft it is
+an adapter for PeftModel.from_pretrained (docs/from_peft.md).
 """
 
 from __future__ import annotations
@@ -11,32 +14,32 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The source, the copy, and what becomes of the prefix on the way."""
-    parser.add_argument("prefix", help="the directory of a prefix or of a run")
-    parser.add_argument("output", help="the directory to write")
+    """Adds the prefix, the output and its format."""
+    parser.add_argument("prefix", metavar="PREFIX", help="directory of a prefix or a run")
+    parser.add_argument("output", metavar="OUTPUT", help="directory to write")
     parser.add_argument(
         "--to",
         choices=("orbax", "safetensors", "peft"),
         default="safetensors",
-        help="the container of the arrays, or an adapter of PEFT (default: %(default)s)",
+        help="output format (default: %(default)s)",
     )
     parser.add_argument(
         "--bake",
         action="store_true",
-        help="turn soft tokens or hidden states into the keys and values that they stand for",
+        help="compute the keys and values of soft tokens or hidden states, and export those",
     )
     parser.add_argument(
-        "--model", help="the backbone, for --bake (default: the one of the training)"
+        "--model", metavar="PATH", help="the backbone, for --bake (default: as in training)"
     )
     parser.add_argument(
         "--allow-other-weights",
         action="store_true",
-        help="accept a backbone of the same shape with other weights, such as a quantised copy",
+        help="accept a backbone with the same shapes but other weights, such as a quantised copy",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the copy and says what is in it."""
+    """Writes the output and prints a summary."""
     from prefix_jax.interop.export import export
     from prefix_jax.interop.peft import export_peft
     from prefix_jax.terminal.console import make_console
@@ -48,14 +51,14 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.to == "peft":
         config = export_peft(args.prefix, args.output, **options)
-        kind, task = config["peft_type"], config["task_type"]
-        what, start = f"{config['num_virtual_tokens']} slots as {kind}", f"for {task}"
+        content = f"{config['num_virtual_tokens']} slots as {config['peft_type']}"
+        detail = f"for {config['task_type']}"
     else:
         card = export(args.prefix, args.output, args.to, **options)
-        what = f"{card.length} slots of kind {card.kind!r} as {args.to}"
-        start = f"text starts at position {card.offset}"
+        content = f"{card.length} slots of kind {card.kind!r} as {args.to}"
+        detail = f"text starts at position {card.offset}"
     size = sum(file.stat().st_size for file in Path(args.output).rglob("*") if file.is_file())
     make_console(soft_wrap=True, highlight=False, markup=False).print(
-        f"{args.output}: {what}, {size:,} bytes; {start}"
+        f"{args.output}: {content}, {size:,} bytes; {detail}"
     )
     return 0

@@ -1,16 +1,15 @@
-"""Generate text behind a prefix: for a prompt, for a file of records, or in a dialogue.
+"""Generate text with a prefix: for a prompt, a file of records, or interactively.
 
   prefix-jax generate runs/quickstart --record '{"facts": "name[Harrow Mill]"}'
   prefix-jax generate runs/quickstart --input test.jsonl --output written.jsonl
   prefix-jax generate runs/quickstart
 
-A record is what a line of the training data is, and becomes a prompt by the
-template of the training run; a prompt is the text itself. With neither, the
-fields of one record after another are asked for: Ctrl-C stops an answer,
-Ctrl-D ends.
+A record has the fields of the training data and is rendered with the training
+run's template; a prompt is used unchanged. Without either, the command asks for
+one record after another: Ctrl-C stops an answer, Ctrl-D ends.
 
-Text is decoded as in the training run unless a setting says otherwise, such as
-decode.beams=5. The settings: max_new_tokens, min_new_tokens, beams,
+Decoding settings are those of the training run; override them as in
+decode.beams=5. Available are max_new_tokens, min_new_tokens, beams,
 length_penalty, early_stopping, temperature, top_k, top_p, min_p,
 repetition_penalty, no_repeat_ngram, banned_words, stop, samples, seed.
 """
@@ -38,31 +37,33 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The prefix, and what to continue."""
+    """Adds the prefix, the prompts and the output."""
     _stored.add_arguments(parser, "decode.max_new_tokens=200, decode.beams=5, …")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", metavar="TEXT", help="text that is continued as it stands")
-    source.add_argument("--record", metavar="JSON", help="the fields of one record")
+    source.add_argument("--prompt", metavar="TEXT", help="prompt text, used unchanged")
+    source.add_argument("--record", metavar="JSON", help="fields of one record")
     source.add_argument(
         "--input", metavar="FILE", help="records: a .jsonl, .csv or .parquet file, tfds:NAME/SPLIT"
     )
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="where predictions for --input go, as JSON lines (default: the terminal)",
+        help="JSON Lines file for the predictions of --input (default: standard output)",
     )
-    parser.add_argument("--no-prefix", action="store_true", help="the bare model, to compare with")
+    parser.add_argument(
+        "--no-prefix", action="store_true", help="use the model without the prefix, for comparison"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generates, to the terminal or to a file."""
+    """Generates text to standard output or a file."""
     from prefix_jax.config import GenerateConfig
     from prefix_jax.terminal.console import make_console
 
     if args.output is not None and args.input is None:
-        raise DataError("--output is for the predictions of --input; give both")
+        raise DataError("--output needs --input, whose predictions it receives; give both")
     if args.output is not None and os.path.realpath(args.output) == os.path.realpath(args.input):
-        raise DataError(f"--output would replace the records in {args.input}; choose another file")
+        raise DataError(f"--output would overwrite the records in {args.input}; use another file")
     record = None if args.record is None else _record(args.record)
     progress = make_console(stderr=True, highlight=False)
     with progress.status("loading"):
@@ -88,16 +89,16 @@ def _record(text: str) -> Mapping[str, Any]:
 def _answer(
     tuned: Tuned, decode: DecodeConfig, prompt: str | Mapping[str, Any], progress: Console
 ) -> None:
-    """Prints what follows a prompt, as it comes."""
+    """Prints the continuation of a prompt while it is generated."""
     if decode.samples > 1:
         with progress.status("generating"):
-            (found,) = tuned.generations([prompt], decode)
-        for sample in found.samples:
+            (generation,) = tuned.generations([prompt], decode)
+        for sample in generation.samples:
             print(printable(sample.text.strip()))
         return
     status = progress.status("generating")
     status.start()
-    refused = False
+    failed = False
 
     def on_text(_prompt: int, _sample: int, piece: str) -> None:
         status.stop()
@@ -106,11 +107,11 @@ def _answer(
     try:
         tuned.generations([prompt], decode, on_text=on_text)
     except PrefixJaxError:
-        refused = True
+        failed = True
         raise
     finally:
         status.stop()
-        if not refused:
+        if not failed:
             print()
 
 
@@ -127,46 +128,50 @@ def _file(
     bar = Progress(console=progress, transient=True)
     task = bar.add_task("generating", total=total)
 
-    def on_prediction(made: Prediction) -> None:
+    def on_prediction(prediction: Prediction) -> None:
         if output is None:
-            print(printable(made.prediction))
+            print(printable(prediction.prediction))
         bar.advance(task)
 
-    # Where there is no terminal, a bar would still print an empty line.
+    # Without a terminal, the bar would still print an empty line.
     with bar if progress.is_terminal else contextlib.nullcontext():
-        made = tuned.predict(source, decode=decode, output=output, on_prediction=on_prediction)
+        predictions = tuned.predict(
+            source, decode=decode, output=output, on_prediction=on_prediction
+        )
     if output is not None:
-        progress.print(f"{len(made)} predictions in {output}", markup=False, soft_wrap=True)
+        progress.print(
+            f"wrote {len(predictions)} predictions to {output}", markup=False, soft_wrap=True
+        )
 
 
 def _dialogue(tuned: Tuned, decode: DecodeConfig, progress: Console) -> None:
-    """Answers one record after another, until the input ends."""
+    """Answers prompts until the input ends."""
     if sys.stdin.isatty():
         progress.print("Ctrl-C stops an answer, Ctrl-D ends.", style="dim")
-    for prompt in _asked(tuned):
+    for prompt in _read_prompts(tuned):
         try:
             _answer(tuned, decode, prompt, progress)
         except KeyboardInterrupt:
             continue
         except PrefixJaxError as error:
-            print()  # in the place of the answer, so that a pipe's answers stay in step
+            print()  # an empty answer, so that line numbers in a pipe still match
             print_error(error)
 
 
-def _asked(tuned: Tuned) -> Iterator[str | Mapping[str, Any]]:
-    """Records, or prompts where no template makes them of records, as they are typed."""
+def _read_prompts(tuned: Tuned) -> Iterator[str | Mapping[str, Any]]:
+    """Reads records from standard input, or prompts if the prefix has no template."""
     template = None if tuned.card is None else tuned.card.template
     chat = None if template is None else template.messages
     while True:
         fields: dict[str, str] = {}
         try:
             if chat is not None:
-                yield {chat: [{"role": "user", "content": _line("user")}]}
+                yield {chat: [{"role": "user", "content": _read_line("user")}]}
             elif tuned.fields is None:
-                yield _line("prompt")
+                yield _read_line("prompt")
             else:
                 for name in tuned.fields:
-                    fields[name] = _line(name)
+                    fields[name] = _read_line(name)
                 yield fields
         except KeyboardInterrupt:
             print(file=sys.stderr)
@@ -176,18 +181,18 @@ def _asked(tuned: Tuned) -> Iterator[str | Mapping[str, Any]]:
             elif fields:
                 missing = ", ".join(name for name in tuned.fields or () if name not in fields)
                 raise DataError(
-                    f"the input ends within a record: {missing} would be next; give a line for "
-                    f"each of {', '.join(tuned.fields or ())}"
+                    f"standard input ends inside a record, before {missing}; each record needs "
+                    f"one line for each of {', '.join(tuned.fields or ())}"
                 ) from None
             return
 
 
-def _line(name: str) -> str:
-    """Reads a line that is typed, or the next one of a pipe."""
+def _read_line(name: str) -> str:
+    """Reads one line from the terminal, with a prompt, or from a pipe."""
     try:
         if not sys.stdin.isatty():
             return input()
-        importlib.import_module("readline")  # input() edits lines with it
+        importlib.import_module("readline")  # gives input() line editing
         return input(f"{escape(name)}> ")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]

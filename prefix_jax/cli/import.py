@@ -1,12 +1,10 @@
-"""Make a prefix of an adapter of Hugging Face PEFT.
+"""Import an adapter of Hugging Face PEFT as a prefix.
 
-It computes here what it computes there: docs/from_peft.md. A multitask prompt becomes one prefix a
-task, OUTPUT/task-0 and so on, unless --task picks one.
+  prefix-jax import adapter imported data.input="{text}" "task.labels=[bad, good]"
 
-  prefix-jax import adapter mine data.input="{text}" "task.labels=[bad, good]"
-
-An adapter does not tell how records become text, nor the names of labels; what stands behind it
-does, by the keys of a config.
+Outputs equal those of PEFT (docs/from_peft.md). An adapter stores neither
+templates nor label names; give them as config settings. A multitask prompt
+becomes one prefix per task, OUTPUT/task-0 and so on; --task imports only one.
 """
 
 from __future__ import annotations
@@ -16,27 +14,33 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The adapter, the prefix to write, and the backbone."""
-    parser.add_argument("adapter", help="the directory that PeftModel.save_pretrained wrote")
-    parser.add_argument("output", help="the directory to write")
+    """Adds the adapter, the output and the backbone."""
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", help="directory written by PeftModel.save_pretrained"
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="directory to write")
     parser.add_argument(
         "settings",
         metavar="key.path=value",
         nargs="*",
-        help="how records become text, data.input={text}, and the names of labels",
+        help="templates and label names: data.input={text}, task.labels=[…]",
     )
-    parser.add_argument("--model", help="the backbone (default: the one that the adapter names)")
-    parser.add_argument("--task", type=int, help="a task of a multitask prompt, counted from 0")
+    parser.add_argument(
+        "--model", metavar="PATH", help="the backbone (default: the one named by the adapter)"
+    )
+    parser.add_argument(
+        "--task", metavar="N", type=int, help="index of a task of a multitask prompt, from 0"
+    )
     parser.add_argument(
         "--to",
         choices=("orbax", "safetensors"),
         default="orbax",
-        help="the container of the arrays (default: %(default)s)",
+        help="storage format (default: %(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the prefixes and says what they are."""
+    """Writes the prefixes and prints a summary of each."""
     from prefix_jax import artifact, config
     from prefix_jax.errors import PrefixError
     from prefix_jax.interop.peft import ImportConfig, import_peft, tasks_of
@@ -46,19 +50,19 @@ def run(args: argparse.Namespace) -> int:
 
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise PrefixError(f"{output} exists already; choose another directory, or remove it")
+        raise PrefixError(f"{output} already exists; choose another directory or remove it")
     tasks = tasks_of(args.adapter)
-    places = {args.task: output}
+    directories = {args.task: output}
     if tasks is not None and args.task is None:
-        places = {task: output / f"task-{task}" for task in range(tasks)}
+        directories = {task: output / f"task-{task}" for task in range(tasks)}
     model = args.model
     console = make_console(soft_wrap=True, highlight=False, markup=False)
-    for task, place in places.items():
+    for task, directory in directories.items():
         imported = import_peft(args.adapter, model, task=task, settings=settings)
         model, card = imported.pretrained, imported.card
-        artifact.save(place, imported.produced, card, args.to, imported.head)
+        artifact.save(directory, imported.produced, card, args.to, imported.head)
         console.print(
-            f"{place}: {card.length} slots of kind {card.kind!r}, {card.init}, for "
+            f"{directory}: {card.length} slots of kind {card.kind!r}, {card.init}, for "
             f"{card.backbone.source}; text starts at position {card.offset}"
         )
     return 0

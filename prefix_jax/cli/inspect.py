@@ -1,4 +1,4 @@
-"""Show what a prefix is: where it is from, its size and norms, and words near its soft tokens."""
+"""Show the origin, size and norms of a prefix, and the words nearest its soft tokens."""
 
 from __future__ import annotations
 
@@ -19,70 +19,75 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The prefix, and what to show of it."""
-    parser.add_argument("prefix", help="the directory of a prefix or of a run")
+    """Adds the prefix, the backbone and the output format."""
+    parser.add_argument("prefix", metavar="PREFIX", help="directory of a prefix or a run")
     parser.add_argument(
         "--model",
-        help="the backbone, for the nearest words of soft tokens (default: that of the training)",
+        metavar="PATH",
+        help="the backbone, for the words nearest soft tokens (default: as in training)",
     )
     parser.add_argument(
-        "--words", type=int, default=5, help="how many nearest words (default: %(default)s)"
+        "--words",
+        metavar="N",
+        type=int,
+        default=5,
+        help="number of nearest words per soft token (default: %(default)s)",
     )
     parser.add_argument(
         "--allow-other-weights",
         action="store_true",
-        help="accept a backbone of the same shape with other weights, such as a quantised copy",
+        help="accept a backbone with the same shapes but other weights, such as a quantised copy",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a verdict and tables, or all of it as JSON; returns 0 if all numbers are finite."""
+    """Prints a verdict and tables, or JSON. Returns 0 if all norms are finite, else 1."""
     from prefix_jax.interop.inspect import inspect
     from prefix_jax.terminal.console import make_console, text
 
-    found = inspect(
+    inspection = inspect(
         args.prefix,
         args.model,
         words=args.words,
         allow_other_weights=args.allow_other_weights,
     )
     if args.json:
-        content = dataclasses.asdict(found)
+        content = dataclasses.asdict(inspection)
         print(printable(json.dumps(content, indent=2, ensure_ascii=False, default=str)))
-        return 0 if _finite(found.norms) else 1
+        return 0 if _finite(inspection.norms) else 1
     console = make_console()
-    console.print(text(_verdict(found), "bold"), soft_wrap=True)
-    if found.note is not None:
-        console.print(text(found.note))
-    console.print(_facts(found))
-    for name in dict.fromkeys(norms.of for norms in found.norms):
-        console.print(_norms(name, [norms for norms in found.norms if norms.of == name]))
-    if found.nearest is not None:
-        console.print(_words(found))
-    return 0 if _finite(found.norms) else 1
+    console.print(text(_verdict(inspection), "bold"), soft_wrap=True)
+    if inspection.note is not None:
+        console.print(text(inspection.note))
+    console.print(_overview(inspection))
+    for name in dict.fromkeys(norms.of for norms in inspection.norms):
+        console.print(_norms(name, [norms for norms in inspection.norms if norms.of == name]))
+    if inspection.nearest is not None:
+        console.print(_words(inspection))
+    return 0 if _finite(inspection.norms) else 1
 
 
-def _verdict(found: Inspection) -> str:
-    card = found.card
-    if not _finite(found.norms):
-        broken = next(norms for norms in found.norms if not _finite([norms]))
+def _verdict(inspection: Inspection) -> str:
+    path, card = inspection.path, inspection.card
+    if not _finite(inspection.norms):
+        broken = next(norms for norms in inspection.norms if not _finite([norms]))
         layer = "" if broken.layer is None else f" of layer {broken.layer}"
-        return f"{found.path}: the {broken.of}{layer} are NaN or infinite; train this prefix again"
+        return f"{path}: the {broken.of}{layer} are NaN or infinite; train this prefix again"
     trained = "not trained" if card.steps is None else f"trained for {card.steps:,} steps"
-    what = f"{card.length} slots of kind {card.kind} for {card.backbone.source}"
-    return f"{found.path}: intact; {what}, {trained}"
+    content = f"{card.length} slots of kind {card.kind} for {card.backbone.source}"
+    return f"{path}: intact; {content}, {trained}"
 
 
 def _finite(norms: Sequence[Norms]) -> bool:
     return all(math.isfinite(entry.max) and math.isfinite(entry.mean) for entry in norms)
 
 
-def _facts(found: Inspection) -> Table:
-    card, g = found.card, found.card.geometry
+def _overview(inspection: Inspection) -> Table:
+    card, g = inspection.card, inspection.card.geometry
     rows: dict[str, str | None] = {
         "method": _fields(card.method),
-        "started as": card.init,
+        "initialized from": card.init,
         "trained": None if card.steps is None else f"{card.steps:,} steps",
         "prefix": f"{card.length} slots of kind {card.kind}",
         "task": None if card.task is None else _task(card.task),
@@ -90,11 +95,11 @@ def _facts(found: Inspection) -> Table:
         if not card.positions
         else f"{card.positions[0]} to {card.positions[-1]}, text from {card.offset}"
         + (", pinned" if card.pinned else ""),
-        "size": f"{found.parameters:,} parameters, {found.bytes:,} bytes on disk",
+        "size": f"{inspection.parameters:,} parameters, {inspection.bytes:,} bytes on disk",
         "backbone": f"{card.backbone.source} ({card.backbone.model_type}, {card.backbone.dtype}"
         + ("" if card.backbone.quantize == "none" else f", {card.backbone.quantize}")
         + ")",
-        "weights": card.backbone.fingerprint,
+        "fingerprint": card.backbone.fingerprint,
         "shape": f"width {g.d_model}, vocabulary {g.vocab:,}",
         **{
             name: f"{site.layers} layers, {site.query_heads} query and {site.kv_heads} key/value "
@@ -105,18 +110,18 @@ def _facts(found: Inspection) -> Table:
         if card.tokenizer is None
         else f"{card.tokenizer.name}, {card.tokenizer.size:,} tokens",
         "metrics": _fields(card.metrics),
-        "made": f"{card.created} by prefix_jax {card.package}",
+        "created": f"{card.created} by prefix_jax {card.package}",
     }
     for name, value in dataclasses.asdict(card.template).items() if card.template else ():
         rows[f"template: {name}"] = None if value is None else repr(value)
-    return _grid(f"{found.path}", rows)
+    return _grid(f"{inspection.path}", rows)
 
 
 def _task(task: TaskCard) -> str:
     labels = task.config.get("labels") or ()
     size = sum(math.prod(shape) for shape in task.shapes.values())
     named = f" ({', '.join(labels)})" if labels else ""
-    return f"{task.config['name']}{named}, by a head of {size:,} parameters"
+    return f"{task.config['name']}{named}, with a head of {size:,} parameters"
 
 
 def _fields(values: dict[str, object]) -> str:
@@ -141,21 +146,21 @@ def _grid(title: str, rows: dict[str, str | None]) -> Table:
 def _norms(name: str, norms: list[Norms]) -> Table:
     from rich.bar import Bar
 
-    table = _table(f"Lengths of {name}", "layer", "min", "mean", "max", "mean, drawn")
+    table = _table(f"Norms of {name}", "layer", "min", "mean", "max", "mean, as a bar")
     longest = max((entry.mean for entry in norms if _finite([entry])), default=0) or 1.0
     for entry in norms:
         numbers = (f"{x:,.2f}" for x in (entry.min, entry.mean, entry.max))
         layer = "-" if entry.layer is None else str(entry.layer)
-        drawn = Bar(longest, 0, entry.mean, width=24) if _finite([entry]) else ""
-        table.add_row(layer, *numbers, drawn)
+        bar = Bar(longest, 0, entry.mean, width=24) if _finite([entry]) else ""
+        table.add_row(layer, *numbers, bar)
     return table
 
 
-def _words(found: Inspection) -> Table:
+def _words(inspection: Inspection) -> Table:
     from prefix_jax.terminal.console import text
 
-    table = _table("Words nearest to each soft token, by cosine", "slot", "words")
-    for slot, neighbours in enumerate(found.nearest or ()):
+    table = _table("Words nearest each soft token, by cosine similarity", "slot", "words")
+    for slot, neighbours in enumerate(inspection.nearest or ()):
         words = "  ".join(f"{word.text!r} {word.cosine:.2f}" for word in neighbours)
         table.add_row(str(slot), text(words))
     return table

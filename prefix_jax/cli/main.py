@@ -1,8 +1,8 @@
-"""The `prefix-jax` command: finds the verb's module and turns errors into one line and a code.
+"""Entry point of `prefix-jax`: dispatches to a command and turns errors into exit codes.
 
-Every public module in this folder but this one is a verb. It has a docstring whose first line is
-its help, `add_arguments(parser)` and `run(args) -> int` (the exit code), and imports what is heavy
-inside `run`, so that `prefix-jax --help` answers at once.
+Every other public module in this folder is a command. Its docstring is its help,
+`add_arguments(parser)` declares its arguments, and `run(args) -> int` returns the exit code. Heavy
+imports belong inside `run`, so that `prefix-jax --help` is instant.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from prefix_jax.terminal import print_error, streams
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code.
 
-    Codes: 0 success; 1 the verb reports a problem, such as a step that does not fit; 2 an error of
-    the input or the machine, in one message on stderr; 130 interrupted; 141 the reader of a pipe
-    has left; 143 terminated, after saving. Other exceptions are bugs, and are raised.
+    Exit codes: 0 success; 1 the command reports a problem, such as a step that does not fit; 2 an
+    error of the input or the machine, with one message on stderr; 130 interrupted; 141 the reader
+    of a pipe has closed it; 143 terminated, after saving. Any other exception is a bug and
+    propagates.
 
     Args:
-        argv: the arguments. If None, those of the process, which then belongs to the command: its
-            handlers of interrupts and of uncaught exceptions are replaced.
+        argv: the arguments. None reads them from `sys.argv` and also replaces the process's
+            handlers for interrupts and uncaught exceptions.
     """
     streams.prepare()
     if argv is None:
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(2, str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        _processes.leave(130)
+        _processes.exit_now(130)
         return 130
     except BrokenPipeError:
         streams.discard_stdout()
@@ -57,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             streams.discard_stdout()
             return _end(2, message)
         error.add_note(_failures.REPORT)
-        _processes.leave(1, f"{traceback.format_exc()}{_processes.ALONE}")
+        _processes.exit_now(1, f"{traceback.format_exc()}{_processes.CANNOT_CONTINUE}")
         raise
     finally:
         if argv is None:
-            _failures.leave_interrupts_to_the_system()
+            _failures.restore_default_interrupt()
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -76,29 +77,29 @@ def _run(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"the current directory cannot be used ({error.strerror}); change to another one"
         ) from None
-    _quieten()
-    _provide_home()
-    _keep_programs()
-    _processes.join(args)
+    _silence_libraries()
+    _set_missing_home()
+    _enable_compilation_cache()
+    _processes.initialize(args)
     code: int = args.run(args)
     sys.stdout.flush()
     return code
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    return _usage.parse(_parser(), _verbs(), argv)
+    return _usage.parse(_parser(), _commands(), argv)
 
 
 def _end(code: int, message: str) -> int:
-    # What was printed before the error comes before it in a log too.
+    # Flush first, so that a log shows the output before the error.
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     print_error(message)
-    _processes.leave(code)
+    _processes.exit_now(code)
     return code
 
 
-def _verbs() -> list[str]:
+def _commands() -> list[str]:
     names = (info.name for info in pkgutil.iter_modules(prefix_jax.cli.__path__))
     return [name for name in names if not name.startswith("_") and name != "main"]
 
@@ -107,40 +108,40 @@ def _parser() -> _usage.Parser:
     parser = _usage.Parser(
         prog="prefix-jax",
         description="Prefix tuning of pretrained language models in JAX.",
-        epilog="prefix-jax VERB --help tells more about each.",
+        epilog="Run 'prefix-jax COMMAND --help' for the options of a command.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version")
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for name in _verbs():
+    subparsers = parser.add_subparsers(required=True, title="commands", metavar="COMMAND")
+    for name in _commands():
         module = importlib.import_module(f"prefix_jax.cli.{name}")
         description = module.__doc__ or ""
-        verb = verbs.add_parser(
+        subparser = subparsers.add_parser(
             name,
             help=description.partition("\n")[0].rstrip("."),
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        module.add_arguments(verb)
-        verb.set_defaults(run=module.run, parser=verb)
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run, parser=subparser)
     return parser
 
 
 class _Version(argparse.Action):
-    """Looks the version up when it is asked for."""
+    """Prints the version; looks it up only when the option is given."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         try:
             print("prefix-jax", importlib.metadata.version("prefix-jax"))
         except importlib.metadata.PackageNotFoundError:
-            print("prefix-jax, not installed")
+            print("prefix-jax (not installed)")
         parser.exit()
 
 
-def _provide_home() -> None:
-    """Sets HOME for a user without a home directory, as in some containers.
+def _set_missing_home() -> None:
+    """Sets HOME for users without a home directory, as in some containers.
 
-    Libraries ask for it when they are imported, and raise different errors. The directory does not
-    exist, so nothing is read from or written to it.
+    Several libraries look it up on import and fail in different ways without one. The directory
+    does not exist, so nothing is read from it or written to it.
     """
     try:
         Path.home()
@@ -148,10 +149,10 @@ def _provide_home() -> None:
         os.environ["HOME"] = "/nonexistent"
 
 
-def _keep_programs() -> None:
-    """Keeps compiled programs between commands, so that the second one starts at once.
+def _enable_compilation_cache() -> None:
+    """Turns on JAX's persistent compilation cache, so that later commands start quickly.
 
-    JAX's own environment variables say otherwise; it reads them when it is imported.
+    JAX's own environment variables take precedence. Call this before JAX is imported.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -161,15 +162,15 @@ def _keep_programs() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return
-    if os.access(folder, os.W_OK):  # else JAX would complain at every program
+    if os.access(folder, os.W_OK):  # otherwise JAX would warn at every compilation
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
-def _quieten() -> None:
-    """Mutes the libraries' notices: what a user must know, we say."""
-    # Models compute in 32 bits and less; with 64-bit defaults their types would not match.
+def _silence_libraries() -> None:
+    """Turns off the libraries' notices and ignores JAX_ENABLE_X64."""
+    # Models compute in at most 32 bits; 64-bit defaults would cause dtype mismatches.
     os.environ.pop("JAX_ENABLE_X64", None)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,17 +1,17 @@
-r"""Say what a run needs on a TPU, and what limits it, without one.
+r"""Show the memory and time of a run on a TPU, and what limits it, without a TPU.
 
   prefix-jax plan configs/quickstart.yaml --topology v5e:1x1
   prefix-jax plan --model llama-3-8b --topology v5e:2x4 --tokens 2048 \
       data.batch_size=16 mesh=auto model.remat=full
 
-The TPU's own compiler, which pip install "prefix_jax[tpu]" brings, compiles the
-training step ahead of time, on any machine. Neither weights nor data are read:
-of the model its config.json will do, or the name of a preset (--model). A step
-has data.batch_size rows, all of --tokens tokens; data that is packed makes
-fewer rows of as many examples.
+Compiles the training step ahead of time with the TPU compiler, which works on
+any machine after pip install "prefix_jax[tpu]". It reads neither weights nor
+data; the model is a directory with a config.json, or a preset (--model). A step
+has data.batch_size rows of --tokens tokens each. Packing puts the same number
+of examples into fewer rows.
 
-Of a step that does not fit, changes of the config are tried that may help. The
-exit code then is 1.
+If the step does not fit, the command tries config changes that may help and
+exits with 1.
 """
 
 from __future__ import annotations
@@ -28,50 +28,52 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The config, the chips, and the shape of a row."""
+    """Adds the config, the topology and the batch shape."""
     parser.add_argument(
         "settings",
         metavar="[CONFIG] key.path=value",
         nargs="*",
         default=[],
-        help="a YAML file, unless a model is named, and what changes in it: data.batch_size=16",
+        help="a YAML file (not needed with --model), and changes to it: data.batch_size=16",
     )
     parser.add_argument(
         "--topology", required=True, help="v5e:4x4, v5p:2x2x1, v5e:1x1 for one chip, 2*v5e:4x4, …"
     )
-    parser.add_argument("--slices", type=int, metavar="N", help="so many of them, over the network")
     parser.add_argument(
-        "--model", metavar="NAME", help="a preset such as llama-3-8b, in place of model.path"
+        "--slices", type=int, metavar="N", help="number of slices, connected by the network"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="a preset such as llama-3-8b, instead of model.path"
     )
     parser.add_argument(
         "--for",
         dest="job",
         choices=("train", "decode"),
         default="train",
-        help="a step of training (the default), or one token of decoding for every row",
+        help="a training step (the default), or a decoding step of one token per row",
     )
     parser.add_argument(
         "--tokens",
         type=int,
         metavar="T",
-        help="of a row (default: data.max_length, else 2,048 or what the model takes)",
+        help="tokens per row (default: data.max_length, else 2,048 or the model's maximum)",
     )
     parser.add_argument(
-        "--targets", type=int, metavar="M", help="tokens of a row to learn (default: all)"
+        "--targets", type=int, metavar="M", help="target tokens per row (default: all)"
     )
     parser.add_argument(
         "--max-batch",
         action="store_true",
-        help="find the largest batch that fits, which takes a few compilations",
+        help="also find the largest batch that fits; needs a few compilations",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compiles, and prints what came of it."""
+    """Compiles the step and prints the plan."""
     import jax
 
-    # The devices are not there. Those that are stay free for whoever uses them.
+    # Compilation needs no device; keep this machine's accelerators free for other processes.
     jax.config.update("jax_platforms", "cpu")
     from prefix_jax.plan import report
     from prefix_jax.plan.abstract import AbstractRun
@@ -127,10 +129,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def config_of(args: argparse.Namespace) -> Config:
-    """The config that the arguments describe.
+    """Builds the config that the arguments describe.
 
     Raises:
-        ConfigError: they do not, or it is none.
+        ConfigError: the arguments name no model, two models, or a config that is invalid.
     """
     from prefix_jax import config as configs
     from prefix_jax.plan.presets import PREFIX
@@ -140,17 +142,16 @@ def config_of(args: argparse.Namespace) -> Config:
     named = [setting for setting in settings if setting.startswith("model.path=")]
     if args.model is not None:
         if named:
-            raise ConfigError(f"--model {args.model} and {named[-1]} name two models")
+            raise ConfigError(f"--model {args.model} and {named[-1]} name two models; give one")
         settings.append(f"model.path={PREFIX}{args.model.removeprefix(PREFIX)}")
     elif path is None and not named:
-        raise ConfigError("give a config, --model and the name of a preset, or model.path=…")
+        raise ConfigError("no model given; give a config, --model PRESET or model.path=…")
     if path is not None:
         if not Path(path).is_file() and not path.endswith((".yaml", ".yml")):
             raise ConfigError(
-                f"there is no config {path}; a model is named by --model (a preset) or "
-                f"model.path={path}"
+                f"no config {path}; to name a model, write --model PRESET or model.path={path}"
             )
         return configs.load(path, settings)
-    # What a config has to say, and a plan does not ask.
+    # Required by the schema, but irrelevant to a plan.
     values = {"data": {"target": "{text}"}, "train": {"steps": 1}, "output": "plan"}
     return configs.parse(values, settings)

@@ -1,9 +1,9 @@
-"""Answer records with a prefix and its head: labels, numbers, tags, spans or choices.
+"""Predict labels, numbers, tags, spans or choices with a prefix and its head.
 
-  prefix-jax predict runs/sst2 --input test.jsonl --output answers.jsonl
+  prefix-jax predict runs/sst2 --input test.jsonl --output predictions.jsonl
 
-Records are read as in the training run, and need not hold answers. A line of
-the output has the input, the answer and the probabilities of the labels.
+Records have the fields of the training data; labels are not needed. Each line
+of the output has the input, the prediction and the label probabilities.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from prefix_jax.terminal import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The prefix, the records and where answers go."""
+    """Adds the prefix, the records and the output."""
     _stored.add_arguments(parser, "evaluate.batch_size=64")
     parser.add_argument(
         "--input",
@@ -28,27 +28,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="where the answers go, as JSON lines (default: the terminal, one a line)",
+        help="JSON Lines file for the predictions (default: standard output, one per line)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answers, to the terminal or to a file."""
+    """Predicts to standard output or a file."""
     from prefix_jax.config import MeasureConfig
     from prefix_jax.terminal.console import make_console
 
     if args.output is not None and os.path.realpath(args.output) == os.path.realpath(args.input):
-        raise DataError(f"--output would replace the records in {args.input}; choose another file")
+        raise DataError(f"--output would overwrite the records in {args.input}; use another file")
     progress = make_console(stderr=True, highlight=False)
     with progress.status("loading"):
         tuned, settings = _stored.load(args, MeasureConfig)
-    with progress.status("answering"):
-        made = tuned.answers(
+    with progress.status("predicting"):
+        predictions = tuned.answers(
             args.input, batch_size=settings.evaluate.batch_size, output=args.output
         )
     if args.output is None:
-        for one in made:
-            print(printable(one.prediction))
+        for prediction in predictions:
+            print(printable(prediction.prediction))
     else:
-        progress.print(f"{len(made)} answers in {args.output}", markup=False, soft_wrap=True)
+        progress.print(
+            f"wrote {len(predictions)} predictions to {args.output}", markup=False, soft_wrap=True
+        )
     return 0

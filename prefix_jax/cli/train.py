@@ -1,9 +1,9 @@
-"""Train what a config describes, or go on where it was interrupted.
+"""Train a prefix, or resume an interrupted run.
 
   prefix-jax train configs/quickstart.yaml train.steps=500 method.length=32
 
-What stands behind the config changes it. The same command goes on with a run
-that was interrupted, and shows the results of one that has finished.
+Settings after the config override it. The same command resumes an interrupted
+run, and shows the results of a finished one.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ if TYPE_CHECKING:
     from prefix_jax.runs.results import Results
 
 _SAMPLES = 3
-_LONG = 500  # characters of a record that one would not read in a command
+_MAX_RECORD = 500  # characters; a longer record would make the printed command unreadable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The config, and what to change in it."""
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/*.yaml")
+    """Adds the config and its overrides."""
+    parser.add_argument(
+        "config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml"
+    )
     parser.add_argument(
         "settings",
         metavar="key.path=value",
         nargs="*",
         default=[],
-        help="changes the config: train.steps=500, data.train=mine.jsonl",
+        help="overrides the config: train.steps=500, data.train=mine.jsonl",
     )
     parser.add_argument(
         "--profile",
@@ -46,13 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=_usage.whole_number("--profile=5"),
         const=5,
-        help="trace some steps for XProf (default: 5), short for train.profile=5",
+        help="trace this many steps for XProf (default: 5); short for train.profile=5",
     )
     _processes.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, and shows what came of it; returns 128 + the signal that stopped it, if one did."""
+    """Trains and prints the results. Returns 128 + the signal number if a signal stopped it."""
     from prefix_jax import config as configs
     from prefix_jax.mesh import agreed, describe
     from prefix_jax.runs.results import Results, read_results
@@ -67,11 +69,11 @@ def run(args: argparse.Namespace) -> int:
     place = RunDirectory(config.output)
     place.fetch()
     directory = place.directory
-    results = read_results(directory, config) if _processes.first() else None
+    results = read_results(directory, config) if _processes.is_first() else None
     if agreed(results is not None):
         if results is not None:
             console.print(
-                f"The run in {config.output} has finished. Its results follow; to train anew, "
+                f"The run in {config.output} has finished; these are its results. To train again, "
                 "remove that directory or choose another with output=…",
                 markup=False,
             )
@@ -86,15 +88,15 @@ def run(args: argparse.Namespace) -> int:
             ended = fit(config, console=console)
         except KeyboardInterrupt:
             print(
-                "interrupted; the same command goes on from the last checkpoint, if there is one",
+                "interrupted; the same command resumes from the last checkpoint, if there is one",
                 file=sys.stderr,
             )
-            _processes.leave(128 + signal.SIGINT)
+            _processes.exit_now(128 + signal.SIGINT)
             return 128 + signal.SIGINT
         if ended.interrupted is not None:
             return 128 + ended.interrupted
         results = Results(ended.step, ended.evaluations)
-    if results is not None and _processes.first():
+    if results is not None and _processes.is_first():
         _close(console, directory, config, results)
     return 0
 
@@ -114,21 +116,21 @@ def _close(console: Any, directory: Path, config: Config, results: Results) -> N
 
 
 def _dev(directory: Path, step: int) -> dict[str, float]:
-    """What the dev split said about the prefix, if it was asked."""
+    """Returns the dev metrics of a step; empty if there are none."""
     from prefix_jax.errors import CheckpointError
     from prefix_jax.runs.metric_writer import read_metrics
 
-    # The run has ended well; it does not fail for the lack of a line in its closing table.
+    # The run succeeded; damaged metrics only shorten the final report.
     with contextlib.suppress(CheckpointError):
         for line in read_metrics(directory):
             if line.get("kind") == "dev" and line["step"] == step:
-                known = [name for name in line if name not in ("step", "kind", "time")]
-                return {name: line[name] for name in known if line[name] is not None}
+                names = [name for name in line if name not in ("step", "kind", "time")]
+                return {name: line[name] for name in names if line[name] is not None}
     return {}
 
 
 def _samples(before: Evaluation | None, after: Evaluation | None, config: Config) -> list[Sample]:
-    """A few held-out generations, or answers of a head."""
+    """Returns a few held-out examples with their predictions."""
     from prefix_jax.runs.final_report import Sample
 
     if after is None:
@@ -148,7 +150,7 @@ def _samples(before: Evaluation | None, after: Evaluation | None, config: Config
 
 
 def _written(directory: Path) -> dict[str, str]:
-    """What the run directory holds."""
+    """Lists the outputs of the run, by name."""
     from prefix_jax import artifact
 
     names = {
@@ -160,9 +162,9 @@ def _written(directory: Path) -> dict[str, str]:
         "predictions": "predictions.jsonl",
         "loss curve": "loss.png",
     }
-    found = {what: directory / name for what, name in names.items() if (directory / name).exists()}
-    sizes = {"prefix": f" ({_size(found['prefix'])})"} if "prefix" in found else {}
-    return {what: f"{path}{sizes.get(what, '')}" for what, path in found.items()}
+    paths = {key: directory / name for key, name in names.items() if (directory / name).exists()}
+    sizes = {"prefix": f" ({_size(paths['prefix'])})"} if "prefix" in paths else {}
+    return {key: f"{path}{sizes.get(key, '')}" for key, path in paths.items()}
 
 
 def _size(directory: Path) -> str:
@@ -171,13 +173,13 @@ def _size(directory: Path) -> str:
 
 
 def _command(directory: Path, config: Config) -> str | None:
-    """The command that uses the prefix on a held-out record, or its head on all of them."""
+    """Returns a command that uses the prefix on held-out data; None after full fine-tuning."""
     from prefix_jax import artifact
     from prefix_jax.errors import PrefixJaxError
 
     prefix = directory / "prefix"
     if not prefix.exists():
-        # Of several tasks, the first; none after full fine-tuning.
+        # A multitask run: use the first task.
         prefix = next(iter(sorted((directory / artifact.PREFIXES).glob("*"))), prefix)
     if not prefix.exists():
         return None
@@ -187,18 +189,17 @@ def _command(directory: Path, config: Config) -> str | None:
     words = [_executable(), "generate", str(prefix)]
     try:
         record = _held_out(config, prefix.name)
-    # The data may have changed since: the command is then one that reads the user's own input.
+    # The data may have changed since training; the command then asks for input.
     except (PrefixJaxError, LookupError, TypeError, AttributeError):
         record = None
     if record is not None and source is not None:
         text = json.dumps(record, ensure_ascii=False)
-        words += ["--record", text] if len(text) <= _LONG else ["--input", source]
+        words += ["--record", text] if len(text) <= _MAX_RECORD else ["--input", source]
     return shlex.join(words)
 
 
 def _held_out(config: Config, task: str) -> dict[str, Any] | None:
-    """The fields of the first held-out record, of this task if there are several, that make its
-    prompt."""
+    """Returns the prompt fields of the first held-out record, in a multitask run of this task."""
     from prefix_jax.data.prepare import fields_needed
     from prefix_jax.data.source import read_records
     from prefix_jax.data.template import Template
@@ -208,8 +209,8 @@ def _held_out(config: Config, task: str) -> dict[str, Any] | None:
     if source is None or (data.input is None and data.messages is None):
         return None
     records = read_records(source, tfds_dir=data.tfds_dir)
-    own = (r for r in records if data.task is None or str(r.fields.get(data.task)) == task)
-    record = next(own, records[0])
+    of_task = (r for r in records if data.task is None or str(r.fields.get(data.task)) == task)
+    record = next(of_task, records[0])
     if data.messages is not None:
         turns = list(record.fields[data.messages])
         while turns[-1]["role"] == "assistant":
@@ -220,8 +221,8 @@ def _held_out(config: Config, task: str) -> dict[str, Any] | None:
 
 
 def _executable() -> str:
-    """This program, as one can type it."""
-    called = Path(sys.argv[0])
-    if called.stem != "prefix-jax" or shutil.which(called.name) == str(called.absolute()):
+    """Returns a name for this program that works in the user's shell."""
+    program = Path(sys.argv[0])
+    if program.stem != "prefix-jax" or shutil.which(program.name) == str(program.absolute()):
         return "prefix-jax"
-    return str(called)
+    return str(program)

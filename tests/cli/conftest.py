@@ -1,4 +1,4 @@
-"""A folder with a tiny model, data and a config, and a run that the command line made of them."""
+"""Fixtures: a folder with a tiny model, data and a config, and a finished run of that config."""
 
 import contextlib
 import dataclasses
@@ -41,12 +41,12 @@ class Ran:
 
 @contextlib.contextmanager
 def inside(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
+    previous = Path.cwd()
     os.chdir(folder)
     try:
         yield
     finally:
-        os.chdir(before)
+        os.chdir(previous)
 
 
 def call(folder: Path, *words: str) -> Ran:
@@ -59,7 +59,7 @@ def call(folder: Path, *words: str) -> Ran:
 
 @pytest.fixture(scope="session")
 def run_in() -> Callable[..., Ran]:
-    """Calls the command line in a folder, with its words."""
+    """Runs a command line in a folder."""
     return call
 
 
@@ -75,7 +75,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Pat
 
 @pytest.fixture(scope="session")
 def trained(files: Path) -> tuple[Path, Ran]:
-    """The folder with a finished run, and what its training printed. Leave both as they are."""
+    """The folder with a finished run, and the output of the training. Do not modify them."""
     ran = call(files, "train", "config.yaml")
     assert ran.code == 0, ran.err
     return files, ran

@@ -1,4 +1,4 @@
-"""Whatever is wrong with the input, the command line says it in one error that names the place."""
+"""Every mistake in the input becomes one error message that names its place."""
 
 import json
 import resource
@@ -9,8 +9,8 @@ import pytest
 CHAT = '{"chat": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
 
-def told(ran):
-    """The message of the error that a command ended with."""
+def error_of(ran):
+    """The error message of a failed command."""
     assert ran.code == 2
     assert ran.err.startswith("error: ")
     assert "Traceback" not in ran.err
@@ -45,9 +45,9 @@ def told(ran):
         (["decode.max_new_tokens=255"], "exceed the model's 256 positions"),
     ],
 )
-def test_a_setting_that_cannot_work_is_told(run_in, folder, settings, message):
+def test_reports_invalid_settings_before_training(run_in, folder, settings, message):
     ran = run_in(folder, "train", "config.yaml", *settings)
-    assert message in told(ran)
+    assert message in error_of(ran)
     assert "step 1" not in ran.out
 
 
@@ -69,23 +69,23 @@ def test_a_setting_that_cannot_work_is_told(run_in, folder, settings, message):
         ("torn.parquet", b"PAR1", "torn.parquet: not a readable Parquet file"),
     ],
 )
-def test_data_that_cannot_be_learnt_is_told_with_its_line(run_in, folder, name, content, message):
+def test_reports_invalid_data_with_its_line(run_in, folder, name, content, message):
     content = content.encode() if isinstance(content, str) else content
     (folder / name).write_bytes(content)
-    assert message in told(run_in(folder, "train", "config.yaml", f"data.train={name}"))
+    assert message in error_of(run_in(folder, "train", "config.yaml", f"data.train={name}"))
 
 
-def test_a_config_that_is_no_yaml_is_told(run_in, folder):
+def test_reports_a_config_that_is_not_yaml(run_in, folder):
     (folder / "torn.yaml").write_text("model: {path: ")
-    assert "not valid YAML" in told(run_in(folder, "train", "torn.yaml"))
-    assert "none.yaml: no such file" in told(run_in(folder, "train", "none.yaml"))
+    assert "not valid YAML" in error_of(run_in(folder, "train", "torn.yaml"))
+    assert "none.yaml: no such file" in error_of(run_in(folder, "train", "none.yaml"))
 
 
-def test_a_chat_without_a_chat_template_is_told(run_in, folder):
+def test_reports_a_missing_chat_template(run_in, folder):
     (folder / "chat.jsonl").write_text(CHAT)
     settings = ["data.input=null", "data.target=null", "data.messages=chat"]
     ran = run_in(folder, "train", "config.yaml", "data.train=chat.jsonl", *settings)
-    assert "chat.jsonl:1: the tokenizer has no chat template" in told(ran)
+    assert "chat.jsonl:1: the tokenizer has no chat template" in error_of(ran)
 
 
 def truncate(folder):
@@ -114,51 +114,53 @@ def change(folder, **values):
         (lambda model: change(model, hidden_size=64), "shape"),
     ],
 )
-def test_a_damaged_model_is_told(run_in, folder, damage, message):
+def test_reports_a_damaged_model(run_in, folder, damage, message):
     damage(folder / "model")
-    assert message in told(run_in(folder, "train", "config.yaml"))
+    assert message in error_of(run_in(folder, "train", "config.yaml"))
 
 
 @pytest.fixture
 def prefix(trained, folder):
-    """A prefix of its own, beside the folder's files."""
+    """A copy of the trained prefix, in the test's folder."""
     shutil.copytree(trained[0] / "run" / "prefix", folder / "prefix")
     return folder / "prefix"
 
 
-def test_a_prefix_is_not_used_with_a_model_of_another_shape(run_in, folder, prefix):
+def test_rejects_a_model_with_other_shapes(run_in, folder, prefix):
     shutil.rmtree(folder / "model")
     import tiny
 
     tiny.write_model(folder / "model", num_hidden_layers=3)
-    message = told(run_in(folder, "generate", "prefix", "--prompt", "x"))
+    message = error_of(run_in(folder, "generate", "prefix", "--prompt", "x"))
     assert "layers: 2 in the prefix, 3 in the backbone (differs)" in message
 
 
-def test_a_model_that_has_moved_is_asked_for(run_in, folder, prefix):
+def test_asks_for_a_model_that_has_moved(run_in, folder, prefix):
     (folder / "model").rename(folder / "moved")
-    message = told(run_in(folder, "generate", "prefix", "--prompt", "x"))
+    message = error_of(run_in(folder, "generate", "prefix", "--prompt", "x"))
     assert "model" in message
     assert "--model" in message
 
 
-@pytest.mark.parametrize("verb", [["generate", "--prompt", "x"], ["evaluate", "--data", "x.jsonl"]])
-def test_a_corrupt_prefix_is_told(run_in, folder, prefix, verb):
-    name, *words = verb
+@pytest.mark.parametrize(
+    "command", [["generate", "--prompt", "x"], ["evaluate", "--data", "x.jsonl"]]
+)
+def test_reports_a_corrupt_prefix(run_in, folder, prefix, command):
+    name, *words = command
     for file in (prefix / "arrays").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:10])
-    assert "prefix/arrays is missing or damaged" in told(run_in(folder, name, "prefix", *words))
+    assert "prefix/arrays is missing or damaged" in error_of(run_in(folder, name, "prefix", *words))
     (prefix / "prefix.json").write_text("{")
-    assert "prefix.json: malformed JSON" in told(run_in(folder, name, "prefix", *words))
-    assert "there is no directory none" in told(run_in(folder, name, "none", *words))
+    assert "prefix.json: malformed JSON" in error_of(run_in(folder, name, "prefix", *words))
+    assert "there is no directory none" in error_of(run_in(folder, name, "none", *words))
 
 
-def test_a_full_disk_is_told_and_the_run_goes_on_later(run_in, folder, trained):
+def test_full_disk_is_reported_and_resumable(run_in, folder, trained):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
     try:
-        message = told(run_in(folder, "train", "config.yaml"))
+        message = error_of(run_in(folder, "train", "config.yaml"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "cannot write" in message

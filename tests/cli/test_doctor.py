@@ -28,31 +28,31 @@ def report(capsys, monkeypatch):
     return run
 
 
-def test_a_healthy_machine_is_well(report):
+def test_healthy_machine_has_no_problems(report):
     code, out = report()
-    assert "all is well" in out
+    assert out.startswith("no problems found\n")
     assert code == 0
-    assert out.count("yes") == len(jax.devices())
+    assert f"{len(jax.devices())} local devices" in out
     assert importlib.metadata.version("jax") in out
     assert jax.config.values["jax_compilation_cache_dir"] in out
 
 
 def test_the_verdict_comes_first(report):
-    assert report()[1].splitlines()[0] == "all is well"
+    assert report()[1].splitlines()[0] == "no problems found"
     assert report(["jax<0.1"])[1].startswith("problem: jax ")
 
 
-def test_a_package_that_cannot_be_imported_is_a_problem(report, monkeypatch):
-    def places(problems):
+def test_reports_a_package_that_cannot_be_imported(report, monkeypatch):
+    def resources(problems):
         raise ImportError("cannot import name 'x' from 'psutil'")
 
-    monkeypatch.setattr(doctor, "_places", places)
+    monkeypatch.setattr(doctor, "_resources", resources)
     code, out = report()
     assert code == 1
     assert "cannot be imported: cannot import name 'x' from 'psutil'" in out
 
 
-def test_a_folder_that_cannot_be_used_is_a_problem(report, monkeypatch):
+def test_reports_an_unusable_folder(report, monkeypatch):
     def free(folder):
         raise PermissionError(13, "Permission denied")
 
@@ -62,45 +62,45 @@ def test_a_folder_that_cannot_be_used_is_a_problem(report, monkeypatch):
     assert "problem: the model cache" in out
 
 
-def test_an_untested_version_is_a_problem_with_its_remedy(report):
+def test_reports_an_untested_version_with_its_fix(report):
     code, out = report(["jax<0.1"])
     assert code == 1
     assert "problem: jax" in out
     assert "pip install 'jax<0.1'" in out
 
 
-def test_a_missing_package_is_a_problem(report):
+def test_reports_a_missing_package(report):
     code, out = report(["no-such-thing>=1"])
     assert code == 1
     assert "no-such-thing is not installed" in out
 
 
-def test_packages_of_extras_are_not_demanded(report):
+def test_ignores_packages_of_extras(report):
     assert report(['no-such-thing; extra == "tpu"'])[0] == 0
 
 
-def test_an_idle_accelerator_is_a_problem(report, monkeypatch, tmp_path):
+def test_reports_an_unused_accelerator(report, monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "_ACCELERATORS", {str(tmp_path): ("gpu", "cuda")})
     code, out = report()
     assert code == 1
     assert "pip install 'prefix-jax[cuda]'" in out
 
 
-def test_a_backend_that_does_not_start_is_a_problem(report, monkeypatch):
+def test_reports_a_backend_that_does_not_start(report, monkeypatch):
     def devices():
         raise RuntimeError("no TPU here")
 
     monkeypatch.setattr(jax, "devices", devices)
     code, out = report()
     assert code == 1
-    assert "JAX finds no device: no TPU here" in out
+    assert "JAX found no device: no TPU here" in out
 
 
-def test_a_source_tree_that_is_not_installed_is_a_problem(monkeypatch):
+def test_reports_a_source_tree_that_is_not_installed(monkeypatch):
     def distribution(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
     problems = []
     doctor._packages(problems)
-    assert problems == ["prefix-jax runs from its source alone: pip install --editable ."]
+    assert problems == ["prefix-jax is not installed; run pip install --editable ."]

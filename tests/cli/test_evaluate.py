@@ -1,4 +1,4 @@
-"""`evaluate` measures a stored prefix as its training run did."""
+"""`prefix-jax evaluate`."""
 
 import json
 
@@ -9,7 +9,7 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_the_numbers_are_those_of_the_training_run(run_in, trained, tmp_path):
+def test_reproduces_the_results_of_the_training_run(run_in, trained, tmp_path):
     folder, _ = trained
     ran = run_in(
         folder,
@@ -21,15 +21,15 @@ def test_the_numbers_are_those_of_the_training_run(run_in, trained, tmp_path):
     hypotheses = (tmp_path / "official" / "hypotheses.txt").read_text().splitlines()
     assert len(hypotheses) == len((folder / "test.jsonl").read_text().splitlines())
     stored = read(folder / "run" / "results.json")["test"]
-    found = read(tmp_path / "new" / "results.json")["results"]
+    results = read(tmp_path / "new" / "results.json")["results"]
     for name in ("before", "after"):
-        assert found[name]["metrics"] == pytest.approx(stored[name]["metrics"])
+        assert results[name]["metrics"] == pytest.approx(stored[name]["metrics"])
         assert f"{stored[name]['metrics']['loss']:.4f}" in ran.out
     for file in ("predictions.jsonl", "predictions-before.jsonl"):
         assert (tmp_path / "new" / file).read_text() == (folder / "run" / file).read_text()
 
 
-def test_accuracy_chooses_among_labels(run_in, trained):
+def test_accuracy_compares_the_given_labels(run_in, trained):
     ran = run_in(
         trained[0],
         *("evaluate", "run", "--data", "test.jsonl", "--metrics", "accuracy"),
@@ -41,27 +41,25 @@ def test_accuracy_chooses_among_labels(run_in, trained):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--data", "test.jsonl", "--metrics", "blue"], "evaluate.metrics"),
         (["--data", "test.jsonl", "--metrics", "accuracy"], "name at least two as evaluate.labels"),
-        (["--data", "test.jsonl", "--official", "there"], "ask for a metric of it"),
+        (["--data", "test.jsonl", "--official", "there"], "add a generation metric"),
         (["--data", "test.jsonl", "evaluate.limits=3"], "did you mean evaluate.limit?"),
         (["--data", "tset.jsonl"], "did you mean 'test.jsonl'?"),
         (["--data", "config.yaml"], "unknown file type"),
     ],
 )
-def test_what_cannot_be_measured_is_told_in_one_error(run_in, trained, words, told):
+def test_reports_mistakes_in_one_error(run_in, trained, words, message):
     ran = run_in(trained[0], "evaluate", "run", *words)
     assert ran.code == 2
     assert ran.err.startswith("error: ")
-    assert told in ran.err
+    assert message in ran.err
 
 
 @pytest.mark.parametrize("option", ["--output", "--official"])
-def test_what_cannot_be_written_shows_before_anything_is_measured(
-    run_in, trained, monkeypatch, option
-):
+def test_reports_an_unwritable_output_before_evaluating(run_in, trained, monkeypatch, option):
     monkeypatch.setattr("prefix_jax.evaluate.run.Evaluator.compare", None)
     words = ("evaluate", "run", "--data", "test.jsonl", "--metrics", "bleu")
     ran = run_in(trained[0], *words, option, "train.jsonl")
@@ -69,12 +67,12 @@ def test_what_cannot_be_written_shows_before_anything_is_measured(
     assert ran.err == "error: cannot write to train.jsonl: File exists\n"
 
 
-def test_the_results_of_a_run_are_not_replaced(run_in, trained):
+def test_never_overwrites_the_results_of_a_run(run_in, trained):
     folder, _ = trained
     before = (folder / "run" / "results.json").read_bytes()
     ran = run_in(folder, "evaluate", "run", "--data", "test.jsonl", "--output", "run")
     assert ran.code == 2
-    assert "run holds a run" in ran.err
+    assert "run contains a run" in ran.err
     assert (folder / "run" / "results.json").read_bytes() == before
 
 
@@ -87,17 +85,17 @@ def test_the_results_of_a_run_are_not_replaced(run_in, trained):
         ("prefix.json", "{}"),
     ],
 )
-def test_results_of_another_program_are_not_replaced(run_in, trained, tmp_path, name, content):
+def test_never_overwrites_the_results_of_another_program(run_in, trained, tmp_path, name, content):
     (tmp_path / name).write_text(content)
     words = ("evaluate", "run", "--data", "test.jsonl", "--output", str(tmp_path))
     ran = run_in(trained[0], *words)
     assert ran.code == 2
-    assert f"--output {tmp_path} holds" in ran.err
+    assert f"--output: {tmp_path} contains" in ran.err
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == content
 
 
-def test_results_of_an_earlier_evaluation_are_replaced(run_in, trained, tmp_path):
+def test_overwrites_the_results_of_an_earlier_evaluation(run_in, trained, tmp_path):
     words = ("evaluate", "run", "--data", "test.jsonl", "--output", str(tmp_path))
     for limit in (1, 2):
         assert run_in(trained[0], *words, f"evaluate.limit={limit}").code == 0

@@ -27,7 +27,7 @@ def stored(tmp_path):
         (["--bake"], "safetensors", "prefix.safetensors"),
     ],
 )
-def test_it_writes_a_copy_and_says_so(arguments, container, file, stored, tmp_path, capsys):
+def test_writes_the_copy_and_prints_a_summary(arguments, container, file, stored, tmp_path, capsys):
     copy = tmp_path / "copy"
     assert main(["export", str(stored), str(copy), *arguments]) == 0
     out = capsys.readouterr().out
@@ -37,13 +37,13 @@ def test_it_writes_a_copy_and_says_so(arguments, container, file, stored, tmp_pa
     assert artifact.load(copy)[1] == artifact.load(stored)[1]
 
 
-def test_a_missing_prefix_is_one_line_and_no_copy(tmp_path, capsys):
+def test_missing_prefix_is_one_error_and_writes_nothing(tmp_path, capsys):
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "copy")]) == 2
     assert capsys.readouterr().err.startswith("error: there is no directory")
     assert not (tmp_path / "copy").exists()
 
 
-def test_a_prefix_that_is_there_is_not_replaced(stored, capsys):
+def test_never_overwrites_an_existing_prefix(stored, capsys):
     before = artifact.load(stored)[1]
     assert main(["export", str(stored), str(stored), "--to", "safetensors"]) == 2
     assert "already contains a prefix" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`generate` continues a prompt, a record, a file or what is typed."""
+"""`prefix-jax generate`: prompts, records, files and interactive input."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from prefix_jax.api import load_prefix
-from prefix_jax.cli import generate as verb
+from prefix_jax.cli import generate as command
 from prefix_jax.cli.main import main
 from prefix_jax.config import DecodeConfig
 
@@ -28,42 +28,42 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_prompt_is_continued_as_it_stands(run_in, trained, tuned):
+def test_prompt_is_used_unchanged(run_in, trained, tuned):
     ran = run_in(trained[0], "generate", "run", "--prompt", "name[X]")
     assert ran.code == 0
     assert ran.out == tuned.generate("name[X]") + "\n"
 
 
-def test_a_record_becomes_a_prompt_by_the_template_of_the_training(run_in, trained, tuned):
+def test_record_is_rendered_with_the_training_template(run_in, trained, tuned):
     ran = run_in(trained[0], "generate", "run", "--record", json.dumps(RECORD))
     assert ran.out == tuned.generate(RECORD) + "\n"
     assert ran.out == tuned.generate(RECORD["facts"] + "\n") + "\n"
 
 
-def test_decoding_is_that_of_the_training_unless_set(run_in, trained, tuned):
+def test_decoding_defaults_to_the_training_settings(run_in, trained, tuned):
     assert tuned.decode.max_new_tokens == 6
     words = ("generate", "run", "--record", json.dumps(RECORD))
-    # Settings may stand anywhere.
+    # Settings may come before or after options.
     ran = run_in(trained[0], *words, "decode.max_new_tokens=2")
     assert ran.out == tuned.generate(RECORD, max_new_tokens=2) + "\n"
     assert run_in(trained[0], words[0], "run", "decode.max_new_tokens=2", *words[2:]).out == ran.out
 
 
-def test_several_samples_are_a_line_each(run_in, trained, tuned):
+def test_prints_one_line_per_sample(run_in, trained, tuned):
     settings = ["decode.temperature=1", "decode.samples=3", "decode.banned_words=['\\n']"]
     ran = run_in(trained[0], "generate", "run", "--prompt", "x", *settings)
-    found = tuned.generate("x", temperature=1.0, samples=3, banned_words=["\n"])
-    assert ran.out == "".join(text.strip() + "\n" for text in found)
+    texts = tuned.generate("x", temperature=1.0, samples=3, banned_words=["\n"])
+    assert ran.out == "".join(text.strip() + "\n" for text in texts)
 
 
-def test_without_the_prefix_the_bare_model_speaks(run_in, trained, tuned):
+def test_no_prefix_generates_with_the_bare_model(run_in, trained, tuned):
     bare = tuned.without_prefix()
     assert bare.prefix is None
     ran = run_in(trained[0], "generate", "run", "--no-prefix", "--prompt", "name[X]")
     assert ran.out == bare.generate("name[X]") + "\n"
 
 
-def test_a_file_is_answered_in_its_order(run_in, trained, tuned, tmp_path):
+def test_file_is_answered_in_order(run_in, trained, tuned, tmp_path):
     output = tmp_path / "new" / "predictions.jsonl"
     ran = run_in(trained[0], "generate", "run", "--input", "test.jsonl", "--output", str(output))
     assert ran.code == 0
@@ -76,7 +76,7 @@ def test_a_file_is_answered_in_its_order(run_in, trained, tuned, tmp_path):
     assert [path.name for path in output.parent.iterdir()] == ["predictions.jsonl"]
 
 
-def test_predictions_come_in_order_and_an_interrupt_keeps_those_that_came(tuned, tmp_path):
+def test_interrupt_keeps_the_predictions_so_far(tuned, tmp_path):
     records = [{"facts": "x" * (40 - i)} for i in range(6)]
     seen = []
 
@@ -96,7 +96,7 @@ def test_predictions_come_in_order_and_an_interrupt_keeps_those_that_came(tuned,
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ('{"facts": "a"}\n{"facts": \n', "bad.jsonl:2: malformed JSON"),
         ('{"facts": "a"}\n{"fact": "b"}\n', "bad.jsonl:2: no field 'facts' (did you mean 'fact'?)"),
@@ -105,8 +105,8 @@ def test_predictions_come_in_order_and_an_interrupt_keeps_those_that_came(tuned,
         ("", "no records"),
     ],
 )
-def test_a_bad_line_is_named_before_anything_is_generated(
-    run_in, folder, trained, monkeypatch, content, told
+def test_reports_a_bad_record_before_generating(
+    run_in, folder, trained, monkeypatch, content, message
 ):
     monkeypatch.setattr("prefix_jax.decode.generate.read", None)
     (folder / "bad.jsonl").write_text(content)
@@ -114,11 +114,11 @@ def test_a_bad_line_is_named_before_anything_is_generated(
     ran = run_in(folder, "generate", str(trained[0] / "run"), *words)
     assert ran.code == 2
     assert ran.err.startswith("error: ")
-    assert told in ran.err
+    assert message in ran.err
     assert not (folder / "p.jsonl").exists()
 
 
-def test_lines_that_are_typed_fill_the_template(run_in, trained, tuned, monkeypatch):
+def test_typed_lines_fill_the_template(run_in, trained, tuned, monkeypatch):
     typed = [RECORD["facts"], "y" * 300, "name[Stop 2]"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
     ran = run_in(trained[0], "generate", "run")
@@ -128,7 +128,7 @@ def test_lines_that_are_typed_fill_the_template(run_in, trained, tuned, monkeypa
     assert "301 tokens" in ran.err
 
 
-def test_typed_lines_that_are_no_text_are_an_error(run_in, trained, monkeypatch):
+def test_typed_bytes_that_are_not_text_are_an_error(run_in, trained, monkeypatch):
     stdin = io.TextIOWrapper(io.BytesIO(b"name[X]\xff\n"), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", stdin)
     ran = run_in(trained[0], "generate", "run")
@@ -136,7 +136,7 @@ def test_typed_lines_that_are_no_text_are_an_error(run_in, trained, monkeypatch)
     assert ran.err == "error: standard input: expected utf-8 text, got byte 0xff\n"
 
 
-def test_an_input_that_ends_within_a_record_is_an_error(run_in, trained, monkeypatch):
+def test_input_that_ends_inside_a_record_is_an_error(run_in, trained, monkeypatch):
     def two(_tuned):
         return ("facts", "town")
 
@@ -145,10 +145,10 @@ def test_an_input_that_ends_within_a_record_is_an_error(run_in, trained, monkeyp
     ran = run_in(trained[0], "generate", "run")
     assert ran.code == 2
     assert ran.out.count("\n") == 1
-    assert "the input ends within a record: town would be next" in ran.err
+    assert "standard input ends inside a record, before town" in ran.err
 
 
-def test_predictions_go_into_a_pipe_or_a_device_as_it_is(tuned, tmp_path):
+def test_predictions_can_be_written_to_a_pipe(tuned, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -168,7 +168,7 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
 @pytest.mark.parametrize("samples", [1, 2])
-def test_a_terminal_gets_no_escapes_that_a_model_wrote(monkeypatch, stream, samples):
+def test_generated_escapes_never_reach_a_terminal(monkeypatch, stream, samples):
     def write(_prompts, decode, on_text=None):
         if on_text is not None:
             on_text(0, 0, "a\x1b[2Jb")
@@ -177,7 +177,7 @@ def test_a_terminal_gets_no_escapes_that_a_model_wrote(monkeypatch, stream, samp
 
     settings = types.SimpleNamespace(decode=DecodeConfig(samples=samples, temperature=1.0))
     tuned = types.SimpleNamespace(generations=write)
-    monkeypatch.setattr(verb._stored, "load", lambda *_: (tuned, settings))
+    monkeypatch.setattr(command._stored, "load", lambda *_: (tuned, settings))
     monkeypatch.setattr(sys, "stdout", stream())
     words = ["generate", "run", "--prompt", "x"]
     assert main(words) == 0
@@ -185,15 +185,15 @@ def test_a_terminal_gets_no_escapes_that_a_model_wrote(monkeypatch, stream, samp
     assert shown.count("a\x1b[2Jb" if stream is io.StringIO else r"a\x1b[2Jb") == samples
 
 
-def test_names_of_fields_that_are_asked_for_are_escaped(monkeypatch):
+def test_escapes_the_names_of_requested_fields(monkeypatch):
     asked = []
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr("builtins.input", asked.append)
-    verb._line("a\x1b[2J")
+    command._read_line("a\x1b[2J")
     assert asked == [r"a\x1b[2J> "]
 
 
-def test_an_interrupt_stops_an_answer_and_not_the_dialogue(tuned, monkeypatch):
+def test_interrupt_stops_one_answer_and_not_the_dialogue(tuned, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
     asked = []
 
@@ -201,12 +201,12 @@ def test_an_interrupt_stops_an_answer_and_not_the_dialogue(tuned, monkeypatch):
         asked.append(prompt)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verb, "_answer", answer)
-    verb._dialogue(tuned, tuned.decode, None)
+    monkeypatch.setattr(command, "_answer", answer)
+    command._dialogue(tuned, tuned.decode, None)
     assert asked == [{"facts": "one"}, {"facts": "two"}]
 
 
-def test_other_weights_are_refused_unless_allowed(run_in, trained, tmp_path):
+def test_rejects_other_weights_unless_allowed(run_in, trained, tmp_path):
     other = tiny.write_model(tmp_path / "other", seed=1)
     words = ("generate", "run", "--prompt", "x", "--model", str(other))
     ran = run_in(trained[0], *words)
@@ -216,7 +216,7 @@ def test_other_weights_are_refused_unless_allowed(run_in, trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--record", "{"], "--record: malformed JSON"),
         (["--record", "[" * 9999], "--record: JSON nested more than"),
@@ -237,23 +237,23 @@ def test_other_weights_are_refused_unless_allowed(run_in, trained, tmp_path):
         (["--input", "none.jsonl"], "none.jsonl: no such file"),
     ],
 )
-def test_what_cannot_be_done_is_told_in_one_error(run_in, trained, words, told):
+def test_reports_mistakes_in_one_error(run_in, trained, words, message):
     ran = run_in(trained[0], "generate", "run", *words)
     assert ran.code == 2
     assert ran.err.startswith("error: ")
-    assert told in ran.err
+    assert message in ran.err
 
 
-def test_the_records_are_not_replaced_by_predictions(run_in, trained):
+def test_never_overwrites_the_records_with_predictions(run_in, trained):
     folder, _ = trained
     before = (folder / "test.jsonl").read_bytes()
     ran = run_in(folder, "generate", "run", "--input", "test.jsonl", "--output", "./test.jsonl")
     assert ran.code == 2
-    assert "would replace the records" in ran.err
+    assert "would overwrite the records" in ran.err
     assert (folder / "test.jsonl").read_bytes() == before
 
 
-def test_an_error_leaves_standard_output_empty(run_in, trained):
+def test_error_leaves_standard_output_empty(run_in, trained):
     for words in (("--record", '{"fact": "x"}'), ("--prompt", "bad\udcff")):
         ran = run_in(trained[0], "generate", "run", *words)
         assert (ran.code, ran.out) == (2, "")

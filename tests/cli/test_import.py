@@ -14,7 +14,7 @@ def run(*words: object) -> int:
     return main([str(word) for word in words])
 
 
-def test_it_writes_a_prefix_and_says_what_it_is(tmp_path, capsys):
+def test_writes_a_prefix_and_prints_a_summary(tmp_path, capsys):
     adapter, output = FIXTURES / "peft" / "cartridge", tmp_path / "mine"
     assert run("import", adapter, output, "--model", LLAMA) == 0
     assert capsys.readouterr().out == (
@@ -24,7 +24,7 @@ def test_it_writes_a_prefix_and_says_what_it_is(tmp_path, capsys):
     assert artifact.load(output)[1].method == {"name": "cartridge", "length": 3, "frozen": 2}
 
 
-def test_templates_and_names_of_labels_come_with_the_import(tmp_path, capsys):
+def test_settings_add_templates_and_label_names(tmp_path, capsys):
     adapter, output = FIXTURES / "peft" / "classify_bert", tmp_path / "mine"
     settings = ("data.input={text}", "task.labels=[no, perhaps, yes]")
     assert run("import", adapter, output, *settings, "--model", BERT) == 0
@@ -37,7 +37,7 @@ def test_templates_and_names_of_labels_come_with_the_import(tmp_path, capsys):
     assert "did you mean data.input" in capsys.readouterr().err
 
 
-def test_there_and_back_is_the_same_file(tmp_path, capsys):
+def test_exporting_an_import_gives_the_same_file(tmp_path, capsys):
     adapter = FIXTURES / "peft" / "prefix"
     assert run("import", adapter, tmp_path / "mine", "--model", LLAMA) == 0
     assert run("export", "--to", "peft", tmp_path / "mine", tmp_path / "back") == 0
@@ -47,7 +47,7 @@ def test_there_and_back_is_the_same_file(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("picked", "made"), [((), 3), (("--task", "2"), 1)])
-def test_a_multitask_prompt_is_a_prefix_a_task(picked, made, tmp_path, capsys):
+def test_multitask_prompt_becomes_one_prefix_per_task(picked, made, tmp_path, capsys):
     adapter, output = FIXTURES / "peft" / "multitask", tmp_path / "mine"
     assert run("import", adapter, output, "--model", LLAMA, *picked) == 0
     assert len(capsys.readouterr().out.splitlines()) == made
@@ -55,9 +55,9 @@ def test_a_multitask_prompt_is_a_prefix_a_task(picked, made, tmp_path, capsys):
     assert artifact.load(last)[1].init == "PEFT's MULTITASK_PROMPT_TUNING, task 2"
 
 
-def test_nothing_is_replaced_and_a_mistake_is_one_line(tmp_path, capsys):
+def test_never_overwrites_and_reports_mistakes_in_one_line(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert run("import", FIXTURES / "peft" / "prefix", tmp_path, "--model", LLAMA) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert run("import", LLAMA, tmp_path / "mine", "--model", LLAMA) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -20,7 +20,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "backbones"
 
 @pytest.fixture
 def model(tmp_path):
-    """A small model with a tokenizer whose words are numbered."""
+    """A small model whose tokenizer has the words [w0], [w1], …"""
     path = Path(shutil.copytree(FIXTURES / "smollm", tmp_path / "model"))
     words = Tokenizer(WordLevel({f"[w{i}]": i for i in range(96)}, unk_token="[w0]"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
@@ -29,7 +29,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def stored(tmp_path, model):
-    """Soft tokens that are words 7, 8 and 9."""
+    """A stored prefix whose soft tokens equal words 7, 8 and 9."""
     pretrained = load(model, dtype="float32")
     produced = Embeds(pretrained.params["embed"]["tokens_VD"][7:10])
     backbone = artifact.BackboneCard(
@@ -60,7 +60,7 @@ def show(capsys, monkeypatch):
     return show
 
 
-def test_it_shows_what_the_prefix_is(stored, model, show):
+def test_shows_the_overview_of_a_prefix(stored, model, show):
     code, (out, _) = show(stored)
     assert code == 0
     for part in (
@@ -70,16 +70,16 @@ def test_it_shows_what_the_prefix_is(stored, model, show):
         "0 to 2, text from 3",
         "96 parameters, ",
         f"{model} (llama, float32)",
-        r"'[bold]{name}[/] ->\n'",  # markup of the user's is text
+        r"'[bold]{name}[/] ->\n'",  # not read as rich markup
         "loss 1.25",
-        "Lengths of soft tokens",
+        "Norms of soft tokens",
         "'[w7]' 1.00",
         "'[w9]' 1.00",
     ):
         assert part in out
 
 
-def test_another_place_of_the_backbone_can_be_named(stored, model, show):
+def test_accepts_another_path_of_the_backbone(stored, model, show):
     moved = model.rename(model.with_name("moved"))
     _, (out, _) = show(stored)
     assert "give its current path (--model)" in out
@@ -88,7 +88,7 @@ def test_another_place_of_the_backbone_can_be_named(stored, model, show):
     assert "'[w7]' 1.00" in out
 
 
-def test_json_holds_everything(stored, show):
+def test_json_has_everything(stored, show):
     code, (out, _) = show(stored, "--json", "--words", 1)
     found = json.loads(out)
     assert code == 0
@@ -98,7 +98,7 @@ def test_json_holds_everything(stored, show):
     assert found["norms"][0].keys() == {"of", "layer", "min", "mean", "max"}
 
 
-def test_a_damaged_prefix_is_one_line(stored, show):
+def test_damaged_prefix_is_one_error(stored, show):
     (stored / "prefix.json").write_text("{")
     code, (out, err) = show(stored)
     assert (code, out) == (2, "")
@@ -109,7 +109,7 @@ def test_a_damaged_prefix_is_one_line(stored, show):
 HOSTILE = "\x1b[2J\x07\x9b2J[/]"
 
 
-def test_a_card_cannot_steer_the_terminal(stored, show):
+def test_card_text_is_escaped(stored, show):
     produced, card = artifact.load(stored)
     backbone = dataclasses.replace(card.backbone, source=HOSTILE)
     card = dataclasses.replace(card, init=HOSTILE, created=HOSTILE, backbone=backbone)
@@ -130,7 +130,7 @@ def test_the_verdict_comes_first(stored, model, show):
     assert out.splitlines()[1].startswith("nearest words: not available; ")
 
 
-def test_a_prefix_that_is_not_finite_is_a_problem(stored, show, monkeypatch):
+def test_non_finite_prefix_is_a_problem(stored, show, monkeypatch):
     inspect = importlib.import_module("prefix_jax.interop.inspect")
     broken = (inspect.Norms("soft tokens", None, 1.0, math.nan, math.nan),)
     monkeypatch.setattr(inspect, "norms", lambda _: broken)

@@ -1,4 +1,4 @@
-"""`prefix-jax plan` answers from a config or a preset, and takes too much as an answer."""
+"""`prefix-jax plan`, for configs and presets, with steps that fit and that do not."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_config_is_planned_without_its_weights_and_data(run_in, folder: Path) -> None:
+def test_plans_a_config_without_weights_or_data(run_in, folder: Path) -> None:
     ran = run_in(folder, "plan", "config.yaml", "--topology", "v5e:2x2", "mesh=auto",
                "data.batch_size=4", "--json")  # fmt: skip
     assert ran.code == 0
@@ -41,14 +41,14 @@ def test_a_config_is_planned_without_its_weights_and_data(run_in, folder: Path) 
     assert not (folder / "run").exists()
 
 
-def test_a_table_says_it_to_people(run_in, folder: Path) -> None:
+def test_prints_a_table(run_in, folder: Path) -> None:
     ran = run_in(folder, "plan", "config.yaml", "--topology", "v5e:1x1")
     assert ran.code == 0
     for words in ("on v5e:1x1 (1 chip)", "2 rows of 16 tokens", "fits", "step, at least"):
         assert words in ran.out
 
 
-def test_of_what_does_not_fit_it_is_said_by_how_much(run_in, folder: Path) -> None:
+def test_reports_the_excess_of_a_step_that_does_not_fit(run_in, folder: Path) -> None:
     ran = run_in(folder, "plan", "--model", "llama-3-70b", "--topology", "v5e:1x1", "--tokens=32",
                  "data.batch_size=1", "model.remat=full", "--max-batch")  # fmt: skip
     assert ran.code == 1
@@ -61,7 +61,7 @@ def test_of_what_does_not_fit_it_is_said_by_how_much(run_in, folder: Path) -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--topology", "v5e:1x1"), "give a config, --model"),
+        (("--topology", "v5e:1x1"), "no model given; give a config, --model"),
         (("--model", "llama-9", "--topology", "v5e:1x1"), f"use one of {next(iter(PRESETS))}"),
         (("--model", "gpt-2", "--topology", "v5e:1x1"), "no preset 'gpt-2'; did you mean 'gpt2'?"),
         (("--model", "gpt2", "--topology", "v5e:1x1", "model.path=model"), "model.path=model"),
@@ -72,7 +72,7 @@ def test_of_what_does_not_fit_it_is_said_by_how_much(run_in, folder: Path) -> No
         (("none.yaml", "--topology", "v5e:1x1"), "no such file"),
     ],
 )
-def test_mistakes_are_told_in_a_line(
+def test_reports_mistakes_in_one_error(
     run_in, folder: Path, words: tuple[str, ...], message: str
 ) -> None:
     ran = run_in(folder, "plan", *words)
@@ -81,7 +81,7 @@ def test_mistakes_are_told_in_a_line(
     assert "Traceback" not in ran.err
 
 
-def test_a_preset_or_a_model_is_named_in_any_of_its_ways() -> None:
+def test_accepts_every_spelling_of_a_preset_or_model() -> None:
     def path_of(*words: str) -> str:
         args = _parse(["plan", "--topology", "v5e:1x1", *words])
         return config_of(args).model.path

@@ -1,4 +1,4 @@
-"""A run of two processes, as two hosts would make it. Run as a script, this file is one of them."""
+"""Runs of two processes, as on two hosts. As a script, this file runs one of them."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ train: {steps: 12, checkpoint_every: 3}
 evaluate: {metrics: [loss, accuracy, exact_match], labels: ["02", "03"], batch_size: 4}
 decode: {max_new_tokens: 4}
 """
-# Far more than either should take; a process that waits for a dead one fails the test by it.
-PATIENCE = 240
-# Far more than ten steps of the tiny model.
+# Well above the duration of a run, so that only a process that waits for a dead one fails.
+TIMEOUT_SECONDS = 240
+# Well above the duration of ten steps of the tiny model.
 SLOW_SECONDS = 5.0
 
 
@@ -56,7 +56,7 @@ def folder(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Path:
-    """A run of two processes that nothing interrupted, the second slow with one of its batches."""
+    """An uninterrupted run of two processes; one batch of the second process is slow."""
     ended = pair(folder, "whole", step=9)
     assert [code for code, _ in ended] == [0, 0], ended
     (folder / "whole.log").write_text(ended[0][1])
@@ -66,13 +66,14 @@ def whole(folder: Path) -> Path:
 def pair(
     folder: Path, output: str, number: signal.Signals | None = None, step: int = 0
 ) -> list[tuple[int, str]]:
-    """The exit codes of two processes, and what they printed.
+    """Runs two processes; returns the exit code and the output of each.
 
     Args:
-        folder: of the config.
+        folder: the folder of the config.
         output: the run directory.
-        number: a signal that the second process gets, None is none.
-        step: when it gets it; without a number, when it is slow. 0 is never.
+        number: a signal for the second process, or None.
+        step: the step at which the second process receives the signal, or is slow if there is
+            no signal. 0 means never.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -99,18 +100,18 @@ def pair(
             )
         )
     try:
-        printed = [process.communicate(timeout=PATIENCE)[0] for process in processes]
+        printed = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     return [(process.returncode, text) for process, text in zip(processes, printed, strict=True)]
 
 
-def take_part(number: int, step: int, words: list[str]) -> int:
-    """One process, which sends itself a signal when it has started a step, or is slow there."""
-    tell, calls = ProcessSync.post, []
+def run_process(number: int, step: int, words: list[str]) -> int:
+    """Runs one process, which at a step sends itself a signal or is slow."""
+    post, calls = ProcessSync.post, []
 
-    def telling(self: ProcessSync, busy: float, proceed: object) -> object:
+    def posting(self: ProcessSync, busy: float, proceed: object) -> object:
         calls.append(busy)
         if len(calls) == step:
             if number:
@@ -118,33 +119,33 @@ def take_part(number: int, step: int, words: list[str]) -> int:
             else:
                 time.sleep(SLOW_SECONDS)
                 busy += SLOW_SECONDS
-        return tell(self, busy, proceed)
+        return post(self, busy, proceed)
 
-    ProcessSync.post = telling
+    ProcessSync.post = posting
     return main(words)
 
 
-def alone(folder: Path, output: Path) -> None:
-    """The same run as one process, with two devices of its own."""
+def run_single(folder: Path, output: Path) -> None:
+    """Runs the same config in one process with two devices."""
     settings = config.load(folder / "config.yaml", [f"output={output}"])
     mesh = make_mesh(2, 1, 1, devices=jax.devices()[:2])
     fit(settings, pretrained=load(settings.model.path, mesh=mesh), quiet=True)
 
 
-def test_two_processes_make_the_run_of_one(folder: Path, whole: Path, tmp_path: Path) -> None:
-    alone(folder, tmp_path)
+def test_two_processes_equal_one(folder: Path, whole: Path, tmp_path: Path) -> None:
+    run_single(folder, tmp_path)
     assert tiny_runs.outcome(tmp_path) == tiny_runs.outcome(whole)
 
 
-def test_the_host_that_the_others_waited_for_is_named(folder: Path, whole: Path) -> None:
+def test_names_the_slowest_host(folder: Path, whole: Path) -> None:
     log = " ".join((folder / "whole.log").read_text().split())
     assert f"times as long as usual: process 1 of 2 on host {socket.gethostname()} needed" in log
 
 
-def test_stopped_and_killed_and_started_again_it_ends_as_if_nothing_had_been(
+def test_interrupted_and_killed_runs_end_bit_identical(
     folder: Path, whole: Path, tmp_path: Path
 ) -> None:
-    # The signal reaches one process, and both stop after the same step.
+    # One process receives the signal; both stop after the same step.
     ended = pair(folder, "hard", signal.SIGTERM, step=4)
     assert [code for code, _ in ended] == [128 + signal.SIGTERM] * 2, ended
     assert "interrupted after step 5, which is saved" in ended[0][1]
@@ -154,12 +155,12 @@ def test_stopped_and_killed_and_started_again_it_ends_as_if_nothing_had_been(
     (first, text), (second, _) = pair(folder, "hard", signal.SIGKILL, step=3)
     assert second == -signal.SIGKILL
     assert first not in (0, 128 + signal.SIGTERM), text
-    assert "error: this process cannot go on" in text
+    assert "error: this process cannot continue" in text
     assert not (folder / "hard" / "prefix").exists()
 
-    # What two have saved, one can go on with.
+    # One process can resume the run of two.
     shutil.copytree(folder / "hard", tmp_path / "moved")
-    alone(folder, tmp_path / "moved")
+    run_single(folder, tmp_path / "moved")
     assert tiny_runs.outcome(tmp_path / "moved") == tiny_runs.outcome(whole)
 
     assert [code for code, _ in pair(folder, "hard")] == [0, 0]
@@ -172,21 +173,25 @@ def test_stopped_and_killed_and_started_again_it_ends_as_if_nothing_had_been(
         (["--processes", "2"], {}, "need --coordinator HOST:PORT"),
         ([], {"JAX_NUM_PROCESSES": "2"}, "(or JAX_COORDINATOR_ADDRESS)"),
         ([], {"JAX_PROCESS_ID": "1"}, "(or JAX_COORDINATOR_ADDRESS)"),
-        (["--coordinator", "localhost"], {}, "give HOST:PORT"),
-        (["--coordinator", ":1234"], {}, "give HOST:PORT"),
-        (["--coordinator", "h:99999"], {}, "give HOST:PORT"),
-        ([], {"JAX_COORDINATOR_ADDRESS": "h:port"}, "give HOST:PORT"),
-        (["--coordinator", "h:1", "--processes", "0", "--process", "0"], {}, "one at least"),
+        (["--coordinator", "localhost"], {}, "must be HOST:PORT"),
+        (["--coordinator", ":1234"], {}, "must be HOST:PORT"),
+        (["--coordinator", "h:99999"], {}, "must be HOST:PORT"),
+        ([], {"JAX_COORDINATOR_ADDRESS": "h:port"}, "must be HOST:PORT"),
+        (["--coordinator", "h:1", "--processes", "0", "--process", "0"], {}, "must be at least 1"),
         (["--distributed"], {}, "--coordinator HOST:PORT --processes N --process I"),
-        (["--distributed"], {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES 'two'"),
+        (
+            ["--distributed"],
+            {"JAX_NUM_PROCESSES": "two"},
+            "JAX_NUM_PROCESSES must be a number, got 'two'",
+        ),
         (
             ["--coordinator", "h:1", "--processes", "2", "--process", "2"],
             {},
-            "--process 2 is not one of 0 to 1",
+            "--process must be between 0 and 1 (--processes 2), got 2",
         ),
     ],
 )
-def test_a_process_that_does_not_know_who_it_is_says_so(
+def test_reports_missing_or_invalid_process_options(
     words, environment, message, monkeypatch, capsys
 ) -> None:
     def initialize(*_, **__) -> None:
@@ -199,15 +204,15 @@ def test_a_process_that_does_not_know_who_it_is_says_so(
     assert message in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken_is_told_before_jax_crashes_on_it(capsys) -> None:
+def test_reports_a_port_in_use_before_jax_crashes(capsys) -> None:
     with socket.create_server(("", 0)) as taken:
         where = f"localhost:{taken.getsockname()[1]}"
         words = ["--coordinator", where, "--processes", "2", "--process", "0"]
         assert main(["train", "config.yaml", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: --coordinator {where}: port")
-    assert "choose a free one" in line
+    assert line.startswith(f"error: --coordinator {where}: cannot listen on port")
+    assert "choose a free port" in line
 
 
 if __name__ == "__main__":
-    sys.exit(take_part(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))
+    sys.exit(run_process(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))

@@ -1,4 +1,4 @@
-"""`train` ends with what was gained and how to use it, and goes on where it was interrupted."""
+"""`prefix-jax train`: the final report, resuming, locking and signals."""
 
 import json
 import os
@@ -11,13 +11,13 @@ import sys
 import pytest
 
 from prefix_jax import config
-from prefix_jax.cli import train as verb
+from prefix_jax.cli import train as command
 from prefix_jax.runs import run as fitting
 from prefix_jax.runs.console import Report
 from prefix_jax.runs.lock import FileLock
 
 
-def test_the_end_shows_scores_texts_and_paths(trained):
+def test_final_report_shows_scores_texts_and_paths(trained):
     folder, ran = trained
     results = json.loads((folder / "run" / "results.json").read_text())["test"]
     for name in ("before", "after"):
@@ -28,16 +28,15 @@ def test_the_end_shows_scores_texts_and_paths(trained):
         assert path in ran.out
 
 
-def test_the_command_that_is_printed_works(run_in, trained):
+def test_printed_command_works(run_in, trained):
     folder, ran = trained
-    command = ran.out.rstrip().splitlines()[-1]
-    program, *words = shlex.split(command)
+    program, *words = shlex.split(ran.out.rstrip().splitlines()[-1])
     assert program == "prefix-jax"
     assert json.loads(words[-1]) == {"facts": "name[Stop 0], it's"}
     assert run_in(folder, *words).code == 0
 
 
-def test_a_finished_run_is_shown_again_without_training(run_in, trained, monkeypatch):
+def test_finished_run_is_shown_without_training(run_in, trained, monkeypatch):
     folder, first = trained
     monkeypatch.setattr(fitting, "fit", lambda *_, **__: pytest.fail("it trained again"))
     again = run_in(folder, "train", "config.yaml")
@@ -46,7 +45,7 @@ def test_a_finished_run_is_shown_again_without_training(run_in, trained, monkeyp
     assert again.out.endswith(first.out[first.out.index("╭") :])
 
 
-def test_a_run_directory_is_not_given_to_another_run(run_in, trained):
+def test_rejects_the_directory_of_another_run(run_in, trained):
     folder, _ = trained
     ran = run_in(folder, "train", "config.yaml", "optim.learning_rate=0.5")
     assert ran.code == 2
@@ -55,7 +54,7 @@ def test_a_run_directory_is_not_given_to_another_run(run_in, trained):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on(run_in, folder, trained, monkeypatch, number):
+def test_signal_saves_and_the_same_command_resumes(run_in, folder, trained, monkeypatch, number):
     step = Report.step
 
     def interrupting(self, at, *rest):
@@ -76,17 +75,17 @@ def test_a_signal_saves_and_the_same_command_goes_on(run_in, folder, trained, mo
     assert json.loads((folder / "run" / "results.json").read_text()) == uninterrupted
 
 
-def test_an_interrupt_before_the_first_step_is_no_traceback(run_in, folder, monkeypatch):
+def test_interrupt_before_the_first_step_prints_no_traceback(run_in, folder, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fitting, "fit", interrupted)
     ran = run_in(folder, "train", "config.yaml")
     assert ran.code == 130
-    assert ran.err.startswith("interrupted; the same command goes on from the last checkpoint")
+    assert ran.err.startswith("interrupted; the same command resumes from the last checkpoint")
 
 
-def test_without_a_test_split_the_end_shows_what_there_is(run_in, folder):
+def test_final_report_without_a_test_split_shows_dev_metrics(run_in, folder):
     ran = run_in(
         folder, "train", "config.yaml", "data.test=null", "data.input=null", "train.steps=1"
     )
@@ -98,7 +97,7 @@ def test_without_a_test_split_the_end_shows_what_there_is(run_in, folder):
 
 
 @pytest.mark.parametrize("change", ["gone", "other fields", "empty"])
-def test_results_are_shown_when_the_held_out_data_have_changed(run_in, folder, trained, change):
+def test_shows_results_after_the_held_out_data_changed(run_in, folder, trained, change):
     shutil.copytree(trained[0] / "run", folder / "run")
     data = folder / "test.jsonl"
     data.unlink() if change == "gone" else data.write_text("" if change == "empty" else "{}\n")
@@ -108,7 +107,7 @@ def test_results_are_shown_when_the_held_out_data_have_changed(run_in, folder, t
     assert ran.out.endswith("  prefix-jax generate run/prefix\n")
 
 
-def test_edited_predictions_are_one_error(run_in, folder, trained):
+def test_damaged_predictions_are_one_error(run_in, folder, trained):
     shutil.copytree(trained[0] / "run", folder / "run")
     (folder / "run" / "predictions.jsonl").write_text('{"prediction": 1}\n')
     ran = run_in(folder, "train", "config.yaml")
@@ -116,7 +115,7 @@ def test_edited_predictions_are_one_error(run_in, folder, trained):
     assert ran.err.startswith("error: run/results.json cannot be read (run/predictions.jsonl:1: ")
 
 
-def test_a_locked_output_is_refused(run_in, folder):
+def test_rejects_a_locked_output(run_in, folder):
     lock = FileLock(folder / "run")
     lock.acquire()
     ran = run_in(folder, "train", "config.yaml")
@@ -126,7 +125,7 @@ def test_a_locked_output_is_refused(run_in, folder):
     assert not (folder / "run").exists()
 
 
-def test_of_two_processes_the_second_is_refused_and_the_first_goes_on(folder):
+def test_second_process_is_rejected_and_the_first_continues(folder):
     def start() -> subprocess.Popen[str]:
         often = ("train.steps=1000000", "train.checkpoint_every=1000", "train.log_every=1000")
         words = ["train", "config.yaml", *often]
@@ -140,7 +139,7 @@ def test_of_two_processes_the_second_is_refused_and_the_first_goes_on(folder):
         )
 
     with start() as first:
-        # A line that is printed before the first step.
+        # Printed before the first step.
         while "step" not in (line := first.stdout.readline()):
             assert line, first.stderr.read()
         with start() as second:
@@ -156,14 +155,14 @@ def test_of_two_processes_the_second_is_refused_and_the_first_goes_on(folder):
     assert not (folder / "run" / ".prefix-jax.lock").exists()
 
 
-def test_a_chat_is_used_from_its_first_question(folder):
+def test_printed_command_for_chats_starts_at_the_first_question(folder):
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     (folder / "chat.jsonl").write_text(json.dumps({"chat": turns}) + "\n")
     chat = f"data.test={folder / 'chat.jsonl'}"
     settings = ["data.input=null", "data.target=null", "data.messages=chat", chat]
     run = config.load(folder / "config.yaml", [*settings, f"output={folder / 'run'}"])
     (folder / "run" / "prefix").mkdir(parents=True)
-    words = shlex.split(verb._command(folder / "run", run))
+    words = shlex.split(command._command(folder / "run", run))
     assert json.loads(words[-1]) == {"chat": turns[:1]}
 
 
@@ -176,7 +175,7 @@ def test_a_chat_is_used_from_its_first_question(folder):
         ("/usr/bin/pytest", None, "prefix-jax"),
     ],
 )
-def test_the_program_is_named_as_it_was_called(monkeypatch, called, found, typed):
-    monkeypatch.setattr(verb.sys, "argv", [called])
-    monkeypatch.setattr(verb.shutil, "which", lambda _: found)
-    assert verb._executable() == typed
+def test_names_the_program_as_the_user_can_call_it(monkeypatch, called, found, typed):
+    monkeypatch.setattr(command.sys, "argv", [called])
+    monkeypatch.setattr(command.shutil, "which", lambda _: found)
+    assert command._executable() == typed

@@ -1,4 +1,4 @@
-"""A wrong argument is reported in one line that says what was meant."""
+"""Mistakes in the arguments are reported in one line, with a suggestion."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from prefix_jax.cli.main import main
 
 
 def refused(capsys, *words):
-    """The message on standard error of a command that is refused."""
+    """Runs a command that must fail; returns its standard error."""
     with pytest.raises(SystemExit, match="2"):
         main(list(words))
     out, err = capsys.readouterr()
@@ -14,27 +14,27 @@ def refused(capsys, *words):
     return err
 
 
-def test_without_a_verb_the_help_is_shown(capsys):
+def test_shows_the_help_without_a_command(capsys):
     err = refused(capsys)
     assert err.startswith("usage: prefix-jax ")
     assert "Generate text" in err
 
 
 @pytest.mark.parametrize(
-    ("verb", "meant"),
+    ("command", "suggestion"),
     [
         ("trian", "train"),
         ("inspct", "inspect"),
         ("configs/x.yaml", "'prefix-jax train configs/x.yaml'"),
     ],
 )
-def test_an_unknown_verb_names_the_nearest_one_and_shows_the_help(capsys, verb, meant):
-    first, *rest = refused(capsys, verb, "x").splitlines()
-    assert first == f"error: unknown verb '{verb}' (did you mean {meant}?)"
+def test_unknown_command_suggests_the_nearest_and_shows_the_help(capsys, command, suggestion):
+    first, *rest = refused(capsys, command, "x").splitlines()
+    assert first == f"error: unknown command '{command}' (did you mean {suggestion}?)"
     assert any("Generate text" in line for line in rest)
 
 
-def test_an_unknown_verb_cannot_steer_the_terminal(capsys):
+def test_unknown_command_is_escaped(capsys):
     assert "\x1b" not in refused(capsys, "\x1b[2J")
 
 
@@ -49,12 +49,12 @@ def test_an_unknown_verb_cannot_steer_the_terminal(capsys):
         (["generate", "run", "--promt", "x"], "(did you mean --prompt?)"),
         (["generate", "run", "--promt=x"], "(did you mean --prompt?)"),
         (["export", "run", "out", "--bakee"], "(did you mean --bake?)"),
-        (["train", "--profile", "c.yaml"], "argument --profile: expected a whole number, got"),
+        (["train", "--profile", "c.yaml"], "argument --profile: expected an integer, got"),
         (["train", "c.yaml", "--profile", "x"], "write --profile=5, or put the option last"),
         (["train"], "required: CONFIG"),
     ],
 )
-def test_a_wrong_argument_is_one_line_with_its_remedy(capsys, words, message):
+def test_wrong_argument_is_one_line_with_its_fix(capsys, words, message):
     err = refused(capsys, *words)
     assert err.startswith("error: ")
     assert err.endswith(f"; see 'prefix-jax {words[0]} --help'\n")
@@ -72,11 +72,11 @@ def test_a_wrong_argument_is_one_line_with_its_remedy(capsys, words, message):
         (["evaluate", "run", ".", "--data", "x.jsonl"], "expected one PREFIX, got 'run', '.'"),
     ],
 )
-def test_only_one_config_or_prefix_is_accepted(capsys, words, message):
+def test_accepts_only_one_config_or_prefix(capsys, words, message):
     if message is None:
         assert "unrecognized arguments: x" in refused(capsys, *words)
         return
     assert main(words) == 2
     err = capsys.readouterr().err
     assert message in err
-    assert "write what differs as key.path=value" in err
+    assert "write changes as key.path=value" in err

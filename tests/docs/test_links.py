@@ -46,9 +46,9 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in headings(target), f"{page.name}: {path}#{anchor}"
 
 
-def test_the_readme_shows_every_verb() -> None:
-    verbs = {path.stem for path in (ROOT / "prefix_jax" / "cli").glob("[!_]*.py")} - {"main"}
-    assert {words[1] for page, words in commands() if page == "README.md"} == verbs
+def test_readme_shows_every_command() -> None:
+    names = {path.stem for path in (ROOT / "prefix_jax" / "cli").glob("[!_]*.py")} - {"main"}
+    assert {words[1] for page, words in commands() if page == "README.md"} == names
 
 
 @pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: str(value)[:60])
