@@ -13,7 +13,7 @@ a prefix without this package.
 
 from __future__ import annotations
 
-from prefix_jax.artifact.arrays import Facts, Kind, facts
+from prefix_jax.artifact.arrays import Kind, PrefixSpec, prefix_spec
 from prefix_jax.artifact.card import (
     FORMAT_VERSION,
     BackboneCard,
@@ -32,16 +32,16 @@ __all__ = [
     "BackboneCard",
     "Card",
     "Container",
-    "Facts",
     "Kind",
+    "PrefixSpec",
     "TaskCard",
     "TemplateCard",
     "TokenizerCard",
     "check",
-    "facts",
     "find",
     "load",
     "load_head",
     "make_card",
+    "prefix_spec",
     "save",
 ]

@@ -37,7 +37,7 @@ _OPTIONAL = "bias_LPN"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Facts:
+class PrefixSpec:
     """What of a prefix is not in its arrays.
 
     Attributes:
@@ -67,7 +67,7 @@ class Described:
     dtype: np.dtype | str
 
 
-def facts(produced: Produced) -> Facts:
+def prefix_spec(produced: Produced) -> PrefixSpec:
     """The facts of a prefix.
 
     Raises:
@@ -79,17 +79,17 @@ def facts(produced: Produced) -> Facts:
         )
     if isinstance(produced, Embeds):
         P = produced.x_PD.shape[0]
-        return Facts(kind="embeds", length=P, offset=P, pinned=False, layers={})
+        return PrefixSpec(kind="embeds", length=P, offset=P, pinned=False, layers={})
     if isinstance(produced, Hidden):
         P = produced.h_LPD.shape[1]
-        return Facts(kind="hidden", length=P, offset=P, pinned=False, layers={})
+        return PrefixSpec(kind="hidden", length=P, offset=P, pinned=False, layers={})
     if isinstance(produced, Adapter):
         layers = {} if produced.layers is None else {"adapter": produced.layers}
         P = produced.h_LPD.shape[1]
-        return Facts(kind="adapter", length=P, offset=0, pinned=False, layers=layers)
+        return PrefixSpec(kind="adapter", length=P, offset=0, pinned=False, layers=layers)
     if not any(leaf.size for leaf in jax.tree.leaves(produced)):
         raise PrefixError("the prefix has no slots: there is nothing to store")
-    return Facts(
+    return PrefixSpec(
         kind="kv",
         length=produced.length,
         offset=produced.offset,
@@ -124,7 +124,7 @@ def _fields(where: str, owner: Any) -> dict[str, np.ndarray]:
     }
 
 
-def from_arrays(stored: Facts, arrays: Mapping[str, jax.Array]) -> Produced:
+def from_arrays(stored: PrefixSpec, arrays: Mapping[str, jax.Array]) -> Produced:
     """The prefix of these arrays: undoes `to_arrays`."""
     if stored.kind == "embeds":
         return Embeds(arrays["x_PD"])
@@ -152,12 +152,12 @@ def _under(where: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(where): x for name, x in arrays.items() if name.startswith(where)}
 
 
-def _layers(stored: Facts, name: str) -> Layers:
+def _layers(stored: PrefixSpec, name: str) -> Layers:
     return stored.layers.get(name)
 
 
 def problems(
-    arrays: Mapping[str, np.ndarray | Described], stored: Facts, geometry: Geometry
+    arrays: Mapping[str, np.ndarray | Described], stored: PrefixSpec, geometry: Geometry
 ) -> list[str]:
     """Where the arrays are not those that the facts promise for a backbone, or not finite.
 
@@ -185,7 +185,7 @@ def problems(
 
 
 def _shapes(
-    arrays: Mapping[str, np.ndarray | Described], stored: Facts, geometry: Geometry
+    arrays: Mapping[str, np.ndarray | Described], stored: PrefixSpec, geometry: Geometry
 ) -> dict[str, Shape]:
     P, D, main = stored.length, geometry.d_model, geometry.main
     if stored.kind == "embeds":

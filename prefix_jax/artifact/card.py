@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 from flax.traverse_util import flatten_dict
 
-from prefix_jax.artifact.arrays import Facts, facts
+from prefix_jax.artifact.arrays import PrefixSpec, prefix_spec
 from prefix_jax.config import TaskConfig
 from prefix_jax.errors import BackboneError, ConfigError, PrefixError
 from prefix_jax.nn.activations import activation
@@ -162,7 +162,7 @@ class TaskCard:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Card(Facts):
+class Card(PrefixSpec):
     """What is known of a stored prefix. `make_card` fills in what follows from the prefix itself.
 
     Attributes:
@@ -216,9 +216,9 @@ class Card(Facts):
             self.task.check(self.geometry.d_model)
 
     @property
-    def facts(self) -> Facts:
+    def spec(self) -> PrefixSpec:
         """What has to agree with the prefix itself."""
-        return Facts(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Facts)})
+        return PrefixSpec(**{f.name: getattr(self, f.name) for f in dataclasses.fields(PrefixSpec)})
 
 
 def make_card(
@@ -240,7 +240,7 @@ def make_card(
     Raises:
         PrefixError: the prefix has no slots.
     """
-    known = facts(produced)
+    known = prefix_spec(produced)
     # What stands beside the softmax has no place among the tokens.
     slots = 0 if isinstance(produced, Adapter) else known.length
     if isinstance(produced, Prefix) and produced.embeds_PD is None:

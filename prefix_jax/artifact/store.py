@@ -18,9 +18,9 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from prefix_jax.artifact.arrays import Described, facts, from_arrays, problems, to_arrays
+from prefix_jax.artifact.arrays import Described, from_arrays, prefix_spec, problems, to_arrays
+from prefix_jax.artifact.atomic_dir import SYSTEM_FILES, atomic_replace, backup_path
 from prefix_jax.artifact.card import FORMAT_VERSION, Card
-from prefix_jax.artifact.replace import SYSTEM_FILES, replaced, replacing
 from prefix_jax.errors import CheckpointError, ConfigError, PrefixError
 from prefix_jax.prefix import Produced
 from prefix_jax.typed import build
@@ -74,7 +74,7 @@ def save(
     """
     # Renaming a link would leave the directory behind.
     path = expand(path, PrefixError).resolve()
-    if facts(produced) != card.facts:
+    if prefix_spec(produced) != card.spec:
         raise PrefixError(f"{path}: the card describes another prefix; make it with make_card")
     of_head = {_HEAD + name: np.array(x, np.float32) for name, x in (head or {}).items()}
     content = {**to_arrays(produced), **of_head}
@@ -108,7 +108,7 @@ def _write(
     path: Path, text: str, content: dict[str, np.ndarray], arrays: Container
 ) -> CheckpointError | None:
     try:
-        with replacing(path) as new:
+        with atomic_replace(path) as new:
             _write_arrays(new / _CONTAINERS[arrays], content, arrays)
             (new / _CARD).write_text(text, encoding="utf-8")
     # A full disk is an OSError, or whatever Orbax and TensorStore make of it: a ValueError, today.
@@ -156,7 +156,7 @@ def _load(path: str | Path) -> tuple[Produced, dict[str, jax.Array], Card]:
     arrays = {name: jnp.asarray(x) for name, x in content.items()}
     of_head = {name.removeprefix(_HEAD): x for name, x in arrays.items() if _of_head(name)}
     own = {name: x for name, x in arrays.items() if not _of_head(name)}
-    return from_arrays(card.facts, own), of_head, card
+    return from_arrays(card.spec, own), of_head, card
 
 
 def find(path: str | Path) -> Path:
@@ -170,10 +170,10 @@ def find(path: str | Path) -> Path:
         if expand(place / _CARD, PrefixError).is_file():
             return place
     for place in (path, path / _INNER):
-        if not place.exists() and replaced(place).is_dir():
+        if not place.exists() and backup_path(place).is_dir():
             raise PrefixError(
                 f"saving to {place} was interrupted; the prefix that was there before is "
-                f"{replaced(place)}: rename it to {place}"
+                f"{backup_path(place)}: rename it to {place}"
             )
     if str(path).startswith("gs:"):
         raise PrefixError(
@@ -201,7 +201,7 @@ def _of_head(name: str) -> bool:
 def _problems(content: Mapping[str, np.ndarray | Described], card: Card) -> list[str]:
     """Where the arrays are not those that the card promises, or not finite. See `problems`."""
     own = {name: x for name, x in content.items() if not _of_head(name)}
-    found = problems(own, card.facts, card.geometry)
+    found = problems(own, card.spec, card.geometry)
     promised = {} if card.task is None else card.task.shapes
     expected = {_HEAD + name: tuple(shape) for name, shape in promised.items()}
     for name in expected | {name: None for name in content if _of_head(name)}:

@@ -77,4 +77,4 @@ def baked(produced: Produced, card: Card, pretrained: Pretrained) -> tuple[Prefi
             "soft tokens before an encoder have no fixed keys and values, because they depend on "
             "the text after them; omit --bake"
         )
-    return prefix, dataclasses.replace(card, **dataclasses.asdict(artifact.facts(prefix)))
+    return prefix, dataclasses.replace(card, **dataclasses.asdict(artifact.prefix_spec(prefix)))

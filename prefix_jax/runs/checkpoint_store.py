@@ -30,7 +30,7 @@ from pathlib import Path
 
 from etils import epath
 
-from prefix_jax.artifact.replace import sync, sync_entry
+from prefix_jax.artifact.atomic_dir import fsync, fsync_tree
 from prefix_jax.errors import CheckpointError
 from prefix_jax.untrusted.paths import explain
 
@@ -146,7 +146,7 @@ class LocalStore(CheckpointStore):
     def finish(self, step: int) -> None:
         new = self.directory / f"{step}{_NEW}"
         _seal(new)
-        sync(Path(new))
+        fsync_tree(Path(new))
         self._publish(new)
 
     def delete(self, step: int) -> None:
@@ -182,7 +182,7 @@ class LocalStore(CheckpointStore):
         if path.exists():
             self.delete(int(path.name))
         new.rename(path)
-        sync_entry(Path(path.parent))
+        fsync(Path(path.parent))
 
 
 class GcsStore(CheckpointStore):

@@ -167,7 +167,7 @@ def _stored(path: str | None, method: Method[Any], pretrained: Pretrained) -> Pr
         return made.apart()[0] if isinstance(made, Embeds) else made
 
     expected = jax.eval_shape(make, jax.random.key(0))
-    if artifact.facts(produced) != artifact.facts(expected):
+    if artifact.prefix_spec(produced) != artifact.prefix_spec(expected):
         raise PrefixError(
             f"{path} holds a prefix of {_describe(produced)}; the method trains one of "
             f"{_describe(expected)}: let its fields agree with what is stored"
@@ -181,7 +181,7 @@ def _stored(path: str | None, method: Method[Any], pretrained: Pretrained) -> Pr
 
 
 def _describe(produced: Produced) -> str:
-    known = artifact.facts(produced)
+    known = artifact.prefix_spec(produced)
     described = f"kind {known.kind!r}, length {known.length}, offset {known.offset}"
     if isinstance(produced, Prefix):
         described += f", sites {', '.join(produced.sites)}"

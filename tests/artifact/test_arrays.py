@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prefix_jax.artifact import BackboneCard, make_card
-from prefix_jax.artifact.arrays import facts, from_arrays, problems, to_arrays
+from prefix_jax.artifact.arrays import from_arrays, prefix_spec, problems, to_arrays
 from prefix_jax.methods import (
     Cartridge,
     LlamaAdapter,
@@ -51,8 +51,8 @@ def made_by(method: Method) -> Produced:
 def test_what_a_method_makes_comes_back(method: Method) -> None:
     produced = made_by(method)
     arrays = to_arrays(produced)
-    assert problems(arrays, facts(produced), GEOMETRY) == []
-    again = from_arrays(facts(produced), arrays)
+    assert problems(arrays, prefix_spec(produced), GEOMETRY) == []
+    again = from_arrays(prefix_spec(produced), arrays)
     assert jax.tree.structure(again) == jax.tree.structure(produced)
     jax.tree.map(np.testing.assert_array_equal, again, produced)
 
@@ -62,9 +62,9 @@ def test_an_array_of_another_shape_or_without_a_name_is_a_problem(method: Method
     produced = made_by(method)
     arrays = to_arrays(produced)
     for name, x in arrays.items():
-        (found,) = problems(arrays | {name: x[:, :-1]}, facts(produced), GEOMETRY)
+        (found,) = problems(arrays | {name: x[:, :-1]}, prefix_spec(produced), GEOMETRY)
         assert found.startswith(f"{name} is float32")
-    (found,) = problems(arrays | {"surplus": np.zeros(1)}, facts(produced), GEOMETRY)
+    (found,) = problems(arrays | {"surplus": np.zeros(1)}, prefix_spec(produced), GEOMETRY)
     assert found == "surplus is unknown"
 
 
@@ -89,6 +89,6 @@ def test_a_gate_that_is_baked_into_keys_and_values_comes_back() -> None:
     prefix = Prefix(Site(beside=Gated(*pair, jnp.ones((3, 4)))))
     arrays = to_arrays(prefix)
     assert set(arrays) == {f"decoder.gated.{name}" for name in ("k_LPKH", "v_LPKH", "gate_LN")}
-    assert problems(arrays, facts(prefix), GEOMETRY) == []
-    again = from_arrays(facts(prefix), arrays)
+    assert problems(arrays, prefix_spec(prefix), GEOMETRY) == []
+    again = from_arrays(prefix_spec(prefix), arrays)
     assert jax.tree.structure(again) == jax.tree.structure(prefix)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from decoders import V, decoder, examples, hidden, lift, present, token_ids, weights
 
-from prefix_jax.artifact import facts
+from prefix_jax.artifact import prefix_spec
 from prefix_jax.backbones import bert
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.data.batch import Batch, Example
@@ -164,4 +164,4 @@ def test_tokens_behind_a_bank_must_say_whose_they_are() -> None:
 
 def test_a_bank_is_not_stored_as_one_prefix() -> None:
     with pytest.raises(PrefixError, match="bank of prefixes for 2 tasks: store the prefix of each"):
-        facts(Embeds(jnp.ones((6, 4)), tasks=2))
+        prefix_spec(Embeds(jnp.ones((6, 4)), tasks=2))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from prefix_jax.artifact.replace import replacing
+from prefix_jax.artifact.atomic_dir import atomic_replace
 from prefix_jax.errors import CheckpointError, PrefixError
 from prefix_jax.untrusted.json import read_json_object
 from prefix_jax.untrusted.paths import expand
@@ -119,7 +119,7 @@ def write(output: str | Path, config: Mapping[str, Any], arrays: Mapping[str, np
         raise PrefixError(f"{output} exists already; choose another directory, or remove it")
     content = {name: np.array(x, np.float32, order="C") for name, x in arrays.items()}
     try:
-        with replacing(path) as new:
+        with atomic_replace(path) as new:
             text = json.dumps(config, indent=2, sort_keys=True)
             (new / CONFIG).write_text(text, encoding="utf-8")
             (new / WEIGHTS).write_bytes(safetensors.numpy.save(content, {"format": "pt"}))

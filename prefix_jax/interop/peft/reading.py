@@ -274,7 +274,10 @@ def _adapter(files: Files, arch: Architecture) -> Adapter:
 
 def _card(files: Files, pretrained: Pretrained, produced: Produced, task: int | None) -> Card:
     kind = _type_of(files)
-    method: dict[str, Any] = {"name": _METHODS[kind], "length": artifact.facts(produced).length}
+    method: dict[str, Any] = {
+        "name": _METHODS[kind],
+        "length": artifact.prefix_spec(produced).length,
+    }
     if kind == "CARTRIDGE":
         method["frozen"] = files.number("num_frozen_tokens", 1)
     backbone = artifact.BackboneCard(

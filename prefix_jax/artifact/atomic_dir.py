@@ -19,11 +19,11 @@ _WRITTEN = re.compile(
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_replace(path: Path) -> Iterator[Path]:
     """Yields a new directory next to `path`, which takes its place when the block ends well.
 
     If the block fails, the new directory is removed and `path` is what it was. A process that is
-    killed between the two renames leaves the old directory at `replaced(path)`.
+    killed between the two renames leaves the old directory at `backup_path(path)`.
 
     Args:
         path: the directory to make or to replace.
@@ -37,7 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
-        sync(new)
+        fsync_tree(new)
         _put_in_place(new, path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -61,13 +61,13 @@ def _clear(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def replaced(path: Path) -> Path:
+def backup_path(path: Path) -> Path:
     """Where the old directory stands until the new one has taken its place."""
     return path.with_name(f".{path.name}.replaced")
 
 
 def _put_in_place(new: Path, path: Path) -> None:
-    old = replaced(path)
+    old = backup_path(path)
     if path.exists():
         _clear(old)
         path.rename(old)
@@ -77,19 +77,19 @@ def _put_in_place(new: Path, path: Path) -> None:
         with contextlib.suppress(OSError):
             old.rename(path)
         raise
-    sync_entry(path.parent)
+    fsync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def sync(directory: Path) -> None:
+def fsync_tree(directory: Path) -> None:
     """Waits until a directory and all that it holds are on disk."""
     for folder, _, files in os.walk(directory):
         for name in files:
-            sync_entry(Path(folder, name))
-        sync_entry(Path(folder))
+            fsync(Path(folder, name))
+        fsync(Path(folder))
 
 
-def sync_entry(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Waits until one file, or the names in one directory, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
