@@ -46,7 +46,7 @@ def prepare(exchange: Path) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from prefix_jax.backbones.load import load
+    from prefix_jax.backbones.loading.pretrained import load
 
     model = load(common.MODEL, dtype="float32")
     text = model.tokenizer(" ".join(prompts(4)))["input_ids"][:LENGTH]
@@ -62,7 +62,7 @@ def ours(setting: str, repeats: int, exchange: Path) -> dict[str, Any]:
     common.without_torch()
     import jax.numpy as jnp
 
-    from prefix_jax.backbones.load import load
+    from prefix_jax.backbones.loading.pretrained import load
     from prefix_jax.config import DecodeConfig
     from prefix_jax.decode import Generator
     from prefix_jax.prefix import KVPrefix, Prefix, Site
@@ -73,7 +73,7 @@ def ours(setting: str, repeats: int, exchange: Path) -> dict[str, Any]:
     model = load(common.MODEL, dtype="float32")
     generator = Generator(
         model.backbone,
-        model.backbone.listed(model.params),
+        model.backbone.unstacked(model.params),
         model.tokenizer,
         Prefix(Site(join), offset=LENGTH),
         eos=(),

@@ -84,7 +84,7 @@ def _child(tiny: str, source: str, dtype: str, devices: int) -> None:
     """Loads a model and prints the results; runs in a separate process."""
     import jax
 
-    from prefix_jax.backbones.load import load
+    from prefix_jax.backbones.loading.pretrained import load
     from prefix_jax.mesh import make_mesh
 
     mesh = make_mesh(1, devices, 1) if devices > 1 else None

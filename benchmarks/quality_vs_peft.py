@@ -88,8 +88,8 @@ def peft(init: str, steps: int, exchange: Path) -> dict[str, Any]:
     import torch
     from transformers import get_linear_schedule_with_warmup
 
-    from prefix_jax.backbones.load import find
-    from prefix_jax.backbones.tokenizer import load_tokenizer
+    from prefix_jax.backbones.loading.find import find
+    from prefix_jax.backbones.loading.tokenizer import load_tokenizer
     from prefix_jax.evaluate.metrics import score
 
     data = json.loads((exchange / "data.json").read_text())

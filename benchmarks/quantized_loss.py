@@ -63,7 +63,7 @@ def measure(task: str, limit: int, steps: int | None) -> dict[str, dict[str, flo
     import jax
     import jax.numpy as jnp
 
-    from prefix_jax.backbones.load import load
+    from prefix_jax.backbones.loading.pretrained import load
     from prefix_jax.config import parse
     from prefix_jax.data.source import read_records
     from prefix_jax.evaluate.run import Evaluator

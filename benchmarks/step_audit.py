@@ -28,12 +28,12 @@ import jax
 import jax.numpy as jnp
 
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.backbones.load import architecture
+from prefix_jax.backbones.loading.config import architecture
 from prefix_jax.config import OptimConfig
 from prefix_jax.data.batch import Batch, Source
 from prefix_jax.methods import METHODS
 from prefix_jax.model import PrefixModel
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.nn.remat import Remat
 from prefix_jax.plan.audit import Audit, audit
 from prefix_jax.plan.floor import floor

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefix_jax.api import Tuned, bake, fit, import_peft, load_prefix
-    from prefix_jax.backbones.load import Pretrained, load
+    from prefix_jax.backbones.loading.pretrained import Pretrained, load
     from prefix_jax.config import Config, DecodeConfig
     from prefix_jax.config import TaskConfig as Task
     from prefix_jax.config import load as load_config
@@ -68,7 +68,7 @@ __all__ = [
 # the command line's help do not wait for JAX.
 _HOMES = {
     **dict.fromkeys(("Tuned", "bake", "fit", "import_peft", "load_prefix"), "prefix_jax.api"),
-    **dict.fromkeys(("Pretrained", "load"), "prefix_jax.backbones.load"),
+    **dict.fromkeys(("Pretrained", "load"), "prefix_jax.backbones.loading.pretrained"),
     **dict.fromkeys(("Config", "DecodeConfig"), "prefix_jax.config"),
     "Task": "prefix_jax.config:TaskConfig",
     "load_config": "prefix_jax.config:load",

@@ -34,7 +34,7 @@ from safetensors.numpy import load_file
 
 from prefix_jax import artifact, config
 from prefix_jax.api import import_peft
-from prefix_jax.backbones.load import architecture_of, load
+from prefix_jax.backbones.loading.pretrained import architecture_of, load
 from prefix_jax.cli.main import main
 from prefix_jax.data.fields import collect_labels
 from prefix_jax.data.labelled import Reading
@@ -43,7 +43,7 @@ from prefix_jax.data.source import Record, read_records
 from prefix_jax.data.template import render_chat
 from prefix_jax.errors import PrefixJaxError
 from prefix_jax.methods import make_method
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.untrusted.tokenizer import token_ids
 
 FIXTURES = Path(__file__).parent / "fixtures"

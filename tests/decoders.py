@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefix_jax.backbones import gemma, gpt2, llama, neox, opt
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.backbones.forms import Params
+from prefix_jax.backbones.families import gemma, gpt2, llama, neox, opt
+from prefix_jax.backbones.stacking import Params
 from prefix_jax.data.batch import Batch, Example
 from prefix_jax.data.pack import Packing, arrange, materialise, measure
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.nn.remat import Remat
 
 V = 50

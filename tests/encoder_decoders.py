@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from decoders import V
 from decoders import weights as any_weights
 
-from prefix_jax.backbones import bart, t5
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.backbones.forms import Params
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.backbones.families import bart, t5
+from prefix_jax.backbones.stacking import Params
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.prefix import SITES, KVPrefix, Prefix, Site, SiteName
 
 # Of each, one stack is deeper than the other, and heads are not what D would suggest.

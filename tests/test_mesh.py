@@ -116,18 +116,18 @@ def test_listed_layers_lie_as_stacked_ones_do(mesh):
     params = weights(backbone)
     stacked = jax.device_put(params, weight_shardings(params, mesh))
     specs = jax.tree.map(lambda leaf: leaf.sharding, stacked["layers"])
-    listed = backbone.listed(stacked)
-    expected = weight_shardings(listed, mesh)
+    unstacked = backbone.unstacked(stacked)
+    expected = weight_shardings(unstacked, mesh)
     jax.tree.map(
         lambda leaf, sharding: (
             pytest.fail(f"{leaf.sharding} is not {sharding}")
             if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
             else None
         ),
-        listed,
+        unstacked,
         expected,
     )
-    again = backbone.stacked(listed)
+    again = backbone.stacked(unstacked)
     for leaf, sharding in zip(*map(jax.tree.leaves, (again["layers"], specs)), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 

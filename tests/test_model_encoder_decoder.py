@@ -13,8 +13,8 @@ import pytest
 import tiny
 from decoders import decoder, present, weights
 
-from prefix_jax.backbones import t5
 from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.families import t5
 from prefix_jax.data.batch import Example
 from prefix_jax.data.pack import Packing, arrange, materialise, measure
 from prefix_jax.errors import ContextError, PrefixError

@@ -23,8 +23,8 @@ from tokenizers import (
     processors,
 )
 
-from prefix_jax.backbones import bart, t5
 from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.families import bart, t5
 
 CONFIG = {
     "model_type": "llama",

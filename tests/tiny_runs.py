@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 
 from prefix_jax import artifact, config
-from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.mesh import make_mesh
 from prefix_jax.runs.console import Report
 from prefix_jax.runs.run import Run, fit

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefix_jax import artifact, config
 from prefix_jax.api.tuned import Tuned
-from prefix_jax.backbones.load import Pretrained
+from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.interop import peft
 from prefix_jax.interop.backbone import backbone_of
 

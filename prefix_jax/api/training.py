@@ -12,7 +12,7 @@ from rich.console import Console
 
 from prefix_jax import config
 from prefix_jax.api.tuned import Source, Tuned
-from prefix_jax.backbones.load import Pretrained
+from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.config import TaskConfig
 from prefix_jax.errors import ConfigError
 from prefix_jax.methods import section_of

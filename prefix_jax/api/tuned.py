@@ -15,7 +15,7 @@ import jax
 from prefix_jax import artifact
 from prefix_jax.api.rendering import Prompt, Rendering
 from prefix_jax.artifact import Card, Container, TemplateCard
-from prefix_jax.backbones.load import Pretrained
+from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.config import DecodeConfig, EvaluateConfig
 from prefix_jax.data.pipeline import load_examples
 from prefix_jax.data.source import read_records
@@ -134,7 +134,7 @@ class Tuned:
             )
         generator = Generator(
             self.pretrained.backbone,
-            self.pretrained.listed(),
+            self.pretrained.unstacked(),
             self.pretrained.tokenizer,
             self.prefix,
             self.ends,

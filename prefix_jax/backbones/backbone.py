@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from prefix_jax.backbones.architecture import Architecture
-from prefix_jax.backbones.forms import Params, as_stacked, pick_layers, to_listed, to_stacked
 from prefix_jax.backbones.layer import Layer
 from prefix_jax.backbones.sites import complete, site_of, slots_of
 from prefix_jax.backbones.soft import prepend
 from prefix_jax.backbones.stack import Cache, Encoded, Stack, normal
+from prefix_jax.backbones.stacking import Params, as_stacked, pick_layers, to_stacked, to_unstacked
 from prefix_jax.errors import BackboneError, PrefixError
-from prefix_jax.nn import columns, vocabulary
+from prefix_jax.nn import vocabulary
+from prefix_jax.nn.attention import zigzag
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.nn.layers import KeysValues
-from prefix_jax.nn.mask import Tokens
 from prefix_jax.nn.quantized import Weight, matmul, take
 from prefix_jax.nn.remat import Remat
 from prefix_jax.prefix import (
@@ -104,15 +105,15 @@ class Backbone:
             params["pooler"] = {"weight_DD": weight_DD, "bias_D": jnp.zeros((a.d_model,))}
         return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
-    def listed(self, params: Params) -> Params:
+    def unstacked(self, params: Params) -> Params:
         """The weights with their layers in a tuple; what they were before is freed."""
-        params = to_listed(params)
+        params = to_unstacked(params)
         if self.arch.encoder is not None:
-            params = {**params, "encoder": to_listed(params["encoder"])}
+            params = {**params, "encoder": to_unstacked(params["encoder"])}
         return params
 
     def stacked(self, params: Params) -> Params:
-        """The weights with their layers stacked: undoes `listed`, in the same way."""
+        """The weights with their layers stacked: undoes `unstacked`, in the same way."""
         params = to_stacked(params)
         if self.arch.encoder is not None:
             params = {**params, "encoder": to_stacked(params["encoder"])}
@@ -236,8 +237,8 @@ class Backbone:
             BackboneError: the model is an encoder.
         """
         self._check_writes()
-        listed = isinstance(params["layers"], tuple)
-        return self._stack.empty_cache(_dtype(params), rows, columns, listed)
+        unstacked = isinstance(params["layers"], tuple)
+        return self._stack.empty_cache(_dtype(params), rows, columns, unstacked)
 
     def encode(
         self, params: Params, ids_BS: jax.Array, tokens: Tokens, prefix: Prefix | None = None
@@ -245,7 +246,7 @@ class Backbone:
         """Reads the source of an encoder-decoder, for `hidden`.
 
         Args:
-            params: the weights, stacked or listed.
+            params: the weights, stacked or unstacked.
             ids_BS: token ids of the source.
             tokens: where each stands.
             prefix: what the encoder attends to besides, and soft tokens before its input. Those
@@ -308,7 +309,7 @@ class Backbone:
         """Runs tokens through the model.
 
         Args:
-            params: the weights, stacked or listed.
+            params: the weights, stacked or unstacked.
             ids_BT: token ids.
             tokens: where each stands; positions count from 0, the prefix's offset is added here.
             prefix: what every layer attends to besides; None is the bare model.
@@ -337,7 +338,7 @@ class Backbone:
             h_BTD, _ = self._through(self._stack, params, params, ids_BT, tokens, prefix)
             return h_BTD[:, :T], None
         if cache is None and lineage_BTS is None:
-            ids_BT, tokens = columns.fill((ids_BT, tokens))
+            ids_BT, tokens = zigzag.pad((ids_BT, tokens))
         stack = self._stack
         x_BTD = self._embed(params, ids_BT)
         x_BTD = stack.place(params, x_BTD, tokens, 0 if prefix is None else prefix.start("decoder"))
@@ -355,9 +356,9 @@ class Backbone:
     ) -> tuple[jax.Array, Tokens]:
         """Tokens through an encoder whose `weights` are a part of `params`, and where they stand
         there, behind soft ones if the prefix has some, and filled for devices that share them."""
-        ids_BS, tokens = columns.fill((ids_BS, tokens))
+        ids_BS, tokens = zigzag.pad((ids_BS, tokens))
         x_BSD = self._embed(params, ids_BS, self.reader_table(params))
-        x_BSD, tokens = columns.fill(prepend(prefix, x_BSD, tokens))
+        x_BSD, tokens = zigzag.pad(prepend(prefix, x_BSD, tokens))
         start = 0 if prefix is None else prefix.start("encoder")
         h_BSD, _, _ = stack.run(weights, stack.place(weights, x_BSD, tokens, start), tokens, prefix)
         return stack.finish(weights, h_BSD), tokens

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from prefix_jax.backbones.stack import task_of
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.prefix import Prefix
 
 

@@ -1,6 +1,6 @@
 """A stack of frozen transformer layers that reads prefixes: a decoder, or an encoder.
 
-Layer weights are stacked or listed (`forms`), and everything here takes either.
+Layer weights are stacked or unstacked (`stacking`), and everything here takes either.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from prefix_jax.backbones.architecture import Architecture
-from prefix_jax.backbones.forms import Params, stack_layers
 from prefix_jax.backbones.layer import Layer, make_norm
+from prefix_jax.backbones.stacking import Params, stack_layers
 from prefix_jax.errors import ContextError, PrefixError
 from prefix_jax.mesh import constrain_tokens, look_up
-from prefix_jax.nn import columns
+from prefix_jax.nn.attention import zigzag
+from prefix_jax.nn.attention.mask import Seen, Sight, Tokens, visible, visible_prefix
 from prefix_jax.nn.layers import KeysValues, View
-from prefix_jax.nn.mask import Seen, Sight, Tokens, visible, visible_prefix
 from prefix_jax.nn.remat import Remat, rematerialised
 from prefix_jax.prefix import Prefix, Site, StackName
 
@@ -177,7 +177,7 @@ class Stack:
         h_BTD = normed
         return h_BTD
 
-    def empty_cache(self, dtype: Any, rows: int, columns: int, listed: bool) -> Cache:
+    def empty_cache(self, dtype: Any, rows: int, columns: int, unstacked: bool) -> Cache:
         """A cache for `rows` rows of up to `columns` tokens."""
         a = self.arch
         shape = (rows, a.kv_heads, columns, a.head_dim)
@@ -187,7 +187,7 @@ class Stack:
 
         nowhere = jnp.zeros((rows, columns), jnp.int32)
         return Cache(
-            tuple(zeros() for _ in range(a.layers)) if listed else zeros(a.layers),
+            tuple(zeros() for _ in range(a.layers)) if unstacked else zeros(a.layers),
             Tokens(nowhere, nowhere, nowhere),
             jnp.zeros((), jnp.int32),
         )
@@ -209,9 +209,9 @@ class Stack:
         # A cache, a lineage and the states that entered layers have their columns in order, and an
         # encoder has the same work for all of them.
         in_order = cache is not None or lineage_BTS is not None or entries or not a.causal
-        dealt = not in_order and columns.can_deal(x_BTD.shape[1])
-        if dealt:
-            x_BTD, tokens = columns.deal((x_BTD, tokens))
+        in_zigzag = not in_order and zigzag.applies_to(x_BTD.shape[1])
+        if in_zigzag:
+            x_BTD, tokens = zigzag.permute((x_BTD, tokens))
         keys, column, there = tokens, None, None
         if cache is not None:
             column = cache.length
@@ -223,7 +223,7 @@ class Stack:
         mixed = len(kinds) == 2 and not isinstance(params["layers"], tuple)
         views = {
             sliding: self._view(
-                params, tokens, keys, prefix, column, sliding, mixed, lineage_BTS, dealt
+                params, tokens, keys, prefix, column, sliding, mixed, lineage_BTS, in_zigzag
             )
             for sliding in kinds
         }
@@ -292,15 +292,15 @@ class Stack:
             )
         if cache is not None and there is not None:
             cache = Cache(caches, there, cache.length + x_BTD.shape[1])
-        if dealt:
-            x_BTD = columns.undeal(x_BTD)
+        if in_zigzag:
+            x_BTD = zigzag.restore(x_BTD)
         return x_BTD, cache, h_LBTD
 
     def over_layers(self, params: Params, method: Callable[..., Any], *per_layer: Any) -> Any:
         """A method of `Layer` for every layer, with stacked results.
 
         Args:
-            params: the stack's weights, stacked or listed.
+            params: the stack's weights, stacked or unstacked.
             method: of `Layer`, called with one element of each of `per_layer`.
             per_layer: arrays with a leading L axis.
         """
@@ -341,7 +341,7 @@ class Stack:
         sliding: bool,
         mixed: bool,
         lineage_BTS: jax.Array | None,
-        dealt: bool,
+        in_zigzag: bool,
     ) -> View:
         """What layers of this kind see; `mixed` if it is to be chosen layer by layer in a scan."""
         a = self.arch
@@ -354,9 +354,9 @@ class Stack:
             seen = Seen(visible(queries, keys, window, lineage_BTS))
         elif mixed:
             narrow = jnp.asarray(sliding)
-            seen = Seen(Sight(queries, keys, a.causal, a.window, narrow, dealt=dealt))
+            seen = Seen(Sight(queries, keys, a.causal, a.window, narrow, zigzag=in_zigzag))
         else:
-            seen = Seen(Sight(queries, keys, a.causal, window, dealt=dealt))
+            seen = Seen(Sight(queries, keys, a.causal, window, zigzag=in_zigzag))
         tasks = 1 if prefix is None or prefix.tasks is None else prefix.tasks
         slot_P = jnp.arange(slots) % max(slots // tasks, 1)
         if slots and prefix is not None and a.window is not None and not prefix.pinned:

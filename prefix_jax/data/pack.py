@@ -27,7 +27,7 @@ import numpy as np
 
 from prefix_jax.data.batch import Batch, Example, Source
 from prefix_jax.errors import DataError
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 
 # Costs relative to one token through the layers: a token's attention, per column of the row, and
 # a target's logits. From the FLOPs of a 135M model (SmolLM2); the ratios shrink for larger models.

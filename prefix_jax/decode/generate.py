@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerFast
 
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.backbones.forms import Params
+from prefix_jax.backbones.stacking import Params
 from prefix_jax.config import DecodeConfig
 from prefix_jax.data.ends import end_tokens
 from prefix_jax.data.tokens import missing_start, special_around
@@ -44,7 +44,7 @@ class Generator:
 
     Attributes:
         backbone: the model without its weights.
-        params: the backbone's weights; the unstacked form, `backbone.listed(params)`, is faster
+        params: the backbone's weights; the unstacked form, `backbone.unstacked(params)`, is faster
             here.
         tokenizer: a fast tokenizer from Hugging Face transformers.
         prefix: precedes every prompt; None runs the bare model.

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.backbones.forms import Params
+from prefix_jax.backbones.stacking import Params
 from prefix_jax.decode.beam import Beam
 from prefix_jax.decode.draw import Draw
 from prefix_jax.decode.state import State
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.prefix import Prefix
 
 Search = Draw | Beam

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from prefix_jax.artifact import Card, TaskCard, TemplateCard
-from prefix_jax.backbones.load import Pretrained
+from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.config import EvaluateConfig, TaskConfig
 from prefix_jax.data.labelled import Reading
 from prefix_jax.data.prepare import prepare

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from prefix_jax.backbones.forms import Params
-from prefix_jax.backbones.load import Pretrained
+from prefix_jax.backbones.loading.pretrained import Pretrained
+from prefix_jax.backbones.stacking import Params
 from prefix_jax.config import DecodeConfig, EvaluateConfig, TaskConfig, check_metrics
 from prefix_jax.data.batch import Batch, Example
 from prefix_jax.data.ends import end_tokens
@@ -117,7 +117,7 @@ class Evaluator:
         parts: dict[str, list[Evaluation]] = {name: [] for name in prefixes}
         likelihoods = [metric for metric in metrics if metric in LIKELIHOOD_METRICS]
         written = [metric for metric in metrics if metric not in LIKELIHOOD_METRICS]
-        for wanted, weights in ((likelihoods, pretrained.stacked), (written, pretrained.listed)):
+        for wanted, weights in ((likelihoods, pretrained.stacked), (written, pretrained.unstacked)):
             if not wanted:
                 continue
             for name, prefix in prefixes.items():

@@ -7,7 +7,7 @@ from typing import Literal, cast
 
 from prefix_jax import artifact
 from prefix_jax.artifact import Card
-from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.errors import BackboneError
 
 

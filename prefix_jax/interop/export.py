@@ -9,7 +9,7 @@ import jax
 
 from prefix_jax import artifact
 from prefix_jax.artifact import Card, Container
-from prefix_jax.backbones.load import Pretrained
+from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.errors import PrefixError
 from prefix_jax.interop.backbone import backbone_of
 from prefix_jax.mesh import on_mesh_of

@@ -12,7 +12,7 @@ import numpy as np
 
 from prefix_jax import artifact
 from prefix_jax.artifact import Card
-from prefix_jax.backbones.load import Pretrained
+from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.errors import BackboneError, ConfigError
 from prefix_jax.interop.backbone import backbone_of
 from prefix_jax.nn.quantized import QTensor, Weight, dequantize

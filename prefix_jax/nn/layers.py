@@ -13,8 +13,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from prefix_jax.nn.attend import attend
-from prefix_jax.nn.mask import Seen
+from prefix_jax.nn.attention.attend import attend
+from prefix_jax.nn.attention.mask import Seen
 from prefix_jax.nn.quantized import matmul
 from prefix_jax.nn.remat import Name, keep, recomputed
 from prefix_jax.nn.rotary import rotate

@@ -11,15 +11,16 @@ from jax.sharding import Mesh
 
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.backbones.load import architecture, architecture_of
-from prefix_jax.backbones.quantized import abstract_params
+from prefix_jax.backbones.loading.config import architecture
+from prefix_jax.backbones.loading.pretrained import architecture_of
+from prefix_jax.backbones.loading.quantized import abstract_params
 from prefix_jax.config import Config
 from prefix_jax.data.batch import Batch, Source
 from prefix_jax.errors import ConfigError
 from prefix_jax.mesh import check_rows, replicated, rows_sharding, weight_shardings
 from prefix_jax.methods import make_method
 from prefix_jax.model import Params, PrefixModel
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.plan.presets import PREFIX, preset
 from prefix_jax.runs.build import check_quantized
 from prefix_jax.train.task import check_task, head_of

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from prefix_jax.backbones.forms import Params
+from prefix_jax.backbones.stacking import Params
 from prefix_jax.decode import loop
 from prefix_jax.decode.draw import Draw
 from prefix_jax.decode.processors import Constraints
@@ -68,7 +68,7 @@ def lower_step(run: AbstractRun, rows: int, context: int, mesh: Mesh) -> tuple[A
 
 
 def _listed(params: Params) -> Params:
-    """Like `to_listed`, for abstract weights."""
+    """Like `to_unstacked`, for abstract weights."""
     layers = params["layers"]
     L = jax.tree.leaves(layers)[0].shape[0]
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), layers)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from prefix_jax.backbones.forms import Params
-from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.backbones.loading.pretrained import Pretrained, load
+from prefix_jax.backbones.stacking import Params
 from prefix_jax.config import Config, TaskConfig
 from prefix_jax.data.pipeline import Pipeline, load_examples
 from prefix_jax.data.prepare import prepare as prepare_records

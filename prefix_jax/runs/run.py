@@ -17,7 +17,7 @@ from prefix_jax import artifact
 from prefix_jax import config as configs
 from prefix_jax.artifact import PREFIXES, Card
 from prefix_jax.backbones.fingerprint import fingerprint
-from prefix_jax.backbones.load import Pretrained
+from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.config import Config
 from prefix_jax.errors import DamagedCheckpointError
 from prefix_jax.evaluate.report import metrics_of

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefix_jax import artifact
-from prefix_jax.backbones.forms import Params
-from prefix_jax.backbones.load import Pretrained
+from prefix_jax.backbones.loading.pretrained import Pretrained
+from prefix_jax.backbones.stacking import Params
 from prefix_jax.config import InitConfig
 from prefix_jax.data.batch import Example
 from prefix_jax.errors import ConfigError, PrefixError

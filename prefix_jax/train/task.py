@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from prefix_jax.backbones.architecture import Architecture
-from prefix_jax.backbones.load import Pretrained
+from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.config import Config, TaskConfig
 from prefix_jax.data.fields import collect_labels
 from prefix_jax.data.labelled import Reading

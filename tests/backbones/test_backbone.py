@@ -12,7 +12,7 @@ import pytest
 from decoders import V, decoder, hidden, lift, present, read, token_ids, weights
 
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Site
 
 # Together all that `decoders` has: Gemma 3 windows, q/k norms and two rotaries, Gemma 2 soft caps,
@@ -202,13 +202,13 @@ def test_padding_changes_nothing_on_real_tokens(name):
 # Caches and the two forms of weights.
 
 
-@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "listed"])
+@pytest.mark.parametrize("unstacked", [False, True], ids=["stacked", "unstacked"])
 @pytest.mark.parametrize("name", NAMES)
-def test_reading_step_by_step_equals_reading_at_once(name, listed):
+def test_reading_step_by_step_equals_reading_at_once(name, unstacked):
     backbone, ids_BT, prefix = decoder(name), texts()[1], random_prefix(name)
     params = weights(backbone)
-    if listed:
-        params = backbone.listed(params)
+    if unstacked:
+        params = backbone.unstacked(params)
     cache = backbone.empty_cache(params, B, 4)
     out, cache = hidden(backbone, params, ids_BT[:, :3], present(B, 3), prefix, cache)
     steps = [out]
@@ -225,7 +225,7 @@ def test_reading_step_by_step_equals_reading_at_once(name, listed):
 @pytest.mark.parametrize("name", NAMES)
 def test_listed_layers_compute_what_stacked_ones_do(name):
     backbone, ids_BT = decoder(name), texts()[1]
-    params = backbone.listed(weights(backbone))
+    params = backbone.unstacked(weights(backbone))
     for produced in three_forms(name):
         prefix = lift(backbone, params, produced)
         close(hidden(backbone, params, ids_BT, present(B, T), prefix)[0], prepended(name))
@@ -237,11 +237,11 @@ def test_conversion_keeps_every_bit_and_frees_what_it_converted():
     backbone = decoder("llama")
     params = weights(backbone)
     before = jax.tree.map(np.asarray, params)
-    listed = backbone.listed(params)
+    unstacked = backbone.unstacked(params)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params["layers"]))
-    assert backbone.listed(listed) is listed
-    again = backbone.stacked(listed)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(listed["layers"]))
+    assert backbone.unstacked(unstacked) is unstacked
+    again = backbone.stacked(unstacked)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(unstacked["layers"]))
     assert backbone.stacked(again) is again
     jax.tree.map(np.testing.assert_array_equal, again, before)
 

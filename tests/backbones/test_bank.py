@@ -13,15 +13,15 @@ import pytest
 from decoders import V, decoder, examples, hidden, lift, present, token_ids, weights
 
 from prefix_jax.artifact import prefix_spec
-from prefix_jax.backbones import bert
 from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.families import bert
 from prefix_jax.data.batch import Batch, Example
 from prefix_jax.data.pack import Packing, arrange, materialise, measure
 from prefix_jax.errors import PrefixError
 from prefix_jax.mesh import make_mesh
 from prefix_jax.methods.multitask import MultitaskPromptTuning
 from prefix_jax.model import PrefixModel
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.prefix import Embeds
 
 P, R, TASKS = 5, 2, ("a", "b", "c")

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from decoders import V, hidden, lift, read, token_ids, weights
 
-from prefix_jax.backbones import bert
 from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.families import bert
 from prefix_jax.backbones.layer import Layer
 from prefix_jax.errors import BackboneError
 from prefix_jax.methods.prompt import PromptTuning
+from prefix_jax.nn.attention.mask import Seen, Tokens
 from prefix_jax.nn.layers import View
-from prefix_jax.nn.mask import Seen, Tokens
 from prefix_jax.prefix import Adapter, Embeds, Hidden, KVPrefix, Prefix, Produced, Site
 
 B, P, T, L = 2, 5, 6, 3
@@ -245,10 +245,10 @@ def test_a_gradient_reaches_all_that_trains(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_listed_layers_compute_what_stacked_ones_do(kind: str) -> None:
     backbone, stacked = encoder("bert"), params_of("bert")
-    listed = backbone.listed(weights(backbone))
+    unstacked = backbone.unstacked(weights(backbone))
     found, expected = (
         hidden(backbone, params, texts(), present(B, T), lift(backbone, params, _produced(kind)))[0]
-        for params in (listed, stacked)
+        for params in (unstacked, stacked)
     )
     close(found, expected)
     assert float(jnp.abs(expected[:, -T:] - behind("bert", False)).max()) > 0.01

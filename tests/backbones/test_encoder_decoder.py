@@ -22,10 +22,10 @@ from encoder_decoders import (
     weights,
 )
 
-from prefix_jax.backbones.load import load
+from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.errors import BackboneError, PrefixError
 from prefix_jax.mesh import make_mesh
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.prefix import SITES, Embeds, Hidden, KVPrefix, Prefix, Site
 
 pytestmark = pytest.mark.parametrize("name", NAMES)
@@ -180,7 +180,7 @@ def test_a_decoder_that_starts_from_a_text_equals_prepending_it(name):
 
 def test_decoding_listed_and_step_by_step_equals_all_at_once(name):
     backbone, prefix = encoder_decoder(name), random_prefix(name, P, offset=P)
-    params = backbone.listed(weights(backbone))
+    params = backbone.unstacked(weights(backbone))
     source_BS, ids_BT = texts()
     encoded = encode(backbone, params, source_BS, present(B, S), prefix)
     cache, found = backbone.empty_cache(params, B, T), []
@@ -218,8 +218,8 @@ def test_weights_lie_in_shards_and_change_their_form_and_stay_what_they_are(name
     L, D, K, H = k_LDKH.shape
     assert k_LDKH.sharding.shard_shape(k_LDKH.shape) == (L, D // 2, K // 2, H)
     before = jax.tree.map(np.asarray, whole.params)
-    listed = whole.listed()
-    assert [len(part["layers"]) for part in (listed, listed["encoder"])] == [
+    unstacked = whole.unstacked()
+    assert [len(part["layers"]) for part in (unstacked, unstacked["encoder"])] == [
         part["layers"]["attn_norm"]["scale_D"].shape[0] for part in (before, before["encoder"])
     ]
     jax.tree.map(np.testing.assert_array_equal, whole.stacked(), before)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefix_jax.backbones.load import load
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.backbones.loading.pretrained import load
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.prefix import SITES, KVPrefix, Prefix, Site
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "encoder_decoders"

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefix_jax.backbones.load import load
+from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.mesh import make_mesh
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "encoders"
 VARIANTS = sorted(path.name for path in FIXTURES.iterdir())

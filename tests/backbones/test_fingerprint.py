@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from prefix_jax.backbones.fingerprint import fingerprint
-from prefix_jax.backbones.load import load
+from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.mesh import make_mesh
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "backbones"

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefix_jax.backbones.load import architecture, load, read_config
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.backbones.loading.config import architecture, read_config
+from prefix_jax.backbones.loading.pretrained import load
+from prefix_jax.nn.attention.mask import Tokens
 
 pytestmark = pytest.mark.usefixtures("full_compilation")
 

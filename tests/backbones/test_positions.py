@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefix_jax.backbones import bert
 from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.families import bert
 from prefix_jax.errors import ContextError
 from prefix_jax.model import start_from_ids
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.prefix import Embeds, KVPrefix, Prefix, Site
 
 P = 3

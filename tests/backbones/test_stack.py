@@ -11,8 +11,8 @@ import pytest
 from decoders import decoder, hidden, present, token_ids, weights
 from jax.sharding import NamedSharding
 
-from prefix_jax.backbones import bert
 from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.families import bert
 from prefix_jax.backbones.stack import Stack
 from prefix_jax.mesh import (
     constrain_tokens,
@@ -21,8 +21,8 @@ from prefix_jax.mesh import (
     rows_sharding,
     weight_shardings,
 )
-from prefix_jax.nn.mask import Tokens
-from prefix_jax.nn.splash_run import interpreted
+from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.splash_run import interpreted
 from prefix_jax.plan.hlo import parse, temporaries
 from prefix_jax.prefix import KVPrefix, Prefix, Site
 

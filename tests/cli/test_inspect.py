@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from prefix_jax import artifact
-from prefix_jax.backbones.load import load
+from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.cli.main import main
 from prefix_jax.prefix import Embeds
 

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 import tiny_runs
 
 from prefix_jax import config
-from prefix_jax.backbones.load import load
+from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.cli.main import main
 from prefix_jax.mesh import make_mesh
 from prefix_jax.runs.process_sync import ProcessSync

@@ -15,7 +15,7 @@ import pytest
 from tiny import write_bart, write_encoder, write_model, write_t5
 
 from prefix_jax import config as configs
-from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.config import Config
 from prefix_jax.mesh import make_mesh
 from prefix_jax.runs.run import fit

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from prefix_jax.backbones.tokenizer import load_tokenizer
+from prefix_jax.backbones.loading.tokenizer import load_tokenizer
 from prefix_jax.config import TaskConfig
 from prefix_jax.data.labelled import Reading
 from prefix_jax.data.pack import Packing, arrange, materialise, measure

@@ -21,7 +21,7 @@ import pytest
 import tiny
 from mutations import HOSTILE_VALUES, dump_json, mutate_bytes, mutate_json, mutate_text
 
-from prefix_jax.backbones.tokenizer import load_tokenizer
+from prefix_jax.backbones.loading.tokenizer import load_tokenizer
 from prefix_jax.config import TaskConfig
 from prefix_jax.data.fields import collect_labels
 from prefix_jax.data.labelled import Reading

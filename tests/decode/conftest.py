@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.backbones.forms import Params
+from prefix_jax.backbones.stacking import Params
 from prefix_jax.decode import Generator
 from prefix_jax.nn.rotary import Rotary
 from prefix_jax.prefix import KVPrefix, Prefix, Site
@@ -76,4 +76,4 @@ def generator(
     backbone: Backbone, params: Params, tokenizer: PreTrainedTokenizerFast, prefix: Prefix
 ) -> Generator:
     copy = jax.tree.map(jnp.copy, params)
-    return Generator(backbone, backbone.listed(copy), tokenizer, prefix)
+    return Generator(backbone, backbone.unstacked(copy), tokenizer, prefix)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.backbones.load import load
+from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.config import DecodeConfig
 from prefix_jax.data.pipeline import load_examples
 from prefix_jax.decode import Generator
@@ -32,7 +32,7 @@ from prefix_jax.errors import (
     NonFiniteError,
 )
 from prefix_jax.mesh import make_mesh, weight_shardings
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 
 NEW = 8
 # Three or four prompts, which share the programs for four rows.

@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.config import DecodeConfig
 from prefix_jax.decode import Generator
 from prefix_jax.prefix import KVPrefix, Prefix, Site, SiteName

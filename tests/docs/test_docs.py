@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from prefix_jax import api
-from prefix_jax.backbones import load
+from prefix_jax.backbones.loading import pretrained
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("README.md"), *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,9 +39,9 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 def test_the_blocks_of_a_page_run_in_order(
     page: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = load.find
+    find = pretrained.find
     monkeypatch.setattr(
-        load, "find", lambda source: find(source if Path(source).is_dir() else tiny_model_dir)
+        pretrained, "find", lambda source: find(source if Path(source).is_dir() else tiny_model_dir)
     )
     fit = api.fit
     monkeypatch.setattr(

@@ -15,8 +15,8 @@ import pytest
 import tiny_runs
 
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.backbones.forms import Params
-from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.backbones.loading.pretrained import Pretrained, load
+from prefix_jax.backbones.stacking import Params
 from prefix_jax.config import DecodeConfig, EvaluateConfig
 from prefix_jax.data.batch import Example
 from prefix_jax.data.pipeline import load_examples
@@ -26,7 +26,7 @@ from prefix_jax.evaluate.run import Evaluator, better
 from prefix_jax.heads import Head
 from prefix_jax.mesh import make_mesh
 from prefix_jax.model import PrefixModel, start_from_ids
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.prefix import Prefix
 
 DECODE = DecodeConfig(max_new_tokens=4)

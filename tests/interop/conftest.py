@@ -11,7 +11,7 @@ import pytest
 
 from prefix_jax import artifact
 from prefix_jax.artifact import BackboneCard
-from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.prefix import Embeds, Hidden, Prefix, Produced
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "backbones"

@@ -16,11 +16,11 @@ import tiny
 
 from prefix_jax import artifact
 from prefix_jax.artifact import Container
-from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.errors import BackboneError, PrefixError
 from prefix_jax.interop.export import export
-from prefix_jax.nn.attend import attend
-from prefix_jax.nn.mask import Seen
+from prefix_jax.nn.attention.attend import attend
+from prefix_jax.nn.attention.mask import Seen
 from prefix_jax.prefix import Embeds, Prefix, Produced, Site
 
 Forms = dict[str, Produced]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefix_jax.backbones.load import Pretrained
+from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.errors import BackboneError, ConfigError, PrefixError
 from prefix_jax.interop.inspect import Norms, inspect, nearest_words, norms
 from prefix_jax.prefix import (

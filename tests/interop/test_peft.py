@@ -24,12 +24,12 @@ from safetensors.numpy import load_file, save_file
 import prefix_jax as pj
 from prefix_jax import artifact
 from prefix_jax.artifact import BackboneCard
-from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.errors import BackboneError, PrefixError
 from prefix_jax.heads import Head
 from prefix_jax.interop.export import export
 from prefix_jax.interop.peft import export_peft, import_peft, tasks_of, to_peft
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.prefix import (
     Adapter,
     Gated,

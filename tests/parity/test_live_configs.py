@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefix_jax.backbones.load import load
+from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.errors import BackboneError
 from prefix_jax.nn.activations import _ACTIVATIONS
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from prefix_jax.backbones.load import load
+from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.config import DecodeConfig
 from prefix_jax.decode import Generator
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefix_jax.backbones.load import Pretrained, architecture_of, load
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.backbones.loading.pretrained import Pretrained, architecture_of, load
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.nn.relative import Relative
 from prefix_jax.prefix import SITES, Embeds, KVPrefix, Prefix, Site, SiteName
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from prefix_jax import artifact
-from prefix_jax.backbones.load import load
+from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.interop.export import export
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.prefix import Embeds
 
 torch = pytest.importorskip("torch")

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.methods.adapter import LlamaAdapter
 from prefix_jax.methods.base import Method
 from prefix_jax.methods.cartridge import Cartridge
 from prefix_jax.methods.multitask import MultitaskPromptTuning
 from prefix_jax.methods.ptuning import PTuning
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.prefix import Adapter
 
 torch = pytest.importorskip("torch")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefix_jax.backbones.load import load
+from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.data.batch import Example
 from prefix_jax.data.pack import Packing, Shape, arrange, materialise, measure
 from prefix_jax.methods.multitask import MultitaskPromptTuning

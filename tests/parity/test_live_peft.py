@@ -20,11 +20,11 @@ import pytest
 
 from prefix_jax import artifact
 from prefix_jax.api import Tuned, import_peft
-from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.config import DecodeConfig, OptimConfig
 from prefix_jax.decode.generate import Generator
 from prefix_jax.heads import Head, make_head
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.prefix import Embeds, KVPrefix, Prefix, Produced, Site
 from prefix_jax.train.optimizer import make_optimizer, make_schedule
 
@@ -160,7 +160,9 @@ def test_an_export_writes_the_same_in_peft(
     prompts = given(name)["ids"].tolist()
     end = theirs.config.eos_token_id if name in SEQ2SEQ else 0
     model = mine.pretrained
-    generator = Generator(model.backbone, model.listed(), LETTERS.tokenizer(), mine.prefix, (end,))
+    generator = Generator(
+        model.backbone, model.unstacked(), LETTERS.tokenizer(), mine.prefix, (end,)
+    )
     for beams in (1, 5):
         decode = DecodeConfig(max_new_tokens=NEW, beams=beams)
         for prompt, found in zip(prompts, generator.generate(prompts, decode), strict=True):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.config import OptimConfig
 from prefix_jax.data.batch import Batch, Example
 from prefix_jax.data.pack import Packing, arrange, materialise, measure

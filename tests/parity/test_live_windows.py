@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prefix_jax.backbones.load import load
-from prefix_jax.nn.mask import Tokens
+from prefix_jax.backbones.loading.pretrained import load
+from prefix_jax.nn.attention.mask import Tokens
 from prefix_jax.prefix import KVPrefix, Prefix, Site
 
 torch = pytest.importorskip("torch")

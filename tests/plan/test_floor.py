@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from prefix_jax.backbones import gpt2, llama, t5
 from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.families import gpt2, llama, t5
 from prefix_jax.methods import (
     HiddenPrefixTuning,
     LlamaAdapter,

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.backbones.load import architecture
+from prefix_jax.backbones.loading.config import architecture
 from prefix_jax.errors import BackboneError
 from prefix_jax.plan.presets import PRESETS, preset
 

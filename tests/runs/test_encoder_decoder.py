@@ -11,7 +11,7 @@ import tiny
 import tiny_runs
 
 import prefix_jax as pj
-from prefix_jax.backbones.load import Pretrained
+from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.cli.main import main
 from prefix_jax.errors import CheckpointError, ConfigError, PrefixError
 

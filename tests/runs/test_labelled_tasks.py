@@ -17,7 +17,7 @@ from rich.console import Console
 
 import prefix_jax as pj
 from prefix_jax import artifact, config
-from prefix_jax.backbones.load import Pretrained
+from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.cli.main import main
 from prefix_jax.errors import ConfigError, PrefixError
 from prefix_jax.evaluate.report import read_predictions

@@ -12,7 +12,7 @@ import tiny
 import tiny_runs
 
 from prefix_jax import api, artifact
-from prefix_jax.backbones.load import Pretrained
+from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.config import DataConfig
 from prefix_jax.data.source import read_records
 from prefix_jax.errors import ConfigError, DataError, PrefixError

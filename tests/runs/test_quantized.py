@@ -11,7 +11,7 @@ import tiny_runs
 import prefix_jax as pj
 from prefix_jax import config as configs
 from prefix_jax.backbones.fingerprint import fingerprint
-from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.errors import ConfigError, PrefixError
 from prefix_jax.mesh import make_mesh
 from prefix_jax.runs.build import build_run

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 import tiny
 import tiny_runs
 
-from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.errors import CheckpointError, ConfigError
 from prefix_jax.evaluate.run import Evaluator
 from prefix_jax.mesh import make_mesh

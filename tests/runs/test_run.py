@@ -19,7 +19,7 @@ from etils import epath
 
 from prefix_jax import artifact
 from prefix_jax import config as configs
-from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.data.pipeline import Pipeline
 from prefix_jax.errors import (
     CheckpointError,

@@ -15,7 +15,7 @@ from tiny_runs import on_one_device
 
 from prefix_jax import artifact
 from prefix_jax.artifact import BackboneCard
-from prefix_jax.backbones.load import Pretrained
+from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.config import InitConfig
 from prefix_jax.data.batch import Example
 from prefix_jax.errors import ConfigError, PrefixError

@@ -14,7 +14,8 @@ import tiny
 
 from prefix_jax import artifact
 from prefix_jax.artifact import BackboneCard
-from prefix_jax.backbones.load import architecture_of, find, load
+from prefix_jax.backbones.loading.find import find
+from prefix_jax.backbones.loading.pretrained import architecture_of, load
 from prefix_jax.errors import BackboneError, PrefixError, PrefixJaxError
 from prefix_jax.interop.peft.files import read
 from prefix_jax.methods.multitask import read_parts

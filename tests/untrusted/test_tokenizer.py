@@ -19,8 +19,8 @@ from mutations import dump_json, mutate_bytes, mutate_json, refusal
 from transformers import PreTrainedTokenizerFast
 
 import prefix_jax
-from prefix_jax.backbones.load import load
-from prefix_jax.backbones.tokenizer import load_tokenizer
+from prefix_jax.backbones.loading.pretrained import load
+from prefix_jax.backbones.loading.tokenizer import load_tokenizer
 from prefix_jax.config import TaskConfig
 from prefix_jax.data.labelled import Reading
 from prefix_jax.data.pipeline import load_examples

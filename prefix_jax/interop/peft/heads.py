@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefix_jax.artifact import TaskCard
-from prefix_jax.backbones.load import Pretrained, read_config
+from prefix_jax.backbones.loading.config import read_config
+from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.config import TaskConfig
 from prefix_jax.errors import PrefixError
 from prefix_jax.heads import Head, make_head

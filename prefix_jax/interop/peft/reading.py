@@ -13,7 +13,7 @@ import numpy as np
 from prefix_jax import artifact
 from prefix_jax.artifact import Card, TemplateCard
 from prefix_jax.backbones.architecture import Architecture
-from prefix_jax.backbones.load import Pretrained, load
+from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.config import TaskConfig
 from prefix_jax.data.template import Template
 from prefix_jax.errors import BackboneError, PrefixError

@@ -11,7 +11,7 @@ import numpy as np
 
 from prefix_jax import artifact
 from prefix_jax.artifact import Card
-from prefix_jax.backbones.load import Pretrained
+from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.errors import PrefixError
 from prefix_jax.interop.backbone import backbone_of
 from prefix_jax.interop.export import baked

@@ -1,0 +1,22 @@
+"""Model families, one module each.
+
+A module describes its family by three names:
+
+    MODEL_TYPES            the values of `model_type` in a `config.json` that it covers
+    architecture(config)   reads a `config.json` into an `Architecture`
+    hf_names(arch)         the tensor names of a checkpoint in Hugging Face layout
+
+Where only the checkpoint shows a feature, `as_stored(arch, names)` adds it to the architecture.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from prefix_jax.backbones.families import bart, bert, gemma, gpt2, llama, neox, opt, t5
+
+FAMILIES: dict[str, ModuleType] = {
+    model_type: family
+    for family in (gpt2, llama, gemma, opt, neox, bert, t5, bart)
+    for model_type in family.MODEL_TYPES
+}

@@ -1,0 +1,128 @@
+"""BART (Lewis et al. 2020): an encoder-decoder with learned positions and norms after the sum."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from prefix_jax.backbones.architecture import Architecture, encoder_decoder
+from prefix_jax.backbones.families.defaults import complete
+from prefix_jax.backbones.families.names import (
+    LINEAR,
+    STORED,
+    VECTOR,
+    Matrix,
+    NameTable,
+    Row,
+    TokenTables,
+)
+
+MODEL_TYPES = ("bart",)
+
+# Rows of the position table before that of position 0.
+_OFFSET = 2
+
+_SHARED = "shared.weight"
+_ENCODER, _DECODER = "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"
+_HEAD, _BIAS = "lm_head.weight", "final_logits_bias"
+
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """Reads a Hugging Face `config.json` of BART."""
+    config = complete(config, "bart")
+    D, positions = config["d_model"], config["max_position_embeddings"]
+
+    def stack(name: str) -> Architecture:
+        N = config[f"{name}_attention_heads"]
+        return Architecture(
+            model_type="bart",
+            layers=config[f"{name}_layers"],
+            d_model=D,
+            heads=N,
+            kv_heads=N,
+            head_dim=D // N,
+            d_ff=config[f"{name}_ffn_dim"],
+            vocab=config["vocab_size"],
+            max_positions=positions,
+            norm="layer",
+            epsilon=1e-5,
+            activation=config["activation_function"],
+            gated=False,
+            causal=name == "decoder",
+            norm_at="after",
+            final_norm=False,
+            positions=positions + _OFFSET,
+            position_offset=_OFFSET,
+            embed_scale=D**0.5 if config["scale_embedding"] else None,
+            embed_norm=True,
+            qkv_bias=True,
+            out_bias=True,
+            mlp_bias=True,
+        )
+
+    decoder = dataclasses.replace(
+        stack("decoder"), tied=config["tie_word_embeddings"], head_bias=True
+    )
+    return encoder_decoder(stack("encoder"), decoder, config, start="eos_token_id")
+
+
+def as_stored(arch: Architecture, stored: Collection[str]) -> Architecture:
+    """The architecture with the head that a checkpoint of tensors of these names has: that of a
+    pretrained BART, without a task, has no bias."""
+    return dataclasses.replace(arch, head_bias=_BIAS in stored)
+
+
+def hf_names(arch: Architecture) -> NameTable:
+    """The names of the weights in a checkpoint of Hugging Face layout."""
+    return NameTable(
+        prefix="model.",
+        rows=(
+            Row(_SHARED, "embed/tokens_VD", STORED),
+            Row(_ENCODER, "encoder/embed/tokens_VD", STORED),
+            *_stack("encoder", "encoder/"),
+            *_stack("decoder", ""),
+            Row(_HEAD, "head/unembed_DV", LINEAR),
+            Row(_BIAS, "head/bias_V", Matrix(inputs=0, transposed=False)),  # stored [1, V]
+        ),
+        tokens=TokenTables(_SHARED, _HEAD, _ENCODER, _DECODER, (_HEAD, _DECODER, _ENCODER)),
+        ignored=(r"(en|de)coder\.version",),
+    )
+
+
+def _norm(theirs: str, ours: str) -> list[Row]:
+    return [
+        Row(f"{theirs}.weight", f"{ours}/scale_D", VECTOR),
+        Row(f"{theirs}.bias", f"{ours}/bias_D", VECTOR),
+    ]
+
+
+def _linear(theirs: str, ours: str, axes: str, bias: str, storage: Matrix = LINEAR) -> list[Row]:
+    return [
+        Row(f"{theirs}.weight", f"{ours}_{axes}", storage),
+        Row(f"{theirs}.bias", f"{ours}_bias_{bias}", VECTOR),
+    ]
+
+
+def _attention(theirs: str, ours: str) -> list[Row]:
+    return [
+        *_linear(f"{theirs}.q_proj", f"{ours}/q", "DNH", "NH"),
+        *_linear(f"{theirs}.k_proj", f"{ours}/k", "DKH", "KH"),
+        *_linear(f"{theirs}.v_proj", f"{ours}/v", "DKH", "KH"),
+        *_linear(f"{theirs}.out_proj", f"{ours}/o", "NHD", "D", Matrix(2)),
+        *_norm(f"{theirs}_layer_norm", f"{ours}_norm"),
+    ]
+
+
+def _stack(theirs: str, ours: str) -> list[Row]:
+    """The rows of an encoder or a decoder."""
+    layer, path = f"{theirs}.layers.{{l}}", f"{ours}layers"
+    return [
+        Row(f"{theirs}.embed_positions.weight", f"{ours}embed/positions_TD", STORED),
+        *_norm(f"{theirs}.layernorm_embedding", f"{ours}embed/norm"),
+        *_attention(f"{layer}.self_attn", f"{path}/attn"),
+        *(_attention(f"{layer}.encoder_attn", f"{path}/cross") if theirs == "decoder" else ()),
+        *_linear(f"{layer}.fc1", f"{path}/mlp/up", "DF", "F"),
+        *_linear(f"{layer}.fc2", f"{path}/mlp/down", "FD", "D"),
+        *_norm(f"{layer}.final_layer_norm", f"{path}/mlp_norm"),
+    ]

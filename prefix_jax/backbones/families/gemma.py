@@ -1,0 +1,184 @@
+"""Gemma 1, 2 and 3, text (Gemma Team 2024, 2024 and 2025).
+
+As Llama, with embeddings that are scaled and norm scales that count from 1. Gemma 2 adds norms
+behind attention and feed-forward, soft caps and a sliding window in every other layer; Gemma 3
+norms of queries and keys, and other rotary frequencies in its sliding layers, five of six. Of a
+`gemma3` checkpoint, which sees images too, the text part is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefix_jax.backbones.architecture import Architecture, layer_kinds
+from prefix_jax.backbones.families.defaults import complete
+from prefix_jax.backbones.families.names import (
+    LINEAR,
+    STORED,
+    VECTOR,
+    Matrix,
+    NameTable,
+    Row,
+    TokenTables,
+    Vector,
+)
+from prefix_jax.backbones.families.rope import read_rotary, read_rotary_of_layers
+from prefix_jax.errors import BackboneError
+from prefix_jax.nn.rotary import Rotary
+
+MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3")
+
+_THETAS = {
+    "full_attention": ("rope_theta", 1_000_000.0),
+    "sliding_attention": ("rope_local_base_freq", 10_000.0),
+}
+
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """Reads a Hugging Face `config.json` of the Gemma family.
+
+    Raises:
+        BackboneError: the config asks for a variant that is not computed here.
+    """
+    model_type = config["model_type"]
+    kind = "gemma3_text" if model_type == "gemma3" else model_type
+    tied = complete(config, model_type)["tie_word_embeddings"]
+    config = complete(config["text_config"] if model_type == "gemma3" else config, kind)
+    if config.get("use_bidirectional_attention"):
+        raise BackboneError(f"{model_type} with use_bidirectional_attention is not supported")
+    if kind == "gemma3_text" and config["attn_logit_softcapping"] is not None:
+        raise BackboneError("Gemma 3 with attn_logit_softcapping is not supported")
+    L, D = config["num_hidden_layers"], config["hidden_size"]
+    window, sliding = _windows(config, kind, L)
+    rotary, sliding_rotary = _rotaries(config, kind)
+    # What Gemma 1 does not have stays unused where a configuration of it has the key. The model
+    # that sees images does not cap its logits, although the text model alone does.
+    newer = kind != "gemma"
+    caps_logits = newer and model_type != "gemma3"
+    attention_bias = config["attention_bias"]
+    return Architecture(
+        model_type=model_type,
+        layers=L,
+        d_model=D,
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        d_ff=config["intermediate_size"],
+        vocab=config["vocab_size"],
+        max_positions=config["max_position_embeddings"],
+        norm="rms_plus_one",
+        epsilon=config["rms_norm_eps"],
+        activation=config["hidden_activation"] if newer else _activation(config),
+        gated=True,
+        norm_at="around" if newer else "before",
+        rotary=rotary,
+        sliding_rotary=sliding_rotary,
+        embed_scale=D**0.5,
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
+        qk_norm=kind == "gemma3_text",
+        attention_scale=config["query_pre_attn_scalar"] ** -0.5 if newer else None,
+        attention_softcap=config["attn_logit_softcapping"] if newer else None,
+        logit_softcap=config["final_logit_softcapping"] if caps_logits else None,
+        window=window,
+        sliding=sliding,
+        tied=tied,
+    )
+
+
+def _activation(config: Mapping[str, Any]) -> str:
+    # The first releases of Gemma 1 say "gelu" where they mean its approximation.
+    name = str(config["hidden_act"])
+    return "gelu_pytorch_tanh" if name == "gelu" else name
+
+
+def _windows(
+    config: Mapping[str, Any], kind: str, layers: int
+) -> tuple[int | None, tuple[bool, ...]]:
+    """The width of the sliding window, and which layers slide."""
+    if kind == "gemma":
+        return None, ()
+    kinds = layer_kinds(config, layers)
+    if kinds is not None:
+        return config["sliding_window"], tuple(kind == "sliding_attention" for kind in kinds)
+    # One layer in every period sees everything. Gemma 2's period is fixed.
+    period = config.get("sliding_window_pattern", 6) if kind == "gemma3_text" else 2
+    return config["sliding_window"], tuple((layer + 1) % period != 0 for layer in range(layers))
+
+
+def _rotaries(config: Mapping[str, Any], kind: str) -> tuple[Rotary, Rotary | None]:
+    """The rotary frequencies of full and of sliding layers; None for the same."""
+    if kind != "gemma3_text":
+        return read_rotary(config), None
+    rotaries = read_rotary_of_layers(config, _THETAS)
+    return rotaries["full_attention"], rotaries["sliding_attention"]
+
+
+def hf_names(arch: Architecture) -> NameTable:
+    """The names of the weights in a checkpoint of Hugging Face layout."""
+    attention, mlp = "layers.{l}.self_attn", "layers.{l}.mlp"
+    # Gemma 1 has no norms behind attention and feed-forward, and another name for the second.
+    names = {"mlp_norm": "post_attention_layernorm"}
+    if arch.norm_at == "around":
+        names = {
+            "attn_out_norm": "post_attention_layernorm",
+            "mlp_norm": "pre_feedforward_layernorm",
+            "mlp_out_norm": "post_feedforward_layernorm",
+        }
+    head = "language_model.lm_head" if arch.model_type == "gemma3" else "lm_head"
+    return NameTable(
+        prefix="language_model.model." if arch.model_type == "gemma3" else "model.",
+        rows=(
+            Row("embed_tokens.weight", "embed/tokens_VD", STORED),
+            Row("layers.{l}.input_layernorm.weight", "layers/attn_norm/scale_D", VECTOR),
+            *(
+                Row(f"layers.{{l}}.{stored}.weight", f"layers/{ours}/scale_D", VECTOR)
+                for ours, stored in names.items()
+            ),
+            Row(f"{attention}.q_proj.weight", "layers/attn/q_DNH", LINEAR),
+            Row(f"{attention}.k_proj.weight", "layers/attn/k_DKH", LINEAR),
+            Row(f"{attention}.v_proj.weight", "layers/attn/v_DKH", LINEAR),
+            Row(f"{attention}.o_proj.weight", "layers/attn/o_NHD", Matrix(2)),
+            Row(f"{attention}.q_proj.bias", "layers/attn/q_bias_NH", VECTOR),
+            Row(f"{attention}.k_proj.bias", "layers/attn/k_bias_KH", VECTOR),
+            Row(f"{attention}.v_proj.bias", "layers/attn/v_bias_KH", VECTOR),
+            Row(f"{attention}.o_proj.bias", "layers/attn/o_bias_D", VECTOR),
+            Row(f"{attention}.q_norm.weight", "layers/attn/q_norm/scale_H", VECTOR),
+            Row(f"{attention}.k_norm.weight", "layers/attn/k_norm/scale_H", VECTOR),
+            Row(f"{mlp}.gate_proj.weight", "layers/mlp/gate_DF", LINEAR),
+            Row(f"{mlp}.up_proj.weight", "layers/mlp/up_DF", LINEAR),
+            Row(f"{mlp}.down_proj.weight", "layers/mlp/down_FD", LINEAR),
+            Row("norm.weight", "final_norm/scale_D", VECTOR),
+            Row(f"{head}.weight", "head/unembed_DV", LINEAR),
+        ),
+        tokens=TokenTables("embed_tokens.weight", f"{head}.weight", stand_ins=(f"{head}.weight",)),
+        # Frequencies follow from the configuration, and images are not read.
+        ignored=(
+            r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+            r"(vision_tower|multi_modal_projector)\..*",
+        ),
+    )
+
+
+_GGUF_NORM = Vector(excess=1.0)
+GGUF_NAMES = NameTable(
+    rows=(
+        Row("token_embd.weight", "embed/tokens_VD", STORED),
+        Row("blk.{l}.attn_norm.weight", "layers/attn_norm/scale_D", _GGUF_NORM),
+        Row("blk.{l}.post_attention_norm.weight", "layers/attn_out_norm/scale_D", _GGUF_NORM),
+        Row("blk.{l}.attn_q.weight", "layers/attn/q_DNH", LINEAR),
+        Row("blk.{l}.attn_k.weight", "layers/attn/k_DKH", LINEAR),
+        Row("blk.{l}.attn_v.weight", "layers/attn/v_DKH", LINEAR),
+        Row("blk.{l}.attn_output.weight", "layers/attn/o_NHD", Matrix(2)),
+        Row("blk.{l}.attn_q_norm.weight", "layers/attn/q_norm/scale_H", _GGUF_NORM),
+        Row("blk.{l}.attn_k_norm.weight", "layers/attn/k_norm/scale_H", _GGUF_NORM),
+        Row("blk.{l}.ffn_norm.weight", "layers/mlp_norm/scale_D", _GGUF_NORM),
+        Row("blk.{l}.post_ffw_norm.weight", "layers/mlp_out_norm/scale_D", _GGUF_NORM),
+        Row("blk.{l}.ffn_gate.weight", "layers/mlp/gate_DF", LINEAR),
+        Row("blk.{l}.ffn_up.weight", "layers/mlp/up_DF", LINEAR),
+        Row("blk.{l}.ffn_down.weight", "layers/mlp/down_FD", LINEAR),
+        Row("output_norm.weight", "final_norm/scale_D", _GGUF_NORM),
+        Row("output.weight", "head/unembed_DV", LINEAR),
+    ),
+)

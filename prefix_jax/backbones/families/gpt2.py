@@ -1,0 +1,125 @@
+"""GPT-2 (Radford et al. 2019): learned positions, layer norms, biases everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefix_jax.backbones.architecture import Architecture
+from prefix_jax.backbones.families.defaults import complete
+from prefix_jax.backbones.families.names import (
+    LINEAR,
+    STORED,
+    VECTOR,
+    Matrix,
+    NameTable,
+    Row,
+    TokenTables,
+    Vector,
+)
+from prefix_jax.errors import BackboneError
+
+MODEL_TYPES = ("gpt2",)
+
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """Reads a Hugging Face `config.json` of GPT-2.
+
+    Raises:
+        BackboneError: the config asks for a variant that is not computed here.
+    """
+    config = complete(config, "gpt2")
+    for flag, usual in (
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("add_cross_attention", False),
+    ):
+        if config[flag] != usual:
+            raise BackboneError(f"GPT-2 with {flag}={config[flag]} is not supported")
+    D, N = config["n_embd"], config["n_head"]
+    return Architecture(
+        model_type="gpt2",
+        layers=config["n_layer"],
+        d_model=D,
+        heads=N,
+        kv_heads=N,
+        head_dim=D // N,
+        d_ff=config.get("n_inner") or 4 * D,
+        vocab=config["vocab_size"],
+        max_positions=config["n_positions"],
+        norm="layer",
+        epsilon=config["layer_norm_epsilon"],
+        activation=config["activation_function"],
+        gated=False,
+        positions=config["n_positions"],
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        tied=config["tie_word_embeddings"],
+    )
+
+
+def _conv(part: int) -> Matrix:
+    return Matrix(transposed=False, part=part, parts=3)
+
+
+def hf_names(arch: Architecture) -> NameTable:
+    """The names of the weights in a checkpoint of Hugging Face layout."""
+    return _HF_NAMES
+
+
+_HF_NAMES = NameTable(
+    prefix="transformer.",
+    rows=(
+        Row("wte.weight", "embed/tokens_VD", STORED),
+        Row("wpe.weight", "embed/positions_TD", STORED),
+        Row("h.{l}.ln_1.weight", "layers/attn_norm/scale_D", VECTOR),
+        Row("h.{l}.ln_1.bias", "layers/attn_norm/bias_D", VECTOR),
+        Row("h.{l}.attn.c_attn.weight", "layers/attn/q_DNH", _conv(0)),
+        Row("h.{l}.attn.c_attn.weight", "layers/attn/k_DKH", _conv(1)),
+        Row("h.{l}.attn.c_attn.weight", "layers/attn/v_DKH", _conv(2)),
+        Row("h.{l}.attn.c_attn.bias", "layers/attn/q_bias_NH", Vector(0, 3)),
+        Row("h.{l}.attn.c_attn.bias", "layers/attn/k_bias_KH", Vector(1, 3)),
+        Row("h.{l}.attn.c_attn.bias", "layers/attn/v_bias_KH", Vector(2, 3)),
+        Row("h.{l}.attn.c_proj.weight", "layers/attn/o_NHD", Matrix(2, transposed=False)),
+        Row("h.{l}.attn.c_proj.bias", "layers/attn/o_bias_D", VECTOR),
+        Row("h.{l}.ln_2.weight", "layers/mlp_norm/scale_D", VECTOR),
+        Row("h.{l}.ln_2.bias", "layers/mlp_norm/bias_D", VECTOR),
+        Row("h.{l}.mlp.c_fc.weight", "layers/mlp/up_DF", STORED),
+        Row("h.{l}.mlp.c_fc.bias", "layers/mlp/up_bias_F", VECTOR),
+        Row("h.{l}.mlp.c_proj.weight", "layers/mlp/down_FD", STORED),
+        Row("h.{l}.mlp.c_proj.bias", "layers/mlp/down_bias_D", VECTOR),
+        Row("ln_f.weight", "final_norm/scale_D", VECTOR),
+        Row("ln_f.bias", "final_norm/bias_D", VECTOR),
+        Row("lm_head.weight", "head/unembed_DV", LINEAR),
+    ),
+    tokens=TokenTables("wte.weight", "lm_head.weight", stand_ins=("lm_head.weight",)),
+    # The causal mask was once saved as a buffer.
+    ignored=(r"h\.\d+\.attn\.(masked_)?bias",),
+)
+
+GGUF_NAMES = NameTable(
+    rows=(
+        Row("token_embd.weight", "embed/tokens_VD", STORED),
+        Row("position_embd.weight", "embed/positions_TD", STORED),
+        Row("blk.{l}.attn_norm.weight", "layers/attn_norm/scale_D", VECTOR),
+        Row("blk.{l}.attn_norm.bias", "layers/attn_norm/bias_D", VECTOR),
+        Row("blk.{l}.attn_qkv.weight", "layers/attn/q_DNH", Matrix(part=0, parts=3)),
+        Row("blk.{l}.attn_qkv.weight", "layers/attn/k_DKH", Matrix(part=1, parts=3)),
+        Row("blk.{l}.attn_qkv.weight", "layers/attn/v_DKH", Matrix(part=2, parts=3)),
+        Row("blk.{l}.attn_qkv.bias", "layers/attn/q_bias_NH", Vector(0, 3)),
+        Row("blk.{l}.attn_qkv.bias", "layers/attn/k_bias_KH", Vector(1, 3)),
+        Row("blk.{l}.attn_qkv.bias", "layers/attn/v_bias_KH", Vector(2, 3)),
+        Row("blk.{l}.attn_output.weight", "layers/attn/o_NHD", Matrix(2)),
+        Row("blk.{l}.attn_output.bias", "layers/attn/o_bias_D", VECTOR),
+        Row("blk.{l}.ffn_norm.weight", "layers/mlp_norm/scale_D", VECTOR),
+        Row("blk.{l}.ffn_norm.bias", "layers/mlp_norm/bias_D", VECTOR),
+        Row("blk.{l}.ffn_up.weight", "layers/mlp/up_DF", LINEAR),
+        Row("blk.{l}.ffn_up.bias", "layers/mlp/up_bias_F", VECTOR),
+        Row("blk.{l}.ffn_down.weight", "layers/mlp/down_FD", LINEAR),
+        Row("blk.{l}.ffn_down.bias", "layers/mlp/down_bias_D", VECTOR),
+        Row("output_norm.weight", "final_norm/scale_D", VECTOR),
+        Row("output_norm.bias", "final_norm/bias_D", VECTOR),
+        Row("output.weight", "head/unembed_DV", LINEAR),
+    ),
+)

@@ -1,0 +1,100 @@
+"""GPT-NeoX and Pythia (Black et al. 2022, Biderman et al. 2023).
+
+Layer norms and biases as in GPT-2; rotary positions in a part of each head, and attention and
+feed-forward side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefix_jax.backbones.architecture import Architecture
+from prefix_jax.backbones.families.defaults import complete
+from prefix_jax.backbones.families.names import (
+    LINEAR,
+    STORED,
+    VECTOR,
+    Matrix,
+    NameTable,
+    Row,
+    TokenTables,
+    Vector,
+)
+from prefix_jax.backbones.families.rope import read_rotary
+
+MODEL_TYPES = ("gpt_neox",)
+
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """Reads a Hugging Face `config.json` of GPT-NeoX.
+
+    Raises:
+        BackboneError: the config asks for a variant that is not computed here.
+    """
+    config = complete(config, "gpt_neox")
+    D, N = config["hidden_size"], config["num_attention_heads"]
+    attention_bias = config["attention_bias"]
+    return Architecture(
+        model_type="gpt_neox",
+        layers=config["num_hidden_layers"],
+        d_model=D,
+        heads=N,
+        kv_heads=N,
+        head_dim=D // N,
+        d_ff=config["intermediate_size"],
+        vocab=config["vocab_size"],
+        max_positions=config["max_position_embeddings"],
+        norm="layer",
+        epsilon=config["layer_norm_eps"],
+        activation=config["hidden_act"],
+        gated=False,
+        parallel=config["use_parallel_residual"],
+        rotary=read_rotary(config, theta_key="rotary_emb_base", share_key="rotary_pct", share=0.25),
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
+        mlp_bias=True,
+        tied=config["tie_word_embeddings"],
+    )
+
+
+def hf_names(arch: Architecture) -> NameTable:
+    """The names of the weights in a checkpoint of Hugging Face layout."""
+    return _HF_NAMES
+
+
+def _fused(name: str, part: int) -> tuple[Row, Row]:
+    """The weight and the bias of queries, keys or values."""
+    head = "NH" if name == "q" else "KH"
+    stored = "layers.{l}.attention.query_key_value"
+    return (
+        Row(f"{stored}.weight", f"layers/attn/{name}_D{head}", Matrix(1, True, part, 3, True)),
+        Row(f"{stored}.bias", f"layers/attn/{name}_bias_{head}", Vector(part, 3, True)),
+    )
+
+
+_HF_NAMES = NameTable(
+    prefix="gpt_neox.",
+    rows=(
+        Row("embed_in.weight", "embed/tokens_VD", STORED),
+        Row("layers.{l}.input_layernorm.weight", "layers/attn_norm/scale_D", VECTOR),
+        Row("layers.{l}.input_layernorm.bias", "layers/attn_norm/bias_D", VECTOR),
+        *_fused("q", 0),
+        *_fused("k", 1),
+        *_fused("v", 2),
+        Row("layers.{l}.attention.dense.weight", "layers/attn/o_NHD", Matrix(2)),
+        Row("layers.{l}.attention.dense.bias", "layers/attn/o_bias_D", VECTOR),
+        Row("layers.{l}.post_attention_layernorm.weight", "layers/mlp_norm/scale_D", VECTOR),
+        Row("layers.{l}.post_attention_layernorm.bias", "layers/mlp_norm/bias_D", VECTOR),
+        Row("layers.{l}.mlp.dense_h_to_4h.weight", "layers/mlp/up_DF", LINEAR),
+        Row("layers.{l}.mlp.dense_h_to_4h.bias", "layers/mlp/up_bias_F", VECTOR),
+        Row("layers.{l}.mlp.dense_4h_to_h.weight", "layers/mlp/down_FD", LINEAR),
+        Row("layers.{l}.mlp.dense_4h_to_h.bias", "layers/mlp/down_bias_D", VECTOR),
+        Row("final_layer_norm.weight", "final_norm/scale_D", VECTOR),
+        Row("final_layer_norm.bias", "final_norm/bias_D", VECTOR),
+        Row("embed_out.weight", "head/unembed_DV", LINEAR),
+    ),
+    tokens=TokenTables("embed_in.weight", "embed_out.weight", stand_ins=("embed_out.weight",)),
+    # Frequencies follow from the configuration, and the causal mask was once saved as a buffer.
+    ignored=(r"layers\.\d+\.attention\.(rotary_emb\.inv_freq|(masked_)?bias)",),
+)

@@ -1,0 +1,102 @@
+"""OPT (Zhang et al. 2022): as GPT-2, with ReLU and two rows of positions before the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefix_jax.backbones.architecture import Architecture
+from prefix_jax.backbones.families.defaults import complete
+from prefix_jax.backbones.families.names import (
+    LINEAR,
+    STORED,
+    VECTOR,
+    Matrix,
+    NameTable,
+    Row,
+    TokenTables,
+)
+from prefix_jax.errors import BackboneError
+
+MODEL_TYPES = ("opt",)
+_POSITION_OFFSET = 2
+
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """Reads a Hugging Face `config.json` of OPT.
+
+    Raises:
+        BackboneError: the config asks for a variant that is not computed here.
+    """
+    config = complete(config, "opt")
+    D, N = config["hidden_size"], config["num_attention_heads"]
+    for field, usual in (
+        ("do_layer_norm_before", True),
+        ("word_embed_proj_dim", D),
+        ("layer_norm_elementwise_affine", True),
+    ):
+        if config.get(field) not in (usual, None):
+            raise BackboneError(
+                f"OPT with {field}={config[field]} is not supported (of the published sizes, "
+                "350M alone is of this kind)"
+            )
+    bias, positions = config["enable_bias"], config["max_position_embeddings"]
+    return Architecture(
+        model_type="opt",
+        layers=config["num_hidden_layers"],
+        d_model=D,
+        heads=N,
+        kv_heads=N,
+        head_dim=D // N,
+        d_ff=config["ffn_dim"],
+        vocab=config["vocab_size"],
+        max_positions=positions,
+        norm="layer",
+        epsilon=1e-5,
+        activation=config["activation_function"],
+        gated=False,
+        final_norm=not config.get("_remove_final_layer_norm", False),
+        positions=positions + _POSITION_OFFSET,
+        position_offset=_POSITION_OFFSET,
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=bias,
+        tied=config["tie_word_embeddings"],
+    )
+
+
+def hf_names(arch: Architecture) -> NameTable:
+    """The names of the weights in a checkpoint of Hugging Face layout."""
+    return _HF_NAMES
+
+
+_LAYER = "decoder.layers.{l}"
+_HF_NAMES = NameTable(
+    prefix="model.",
+    rows=(
+        Row("decoder.embed_tokens.weight", "embed/tokens_VD", STORED),
+        Row("decoder.embed_positions.weight", "embed/positions_TD", STORED),
+        Row(f"{_LAYER}.self_attn_layer_norm.weight", "layers/attn_norm/scale_D", VECTOR),
+        Row(f"{_LAYER}.self_attn_layer_norm.bias", "layers/attn_norm/bias_D", VECTOR),
+        Row(f"{_LAYER}.self_attn.q_proj.weight", "layers/attn/q_DNH", LINEAR),
+        Row(f"{_LAYER}.self_attn.k_proj.weight", "layers/attn/k_DKH", LINEAR),
+        Row(f"{_LAYER}.self_attn.v_proj.weight", "layers/attn/v_DKH", LINEAR),
+        Row(f"{_LAYER}.self_attn.out_proj.weight", "layers/attn/o_NHD", Matrix(2)),
+        Row(f"{_LAYER}.self_attn.q_proj.bias", "layers/attn/q_bias_NH", VECTOR),
+        Row(f"{_LAYER}.self_attn.k_proj.bias", "layers/attn/k_bias_KH", VECTOR),
+        Row(f"{_LAYER}.self_attn.v_proj.bias", "layers/attn/v_bias_KH", VECTOR),
+        Row(f"{_LAYER}.self_attn.out_proj.bias", "layers/attn/o_bias_D", VECTOR),
+        Row(f"{_LAYER}.final_layer_norm.weight", "layers/mlp_norm/scale_D", VECTOR),
+        Row(f"{_LAYER}.final_layer_norm.bias", "layers/mlp_norm/bias_D", VECTOR),
+        Row(f"{_LAYER}.fc1.weight", "layers/mlp/up_DF", LINEAR),
+        Row(f"{_LAYER}.fc1.bias", "layers/mlp/up_bias_F", VECTOR),
+        Row(f"{_LAYER}.fc2.weight", "layers/mlp/down_FD", LINEAR),
+        Row(f"{_LAYER}.fc2.bias", "layers/mlp/down_bias_D", VECTOR),
+        Row("decoder.final_layer_norm.weight", "final_norm/scale_D", VECTOR),
+        Row("decoder.final_layer_norm.bias", "final_norm/bias_D", VECTOR),
+        Row("lm_head.weight", "head/unembed_DV", LINEAR),
+    ),
+    tokens=TokenTables(
+        "decoder.embed_tokens.weight", "lm_head.weight", stand_ins=("lm_head.weight",)
+    ),
+)

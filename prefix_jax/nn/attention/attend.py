@@ -1,0 +1,200 @@
+"""Attention over a prefix and tokens.
+
+Prefix and tokens are computed separately but share one softmax. In the forward pass, both parts
+return sums relative to the same maximum; in the backward pass, both receive the output and the
+denominator of the whole softmax. The prefix is therefore never broadcast over the batch: its logits
+are one matrix product over all queries. The token part has two implementations: `splash` for
+programs compiled for TPUs (on any machine), and `dense` elsewhere. Terms outside the softmax (gated
+adapters, Prefix-Tuning+) are added to its output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from prefix_jax.nn.attention import dense, splash
+from prefix_jax.nn.attention.dense import MASKED, dbias, dot, finish, through_softmax
+from prefix_jax.nn.attention.mask import Seen
+from prefix_jax.nn.attention.splash_run import interpreting
+from prefix_jax.nn.remat import keep
+from prefix_jax.prefix import Beside, KVPrefix, Memory, Site
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    seen: Seen,
+    site: Site | None,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Attends to tokens and, inside the same softmax, to a prefix.
+
+    Only the output and the log-denominator of each query are saved for the backward pass, which
+    recomputes the weights from them (Dao et al. 2022), so no T x S array outlives the forward pass.
+
+    Args:
+        q_BTNH: queries.
+        k_BSKH: token keys; each key head serves N/K query heads.
+        v_BSKH: token values.
+        seen: the keys and prefix slots that each query sees.
+        site: one layer of a prefix site (k_PKH, v_PKH, …), or None for the bare model.
+        scale: multiplies the logits, usually H ** -0.5.
+        softcap: bounds the logits smoothly, to softcap * tanh(logits / softcap) (Gemma 2).
+
+    Returns:
+        out_BTNH in the dtype of `q_BTNH`. The softmax is computed in float32.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BKGTH = (q_BTNH * scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    join = None if site is None else jax.tree.map(lambda x: x.astype(q_BTNH.dtype), site.join)
+    out_BKGTH = _attend(softcap, q_BKGTH, k_BSKH, v_BSKH, seen, join)
+    out_BTNH = out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    if site is not None and site.beside is not None:
+        out_BTNH = out_BTNH + beside(q_BTNH, site.beside, scale)
+    return out_BTNH
+
+
+def beside(q_BTNH: jax.Array, added: Beside, scale: float) -> jax.Array:
+    """The term added outside the softmax over tokens, out_BTNH.
+
+    Args:
+        q_BTNH: queries.
+        added: one layer of the term (k_PKH, v_PKH, gate_N; or m_NHH).
+        scale: multiplies the logits.
+    """
+    B, T, N, H = q_BTNH.shape
+    dtype = q_BTNH.dtype
+    if isinstance(added, Memory):
+        # The output head dimension is Y, because an einsum needs distinct letters.
+        features_BTNH = jax.nn.elu(q_BTNH.astype(jnp.float32)).astype(dtype)
+        return jnp.einsum("BTNH,NHY->BTNY", features_BTNH, added.m_LNHH.astype(dtype))
+    k_PKH, v_PKH = added.k_LPKH.astype(dtype), added.v_LPKH.astype(dtype)
+    q_BTKGH = (q_BTNH * scale).reshape(B, T, k_PKH.shape[1], -1, H)
+    weights_BTKGP = jax.nn.softmax(dot("BTKGH,PKH->BTKGP", q_BTKGH, k_PKH), axis=-1)
+    out_BTKGH = dot("BTKGP,PKH->BTKGH", weights_BTKGP.astype(dtype), v_PKH)
+    return (out_BTKGH.reshape(B, T, N, H) * added.gate_LN[:, None]).astype(dtype)
+
+
+def _by_platform(
+    seen: Seen,
+    q_BKGTH: jax.Array,
+    k_BSKH: jax.Array,
+    kernel: Callable[..., Any],
+    plain: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Selects the token part for the platform that the program is lowered for.
+
+    The choice is made inside each pass: differentiating through it would keep the residuals of
+    both paths.
+    """
+    if not splash.fits(q_BKGTH, k_BSKH, seen):
+        return plain
+    if interpreting():
+        return kernel
+    return functools.partial(jax.lax.platform_dependent, tpu=kernel, default=plain)
+
+
+def _prefix_logits(
+    softcap: float | None, q_BKGTH: jax.Array, seen: Seen, join: KVPrefix
+) -> jax.Array:
+    """Masked float32 logits of the prefix, [B, K, G, T, P]."""
+    K, G = q_BKGTH.shape[1:3]
+    products_BKGTP = dot("BKGTH,PKH->BKGTP", q_BKGTH, join.k_LPKH)
+    logits_BKGTP = finish(softcap, products_BKGTP, seen.bias_BNTP, seen.mask_BTP)
+    if join.bias_LPN is not None:
+        logits_BKGTP = logits_BKGTP + join.bias_LPN.T.reshape(K, G, 1, -1)
+        logits_BKGTP = jnp.maximum(logits_BKGTP, MASKED)
+    return logits_BKGTP
+
+
+def _forward(
+    softcap: float | None,
+    q_BKGTH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    seen: Seen,
+    join: KVPrefix | None,
+) -> tuple[jax.Array, Any]:
+    prefix_BKGTP = floor_BKGT1 = None
+    if join is not None:
+        prefix_BKGTP = _prefix_logits(softcap, q_BKGTH, seen, join)
+        floor_BKGT1 = prefix_BKGTP.max(axis=-1, keepdims=True)
+
+    tokens = _by_platform(
+        seen,
+        q_BKGTH,
+        k_BSKH,
+        functools.partial(splash.forward, softcap),
+        functools.partial(dense.forward, softcap),
+    )
+    out_BKGTH, total_BKGT1, peak_BKGT1 = tokens(q_BKGTH, k_BSKH, v_BSKH, seen, floor_BKGT1)
+    if join is not None and prefix_BKGTP is not None:
+        prefix_BKGTP = jnp.exp(prefix_BKGTP - peak_BKGT1)
+        total_BKGT1 += prefix_BKGTP.sum(axis=-1, keepdims=True)
+        out_BKGTH += dot("BKGTP,PKH->BKGTH", prefix_BKGTP.astype(v_BSKH.dtype), join.v_LPKH)
+
+    out_BKGTH = keep("mixed", (out_BKGTH / total_BKGT1).astype(q_BKGTH.dtype))
+    log_total_BKGT1 = keep("mixed", peak_BKGT1 + jnp.log(total_BKGT1))
+    return out_BKGTH, (q_BKGTH, k_BSKH, v_BSKH, seen, join, out_BKGTH, log_total_BKGT1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    softcap: float | None,
+    q_BKGTH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    seen: Seen,
+    join: KVPrefix | None,
+) -> jax.Array:
+    return _forward(softcap, q_BKGTH, k_BSKH, v_BSKH, seen, join)[0]
+
+
+def _backward(softcap: float | None, saved: Any, dout_BKGTH: jax.Array) -> tuple[Any, ...]:
+    q_BKGTH, k_BSKH, v_BSKH, seen, join, out_BKGTH, log_total_BKGT1 = saved
+    dtype = q_BKGTH.dtype
+    tokens = _by_platform(
+        seen,
+        q_BKGTH,
+        k_BSKH,
+        functools.partial(splash.backward, softcap),
+        functools.partial(dense.backward, softcap),
+    )
+    dq_BKGTH, dk_BSKH, dv_BSKH, dbias_BNTS = tokens(
+        q_BKGTH, k_BSKH, v_BSKH, seen, out_BKGTH, log_total_BKGT1, dout_BKGTH
+    )
+    dseen = Seen(None, bias_BNTS=dbias_BNTS)
+
+    djoin = None
+    if join is not None:
+        weights_BKGTP, dproducts_BKGTP, dlogits_BKGTP = through_softmax(
+            softcap, out_BKGTH, log_total_BKGT1, dout_BKGTH
+        )(
+            _prefix_logits(softcap, q_BKGTH, seen, join),
+            dot("BKGTH,PKH->BKGTP", dout_BKGTH, join.v_LPKH),
+            lambda: dot("BKGTH,PKH->BKGTP", q_BKGTH, join.k_LPKH),
+        )
+        dq_BKGTH += dot("BKGTP,PKH->BKGTH", dproducts_BKGTP, join.k_LPKH)
+        dseen = dataclasses.replace(dseen, bias_BNTP=dbias(dlogits_BKGTP, seen.bias_BNTP))
+        dbias_PN = None
+        if join.bias_LPN is not None:
+            dbias_PN = dlogits_BKGTP.sum(axis=(0, 3)).reshape(join.bias_LPN.shape[::-1]).T
+            dbias_PN = dbias_PN.astype(join.bias_LPN.dtype)
+        djoin = KVPrefix(
+            dot("BKGTP,BKGTH->PKH", dproducts_BKGTP, q_BKGTH).astype(dtype),
+            dot("BKGTP,BKGTH->PKH", weights_BKGTP, dout_BKGTH).astype(dtype),
+            dbias_PN,
+        )
+    return dq_BKGTH.astype(dtype), dk_BSKH, dv_BSKH, dseen, djoin
+
+
+_attend.defvjp(_forward, _backward)

@@ -1,0 +1,155 @@
+"""Token attention in plain XLA, which materialises the T x S attention weights.
+
+`splash` computes the same on TPUs without materialising them. Both modules have a `forward` and a
+`backward` with the same signature; `attend` chooses between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from prefix_jax.nn.attention.mask import Seen
+
+# Finite, so that a query that sees nothing (padding without a prefix) does not become NaN.
+MASKED = -1e30
+
+
+def forward(
+    softcap: float | None,
+    q_BKGTH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    seen: Seen,
+    floor_BKGT1: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention over the tokens, before division by the softmax denominator.
+
+    Args:
+        softcap: bounds the logits, or None.
+        q_BKGTH: scaled queries, grouped by key head (G queries per key head).
+        k_BSKH: keys.
+        v_BSKH: values.
+        seen: the keys that each query sees.
+        floor_BKGT1: the largest logit of each query over the prefix, or None without a prefix.
+
+    Returns:
+        sum_BKGTH, the weighted sum of values; total_BKGT1, the sum of weights; and peak_BKGT1, the
+        largest logit, which is subtracted before exponentiation. All float32.
+    """
+    logits_BKGTS = _logits(softcap, q_BKGTH, k_BSKH, seen)
+    peak_BKGT1 = logits_BKGTS.max(axis=-1, keepdims=True)
+    if floor_BKGT1 is not None:
+        peak_BKGT1 = jnp.maximum(peak_BKGT1, floor_BKGT1)
+    weights_BKGTS = jnp.exp(logits_BKGTS - peak_BKGT1)
+    total_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
+    sum_BKGTH = dot("BKGTS,BSKH->BKGTH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
+    return sum_BKGTH, total_BKGT1, peak_BKGT1
+
+
+def backward(
+    softcap: float | None,
+    q_BKGTH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    seen: Seen,
+    out_BKGTH: jax.Array,
+    log_total_BKGT1: jax.Array,
+    dout_BKGTH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Gradients of the token part of a softmax that may also cover a prefix.
+
+    Args:
+        softcap, q_BKGTH, k_BSKH, v_BSKH, seen: as in `forward`.
+        out_BKGTH: the output of the whole softmax.
+        log_total_BKGT1: the logarithm of its denominator.
+        dout_BKGTH: the gradient of `out_BKGTH`.
+
+    Returns:
+        dq_BKGTH in float32, dk_BSKH, dv_BSKH, and the gradient of `seen.bias_BNTS` if there is one.
+    """
+    dlogits_of = through_softmax(softcap, out_BKGTH, log_total_BKGT1, dout_BKGTH)
+    weights_BKGTS, dproducts_BKGTS, dlogits_BKGTS = dlogits_of(
+        _logits(softcap, q_BKGTH, k_BSKH, seen),
+        dot("BKGTH,BSKH->BKGTS", dout_BKGTH, v_BSKH),
+        lambda: dot("BKGTH,BSKH->BKGTS", q_BKGTH, k_BSKH),
+    )
+    return (
+        dot("BKGTS,BSKH->BKGTH", dproducts_BKGTS, k_BSKH),
+        dot("BKGTS,BKGTH->BSKH", dproducts_BKGTS, q_BKGTH).astype(k_BSKH.dtype),
+        dot("BKGTS,BKGTH->BSKH", weights_BKGTS, dout_BKGTH).astype(v_BSKH.dtype),
+        dbias(dlogits_BKGTS, seen.bias_BNTS),
+    )
+
+
+def _logits(softcap: float | None, q_BKGTH: jax.Array, k_BSKH: jax.Array, seen: Seen) -> jax.Array:
+    """Masked logits_BKGTS."""
+    products_BKGTS = dot("BKGTH,BSKH->BKGTS", q_BKGTH, k_BSKH)
+    return finish(softcap, products_BKGTS, seen.bias_BNTS, seen.mask_BTS)
+
+
+# Shared with the prefix part in `attend`.
+
+
+def dot(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """An einsum of arrays in the model's dtype, accumulated and returned in float32."""
+    return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
+
+
+def finish(
+    softcap: float | None,
+    products_BKGTS: jax.Array,
+    bias_BNTS: jax.Array | None,
+    mask_BTS: jax.Array | None,
+) -> jax.Array:
+    """Turns query-key products into logits: applies the soft cap, the bias and the mask."""
+    _, K, G = products_BKGTS.shape[:3]
+    logits = products_BKGTS
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if bias_BNTS is not None:
+        logits = logits + bias_BNTS.reshape(bias_BNTS.shape[0], K, G, *bias_BNTS.shape[2:])
+    return logits if mask_BTS is None else jnp.where(mask_BTS[:, None, None], logits, MASKED)
+
+
+def through_softmax(
+    softcap: float | None,
+    out_BKGTH: jax.Array,
+    log_total_BKGT1: jax.Array,
+    dout_BKGTH: jax.Array,
+) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """Backward pass through one part of a softmax.
+
+    Returns:
+        A function (logits, gradient of the weights, thunk that computes the query-key products) →
+        weights, gradient of those products, gradient of the logits.
+    """
+    dtype = out_BKGTH.dtype
+    # The softmax subtracts the weighted mean of the gradients, taken over prefix and tokens.
+    mean_BKGT1 = jnp.sum(
+        dout_BKGTH.astype(jnp.float32) * out_BKGTH.astype(jnp.float32), axis=-1, keepdims=True
+    )
+
+    def part(
+        logits: jax.Array, dweights: jax.Array, products: Callable[[], jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        weights = jnp.exp(logits - log_total_BKGT1)
+        dlogits = weights * (dweights - mean_BKGT1)
+        dproducts = dlogits
+        if softcap is not None:
+            dproducts = dlogits * (1 - jnp.tanh(products() / softcap) ** 2)
+        return weights.astype(dtype), dproducts.astype(dtype), dlogits
+
+    return part
+
+
+def dbias(dlogits_BKGTS: jax.Array, bias_BNTS: jax.Array | None) -> jax.Array | None:
+    """The gradient of a bias on the logits, summed over the batch if the bias has one row."""
+    if bias_BNTS is None:
+        return None
+    dbias_BNTS = dlogits_BKGTS.reshape(-1, *bias_BNTS.shape[1:])
+    if bias_BNTS.shape[0] == 1:
+        dbias_BNTS = dbias_BNTS.sum(axis=0, keepdims=True)
+    return dbias_BNTS.astype(bias_BNTS.dtype)

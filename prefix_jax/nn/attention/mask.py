@@ -1,0 +1,166 @@
+"""Attention masks, derived from the layout of tokens in a row.
+
+There are three kinds of attention: causal self-attention in a decoder, bidirectional self-attention
+in an encoder, and cross-attention from a decoder to its encoder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Tokens:
+    """Token layout: the packing, branching and position of each token, which define the mask.
+
+    In a decoder, a token sees the whole prefix, and the keys of its own group up to its own
+    position whose branch is 0 or its own. Groups let several examples be packed into a row;
+    branches let several targets share one source (branch 0 is the source, branches 1, 2, … are its
+    targets). In an encoder and in cross-attention, a token sees its whole group.
+
+    Within a row, the positions of each group and branch increase by one, and a source precedes its
+    targets: kernels compare columns where the mask compares positions.
+
+    Attributes:
+        group_BT: int32, the packed example, from 1; 0 marks padding.
+        branch_BT: int32; None without branches, which halves a kernel's work.
+        position_BT: int32, from 0 at the first token of each example's text.
+        segment_BT: int32, the token type for encoders that embed it (BERT): the first or second
+            text of an example. None otherwise.
+        task_BT: int32, the task in a prefix bank whose prefix the token sees; 0 at padding. None
+            without a bank.
+    """
+
+    group_BT: jax.Array
+    branch_BT: jax.Array | None
+    position_BT: jax.Array
+    segment_BT: jax.Array | None = None
+    task_BT: jax.Array | None = None
+
+    @classmethod
+    def plain(cls, present_BT: jax.Array) -> Tokens:
+        """One unpacked example per row; `present_BT` is False at padding, on either side."""
+        group_BT = present_BT.astype(jnp.int32)
+        position_BT = jnp.maximum(jnp.cumsum(group_BT, axis=1) - 1, 0)
+        return cls(group_BT, None, position_BT)
+
+    def write(self, new: Tokens, column: jax.Array) -> Tokens:
+        """Returns a copy with `new` written at `column`. Requires `self.branch_BT`."""
+        branch_BT = new.branch_BT
+        if branch_BT is None:
+            branch_BT = jnp.zeros_like(new.group_BT)
+        return jax.tree.map(
+            lambda old_BS, new_BT: jax.lax.dynamic_update_slice(old_BS, new_BT, (0, column)),
+            self,
+            dataclasses.replace(new, branch_BT=branch_BT),
+        )
+
+
+@flax.struct.dataclass
+class Sight:
+    """The attention mask between tokens in symbolic form, which each attention implementation
+    converts to the form that it needs.
+
+    Attributes:
+        queries: layout of the queries, [B, T].
+        keys: layout of the keys, [B, S].
+        causal: whether queries see no later keys; otherwise they see their whole group.
+        window: sliding-window size in positions, including the query's own; None for unlimited.
+        narrow: bool scalar, whether the window applies, if the layers of a scan differ; None if it
+            applies in all of them.
+        zigzag: whether the columns are in zigzag order; see `zigzag`.
+    """
+
+    queries: Tokens
+    keys: Tokens
+    causal: bool = flax.struct.field(pytree_node=False, default=True)
+    window: int | None = flax.struct.field(pytree_node=False, default=None)
+    narrow: jax.Array | None = None
+    zigzag: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def mask(self) -> jax.Array:
+        """Materialises the mask, bool [B, T, S]."""
+        if not self.causal:
+            return visible_group(self.queries, self.keys)
+        if self.window is None or self.narrow is None:
+            return visible(self.queries, self.keys, self.window)
+        everything = jnp.iinfo(jnp.int32).max
+        window = jnp.where(self.narrow, self.window, everything)
+        return visible(self.queries, self.keys, window)
+
+
+@flax.struct.dataclass
+class Seen:
+    """Mask and bias of one attention.
+
+    Attributes:
+        tokens: the mask over keys, symbolic or as mask_BTS (True where a query sees a key); None
+            if every query sees every key.
+        mask_BTP: True where a query sees a prefix slot; None if every query sees every slot.
+        bias_BNTS: added to the key logits (T5's relative positions), or None.
+        bias_BNTP: added to the prefix logits, or None.
+    """
+
+    tokens: Sight | jax.Array | None
+    mask_BTP: jax.Array | None = None
+    bias_BNTS: jax.Array | None = None
+    bias_BNTP: jax.Array | None = None
+
+    @property
+    def mask_BTS(self) -> jax.Array | None:
+        """True where a query sees a key; None if every query sees every key."""
+        return self.tokens.mask() if isinstance(self.tokens, Sight) else self.tokens
+
+
+def visible(
+    queries: Tokens,
+    keys: Tokens,
+    window: int | jax.Array | None = None,
+    lineage_BTS: jax.Array | None = None,
+) -> jax.Array:
+    """Causal mask, bool [B, T, S].
+
+    Args:
+        queries: layout of the queries, [B, T].
+        keys: layout of the keys, [B, S].
+        window: sliding-window size in positions, including the query's own; None for unlimited.
+        lineage_BTS: True where a query descends from a key. Replaces branches if they fork
+            repeatedly, as in beam search.
+    """
+    group_BT1, group_B1S = queries.group_BT[:, :, None], keys.group_BT[:, None, :]
+    distance_BTS = queries.position_BT[:, :, None] - keys.position_BT[:, None, :]
+    mask_BTS = (group_BT1 == group_B1S) & (group_B1S > 0) & (distance_BTS >= 0)
+    if lineage_BTS is None and keys.branch_BT is not None:
+        branch_B1S = keys.branch_BT[:, None, :]
+        lineage_BTS = branch_B1S == 0
+        if queries.branch_BT is not None:
+            lineage_BTS |= queries.branch_BT[:, :, None] == branch_B1S
+    if lineage_BTS is not None:
+        mask_BTS &= lineage_BTS
+    if window is not None:
+        mask_BTS &= distance_BTS < window
+    return mask_BTS
+
+
+def visible_prefix(position_BT: jax.Array, slot_P: jax.Array, window: int | None) -> jax.Array:
+    """Mask of the prefix slots that a sliding window still covers, bool [B, T, P].
+
+    Slots precede the text, as in PEFT, so a prefix leaves the window like any past token.
+
+    Args:
+        position_BT: positions of the queries, including the prefix offset.
+        slot_P: positions of the slots.
+        window: sliding-window size in positions, including the query's own; None for unlimited.
+    """
+    distance_BTP = position_BT[:, :, None] - slot_P
+    return distance_BTP < (jnp.iinfo(jnp.int32).max if window is None else window)
+
+
+def visible_group(queries: Tokens, keys: Tokens) -> jax.Array:
+    """Mask of encoder self-attention and of cross-attention, bool [B, T, S]."""
+    group_BT1, group_B1S = queries.group_BT[:, :, None], keys.group_BT[:, None, :]
+    return (group_BT1 == group_B1S) & (group_B1S > 0)

@@ -1,0 +1,205 @@
+"""Token attention on TPUs, which never writes a T x S array to memory.
+
+The kernels are JAX's splash attention (`splash_run`). This module translates the mask for them and
+splits the work over devices.
+
+A kernel has a static mask over columns (causal, with or without a window) and requires the ids of
+query and key to be equal. Ids are groups. With branches, two runs over the same keys are needed: in
+one, an id is a group and branch; the other lets the branches see their source, branch 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
+from jax.sharding import PartitionSpec
+
+from prefix_jax.mesh import BATCH_AXES, COLUMN_AXIS, HEAD_AXIS, row_shards
+from prefix_jax.nn.attention.dense import MASKED
+from prefix_jax.nn.attention.mask import Seen, Sight
+from prefix_jax.nn.attention.splash_run import LANES, NO_KEY, NO_QUERY, Arrays, Run, interpreting
+from prefix_jax.nn.attention.zigzag import reorder
+
+# Ids of a group and branch are group * 2 ** 15 + branch, and must fit an int32.
+_BRANCHES = 2**15
+
+
+def fits(q_BKGTH: jax.Array, k_BSKH: jax.Array, seen: Seen) -> bool:
+    """Whether the kernels support this attention, judged by shapes and static values.
+
+    They support no bias on logits (T5), no arbitrary mask (beam search), and no mask in which
+    columns and positions differ: a cache whose columns are not those of the queries, or a window
+    over a target that branches from a source further back. They are split over the mesh of
+    `jax.set_mesh`; with several devices but no mesh, the program may span all devices, so the
+    kernels are not used.
+    """
+    sight = seen.tokens
+    if not isinstance(sight, Sight) or seen.bias_BNTS is not None:
+        return False
+    T, S = q_BKGTH.shape[3], k_BSKH.shape[1]
+    if sight.causal and T != S:
+        return False
+    branched = sight.causal and sight.keys.branch_BT is not None
+    if branched and (sight.window is not None or S > _BRANCHES):
+        return False
+    if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1 and not interpreting():
+        return False
+    return min(T, S) >= LANES
+
+
+def forward(
+    softcap: float | None,
+    q_BKGTH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    seen: Seen,
+    floor_BKGT1: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Like `dense.forward`."""
+    sight = _sight(seen)
+
+    def attended(window: int | None) -> Any:
+        run = Run.over_mesh(softcap, sight, window, q_BKGTH.shape[3])
+        return _over_mesh(run, Run.forward, (q_BKGTH,), (k_BSKH, v_BSKH), _ids(sight))
+
+    (out_BKGTH, log_total_BKGT1), _ = _by_window(sight, attended)
+    peak_BKGT1 = log_total_BKGT1
+    if floor_BKGT1 is not None:
+        peak_BKGT1 = jnp.maximum(peak_BKGT1, floor_BKGT1)
+    total_BKGT1 = jnp.exp(log_total_BKGT1 - peak_BKGT1)
+    return out_BKGTH * total_BKGT1, total_BKGT1, peak_BKGT1
+
+
+def backward(
+    softcap: float | None,
+    q_BKGTH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    seen: Seen,
+    out_BKGTH: jax.Array,
+    log_total_BKGT1: jax.Array,
+    dout_BKGTH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    """Like `dense.backward`."""
+    sight = _sight(seen)
+    # The kernels mask with much smaller logits, so a query that sees nothing has zero weights.
+    log_total_BKGT1 = jnp.maximum(log_total_BKGT1, MASKED)
+    queries = q_BKGTH, out_BKGTH, log_total_BKGT1, dout_BKGTH
+
+    def gradients(window: int | None) -> Any:
+        run = Run.over_mesh(softcap, sight, window, q_BKGTH.shape[3])
+        return _over_mesh(run, Run.backward, queries, (k_BSKH, v_BSKH), _ids(sight))
+
+    (dq_BKGTH,), (dk_BSKH, dv_BSKH) = _by_window(sight, gradients)
+    return dq_BKGTH, dk_BSKH.astype(k_BSKH.dtype), dv_BSKH.astype(v_BSKH.dtype), None
+
+
+def _over_mesh(
+    run: Run,
+    compute: Callable[..., tuple[Arrays, Arrays]],
+    queries: Arrays,
+    keys: Arrays,
+    ids: list[SegmentIds],
+) -> tuple[Arrays, Arrays]:
+    """Splits rows, columns and key heads over devices, because the compiler cannot partition a
+    kernel.
+
+    A mesh axis that does not divide rows, columns or heads repeats the work. If the heads axis
+    divides only the query heads, each key head is copied, and each copy serves a part of its
+    queries.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return compute(run, queries, keys, ids)
+    B, K, G = queries[0].shape[:3]
+    shards = mesh.shape[HEAD_AXIS]
+    copies = shards // K if shards % K == 0 and G % (shards // K) == 0 else 1
+    heads = HEAD_AXIS if K * copies % shards == 0 else None
+    rows = BATCH_AXES if B % row_shards() == 0 else None
+    columns = COLUMN_AXIS if run.shards > 1 else None
+    key_columns = None if keys[0].shape[1] % run.shards else columns
+    of_queries = PartitionSpec(rows, heads, None, columns)
+    of_keys = PartitionSpec(rows, key_columns, heads)
+
+    def regrouped(x: jax.Array, K: int) -> jax.Array:
+        return x.reshape(B, K, -1, *x.shape[3:])
+
+    def on_device(
+        queries: Arrays, keys: Arrays, ids_q: list[jax.Array], ids_kv: list[jax.Array]
+    ) -> tuple[Arrays, Arrays]:
+        if key_columns:
+            keys = jax.tree.map(
+                lambda x: jax.lax.all_gather(x, COLUMN_AXIS, axis=1, tiled=True), keys
+            )
+        keys, ids_kv = _reordered(run, (keys, ids_kv), back=True)
+        both = [SegmentIds(*one) for one in zip(ids_q, ids_kv, strict=True)]
+        of_queries, of_keys = compute(run, queries, keys, both)
+        of_keys = _reordered(run, of_keys, back=False)
+        if key_columns:
+            of_keys = jax.tree.map(
+                lambda x: jax.lax.psum_scatter(x, COLUMN_AXIS, scatter_dimension=1, tiled=True),
+                of_keys,
+            )
+        elif columns:
+            of_keys = jax.lax.psum(of_keys, COLUMN_AXIS)
+        return of_queries, of_keys
+
+    split = jax.shard_map(
+        on_device,
+        in_specs=(of_queries, of_keys, PartitionSpec(rows, columns), PartitionSpec(rows)),
+        out_specs=(of_queries, of_keys),
+        check_vma=False,
+    )
+    queries, keys = split(
+        tuple(regrouped(x_BKGTH, K * copies) for x_BKGTH in queries),
+        tuple(jnp.repeat(x_BSKH, copies, axis=2) for x_BSKH in keys),
+        [one.q for one in ids],
+        [one.kv for one in ids],
+    )
+    summed = (x.reshape(*x.shape[:2], K, copies, -1).sum(axis=3) for x in keys)
+    return tuple(regrouped(x_BKGTH, K) for x_BKGTH in queries), tuple(summed)
+
+
+def _reordered(run: Run, tree: Any, back: bool) -> Any:
+    """Reorders key arrays to the zigzag layout of the queries or, with `back`, to row order."""
+    if not (run.causal and run.zigzag):
+        return tree
+    return jax.tree.map(lambda x: reorder(x, run.shards, 1, back), tree)
+
+
+def _by_window(sight: Sight, compute: Callable[[int | None], Any]) -> Any:
+    """Computes with the window in the layers that have one: a kernel's mask is static, but the
+    layers of a scan may differ."""
+    if sight.narrow is None:
+        return compute(sight.window)
+    return jax.lax.cond(sight.narrow, lambda: compute(sight.window), lambda: compute(None))
+
+
+def _ids(sight: Sight) -> list[SegmentIds]:
+    """The ids of each run."""
+    queries, keys = sight.queries, sight.keys
+
+    def run(q_BT: jax.Array, k_BS: jax.Array, some_BT: Any, some_BS: Any) -> SegmentIds:
+        return SegmentIds(
+            jnp.where((queries.group_BT > 0) & some_BT, q_BT, NO_QUERY),
+            jnp.where((keys.group_BT > 0) & some_BS, k_BS, NO_KEY),
+        )
+
+    group_BT, branch_BT = keys.group_BT, keys.branch_BT
+    if branch_BT is None or not sight.causal:
+        return [run(queries.group_BT, group_BT, True, True)]
+    # Causal attention of a row to itself: queries and keys are the same tokens.
+    own_BT = group_BT * _BRANCHES + branch_BT
+    return [
+        run(own_BT, own_BT, True, True),
+        run(group_BT, group_BT, branch_BT > 0, branch_BT == 0),
+    ]
+
+
+def _sight(seen: Seen) -> Sight:
+    assert isinstance(seen.tokens, Sight)  # checked by `fits`
+    return seen.tokens

@@ -1,0 +1,19 @@
+"""What configurations of GPT-NeoX mean, older and newer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefix_jax.backbones.loading.config import architecture, read_config
+
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "backbones"
+
+
+def test_older_configs_mean_the_same() -> None:
+    config = read_config(FIXTURES / "neox")
+    older = {name: value for name, value in config.items() if name != "rope_parameters"}
+    older |= {"rotary_pct": 0.5, "rotary_emb_base": 10000}
+    assert architecture(older, "older") == architecture(config, "newer")
+    # A quarter of each head turns where nothing is said.
+    del older["rotary_pct"]
+    assert architecture(older, "older").rotary.share == 0.25
