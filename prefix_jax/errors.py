@@ -1,18 +1,18 @@
-"""Errors that a user can act on. The CLI prints their message and nothing else.
+"""Errors that a user can fix. The CLI prints only their message.
 
-Each message says what was wrong, where, and what to do. Anything that is not a `PrefixJaxError` is
-a bug in this package.
+Messages have the form `<where>: <what is wrong>; <what to do>`. Any other exception is a bug in
+this package.
 """
 
 from __future__ import annotations
 
 
 class PrefixJaxError(Exception):
-    """Base of every error that is the input's fault and not this package's."""
+    """Base class of errors that are caused by the user's input."""
 
 
 class ConfigError(PrefixJaxError):
-    """A configuration is unknown, ill-typed or contradicts itself."""
+    """A config has unknown keys, invalid values or contradictions."""
 
 
 class DataError(PrefixJaxError):
@@ -24,15 +24,15 @@ class BackboneError(PrefixJaxError):
 
 
 class PrefixError(PrefixJaxError):
-    """A stored prefix is unreadable or does not fit the backbone at hand."""
+    """A stored prefix is unreadable or does not fit the backbone."""
 
 
 class ContextError(PrefixJaxError):
-    """Prefix and text together do not fit the model's positions."""
+    """The prefix and the text together exceed the model's maximum length."""
 
 
 class MeshError(PrefixJaxError):
-    """The devices, the mesh and the batch do not divide."""
+    """The mesh does not fit the devices, the model or the batch."""
 
 
 class CheckpointError(PrefixJaxError):
@@ -44,11 +44,11 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class NonFiniteError(PrefixJaxError):
-    """The loss, its gradient or the logits of a text became NaN or infinite."""
+    """A loss, gradient or logit is NaN or infinite."""
 
     @classmethod
     def of(cls, where: str, what: str) -> NonFiniteError:
-        """For results of a trained model: `what` ("the logits") for the input at `where`."""
+        """Makes the error for a model's output, such as "the logits", for the input at `where`."""
         return cls(
             f"{where}: {what} are NaN or infinite; check the weights and the prefix for NaN, or "
             "load the model in float32"
@@ -56,7 +56,6 @@ class NonFiniteError(PrefixJaxError):
 
 
 def reason(error: Exception) -> str:
-    """What another library's error says first, for a message of ours; its type if it says
-    nothing."""
+    """Returns the first line of an exception's message, or its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,14 +1,13 @@
-"""A prefix on disk: a directory with `prefix.json`, for people and programs, and its arrays.
+"""The stored form of a prefix: a directory with a readable card and float32 arrays.
 
-    prefix.json            a `Card`: what the prefix is and which backbone it belongs to
-    arrays/                the arrays, float32, in Orbax's format
-    prefix.safetensors     or these, if asked for
+    prefix.json            the `Card`: describes the prefix and the backbone it belongs to
+    arrays/                the arrays in Orbax's format (the default), or
+    prefix.safetensors     the arrays in safetensors format
 
-What is stored is what the method produces without dropout, so nothing of the method is needed to
-use it: an MLP that computed keys and values in training is gone. Of a task with labels the arrays
-of its head lie beside those of the prefix, under names that begin with "head.".
-`docs/export.md` says how to read
-a prefix without this package.
+The arrays are the output of the method without dropout, so the method is not needed to use them:
+an MLP that computes keys and values in training is not stored. If the task has a head, its arrays
+are stored with those of the prefix, under names that begin with "head.". `docs/export.md` shows
+how to read a prefix without this package.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A prefix as named arrays (`decoder.k_LPKH`, `encoder.gated.gate_LN`), and back."""
+"""Converts prefixes to named arrays (`decoder.k_LPKH`, `encoder.gated.gate_LN`) and back."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ Kind = Literal["embeds", "hidden", "adapter", "kv"]
 Shape = tuple[int, ...]
 
 _BESIDE: dict[str, type[Gated] | type[Memory]] = {"gated": Gated, "memory": Memory}
-# What a site may lack.
+# Arrays that a site may omit end in this name.
 _OPTIONAL = "bias_LPN"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixSpec:
-    """What of a prefix is not in its arrays.
+    """The description of a prefix that its arrays do not contain.
 
     Attributes:
         kind: "embeds", "hidden", "adapter" or "kv", for `Embeds`, `Hidden`, `Adapter`, `Prefix`.
-        length: P; 0 where there are no slots (Prefix-Tuning+).
-        offset: the position of the first token of text.
-        pinned: whether the prefix stays visible when a sliding window has moved past it.
-        layers: by site, the layers that it is of; a site that is not named is of all.
+        length: P; 0 for methods without slots (Prefix-Tuning+).
+        offset: the position of the first text token.
+        pinned: whether the prefix stays visible outside a sliding window.
+        layers: the layers of each site; sites that are not listed have all layers.
     """
 
     kind: Kind
@@ -60,22 +60,23 @@ class PrefixSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Described:
-    """Shape and dtype of an array that is not read yet. The dtype is a name if NumPy has none."""
+class ArraySpec:
+    """Shape and dtype of a stored array. The dtype is a string if NumPy has no such dtype."""
 
     shape: Shape
     dtype: np.dtype | str
 
 
 def prefix_spec(produced: Produced) -> PrefixSpec:
-    """The facts of a prefix.
+    """Returns the spec of a prefix.
 
     Raises:
-        PrefixError: it has no slots, or is a bank.
+        PrefixError: the prefix has no slots, or is a bank.
     """
     if isinstance(produced, Embeds | Prefix) and produced.tasks is not None:
         raise PrefixError(
-            f"this is a bank of prefixes for {produced.tasks} tasks: store the prefix of each apart"
+            f"cannot store a bank of prefixes for {produced.tasks} tasks; store the prefix of each "
+            "task separately"
         )
     if isinstance(produced, Embeds):
         P = produced.x_PD.shape[0]
@@ -88,7 +89,7 @@ def prefix_spec(produced: Produced) -> PrefixSpec:
         P = produced.h_LPD.shape[1]
         return PrefixSpec(kind="adapter", length=P, offset=0, pinned=False, layers=layers)
     if not any(leaf.size for leaf in jax.tree.leaves(produced)):
-        raise PrefixError("the prefix has no slots: there is nothing to store")
+        raise PrefixError("cannot store a prefix that has no slots")
     return PrefixSpec(
         kind="kv",
         length=produced.length,
@@ -99,7 +100,7 @@ def prefix_spec(produced: Produced) -> PrefixSpec:
 
 
 def to_arrays(produced: Produced) -> dict[str, np.ndarray]:
-    """The arrays by name, float32: wider than what any backbone computes in."""
+    """Returns the arrays by name, in float32."""
     if not isinstance(produced, Prefix):
         return _fields("", produced)
     arrays = {}
@@ -125,7 +126,7 @@ def _fields(where: str, owner: Any) -> dict[str, np.ndarray]:
 
 
 def from_arrays(stored: PrefixSpec, arrays: Mapping[str, jax.Array]) -> Produced:
-    """The prefix of these arrays: undoes `to_arrays`."""
+    """Builds the prefix of these arrays. The inverse of `to_arrays`."""
     if stored.kind == "embeds":
         return Embeds(arrays["x_PD"])
     if stored.kind == "hidden":
@@ -157,35 +158,35 @@ def _layers(stored: PrefixSpec, name: str) -> Layers:
 
 
 def problems(
-    arrays: Mapping[str, np.ndarray | Described], stored: PrefixSpec, geometry: Geometry
+    arrays: Mapping[str, np.ndarray | ArraySpec], stored: PrefixSpec, geometry: Geometry
 ) -> list[str]:
-    """Where the arrays are not those that the facts promise for a backbone, or not finite.
+    """Lists missing and unknown arrays, wrong shapes and dtypes, and values that are not finite.
 
     Args:
-        arrays: the arrays, or their descriptions before they are read.
-        stored: facts of the prefix.
-        geometry: of the backbone.
+        arrays: the arrays, or their specs before they are read.
+        stored: the spec of the prefix.
+        geometry: the geometry of the backbone.
     """
-    found = []
+    messages = []
     expected = _shapes(arrays, stored, geometry)
     for name, shape in expected.items():
         x = arrays.get(name)
         optional = name.endswith(_OPTIONAL)
         if x is None:
             if not optional:
-                found.append(f"{name} is missing")
+                messages.append(f"{name} is missing")
         elif x.shape != shape or x.dtype != np.float32:
-            found.append(f"{name} is {x.dtype} {x.shape} instead of float32 {shape}")
+            messages.append(f"{name} is {x.dtype} {x.shape} instead of float32 {shape}")
         elif isinstance(x, np.ndarray):
-            # A bias of minus infinity makes a slot absent.
+            # A bias of -inf marks a slot as absent.
             broken = ~np.isfinite(x) & ~(optional & np.isneginf(x))
             if broken.any():
-                found.append(f"{name} has {broken.sum()} values that are NaN or infinite")
-    return found + [f"{name} is unknown" for name in arrays if name not in expected]
+                messages.append(f"{name} has {broken.sum()} values that are NaN or infinite")
+    return messages + [f"{name} is unknown" for name in arrays if name not in expected]
 
 
 def _shapes(
-    arrays: Mapping[str, np.ndarray | Described], stored: PrefixSpec, geometry: Geometry
+    arrays: Mapping[str, np.ndarray | ArraySpec], stored: PrefixSpec, geometry: Geometry
 ) -> dict[str, Shape]:
     P, D, main = stored.length, geometry.d_model, geometry.main
     if stored.kind == "embeds":
@@ -194,7 +195,7 @@ def _shapes(
         return {"h_LPD": (main.layers, P, D)}
     if stored.kind == "adapter":
         L = len(_layers(stored, "adapter") or range(main.layers))
-        # Heads have a gate each, or share one.
+        # One gate per head, or one gate shared by all heads.
         shared = "gate_LN" in arrays and arrays["gate_LN"].shape[-1:] == (1,)
         return {"h_LPD": (L, P, D), "gate_LN": (L, 1 if shared else main.query_heads)}
     shapes: dict[str, Shape] = {}

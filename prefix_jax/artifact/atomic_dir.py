@@ -1,4 +1,4 @@
-"""Directories that change as a whole: at any moment, a reader finds the old one or the new one."""
+"""Atomic replacement of directories: a reader sees either the old or the new content."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-# What systems leave in any directory: Finder, NFS.
+# Files that Finder and NFS leave in directories.
 SYSTEM_FILES = re.compile(r"\.DS_Store|\._.*|\.nfs.*")
-# All that this package writes into directories that change as a whole.
+# Files that this package writes into such directories.
 _WRITTEN = re.compile(
     r"prefix\.(json|safetensors)|arrays(\.orbax-checkpoint-tmp.*)?|adapter_(config|model)\.\w+"
 )
@@ -20,31 +20,32 @@ _WRITTEN = re.compile(
 
 @contextlib.contextmanager
 def atomic_replace(path: Path) -> Iterator[Path]:
-    """Yields a new directory next to `path`, which takes its place when the block ends well.
+    """Yields a new directory next to `path`, and renames it to `path` if the block succeeds.
 
-    If the block fails, the new directory is removed and `path` is what it was. A process that is
+    If the block fails, the new directory is removed and `path` stays unchanged. A process that is
     killed between the two renames leaves the old directory at `backup_path(path)`.
 
     Args:
-        path: the directory to make or to replace.
+        path: the directory to create or replace.
 
     Raises:
-        OSError: a disk does not take it, or a name is taken by what this package did not write.
+        OSError: the disk is full or not writable, or a file that this package did not write has a
+            name that is needed.
     """
     new = path.with_name(f".{path.name}.unfinished")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _clear(new)  # of a run that was killed
+    _remove(new)  # left by a killed process
     new.mkdir()
     try:
         yield new
         fsync_tree(new)
-        _put_in_place(new, path)
+        _swap(new, path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _clear(path: Path) -> None:
-    """Deletes a directory of a prefix or an adapter, whole or not, and nothing else."""
+def _remove(path: Path) -> None:
+    """Deletes a complete or partial directory that this package wrote, and nothing else."""
     if not os.path.lexists(path):
         return
     if (
@@ -56,20 +57,20 @@ def _clear(path: Path) -> None:
         )
     ):
         raise FileExistsError(
-            errno.EEXIST, f"{path} exists and was not written by prefix-jax; move it away"
+            errno.EEXIST, f"{path} exists and was not written by prefix-jax; move or delete it"
         )
     shutil.rmtree(path)
 
 
 def backup_path(path: Path) -> Path:
-    """Where the old directory stands until the new one has taken its place."""
+    """Returns the path of the old directory while it is being replaced."""
     return path.with_name(f".{path.name}.replaced")
 
 
-def _put_in_place(new: Path, path: Path) -> None:
+def _swap(new: Path, path: Path) -> None:
     old = backup_path(path)
     if path.exists():
-        _clear(old)
+        _remove(old)
         path.rename(old)
     try:
         new.rename(path)
@@ -82,7 +83,7 @@ def _put_in_place(new: Path, path: Path) -> None:
 
 
 def fsync_tree(directory: Path) -> None:
-    """Waits until a directory and all that it holds are on disk."""
+    """Flushes a directory and everything in it to disk."""
     for folder, _, files in os.walk(directory):
         for name in files:
             fsync(Path(folder, name))
@@ -90,7 +91,7 @@ def fsync_tree(directory: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Waits until one file, or the names in one directory, are on disk."""
+    """Flushes one file, or the entries of one directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

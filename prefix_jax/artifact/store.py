@@ -1,4 +1,4 @@
-"""Writes and reads the directory of a prefix."""
+"""Saves and loads the directory of a prefix, and checks it for damage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from prefix_jax.artifact.arrays import Described, from_arrays, prefix_spec, problems, to_arrays
+from prefix_jax.artifact.arrays import ArraySpec, from_arrays, prefix_spec, problems, to_arrays
 from prefix_jax.artifact.atomic_dir import SYSTEM_FILES, atomic_replace, backup_path
 from prefix_jax.artifact.card import FORMAT_VERSION, Card
 from prefix_jax.errors import CheckpointError, ConfigError, PrefixError
@@ -31,20 +31,20 @@ from prefix_jax.untrusted.safetensors import read_header, read_tensors
 Container = Literal["orbax", "safetensors"]
 
 _CARD = "prefix.json"
-# The key of its digest, which covers everything else in it.
+# The key of the card's digest, which covers all other keys; required since this format version.
 _DIGEST, _FIRST_WITH_DIGEST = "sha256", 3
-# Bytes of a card: its longest part are the labels of a task.
+# Bytes; the labels of a task take the most space.
 CARD_LIMIT = 16 * 2**20
-# Orbax compresses: arrays of zeros, as of a gate before training, to almost nothing.
-_INFLATED, _RATIO = 2**28, 100
-_MOST_FILES = 10_000
+# Bytes that a checkpoint may expand to, plus this many times its size. Orbax compresses arrays of
+# zeros, such as an untrained gate, to almost nothing.
+_MAX_EXPANDED, _MAX_RATIO = 2**28, 100
+_MAX_FILES = 10_000
 _HEAD = "head."
 _CONTAINERS: dict[Container, str] = {"orbax": "arrays", "safetensors": "prefix.safetensors"}
-# Under a run directory.
-_INNER = "prefix"
-# The same of a run that trained several tasks: a prefix for each, under its name.
+# In a run directory: the prefix, or the folder with one prefix per task.
+_IN_RUN = "prefix"
 PREFIXES = "prefixes"
-_REMEDY = "copy it again from where it came from, or train it again"
+_REMEDY = "copy it again from its source, or train it again"
 
 
 def save(
@@ -54,54 +54,52 @@ def save(
     arrays: Container | None = None,
     head: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a prefix. What stood at `path` is replaced once the new one is safely on disk.
+    """Saves a prefix, atomically replacing a prefix that already exists at `path`.
 
-    In a run of several processes every one calls this, and the first one writes: `path` may be on
-    a disk of its own. The prefix is complete when the call returns.
+    With several processes, every process calls this and process 0 writes; the other processes need
+    not see its disk. The prefix is on disk when the call returns.
 
     Args:
-        path: the directory; an existing one must be a prefix.
-        produced: what the method produces, without dropout.
-        card: of `make_card`.
-        arrays: the container of the arrays; None is "orbax", and of several processes
-            "safetensors": they save by Orbax only together, to a disk that all of them see.
-        head: the arrays of a task's head, if the card has a task.
+        path: the directory; if it exists, it must be a prefix.
+        produced: the output of the method, without dropout.
+        card: the card, made with `make_card`.
+        arrays: the storage format. The default is "orbax", or "safetensors" with several
+            processes: those can use Orbax only on a shared disk.
+        head: the arrays of the task's head, if the card has a task.
 
     Raises:
-        PrefixError: the prefix contradicts its card or holds NaN, its card holds text that is not
-            Unicode, or `path` is something else.
-        CheckpointError: it could not be written; `path` is as it was.
+        PrefixError: the prefix does not match its card or contains NaN, the card contains invalid
+            Unicode, or `path` exists and is not a prefix.
+        CheckpointError: writing failed; `path` is unchanged.
     """
-    # Renaming a link would leave the directory behind.
+    # Resolve links first: renaming a link would not move the directory.
     path = expand(path, PrefixError).resolve()
     if prefix_spec(produced) != card.spec:
         raise PrefixError(f"{path}: the card describes another prefix; make it with make_card")
-    of_head = {_HEAD + name: np.array(x, np.float32) for name, x in (head or {}).items()}
-    content = {**to_arrays(produced), **of_head}
-    if wrong := _problems(content, card):
-        raise PrefixError(f"a prefix like this is not saved to {path}: {'; '.join(wrong)}")
-    several = jax.process_count() > 1
-    if several and arrays == "orbax":
-        raise PrefixError(f"{path}: one of several processes stores no Orbax; give safetensors")
-    arrays = arrays or ("safetensors" if several else "orbax")
+    head_arrays = {_HEAD + name: np.array(x, np.float32) for name, x in (head or {}).items()}
+    content = {**to_arrays(produced), **head_arrays}
+    if messages := _problems(content, card):
+        raise PrefixError(f"cannot save the prefix to {path}: {'; '.join(messages)}")
+    multiprocess = jax.process_count() > 1
+    if multiprocess and arrays == "orbax":
+        raise PrefixError(f"{path}: several processes cannot save with Orbax; use safetensors")
+    arrays = arrays or ("safetensors" if multiprocess else "orbax")
     try:
         text = _to_json(card, content, arrays)
         text.encode()
     except UnicodeEncodeError as error:
         raise PrefixError(
-            f"{path}: the card contains {error.object[error.start : error.end]!r}, which is half "
-            "of a character and cannot be stored; remove it from the template, labels and names"
+            f"{path}: the card contains {error.object[error.start : error.end]!r}, which is not "
+            "valid Unicode; remove it from the template, labels and names"
         ) from None
     failure: Exception | None = None
     if jax.process_index() == 0:
         if path.exists() and not _replaceable(path):
-            failure = PrefixError(
-                f"{path} exists and is not a prefix; choose another place for the new one"
-            )
+            failure = PrefixError(f"{path} exists and is not a prefix; choose another path")
         else:
             failure = _write(path, text, content, arrays)
     if multihost_utils.broadcast_one_to_all(np.bool_(failure is not None)):
-        raise failure or CheckpointError(f"the first process could not write the prefix to {path}")
+        raise failure or CheckpointError(f"process 0 could not write the prefix to {path}")
 
 
 def _write(
@@ -111,12 +109,12 @@ def _write(
         with atomic_replace(path) as new:
             _write_arrays(new / _CONTAINERS[arrays], content, arrays)
             (new / _CARD).write_text(text, encoding="utf-8")
-    # A full disk is an OSError, or whatever Orbax and TensorStore make of it: a ValueError, today.
+    # A full disk raises OSError, but Orbax and TensorStore turn it into others, such as ValueError.
     except Exception as error:
-        before = "the prefix that was there is unharmed" if path.exists() else "nothing was there"
+        state = "the existing prefix is unchanged" if path.exists() else "nothing was written"
         failure = CheckpointError(
-            f"cannot write the prefix to {path} ({before}): {_reason(error)}; "
-            "make room or choose another place, and save again"
+            f"cannot write the prefix to {path} ({state}): {_reason(error)}; "
+            "free disk space or choose another path, and save again"
         )
         failure.__cause__ = error
         return failure
@@ -124,73 +122,71 @@ def _write(
 
 
 def load(path: str | Path) -> tuple[Produced, Card]:
-    """Reads a prefix.
+    """Loads a prefix and its card.
 
     Args:
-        path: its directory, or a run directory that holds one.
+        path: the directory of a prefix, or of a run.
 
     Raises:
-        PrefixError: there is none, or it is damaged or of a newer format.
+        PrefixError: there is no prefix, or it is damaged or has a newer format.
     """
     produced, _, card = _load(path)
     return produced, card
 
 
 def load_head(path: str | Path) -> dict[str, jax.Array]:
-    """Reads the arrays of the head beside a prefix; empty where there is none. See `load`."""
+    """Loads the arrays of the head stored with a prefix; empty if it has none. See `load`."""
     return _load(path)[1]
 
 
 def _load(path: str | Path) -> tuple[Produced, dict[str, jax.Array], Card]:
     path = find(path)
     card, stored = _read_card(path / _CARD)
-    place = path / _CONTAINERS[stored.container]
-    # Nothing is allocated for arrays that the card does not have.
-    wrong = _problems(_describe_arrays(place, stored.container), card)
-    content = {} if wrong else _read_arrays(place, stored.container)
-    wrong = wrong or _problems(content, card)
-    if not wrong and {name: _sha256(x) for name, x in content.items()} != stored.sha256:
-        wrong = [f"its arrays are not those that {_CARD} was written for"]
-    if wrong:
-        raise PrefixError(f"{path} is damaged: {'; '.join(wrong)}; {_REMEDY}")
+    file = path / _CONTAINERS[stored.container]
+    # Check the shapes before allocating any array.
+    messages = _problems(_array_specs(file, stored.container), card)
+    content = {} if messages else _read_arrays(file, stored.container)
+    messages = messages or _problems(content, card)
+    if not messages and {name: _sha256(x) for name, x in content.items()} != stored.sha256:
+        messages = [f"its arrays do not match the digests in {_CARD}"]
+    if messages:
+        raise PrefixError(f"{path} is damaged: {'; '.join(messages)}; {_REMEDY}")
     arrays = {name: jnp.asarray(x) for name, x in content.items()}
-    of_head = {name.removeprefix(_HEAD): x for name, x in arrays.items() if _of_head(name)}
-    own = {name: x for name, x in arrays.items() if not _of_head(name)}
-    return from_arrays(card.spec, own), of_head, card
+    head = {name.removeprefix(_HEAD): x for name, x in arrays.items() if _of_head(name)}
+    prefix = {name: x for name, x in arrays.items() if not _of_head(name)}
+    return from_arrays(card.spec, prefix), head, card
 
 
 def find(path: str | Path) -> Path:
-    """The directory of a prefix, given it or a run directory that holds it.
+    """Returns the directory of a prefix, given that directory or its run directory.
 
     Raises:
-        PrefixError: there is none.
+        PrefixError: neither contains a prefix.
     """
     path = expand(path, PrefixError)
-    for place in (path, path / _INNER):
-        if expand(place / _CARD, PrefixError).is_file():
-            return place
-    for place in (path, path / _INNER):
-        if not place.exists() and backup_path(place).is_dir():
+    for directory in (path, path / _IN_RUN):
+        if expand(directory / _CARD, PrefixError).is_file():
+            return directory
+    for directory in (path, path / _IN_RUN):
+        if not directory.exists() and backup_path(directory).is_dir():
             raise PrefixError(
-                f"saving to {place} was interrupted; the prefix that was there before is "
-                f"{backup_path(place)}: rename it to {place}"
+                f"saving to {directory} was interrupted; the previous prefix is at "
+                f"{backup_path(directory)}, rename it to {directory}"
             )
     if str(path).startswith("gs:"):
         raise PrefixError(
-            f"{path.name} is in a bucket: copy it first, gcloud storage cp --recursive, and give "
-            "the copy"
+            f"{path.name} is in a bucket; copy it with 'gcloud storage cp --recursive' and give "
+            "the local directory"
         )
     if not path.is_dir():
-        raise PrefixError(f"there is no directory {path}; give that of a prefix or of a run")
-    if inner := sorted(card.parent for card in (path / PREFIXES).glob(f"*/{_CARD}")):
+        raise PrefixError(f"no directory {path}; give the directory of a prefix or a run")
+    if prefixes := sorted(card.parent for card in (path / PREFIXES).glob(f"*/{_CARD}")):
         raise PrefixError(
-            f"{path} is of several tasks and holds a prefix for each: give one of "
-            f"{', '.join(map(str, inner))}"
+            f"{path} has one prefix per task; give one of {', '.join(map(str, prefixes))}"
         )
     raise PrefixError(
-        f"{path} holds no prefix: neither {_CARD} nor {_INNER}/{_CARD} is there; "
-        "give the directory of a prefix, or of a run that has ended (of method full there is no "
-        "prefix: its weights are in its checkpoints)"
+        f"no prefix in {path}: neither {_CARD} nor {_IN_RUN}/{_CARD} exists; give the directory of "
+        "a prefix or of a finished run (method full has no prefix, only checkpoints)"
     )
 
 
@@ -198,21 +194,21 @@ def _of_head(name: str) -> bool:
     return name.startswith(_HEAD)
 
 
-def _problems(content: Mapping[str, np.ndarray | Described], card: Card) -> list[str]:
-    """Where the arrays are not those that the card promises, or not finite. See `problems`."""
-    own = {name: x for name, x in content.items() if not _of_head(name)}
-    found = problems(own, card.spec, card.geometry)
-    promised = {} if card.task is None else card.task.shapes
-    expected = {_HEAD + name: tuple(shape) for name, shape in promised.items()}
+def _problems(content: Mapping[str, np.ndarray | ArraySpec], card: Card) -> list[str]:
+    """Like `problems`, for the arrays of a prefix and its head."""
+    prefix = {name: x for name, x in content.items() if not _of_head(name)}
+    messages = problems(prefix, card.spec, card.geometry)
+    shapes = {} if card.task is None else card.task.shapes
+    expected = {_HEAD + name: tuple(shape) for name, shape in shapes.items()}
     for name in expected | {name: None for name in content if _of_head(name)}:
         x, shape = content.get(name), expected.get(name)
         if x is None or shape is None:
-            found.append(f"{name} is {'missing' if x is None else 'unknown'}")
+            messages.append(f"{name} is {'missing' if x is None else 'unknown'}")
         elif x.shape != shape or x.dtype != np.float32:
-            found.append(f"{name} is {x.dtype} {x.shape} instead of float32 {shape}")
+            messages.append(f"{name} is {x.dtype} {x.shape} instead of float32 {shape}")
         elif isinstance(x, np.ndarray) and not np.isfinite(x).all():
-            found.append(f"{name} has values that are NaN or infinite")
-    return found
+            messages.append(f"{name} has values that are NaN or infinite")
+    return messages
 
 
 # Reading and writing.
@@ -227,9 +223,9 @@ class _Stored:
 
 
 def _to_json(card: Card, arrays: Mapping[str, np.ndarray], container: Container) -> str:
-    """One field a line: as readable as it is small."""
+    """Returns the text of `prefix.json`, with one field per line."""
     stored = _Stored(container, {name: _sha256(x) for name, x in arrays.items()})
-    # JSON has no word for what is not finite.
+    # JSON has neither NaN nor infinity.
     metrics = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in card.metrics.items()
@@ -246,8 +242,7 @@ def _to_json(card: Card, arrays: Mapping[str, np.ndarray], container: Container)
 
 
 def _digest(fields: Mapping[str, Any]) -> str:
-    """SHA-256 of the content of `prefix.json`, whatever its white space and the order of its
-    keys."""
+    """Returns the SHA-256 of the fields of `prefix.json`, independent of formatting and order."""
     content = {name: value for name, value in fields.items() if name != _DIGEST}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -260,13 +255,13 @@ def _read_card(file: Path) -> tuple[Card, _Stored]:
         raise PrefixError(f"{error}; {_REMEDY}") from None
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if type(version) is not int:
-        raise PrefixError(f"{file} is not the card of a prefix: it has no format_version")
+        raise PrefixError(f"{file} is not the card of a prefix: format_version is missing")
     if version > FORMAT_VERSION:
         raise PrefixError(
             f"{file} has format {version}, written by prefix_jax {fields.get('package')}; this "
-            f"version reads formats up to {FORMAT_VERSION}: pip install --upgrade prefix-jax"
+            f"version reads formats up to {FORMAT_VERSION}, run pip install --upgrade prefix-jax"
         )
-    try:  # what could not be written again
+    try:  # reject values that could not be saved again
         json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:
         raise PrefixError(f"{file} is damaged: {_reason(error)}; {_REMEDY}") from None
@@ -279,9 +274,9 @@ def _read_card(file: Path) -> tuple[Card, _Stored]:
         raise PrefixError(f"{file} is damaged:\n{error}\n{_REMEDY}") from None
     if version >= _FIRST_WITH_DIGEST and digest != actual:
         raise PrefixError(
-            f"{file} was changed after it was written: its content has the sha256 {actual}, and "
-            f"it states {digest}; copy the original again. To change a field, save the prefix "
-            "with another card (prefix_jax.artifact)"
+            f"{file} was modified: its content has sha256 {actual}, but it records {digest}; copy "
+            "the original again. To change a field, save the prefix with another card "
+            "(prefix_jax.artifact.save)"
         )
     return card, stored
 
@@ -293,39 +288,38 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray], container: Containe
         path.write_bytes(safetensors.numpy.save(arrays))
 
 
-def _describe_arrays(path: Path, container: Container) -> dict[str, Described]:
-    """The shapes and dtypes of stored arrays."""
+def _array_specs(path: Path, container: Container) -> dict[str, ArraySpec]:
+    """Reads the shapes and dtypes of stored arrays."""
     if container == "safetensors":
         header = read_header(path, PrefixError)
-        return {name: Described(x.shape, x.numpy_dtype or x.dtype) for name, x in header.items()}
+        return {name: ArraySpec(x.shape, x.numpy_dtype or x.dtype) for name, x in header.items()}
     size = _check_orbax(path)
     try:
-        # Orbax reads from absolute paths only.
+        # Orbax requires absolute paths.
         metadata = ocp.metadata(path.absolute()).metadata
-        found = {name: Described(tuple(x.shape), np.dtype(x.dtype)) for name, x in metadata.items()}
-    # Damage shows as whatever the reader trips over.
+        specs = {name: ArraySpec(tuple(x.shape), np.dtype(x.dtype)) for name, x in metadata.items()}
+    # Damaged files make Orbax raise many kinds of exceptions.
     except Exception as error:
         raise PrefixError(f"{path} is missing or damaged: {_reason(error)}; {_REMEDY}") from error
-    needed = sum(4 * math.prod(x.shape) for x in found.values())
-    if needed > _INFLATED + _RATIO * size:
+    needed = sum(4 * math.prod(x.shape) for x in specs.values())
+    if needed > _MAX_EXPANDED + _MAX_RATIO * size:
         raise PrefixError(
-            f"{path} is damaged: its arrays would need {needed:,} bytes, and its files have "
+            f"{path} is damaged: its arrays would need {needed:,} bytes, but its files have only "
             f"{size:,}; {_REMEDY}"
         )
-    return found
+    return specs
 
 
 def _check_orbax(path: Path) -> int:
-    """The size of an Orbax checkpoint in bytes, of regular files only."""
+    """Returns the size of an Orbax checkpoint in bytes; rejects links, pipes and devices."""
     size = 0
     try:
         for number, entry in enumerate(path.rglob("*")):
             mode = entry.lstat().st_mode
-            if number >= _MOST_FILES or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise PrefixError(
-                    f"{path} is damaged: {entry} is not a regular file, or one of more than "
-                    f"{_MOST_FILES}; {_REMEDY}"
-                )
+            if number >= _MAX_FILES:
+                raise PrefixError(f"{path} is damaged: more than {_MAX_FILES:,} files; {_REMEDY}")
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise PrefixError(f"{path} is damaged: {entry} is not a regular file; {_REMEDY}")
             size += entry.lstat().st_size if stat.S_ISREG(mode) else 0
     except OSError as error:
         raise PrefixError(f"{path} cannot be read: {_reason(error)}; {_REMEDY}") from None
@@ -339,13 +333,13 @@ def _read_arrays(path: Path, container: Container) -> dict[str, np.ndarray]:
         return read_tensors(path, PrefixError)
     except PrefixError:
         raise
-    # Damage shows as whatever the reader trips over.
+    # Damaged files make Orbax raise many kinds of exceptions.
     except Exception as error:
         raise PrefixError(f"{path} is missing or damaged: {_reason(error)}; {_REMEDY}") from error
 
 
 def _replaceable(path: Path) -> bool:
-    """Whether nothing but a prefix stands there, so that a new one may take its place."""
+    """Returns whether the path is a directory that is empty or contains only a prefix."""
     if not path.is_dir():
         return False
     names = {entry.name for entry in path.iterdir() if not SYSTEM_FILES.fullmatch(entry.name)}

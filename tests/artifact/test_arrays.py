@@ -1,4 +1,4 @@
-"""Whatever a method makes has named arrays of known shapes, and comes back from them."""
+"""Conversion of every method's output to named arrays and back."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ METHODS = {
     "soft tokens": PTuning(5),
     "adapter": LlamaAdapter(5, layers=2),
     "adapter of all layers": LlamaAdapter(5),
-    "adapter with one gate a layer": LlamaAdapter(5, layers=(1,), gate="plain"),
+    "adapter with one gate per layer": LlamaAdapter(5, layers=(1,), gate="plain"),
     "cartridge": Cartridge(5, frozen=2),
     "memory": PrefixTuningPlus(),
     "memory of some layers": PrefixTuningPlus(layers=(0,)),
@@ -43,13 +43,13 @@ METHODS = {
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
-def made_by(method: Method) -> Produced:
+def output_of(method: Method) -> Produced:
     return method(method.init(jax.random.key(0), GEOMETRY, None))
 
 
 @each_method
-def test_what_a_method_makes_comes_back(method: Method) -> None:
-    produced = made_by(method)
+def test_output_of_every_method_round_trips(method: Method) -> None:
+    produced = output_of(method)
     arrays = to_arrays(produced)
     assert problems(arrays, prefix_spec(produced), GEOMETRY) == []
     again = from_arrays(prefix_spec(produced), arrays)
@@ -58,14 +58,14 @@ def test_what_a_method_makes_comes_back(method: Method) -> None:
 
 
 @each_method
-def test_an_array_of_another_shape_or_without_a_name_is_a_problem(method: Method) -> None:
-    produced = made_by(method)
+def test_reports_wrong_shapes_and_unknown_arrays(method: Method) -> None:
+    produced = output_of(method)
     arrays = to_arrays(produced)
     for name, x in arrays.items():
-        (found,) = problems(arrays | {name: x[:, :-1]}, prefix_spec(produced), GEOMETRY)
-        assert found.startswith(f"{name} is float32")
-    (found,) = problems(arrays | {"surplus": np.zeros(1)}, prefix_spec(produced), GEOMETRY)
-    assert found == "surplus is unknown"
+        (message,) = problems(arrays | {name: x[:, :-1]}, prefix_spec(produced), GEOMETRY)
+        assert message.startswith(f"{name} is float32")
+    (message,) = problems(arrays | {"surplus": np.zeros(1)}, prefix_spec(produced), GEOMETRY)
+    assert message == "surplus is unknown"
 
 
 @pytest.mark.parametrize(
@@ -77,14 +77,14 @@ def test_an_array_of_another_shape_or_without_a_name_is_a_problem(method: Method
         ("memory of some layers", 0, {"encoder": (0,), "decoder": (0,), "cross": (0,)}),
     ],
 )
-def test_a_card_tells_layers_and_the_positions_of_slots(name, positions, layers) -> None:
+def test_card_lists_layers_and_positions(name, positions, layers) -> None:
     backbone = BackboneCard(source="some/model", model_type="t5", fingerprint="f", dtype="float32")
-    card = make_card(made_by(METHODS[name]), GEOMETRY, backbone)
+    card = make_card(output_of(METHODS[name]), GEOMETRY, backbone)
     assert card.layers == layers
     assert card.positions == tuple(range(positions))
 
 
-def test_a_gate_that_is_baked_into_keys_and_values_comes_back() -> None:
+def test_gated_keys_and_values_round_trip() -> None:
     pair = (jnp.ones((3, 5, 2, 8)), jnp.ones((3, 5, 2, 8)))
     prefix = Prefix(Site(beside=Gated(*pair, jnp.ones((3, 4)))))
     arrays = to_arrays(prefix)

@@ -1,4 +1,4 @@
-"""A prefix fits the backbone that it was made for."""
+"""Cards, and whether a prefix fits a backbone."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CARD = make_card(
 )
 
 
-def test_its_own_backbone_fits() -> None:
+def test_accepts_its_own_backbone() -> None:
     check(CARD, GEOMETRY, "aaa")
 
 
 @pytest.mark.parametrize("allow", [False, True])
-def test_a_backbone_of_another_shape_is_refused_and_both_are_named(allow: bool) -> None:
+def test_rejects_another_geometry_and_names_both(allow: bool) -> None:
     other = dataclasses.replace(GEOMETRY, d_model=960, decoder=SiteShape(32, 9, 3, 64))
     with pytest.raises(PrefixError) as error:
         check(CARD, other, "aaa", allow_other_weights=allow)
@@ -40,18 +40,18 @@ def test_a_backbone_of_another_shape_is_refused_and_both_are_named(allow: bool) 
     ]
 
 
-def test_other_weights_are_refused_unless_the_user_accepts_them() -> None:
+def test_rejects_other_weights_unless_allowed() -> None:
     with pytest.raises(PrefixError, match=r"weights aaa, and this .* bbb.*--allow-other-weights"):
         check(CARD, GEOMETRY, "bbb")
     check(CARD, GEOMETRY, "bbb", allow_other_weights=True)
 
 
-def test_a_card_states_what_follows_from_the_prefix() -> None:
+def test_card_describes_the_prefix() -> None:
     assert (CARD.kind, CARD.length, CARD.offset, CARD.pinned) == ("embeds", 4, 4, False)
     assert CARD.positions == (0, 1, 2, 3)
 
 
-def test_a_tokenizer_is_known_by_its_vocabulary_in_any_order() -> None:
+def test_tokenizer_digest_ignores_the_order_of_the_vocabulary() -> None:
     a = TokenizerCard.of("BPE", {"a": 0, "b": 1})
     assert a == TokenizerCard.of("BPE", {"b": 1, "a": 0})
     assert a.sha256 != TokenizerCard.of("BPE", {"a": 1, "b": 0}).sha256

@@ -1,4 +1,4 @@
-"""A stored prefix comes back as it was, and nothing else passes for one."""
+"""Saving and loading prefixes: round trips, atomic saves, damage and heads."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def card_of(produced: Produced) -> Card:
 
 @pytest.fixture
 def stored(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A directory with a prefix of keys and values; its container may be a parameter."""
+    """A stored prefix of keys and values; tests may parametrize the container."""
     produced = keys_values()
     artifact.save(tmp_path / "p", produced, card_of(produced), getattr(request, "param", "orbax"))
     return tmp_path / "p"
@@ -95,12 +95,12 @@ def assert_equal(a: Produced, b: Produced) -> None:
     assert all(np.array_equal(arrays_a[name], arrays_b[name]) for name in arrays_a)
 
 
-# What is stored comes back.
+# Round trips.
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("name", PREFIXES)
-def test_a_prefix_and_its_card_come_back_as_they_were(
+def test_prefix_and_card_round_trip(
     name: str, container: artifact.Container, tmp_path: Path
 ) -> None:
     produced = PREFIXES[name]
@@ -115,14 +115,14 @@ def test_a_prefix_and_its_card_come_back_as_they_were(
         assert (loaded.offset, loaded.pinned) == (produced.offset, produced.pinned)
 
 
-def test_saving_what_was_loaded_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_saving_a_loaded_prefix_gives_the_same_bytes(tmp_path: Path) -> None:
     produced = with_absent_slots()
     artifact.save(tmp_path / "a", produced, card_of(produced), "safetensors")
     artifact.save(tmp_path / "b", *artifact.load(tmp_path / "a"), "safetensors")
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
-def test_a_prefix_survives_the_way_through_both_containers(tmp_path: Path) -> None:
+def test_prefix_survives_conversion_between_containers(tmp_path: Path) -> None:
     produced = with_absent_slots()
     artifact.save(tmp_path / "a", produced, card_of(produced), "safetensors")
     artifact.save(tmp_path / "b", *artifact.load(tmp_path / "a"), "orbax")
@@ -130,7 +130,7 @@ def test_a_prefix_survives_the_way_through_both_containers(tmp_path: Path) -> No
     assert files(tmp_path / "a") == files(tmp_path / "c")
 
 
-def test_narrow_keys_and_values_are_stored_without_loss(tmp_path: Path) -> None:
+def test_bfloat16_is_stored_without_loss(tmp_path: Path) -> None:
     k = random(3, 5, 2, 8).astype(jnp.bfloat16)
     produced = Prefix(Site(KVPrefix(k, k)), offset=5)
     artifact.save(tmp_path / "p", produced, card_of(produced))
@@ -142,37 +142,37 @@ def test_narrow_keys_and_values_are_stored_without_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_sixteen_slots_of_a_135m_model_take_less_than_a_megabyte(
+def test_sixteen_slots_of_a_135m_model_need_less_than_a_megabyte(
     container: artifact.Container, tmp_path: Path
 ) -> None:
     k_LPKH, v_LPKH = random(2, 30, 16, 3, 64)
     produced = Prefix(Site(KVPrefix(k_LPKH, v_LPKH)), offset=16)
     card = make_card(produced, Geometry(576, 49152, SiteShape(30, 9, 3, 64)), BACKBONE)
     artifact.save(tmp_path / "p", produced, card, container)
-    arrays_alone = 2 * 30 * 16 * 3 * 64 * 4
-    assert sum(map(len, files(tmp_path / "p").values())) < arrays_alone + 8_000
+    array_bytes = 2 * 30 * 16 * 3 * 64 * 4
+    assert sum(map(len, files(tmp_path / "p").values())) < array_bytes + 8_000
 
 
-def test_the_card_is_readable_text_with_one_field_a_line(stored: Path) -> None:
+def test_card_is_readable_text_with_one_field_per_line(stored: Path) -> None:
     lines = (stored / "prefix.json").read_text().splitlines()
     assert lines[1] == '  "format_version": 3,'
     assert '  "positions": [0, 1, 2, 3, 4],' in lines
     assert '  "init": "text: the café",' in lines
 
 
-def test_a_metric_that_is_not_finite_is_stored_as_null(tmp_path: Path) -> None:
+def test_non_finite_metric_is_stored_as_null(tmp_path: Path) -> None:
     card = dataclasses.replace(card_of(PREFIXES["kv"]), metrics={"loss": 1.5, "bleu": np.nan})
     artifact.save(tmp_path / "p", PREFIXES["kv"], card)
     assert artifact.load(tmp_path / "p")[1].metrics == {"loss": 1.5, "bleu": None}
 
 
 @in_both_containers
-def test_a_relative_path_will_do(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accepts_a_relative_path(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(stored.parent)
     assert_equal(artifact.load(stored.name)[0], keys_values())
 
 
-def test_a_run_directory_stands_for_its_prefix(tmp_path: Path) -> None:
+def test_accepts_a_run_directory(tmp_path: Path) -> None:
     produced = keys_values()
     artifact.save(tmp_path / "run" / "prefix", produced, card_of(produced))
     assert artifact.find(tmp_path / "run") == tmp_path / "run" / "prefix"
@@ -184,7 +184,7 @@ def test_a_run_directory_stands_for_its_prefix(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def full_disk(*, files_up_to: int) -> Iterator[None]:
-    """No file can grow beyond so many bytes: writes fail half-way, in C++ and in Python alike."""
+    """Limits the size of files, so that writes fail half-way in C++ and in Python."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (files_up_to, hard))
     try:
@@ -195,14 +195,14 @@ def full_disk(*, files_up_to: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the compilation cache cannot write either
-def test_a_full_disk_loses_nothing_and_says_so(container: artifact.Container, stored: Path) -> None:
+def test_full_disk_is_reported_and_loses_nothing(
+    container: artifact.Container, stored: Path
+) -> None:
     before = files(stored)
     larger = keys_values(length=400)
     with (
         full_disk(files_up_to=20_000),
-        pytest.raises(
-            CheckpointError, match=r"p \(the prefix that was there is unharmed\): .*large"
-        ),
+        pytest.raises(CheckpointError, match=r"p \(the existing prefix is unchanged\): .*large"),
     ):
         artifact.save(stored, larger, card_of(larger), container)
     assert files(stored) == before
@@ -212,19 +212,19 @@ def test_a_full_disk_loses_nothing_and_says_so(container: artifact.Container, st
 @pytest.mark.parametrize(
     ("owner", "step"), [(store, "_write_arrays"), (Path, "write_text"), (os, "fsync")]
 )
-def test_a_failure_at_any_step_leaves_no_trace(
+def test_failure_at_any_step_leaves_nothing_behind(
     owner: object, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(owner, step, fail)
-    with pytest.raises(CheckpointError, match=r"\(nothing was there\): No space left on device"):
+    with pytest.raises(CheckpointError, match=r"\(nothing was written\): No space left on device"):
         artifact.save(tmp_path / "p", PREFIXES["kv"], card_of(PREFIXES["kv"]))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupt_leaves_the_old_prefix(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_keeps_the_old_prefix(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -235,7 +235,7 @@ def test_an_interrupt_leaves_the_old_prefix(stored: Path, monkeypatch: pytest.Mo
     assert files(stored) == before
 
 
-def test_if_the_last_rename_fails_the_old_prefix_is_put_back(
+def test_failed_rename_restores_the_old_prefix(
     stored: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, rename = files(stored), Path.rename
@@ -246,18 +246,18 @@ def test_if_the_last_rename_fails_the_old_prefix_is_put_back(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_once)
-    with pytest.raises(CheckpointError, match="unharmed"):
+    with pytest.raises(CheckpointError, match="unchanged"):
         artifact.save(stored, PREFIXES["embeds"], card_of(PREFIXES["embeds"]))
     assert files(stored) == before
 
 
-def test_a_run_killed_between_the_renames_is_told_where_its_prefix_is(stored: Path) -> None:
+def test_names_the_backup_after_a_kill_between_renames(stored: Path) -> None:
     stored.rename(stored.with_name(".p.replaced"))
-    with pytest.raises(PrefixError, match=r"\.p\.replaced: rename it to .*p"):
+    with pytest.raises(PrefixError, match=r"\.p\.replaced, rename it to .*p"):
         artifact.load(stored)
 
 
-def test_what_a_killed_run_left_behind_does_not_hinder_the_next(stored: Path) -> None:
+def test_leftovers_of_a_killed_process_are_replaced(stored: Path) -> None:
     shutil.copytree(stored, stored.with_name(".p.replaced"))
     shutil.copytree(stored, stored.with_name(".p.unfinished"))
     produced = PREFIXES["embeds"]
@@ -267,24 +267,24 @@ def test_what_a_killed_run_left_behind_does_not_hinder_the_next(stored: Path) ->
 
 
 @pytest.mark.parametrize("name", [".p.unfinished", ".p.replaced"])
-def test_what_is_not_of_a_killed_run_is_never_deleted(stored: Path, name: str) -> None:
-    own = stored.with_name(name) / "thesis.tex"
-    own.parent.mkdir()
-    own.write_text("mine")
+def test_never_deletes_foreign_files_with_reserved_names(stored: Path, name: str) -> None:
+    foreign = stored.with_name(name) / "thesis.tex"
+    foreign.parent.mkdir()
+    foreign.write_text("mine")
     with pytest.raises(CheckpointError, match=rf"{name} exists and was not written by prefix-jax"):
         artifact.save(stored, PREFIXES["embeds"], card_of(PREFIXES["embeds"]))
-    assert own.read_text() == "mine"
+    assert foreign.read_text() == "mine"
     artifact.load(stored)
 
 
-def test_files_of_the_system_do_not_keep_a_prefix_from_being_replaced(stored: Path) -> None:
+def test_replaces_a_prefix_with_system_files(stored: Path) -> None:
     (stored / ".DS_Store").write_text("")
     produced = PREFIXES["embeds"]
     artifact.save(stored, produced, card_of(produced))
     assert_equal(artifact.load(stored)[0], produced)
 
 
-def test_text_that_cannot_be_stored_is_named(tmp_path: Path) -> None:
+def test_names_text_that_cannot_be_stored(tmp_path: Path) -> None:
     produced = PREFIXES["embeds"]
     template = TemplateCard(input="{name} \ud800", target="{text}")
     card = dataclasses.replace(card_of(produced), template=template)
@@ -293,7 +293,7 @@ def test_text_that_cannot_be_stored_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "p").exists()
 
 
-def test_a_prefix_replaces_another_and_an_empty_directory(tmp_path: Path) -> None:
+def test_replaces_a_prefix_or_an_empty_directory(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     for name, container in (("kv", "orbax"), ("embeds", "safetensors"), ("hidden", "orbax")):
         artifact.save(tmp_path / "p", PREFIXES[name], card_of(PREFIXES[name]), container)
@@ -302,7 +302,7 @@ def test_a_prefix_replaces_another_and_an_empty_directory(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "prefix.json/../notes"])
-def test_what_is_not_a_prefix_is_never_replaced(name: str, tmp_path: Path) -> None:
+def test_never_replaces_other_directories(name: str, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / Path(name).name).write_text("years of work")
     with pytest.raises(PrefixError, match="exists and is not a prefix"):
@@ -310,14 +310,14 @@ def test_what_is_not_a_prefix_is_never_replaced(name: str, tmp_path: Path) -> No
     assert (tmp_path / "work" / Path(name).name).read_text() == "years of work"
 
 
-def test_a_prefix_with_other_files_beside_it_is_not_replaced(stored: Path) -> None:
+def test_never_replaces_a_prefix_with_foreign_files(stored: Path) -> None:
     (stored / "notes.txt").write_text("mine")
     with pytest.raises(PrefixError, match="exists and is not a prefix"):
         artifact.save(stored, PREFIXES["kv"], card_of(PREFIXES["kv"]))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_keys_that_are_not_finite_are_not_saved(value: float, tmp_path: Path) -> None:
+def test_rejects_non_finite_keys(value: float, tmp_path: Path) -> None:
     produced = keys_values()
     join = produced.decoder.join
     assert join is not None
@@ -328,7 +328,7 @@ def test_keys_that_are_not_finite_are_not_saved(value: float, tmp_path: Path) ->
     assert not (tmp_path / "p").exists()
 
 
-def test_a_prefix_that_contradicts_its_card_is_not_saved(tmp_path: Path) -> None:
+def test_rejects_a_prefix_that_contradicts_its_card(tmp_path: Path) -> None:
     with pytest.raises(PrefixError, match="the card describes another prefix"):
         artifact.save(tmp_path / "p", keys_values(offset=0), card_of(keys_values()))
     wrong = dataclasses.replace(
@@ -341,12 +341,12 @@ def test_a_prefix_that_contradicts_its_card_is_not_saved(tmp_path: Path) -> None
         artifact.save(tmp_path / "p", keys_values(), wrong)
 
 
-def test_a_prefix_without_slots_has_no_card() -> None:
+def test_rejects_a_prefix_without_slots() -> None:
     with pytest.raises(PrefixError, match="no slots"):
         make_card(Prefix(Site(KVPrefix(*[jnp.zeros((3, 0, 2, 8))] * 2))), GEOMETRY, BACKBONE)
 
 
-# Damage is found and named.
+# Damage.
 
 
 def edit_card(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -355,38 +355,38 @@ def edit_card(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (path / "prefix.json").write_text(json.dumps(fields))
 
 
-def test_a_missing_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PrefixError, match=r"there is no directory .*nowhere"):
+def test_reports_a_missing_directory(tmp_path: Path) -> None:
+    with pytest.raises(PrefixError, match=r"no directory .*nowhere"):
         artifact.load(tmp_path / "nowhere")
 
 
-def test_a_directory_without_a_card_is_no_prefix(stored: Path) -> None:
+def test_reports_a_directory_without_a_card(stored: Path) -> None:
     (stored / "prefix.json").unlink()
-    with pytest.raises(PrefixError, match=r"holds no prefix: .* a run that has ended"):
+    with pytest.raises(PrefixError, match=r"no prefix in .* of a finished run"):
         artifact.load(stored)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"format_version": 1'])
-def test_a_half_written_card_is_named(content: bytes, stored: Path) -> None:
+def test_reports_a_truncated_card(content: bytes, stored: Path) -> None:
     (stored / "prefix.json").write_bytes(content)
     with pytest.raises(PrefixError, match=r"prefix\.json: .*; copy it again from"):
         artifact.load(stored)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"format_version": "1"}'])
-def test_json_that_is_no_card_is_named(content: str, stored: Path) -> None:
+def test_rejects_json_that_is_not_a_card(content: str, stored: Path) -> None:
     (stored / "prefix.json").write_text(content)
     with pytest.raises(PrefixError, match="not the card of a prefix"):
         artifact.load(stored)
 
 
-def test_a_newer_format_asks_for_an_upgrade(stored: Path) -> None:
+def test_newer_format_asks_for_an_upgrade(stored: Path) -> None:
     edit_card(stored, lambda card: card.update(format_version=4, package="3.0", kind="gated"))
     with pytest.raises(PrefixError, match=r"format 4, written by prefix_jax 3\.0.*--upgrade"):
         artifact.load(stored)
 
 
-def test_every_wrong_field_of_a_card_is_named_at_once(stored: Path) -> None:
+def test_reports_all_invalid_card_fields_at_once(stored: Path) -> None:
     def change(card: dict[str, Any]) -> None:
         card["kind"] = "gated"
         card["geometry"]["decoder"]["layers"] = "three"
@@ -404,7 +404,7 @@ def test_every_wrong_field_of_a_card_is_named_at_once(stored: Path) -> None:
 
 
 def sign(path: Path) -> None:
-    """Writes the digest of an edited card, as only this package does."""
+    """Adds a valid digest to an edited card."""
     edit_card(path, lambda card: card.update(sha256=store._digest(card)))
 
 
@@ -412,17 +412,15 @@ def sign(path: Path) -> None:
     ("key", "value"),
     [("offset", 3), ("steps", 7), ("created", "yesterday"), ("decode", {"num_beams": 4})],
 )
-def test_card_edited_by_hand_is_refused(key: str, value: Any, stored: Path) -> None:
+def test_rejects_an_edited_card(key: str, value: Any, stored: Path) -> None:
     edit_card(stored, lambda card: card.update({key: value}))
-    with pytest.raises(
-        PrefixError, match=r"prefix\.json was changed after it was written: .*sha25"
-    ):
+    with pytest.raises(PrefixError, match=r"prefix\.json was modified: .*sha25"):
         artifact.load(stored)
 
 
-def test_card_without_its_digest_is_refused(stored: Path) -> None:
+def test_rejects_a_card_without_its_digest(stored: Path) -> None:
     edit_card(stored, lambda card: card.pop("sha256"))
-    with pytest.raises(PrefixError, match="it states None"):
+    with pytest.raises(PrefixError, match="it records None"):
         artifact.load(stored)
 
 
@@ -433,7 +431,7 @@ def test_card_may_be_reformatted(stored: Path) -> None:
     assert artifact.load(stored)[1] == card
 
 
-def test_format_2_has_no_digest_and_still_loads(stored: Path) -> None:
+def test_loads_format_2_without_a_digest(stored: Path) -> None:
     edit_card(stored, lambda card: (card.pop("sha256"), card.update(format_version=2)))
     produced, card = artifact.load(stored)
     assert_equal(produced, keys_values())
@@ -443,14 +441,14 @@ def test_format_2_has_no_digest_and_still_loads(stored: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), "\ud800"])
-def test_card_that_could_not_be_written_again_is_refused(value: Any, stored: Path) -> None:
+def test_rejects_a_card_that_could_not_be_saved_again(value: Any, stored: Path) -> None:
     edit_card(stored, lambda card: card.update(decode={"x": value}))
     sign(stored)
     with pytest.raises(PrefixError, match=r"prefix\.json is damaged: "):
         artifact.load(stored)
 
 
-def test_metrics_may_be_words(stored: Path) -> None:
+def test_metrics_may_be_text(stored: Path) -> None:
     edit_card(stored, lambda card: card.update(metrics={"judge": "good", "loss": None}))
     sign(stored)
     artifact.save(stored, *artifact.load(stored))
@@ -481,7 +479,7 @@ def test_metrics_may_be_words(stored: Path) -> None:
         ({"length": 10**9}, r"instead of float32 \(3, 1000000000, 2, 8\)"),
     ],
 )  # fmt: skip
-def test_card_with_impossible_numbers_is_refused(
+def test_rejects_a_card_with_impossible_numbers(
     change: dict[str, Any], message: str, stored: Path
 ) -> None:
     edit_card(stored, lambda card: card.update(change))
@@ -490,24 +488,24 @@ def test_card_with_impossible_numbers_is_refused(
         artifact.load(stored)
 
 
-def test_deeply_nested_card_is_refused(stored: Path) -> None:
+def test_rejects_a_deeply_nested_card(stored: Path) -> None:
     (stored / "prefix.json").write_text("[" * 100_000)
     with pytest.raises(PrefixError, match="nested more than"):
         artifact.load(stored)
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "~nosuchuser/prefix", "a\0b"])
-def test_path_that_cannot_exist_is_a_prefix_error(path: str) -> None:
+def test_impossible_path_is_a_prefix_error(path: str) -> None:
     with pytest.raises(PrefixError, match="cannot"):
         artifact.load(path)
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_orbax_arrays_are_regular_files(kind: str, stored: Path) -> None:
+def test_rejects_orbax_arrays_that_are_not_regular_files(kind: str, stored: Path) -> None:
     file = max(array_files(stored))
     content = file.read_bytes()
     file.unlink()
-    if kind == "pipe":  # opening it would wait for a writer
+    if kind == "pipe":  # opening it would block until there is a writer
         os.mkfifo(file)
     else:
         (stored.parent / "elsewhere").write_bytes(content)
@@ -516,21 +514,19 @@ def test_orbax_arrays_are_regular_files(kind: str, stored: Path) -> None:
         artifact.load(stored)
 
 
-def test_orbax_arrays_far_larger_than_their_files_are_not_read(
+def test_rejects_orbax_arrays_far_larger_than_their_files(
     stored: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunks that are missing read as zeros: a small file may describe any number of values."""
-    monkeypatch.setattr(store, "_INFLATED", 100)
-    monkeypatch.setattr(store, "_RATIO", 0)
+    """Missing chunks read as zeros, so a small checkpoint may describe arrays of any size."""
+    monkeypatch.setattr(store, "_MAX_EXPANDED", 100)
+    monkeypatch.setattr(store, "_MAX_RATIO", 0)
     monkeypatch.setattr(store.ocp, "load", lambda path: pytest.fail("the arrays were read"))
-    with pytest.raises(PrefixError, match=r"would need 1,920 bytes, and its files have"):
+    with pytest.raises(PrefixError, match=r"would need 1,920 bytes, but its files have"):
         artifact.load(stored)
 
 
 @pytest.mark.parametrize("stored", ["orbax"], indirect=True)
-def test_arrays_of_other_shapes_than_the_card_s_are_not_read(
-    stored: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checks_shapes_before_reading_arrays(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit_card(stored, lambda card: card.update(length=4))
     sign(stored)
     monkeypatch.setattr(store, "_read_arrays", lambda *_: pytest.fail("the arrays were read"))
@@ -557,12 +553,12 @@ def test_mutated_cards_load_or_raise_one_error(signed: bool, tmp_path: Path) -> 
 
 
 @in_both_containers
-def test_missing_arrays_are_named(stored: Path) -> None:
-    for place in (stored / "arrays", stored / "prefix.safetensors"):
-        if place.is_dir():
-            shutil.rmtree(place)
-        elif place.exists():
-            place.unlink()
+def test_reports_missing_arrays(stored: Path) -> None:
+    for path in (stored / "arrays", stored / "prefix.safetensors"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.exists():
+            path.unlink()
     with pytest.raises(
         PrefixError, match=r"arrays is missing or damaged|prefix\.safetensors: no such file"
     ):
@@ -570,7 +566,7 @@ def test_missing_arrays_are_named(stored: Path) -> None:
 
 
 def array_files(path: Path) -> list[Path]:
-    """Where the numbers are; Orbax keeps small ones twice."""
+    """The files with array data; Orbax stores small arrays twice."""
     return [
         file for file in path.rglob("*") if file.parent.name == "d" or file.suffix == ".safetensors"
     ]
@@ -578,7 +574,7 @@ def array_files(path: Path) -> list[Path]:
 
 @in_both_containers
 @pytest.mark.parametrize("keep", [0, 0.3, 0.99])
-def test_truncated_arrays_are_found(keep: float, stored: Path) -> None:
+def test_detects_truncated_arrays(keep: float, stored: Path) -> None:
     for file in array_files(stored):
         content = file.read_bytes()
         file.write_bytes(content[: int(keep * len(content))])
@@ -587,7 +583,7 @@ def test_truncated_arrays_are_found(keep: float, stored: Path) -> None:
 
 
 @in_both_containers
-def test_a_flipped_bit_is_found(stored: Path) -> None:
+def test_detects_a_flipped_bit(stored: Path) -> None:
     for file in array_files(stored):
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
@@ -609,10 +605,10 @@ def test_a_flipped_bit_is_found(stored: Path) -> None:
         ("decoder.v_LPKH", lambda v: v.astype(np.float16), "decoder.v_LPKH is float16"),
         ("decoder.v_LPKH", lambda v: v * np.nan, "decoder.v_LPKH has 240 values that are NaN"),
         ("x_PD", lambda _: np.zeros(3, np.float32), "x_PD is unknown"),
-        ("decoder.v_LPKH", lambda v: v + 1, r"its arrays are not those that prefix\.json"),
+        ("decoder.v_LPKH", lambda v: v + 1, r"its arrays do not match the digests in prefix\.json"),
     ],
 )
-def test_arrays_that_do_not_fit_the_card_are_named(
+def test_reports_arrays_that_do_not_fit_the_card(
     name: str, change: Callable[[Any], np.ndarray] | None, message: str, stored: Path
 ) -> None:
     file = stored / "prefix.safetensors"
@@ -634,9 +630,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @given(data=st.data())
-def test_any_damage_is_a_prefix_error_or_leaves_the_numbers_alone(
-    data: st.DataObject, whole: dict[str, bytes]
-) -> None:
+def test_damage_is_a_prefix_error_or_harmless(data: st.DataObject, whole: dict[str, bytes]) -> None:
     damaged = data.draw(st.sampled_from(sorted(whole)))
     content = bytearray(whole[damaged])
     start = data.draw(st.integers(0, len(content)))
@@ -660,12 +654,12 @@ TASK = artifact.TaskCard(
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_a_head_lies_beside_its_prefix(container: artifact.Container, tmp_path: Path) -> None:
+def test_head_round_trips_with_its_prefix(container: artifact.Container, tmp_path: Path) -> None:
     card = dataclasses.replace(card_of(keys_values()), task=TASK)
     artifact.save(tmp_path / "a", keys_values(), card, container, head=HEAD)
-    produced, found = artifact.load(tmp_path / "a")
-    assert found.task is not None
-    assert (found.task.shapes, found.task.head) == (TASK.shapes, TASK.head)
+    produced, loaded = artifact.load(tmp_path / "a")
+    assert loaded.task is not None
+    assert (loaded.task.shapes, loaded.task.head) == (TASK.shapes, TASK.head)
     np.testing.assert_array_equal(produced.decoder.join.k_LPKH, keys_values().decoder.join.k_LPKH)
     head = artifact.load_head(tmp_path / "a")
     assert sorted(head) == sorted(HEAD)
@@ -682,16 +676,14 @@ def test_a_head_lies_beside_its_prefix(container: artifact.Container, tmp_path: 
         ({**HEAD, "out_bias_Y": jnp.array([jnp.nan, 0])}, "head.out_bias_Y has values that"),
     ],
 )
-def test_a_head_that_contradicts_its_card_is_not_saved(
-    head: Any, message: str, tmp_path: Path
-) -> None:
+def test_rejects_a_head_that_contradicts_its_card(head: Any, message: str, tmp_path: Path) -> None:
     card = dataclasses.replace(card_of(keys_values()), task=TASK)
     with pytest.raises(PrefixError, match=message):
         artifact.save(tmp_path / "a", keys_values(), card, head=head)
     assert not (tmp_path / "a").exists()
 
 
-def test_a_prefix_without_a_task_has_no_head(stored: Path) -> None:
+def test_prefix_without_a_task_has_no_head(stored: Path) -> None:
     assert artifact.load_head(stored) == {}
 
 
@@ -713,7 +705,7 @@ def test_a_prefix_without_a_task_has_no_head(stored: Path) -> None:
         ({"shapes": {"out_DY": [2, 32], "out_bias_Y": [2]}}, "task.shapes is"),
     ],
 )
-def test_task_that_does_not_fit_its_head_is_refused_at_load(
+def test_rejects_a_stored_task_that_does_not_fit_its_head(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     card = dataclasses.replace(card_of(keys_values()), task=TASK)
@@ -724,5 +716,5 @@ def test_task_that_does_not_fit_its_head_is_refused_at_load(
         artifact.load(tmp_path / "a")
 
 
-def test_the_fields_of_a_head_are_those_of_the_model_s() -> None:
+def test_head_fields_match_the_card() -> None:
     assert {field.name for field in dataclasses.fields(Head)} == HEAD_FIELDS.keys()

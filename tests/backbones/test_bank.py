@@ -163,5 +163,5 @@ def test_tokens_behind_a_bank_must_say_whose_they_are() -> None:
 
 
 def test_a_bank_is_not_stored_as_one_prefix() -> None:
-    with pytest.raises(PrefixError, match="bank of prefixes for 2 tasks: store the prefix of each"):
+    with pytest.raises(PrefixError, match="bank of prefixes for 2 tasks; store the prefix of each"):
         prefix_spec(Embeds(jnp.ones((6, 4)), tasks=2))

@@ -41,7 +41,7 @@ def error_of(ran):
         (["train.steps=null", "train.epochs=1e29"], "train.epochs 1e+29 are"),
         (["data.max_length=256"], "exceed the model's 256 positions"),
         (["data.max_length=12"], "train.jsonl:1: "),
-        (["init.start=prefix", "init.path=nowhere"], "there is no directory nowhere"),
+        (["init.start=prefix", "init.path=nowhere"], "no directory nowhere"),
         (["decode.max_new_tokens=255"], "exceed the model's 256 positions"),
     ],
 )
@@ -153,7 +153,7 @@ def test_reports_a_corrupt_prefix(run_in, folder, prefix, command):
     assert "prefix/arrays is missing or damaged" in error_of(run_in(folder, name, "prefix", *words))
     (prefix / "prefix.json").write_text("{")
     assert "prefix.json: malformed JSON" in error_of(run_in(folder, name, "prefix", *words))
-    assert "there is no directory none" in error_of(run_in(folder, name, "none", *words))
+    assert "no directory none" in error_of(run_in(folder, name, "none", *words))
 
 
 def test_full_disk_is_reported_and_resumable(run_in, folder, trained):

@@ -39,7 +39,7 @@ def test_writes_the_copy_and_prints_a_summary(arguments, container, file, stored
 
 def test_missing_prefix_is_one_error_and_writes_nothing(tmp_path, capsys):
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "copy")]) == 2
-    assert capsys.readouterr().err.startswith("error: there is no directory")
+    assert capsys.readouterr().err.startswith("error: no directory")
     assert not (tmp_path / "copy").exists()
 
 
