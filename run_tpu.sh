@@ -13,7 +13,7 @@ usage() {
     cat <<'END'
 Trains a prefix on Cloud TPU, from nothing to the files of the run.
 
-  ./run_tpu.sh [STEP] --zone ZONE --accelerator TYPE --output gs://BUCKET/RUN CONFIG [key.path=value …]
+  ./run_tpu.sh [STEP] --zone ZONE --accelerator TYPE --output-dir gs://BUCKET/RUN CONFIG [key.path=value …]
 
 Every step may be repeated: it does what is left to do. After an error, or a lost connection, give
 the same command again.
@@ -30,7 +30,7 @@ STEP
 
 WHAT
   CONFIG               a file under this directory, such as configs/quickstart.yaml
-  --output gs://…      where checkpoints and results go: the disk of a TPU VM is deleted with it
+  --output-dir gs://…      where checkpoints and results go: the disk of a TPU VM is deleted with it
   --env FILE           lines NAME=VALUE that every worker exports before training (HF_TOKEN=…).
                        A value is what follows "=", unchanged: no quotes, no variables, no commands.
                        Blank lines and lines that begin with # are ignored
@@ -97,11 +97,11 @@ parse() {
             --queued) queued=yes ;;
             --keep) keep=yes ;;
             --dry-run) dry_run=yes ;;
-            --output | --env | --zone | --project | --name | --accelerator | --topology | \
+            --output-dir | --env | --zone | --project | --name | --accelerator | --topology | \
                 --version | --slices | --restarts)
                 [[ -n ${2:-} ]] || die "$1 needs a value; see --help" 2
                 case $1 in
-                    --output) output=$2 ;;
+                    --output-dir) output=$2 ;;
                     --env) env_file=$2 ;;
                     --zone) zone=$2 ;;
                     --project) project=$2 ;;
@@ -119,7 +119,7 @@ parse() {
                 [[ -z $step ]] || die "two steps, $step and $1; see --help" 2
                 step=$1
                 ;;
-            output=*) die "the output is told by --output: what lies elsewhere is not fetched" 2 ;;
+            output_dir=*) die "the output is told by --output-dir: what lies elsewhere is not fetched" 2 ;;
             *=*) settings+=("$1") ;;
             *)
                 [[ -z $config ]] || die "two configs, $config and $1; see --help" 2
@@ -141,7 +141,7 @@ check() {
         all | create | train) [[ -n $accelerator ]] || missing+=('--accelerator TYPE') ;;
     esac
     case $step in
-        all | train | fetch) [[ -n $output ]] || missing+=('--output gs://BUCKET/RUN') ;;
+        all | train | fetch) [[ -n $output ]] || missing+=('--output-dir gs://BUCKET/RUN') ;;
     esac
     case $step in
         all | train) [[ -n $config ]] || missing+=('CONFIG') ;;
@@ -149,10 +149,10 @@ check() {
     ((${#missing[@]} == 0)) || die "$step needs ${missing[*]}; see --help" 2
 
     [[ -z $output || $output == gs://* ]] ||
-        die "--output $output is not on gs://: the disk of a TPU VM is deleted with it, and one \
+        die "--output-dir $output is not on gs://: the disk of a TPU VM is deleted with it, and one \
 worker does not see another's; make a bucket with: gcloud storage buckets create gs://BUCKET" 2
     [[ -z $output || $output =~ ^gs://[^/]+/[^/] ]] ||
-        die "--output $output names no folder for the run: gs://BUCKET/RUN" 2
+        die "--output-dir $output names no folder for the run: gs://BUCKET/RUN" 2
     output=${output%/}
     [[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices $slices is not a positive number" 2
     [[ $restarts =~ ^[0-9]+$ ]] || die "--restarts $restarts is not a number" 2
@@ -370,7 +370,7 @@ has a passphrase (then: ssh-add ~/.ssh/google_compute_engine)"
 start() {
     local command train
     printf -v command '%q ' .venv/bin/prefix-jax train "$config" --distributed \
-        output="$output" "${settings[@]}"
+        output_dir="$output" "${settings[@]}"
     train="echo \$\$ > run.pid; $command; echo \$? > run.code"
     persistently on all "set -e
 cd prefix_jax

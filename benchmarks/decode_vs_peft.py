@@ -79,7 +79,7 @@ def ours(setting: str, repeats: int, exchange: Path) -> dict[str, Any]:
         eos=(),
     )
     ids = json.loads((exchange / "prompts.json").read_text())[:count]
-    config = DecodeConfig(max_new_tokens=NEW, beams=beams)
+    config = DecodeConfig(max_new_tokens=NEW, num_beams=beams)
 
     def generate() -> list[list[int]]:
         return [list(found.samples[0].ids) for found in generator.generate(ids, config)]

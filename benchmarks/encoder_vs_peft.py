@@ -55,7 +55,7 @@ def ours(start: str, steps: int, exchange: Path) -> dict[str, Any]:
             },
             "train": {"steps": steps, "seed": SEED, "checkpoint_every": steps},
             "evaluate": {"metrics": ["accuracy"], "batch_size": ROWS},
-            "output": str(exchange / f"run-{start}"),
+            "output_dir": str(exchange / f"run-{start}"),
         }
     )
     setup = build_run(config)

@@ -45,7 +45,7 @@ def _config(steps: int, output: Path) -> Any:
         "train": {"steps": steps, "checkpoint_every": steps},
         "evaluate": {"metrics": ["loss", "bleu"], "batch_size": ROWS},
         "decode": {"max_new_tokens": NEW_TOKENS},
-        "output": str(output),
+        "output_dir": str(output),
     }
     return parse(values)
 

@@ -75,8 +75,8 @@ def measure(task: str, limit: int, steps: int | None) -> dict[str, dict[str, flo
         values = TASKS[task] | {
             "model": TASKS[task]["model"] | {"quantize": quantize},
             "method": {"name": "prefix", "length": 16},
-            "evaluate": {"metrics": ["loss"], "limit": limit},
-            "output": "unused",
+            "evaluate": {"metrics": ["loss"], "max_examples": limit},
+            "output_dir": "unused",
         }
         config = parse(values, [] if steps is None else [f"train.steps={steps}"])
         pretrained = load(config.model.path, dtype="float32", quantize=quantize)

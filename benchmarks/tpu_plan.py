@@ -81,7 +81,7 @@ class Case:
             "data": {"target": "{text}", "batch_size": self.rows, "max_length": self.tokens},
             "method": method,
             "train": {"steps": 1},
-            "output": "plan",
+            "output_dir": "plan",
         }
         return AbstractRun.of(configs.parse(values, [f"model.quantize={self.quantize}"]))
 

@@ -11,8 +11,8 @@ compilation.
     random    the data is shuffled
     grouped   sampled as with `group_by_source: true`: the targets of a source are adjacent
 
-Ours also runs with `optim.accumulate: 2`, the same steps in two micro-batches, which needs less
-memory and more time.
+Ours also runs with `optim.grad_accum_steps: 2`, the same steps in two micro-batches, which needs
+less memory and more time.
 """
 
 from __future__ import annotations
@@ -51,9 +51,14 @@ def setup_of(order: str, steps: int, micro: int) -> Any:
             "batch_size": BATCH,
             "group_by_source": order == "grouped",
         },
-        "optim": {"learning_rate": RATE, "schedule": "constant", "clip": None, "accumulate": micro},
+        "optim": {
+            "learning_rate": RATE,
+            "schedule": "constant",
+            "clip_norm": None,
+            "grad_accum_steps": micro,
+        },
         "train": {"steps": steps},
-        "output": "unused",
+        "output_dir": "unused",
     }
     return build_run(parse(values))
 
@@ -185,7 +190,7 @@ def main() -> None:
                 }
                 rows.append(
                     [
-                        order if micro == 1 else f"{order}, accumulate: {micro}",
+                        order if micro == 1 else f"{order}, grad_accum_steps: {micro}",
                         f"{speed[library]:.2f}",
                         f"{speed['peft']:.2f}",
                         f"{ratio:.2f}x",

@@ -28,7 +28,7 @@ A run is a YAML file of the sections below, changed by `section.key=value` on th
 `pj.fit(…, overrides=[…])`. The resolved form is stored with the run as `config.yaml`. Required keys
 have no default. [configs/quickstart.yaml](../configs/quickstart.yaml) is an example.
 
-`output`, the run directory, stands by itself.
+`output_dir`, the run directory, stands by itself.
 """
 
 

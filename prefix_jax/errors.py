@@ -15,6 +15,10 @@ class ConfigError(PrefixJaxError):
     """A config has unknown keys, invalid values or contradictions."""
 
 
+class RenamedKeyError(ConfigError):
+    """A configuration uses the former name of a key."""
+
+
 class DataError(PrefixJaxError):
     """A record, file or template cannot become training examples."""
 

@@ -104,10 +104,17 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is wrong at one key ("" where it concerns all of them together)."""
+    """What is wrong at one key ("" if it concerns several).
+
+    Attributes:
+        key: with dots for nesting.
+        text: the message.
+        renamed: whether the key is the former name of another one.
+    """
 
     key: str
     text: str
+    renamed: bool = False
 
     def __str__(self) -> str:
         return f"{self.key}: {self.text}" if self.key else self.text
@@ -260,6 +267,11 @@ def hint_at(cls: type, key: str) -> Any:
     return hint_at(section, rest) if section else Any
 
 
+def renamed_fields(cls: type) -> Mapping[Any, str]:
+    """Former names of a dataclass's fields, from its `RENAMED`, with the current ones."""
+    return getattr(cls, "RENAMED", {})
+
+
 def takes_text(hint: Any) -> bool:
     """Whether any string is a value of this type."""
     return str in _members(hint)
@@ -320,7 +332,10 @@ def _construct(
     for name, value in values.items():
         key = _join(where, _key_text(name))
         if name not in fields:
-            problems.append(Problem(key, _unknown(key, known, fields)))
+            if new := renamed_fields(cls).get(name):
+                problems.append(Problem(key, f"renamed to {_join(where, new)}", renamed=True))
+            else:
+                problems.append(Problem(key, _unknown(key, known, fields)))
         elif section := _section(fields[name]):
             if value is None and type(None) in _members(fields[name]):
                 built[name] = None

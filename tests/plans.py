@@ -30,7 +30,7 @@ def config_of(path: Path | str, *overrides: str) -> configs.Config:
         "data": {"target": "{text}", "max_length": 16},
         "method": {"name": "prefix", "length": 4},
         "train": {"steps": 1},
-        "output": "plan",
+        "output_dir": "plan",
     }
     return configs.parse(values, overrides)
 

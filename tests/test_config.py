@@ -28,7 +28,7 @@ data:
   target: " {text}"
 train:
   steps: 10
-output: runs/tiny
+output_dir: runs/tiny
 """
 
 
@@ -58,8 +58,8 @@ def test_a_file_becomes_typed_sections_with_defaults_for_what_it_leaves_out(mini
     ("override", "value"),
     [
         ("optim.learning_rate=1e-3", 0.001),
-        ("optim.clip=null", None),
-        ("optim.clip=2", 2.0),
+        ("optim.clip_norm=null", None),
+        ("optim.clip_norm=2", 2.0),
         ("data.pack=false", False),
         ("data.input={a} and: {b}", "{a} and: {b}"),
         ("data.input={a}", "{a}"),
@@ -97,7 +97,9 @@ def test_the_last_of_two_overrides_wins(minimal):
 
 
 def test_overrides_alone_make_a_config():
-    config = load(None, ["model.path=m", "data.target={text}", "train.epochs=1.5", "output=runs/a"])
+    config = load(
+        None, ["model.path=m", "data.target={text}", "train.epochs=1.5", "output_dir=runs/a"]
+    )
     assert config.train.epochs == 1.5
 
 
@@ -139,8 +141,33 @@ def test_a_misspelt_key_prefers_the_nearest_in_its_own_section(minimal):
     assert "did you mean evaluate.batch_size?" in refused(minimal, "evaluate.batchsize=1")
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("optim.warmup", "optim.warmup_steps"),
+        ("optim.clip", "optim.clip_norm"),
+        ("optim.accumulate", "optim.grad_accum_steps"),
+        ("train.keep", "train.keep_checkpoints"),
+        ("train.profile", "train.profile_steps"),
+        ("decode.beams", "decode.num_beams"),
+        ("decode.samples", "decode.num_samples"),
+        ("decode.no_repeat_ngram", "decode.no_repeat_ngram_size"),
+        ("evaluate.before", "evaluate.compare_baseline"),
+        ("evaluate.limit", "evaluate.max_examples"),
+        ("output", "output_dir"),
+    ],
+)
+def test_former_keys_name_the_current_one(tmp_path, minimal, old, new):
+    assert refused(minimal, f"{old}=1") == f"override {old}=1: {old}: renamed to {new}"
+    section, _, name = old.rpartition(".")
+    line = f"{section}: {{{name}: 1}}" if section else f"{name}: 1"
+    path = tmp_path / "old.yaml"
+    path.write_text(line)
+    assert f"{path}: {old}: renamed to {new}" in refused(path)
+
+
 def test_a_misspelt_section_is_recognised(minimal):
-    assert "optm: unknown key; did you mean optim?" in refused(minimal, "optm.clip=1")
+    assert "optm: unknown key; did you mean optim?" in refused(minimal, "optm.clip_norm=1")
 
 
 def test_an_unknown_key_that_resembles_nothing_gets_no_guess(minimal):
@@ -151,8 +178,8 @@ def test_an_unknown_key_that_resembles_nothing_gets_no_guess(minimal):
     ("override", "expected"),
     [
         ("optim.learning_rate=fast", "optim.learning_rate: expected float; got 'fast'"),
-        ("optim.warmup=1.5", "optim.warmup: expected int; got 1.5"),
-        ("optim.warmup=true", "optim.warmup: expected int; got true"),
+        ("optim.warmup_steps=1.5", "optim.warmup_steps: expected int; got 1.5"),
+        ("optim.warmup_steps=true", "optim.warmup_steps: expected int; got true"),
         ("train.steps=ten", "train.steps: expected int or null; got 'ten'"),
         ("data.pack=2", "data.pack: expected bool; got 2"),
         ("model.dtype=int8", "model.dtype: expected one of auto, float32, bfloat16; got 'int8'"),
@@ -164,11 +191,11 @@ def test_an_unknown_key_that_resembles_nothing_gets_no_guess(minimal):
         ("optim=5", "optim: expected a section with keys name, learning_rate"),
         ("task.labels=[0, 1]", "got [0, 1]; put quotes around what is text: ['0', '1']"),
         ("data.pack=on", "data.pack: expected bool; got 'on'; write true or false"),
-        ("output=", "override output=: expected text after '='; write output=VALUE"),
+        ("output_dir=", "override output_dir=: expected text after '='; write output_dir=VALUE"),
         ("data.batch_size=1000000000", "data.batch_size: must be at most 65536, got 1000000000"),
-        ("decode.samples=100000000", "decode.samples: must be at most 4096, got 100000000"),
+        ("decode.num_samples=100000000", "decode.num_samples: must be at most 4096, got 100000000"),
         (f"optim.weight_decay={'9' * 100}", "optim.weight_decay: an integer of more than 64 bits"),
-        ("optim.clip.x=5", "optim.clip: expected float or null; got {'x': 5}"),
+        ("optim.clip_norm.x=5", "optim.clip_norm: expected float or null; got {'x': 5}"),
     ],
 )
 def test_an_ill_typed_value_names_key_value_and_type(minimal, override, expected):
@@ -202,7 +229,7 @@ def test_all_problems_are_told_at_once(minimal):
 def test_missing_values_are_named_with_their_type():
     message = refused(None, "train.steps=1")
     assert "model: missing; expected a section with keys path" in message
-    assert "output: missing; expected str" in message
+    assert "output_dir: missing; expected str" in message
 
 
 _TASK = ["task.name=classify", "data.target=null", "data.input='{a}'"]
@@ -220,14 +247,17 @@ _TASK = ["task.name=classify", "data.target=null", "data.input='{a}'"]
         (["data.group_by_source=true", "data.pack=false"], "needs pack: true"),
         (["optim.learning_rate=.nan"], "learning_rate: must be finite, got nan"),
         (["optim.b2=1"], "b2: must be in [0, 1), got 1"),
-        (["optim.clip=0"], "clip: must be positive, got 0"),
-        (["optim.accumulate=3"], "data.batch_size 8 does not divide"),
+        (["optim.clip_norm=0"], "clip_norm: must be positive, got 0"),
+        (["optim.grad_accum_steps=3"], "data.batch_size 8 does not divide"),
         (["mesh.fsdp=-1"], "only one of data, fsdp, sequence and tensor"),
         (["mesh.tensor=0"], "tensor must be -1 or at least 1"),
-        (["decode.beams=5000"], "beams: must be at most 1024, got 5000"),
-        (["decode.beams=2", "decode.temperature=1"], "beam search does not sample"),
-        (["decode.samples=2"], "samples 2 would be equal"),
-        (["decode.beams=0"], "override decode.beams=0: decode.beams: must be at least 1, got 0"),
+        (["decode.num_beams=5000"], "num_beams: must be at most 1024, got 5000"),
+        (["decode.num_beams=2", "decode.temperature=1"], "beam search does not sample"),
+        (["decode.num_samples=2"], "num_samples 2 would be equal"),
+        (
+            ["decode.num_beams=0"],
+            "override decode.num_beams=0: decode.num_beams: must be at least 1, got 0",
+        ),
         (["decode.min_new_tokens=65"], "exceeds max_new_tokens 64"),
         (["decode.stop=['']"], "no empty text"),
         (["decode.temperature=1e-40"], "temperature: must be within reach of float32"),
@@ -237,8 +267,8 @@ _TASK = ["task.name=classify", "data.target=null", "data.input='{a}'"]
         (["decode.length_penalty=1000"], "length_penalty: must be in [-5, 5], got 1000"),
         (
             ["decode.length_penalty=2", "decode.early_stopping=never"],
-            "length_penalty, early_stopping without beam search (beams is 1) would do nothing; "
-            "set beams above 1, or use the default length_penalty: 1.0, early_stopping: false",
+            "length_penalty, early_stopping without beam search (num_beams is 1) would do nothing; "
+            "set num_beams above 1, or use the default length_penalty: 1.0, early_stopping: false",
         ),
         (["decode.early_stopping=soon"], "expected bool or one of never; got 'soon'"),
         (["decode.top_p=0.9"], "top_p narrows what is drawn: it needs a temperature above 0"),
@@ -249,7 +279,10 @@ _TASK = ["task.name=classify", "data.target=null", "data.input='{a}'"]
         (["optim.weight_decay=.inf"], "weight_decay: must be finite, got inf"),
         (["init.start=normal", "init.std=.inf"], "std: must be finite, got inf"),
         (["train.steps=null", "train.epochs=.inf"], "epochs: must be finite, got inf"),
-        (["optim.warmup=2147483648"], "warmup: must be at most 2147483647, got 2147483648"),
+        (
+            ["optim.warmup_steps=2147483648"],
+            "warmup_steps: must be at most 2147483647, got 2147483648",
+        ),
         (["train.steps=2147483648"], "steps: must be at most 2147483647, got 2147483648"),
         (['decode.banned_words=["\\ud800"]'], "decode.banned_words: not valid Unicode text"),
         (['data.input="\\ud800{a}"'], "data.input: not valid Unicode text"),
@@ -261,7 +294,7 @@ _TASK = ["task.name=classify", "data.target=null", "data.input='{a}'"]
         (["task.name=classify"], "learns task.label, not a target"),
         ([*_TASK, "data.input=null"], "give input, a template of the text to read"),
         ([*_TASK, "evaluate.metrics=[bleu]"], "bleu cannot measure task.name classify; there are"),
-        ([*_TASK, "evaluate.before=true"], "a task has no head before training"),
+        ([*_TASK, "evaluate.compare_baseline=true"], "a task has no head before training"),
         ([*_TASK, "evaluate.labels=[a,b]"], "the labels of a task are task.labels"),
         ([*_TASK, "task.labels=[a,a]"], "labels names each label once"),
         ([*_TASK, "task.choices=['{a}']"], "choices are the templates of the texts"),
@@ -343,9 +376,9 @@ configs = st.builds(
     model=st.builds(ModelConfig, path=text, dtype=st.sampled_from(["auto", "bfloat16"])),
     data=st.builds(DataConfig, target=text, input=st.none() | text, references=st.none() | text),
     train=st.builds(TrainConfig, epochs=positive, seed=st.integers(0, 2**32 - 1)),
-    output=text,
+    output_dir=text,
     method=st.fixed_dictionaries({"name": text}, optional={"init": free_form}),
-    optim=st.builds(OptimConfig, learning_rate=positive, clip=st.none() | positive),
+    optim=st.builds(OptimConfig, learning_rate=positive, clip_norm=st.none() | positive),
     mesh=st.builds(MeshConfig, fsdp=st.integers(1, 64)),
     decode=st.builds(DecodeConfig, stop=st.lists(text.filter(bool), max_size=3).map(tuple)),
     evaluate=st.builds(

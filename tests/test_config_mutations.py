@@ -17,18 +17,18 @@ from prefix_jax.runs.build import build_run
 
 TEXT = """\
 model: {path: m, dtype: float32, remat: dots}
-method: {name: prefix, length: 4, mid: 8, layers: [0, 1]}
+method: {name: prefix, length: 4, mid_dim: 8, layers: [0, 1]}
 init: {start: text, text: Summarize}
 data: {train: a.jsonl, input: "{sum}=", target: "{total}", batch_size: 4}
-optim: {learning_rate: 1e-2, schedule: cosine, warmup: 2, weight_decay: 0.1}
+optim: {learning_rate: 1e-2, schedule: cosine, warmup_steps: 2, weight_decay: 0.1}
 train: {steps: 12, eval_every: 4, patience: 2}
-evaluate: {metrics: [loss, bleu], before: true}
+evaluate: {metrics: [loss, bleu], compare_baseline: true}
 decode: {max_new_tokens: 4, temperature: 0.7, top_p: 0.9, stop: ["\\n"]}
-output: runs/a
+output_dir: runs/a
 """
 CONFIG = parse({}, [f"{key}={value}" for key, value in (
     ("model.path", "m"), ("data.input", "{sum}="), ("data.target", "{total}"),
-    ("data.batch_size", 4), ("train.steps", 3), ("output", "o"), ("method.length", 4),
+    ("data.batch_size", 4), ("train.steps", 3), ("output_dir", "o"), ("method.length", 4),
 )])  # fmt: skip
 HOSTILE = (*mutations.HOSTILE_VALUES, 10**400, 1e3, "1e3", "007", {1, 2}, b"x", object())
 
@@ -80,7 +80,7 @@ def test_mutated_overrides():
     values = dataclasses.asdict(CONFIG)
     for _ in range(150):
         value = rng.choice((str(rng.choice(HOSTILE[:-3])), rng.choice(mutations.HOSTILE_TEXT)))
-        override = f"{rng.choice([*keys, 'method.length', 'output'])}={value}"
+        override = f"{rng.choice([*keys, 'method.length', 'output_dir'])}={value}"
         if rng.random() < 0.2:
             override = mutations.mutate_text(override, rng)
         check(*attempt(lambda override=override: parse(values, [override])))

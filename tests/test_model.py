@@ -25,7 +25,7 @@ P = 4
 BACKBONE = decoder("llama")
 METHODS = {
     "prefix": PrefixTuning(P),
-    "mlp": PrefixTuning(P, mid=8),
+    "mlp": PrefixTuning(P, mid_dim=8),
     "hidden": HiddenPrefixTuning(P),
     "prompt": PromptTuning(P),
     "lstm": PTuning(P, encoder="lstm", hidden=8),

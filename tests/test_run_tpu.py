@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/quickstart.yaml"
 WHERE = ("--zone", "us-west4-a", "--accelerator", "v5litepod-16")
-WHAT = ("--output", "gs://bucket/run", CONFIG)
+WHAT = ("--output-dir", "gs://bucket/run", CONFIG)
 # What `describe` and the workers answer; the last answer stays.
 GCLOUD = r"""#!/usr/bin/env bash
 here=$(dirname "$0")
@@ -121,7 +121,7 @@ def test_one_command_leads_from_nothing_to_the_files_and_leaves_nothing_that_cos
     assert "--worker=all" in start
     plain = start[-1].replace("\\", "")
     assert (
-        f"prefix-jax train {CONFIG} --distributed output=gs://bucket/run train.steps=5 "
+        f"prefix-jax train {CONFIG} --distributed output_dir=gs://bucket/run train.steps=5 "
         "optim.learning_rate=1e-3" in plain
     )
     fetched = next(call for call in cloud.calls if call[0] == "storage")
@@ -388,13 +388,16 @@ def test_a_dry_run_prints_every_command_and_runs_none(cloud, step: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (WHERE, "--output gs://BUCKET/RUN CONFIG"),
-        ((*WHERE, "--output", "runs/x", CONFIG), "gcloud storage buckets create"),
+        (WHERE, "--output-dir gs://BUCKET/RUN CONFIG"),
+        ((*WHERE, "--output-dir", "runs/x", CONFIG), "gcloud storage buckets create"),
         ((*WHERE, *WHAT, "second.yaml"), "two configs"),
-        ((*WHERE, "--output", "gs://b/r", "configs/none.yaml"), "there is no configs/none.yaml"),
+        (
+            (*WHERE, "--output-dir", "gs://b/r", "configs/none.yaml"),
+            "there is no configs/none.yaml",
+        ),
         ((*WHERE, *WHAT, "--slices", "0"), "--slices 0"),
-        ((*WHERE, "--output", "gs://", CONFIG), "--output gs:// names no folder"),
-        ((*WHERE, "--output", "gs://bucket/", CONFIG), "gs://BUCKET/RUN"),
+        ((*WHERE, "--output-dir", "gs://", CONFIG), "--output-dir gs:// names no folder"),
+        ((*WHERE, "--output-dir", "gs://bucket/", CONFIG), "gs://BUCKET/RUN"),
         ((*WHERE, *WHAT, "--spot=yes"), "--spot takes no value"),
         ((*WHERE, *WHAT, "--dry-run=yes"), "--dry-run takes no value"),
         (("--zone", "z", "--accelerator", "v5e-8", *WHAT), "--accelerator v5litepod-8"),
@@ -406,7 +409,7 @@ def test_a_dry_run_prints_every_command_and_runs_none(cloud, step: str) -> None:
         ((*WHAT,), "--zone ZONE --accelerator TYPE"),
         (("creat", "--zone", "z"), "creat is neither a step nor a config"),
         (("create", "delete", *WHERE), "two steps, create and delete"),
-        ((*WHERE, *WHAT, "output=runs/x"), "--output"),
+        ((*WHERE, *WHAT, "output_dir=runs/x"), "--output-dir"),
         ((*WHERE, *WHAT, "--name", "../My TPU"), "--name ../My TPU"),
         (("--zone", "z", "--accelerator", "v5p", *WHAT), "--accelerator v5p has no size"),
         ((*WHERE, *WHAT, "--topology", "4x4"), "--topology takes a type without its size"),
@@ -424,7 +427,7 @@ def test_a_mistake_is_told_before_anything_is_done(cloud, words, message: str) -
     "words",
     [
         ("--dry-run", "--zone=us-west4-a", "--accelerator=v5litepod-16", *WHAT),
-        ("--dry-run", *WHERE, "--output", "gs://bucket/run", str(ROOT / CONFIG)),
+        ("--dry-run", *WHERE, "--output-dir", "gs://bucket/run", str(ROOT / CONFIG)),
     ],
 )
 def test_options_and_paths_may_be_written_in_other_ways(cloud, words: tuple[str, ...]) -> None:
@@ -521,7 +524,7 @@ def test_what_the_workers_run_trains_once_and_tells_how_it_ended(
     worker = Worker(cloud, tmp_path / "home", program, "TOKEN=secret\n")
     assert worker.run("outcome") == "outcome=none\n"
     log = worker.train()
-    settings = "output=gs://bucket/run data.input={facts} and 'quotes'"
+    settings = "output_dir=gs://bucket/run data.input={facts} and 'quotes'"
     line = f"got train {CONFIG} --distributed {settings}, secret"
     assert log == f"{line}\n"
     outcome = worker.run("outcome")

@@ -51,7 +51,7 @@ def run(
         "data": {"input": "{sum}=", "target": "{total}", "batch_size": 4},
         "train": {"steps": 12, "checkpoint_every": 3},
         "decode": {"max_new_tokens": 4},
-        "output": str(output),
+        "output_dir": str(output),
     }
     return fit(
         config.parse(values, overrides),

@@ -36,7 +36,7 @@ def fit(
     epochs: float | None = None,
     batch_size: int = 8,
     learning_rate: float = 1e-2,
-    output: str | Path | None = None,
+    output_dir: str | Path | None = None,
     overrides: Sequence[str] = (),
     console: Console | None = None,
     quiet: bool = False,
@@ -57,7 +57,7 @@ def fit(
         steps, epochs: the length of training; give one of them.
         batch_size: examples per step.
         learning_rate: the peak learning rate.
-        output: the run directory; None uses a temporary one. An interrupted run resumes.
+        output_dir: the run directory; None uses a temporary one. An interrupted run resumes.
         overrides: other config settings, in command-line syntax: "optim.schedule=cosine".
         console: the console for progress.
         quiet: show no progress.
@@ -103,7 +103,7 @@ def fit(
         "optim": {"learning_rate": learning_rate},
         "train": {"steps": steps, "epochs": epochs},
         "task": dataclasses.asdict(task or TaskConfig()),
-        "output": str(output or tempfile.mkdtemp(prefix="prefix_jax-")),
+        "output_dir": str(output_dir or tempfile.mkdtemp(prefix="prefix_jax-")),
     }
     run_config = config.parse(values, overrides)
     run = fit_config(run_config, pretrained=loaded, records=records, console=console, quiet=quiet)

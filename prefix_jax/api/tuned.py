@@ -97,12 +97,12 @@ class Tuned:
             prompts: one prompt or several: texts, which are used unchanged, or records, which the
                 template of the training data renders.
             on_text: called with (prompt index, sample index, next piece of text).
-            options: fields of `DecodeConfig`: max_new_tokens=100, beams=5, temperature=0.7, …; the
-                defaults come from `decode`.
+            options: fields of `DecodeConfig`: max_new_tokens=100, num_beams=5, temperature=0.7, …;
+                the defaults come from `decode`.
 
         Returns:
-            A text for one prompt, a list for several; with `samples` above 1, each text is replaced
-            by a list of texts.
+            A text for one prompt, a list for several; with `num_samples` above 1, each text is
+            replaced by a list of texts.
         """
         single = isinstance(prompts, str | Mapping)
         several = isinstance(prompts, Iterable) and not single
@@ -111,7 +111,7 @@ class Tuned:
         found = self.generations(listed, decode, on_text=on_text)
         texts = [
             generation.text
-            if decode.samples == 1
+            if decode.num_samples == 1
             else [continuation.text for continuation in generation.samples]
             for generation in found
         ]
@@ -353,7 +353,9 @@ class Tuned:
         """
         names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
         settings = build(EvaluateConfig, {"metrics": names, **options})
-        return self.compare(data, dataclasses.replace(settings, before=False), decode)["after"]
+        return self.compare(data, dataclasses.replace(settings, compare_baseline=False), decode)[
+            "after"
+        ]
 
     def compare(
         self,
@@ -362,11 +364,13 @@ class Tuned:
         decode: DecodeConfig | None = None,
         phase: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> dict[str, Evaluation]:
-        """Measures the prefix, as "after", and with `settings.before` the bare model as "before".
+        """Measures the prefix, as "after", and the bare model, as "before".
+
+        The latter only with `settings.compare_baseline`.
 
         Args:
             data: as for `evaluate`.
-            settings: metrics, labels, batch size and limit.
+            settings: metrics, labels, batch size and max_examples.
             decode: decoding options; None uses `decode` of this object.
             phase: returns a context manager for a phase with this name, for progress displays.
         """
@@ -386,7 +390,7 @@ class Tuned:
             if isinstance(data, Examples)
             else self.examples(data, references=needs_references(settings.metrics))
         )
-        prefixes: dict[str, Prefix | None] = {"before": None} if settings.before else {}
+        prefixes: dict[str, Prefix | None] = {"before": None} if settings.compare_baseline else {}
         prefixes["after"] = self.prefix
         return evaluator.compare(self.pretrained, prefixes, examples, phase, self.head)
 

@@ -21,8 +21,8 @@ from prefix_jax.prefix import Adapter, Geometry, Prefix, Produced, SiteName
 from prefix_jax.typed import build
 from prefix_jax.untrusted.values import Count, Probability, Size, require
 
-# 3 has a digest of the card. Everything else is as in 2.
-FORMAT_VERSION = 3
+# 3 added the digest of the card, 4 renamed fields: `upgrade` reads the older ones.
+FORMAT_VERSION = 4
 
 TaskKind = Literal["classify", "regress", "tag", "span", "choice"]
 # The fields of a head, and how many numbers a head of each kind makes where labels do not say.

@@ -21,6 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from prefix_jax.artifact.arrays import ArraySpec, from_arrays, prefix_spec, problems, to_arrays
 from prefix_jax.artifact.atomic_dir import SYSTEM_FILES, atomic_replace, backup_path
 from prefix_jax.artifact.card import FORMAT_VERSION, Card
+from prefix_jax.artifact.upgrade import upgrade
 from prefix_jax.errors import CheckpointError, ConfigError, PrefixError
 from prefix_jax.prefix import Produced
 from prefix_jax.typed import build
@@ -269,7 +270,7 @@ def _read_card(file: Path) -> tuple[Card, _Stored]:
     stored_fields = fields.pop("arrays", {})
     try:
         stored = build(_Stored, stored_fields, "arrays")
-        card = build(Card, fields)
+        card = build(Card, upgrade(fields))
     except ConfigError as error:
         raise PrefixError(f"{file} is damaged:\n{error}\n{_REMEDY}") from None
     if version >= _FIRST_WITH_DIGEST and digest != actual:

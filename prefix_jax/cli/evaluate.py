@@ -3,8 +3,8 @@
   prefix-jax evaluate runs/quickstart --data test.jsonl --metrics loss,bleu
 
 Templates, truncation and decoding are those of the training run. Settings
-override them: decode.beams=5, evaluate.limit=100, evaluate.batch_size=32,
-evaluate.before=true (also evaluates the model without the prefix).
+override them: decode.num_beams=5, evaluate.max_examples=100, evaluate.batch_size=32,
+evaluate.compare_baseline=true (also evaluates the model without the prefix).
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the prefix, the data, the metrics and the outputs."""
-    _stored.add_arguments(parser, "decode.beams=5, evaluate.limit=100, evaluate.before=true")
+    _stored.add_arguments(
+        parser, "decode.num_beams=5, evaluate.max_examples=100, evaluate.compare_baseline=true"
+    )
     parser.add_argument(
         "--data",
         metavar="FILE",

@@ -9,9 +9,9 @@ run's template; a prompt is used unchanged. Without either, the command asks for
 one record after another: Ctrl-C stops an answer, Ctrl-D ends.
 
 Decoding settings are those of the training run; override them as in
-decode.beams=5. Available are max_new_tokens, min_new_tokens, beams,
+decode.num_beams=5. Available are max_new_tokens, min_new_tokens, num_beams,
 length_penalty, early_stopping, temperature, top_k, top_p, min_p,
-repetition_penalty, no_repeat_ngram, banned_words, stop, samples, seed.
+repetition_penalty, no_repeat_ngram_size, banned_words, stop, num_samples, seed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the prefix, the prompts and the output."""
-    _stored.add_arguments(parser, "decode.max_new_tokens=200, decode.beams=5, …")
+    _stored.add_arguments(parser, "decode.max_new_tokens=200, decode.num_beams=5, …")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="prompt text, used unchanged")
     source.add_argument("--record", metavar="JSON", help="fields of one record")
@@ -90,7 +90,7 @@ def _answer(
     tuned: Tuned, decode: DecodeConfig, prompt: str | Mapping[str, Any], progress: Console
 ) -> None:
     """Prints the continuation of a prompt while it is generated."""
-    if decode.samples > 1:
+    if decode.num_samples > 1:
         with progress.status("generating"):
             (generation,) = tuned.generations([prompt], decode)
         for sample in generation.samples:
@@ -124,7 +124,7 @@ def _file(
     from prefix_jax.data.source import read_records
     from prefix_jax.evaluate.report import Prediction
 
-    total = len(read_records(source)) * decode.samples
+    total = len(read_records(source)) * decode.num_samples
     bar = Progress(console=progress, transient=True)
     task = bar.add_task("generating", total=total)
 

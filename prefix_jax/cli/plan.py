@@ -153,5 +153,5 @@ def config_of(args: argparse.Namespace) -> Config:
             )
         return configs.load(path, settings)
     # Required by the schema, but irrelevant to a plan.
-    values = {"data": {"target": "{text}"}, "train": {"steps": 1}, "output": "plan"}
+    values = {"data": {"target": "{text}"}, "train": {"steps": 1}, "output_dir": "plan"}
     return configs.parse(values, settings)

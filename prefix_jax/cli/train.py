@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=_usage.whole_number("--profile=5"),
         const=5,
-        help="trace this many steps for XProf (default: 5); short for train.profile=5",
+        help="trace this many steps for XProf (default: 5); short for train.profile_steps=5",
     )
     _processes.add_arguments(parser)
 
@@ -63,18 +63,18 @@ def run(args: argparse.Namespace) -> int:
     from prefix_jax.terminal.console import make_console
 
     if args.profile is not None:
-        args.settings.append(f"train.profile={args.profile}")
+        args.settings.append(f"train.profile_steps={args.profile}")
     config = configs.load(args.config, args.settings)
     console = make_console(highlight=False)
-    place = RunDirectory(config.output)
+    place = RunDirectory(config.output_dir)
     place.fetch()
     directory = place.directory
     results = read_results(directory, config) if _processes.is_first() else None
     if agreed(results is not None):
         if results is not None:
             console.print(
-                f"The run in {config.output} has finished; these are its results. To train again, "
-                "remove that directory or choose another with output=…",
+                f"The run in {config.output_dir} has finished; these are its results. To train "
+                "again, remove that directory or choose another with output_dir=…",
                 markup=False,
             )
     else:

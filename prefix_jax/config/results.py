@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from prefix_jax.config.checks import require
 from prefix_jax.config.examples import TaskName
@@ -57,10 +57,10 @@ class DecodeConfig:
         max_new_tokens: tokens generated at most; the start token of an encoder-decoder does not
             count.
         min_new_tokens: tokens before the end of text becomes possible.
-        beams: hypotheses kept by beam search; 1 is none.
+        num_beams: hypotheses kept by beam search; 1 is none.
         length_penalty: a finished beam's score is its log-probability over length to this power;
-            between -5 and 5. This and `early_stopping` need `beams` above 1.
-        early_stopping: when a beam search stops, as in transformers: true as soon as `beams`
+            between -5 and 5. This and `early_stopping` need `num_beams` above 1.
+        early_stopping: when a beam search stops, as in transformers: true as soon as `num_beams`
             hypotheses have finished; false once the best running beam scores no better than the
             worst of them; "never" once it could not even at its best possible length.
         temperature: divides the logits before sampling; 0 is greedy.
@@ -71,16 +71,22 @@ class DecodeConfig:
         min_p: drop tokens below this share of the likeliest token's probability; None is off.
         repetition_penalty: divides (positive) or multiplies (negative) the logits of tokens that
             have occurred (Keskar et al. 2019); 1 is off.
-        no_repeat_ngram: the length of n-grams that may not occur twice; 0 is off.
+        no_repeat_ngram_size: the length of n-grams that may not occur twice; 0 is off.
         banned_words: texts that are never generated.
         stop: texts that end the generation, and are cut from it.
-        samples: continuations per prompt.
+        num_samples: continuations per prompt.
         seed: of the sampling. What is drawn for a record also depends on its place in the file.
     """
 
+    RENAMED: ClassVar[dict[str, str]] = {
+        "beams": "num_beams",
+        "samples": "num_samples",
+        "no_repeat_ngram": "no_repeat_ngram_size",
+    }
+
     max_new_tokens: Size = 64
     min_new_tokens: Annotated[int, Range(0, 2**20)] = 0
-    beams: _Beams = 1
+    num_beams: _Beams = 1
     length_penalty: _LengthPenalty = 1.0
     early_stopping: bool | Literal["never"] = False
     temperature: NonNegativeFloat = 0.0
@@ -88,10 +94,10 @@ class DecodeConfig:
     top_p: Annotated[float, Range(0, 1, low_open=True)] | None = None
     min_p: Fraction | None = None
     repetition_penalty: PositiveFloat = 1.0
-    no_repeat_ngram: Annotated[int, Range(0, 1024)] = 0
+    no_repeat_ngram_size: Annotated[int, Range(0, 1024)] = 0
     banned_words: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
-    samples: _Samples = 1
+    num_samples: _Samples = 1
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -107,8 +113,8 @@ class DecodeConfig:
                 f"max_new_tokens {self.max_new_tokens}",
             ),
             (
-                not (sampling and self.beams > 1),
-                "beam search does not sample: give beams or a temperature",
+                not (sampling and self.num_beams > 1),
+                "beam search does not sample: give num_beams or a temperature",
             ),
             (
                 sampling or not narrow,
@@ -117,13 +123,13 @@ class DecodeConfig:
                 "and are null without",
             ),
             (
-                self.beams > 1 or not searching,
-                f"{', '.join(searching)} without beam search (beams is {self.beams}) would do "
-                f"nothing; set beams above 1, or use the default {defaults}",
+                self.num_beams > 1 or not searching,
+                f"{', '.join(searching)} without beam search (num_beams is {self.num_beams}) would "
+                f"do nothing; set num_beams above 1, or use the default {defaults}",
             ),
             (
-                sampling or self.samples <= max(self.beams, 1),
-                f"samples {self.samples} would be equal to each other: give a temperature, "
+                sampling or self.num_samples <= max(self.num_beams, 1),
+                f"num_samples {self.num_samples} would be equal to each other: give a temperature, "
                 "or as many beams",
             ),
             (
@@ -146,16 +152,18 @@ class EvaluateConfig:
             last of two labels, else the mean over all; of entities, for tags; of words, for spans),
             "f1_macro", "matthews", "pearson", "spearman", "exact_match".
         labels: the answers among which accuracy chooses; of generated text alone.
-        before: measure the bare model on the test data too, for comparison.
+        compare_baseline: measure the bare model on the test data too, for comparison.
         batch_size: examples at a time.
-        limit: examples at most, of each task where there are several; None takes all.
+        max_examples: examples at most, of each task where there are several; None takes all.
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {"before": "compare_baseline", "limit": "max_examples"}
 
     metrics: tuple[Metric, ...] = ("loss",)
     labels: tuple[str, ...] | None = None
-    before: bool = False
+    compare_baseline: bool = False
     batch_size: Size = 16
-    limit: PositiveInt | None = None
+    max_examples: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -201,8 +209,9 @@ def check_metrics(task: TaskName, evaluate: EvaluateConfig) -> None:
             f"there are {', '.join(known)}",
         ),
         (
-            not evaluate.before,
-            "evaluate.before measures the bare language model: a task has no head before training",
+            not evaluate.compare_baseline,
+            "evaluate.compare_baseline measures the bare language model: a task has no head before "
+            "training",
         ),
         (
             evaluate.labels is None,

@@ -7,7 +7,7 @@ stands for, and builds it.
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from prefix_jax.config.checks import require
 from prefix_jax.config.examples import DataConfig, TaskConfig
@@ -122,30 +122,36 @@ class OptimConfig:
             and values, 5e-5 under the paper's MLP, 0.3 for soft prompts with Adafactor.
         schedule: after the warmup, "constant", or "linear" or "cosine" down to 0 at the last step,
             or "exponential", which multiplies the rate by `decay` after every `decay_every` steps.
-        warmup: optimizer steps of linear growth from 0.
+        warmup_steps: optimizer steps of linear growth from 0.
         decay: of the schedule "exponential".
         decay_every: steps; those of an epoch, as P-tuning v2 has it for tags and spans.
         weight_decay: decoupled, times the learning rate.
-        clip: the global norm at which gradients of the trained part are clipped; None is off.
+        clip_norm: the global norm at which gradients of the trained part are clipped; None is off.
         b1: decay of the first moment, AdamW only.
         b2: decay of the second moment, AdamW only.
         eps: added to the root of the second moment, AdamW only.
-        accumulate: micro-batches per optimizer step; divides `data.batch_size`.
+        grad_accum_steps: micro-batches per optimizer step; divides `data.batch_size`.
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        "warmup": "warmup_steps",
+        "clip": "clip_norm",
+        "accumulate": "grad_accum_steps",
+    }
 
     name: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: PositiveFloat = 1e-2
     head_learning_rate: PositiveFloat | None = None
     schedule: Literal["constant", "linear", "cosine", "exponential"] = "linear"
-    warmup: Count = 0
+    warmup_steps: Count = 0
     decay: Annotated[float, Range(0, 1, low_open=True)] = 0.95
     decay_every: PositiveInt | None = None
     weight_decay: NonNegativeFloat = 0.0
-    clip: PositiveFloat | None = 1.0
+    clip_norm: PositiveFloat | None = 1.0
     b1: Fraction = 0.9
     b2: Fraction = 0.999
     eps: PositiveFloat = 1e-8
-    accumulate: Size = 1
+    grad_accum_steps: Size = 1
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -168,21 +174,23 @@ class TrainConfig:
         seed: of the initial values, the order of the data and dropout.
         eval_every: optimizer steps between evaluations on `data.dev`; None evaluates at the end.
         checkpoint_every: optimizer steps between checkpoints.
-        keep: how many of the latest checkpoints stay on disk; the best one stays besides.
+        keep_checkpoints: number of latest checkpoints to keep, in addition to the best one.
         patience: evaluations without improvement after which training stops; None never does.
         log_every: optimizer steps between lines of metrics.
-        profile: how many steps to trace for XProf, from the third one of a start on; None is none.
+        profile_steps: number of steps to trace for XProf, starting with the third; None is off.
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {"keep": "keep_checkpoints", "profile": "profile_steps"}
 
     steps: PositiveInt | None = None
     epochs: PositiveFloat | None = None
     seed: Seed = 0
     eval_every: PositiveInt | None = None
     checkpoint_every: PositiveInt = 100
-    keep: PositiveInt = 2
+    keep_checkpoints: PositiveInt = 2
     patience: PositiveInt | None = None
     log_every: PositiveInt = 10
-    profile: PositiveInt | None = None
+    profile_steps: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -266,7 +274,7 @@ class Config:
         model: the frozen backbone.
         data: examples.
         train: length of the run, evaluation and checkpoints.
-        output: the run directory.
+        output_dir: the run directory.
         method: what trains, by `name`, with the fields of that method; a bare name in YAML
             (`method: full`) stands for `{name: full}`.
         init: what the prefix is at first.
@@ -277,10 +285,12 @@ class Config:
         task: what is made of a text.
     """
 
+    RENAMED: ClassVar[dict[str, str]] = {"output": "output_dir"}
+
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    output: str
+    output_dir: str
     method: dict[str, Any] = dataclasses.field(default_factory=default_method)
     init: InitConfig = InitConfig()
     optim: OptimConfig = OptimConfig()
@@ -327,9 +337,9 @@ class Config:
             ),
             (isinstance(self.method.get("name"), str), "method.name must name a method"),
             (
-                self.data.batch_size % self.optim.accumulate == 0,
+                self.data.batch_size % self.optim.grad_accum_steps == 0,
                 f"data.batch_size {self.data.batch_size} does not divide into "
-                f"optim.accumulate {self.optim.accumulate} micro-batches",
+                f"optim.grad_accum_steps {self.optim.grad_accum_steps} micro-batches",
             ),
         )
 

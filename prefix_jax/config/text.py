@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 
 from prefix_jax.config.schema import Config, default_method
-from prefix_jax.errors import ConfigError
+from prefix_jax.errors import ConfigError, RenamedKeyError
 from prefix_jax.typed import Problem, construct, hint_at, plain, shown, takes_text
 from prefix_jax.untrusted.paths import read_text
 from prefix_jax.untrusted.yaml import add_core_schema, parse_yaml
@@ -87,7 +87,8 @@ def sections(
     problems: list[Problem] = []
     config = construct(cls, values, "", problems)
     if config is None:
-        raise ConfigError(
+        old = any(problem.renamed for problem in problems)
+        raise (RenamedKeyError if old else ConfigError)(
             "\n".join(f"{_origin(problem, given, source)}: {problem}" for problem in problems)
         )
     return config
@@ -101,7 +102,7 @@ def _origin(problem: Problem, given: Mapping[str, str], source: str) -> str:
         if key in given:
             return f"override {_shorten(given[key])}"
         key = key.rpartition(".")[0]
-    if problem.text.startswith("unknown key"):
+    if problem.renamed or problem.text.startswith("unknown key"):
         for key, override in given.items():
             if key.startswith(f"{problem.key}."):
                 return f"override {_shorten(override)}"

@@ -123,7 +123,7 @@ class Packing:
         pack: put several examples into a row. Otherwise row i is example i, padded on the right.
         rows_multiple: the number of rows of a micro-batch is a multiple of this (the mesh's batch
             shards).
-        accumulate: micro-batches per batch, all of one shape.
+        grad_accum_steps: micro-batches per batch, all of one shape.
         shapes: preferred shapes, from `choose_shapes`. A batch that fits none of these gets a shape
             from a coarse ladder.
         branches: whether examples may share their source in a row: see `branching`. Without
@@ -132,7 +132,7 @@ class Packing:
 
     pack: bool = True
     rows_multiple: int = 1
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     shapes: tuple[Shape, ...] = ()
     branches: bool = True
 
@@ -182,7 +182,7 @@ def arrange(items: Sequence[Item], packing: Packing) -> Layout:
         return Layout(shape, rows, tuple(items), packing.branches)
 
     for shape in sorted(packing.shapes, key=lambda shape: (shape.cost, shape)):
-        if not packing.pack and shape.rows * packing.accumulate < len(items):
+        if not packing.pack and shape.rows * packing.grad_accum_steps < len(items):
             continue
         if shape.rows not in rows_of:
             rows_of[shape.rows] = _spread(items, shape.rows, packing)
@@ -254,10 +254,13 @@ def materialise(
             count of examples still covers the whole batch.
     """
     shape = layout.shape
-    accumulate = len(layout.rows) // shape.rows
+    grad_accum_steps = len(layout.rows) // shape.rows
     index, count = part
     size = shape.rows // count
-    of_tokens, of_targets = (accumulate, size, shape.columns), (accumulate, size, shape.targets)
+    of_tokens, of_targets = (
+        (grad_accum_steps, size, shape.columns),
+        (grad_accum_steps, size, shape.targets),
+    )
     ids, group, branch, position = (_zeros(*of_tokens) for _ in range(4))
     segment = None if examples[0].segment_T is None else _zeros(*of_tokens)
     task = None if examples[0].task is None else _zeros(*of_tokens)
@@ -265,10 +268,10 @@ def materialise(
     weight = _zeros(*of_targets, dtype=np.float32)
     question = _zeros(*of_targets) if examples[0].candidates else None
     read_ids, read_group, read_position = (
-        _zeros(accumulate, size, shape.sources) for _ in range(3)
+        _zeros(grad_accum_steps, size, shape.sources) for _ in range(3)
     )
     read_task = None if task is None else np.zeros_like(read_ids)
-    counts = _zeros(accumulate, dtype=np.float32)
+    counts = _zeros(grad_accum_steps, dtype=np.float32)
     for number, blocks in enumerate(layout.rows):
         micro, row = divmod(number, shape.rows)
         counts[micro] += sum(len(block.members) for block in blocks)
@@ -326,7 +329,7 @@ def materialise(
         ),
         question_BM=question,
     )
-    return batch if accumulate > 1 else jax.tree.map(lambda leaf: leaf[0], batch)
+    return batch if grad_accum_steps > 1 else jax.tree.map(lambda leaf: leaf[0], batch)
 
 
 def _parts(example: Example, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -345,7 +348,7 @@ def _zeros(*shape: int, dtype: Any = np.int32) -> Any:
 
 def _spread(items: Sequence[Item], rows: int, packing: Packing) -> list[list[Block]]:
     """Spreads the items over the rows of all micro-batches as evenly as possible."""
-    rows *= packing.accumulate
+    rows *= packing.grad_accum_steps
     spread: list[list[Block]] = [[] for _ in range(rows)]
     if not packing.pack:
         for i in range(len(items)):
@@ -410,7 +413,7 @@ def _extent(spread: Sequence[Sequence[Block]]) -> tuple[int, int, int]:
 def _row_counts(examples: int, packing: Packing) -> list[int]:
     """Lists row counts to try, from one to the number of examples, in steps of 1.3 to 1.5."""
     unit = packing.rows_multiple
-    most = -(-examples // (unit * packing.accumulate)) * unit
+    most = -(-examples // (unit * packing.grad_accum_steps)) * unit
     if not packing.pack:
         return [most]
     steps = [1, *(k << j for k in (2, 3) for j in range(most.bit_length()))]

@@ -125,7 +125,7 @@ class Pipeline:
         pack: bool = True,
         group_by_source: bool = False,
         rows_multiple: int = 1,
-        accumulate: int = 1,
+        grad_accum_steps: int = 1,
         part: tuple[int, int] = (0, 1),
     ):
         """Measures the examples and chooses the shapes of their batches.
@@ -139,7 +139,7 @@ class Pipeline:
                 share its tokens in a row.
             rows_multiple: the mesh's batch shards; the rows of a micro-batch are a multiple of
                 this.
-            accumulate: micro-batches per step; above 1, batches have a leading axis.
+            grad_accum_steps: micro-batches per step; above 1, batches have a leading axis.
             part: (i, n) for host i of n, which gets the i-th part of each micro-batch's rows.
 
         Raises:
@@ -147,11 +147,11 @@ class Pipeline:
                 not divisible by the hosts.
             DataError: an example has no target.
         """
-        if batch_size % (rows_multiple * accumulate):
+        if batch_size % (rows_multiple * grad_accum_steps):
             raise MeshError(
                 f"batch_size {batch_size} is not divisible by {rows_multiple} batch shards x "
-                f"{accumulate} micro-batches; "
-                f"choose a multiple of {rows_multiple * accumulate}"
+                f"{grad_accum_steps} micro-batches; "
+                f"choose a multiple of {rows_multiple * grad_accum_steps}"
             )
         _check_hosts(rows_multiple, part[1])
         self._examples = examples
@@ -162,7 +162,7 @@ class Pipeline:
         packing = Packing(
             pack=pack,
             rows_multiple=rows_multiple,
-            accumulate=accumulate,
+            grad_accum_steps=grad_accum_steps,
             branches=branching(self._items, pack),
         )
         sample = range(min(max(_SAMPLE // batch_size, 16), 512))

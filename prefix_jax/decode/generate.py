@@ -68,7 +68,7 @@ class Generator:
         on_text: OnText | None = None,
         on_done: Callable[[int, Generation], None] | None = None,
     ) -> list[Generation]:
-        """Generates `config.samples` continuations of every prompt.
+        """Generates `config.num_samples` continuations of every prompt.
 
         The results depend neither on the batch size nor on the other prompts. Sampling depends on
         the seed and on the prompt's position in the list.
@@ -202,8 +202,8 @@ class Generator:
             return Writer(stream, eos, on_text and functools.partial(on_text, index, sample))
 
         rows = [names[index] for index in prompts]
-        writers = [[writer(index, m) for m in range(config.samples)] for index in prompts]
-        if config.beams > 1:
+        writers = [[writer(index, m) for m in range(config.num_samples)] for index in prompts]
+        if config.num_beams > 1:
             return self._finish_beams(search, state, config, writers, rows)
         interval = 1 if on_text else _STOP_INTERVAL if config.stop else config.max_new_tokens
         return self._finish_draws(search, state, config, writers, rows, interval)

@@ -41,17 +41,17 @@ def make_search(
         min_new=_unless(0, config.min_new_tokens, np.int32),
         repetition_penalty=_unless(1, config.repetition_penalty),
         banned=banned_sequences(config.banned_words, tokenizer, eos),
-        no_repeat_ngram=config.no_repeat_ngram or None,
+        no_repeat_ngram_size=config.no_repeat_ngram_size or None,
         first=_unless(-1, first, np.int32),
         last=_unless(-1, last, np.int32),
     )
-    if config.beams > 1:
+    if config.num_beams > 1:
         return Beam(
             constraints,
             length_penalty=jnp.float32(config.length_penalty),
             early_stopping=jnp.bool_(config.early_stopping is True),
             patient=jnp.bool_(config.early_stopping == "never"),
-            width=config.beams,
+            width=config.num_beams,
         )
     if config.temperature == 0:
         return Draw(constraints, None, None)
@@ -62,7 +62,9 @@ def make_search(
         top_k=config.top_k,
     )
     numbers = np.array(prompts, np.int32)
-    return Draw(constraints, sampling, _keys(config.seed, numbers, config.samples), config.samples)
+    return Draw(
+        constraints, sampling, _keys(config.seed, numbers, config.num_samples), config.num_samples
+    )
 
 
 def banned_sequences(

@@ -28,7 +28,7 @@ class Constraints:
         repetition_penalty: divides (if positive) or multiplies (if negative) the scores of tokens
             that have already occurred, including in the prompt.
         banned: token sequences that must not be completed, one array [words, length] per length.
-        no_repeat_ngram: the size of n-grams that must not occur twice, including in the prompt.
+        no_repeat_ngram_size: size of n-grams that must not occur twice, including in the prompt.
         first: the token that must come first; None for any.
         last: the token that must come at the length limit; None for any.
     """
@@ -37,7 +37,7 @@ class Constraints:
     min_new: jax.Array | None = None
     repetition_penalty: jax.Array | None = None
     banned: tuple[jax.Array, ...] = ()
-    no_repeat_ngram: int | None = flax.struct.field(pytree_node=False, default=None)
+    no_repeat_ngram_size: int | None = flax.struct.field(pytree_node=False, default=None)
     first: jax.Array | None = None
     last: jax.Array | None = None
 
@@ -80,8 +80,8 @@ def constrain(
     c = constraints
     if c.repetition_penalty is not None:
         scores_RV = penalise_repetition(scores_RV, ids_RW, length_R, c.repetition_penalty)
-    if c.no_repeat_ngram is not None:
-        scores_RV = forbid_ngrams(scores_RV, ids_RW, length_R, c.no_repeat_ngram)
+    if c.no_repeat_ngram_size is not None:
+        scores_RV = forbid_ngrams(scores_RV, ids_RW, length_R, c.no_repeat_ngram_size)
     for banned_XY in c.banned:
         scores_RV = forbid_words(scores_RV, ids_RW, length_R, banned_XY)
     if c.min_new is not None:

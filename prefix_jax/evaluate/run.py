@@ -59,7 +59,7 @@ class Evaluator:
         model: backbone and method.
         tokenizer: the backbone's tokenizer.
         mesh: the mesh of the backbone's weights.
-        config: metrics, labels, batch size and limit.
+        config: metrics, labels, batch size and max_examples.
         decode: decoding options.
         task: the task, with its labels.
         ends: the tokens that end a generated text; None uses the defaults of `Generator`.
@@ -142,10 +142,12 @@ class Evaluator:
         if "accuracy" in names:
             sides = self._model.encoder_decoder
             room = self._model.room if sides is None else sides.max_target
-            self._candidates(examples[: self._config.limit], room)
+            self._candidates(examples[: self._config.max_examples], room)
         if names <= {*LIKELIHOOD_METRICS}:
             return
-        longest = max(examples[: self._config.limit], key=lambda example: example.prompt_length)
+        longest = max(
+            examples[: self._config.max_examples], key=lambda example: example.prompt_length
+        )
         sides, new = self._model.encoder_decoder, self._decode.max_new_tokens
         # The input of an encoder was cut to fit, and its decoder holds only the generated text.
         room = self._model.room if sides is None else sides.max_target
@@ -198,7 +200,7 @@ class Evaluator:
         head: Params | None,
     ) -> Evaluation:
         """Measures the prefix of one task."""
-        examples = examples[: self._config.limit]
+        examples = examples[: self._config.max_examples]
         if head is not None:
             return self._measure_answers(params, head, prefix, examples, names)
         values: dict[str, float] = {}

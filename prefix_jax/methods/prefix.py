@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +18,21 @@ from prefix_jax.typed import Count, Width
 class PrefixTuning(SiteMethod):
     """Trains the keys and values directly, or the paper's MLP that computes them.
 
-    Without `mid`, this is also the prefix of P-tuning v2 (Liu et al. 2022) and of PEFT's
-    `PrefixTuningConfig`. With `mid`, the parameters are an embedding per slot and an MLP, separate
-    for every site: Embedding(P, D) → Linear(mid) → tanh → Linear(L · 2 · K · H). After training,
-    only the output of the MLP is stored.
+    Without `mid_dim`, this is also the prefix of P-tuning v2 (Liu et al. 2022) and of PEFT's
+    `PrefixTuningConfig`. With `mid_dim`, the parameters are an embedding per slot and an MLP,
+    separate for every site: Embedding(P, D) → Linear(mid_dim) → tanh → Linear(L · 2 · K · H). After
+    training, only the output of the MLP is stored.
 
     Attributes:
-        mid: the width of the MLP (512 or 800 in the paper); None trains keys and values directly.
+        mid_dim: width of the MLP (512 or 800 in the paper); None trains keys and values directly.
         offset: the position of the first token of text; None for P, as in PEFT. 0 leaves positions
             unshifted, as in the paper's code for BART.
         pinned: keeps the prefix visible after a sliding window has moved past it.
     """
 
-    mid: Width | None = None
+    RENAMED: ClassVar[dict[str, str]] = {"mid": "mid_dim"}
+
+    mid_dim: Width | None = None
     offset: Count | None = None
     pinned: bool = False
 
@@ -58,7 +61,7 @@ class PrefixTuning(SiteMethod):
     def _init_site(
         self, rng: jax.Array, d_model: int, shape: SiteShape, start: KVPrefix | None
     ) -> Params:
-        P, D, X = self.length, d_model, self.mid
+        P, D, X = self.length, d_model, self.mid_dim
         L, K, H = shape.layers, shape.kv_heads, shape.head_dim
         if X is None:
             if start is None:
@@ -89,7 +92,7 @@ class PrefixTuning(SiteMethod):
         sites: dict[SiteName, Site] = {}
         for number, name in enumerate(name for name in SITES if name in params):
             site = params[name]
-            if self.mid is None:
+            if self.mid_dim is None:
                 k_LPKH, v_LPKH = site["k_LPKH"], site["v_LPKH"]
             else:
                 k_LPKH, v_LPKH = jnp.einsum("PLCKH->CLPKH", _mlp(site))

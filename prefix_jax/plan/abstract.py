@@ -138,7 +138,10 @@ class AbstractRun:
             targets = min(tokens, most) if all_of_them else 1
         if not 1 <= targets <= most:
             raise ConfigError(f"--targets {targets}: must be at least 1 and at most {most:,}")
-        count, micro = data.batch_size, self.config.optim.accumulate if self.job == "train" else 1
+        count, micro = (
+            data.batch_size,
+            self.config.optim.grad_accum_steps if self.job == "train" else 1,
+        )
         if two_sided is None:
             return Rows(count, tokens, targets, 0, micro)
         return Rows(count, targets, targets, tokens, micro)

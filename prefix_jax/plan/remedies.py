@@ -72,7 +72,7 @@ def _changes(
     for micro in dict.fromkeys((2 * rows.micro, most)):
         if rows.micro < micro <= most and rows.rows % (micro * shards) == 0:
             changed = dataclasses.replace(rows, micro=micro)
-            yield f"optim.accumulate={micro}", run, changed, sizes
+            yield f"optim.grad_accum_steps={micro}", run, changed, sizes
     for split in _meshes(failed, run, rows):
         if topology.together(split["sequence"] * split["tensor"]):
             yield _settings(split, run.config.mesh), run, rows, split

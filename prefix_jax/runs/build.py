@@ -126,7 +126,7 @@ def build_run(
         pack=config.data.pack and model.packs,
         group_by_source=config.data.group_by_source,
         rows_multiple=batch_shards(mesh),
-        accumulate=config.optim.accumulate,
+        grad_accum_steps=config.optim.grad_accum_steps,
         part=(jax.process_index(), jax.process_count()),
     )
     steps = config.train.steps

@@ -177,7 +177,7 @@ class Checkpoints:
         if agreed(bool(self.steps())):
             raise CheckpointError(
                 f"every checkpoint in {self.directory} is damaged; "
-                "put back a copy of one, or choose another output to start from step 0"
+                "put back a copy of one, or choose another output_dir to start from step 0"
             )
         return None
 

@@ -27,11 +27,12 @@ def careless(
 
 def _schedule(config: Config, steps: int) -> Iterator[str]:
     optim = config.optim
-    if optim.warmup > steps:
-        reached = optim.learning_rate * steps / optim.warmup
+    if optim.warmup_steps > steps:
+        reached = optim.learning_rate * steps / optim.warmup_steps
         yield (
-            f"optim.warmup is {optim.warmup}, and the run has {steps} steps: the learning rate "
-            f"only reaches {reached:.2g} of {optim.learning_rate:g}; lower optim.warmup"
+            f"optim.warmup_steps is {optim.warmup_steps}, and the run has {steps} steps: the "
+            f"learning rate only reaches {reached:.2g} of {optim.learning_rate:g}; lower "
+            "optim.warmup_steps"
         )
     if optim.decay_every is not None and optim.decay_every >= steps:
         yield (

@@ -133,7 +133,7 @@ class FileLock(Lock):
         except OSError as error:
             self._remove_made()
             raise CheckpointError(
-                f"cannot write to {self._directory}: {explain(error)}; choose another output"
+                f"cannot write to {self._directory}: {explain(error)}; choose another output_dir"
             ) from error
         except PrefixJaxError:
             self._remove_made()
@@ -186,17 +186,17 @@ class FileLock(Lock):
         if owner is None:
             return (
                 f"{self._directory}: locked by another process; wait until it has ended, or "
-                f"choose another output (if there is no such process, remove {self._path})"
+                f"choose another output_dir (if there is no such process, remove {self._path})"
             )
         if owner.here or certain:
             return (
                 f"{self._directory}: another run is writing there ({owner}); wait until it has "
-                "ended, stop it, or choose another output"
+                "ended, stop it, or choose another output_dir"
             )
         return (
             f"{self._directory}: locked by a run on another host ({owner}), and "
             f"{socket.gethostname()} cannot see whether that run has ended; if it has, remove "
-            f"{self._path} and start again, else choose another output"
+            f"{self._path} and start again, else choose another output_dir"
         )
 
     def release(self) -> None:

@@ -180,7 +180,7 @@ def train(
         begun = time.perf_counter()
         with watch.doing(f"reading the batch of step {done + 1}"):
             micro = next(batches)
-            if config.optim.accumulate == 1:
+            if config.optim.grad_accum_steps == 1:
                 micro = jax.tree.map(lambda leaf: leaf[None], micro)
             placed = place_rows(micro, setup.mesh, leading=1)
         busy = time.perf_counter() - begun

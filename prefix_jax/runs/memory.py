@@ -20,7 +20,7 @@ from prefix_jax.model import PrefixModel
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _REMEDY = (
-    "lower data.batch_size (or raise optim.accumulate), data.max_length or the sizes of the "
+    "lower data.batch_size (or raise optim.grad_accum_steps), data.max_length or the sizes of the "
     "method, set model.remat or model.quantize, or split over more devices with mesh.fsdp; "
     "prefix-jax plan shows what fits"
 )
@@ -70,7 +70,7 @@ def check_memory(
     tokens = sum(
         len(e.ids_T if e.source_ids_S is None else e.source_ids_S) for e in examples
     ) / len(examples)
-    rows = config.data.batch_size / config.optim.accumulate / batch_shards(mesh)
+    rows = config.data.batch_size / config.optim.grad_accum_steps / batch_shards(mesh)
     layers = geometry.main.layers if getattr(method, "layers", None) is None else 1
     needed = int(rows * tokens * geometry.d_model * layers * 2 / shards(mesh, ("sequence",)))
     if needed > room:

@@ -84,7 +84,7 @@ def read_results(directory: Path, config: Config) -> Results | None:
     except (PrefixJaxError, ValueError) as error:
         remedy = "remove it, and the run measures again"
         if isinstance(error.__cause__, OSError):
-            remedy = "give this user the right to read it, or choose another output"
+            remedy = "give this user the right to read it, or choose another output_dir"
         why = str(error).removeprefix(f"{path}: ").removeprefix("cannot be read ")
         raise CheckpointError(f"{path} cannot be read ({why.strip('()')}); {remedy}") from error
 
@@ -110,4 +110,6 @@ def _predictions(directory: Path, name: str) -> Path:
 
 def _digest(config: Config) -> str:
     """Tells whether results are those of a config; its directory may have moved since."""
-    return hashlib.sha256(configs.dump(dataclasses.replace(config, output="")).encode()).hexdigest()
+    return hashlib.sha256(
+        configs.dump(dataclasses.replace(config, output_dir="")).encode()
+    ).hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 from prefix_jax import config as configs
 from prefix_jax.config import Config
 from prefix_jax.data.batch import Example
-from prefix_jax.errors import CheckpointError, ConfigError
+from prefix_jax.errors import CheckpointError, ConfigError, RenamedKeyError
 from prefix_jax.runs.build import Setup
 from prefix_jax.runs.checkpoints import Checkpoints
 from prefix_jax.runs.loop import Progress
@@ -22,15 +22,15 @@ from prefix_jax.untrusted.paths import read_text
 
 # What a run that goes on may be told otherwise than before. The rest decides its numbers.
 _FREE = (
-    "output",
+    "output_dir",
     "mesh",
     "evaluate",
     "decode",
     "train.eval_every",
     "train.checkpoint_every",
-    "train.keep",
+    "train.keep_checkpoints",
     "train.log_every",
-    "train.profile",
+    "train.profile_steps",
 )
 
 # How long a run lasts: one that has ended can only be continued by a run of its own.
@@ -48,8 +48,8 @@ def refuse_another_run(place: RunDirectory, config: Config) -> None:
     for outer in inner.parents:
         if inner.relative_to(outer).parts[0] in WRITTEN and _holds_run(outer):
             raise ConfigError(
-                f"output {directory} is inside the run in {outer}, which replaces and deletes its "
-                "own files; choose another output"
+                f"output_dir {directory} is inside the run in {outer}, which replaces and deletes "
+                "its own files; choose another output_dir"
             )
     path = directory / CONFIG
     if not os.path.lexists(path):
@@ -59,7 +59,7 @@ def refuse_another_run(place: RunDirectory, config: Config) -> None:
         if found:
             raise ConfigError(
                 f"{directory} was not written by a run, and {', '.join(found)} in it would be "
-                "replaced; choose another output"
+                "replaced; choose another output_dir"
             )
         return
     try:
@@ -68,9 +68,15 @@ def refuse_another_run(place: RunDirectory, config: Config) -> None:
         if not place.has_checkpoints():
             raise ConfigError(f"{path} was not written by a run and would be replaced")
         before = configs.load(path)
+    except RenamedKeyError as error:
+        raise ConfigError(
+            f"{directory} holds a run of an older prefix_jax, whose {CONFIG} this version cannot "
+            "resume; finish it with that version, or choose another output_dir (to start from its "
+            f"stored prefix: init.start=prefix init.path={directory})"
+        ) from error
     except ConfigError as error:
         raise ConfigError(
-            f"{directory} does not hold a run to resume: {error}; choose another output"
+            f"{directory} does not hold a run to resume: {error}; choose another output_dir"
         ) from error
     old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))
     differing = [
@@ -81,11 +87,11 @@ def refuse_another_run(place: RunDirectory, config: Config) -> None:
     ]
     if differing:
         named = ", ".join(f"{key} ({old.get(key)}, not {new.get(key)})" for key in differing)
-        remedy = "choose another output, or remove that directory to start from step 0"
+        remedy = "choose another output_dir, or remove that directory to start from step 0"
         if _LENGTH.issuperset(differing) and (directory / "prefix").is_dir():
             remedy = (
-                "to train its prefix further, choose another output and start from the prefix: "
-                f"init.start=prefix init.path={directory} output=…"
+                "to train its prefix further, choose another output_dir and start from the prefix: "
+                f"init.start=prefix init.path={directory} output_dir=…"
             )
         raise ConfigError(f"{directory} holds a run with another {named}; {remedy}")
 
@@ -148,13 +154,13 @@ def restore(
     if not {"progress", *identity} <= metadata.keys():
         raise CheckpointError(
             f"the checkpoints in {checkpoints.directory} were not written by prefix-jax train; "
-            "choose another output"
+            "choose another output_dir"
         )
     for key, what in (("fingerprint", "another backbone"), ("examples", "other training examples")):
         if metadata[key] != identity[key]:
             raise CheckpointError(
                 f"the run in {checkpoints.directory.parent} began with {what} "
                 f"({key} {metadata[key][:12]}…, not {identity[key][:12]}…); "
-                "choose another output, or put back what it began with"
+                "choose another output_dir, or put back what it began with"
             )
     return state, Progress(**metadata["progress"])

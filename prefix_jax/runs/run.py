@@ -101,7 +101,7 @@ def fit(
             run writes to the output, a disk is full, or the loss is not finite. What was saved
             before stays.
     """
-    place = RunDirectory(config.output)
+    place = RunDirectory(config.output_dir)
     with place.owned():
         return _fit(config, place, pretrained, records, console or Console(), quiet)
 
@@ -141,7 +141,7 @@ def _fit(
         # Last, and however the run ends.
         stack.callback(place.publish)
         checkpoints = stack.enter_context(
-            Checkpoints(place.checkpoints, config.train.keep, warnings.append)
+            Checkpoints(place.checkpoints, config.train.keep_checkpoints, warnings.append)
         )
         identity = identity_of(setup)
         state, progress = restore(setup, checkpoints, identity)
@@ -162,7 +162,7 @@ def _fit(
         # Where a process stands still, it alone can say so.
         warn = report.warning if first else print_warning
         watch = Watchdog(warn, host_names(), jax.process_index())
-        profile = Profiler(directory / "profile", int(state.step), config.train.profile)
+        profile = Profiler(directory / "profile", int(state.step), config.train.profile_steps)
         with stop_signal() as stop, watch, profile:
             state = train(
                 setup,
@@ -264,9 +264,9 @@ def _finish(
 
     evaluations: dict[str, Evaluation] = {}
     if "test" in setup.splits:
-        both = ", before and after" if setup.config.evaluate.before else ""
+        both = ", before and after" if setup.config.evaluate.compare_baseline else ""
         report.message(f"measuring on {len(setup.splits['test']):,} test examples{both}")
-        bare = {"before": None} if setup.config.evaluate.before else {}
+        bare = {"before": None} if setup.config.evaluate.compare_baseline else {}
         tuned = {"after": prefix}
         weights = [(pretrained, bare | tuned)]
         if produced is None:

@@ -58,7 +58,7 @@ class RunDirectory:
     to the bucket, and `publish` the bucket equal to it. Both touch only what a run writes.
 
     Args:
-        output: of the config.
+        output: `Config.output_dir`.
 
     Attributes:
         directory: where the first process finds and writes all files but the checkpoints.
@@ -79,17 +79,19 @@ class RunDirectory:
             self.directory = Path("runs") / bucket / path
             if importlib.util.find_spec("gcsfs") is None:
                 raise ConfigError(
-                    f"output {output}: a bucket takes one more package: "
+                    f"output_dir {output}: a bucket takes one more package: "
                     "pip install 'prefix-jax[gcs]'"
                 )
         # Orbax takes a directory below "gs:" for an address, too.
         elif re.search(r"(^|/)\w+:/", output):
-            raise ConfigError(f"output {output}: give a directory, or a bucket as gs://BUCKET/PATH")
+            raise ConfigError(
+                f"output_dir {output}: give a directory, or a bucket as gs://BUCKET/PATH"
+            )
         else:
             try:
                 self.directory = expand(output, ConfigError)
             except ConfigError as error:
-                raise ConfigError(f"output {error}") from None
+                raise ConfigError(f"output_dir {error}") from None
 
     @property
     def checkpoints(self) -> epath.Path:
@@ -112,7 +114,7 @@ class RunDirectory:
                     failure = error
             if agreed(failure is not None):
                 raise failure or ConfigError(
-                    f"{self._output}: the first process could not lock the output; see its log"
+                    f"{self._output}: the first process could not lock output_dir; see its log"
                 )
             yield
 
@@ -120,11 +122,13 @@ class RunDirectory:
     def _locked(self) -> Iterator[None]:
         if self.directory.is_symlink() and not self.directory.exists():
             raise ConfigError(
-                f"output {self.directory} is a symbolic link to {self.directory.readlink()}, which "
-                "does not exist; create that directory, or choose another output"
+                f"output_dir {self.directory} is a symbolic link to {self.directory.readlink()}, "
+                "which does not exist; create that directory, or choose another output_dir"
             )
         if self.directory.exists() and not self.directory.is_dir():
-            raise ConfigError(f"output {self.directory} is a file; choose a directory for the run")
+            raise ConfigError(
+                f"output_dir {self.directory} is a file; choose a directory for the run"
+            )
         locks: list[Lock] = [FileLock(self.directory)]
         if self._remote is not None:
             locks.append(BucketLock(str(self._remote), _tell))
@@ -168,7 +172,7 @@ class RunDirectory:
             what = "is not a working copy" if found is None else f"is the working copy of {found}"
             raise ConfigError(
                 f"{self.directory} {what}, and fetching {self._remote} would replace its files; "
-                "move it away, or choose another output"
+                "move it away, or choose another output_dir"
             )
 
     def _fetch(self, remote: epath.Path) -> None:
@@ -256,15 +260,15 @@ def _parse(output: str) -> tuple[str, str]:
     parts = path.split("/")
     if not path:
         raise ConfigError(
-            f"output {output}: name a folder of the bucket, gs://BUCKET/PATH: a run needs one of "
-            "its own"
+            f"output_dir {output}: name a folder of the bucket, gs://BUCKET/PATH: a run needs one "
+            "of its own"
         )
     for part in (bucket, *parts):
         # The working copy has the same path below `runs`. The other characters are wildcards, or
         # separate versions of an object.
         if part in ("", ".", "..") or re.search(r"[\x00-\x1f\x7f\\*?\[\]#]", part):
             raise ConfigError(
-                f"output {output}: {part!r} cannot be a part of gs://BUCKET/PATH; give plain "
+                f"output_dir {output}: {part!r} cannot be a part of gs://BUCKET/PATH; give plain "
                 "names, without '..' and without any of \\ * ? [ ] #"
             )
     return bucket, path

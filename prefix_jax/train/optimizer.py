@@ -18,7 +18,7 @@ def make_schedule(config: OptimConfig, steps: int, peak: float | None = None) ->
         steps: of the whole run; linear and cosine reach 0 there.
         peak: None takes that of the config.
     """
-    peak, warmup = config.learning_rate if peak is None else peak, config.warmup
+    peak, warmup = config.learning_rate if peak is None else peak, config.warmup_steps
     rest = max(steps - warmup, 1)
     after = {
         "constant": optax.constant_schedule(peak),
@@ -58,8 +58,8 @@ def make_optimizer(
         update = optax.multi_transform(
             {"prefix": update, "head": _rule(config, head_schedule)}, part_of
         )
-    if config.clip is not None:
-        update = optax.chain(optax.clip_by_global_norm(config.clip), update)
+    if config.clip_norm is not None:
+        update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
     return optax.multi_transform({"train": update, "freeze": optax.set_to_zero()}, labels)
 
 

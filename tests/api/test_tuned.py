@@ -33,7 +33,7 @@ def model(tiny_model_dir: Path) -> pj.Pretrained:
 def tuned(model: pj.Pretrained, tmp_path_factory: pytest.TempPathFactory) -> pj.Tuned:
     output = tmp_path_factory.mktemp("tuned")
     return pj.fit(
-        model, pj.PrefixTuning(length=4), tiny_runs.RECORDS, **TEMPLATES, **SHORT, output=output
+        model, pj.PrefixTuning(length=4), tiny_runs.RECORDS, **TEMPLATES, **SHORT, output_dir=output
     )
 
 
@@ -69,7 +69,7 @@ def test_records_texts_and_lists_are_prompts(tuned: pj.Tuned) -> None:
     one = tuned.generate(record, max_new_tokens=6)
     assert tuned.generate(text, max_new_tokens=6) == one
     assert tuned.generate([record, "3+1="], max_new_tokens=6)[0] == one
-    several = tuned.generate([text], max_new_tokens=6, samples=3, temperature=1.0)
+    several = tuned.generate([text], max_new_tokens=6, num_samples=3, temperature=1.0)
     assert len(several) == 1
     assert len(several[0]) == 3
     pieces: list[str] = []
@@ -85,7 +85,7 @@ def test_options_override_stored_options_that_conflict(tuned: pj.Tuned) -> None:
         old.generate("1+2=")
     expected = tuned.generate("1+2=", max_new_tokens=4)
     assert old.generate("1+2=", length_penalty=1.0) == expected
-    assert isinstance(old.generate("1+2=", beams=2), str)
+    assert isinstance(old.generate("1+2=", num_beams=2), str)
 
 
 @pytest.mark.parametrize("arrays", ["orbax", "safetensors"])
@@ -110,7 +110,9 @@ def test_run_directory_loads_its_own_backbone(tuned: pj.Tuned) -> None:
 def test_baking_does_not_change_generated_text(
     model: pj.Pretrained, tmp_path: Path, method: object
 ) -> None:
-    tuned = pj.fit(model, method, tiny_runs.RECORDS, **TEMPLATES, **SHORT, output=tmp_path / "run")
+    tuned = pj.fit(
+        model, method, tiny_runs.RECORDS, **TEMPLATES, **SHORT, output_dir=tmp_path / "run"
+    )
     export(tmp_path / "run", tmp_path / "baked", bake=True)
     baked = pj.load_prefix(tmp_path / "baked", model)
     assert baked.card.kind == "kv"
@@ -128,8 +130,8 @@ def test_full_fine_tuning_leaves_a_model_that_generates(
         **TEMPLATES,
         **SHORT,
         learning_rate=3e-3,
-        output=tmp_path,
-        overrides=["evaluate.before=true"],
+        output_dir=tmp_path,
+        overrides=["evaluate.compare_baseline=true"],
     )
     before, after = (tuned.run.evaluations[name].report.metrics for name in ("before", "after"))
     assert after["loss"] < before["loss"]
@@ -150,7 +152,7 @@ def test_data_may_come_from_a_generator_or_a_file(
     file.write_text("".join(json.dumps(record) + "\n" for record in tiny_runs.RECORDS))
     for name, data in {"generator": made(), "file": file}.items():
         again = pj.fit(
-            model, pj.PrefixTuning(4), data, **TEMPLATES, **SHORT, output=tmp_path / name
+            model, pj.PrefixTuning(4), data, **TEMPLATES, **SHORT, output_dir=tmp_path / name
         )
         assert tiny_runs.bits(again.produced) == tiny_runs.bits(tuned.produced)
 
@@ -170,7 +172,13 @@ def test_chats_use_the_chat_template_in_training_and_generation(
         for record in tiny_runs.RECORDS
     ]
     tuned = pj.fit(
-        model, pj.PrefixTuning(4), chats, dev=chats[:4], messages="turns", **SHORT, output=tmp_path
+        model,
+        pj.PrefixTuning(4),
+        chats,
+        dev=chats[:4],
+        messages="turns",
+        **SHORT,
+        output_dir=tmp_path,
     )
     question = {"turns": [{"role": "user", "content": "1+1"}]}
     assert tuned.render(question) == "user: 1+1</s>assistant: "
@@ -191,7 +199,9 @@ def test_prefix_trained_on_chats_stops_at_end_of_turn(tmp_path: Path) -> None:
         for text in "12"
     ]
     options = {"messages": "turns", "batch_size": 2, "learning_rate": 0.3, "quiet": True}
-    tuned = pj.fit(model, pj.PrefixTuning(16), chats, **options, steps=60, output=tmp_path / "run")
+    tuned = pj.fit(
+        model, pj.PrefixTuning(16), chats, **options, steps=60, output_dir=tmp_path / "run"
+    )
     assert tuned.ends == (256, 257)
     loaded = pj.load_prefix(tmp_path / "run", model)
     (found,) = loaded.generations([chats[0]])

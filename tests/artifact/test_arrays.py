@@ -31,7 +31,7 @@ METHODS = {
     "all sites": PrefixTuning(5),
     "some sites": PrefixTuning(5, sites=("encoder", "cross"), offset=0, pinned=True),
     "some layers": PrefixTuning(5, layers=(1,)),
-    "MLP": PrefixTuning(5, mid=7, sites=("decoder",), layers=(0, 2)),
+    "MLP": PrefixTuning(5, mid_dim=7, sites=("decoder",), layers=(0, 2)),
     "soft tokens": PTuning(5),
     "adapter": LlamaAdapter(5, layers=2),
     "adapter of all layers": LlamaAdapter(5),

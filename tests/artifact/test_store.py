@@ -34,6 +34,7 @@ from tests.mutations import dump_json, mutate_json, refusal
 GEOMETRY = Geometry(d_model=32, vocab=96, decoder=SiteShape(3, 4, 2, 8))
 BACKBONE = BackboneCard(source="some/model", model_type="llama", fingerprint="f00", dtype="float32")
 CONTAINERS = ["orbax", "safetensors"]
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def random(*shape: int, seed: int = 0) -> jnp.ndarray:
@@ -65,7 +66,7 @@ def card_of(produced: Produced) -> Card:
         produced,
         GEOMETRY,
         BACKBONE,
-        method={"name": "prefix", "length": 5, "mid": None, "dropout": 0.1},
+        method={"name": "prefix", "length": 5, "mid_dim": None, "dropout": 0.1},
         init="text: the café",
         steps=300,
         template=TemplateCard(input="{name} →", target=" {text}"),
@@ -155,7 +156,7 @@ def test_sixteen_slots_of_a_135m_model_need_less_than_a_megabyte(
 
 def test_card_is_readable_text_with_one_field_per_line(stored: Path) -> None:
     lines = (stored / "prefix.json").read_text().splitlines()
-    assert lines[1] == '  "format_version": 3,'
+    assert lines[1] == '  "format_version": 4,'
     assert '  "positions": [0, 1, 2, 3, 4],' in lines
     assert '  "init": "text: the café",' in lines
 
@@ -381,8 +382,8 @@ def test_rejects_json_that_is_not_a_card(content: str, stored: Path) -> None:
 
 
 def test_newer_format_asks_for_an_upgrade(stored: Path) -> None:
-    edit_card(stored, lambda card: card.update(format_version=4, package="3.0", kind="gated"))
-    with pytest.raises(PrefixError, match=r"format 4, written by prefix_jax 3\.0.*--upgrade"):
+    edit_card(stored, lambda card: card.update(format_version=5, package="3.0", kind="gated"))
+    with pytest.raises(PrefixError, match=r"format 5, written by prefix_jax 3\.0.*--upgrade"):
         artifact.load(stored)
 
 
@@ -437,7 +438,38 @@ def test_loads_format_2_without_a_digest(stored: Path) -> None:
     assert_equal(produced, keys_values())
     assert card.format_version == 2
     artifact.save(stored, produced, card)
-    assert artifact.load(stored)[1] == dataclasses.replace(card, format_version=3)
+    assert artifact.load(stored)[1] == dataclasses.replace(
+        card, format_version=artifact.FORMAT_VERSION
+    )
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_formats_2_and_3_still_load(version: int, tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "format3" / "text" / "prefix", tmp_path / "old")
+    if version == 2:  # the same without a digest
+        edit_card(
+            tmp_path / "old", lambda card: (card.pop("sha256"), card.update(format_version=2))
+        )
+    produced, card = artifact.load(tmp_path / "old")
+    assert (card.format_version, card.method) == (
+        version,
+        {"name": "prefix", "length": 2, "mid_dim": 3},
+    )
+    assert {"num_beams": 2, "num_samples": 2, "no_repeat_ngram_size": 3}.items() <= (
+        card.decode.items()
+    )
+    artifact.save(tmp_path / "new", produced, card)
+    again, renewed = artifact.load(tmp_path / "new")
+    assert_equal(again, produced)
+    assert renewed == dataclasses.replace(card, format_version=artifact.FORMAT_VERSION)
+
+
+def test_format_3_with_a_head_still_loads() -> None:
+    directory = FIXTURES / "format3" / "classify"
+    _, card = artifact.load(directory)
+    assert card.task is not None
+    assert card.task.config["labels"] == ["no", "yes"]
+    assert artifact.load_head(directory)["out_DY"].shape == (32, 2)
 
 
 @pytest.mark.parametrize("value", [float("nan"), "\ud800"])

@@ -18,9 +18,9 @@ model: {path: model}
 method: {name: prefix, length: 4}
 data: {train: train.jsonl, dev: dev.jsonl, test: test.jsonl, input: "{facts}\\n", target: "{text}"}
 train: {steps: 3, checkpoint_every: 1}
-evaluate: {metrics: [loss, bleu], before: true, batch_size: 8}
+evaluate: {metrics: [loss, bleu], compare_baseline: true, batch_size: 8}
 decode: {max_new_tokens: 6}
-output: run
+output_dir: run
 """
 
 

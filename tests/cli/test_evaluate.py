@@ -14,7 +14,12 @@ def test_reproduces_the_results_of_the_training_run(run_in, trained, tmp_path):
     ran = run_in(
         folder,
         *("evaluate", "run", "--data", "test.jsonl", "--metrics", "loss,bleu"),
-        *("evaluate.before=true", "evaluate.batch_size=8", "--output", str(tmp_path / "new")),
+        *(
+            "evaluate.compare_baseline=true",
+            "evaluate.batch_size=8",
+            "--output",
+            str(tmp_path / "new"),
+        ),
         *("--official", str(tmp_path / "official")),
     )
     assert ran.code == 0
@@ -33,7 +38,7 @@ def test_accuracy_compares_the_given_labels(run_in, trained):
     ran = run_in(
         trained[0],
         *("evaluate", "run", "--data", "test.jsonl", "--metrics", "accuracy"),
-        *("--labels", "Station 0.,no", "evaluate.limit=1"),
+        *("--labels", "Station 0.,no", "evaluate.max_examples=1"),
     )
     assert ran.code == 0
     assert "accuracy (%)" in ran.out
@@ -46,7 +51,7 @@ def test_accuracy_compares_the_given_labels(run_in, trained):
         (["--data", "test.jsonl", "--metrics", "blue"], "evaluate.metrics"),
         (["--data", "test.jsonl", "--metrics", "accuracy"], "name at least two as evaluate.labels"),
         (["--data", "test.jsonl", "--official", "there"], "add a generation metric"),
-        (["--data", "test.jsonl", "evaluate.limits=3"], "did you mean evaluate.limit?"),
+        (["--data", "test.jsonl", "evaluate.max_example=3"], "did you mean evaluate.max_examples?"),
         (["--data", "tset.jsonl"], "did you mean 'test.jsonl'?"),
         (["--data", "config.yaml"], "unknown file type"),
     ],
@@ -98,6 +103,6 @@ def test_never_overwrites_the_results_of_another_program(run_in, trained, tmp_pa
 def test_overwrites_the_results_of_an_earlier_evaluation(run_in, trained, tmp_path):
     words = ("evaluate", "run", "--data", "test.jsonl", "--output", str(tmp_path))
     for limit in (1, 2):
-        assert run_in(trained[0], *words, f"evaluate.limit={limit}").code == 0
+        assert run_in(trained[0], *words, f"evaluate.max_examples={limit}").code == 0
         results = json.loads((tmp_path / "results.json").read_text())
-        assert results["settings"] == [f"evaluate.limit={limit}"]
+        assert results["settings"] == [f"evaluate.max_examples={limit}"]

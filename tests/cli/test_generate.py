@@ -50,9 +50,9 @@ def test_decoding_defaults_to_the_training_settings(run_in, trained, tuned):
 
 
 def test_prints_one_line_per_sample(run_in, trained, tuned):
-    settings = ["decode.temperature=1", "decode.samples=3", "decode.banned_words=['\\n']"]
+    settings = ["decode.temperature=1", "decode.num_samples=3", "decode.banned_words=['\\n']"]
     ran = run_in(trained[0], "generate", "run", "--prompt", "x", *settings)
-    texts = tuned.generate("x", temperature=1.0, samples=3, banned_words=["\n"])
+    texts = tuned.generate("x", temperature=1.0, num_samples=3, banned_words=["\n"])
     assert ran.out == "".join(text.strip() + "\n" for text in texts)
 
 
@@ -173,9 +173,9 @@ def test_generated_escapes_never_reach_a_terminal(monkeypatch, stream, samples):
         if on_text is not None:
             on_text(0, 0, "a\x1b[2Jb")
         sample = types.SimpleNamespace(text="a\x1b[2Jb")
-        return [types.SimpleNamespace(samples=[sample] * decode.samples)]
+        return [types.SimpleNamespace(samples=[sample] * decode.num_samples)]
 
-    settings = types.SimpleNamespace(decode=DecodeConfig(samples=samples, temperature=1.0))
+    settings = types.SimpleNamespace(decode=DecodeConfig(num_samples=samples, temperature=1.0))
     tuned = types.SimpleNamespace(generations=write)
     monkeypatch.setattr(command._stored, "load", lambda *_: (tuned, settings))
     monkeypatch.setattr(sys, "stdout", stream())
@@ -228,10 +228,10 @@ def test_rejects_other_weights_unless_allowed(run_in, trained, tmp_path):
         (["--record", "[1]"], "--record: expected an object"),
         (["--record", '{"fact": "x"}'], "the record: no field 'facts' (did you mean 'fact'?)"),
         (["--prompt", ""], "is empty"),
-        (["--prompt", "x", "decode.beems=5"], "did you mean decode.beams?"),
-        (["--prompt", "x", "beams=5"], "did you mean decode.beams?"),
-        (["--prompt", "x", "decode.beams=some"], "expected int; got 'some'"),
-        (["--prompt", "x", "evaluate.limit=5"], "unknown key"),
+        (["--prompt", "x", "decode.num_beems=5"], "did you mean decode.num_beams?"),
+        (["--prompt", "x", "num_beams=5"], "did you mean decode.num_beams?"),
+        (["--prompt", "x", "decode.num_beams=some"], "expected int; got 'some'"),
+        (["--prompt", "x", "evaluate.max_examples=5"], "unknown key"),
         (["--prompt", "x", "decode.max_new_tokens=999"], "exceed the model's 256 positions"),
         (["--prompt", "x", "--output", "p.jsonl"], "give both"),
         (["--input", "none.jsonl"], "none.jsonl: no such file"),

@@ -39,7 +39,7 @@ def stored(tmp_path, model):
         produced,
         pretrained.backbone.geometry,
         backbone,
-        method={"name": "prompt", "length": 3, "mid": None},
+        method={"name": "prompt", "length": 3, "mid_dim": None},
         init="text",
         steps=1200,
         template=artifact.TemplateCard(input="[bold]{name}[/] ->\n", target=" {text}"),

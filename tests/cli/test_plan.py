@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "model" / "config.json").write_text(json.dumps(model))
     (tmp_path / "config.yaml").write_text(
         "{model: {path: model}, data: {target: '{text}', max_length: 16, batch_size: 2}, "
-        "train: {steps: 1}, output: run, method: {name: prefix, length: 4}}"
+        "train: {steps: 1}, output_dir: run, method: {name: prefix, length: 4}}"
     )
     return tmp_path
 

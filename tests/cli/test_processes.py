@@ -32,7 +32,7 @@ model: {path: MODEL}
 method: {name: prefix, length: 4, dropout: 0.2}
 data: {train: HERE/train.jsonl, dev: HERE/some.jsonl, test: HERE/some.jsonl, batch_size: 4,
        input: "{sum}=", target: "{total}"}
-optim: {accumulate: 2}
+optim: {grad_accum_steps: 2}
 train: {steps: 12, checkpoint_every: 3}
 evaluate: {metrics: [loss, accuracy, exact_match], labels: ["02", "03"], batch_size: 4}
 decode: {max_new_tokens: 4}
@@ -80,7 +80,7 @@ def pair(
         port = free.getsockname()[1]
     processes = []
     for index in range(2):
-        words = [f"output={output}", "--distributed", f"--process={index}"]
+        words = [f"output_dir={output}", "--distributed", f"--process={index}"]
         kill = [str(int(number or 0)), str(step)] if index == 1 else ["0", "0"]
         environment = {
             "PYTHONPATH": os.pathsep.join(sys.path),
@@ -127,7 +127,7 @@ def run_process(number: int, step: int, words: list[str]) -> int:
 
 def run_single(folder: Path, output: Path) -> None:
     """Runs the same config in one process with two devices."""
-    settings = config.load(folder / "config.yaml", [f"output={output}"])
+    settings = config.load(folder / "config.yaml", [f"output_dir={output}"])
     mesh = make_mesh(2, 1, 1, devices=jax.devices()[:2])
     fit(settings, pretrained=load(settings.model.path, mesh=mesh), quiet=True)
 

@@ -128,7 +128,7 @@ def test_keeps_an_existing_home(monkeypatch, tmp_path):
 def test_unknown_jax_backend_is_one_error(files):
     config = str(files / "config.yaml")
     done = subprocess.run(
-        [sys.executable, "-m", "prefix_jax.cli.main", "train", config, "output=other"],
+        [sys.executable, "-m", "prefix_jax.cli.main", "train", config, "output_dir=other"],
         env={**os.environ, "JAX_PLATFORMS": "foo"},
         cwd=files,
         capture_output=True,

@@ -160,7 +160,7 @@ def test_printed_command_for_chats_starts_at_the_first_question(folder):
     (folder / "chat.jsonl").write_text(json.dumps({"chat": turns}) + "\n")
     chat = f"data.test={folder / 'chat.jsonl'}"
     settings = ["data.input=null", "data.target=null", "data.messages=chat", chat]
-    run = config.load(folder / "config.yaml", [*settings, f"output={folder / 'run'}"])
+    run = config.load(folder / "config.yaml", [*settings, f"output_dir={folder / 'run'}"])
     (folder / "run" / "prefix").mkdir(parents=True)
     words = shlex.split(command._command(folder / "run", run))
     assert json.loads(words[-1]) == {"chat": turns[:1]}

@@ -44,8 +44,11 @@ def test_unknown_command_is_escaped(capsys):
         (["train", "c.yaml", "--train.steps=5"], "settings have no dashes, write train.steps=5"),
         (["train", "c.yaml", "--train.steps", "5"], "settings have no dashes, write train.steps=5"),
         (["train", "c.yaml", "--train.steps"], "settings have no dashes, write train.steps=…"),
-        (["train", "c.yaml", "--output=o"], "settings have no dashes, write output=o"),
-        (["generate", "run", "-decode.beams=5"], "settings have no dashes, write decode.beams=5"),
+        (["train", "c.yaml", "--output_dir=o"], "settings have no dashes, write output_dir=o"),
+        (
+            ["generate", "run", "-decode.num_beams=5"],
+            "settings have no dashes, write decode.num_beams=5",
+        ),
         (["generate", "run", "--promt", "x"], "(did you mean --prompt?)"),
         (["generate", "run", "--promt=x"], "(did you mean --prompt?)"),
         (["export", "run", "out", "--bakee"], "(did you mean --bake?)"),

@@ -133,7 +133,7 @@ def small(config: Config, recipe: Path, folder: Path) -> Config:
     records = folder / "records.jsonl"
     records.write_text("".join(json.dumps(record) + "\n" for record in RECORDS[data_set]))
     splits = {name: str(records) for name in ("train", "dev", "test") if getattr(config.data, name)}
-    accumulate = config.optim.accumulate
+    accumulate = config.optim.grad_accum_steps
     return dataclasses.replace(
         config,
         task=dataclasses.replace(config.task, stride=min(config.task.stride, 16)),
@@ -141,7 +141,7 @@ def small(config: Config, recipe: Path, folder: Path) -> Config:
         data=dataclasses.replace(config.data, **splits, batch_size=2 * accumulate, max_length=None),
         train=dataclasses.replace(config.train, steps=2, epochs=None, eval_every=2),
         decode=dataclasses.replace(config.decode, max_new_tokens=6, min_new_tokens=0),
-        output=str(folder / "run"),
+        output_dir=str(folder / "run"),
     )
 
 

@@ -49,7 +49,7 @@ def batches(draw):
 
 
 packings = st.builds(
-    Packing, pack=st.booleans(), rows_multiple=st.integers(1, 3), accumulate=st.integers(1, 3)
+    Packing, pack=st.booleans(), rows_multiple=st.integers(1, 3), grad_accum_steps=st.integers(1, 3)
 )
 
 

@@ -107,13 +107,13 @@ def test_hosts_agree_on_the_shape_and_share_the_rows():
 
 
 def test_micro_batches_together_contain_the_step():
-    apart = Pipeline(make_examples(), batch_size=8, accumulate=4).batch(2)
+    apart = Pipeline(make_examples(), batch_size=8, grad_accum_steps=4).batch(2)
     whole = Pipeline(make_examples(), batch_size=8).batch(2)
     assert apart.ids_BT.shape[0] == apart.examples.shape[0] == 4
     assert targets(apart) == targets(whole)
 
 
-@pytest.mark.parametrize("options", [{"rows_multiple": 3}, {"accumulate": 16}])
+@pytest.mark.parametrize("options", [{"rows_multiple": 3}, {"grad_accum_steps": 16}])
 def test_rejects_batch_size_that_is_not_divisible(options):
     with pytest.raises(MeshError, match="batch_size 8 is not divisible"):
         Pipeline(make_examples(), batch_size=8, **options)

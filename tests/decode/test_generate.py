@@ -56,8 +56,8 @@ def ids_of(generations):
     "config",
     [
         DecodeConfig(max_new_tokens=NEW),
-        DecodeConfig(max_new_tokens=NEW, beams=3, samples=2),
-        DecodeConfig(max_new_tokens=NEW, temperature=1.0, samples=2, seed=5),
+        DecodeConfig(max_new_tokens=NEW, num_beams=3, num_samples=2),
+        DecodeConfig(max_new_tokens=NEW, temperature=1.0, num_samples=2, seed=5),
     ],
     ids=["greedy", "beams", "sampled"],
 )
@@ -134,7 +134,7 @@ def test_the_score_of_a_text_is_the_sum_of_its_logprobs(generator: Generator) ->
 @few
 @given(prompts=PROMPTS)
 def test_beam_score_is_logprob_divided_by_length(generator: Generator, prompts) -> None:
-    config = DecodeConfig(max_new_tokens=NEW, beams=3, samples=3)
+    config = DecodeConfig(max_new_tokens=NEW, num_beams=3, num_samples=3)
     for generation in generator.generate(prompts, config):
         scores = [sample.score for sample in generation.samples]
         assert scores == sorted(scores, reverse=True)
@@ -146,7 +146,7 @@ class TestConstraints:
     @few
     @given(prompts=PROMPTS, beams=st.sampled_from([1, 3]))
     def test_no_ngram_occurs_twice(self, generator: Generator, prompts, beams: int) -> None:
-        config = DecodeConfig(max_new_tokens=NEW, beams=beams, no_repeat_ngram=2)
+        config = DecodeConfig(max_new_tokens=NEW, num_beams=beams, no_repeat_ngram_size=2)
         for prompt, generation in zip(prompts, generator.generate(prompts, config), strict=True):
             whole = [*prompt, *generation.samples[0].ids]
             grams = list(itertools.pairwise(whole))
@@ -160,7 +160,7 @@ class TestConstraints:
     def test_banned_words_are_never_generated(
         self, generator: Generator, prompts, beams: int
     ) -> None:
-        config = DecodeConfig(max_new_tokens=NEW, beams=beams)
+        config = DecodeConfig(max_new_tokens=NEW, num_beams=beams)
         free = "".join(g.text for g in generator.generate([*prompts, "a", "b"], config))
         words = re.findall("[!-~]", free)[:1] + re.findall("[!-~]{2}", free)[-1:]
         banned = dataclasses.replace(config, banned_words=tuple(words))
@@ -178,7 +178,7 @@ class TestConstraints:
     ) -> None:
         (free,) = generator.generate([prompts[0]], DecodeConfig(max_new_tokens=NEW))
         ending = dataclasses.replace(generator, eos=(free.samples[0].ids[0],))
-        config = DecodeConfig(max_new_tokens=NEW, beams=beams, min_new_tokens=least)
+        config = DecodeConfig(max_new_tokens=NEW, num_beams=beams, min_new_tokens=least)
         for generation in ending.generate(prompts, config):
             (sample,) = generation.samples
             assert len(sample.ids) >= least + (sample.finish == "eos")
@@ -205,8 +205,8 @@ class TestEnds:
         "config",
         [
             DecodeConfig(max_new_tokens=NEW),
-            DecodeConfig(max_new_tokens=NEW, temperature=1.5, samples=4, seed=3),
-            DecodeConfig(max_new_tokens=NEW, beams=3, samples=3, min_new_tokens=2),
+            DecodeConfig(max_new_tokens=NEW, temperature=1.5, num_samples=4, seed=3),
+            DecodeConfig(max_new_tokens=NEW, num_beams=3, num_samples=3, min_new_tokens=2),
         ],
         ids=["greedy", "sampled", "beams"],
     )
@@ -243,7 +243,7 @@ class TestEnds:
 class TestSampling:
     def test_seed_determines_samples(self, generator: Generator) -> None:
         def draw(seed: int):
-            config = DecodeConfig(max_new_tokens=NEW, temperature=1.5, samples=3, seed=seed)
+            config = DecodeConfig(max_new_tokens=NEW, temperature=1.5, num_samples=3, seed=seed)
             return ids_of(generator.generate([[1, 2]] * 2, config))
 
         assert draw(0) == draw(0) != draw(1)
@@ -252,12 +252,12 @@ class TestSampling:
 
     def test_top_k_1_is_greedy(self, generator: Generator) -> None:
         greedy = generator.generate([[1, 2]], DecodeConfig(max_new_tokens=NEW))
-        config = DecodeConfig(max_new_tokens=NEW, temperature=2.0, top_k=1, samples=2)
+        config = DecodeConfig(max_new_tokens=NEW, temperature=2.0, top_k=1, num_samples=2)
         (sampled,) = ids_of(generator.generate([[1, 2]], config))
         assert sampled == [greedy[0].samples[0].ids] * 2
 
     def test_sample_frequencies_match_probabilities(self, generator: Generator) -> None:
-        config = DecodeConfig(max_new_tokens=1, temperature=1.0, samples=4000)
+        config = DecodeConfig(max_new_tokens=1, temperature=1.0, num_samples=4000)
         (generation,) = generator.generate([[7, 8, 9]], config)
         drawn = np.array([sample.ids[0] for sample in generation.samples])
         probability = {s.ids[0]: np.exp(s.logprobs[0]) for s in generation.samples}
@@ -297,8 +297,8 @@ class TestNonFiniteLogits:
         [
             DecodeConfig(max_new_tokens=NEW),
             DecodeConfig(max_new_tokens=NEW, stop=("zzz",)),
-            DecodeConfig(max_new_tokens=NEW, temperature=1.0, samples=2),
-            DecodeConfig(max_new_tokens=NEW, beams=3),
+            DecodeConfig(max_new_tokens=NEW, temperature=1.0, num_samples=2),
+            DecodeConfig(max_new_tokens=NEW, num_beams=3),
         ],
         ids=["greedy", "stop", "sampled", "beams"],
     )
@@ -383,7 +383,7 @@ class TestPrograms:
 
     def test_the_cache_is_written_in_place(self, generator: Generator) -> None:
         one = np.ones(1, np.int32)
-        search = make_search(DecodeConfig(beams=3), generator.tokenizer, (256,), [0])
+        search = make_search(DecodeConfig(num_beams=3), generator.tokenizer, (256,), [0])
         args = generator.backbone, generator.params, generator.prefix, search
         prompt = np.ones((1, 16), np.int32)
         state = read(*args, prompt, one, one > 0, one[0], capacity=1024)

@@ -67,7 +67,7 @@ class TestConstraints:
             eos_E=jnp.array([2]),
             repetition_penalty=jnp.float32(1.7),
             banned=BANNED,
-            no_repeat_ngram=2,
+            no_repeat_ngram_size=2,
         )
         sampling = Sampling(jnp.float32(0.7), jnp.float32(0.8), jnp.float32(0.1), top_k=7)
         scores = constrain(SCORES, ids, LENGTH, jnp.int32(3), END, constraints)

@@ -63,8 +63,8 @@ class TestStreaming:
     def test_the_pieces_are_the_texts(self, generator: Generator) -> None:
         for config in (
             DecodeConfig(max_new_tokens=8),
-            DecodeConfig(max_new_tokens=8, temperature=1.0, samples=2),
-            DecodeConfig(max_new_tokens=8, beams=3, samples=2),
+            DecodeConfig(max_new_tokens=8, temperature=1.0, num_samples=2),
+            DecodeConfig(max_new_tokens=8, num_beams=3, num_samples=2),
         ):
             heard: dict[tuple[int, int], str] = {}
 

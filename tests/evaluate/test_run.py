@@ -191,7 +191,7 @@ def test_limit_measures_only_the_first_examples(
     pretrained: Pretrained, examples: list[Example]
 ) -> None:
     params = pretrained.stacked()
-    limited = evaluator(pretrained, "loss", limit=2)(params, None, examples, ["loss"])
+    limited = evaluator(pretrained, "loss", max_examples=2)(params, None, examples, ["loss"])
     first = evaluator(pretrained, "loss")(params, None, examples[:2], ["loss"])
     assert limited == first
 

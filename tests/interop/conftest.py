@@ -45,7 +45,7 @@ def save(tmp_path: Path, pretrained: Pretrained) -> Save:
             produced,
             arch.geometry,
             BackboneCard(**known | backbone),
-            method={"name": "some", "length": 6, "mid": None},
+            method={"name": "some", "length": 6, "mid_dim": None},
             steps=12,
             metrics={"loss": 2.5},
         )

@@ -27,7 +27,7 @@ P, KEY = 5, jax.random.key(0)
 
 METHOD = {
     "prefix": PrefixTuning(P),
-    "mlp": PrefixTuning(P, mid=7),
+    "mlp": PrefixTuning(P, mid_dim=7),
     "hidden": HiddenPrefixTuning(P),
     "prompt": PromptTuning(P),
     "ptuning": PTuning(P, hidden=24),
@@ -98,7 +98,7 @@ def test_initial_output_equals_the_start(name):
 
 
 def test_start_wider_than_the_mlp_is_fitted_by_least_squares():
-    method = PrefixTuning(P, mid=P - 2)
+    method = PrefixTuning(P, mid_dim=P - 2)
     start = normal(Prefix, G, P, jax.random.key(1), std=2.0)
     params = method.init(KEY, G, start)
 
@@ -142,7 +142,7 @@ def test_random_starts_match_the_papers():
     prompt = flat(PromptTuning(64))
     assert prompt.min() < -0.48
     assert 0.48 < prompt.max() <= 0.5
-    mlp = PrefixTuning(64, mid=9).init(KEY, G, None)["decoder"]
+    mlp = PrefixTuning(64, mid_dim=9).init(KEY, G, None)["decoder"]
     assert 0.9 * 32**-0.5 < float(jnp.abs(mlp["in_DX"]).max()) <= 32**-0.5
     assert 0.9 / 3 < float(jnp.abs(mlp["out_XL2KH"]).max()) <= 1 / 3
 
@@ -212,7 +212,7 @@ def test_rng_has_no_effect_without_dropout(name):
 
 
 def test_makes_methods_by_name():
-    assert make_method({"name": "prefix", "length": 3, "mid": 8}) == PrefixTuning(3, mid=8)
+    assert make_method({"name": "prefix", "length": 3, "mid_dim": 8}) == PrefixTuning(3, mid_dim=8)
     assert make_method({"name": "hidden"}) == HiddenPrefixTuning()
     assert make_method({"name": "prompt", "dropout": 0.1}) == PromptTuning(dropout=0.1)
     assert make_method({"name": "full"}) is None
@@ -245,12 +245,16 @@ def test_rejects_an_unregistered_method():
         ({"name": "prefx"}, "unknown method 'prefx'; did you mean 'prefix'? use one of prefix, "),
         ({"name": "zzz"}, "unknown method 'zzz'; use one of prefix, hidden, prompt, ptuning, "),
         ({"name": "prefix", "lenght": 3}, "method.lenght: unknown key; did you mean method.length"),
-        ({"name": "prompt", "mid": 3}, "method.mid: unknown key"),
+        ({"name": "prompt", "mid_dim": 3}, "method.mid_dim: unknown key"),
+        ({"name": "prefix", "mid": 8}, "method.mid: renamed to method.mid_dim"),
         ({"name": "prefix", "length": "many"}, "method.length: expected int; got 'many'"),
         ({"name": "full", "length": 3}, "full has no fields, got length"),
         ({"name": "prefix", "length": 0}, "method.length: must be at least 1, got 0"),
         ({"name": "prompt", "dropout": 1.0}, r"must be in \[0, 1\)"),
-        ({"name": "prefix", "mid": 10**9}, "method.mid: must be at most 65536, got 1000000000"),
+        (
+            {"name": "prefix", "mid_dim": 10**9},
+            "method.mid_dim: must be at most 65536, got 1000000000",
+        ),
         ({"name": "prefix", "offset": -1}, "method.offset: must be at least 0, got -1"),
         ({"name": "prefix", "sites": []}, "method.sites is .*; list one or more of encoder, "),
         ({"name": "prefix", "sites": ["cross", "cross"]}, "each once"),

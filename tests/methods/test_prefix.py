@@ -30,7 +30,7 @@ SUBSETS = [subset for size in (1, 2, 3) for subset in itertools.combinations(SIT
 @pytest.mark.parametrize("sites", SUBSETS, ids="+".join)
 @pytest.mark.parametrize("mid", [None, 7])
 def test_every_subset_of_sites_has_separate_parameters(sites, mid):
-    method = PrefixTuning(P, sites=sites, mid=mid)
+    method = PrefixTuning(P, sites=sites, mid_dim=mid)
     params = method.init(KEY, G, None)
     assert set(params) == set(sites)
     prefix = method(params)
@@ -50,7 +50,7 @@ def test_default_is_every_site():
 @pytest.mark.parametrize("mid", [None, 7])
 def test_initial_output_equals_the_start_at_chosen_sites_and_layers(mid):
     start = normal_like(PrefixTuning(P).blank(G), KEY, 1.0)
-    method = PrefixTuning(P, sites=("encoder", "cross"), layers=(1,), mid=mid)
+    method = PrefixTuning(P, sites=("encoder", "cross"), layers=(1,), mid_dim=mid)
     prefix = method(method.init(KEY, G, start))
     assert set(prefix.sites) == {"encoder", "cross"}
     for name, site in prefix.sites.items():

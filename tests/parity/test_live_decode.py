@@ -113,7 +113,7 @@ def test_texts_end_at_the_tokens_that_end_them_in_transformers(
     generator = Generator(ours.backbone, ours.params, STORED.tokenizer())
 
     finishes = set()
-    for case in ({}, {"min_new_tokens": 6}, {"beams": 4, "samples": 4}):
+    for case in ({}, {"min_new_tokens": 6}, {"num_beams": 4, "num_samples": 4}):
         expected = [MAKER.generate(theirs, prompt, case, None, 12) for prompt in prompts]
         found = generator.generate(prompts, DecodeConfig(max_new_tokens=12, **case))
         for generation, (ids, scores) in zip(found, expected, strict=True):
@@ -121,7 +121,7 @@ def test_texts_end_at_the_tokens_that_end_them_in_transformers(
             cut = [MAKER._until(text, ends) if stated != "neither" else text for text in ids]
             assert [list(sample.ids) for sample in generation.samples] == cut
             finishes |= {sample.finish for sample in generation.samples}
-            if case.get("beams"):
+            if case.get("num_beams"):
                 ours_scores = [sample.score for sample in generation.samples]
                 delta = np.subtract(ours_scores, scores) / (1 + np.abs(scores))
                 difference("scores of decoding, several ends", delta, 1e-5, name)
@@ -129,7 +129,7 @@ def test_texts_end_at_the_tokens_that_end_them_in_transformers(
 
     # Draws differ; where they end does not.
     sampled = generator.generate(
-        prompts, DecodeConfig(max_new_tokens=12, temperature=1.0, samples=8)
+        prompts, DecodeConfig(max_new_tokens=12, temperature=1.0, num_samples=8)
     )
     ids = torch.tensor(prompts[:1])
     torch.manual_seed(0)

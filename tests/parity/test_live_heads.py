@@ -36,7 +36,9 @@ transformers = pytest.importorskip("transformers")
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "backbones"
 P, V, LABELS = 4, 60, 3
 # A large epsilon: the sign of a gradient that is almost zero is anybody's guess in float32.
-OPTIM = OptimConfig(learning_rate=0.01, schedule="constant", weight_decay=0.1, eps=1e-3, clip=None)
+OPTIM = OptimConfig(
+    learning_rate=0.01, schedule="constant", weight_decay=0.1, eps=1e-3, clip_norm=None
+)
 _SMALL = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

@@ -164,7 +164,7 @@ def test_an_export_writes_the_same_in_peft(
         model.backbone, model.unstacked(), LETTERS.tokenizer(), mine.prefix, (end,)
     )
     for beams in (1, 5):
-        decode = DecodeConfig(max_new_tokens=NEW, beams=beams)
+        decode = DecodeConfig(max_new_tokens=NEW, num_beams=beams)
         for prompt, found in zip(prompts, generator.generate(prompts, decode), strict=True):
             ids, score = generated(theirs, prompt, beams, end, name in SEQ2SEQ)
             assert list(found.samples[0].ids) == ids
@@ -348,7 +348,7 @@ def test_gradients_and_a_step_of_adamw_agree(
         return jnp.sum(outputs(model.backbone, model.stacked(), produced, text) * upstream)
 
     grads = jax.grad(loss)(mine.produced)
-    config = OptimConfig(weight_decay=0.1, schedule="constant", clip=None)
+    config = OptimConfig(weight_decay=0.1, schedule="constant", clip_norm=None)
     optimizer = make_optimizer(
         config, make_schedule(config, 10), jax.tree.map(lambda _: "train", mine.produced)
     )

@@ -134,7 +134,7 @@ def test_a_step_of_soft_tokens_before_the_encoder_is_that_of_peft(
     ours, grads = jax.jit(
         jax.value_and_grad(lambda train: model.loss(merge(train, frozen), batch) / count)
     )(train)
-    options = OptimConfig(learning_rate=0.1, weight_decay=0.01, clip=None, schedule="constant")
+    options = OptimConfig(learning_rate=0.1, weight_decay=0.01, clip_norm=None, schedule="constant")
     optimizer = make_optimizer(options, make_schedule(options, 10), partition)
     whole = merge(grads, jax.tree.map(jnp.zeros_like, frozen))
     updates, _ = optimizer.update(whole, optimizer.init(params), params)

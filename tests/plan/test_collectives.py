@@ -177,7 +177,7 @@ def test_gathering_weights_across_slices_costs_network_time(tmp_path: Path) -> N
             "model": {"path": str(tmp_path)},
             "data": {"target": "{text}"},
             "train": {"steps": 1},
-            "output": "plan",
+            "output_dir": "plan",
         }
         made = plan(configs.parse(values, [mesh]), "2*v5e:1x2", tokens=128)
         assert made.roofline is not None

@@ -115,7 +115,7 @@ def test_rejects_rows_that_do_not_divide_over_the_mesh(folder: Path) -> None:
 
 
 def test_micro_batches_apply_only_to_training(folder: Path) -> None:
-    config = config_of(folder, "optim.accumulate=4")
+    config = config_of(folder, "optim.grad_accum_steps=4")
     assert AbstractRun.of(config).rows() == Rows(8, 16, 16, micro=4)
     assert AbstractRun.of(config, "decode").rows() == Rows(8, 16, 16, micro=1)
 

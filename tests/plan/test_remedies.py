@@ -22,8 +22,8 @@ def test_tries_changes_until_a_step_fits(folder: Path, monkeypatch: pytest.Monke
     assert [(one.settings, one.plan.fits) for one in found] == [
         ("model.remat=full", False),
         ("model.quantize=int8", False),
-        ("optim.accumulate=2", False),
-        ("optim.accumulate=16", True),
+        ("optim.grad_accum_steps=2", False),
+        ("optim.grad_accum_steps=16", True),
     ]
 
 

@@ -19,21 +19,21 @@ def warnings(*overrides: str, steps: int = 10, **splits) -> tuple[str, ...]:
         "model": {"path": "m"},
         "data": {"input": "{a}", "target": "{b}", "batch_size": 2},
         "train": {"steps": steps},
-        "output": "o",
+        "output_dir": "o",
     }
     sources = {name: read_records(split) for name, split in {"train": RECORDS, **splits}.items()}
     return careless(config.parse(values, overrides), sources, steps)
 
 
 def test_a_usual_run_gets_no_warning():
-    assert warnings("optim.warmup=10", dev=OTHERS, test=[*OTHERS, *OTHERS]) == ()
+    assert warnings("optim.warmup_steps=10", dev=OTHERS, test=[*OTHERS, *OTHERS]) == ()
 
 
 @pytest.mark.parametrize(
     ("overrides", "splits", "message"),
     [
-        (["optim.warmup=50"], {}, "optim.warmup is 50, and the run has 10 steps: the learning rate "
-         "only reaches 0.002 of 0.01; lower optim.warmup"),
+        (["optim.warmup_steps=50"], {}, "optim.warmup_steps is 50, and the run has 10 steps: the "
+         "learning rate only reaches 0.002 of 0.01; lower optim.warmup_steps"),
         (["optim.schedule=exponential", "optim.decay_every=10"], {}, "the learning rate never"),
         ([], {"dev": [dict(r) for r in RECORDS]}, "data.dev holds the same records as data.train"),
         ([], {"test": RECORDS}, "data.test holds the same records as data.train: the result says"),
@@ -51,5 +51,7 @@ def test_notices(overrides, splits, message):
 def test_a_run_shows_its_warnings(tmp_path: Path):
     pretrained = tiny_runs.on_one_device(tiny.write_model(tmp_path / "model"))
     console = tiny_runs.console()
-    tiny_runs.run(pretrained, tmp_path / "run", "train.steps=1", "optim.warmup=5", console=console)
-    assert "warning: optim.warmup is 5, and the run has 1 steps" in tiny_runs.shown(console)
+    tiny_runs.run(
+        pretrained, tmp_path / "run", "train.steps=1", "optim.warmup_steps=5", console=console
+    )
+    assert "warning: optim.warmup_steps is 5, and the run has 1 steps" in tiny_runs.shown(console)

@@ -36,10 +36,10 @@ def tuned(pretrained: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> p
         steps=150,
         batch_size=4,
         learning_rate=0.1,
-        output=tmp_path_factory.mktemp("tuned"),
+        output_dir=tmp_path_factory.mktemp("tuned"),
         overrides=[
             "evaluate.metrics=[loss,exact_match,rougeL]",
-            "evaluate.before=true",
+            "evaluate.compare_baseline=true",
             "decode.max_new_tokens=6",
         ],
         quiet=True,
@@ -55,7 +55,9 @@ def test_it_learns_to_copy(tuned: pj.Tuned) -> None:
 
 
 def test_beams_end_with_the_end_of_the_target(tuned: pj.Tuned) -> None:
-    (found,) = tuned.generations([RECORDS[0]], tuned.decode.__class__(max_new_tokens=6, beams=2))
+    (found,) = tuned.generations(
+        [RECORDS[0]], tuned.decode.__class__(max_new_tokens=6, num_beams=2)
+    )
     assert found.text == "oak"
     assert found.samples[0].finish == "eos"
 
@@ -81,7 +83,7 @@ def test_what_is_stored_is_of_every_attention_and_writes_the_same(
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(
     pretrained: Pretrained, tmp_path: Path
 ) -> None:
-    hard = ("method.dropout=0.2", "data.group_by_source=true", "optim.accumulate=2")
+    hard = ("method.dropout=0.2", "data.group_by_source=true", "optim.grad_accum_steps=2")
     with tiny_runs.killed_at(7):
         tiny_runs.run(pretrained, tmp_path / "killed", *hard, dev=tiny_runs.SOME)
     others = [record | {"sum": "0+0"} for record in tiny_runs.RECORDS]

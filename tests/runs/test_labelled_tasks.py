@@ -61,7 +61,7 @@ def run(
         "optim": {"learning_rate": 0.1, "head_learning_rate": 0.03},
         "train": {"steps": 3},
         "task": task,
-        "output": str(output),
+        "output_dir": str(output),
     }
     parsed = config.parse(values, overrides)
     quiet = console is None

@@ -19,7 +19,10 @@ def pretrained(tmp_path_factory):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("method={name: prefix, length: 4, mid: 60000}", "method.mid 60000, method.length 4: "),
+        (
+            "method={name: prefix, length: 4, mid_dim: 60000}",
+            "method.mid_dim 60000, method.length 4: ",
+        ),
         ("method={name: ptuning, length: 4, hidden: 60000}", "; lower method.hidden"),
         ("method={name: multitask, length: 4, ranks: 60000}", "; lower method.ranks"),
         ("data.batch_size=60000", "data.batch_size 60000: a step needs at least "),

@@ -21,7 +21,7 @@ def nothing_is_traced(tmp_path: Path) -> bool:
 def test_a_run_leaves_a_trace_of_the_steps_asked_for(tiny_model_dir: Path, tmp_path: Path) -> None:
     traced, plain = tmp_path / "traced", tmp_path / "plain"
     pretrained = tiny_runs.on_one_device(tiny_model_dir)
-    tiny_runs.run(pretrained, traced, "train.profile=2", "train.steps=6")
+    tiny_runs.run(pretrained, traced, "train.profile_steps=2", "train.steps=6")
     (trace,) = traced.glob("profile/plugins/profile/*/*.xplane.pb")
     assert trace.stat().st_size > 0
     # XProf tells steps apart by these marks: the third and the fourth.
@@ -35,7 +35,7 @@ def test_a_run_leaves_a_trace_of_the_steps_asked_for(tiny_model_dir: Path, tmp_p
 
 def test_a_run_that_ends_first_leaves_what_it_traced(tiny_model_dir: Path, tmp_path: Path) -> None:
     tiny_runs.run(
-        tiny_runs.on_one_device(tiny_model_dir), tmp_path, "train.profile=50", "train.steps=4"
+        tiny_runs.on_one_device(tiny_model_dir), tmp_path, "train.profile_steps=50", "train.steps=4"
     )
     assert list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))
 
@@ -44,7 +44,7 @@ def test_a_run_that_ends_where_its_trace_would_begin_starts_none(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     tiny_runs.run(
-        tiny_runs.on_one_device(tiny_model_dir), tmp_path, "train.profile=1", "train.steps=2"
+        tiny_runs.on_one_device(tiny_model_dir), tmp_path, "train.profile_steps=1", "train.steps=2"
     )
     assert not (tmp_path / "profile").exists()
     assert nothing_is_traced(tmp_path)

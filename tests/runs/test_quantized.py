@@ -84,7 +84,7 @@ def test_weights_that_train_are_not_integers(
         "method": {"name": "full"},
         "data": {"input": "{sum}=", "target": "{total}", "batch_size": 4},
         "train": {"steps": 1},
-        "output": str(tmp_path),
+        "output_dir": str(tmp_path),
     }
     with pytest.raises(ConfigError, match="method: full trains the weights themselves"):
         build_run(configs.parse(values), records={"train": tiny_runs.RECORDS})

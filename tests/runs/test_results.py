@@ -19,7 +19,7 @@ PREDICTIONS = [Prediction("test.jsonl:1", "café\n", "One\u2028two", ["a", "b"])
 @pytest.fixture
 def run(tmp_path):
     values = {"model": {"path": "m"}, "data": {"target": "{text}"}, "train": {"steps": 1}}
-    return config.parse({**values, "output": str(tmp_path / "run")})
+    return config.parse({**values, "output_dir": str(tmp_path / "run")})
 
 
 def results(predictions=(), loss=2.5):
@@ -28,42 +28,42 @@ def results(predictions=(), loss=2.5):
 
 
 def test_results_come_back(run):
-    assert read_results(Path(run.output), run) is None
-    save_results(Path(run.output), run, results(PREDICTIONS))
-    assert read_results(Path(run.output), run) == results(PREDICTIONS)
+    assert read_results(Path(run.output_dir), run) is None
+    save_results(Path(run.output_dir), run, results(PREDICTIONS))
+    assert read_results(Path(run.output_dir), run) == results(PREDICTIONS)
 
 
 def test_what_was_not_finite_comes_back_as_nan(run):
-    save_results(Path(run.output), run, results(loss=math.inf))
-    found = read_results(Path(run.output), run)
+    save_results(Path(run.output_dir), run, results(loss=math.inf))
+    found = read_results(Path(run.output_dir), run)
     assert math.isnan(found.evaluations["after"].report.metrics["loss"])
 
 
 def test_results_of_another_config_are_none(run):
-    save_results(Path(run.output), run, results())
-    other = dataclasses.replace(run, decode=config.DecodeConfig(beams=2))
-    assert read_results(Path(other.output), other) is None
+    save_results(Path(run.output_dir), run, results())
+    other = dataclasses.replace(run, decode=config.DecodeConfig(num_beams=2))
+    assert read_results(Path(other.output_dir), other) is None
 
 
 def test_results_move_with_their_directory(run, tmp_path):
-    save_results(Path(run.output), run, results(PREDICTIONS))
+    save_results(Path(run.output_dir), run, results(PREDICTIONS))
     (tmp_path / "run").rename(tmp_path / "moved")
-    moved = dataclasses.replace(run, output=str(tmp_path / "moved"))
-    assert read_results(Path(moved.output), moved) == results(PREDICTIONS)
+    moved = dataclasses.replace(run, output_dir=str(tmp_path / "moved"))
+    assert read_results(Path(moved.output_dir), moved) == results(PREDICTIONS)
 
 
 def test_predictions_of_before_do_not_stay(run):
-    save_results(Path(run.output), run, results(PREDICTIONS))
-    save_results(Path(run.output), run, results())
-    assert read_results(Path(run.output), run) == results([])
+    save_results(Path(run.output_dir), run, results(PREDICTIONS))
+    save_results(Path(run.output_dir), run, results())
+    assert read_results(Path(run.output_dir), run) == results([])
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"config": 1', '{"step": 1}'])
 def test_damaged_results_are_told(run, tmp_path, content):
-    save_results(Path(run.output), run, results())
+    save_results(Path(run.output_dir), run, results())
     (tmp_path / "run" / "results.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"results\.json cannot be read"):
-        read_results(Path(run.output), run)
+        read_results(Path(run.output_dir), run)
 
 
 @pytest.mark.parametrize(
@@ -82,11 +82,11 @@ def test_damaged_results_are_told(run, tmp_path, content):
     ],
 )
 def test_edited_results_are_told(run, change):
-    path = Path(run.output) / "results.json"
-    save_results(Path(run.output), run, results())
+    path = Path(run.output_dir) / "results.json"
+    save_results(Path(run.output_dir), run, results())
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CheckpointError, match=r"results\.json cannot be read .*measures again"):
-        read_results(Path(run.output), run)
+        read_results(Path(run.output_dir), run)
 
 
 @pytest.mark.parametrize(
@@ -105,14 +105,14 @@ def test_edited_results_are_told(run, change):
     ],
 )
 def test_edited_predictions_are_told(run, line):
-    save_results(Path(run.output), run, results(PREDICTIONS))
-    (Path(run.output) / "predictions.jsonl").write_bytes(line + b"\n")
+    save_results(Path(run.output_dir), run, results(PREDICTIONS))
+    (Path(run.output_dir) / "predictions.jsonl").write_bytes(line + b"\n")
     with pytest.raises(CheckpointError, match=r"predictions\.jsonl.*measures again"):
-        read_results(Path(run.output), run)
+        read_results(Path(run.output_dir), run)
 
 
 def test_results_without_the_right_to_read_them_say_so(run, monkeypatch):
-    save_results(Path(run.output), run, results())
+    save_results(Path(run.output_dir), run, results())
     opened = Path.open
 
     def refuse(self, *args, **kwargs):
@@ -124,4 +124,4 @@ def test_results_without_the_right_to_read_them_say_so(run, monkeypatch):
     with pytest.raises(
         CheckpointError, match=r"results\.json cannot be read \(Permission denied\); give this user"
     ):
-        read_results(Path(run.output), run)
+        read_results(Path(run.output_dir), run)

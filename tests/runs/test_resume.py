@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from prefix_jax.runs.console import Report
 HARD = (
     "method.dropout=0.2",
     "data.group_by_source=true",
-    "optim.accumulate=2",
+    "optim.grad_accum_steps=2",
     "train.steps=null",
     "train.epochs=2.3",
     "train.eval_every=2",
@@ -103,7 +104,7 @@ def run_slowly(model: Path, output: Path) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("method.mid=8", "data.pack=false", "train.checkpoint_every=5"),
+        ("method.mid_dim=8", "data.pack=false", "train.checkpoint_every=5"),
         ("method=prompt", "optim.name=adafactor", "method.dropout=0.3"),
         ("method=full", "optim.schedule=cosine", "optim.weight_decay=0.1"),
     ],
@@ -186,7 +187,7 @@ def test_a_signal_during_an_evaluation_saves_too(
 def test_a_finished_run_trains_nothing_and_gives_the_same_results(
     pretrained: Pretrained, tmp_path: Path, monkeypatch
 ) -> None:
-    options = ("train.eval_every=4", "evaluate.before=true")
+    options = ("train.eval_every=4", "evaluate.compare_baseline=true")
     splits = {"dev": tiny_runs.SOME, "test": tiny_runs.SOME}
     first = tiny_runs.run(pretrained, tmp_path, *options, **splits)
     before = tiny_runs.outcome(tmp_path)
@@ -217,13 +218,28 @@ def test_a_directory_of_another_run_is_refused_by_the_keys_that_differ(
     assert tiny_runs.outcome(whole) == before
 
 
+def test_a_run_of_an_older_schema_is_refused(pretrained: Pretrained, tmp_path: Path) -> None:
+    with tiny_runs.killed_at(4):
+        tiny_runs.run(pretrained, tmp_path)
+    old = Path(__file__).parents[1] / "fixtures" / "format3" / "text" / "config.yaml"
+    shutil.copy(old, tmp_path)
+    with pytest.raises(ConfigError, match="holds a run of an older prefix_jax, whose config") as e:
+        tiny_runs.run(pretrained, tmp_path)
+    assert "or choose another output_dir" in str(e.value)
+
+
 def test_what_decides_no_numbers_may_change(pretrained: Pretrained, tmp_path: Path) -> None:
     with tiny_runs.killed_at(4):
         tiny_runs.run(pretrained, tmp_path)
     run = tiny_runs.run(
         pretrained,
         tmp_path,
-        *("train.checkpoint_every=2", "train.keep=1", "train.log_every=1", "decode.beams=2"),
+        *(
+            "train.checkpoint_every=2",
+            "train.keep_checkpoints=1",
+            "train.log_every=1",
+            "decode.num_beams=2",
+        ),
         *("evaluate.metrics=[loss,exact_match]", "evaluate.batch_size=2", "train.eval_every=6"),
         test=tiny_runs.SOME[:2],
     )

@@ -46,7 +46,7 @@ def pretrained(tiny_model_dir: Path) -> Pretrained:
 def whole(pretrained: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the default options that keeps every checkpoint."""
     directory = tmp_path_factory.mktemp("whole")
-    tiny_runs.run(pretrained, directory, "train.keep=9")
+    tiny_runs.run(pretrained, directory, "train.keep_checkpoints=9")
     return directory
 
 
@@ -60,7 +60,7 @@ def test_a_run_leaves_its_prefix_its_scores_and_its_predictions(
     run = tiny_runs.run(
         pretrained,
         tmp_path,
-        *("evaluate.metrics=[loss,chrf]", "evaluate.before=true", "train.eval_every=6"),
+        *("evaluate.metrics=[loss,chrf]", "evaluate.compare_baseline=true", "train.eval_every=6"),
         dev=tiny_runs.SOME,
         test=tiny_runs.SOME,
         console=console,
@@ -119,7 +119,7 @@ def test_the_best_step_is_exported_and_training_stops_early(
     monkeypatch.setattr(Evaluator, "loss", lambda *_: next(measured))
     console = tiny_runs.console()
     splits = {"dev": tiny_runs.SOME, "test": tiny_runs.SOME}
-    options = ("train.eval_every=2", "train.patience=2", "train.keep=1")
+    options = ("train.eval_every=2", "train.patience=2", "train.keep_checkpoints=1")
     run = tiny_runs.run(pretrained, tmp_path, *options, console=console, **splits)
     assert next(measured, None) is None
     assert "stopped early: loss on dev has not improved for 2 evaluations (best at step 4)" in (
@@ -172,7 +172,7 @@ def test_full_fine_tuning_is_the_same_run_without_a_prefix(
     pretrained: Pretrained, tmp_path: Path
 ) -> None:
     before = tiny_runs.bits(pretrained.stacked())
-    options = ("method=full", "optim.learning_rate=1e-3", "evaluate.before=true")
+    options = ("method=full", "optim.learning_rate=1e-3", "evaluate.compare_baseline=true")
     run = tiny_runs.run(pretrained, tmp_path, *options, test=tiny_runs.SOME)
     losses = {name: found.report.metrics["loss"] for name, found in run.evaluations.items()}
     assert losses["after"] < losses["before"]
@@ -210,14 +210,14 @@ def test_a_loss_that_is_not_finite_stops_in_the_state_before_and_names_the_batch
     with monkeypatch.context() as patch:
         patch.setattr(Pipeline, "batch", poisoned)
         with pytest.raises(NonFiniteError) as raised:
-            tiny_runs.run(pretrained, tmp_path, "train.keep=9")
+            tiny_runs.run(pretrained, tmp_path, "train.keep_checkpoints=9")
     message = str(raised.value)
     assert message.startswith("step 8: loss nan")
     assert message.count("record ") == 4
     assert "optim.learning_rate" in message
     # The step after it was on its way already, and changed nothing.
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 6, 7]
-    tiny_runs.run(pretrained, tmp_path, "train.keep=9")
+    tiny_runs.run(pretrained, tmp_path, "train.keep_checkpoints=9")
     found, expected = tiny_runs.outcome(tmp_path), tiny_runs.outcome(whole)
     found["checkpoints"].remove(7)
     assert found == expected
@@ -244,8 +244,8 @@ def test_a_learning_rate_that_is_too_high_is_an_error_too(
     options = (
         "optim.learning_rate=1e30",
         "optim.weight_decay=1e30",
-        "optim.clip=null",
-        "optim.warmup=0",
+        "optim.clip_norm=null",
+        "optim.warmup_steps=0",
     )
     with pytest.raises(NonFiniteError, match=r"lower optim\.learning_rate"):
         tiny_runs.run(pretrained, tmp_path, *options)
@@ -347,7 +347,7 @@ def test_a_mistake_in_the_data_is_told_before_the_backbone_is_loaded(
             "model": {"path": str(tmp_path / "no model")},
             "data": {"train": str(path), "input": "{sum}", "target": "{total}"},
             "train": {"steps": 1},
-            "output": str(tmp_path / "run"),
+            "output_dir": str(tmp_path / "run"),
         },
         [override],
     )
@@ -399,9 +399,9 @@ def test_a_full_disk_stops_a_run_that_goes_on_once_there_is_room(
     with monkeypatch.context() as patch:
         fill(patch)
         with pytest.raises(CheckpointError, match="No space left on device"):
-            tiny_runs.run(pretrained, tmp_path, "train.keep=9")
+            tiny_runs.run(pretrained, tmp_path, "train.keep_checkpoints=9")
     assert (tmp_path / "checkpoints" / "3").is_dir()
-    tiny_runs.run(pretrained, tmp_path, "train.keep=9")
+    tiny_runs.run(pretrained, tmp_path, "train.keep_checkpoints=9")
     assert tiny_runs.outcome(tmp_path) == tiny_runs.outcome(whole)
 
 
@@ -451,12 +451,12 @@ def test_a_second_run_is_refused_before_it_writes_anything(
         record(self, done, *rest)
         if done == 4:
             with pytest.raises(ConfigError, match="another run is writing there") as raised:
-                tiny_runs.run(pretrained, tmp_path, "train.keep=9")
+                tiny_runs.run(pretrained, tmp_path, "train.keep_checkpoints=9")
             refused.append(raised.value)
 
     with monkeypatch.context() as patch:
         patch.setattr(Report, "step", step)
-        tiny_runs.run(pretrained, tmp_path, "train.keep=9")
+        tiny_runs.run(pretrained, tmp_path, "train.keep_checkpoints=9")
     assert len(refused) == 1
     assert not list(tmp_path.glob(".prefix-jax*"))
     assert tiny_runs.outcome(tmp_path) == tiny_runs.outcome(whole)
@@ -543,7 +543,7 @@ def test_stray_files_in_a_run_do_not_hinder_it(
     pretrained: Pretrained, whole: Path, tmp_path: Path
 ) -> None:
     with tiny_runs.killed_at(8):
-        tiny_runs.run(pretrained, tmp_path, "train.keep=9")
+        tiny_runs.run(pretrained, tmp_path, "train.keep_checkpoints=9")
     strays = [
         path / ".DS_Store"
         for path in (tmp_path, tmp_path / "checkpoints", *tmp_path.glob("checkpoints/*"))
@@ -553,7 +553,7 @@ def test_stray_files_in_a_run_do_not_hinder_it(
     (tmp_path / "checkpoints" / "0999").mkdir()
     (tmp_path / "checkpoints" / "999").symlink_to(tmp_path / "nowhere")
     console = tiny_runs.console()
-    tiny_runs.run(pretrained, tmp_path, "train.keep=9", console=console)
+    tiny_runs.run(pretrained, tmp_path, "train.keep_checkpoints=9", console=console)
     assert "continuing after step 6" in tiny_runs.shown(console)
     assert "warning" not in tiny_runs.shown(console)
     assert all(stray.exists() for stray in strays)
@@ -564,7 +564,7 @@ def test_longer_training_of_an_ended_run_is_told_to_start_from_its_prefix(
     pretrained: Pretrained, whole: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as raised:
-        tiny_runs.run(pretrained, whole, "train.keep=9", "train.steps=20")
+        tiny_runs.run(pretrained, whole, "train.keep_checkpoints=9", "train.steps=20")
     settings = f"init.start=prefix init.path={whole}"
     assert settings in str(raised.value)
     run = tiny_runs.run(pretrained, tmp_path, "train.steps=1", *settings.split())

@@ -239,7 +239,7 @@ def test_a_run_that_loses_its_machine_ends_as_if_it_had_not(
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("~nosuchuser/x", "output ~nosuchuser/x: cannot expand ~"),
+        ("~nosuchuser/x", "output_dir ~nosuchuser/x: cannot expand ~"),
         ("x" * 300, "cannot be used as a path (File name too long)"),
         ("a\0b", "null byte"),
     ],

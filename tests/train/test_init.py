@@ -231,7 +231,7 @@ def test_random_is_left_to_the_method(method, pretrained):
 
 @pytest.mark.parametrize("start", ["text", "vocab", "zeros", "normal", "random"])
 def test_parameters_are_float32_whatever_they_start_as(start, pretrained):
-    for method in [*METHODS, PrefixTuning(P, mid=8)]:
+    for method in [*METHODS, PrefixTuning(P, mid_dim=8)]:
         params = init_prefix(method, InitConfig(start), pretrained, EXAMPLES, 0)
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
@@ -265,7 +265,7 @@ def test_a_stored_prefix_is_taken_up_where_it_was_left(method, pretrained, store
 
 def test_keys_and_values_can_train_on_under_an_mlp(pretrained, store):
     produced = initial(METHODS[0], pretrained, start="normal", std=1.0)
-    again = initial(PrefixTuning(P, mid=8), pretrained, start="prefix", path=store(produced))
+    again = initial(PrefixTuning(P, mid_dim=8), pretrained, start="prefix", path=store(produced))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), again, produced)
 
 

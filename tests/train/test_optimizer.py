@@ -58,7 +58,7 @@ def test_cosine_falls_to_zero_after_the_last_step():
 def test_exponential_falls_in_steps_as_pytorchs_does_by_the_epoch():
     found = rates(7, schedule="exponential", decay=0.5, decay_every=3)
     np.testing.assert_allclose(found, [2.0] * 3 + [1.0] * 3 + [0.5] * 2)
-    found = rates(5, schedule="exponential", decay=0.5, decay_every=2, warmup=2)
+    found = rates(5, schedule="exponential", decay=0.5, decay_every=2, warmup_steps=2)
     np.testing.assert_allclose(found, [1.0, 2.0, 2.0, 2.0, 1.0, 1.0])
 
 
@@ -73,14 +73,14 @@ def test_what_an_exponential_schedule_lacks_is_named():
 
 @pytest.mark.parametrize("after", ["constant", "linear", "cosine"])
 def test_warmup_rises_to_the_peak_and_its_first_step_moves(after):
-    found = rates(8, schedule=after, warmup=4)
+    found = rates(8, schedule=after, warmup_steps=4)
     np.testing.assert_allclose(found[:5], [0.5, 1.0, 1.5, 2.0, 2.0], atol=1e-6)
     assert found[8] == pytest.approx(2.0 if after == "constant" else 0.0, abs=1e-6)
 
 
 def test_a_warmup_of_one_step_is_the_peak_and_one_of_all_steps_never_falls():
-    np.testing.assert_allclose(rates(2, schedule="constant", warmup=1), [2.0] * 3)
-    np.testing.assert_allclose(rates(2, schedule="linear", warmup=2), [1.0, 2.0, 2.0])
+    np.testing.assert_allclose(rates(2, schedule="constant", warmup_steps=1), [2.0] * 3)
+    np.testing.assert_allclose(rates(2, schedule="linear", warmup_steps=2), [1.0, 2.0, 2.0])
 
 
 # The partition.
@@ -106,13 +106,16 @@ def test_a_frozen_leaf_gets_a_zero_update_and_has_no_state(name):
 def test_clipping_looks_at_the_trained_part_alone():
     """Its norm is 5. That of the frozen part, in the millions, would leave nothing."""
     sgd = {"b1": 0.0, "b2": 0.0, "eps": 1e8}  # AdamW whose step is the gradient / eps
-    whole, clipped = update(optimizer(clip=None, **sgd)), update(optimizer(clip=1.0, **sgd))
+    whole, clipped = (
+        update(optimizer(clip_norm=None, **sgd)),
+        update(optimizer(clip_norm=1.0, **sgd)),
+    )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, 5 * b, rtol=1e-5),
         whole["prefix"],
         clipped["prefix"],
     )
-    generous = update(optimizer(clip=5.1, **sgd))
+    generous = update(optimizer(clip_norm=5.1, **sgd))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
         whole["prefix"],
@@ -125,8 +128,8 @@ def test_clipping_looks_at_the_trained_part_alone():
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_weight_decay_is_decoupled_and_times_the_learning_rate(name):
-    plain = update(optimizer(name=name, clip=None))
-    decayed = update(optimizer(name=name, clip=None, weight_decay=0.3))
+    plain = update(optimizer(name=name, clip_norm=None))
+    decayed = update(optimizer(name=name, clip_norm=None, weight_decay=0.3))
     jax.tree.map(
         lambda a, b, x: np.testing.assert_allclose(b - a, -0.1 * 0.3 * x, rtol=1e-4, atol=1e-7),
         plain["prefix"],
@@ -138,7 +141,7 @@ def test_weight_decay_is_decoupled_and_times_the_learning_rate(name):
 def test_adafactor_is_that_of_optax_without_scaling_and_factors():
     params, grads = PARAMS["prefix"], GRADS["prefix"]
     theirs = optax.adafactor(0.1, factored=False, multiply_by_parameter_scale=False)
-    ours = optimizer(name="adafactor", clip=None)
+    ours = optimizer(name="adafactor", clip_norm=None)
     state, whole_state = theirs.init(params), ours.init(PARAMS)
     for scale in (1.0, 0.1, 7.0):
         scaled = jax.tree.map(lambda leaf, s=scale: s * leaf, grads)
@@ -157,7 +160,7 @@ def test_a_head_has_a_rate_of_its_own_and_shares_the_norm(clip):
     params = {**PARAMS, "head": {"out_DY": jnp.ones((2, 3))}}
     grads = {**GRADS, "head": {"out_DY": jnp.full((2, 3), 0.7)}}
     partition = labels(params)
-    config = OptimConfig(clip=clip, schedule="constant", learning_rate=0.1, eps=1e-2)
+    config = OptimConfig(clip_norm=clip, schedule="constant", learning_rate=0.1, eps=1e-2)
     alike = make_optimizer(config, lambda _: 0.1, partition)
     apart = make_optimizer(config, lambda _: 0.1, partition, lambda _: 0.002)
     (same, _), (own, _) = (one.update(grads, one.init(params), params) for one in (alike, apart))

@@ -17,7 +17,7 @@ RUN = config.parse(
         "model": {"path": "tiny"},
         "data": {"target": "{text}"},
         "train": {"steps": 2},
-        "output": "run",
+        "output_dir": "run",
     }
 )
 
