@@ -140,7 +140,7 @@ def test_rows_have_each_source_once_and_targets_without_last_token(examples, pac
 def test_batch_has_shape_of_layout_and_divisible_rows(examples, packing):
     layout = arrange(measure(examples), packing)
     batch = materialise(layout, examples)
-    lead = (packing.accumulate,) if packing.accumulate > 1 else ()
+    lead = (packing.grad_accum_steps,) if packing.grad_accum_steps > 1 else ()
     assert batch.ids_BT.shape == (*lead, layout.shape.rows, layout.shape.columns)
     assert batch.index_BM.shape == (*lead, layout.shape.rows, layout.shape.targets)
     assert batch.examples.shape == lead
@@ -157,7 +157,7 @@ def test_parts_of_hosts_form_the_whole_batch(examples, packing):
     whole = materialise(layout, examples)
     n = packing.rows_multiple
     parts = [materialise(layout, examples, part=(i, n)) for i in range(n)]
-    axis = int(packing.accumulate > 1)
+    axis = int(packing.grad_accum_steps > 1)
     joined = jax.tree.map(
         lambda *leaves: np.concatenate(leaves, axis) if leaves[0].ndim > axis else leaves[0], *parts
     )
