@@ -33,7 +33,7 @@ from prefix_jax.config import OptimConfig
 from prefix_jax.data.batch import Batch, Source
 from prefix_jax.methods import METHODS
 from prefix_jax.model import PrefixModel
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.nn.remat import Remat
 from prefix_jax.plan.audit import Audit, audit
 from prefix_jax.plan.floor import floor
@@ -170,12 +170,12 @@ def compile_step(
     T, M, S = case.tokens, case.targets, case.source
     batch = Batch(
         ids_BT=integers(T),
-        tokens=Tokens(integers(T), None, integers(T)),
+        layout=TokenLayout(integers(T), None, integers(T)),
         index_BM=integers(M),
         label_BM=integers(M),
         weight_BM=jax.ShapeDtypeStruct((1, 1, M), jnp.float32),
         examples=jax.ShapeDtypeStruct((1,), jnp.float32),
-        source=Source(integers(S), Tokens(integers(S), None, integers(S))) if S else None,
+        source=Source(integers(S), TokenLayout(integers(S), None, integers(S))) if S else None,
     )
     lowered = jax.jit(make(model, optimizer), donate_argnums=0).lower(state, frozen, batch)
     # Nothing runs, so only the HLO needs optimising: skip LLVM's optimisation of machine code.

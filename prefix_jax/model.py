@@ -119,9 +119,9 @@ class PrefixModel:
         encoded = None
         if batch.source is not None:
             source = batch.source
-            encoded = self.backbone.encode(backbone, source.ids_BS, source.tokens, prefix)
+            encoded = self.backbone.encode(backbone, source.ids_BS, source.layout, prefix)
         h_BTD, _ = self.backbone.hidden(
-            backbone, batch.ids_BT, batch.tokens, prefix, encoded=encoded
+            backbone, batch.ids_BT, batch.layout, prefix, encoded=encoded
         )
         # Soft tokens before an encoder are the first columns of its output.
         soft = h_BTD.shape[1] - batch.ids_BT.shape[1]

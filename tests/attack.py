@@ -43,7 +43,7 @@ from prefix_jax.data.source import Record, read_records
 from prefix_jax.data.template import render_chat
 from prefix_jax.errors import PrefixJaxError
 from prefix_jax.methods import make_method
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.untrusted.tokenizer import token_ids
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -70,7 +70,7 @@ def _read_model(path: Path) -> None:
     pretrained = load(path)
     backbone, params = pretrained.backbone, pretrained.stacked()
     ids_BT = jnp.zeros((1, 8), jnp.int32)
-    tokens = Tokens.plain(ids_BT == 0)
+    tokens = TokenLayout.plain(ids_BT == 0)
 
     def logits(params: Any) -> jax.Array:
         encoded = None

@@ -15,7 +15,7 @@ from prefix_jax.backbones.families import gemma, gpt2, llama, neox, opt
 from prefix_jax.backbones.stacking import Params
 from prefix_jax.data.batch import Batch, Example
 from prefix_jax.data.pack import Packing, arrange, materialise, measure
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.nn.remat import Remat
 
 V = 50
@@ -112,9 +112,9 @@ def token_ids(*shape: int, seed: int = 0) -> jax.Array:
     return jax.random.randint(jax.random.key(seed), shape, 0, V)
 
 
-def present(rows: int, columns: int) -> Tokens:
+def present(rows: int, columns: int) -> TokenLayout:
     """Rows without padding."""
-    return Tokens.plain(jnp.ones((rows, columns), bool))
+    return TokenLayout.plain(jnp.ones((rows, columns), bool))
 
 
 def examples(count: int, seed: int = 0) -> list[Example]:

@@ -14,7 +14,7 @@ from decoders import weights as any_weights
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.families import bart, t5
 from prefix_jax.backbones.stacking import Params
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.prefix import SITES, KVPrefix, Prefix, Site, SiteName
 
 # Of each, one stack is deeper than the other, and heads are not what D would suggest.
@@ -86,9 +86,9 @@ def states(
     backbone: Backbone,
     params: Params,
     source_BS: jax.Array,
-    source: Tokens,
+    source: TokenLayout,
     ids_BT: jax.Array,
-    target: Tokens,
+    target: TokenLayout,
     prefix: Prefix | None,
 ) -> jax.Array:
     """The decoder's last states, h_BTD, of targets after their sources."""

@@ -72,7 +72,7 @@ def test_a_loss_is_the_sum_of_each_example_alone(name: str, weights_: Any) -> No
         for ids in (one.source_ids_S, one.ids_T):
             here = jnp.arange(8)[None] < len(ids)
             row = jnp.zeros((1, 8), jnp.int32).at[0, : len(ids)].set(ids)
-            sides += [row, dataclasses.replace(present(1, 8), group_BT=here.astype(jnp.int32))]
+            sides += [row, dataclasses.replace(present(1, 8), segment_BT=here.astype(jnp.int32))]
         logprobs_TV = logprobs(*sides)
         total -= sum(float(logprobs_TV[t, one.ids_T[t + 1]]) for t in range(len(one.ids_T) - 1))
     np.testing.assert_allclose(jax.jit(model.loss)(params, batch), total, rtol=1e-4)

@@ -52,7 +52,7 @@ class Architecture:
         relative: buckets of relative positions (T5); None for none.
         positions: rows of the table of learned positions; 0 for none.
         position_offset: the row of position 0 (BART and OPT have 2, RoBERTa one behind padding).
-        segments: rows of the table of segments (BERT); 0 for none.
+        token_types: rows of the table of token types (BERT); 0 if there is none.
         own_tokens: whether an encoder embeds tokens with a table of its own and not the decoder's
             (an untied BART or T5).
         embed_dim: width of the embeddings, which a projection brings to D (ELECTRA); None for D.
@@ -99,7 +99,7 @@ class Architecture:
     relative: Relative | None = None
     positions: Count = 0
     position_offset: Count = 0
-    segments: Count = 0
+    token_types: Count = 0
     own_tokens: bool = False
     embed_dim: Size | None = None
     embed_scale: Positive | None = None

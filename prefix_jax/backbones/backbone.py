@@ -17,7 +17,7 @@ from prefix_jax.backbones.stacking import Params, as_stacked, pick_layers, to_st
 from prefix_jax.errors import BackboneError, PrefixError
 from prefix_jax.nn import vocabulary
 from prefix_jax.nn.attention import zigzag
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.nn.layers import KeysValues
 from prefix_jax.nn.quantized import Weight, matmul, take
 from prefix_jax.nn.remat import Remat
@@ -146,7 +146,7 @@ class Backbone:
             # The prompts of a bank are rows of one batch, which do not see each other.
             x_BTD = jnp.stack([alone.x_PD for alone in produced.apart()]).astype(_dtype(params))
             stack.check_length(x_BTD.shape[1])
-            tokens = Tokens.plain(jnp.ones(x_BTD.shape[:2], bool))
+            tokens = TokenLayout.plain(jnp.ones(x_BTD.shape[:2], bool))
             x_BTD = stack.place(params, x_BTD, tokens, 0)
             layers, _ = self._read(params, x_BTD, tokens)
             return Prefix(decoder=site_of(layers), offset=x_BTD.shape[1], tasks=produced.tasks)
@@ -164,7 +164,7 @@ class Backbone:
                 "hidden states stand before the tokens of a single stack; for an encoder-decoder "
                 "take keys and values (method.name: prefix)"
             )
-        tokens = Tokens.plain(jnp.ones((1, produced.h_LPD.shape[1]), bool))
+        tokens = TokenLayout.plain(jnp.ones((1, produced.h_LPD.shape[1]), bool))
         h_L1PD = produced.h_LPD[:, None].astype(_dtype(params))
         joined = site_of(stack.keys_values(params, h_L1PD, tokens))
         return Prefix.of({site: joined}, offset=produced.h_LPD.shape[1])
@@ -181,7 +181,7 @@ class Backbone:
         """
         for reading in (self._stack, *([self._encoder] if self.arch.encoder else [])):
             reading.check_length(len(ids_P))
-        tokens = Tokens.plain(jnp.ones((1, len(ids_P)), bool))
+        tokens = TokenLayout.plain(jnp.ones((1, len(ids_P)), bool))
         embeds_1PD = self._embed(params, ids_P[None])
         # Soft tokens stand before the text that is given.
         read_1PD = embeds_1PD
@@ -215,7 +215,7 @@ class Backbone:
         return Adapter(h_LPD.astype(jnp.float32), gate_LN)
 
     def _read(
-        self, params: Params, x_BTD: jax.Array, tokens: Tokens, encoded: Encoded | None = None
+        self, params: Params, x_BTD: jax.Array, tokens: TokenLayout, encoded: Encoded | None = None
     ) -> tuple[KeysValues, jax.Array]:
         """Stacked keys and values of one bare forward pass, and the states that entered layers."""
         stack = self._stack
@@ -241,7 +241,7 @@ class Backbone:
         return self._stack.empty_cache(_dtype(params), rows, columns, unstacked)
 
     def encode(
-        self, params: Params, ids_BS: jax.Array, tokens: Tokens, prefix: Prefix | None = None
+        self, params: Params, ids_BS: jax.Array, tokens: TokenLayout, prefix: Prefix | None = None
     ) -> Encoded:
         """Reads the source of an encoder-decoder, for `hidden`.
 
@@ -261,7 +261,7 @@ class Backbone:
         )
         return self._encoded(params, h_BSD, tokens)
 
-    def _encoded(self, params: Params, h_BSD: jax.Array, tokens: Tokens) -> Encoded:
+    def _encoded(self, params: Params, h_BSD: jax.Array, tokens: TokenLayout) -> Encoded:
         """The decoder's keys and values of an encoder's output."""
         if isinstance(params["layers"], tuple):
             layers: Any = tuple(
@@ -277,7 +277,7 @@ class Backbone:
         self,
         params: Params,
         ids_BT: jax.Array,
-        tokens: Tokens,
+        tokens: TokenLayout,
         prefix: Prefix | None = None,
         cache: None = None,
         lineage_BTS: jax.Array | None = None,
@@ -289,7 +289,7 @@ class Backbone:
         self,
         params: Params,
         ids_BT: jax.Array,
-        tokens: Tokens,
+        tokens: TokenLayout,
         prefix: Prefix | None,
         cache: Cache,
         lineage_BTS: jax.Array | None = None,
@@ -300,7 +300,7 @@ class Backbone:
         self,
         params: Params,
         ids_BT: jax.Array,
-        tokens: Tokens,
+        tokens: TokenLayout,
         prefix: Prefix | None = None,
         cache: Cache | None = None,
         lineage_BTS: jax.Array | None = None,
@@ -351,9 +351,9 @@ class Backbone:
         params: Params,
         weights: Params,
         ids_BS: jax.Array,
-        tokens: Tokens,
+        tokens: TokenLayout,
         prefix: Prefix | None,
-    ) -> tuple[jax.Array, Tokens]:
+    ) -> tuple[jax.Array, TokenLayout]:
         """Tokens through an encoder whose `weights` are a part of `params`, and where they stand
         there, behind soft ones if the prefix has some, and filled for devices that share them."""
         ids_BS, tokens = zigzag.pad((ids_BS, tokens))

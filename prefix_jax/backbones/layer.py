@@ -10,7 +10,7 @@ import jax
 
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.nn.activations import activation
-from prefix_jax.nn.layers import MLP, Attention, KeysValues, LayerNorm, RMSNorm, View
+from prefix_jax.nn.layers import MLP, Attention, KeysValues, LayerInputs, LayerNorm, RMSNorm
 from prefix_jax.prefix import Site
 
 
@@ -72,10 +72,10 @@ class Layer(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        view: View,
+        view: LayerInputs,
         site: Site | None,
         cache: KeysValues | None,
-        cross_view: View | None = None,
+        cross_view: LayerInputs | None = None,
         cross_site: Site | None = None,
         memory: KeysValues | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:

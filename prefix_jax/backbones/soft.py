@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from prefix_jax.backbones.stack import task_of
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.prefix import Prefix
 
 
-def prepend(prefix: Prefix | None, x_BSD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Tokens]:
+def prepend(
+    prefix: Prefix | None, x_BSD: jax.Array, tokens: TokenLayout
+) -> tuple[jax.Array, TokenLayout]:
     """What an encoder reads, with a prefix's soft tokens in the first P columns if it has any.
 
     A row that gets some holds one example: what soft tokens become depends on the text behind them.
@@ -26,26 +28,26 @@ def prepend(prefix: Prefix | None, x_BSD: jax.Array, tokens: Tokens) -> tuple[ja
     return jnp.concatenate([soft_BPD, x_BSD], axis=1), _behind(tokens, prefix.soft)
 
 
-def _of_rows(soft_PD: jax.Array, tasks: int | None, tokens: Tokens) -> jax.Array:
+def _of_rows(soft_PD: jax.Array, tasks: int | None, tokens: TokenLayout) -> jax.Array:
     """The soft tokens of each row, [B, P, D]."""
     if tasks is None:
-        return jnp.broadcast_to(soft_PD, (len(tokens.group_BT), *soft_PD.shape))
+        return jnp.broadcast_to(soft_PD, (len(tokens.segment_BT), *soft_PD.shape))
     # Padding on either side of the example has task 0.
     return soft_PD.reshape(tasks, -1, soft_PD.shape[1])[task_of(tokens).max(axis=1)]
 
 
-def _behind(tokens: Tokens, slots: int) -> Tokens:
+def _behind(tokens: TokenLayout, slots: int) -> TokenLayout:
     """Where all stand: the soft ones in the first columns, and the tokens behind them."""
-    B = tokens.group_BT.shape[0]
+    B = tokens.segment_BT.shape[0]
     ones_BP = jnp.ones((B, slots), jnp.int32)
 
     def joined(first_BP: jax.Array, rest_BT: jax.Array) -> jax.Array:
         return jnp.concatenate([first_BP, rest_BT], axis=1)
 
-    branch_BT, segment_BT = tokens.branch_BT, tokens.segment_BT
-    return Tokens(
-        group_BT=joined(ones_BP, tokens.group_BT),
+    branch_BT, token_type_BT = tokens.branch_BT, tokens.token_type_BT
+    return TokenLayout(
+        segment_BT=joined(ones_BP, tokens.segment_BT),
         branch_BT=None if branch_BT is None else joined(0 * ones_BP, branch_BT),
         position_BT=joined(jnp.arange(slots) * ones_BP, tokens.position_BT + slots),
-        segment_BT=None if segment_BT is None else joined(0 * ones_BP, segment_BT),
+        token_type_BT=None if token_type_BT is None else joined(0 * ones_BP, token_type_BT),
     )

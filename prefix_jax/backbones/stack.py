@@ -20,8 +20,14 @@ from prefix_jax.backbones.stacking import Params, stack_layers
 from prefix_jax.errors import ContextError, PrefixError
 from prefix_jax.mesh import constrain_tokens, look_up
 from prefix_jax.nn.attention import zigzag
-from prefix_jax.nn.attention.mask import Seen, Sight, Tokens, visible, visible_prefix
-from prefix_jax.nn.layers import KeysValues, View
+from prefix_jax.nn.attention.mask import (
+    AttentionMask,
+    MaskAndBias,
+    TokenLayout,
+    causal_mask,
+    prefix_mask,
+)
+from prefix_jax.nn.layers import KeysValues, LayerInputs
 from prefix_jax.nn.remat import Remat, rematerialised
 from prefix_jax.prefix import Prefix, Site, StackName
 
@@ -37,7 +43,7 @@ class Encoded:
     """
 
     layers: KeysValues | tuple[KeysValues, ...]
-    tokens: Tokens
+    layout: TokenLayout
 
 
 @flax.struct.dataclass
@@ -52,7 +58,7 @@ class Cache:
     """
 
     layers: KeysValues | tuple[KeysValues, ...]
-    tokens: Tokens
+    layout: TokenLayout
     length: jax.Array
 
     def grow(self, columns: int) -> Cache:
@@ -63,7 +69,7 @@ class Cache:
                 x, [(0, columns if i == x.ndim + axis else 0) for i in range(x.ndim)]
             )
 
-        layers, tokens = jax.tree.map(pad(-2), self.layers), jax.tree.map(pad(-1), self.tokens)
+        layers, tokens = jax.tree.map(pad(-2), self.layers), jax.tree.map(pad(-1), self.layout)
         return Cache(layers, tokens, self.length)
 
 
@@ -89,7 +95,7 @@ class Stack:
         a = self.arch
         rngs = jax.random.split(rng, 3)
         x_BTD = jnp.zeros((1, 1, a.d_model))
-        view = View(Seen(jnp.ones((1, 1, 1), bool)))
+        view = LayerInputs(MaskAndBias(jnp.ones((1, 1, 1), bool)))
         heads = jnp.zeros((1, a.kv_heads, 1, a.head_dim))
         memory = None if a.encoder is None else KeysValues(heads, heads)
 
@@ -105,8 +111,9 @@ class Stack:
         E = a.geometry.input_dim
         if a.positions:
             embed["positions_TD"] = normal(rngs[1], a.positions, E)
-        if a.segments:
-            embed["segments_XD"] = normal(rngs[2], a.segments, E)
+        if a.token_types:
+            # The name is part of the fingerprint of stored prefixes.
+            embed["segments_XD"] = normal(rngs[2], a.token_types, E)
         if a.embed_norm:
             embed["norm"] = make_norm(a).init(rng, jnp.zeros((1, 1, E)))["params"]
         if a.embed_dim is not None:
@@ -120,7 +127,7 @@ class Stack:
             params["final_norm"] = make_norm(a).init(rng, x_BTD)["params"]
         return params
 
-    def place(self, params: Params, x_BTD: jax.Array, tokens: Tokens, start: int) -> jax.Array:
+    def place(self, params: Params, x_BTD: jax.Array, tokens: TokenLayout, start: int) -> jax.Array:
         """Embeddings at their positions, as the first layer reads them.
 
         Args:
@@ -138,16 +145,16 @@ class Stack:
         if a.positions:
             position_BT = tokens.position_BT + start
             outside_BT = (position_BT < 0) | (position_BT >= a.max_positions)
-            outside_BT &= tokens.group_BT > 0
+            outside_BT &= tokens.segment_BT > 0
             if not isinstance(outside_BT, jax.core.Tracer) and outside_BT.any():
-                self.check_length(int(jnp.where(tokens.group_BT > 0, position_BT, 0).max()) + 1)
+                self.check_length(int(jnp.where(tokens.segment_BT > 0, position_BT, 0).max()) + 1)
             x_BTD = x_BTD + look_up(embed["positions_TD"], position_BT + a.position_offset)
             x_BTD = jnp.where(outside_BT[..., None], jnp.nan, x_BTD)
-        if a.segments:
-            segment_BT = tokens.segment_BT
-            if segment_BT is None:
-                segment_BT = jnp.zeros_like(tokens.group_BT)
-            x_BTD = x_BTD + look_up(embed["segments_XD"], segment_BT)
+        if a.token_types:
+            token_type_BT = tokens.token_type_BT
+            if token_type_BT is None:
+                token_type_BT = jnp.zeros_like(tokens.segment_BT)
+            x_BTD = x_BTD + look_up(embed["segments_XD"], token_type_BT)
         x_BTD = x_BTD.astype(dtype)
         if a.embed_norm:
             normed: Any = make_norm(a).apply({"params": embed["norm"]}, x_BTD)
@@ -188,7 +195,7 @@ class Stack:
         nowhere = jnp.zeros((rows, columns), jnp.int32)
         return Cache(
             tuple(zeros() for _ in range(a.layers)) if unstacked else zeros(a.layers),
-            Tokens(nowhere, nowhere, nowhere),
+            TokenLayout(nowhere, nowhere, nowhere),
             jnp.zeros((), jnp.int32),
         )
 
@@ -196,7 +203,7 @@ class Stack:
         self,
         params: Params,
         x_BTD: jax.Array,
-        tokens: Tokens,
+        tokens: TokenLayout,
         prefix: Prefix | None = None,
         cache: Cache | None = None,
         lineage_BTS: jax.Array | None = None,
@@ -215,9 +222,9 @@ class Stack:
         keys, column, there = tokens, None, None
         if cache is not None:
             column = cache.length
-            there = cache.tokens.write(tokens, column)
+            there = cache.layout.write(tokens, column)
             # A cache of as many columns as there are tokens holds these tokens and nothing else.
-            keys = tokens if there.group_BT.shape == tokens.group_BT.shape else there
+            keys = tokens if there.segment_BT.shape == tokens.segment_BT.shape else there
         kinds = set(a.sliding) or {False}
         # The layers of one scan are of one kind as far as anything static goes.
         mixed = len(kinds) == 2 and not isinstance(params["layers"], tuple)
@@ -234,12 +241,14 @@ class Stack:
             sites = (getattr(prefix, self.site), cross)
         cross_view = None
         if encoded is not None:
-            cross_view = View(Seen(Sight(tokens, encoded.tokens, causal=False)))
+            cross_view = LayerInputs(
+                MaskAndBias(AttentionMask(tokens, encoded.layout, causal=False))
+            )
 
         def layer(
             x_BTD: jax.Array,
             weights: Params,
-            view: View,
+            view: LayerInputs,
             sites: tuple[Site | None, Site | None],
             cache: KeysValues | None,
             memory: KeysValues | None,
@@ -318,7 +327,7 @@ class Stack:
             )
         return jax.lax.map(call, (params["layers"], per_layer))
 
-    def keys_values(self, params: Params, h_LBTD: jax.Array, tokens: Tokens) -> KeysValues:
+    def keys_values(self, params: Params, h_LBTD: jax.Array, tokens: TokenLayout) -> KeysValues:
         """The keys and values of hidden states at the entry of every layer, [L, B, K, T, H]."""
         kinds = self.arch.sliding or (False,) * self.arch.layers
         angles = stack_layers([self._angles(tokens.position_BT, kind) for kind in kinds])
@@ -334,15 +343,15 @@ class Stack:
     def _view(
         self,
         params: Params,
-        queries: Tokens,
-        keys: Tokens,
+        queries: TokenLayout,
+        keys: TokenLayout,
         prefix: Prefix | None,
         column: jax.Array | None,
         sliding: bool,
         mixed: bool,
         lineage_BTS: jax.Array | None,
         in_zigzag: bool,
-    ) -> View:
+    ) -> LayerInputs:
         """What layers of this kind see; `mixed` if it is to be chosen layer by layer in a scan."""
         a = self.arch
         window = a.window if sliding else None
@@ -351,16 +360,18 @@ class Stack:
         start = 0 if prefix is None else prefix.start(self.site)
         position_BT = queries.position_BT + start
         if lineage_BTS is not None:
-            seen = Seen(visible(queries, keys, window, lineage_BTS))
+            seen = MaskAndBias(causal_mask(queries, keys, window, lineage_BTS))
         elif mixed:
             narrow = jnp.asarray(sliding)
-            seen = Seen(Sight(queries, keys, a.causal, a.window, narrow, zigzag=in_zigzag))
+            seen = MaskAndBias(
+                AttentionMask(queries, keys, a.causal, a.window, narrow, zigzag=in_zigzag)
+            )
         else:
-            seen = Seen(Sight(queries, keys, a.causal, window, zigzag=in_zigzag))
+            seen = MaskAndBias(AttentionMask(queries, keys, a.causal, window, zigzag=in_zigzag))
         tasks = 1 if prefix is None or prefix.tasks is None else prefix.tasks
         slot_P = jnp.arange(slots) % max(slots // tasks, 1)
         if slots and prefix is not None and a.window is not None and not prefix.pinned:
-            mask_BTP = visible_prefix(position_BT, slot_P, window)
+            mask_BTP = prefix_mask(position_BT, slot_P, window)
             seen = dataclasses.replace(seen, mask_BTP=mask_BTP)
         if slots and prefix is not None and prefix.tasks is not None:
             own_BTP = task_of(queries)[:, :, None] == jnp.arange(slots) // (slots // tasks)
@@ -373,10 +384,10 @@ class Stack:
             if slots:
                 bias_BNTP = a.relative.bias(table_RN, position_BT, slot_P[None])
                 seen = dataclasses.replace(seen, bias_BNTP=bias_BNTP)
-        return View(seen, self._angles(position_BT, sliding), column)
+        return LayerInputs(seen, self._angles(position_BT, sliding), column)
 
 
-def task_of(tokens: Tokens) -> jax.Array:
+def task_of(tokens: TokenLayout) -> jax.Array:
     """task_BT, where a bank has prefixes for several.
 
     Raises:
@@ -385,7 +396,7 @@ def task_of(tokens: Tokens) -> jax.Array:
     if tokens.task_BT is None:
         raise PrefixError(
             "the prefix is a bank of several tasks, and the tokens do not say whose they are: take "
-            "the prefix of one task, or give Tokens.task_BT"
+            "the prefix of one task, or give TokenLayout.task_BT"
         )
     return tokens.task_BT
 

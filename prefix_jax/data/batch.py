@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Example:
         source_ids_S: int32 encoder input of an encoder-decoder; None for a single stack.
         whole: whether all tokens are needed, as in an example with labels. Otherwise the tokens
             after the last column of `index_M` are left out of the rows.
-        segment_T: int32, which of two texts each token belongs to; None if the model has no segment
-            embeddings.
+        token_type_T: int32, which of two texts each token belongs to; None if the model does not
+            embed token types.
         part_T: int32 from 0. Tokens of different parts do not attend to each other, and each part
             counts its positions from 0 (the choices of one question). None means one part; several
             parts require `whole`.
@@ -69,7 +69,7 @@ class Example:
     prompt_length: int = 0
     source_ids_S: np.ndarray | None = None
     whole: bool = False
-    segment_T: np.ndarray | None = None
+    token_type_T: np.ndarray | None = None
     part_T: np.ndarray | None = None
     candidates: bool = False
     window: Window | None = None
@@ -119,11 +119,11 @@ class Source:
 
     Attributes:
         ids_BS: int32 token ids.
-        tokens: the group and position of each token.
+        layout: the group and position of each token.
     """
 
     ids_BS: jax.Array
-    tokens: Tokens
+    layout: TokenLayout
 
 
 @flax.struct.dataclass
@@ -132,7 +132,7 @@ class Batch:
 
     Attributes:
         ids_BT: int32 token ids.
-        tokens: the group, branch and position of each token.
+        layout: the group, branch and position of each token.
         index_BM: int32, for each target, the column in its row whose hidden state predicts it.
             Several targets may share a column: the last source token predicts the first token
             of every target with that source.
@@ -146,7 +146,7 @@ class Batch:
     """
 
     ids_BT: jax.Array
-    tokens: Tokens
+    layout: TokenLayout
     index_BM: jax.Array
     label_BM: jax.Array
     weight_BM: jax.Array
@@ -157,7 +157,7 @@ class Batch:
     @property
     def read(self) -> jax.Array:
         """The number of tokens in the rows of encoder and decoder, without padding."""
-        written = jnp.sum(self.tokens.group_BT > 0)
+        written = jnp.sum(self.layout.segment_BT > 0)
         if self.source is None:
             return written
-        return written + jnp.sum(self.source.tokens.group_BT > 0)
+        return written + jnp.sum(self.source.layout.segment_BT > 0)

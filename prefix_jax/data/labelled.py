@@ -278,16 +278,16 @@ class Reading:
     ) -> Example:
         if not all(part.ids for part in parts):
             raise DataError(f"{record.source}: the text has no tokens; remove the record")
-        segment_T = None
+        token_type_T = None
         if self.segments:
-            segment_T = np.array([i for part in parts for i in part.type_ids], np.int32)
+            token_type_T = np.array([i for part in parts for i in part.type_ids], np.int32)
         return Example(
             ids_T=np.array([i for part in parts for i in part.ids], np.int32),
             index_M=index_M,
             label_M=label_M,
             source=record.source,
             whole=True,
-            segment_T=segment_T,
+            token_type_T=token_type_T,
             task=record.task,
         )
 

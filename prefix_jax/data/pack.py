@@ -27,7 +27,7 @@ import numpy as np
 
 from prefix_jax.data.batch import Batch, Example, Source
 from prefix_jax.errors import DataError
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 
 # Costs relative to one token through the layers: a token's attention, per column of the row, and
 # a target's logits. From the FLOPs of a 135M model (SmolLM2); the ratios shrink for larger models.
@@ -156,7 +156,7 @@ def measure(examples: Sequence[Example]) -> list[Item]:
         laid = len(example.ids_T) if example.whole else int(index_M[-1]) + 1
         none = np.empty(0, np.int32)
         read = none if example.source_ids_S is None else example.source_ids_S
-        what = read, example.ids_T[:shared], example.segment_T, example.part_T
+        what = read, example.ids_T[:shared], example.token_type_T, example.part_T
         text = ((none if array is None else array).tobytes() for array in what)
         # Tasks do not share equal texts, because each task has its own prefix.
         key = (example.task, *text)
@@ -261,13 +261,13 @@ def materialise(
         (grad_accum_steps, size, shape.columns),
         (grad_accum_steps, size, shape.targets),
     )
-    ids, group, branch, position = (_zeros(*of_tokens) for _ in range(4))
-    segment = None if examples[0].segment_T is None else _zeros(*of_tokens)
+    ids, segment, branch, position = (_zeros(*of_tokens) for _ in range(4))
+    token_type = None if examples[0].token_type_T is None else _zeros(*of_tokens)
     task = None if examples[0].task is None else _zeros(*of_tokens)
     column, label = _zeros(*of_targets), _zeros(*of_targets, dtype=examples[0].label_M.dtype)
     weight = _zeros(*of_targets, dtype=np.float32)
     question = _zeros(*of_targets) if examples[0].candidates else None
-    read_ids, read_group, read_position = (
+    read_ids, read_segment, read_position = (
         _zeros(grad_accum_steps, size, shape.sources) for _ in range(3)
     )
     read_task = None if task is None else np.zeros_like(read_ids)
@@ -284,7 +284,7 @@ def materialise(
             first, shared = examples[block.members[0]], layout.items[block.members[0]].shared
             if first.source_ids_S is not None:
                 stretch = micro, row, slice(read_start, read_start + block.sources)
-                read_ids[stretch], read_group[stretch] = first.source_ids_S, g
+                read_ids[stretch], read_segment[stretch] = first.source_ids_S, g
                 read_position[stretch] = np.arange(block.sources)
                 if read_task is not None:
                     read_task[stretch] = first.task
@@ -292,14 +292,14 @@ def materialise(
             end = start + shared
             stretch = micro, row, slice(start, end)
             parts, position[stretch] = _parts(first, shared)
-            ids[stretch], group[stretch] = first.ids_T[:shared], g + parts
-            if segment is not None:
-                segment[stretch] = first.segment_T
+            ids[stretch], segment[stretch] = first.ids_T[:shared], g + parts
+            if token_type is not None:
+                token_type[stretch] = first.token_type_T
             for b, member in enumerate(block.members, 1):
                 example, own = examples[member], layout.items[member].own
                 stretch = micro, row, slice(end, end + own)
                 ids[stretch] = example.ids_T[shared : shared + own]
-                branch[stretch], group[stretch] = b, g
+                branch[stretch], segment[stretch] = b, g
                 position[stretch] = np.arange(shared, shared + own)
                 # The column that predicts the first target may be in the shared source.
                 at = example.index_M
@@ -316,7 +316,9 @@ def materialise(
             start, g = end, g + 1 + int(parts.max(initial=0))
     batch: Batch = Batch(
         ids_BT=ids,
-        tokens=Tokens(group, branch if layout.branches else None, position, segment, task),
+        layout=TokenLayout(
+            segment, branch if layout.branches else None, position, token_type, task
+        ),
         index_BM=column,
         label_BM=label,
         weight_BM=weight,
@@ -325,7 +327,7 @@ def materialise(
         if examples[0].source_ids_S is None
         else Source(
             read_ids,
-            Tokens(read_group, None, read_position, task_BT=read_task),
+            TokenLayout(read_segment, None, read_position, task_BT=read_task),
         ),
         question_BM=question,
     )

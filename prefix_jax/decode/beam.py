@@ -71,7 +71,7 @@ class Beam:
         lineage_BMU = state.found.lineage_BMU
         generated_BMUM = lineage_BMU[..., None] == jnp.arange(M)
         generated_BMS = generated_BMUM.reshape(*lineage_BMU.shape[:2], -1)
-        prompt = state.cache.tokens.group_BT.shape[1] - generated_BMS.shape[2]
+        prompt = state.cache.layout.segment_BT.shape[1] - generated_BMS.shape[2]
         return jnp.pad(generated_BMS, ((0, 0), (0, 0), (prompt, 0)), constant_values=True)
 
     def choose(self, state: State, logits_BMV: jax.Array, end: jax.Array) -> State:

@@ -13,7 +13,7 @@ from prefix_jax.backbones.stacking import Params
 from prefix_jax.decode.beam import Beam
 from prefix_jax.decode.draw import Draw
 from prefix_jax.decode.state import State
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.prefix import Prefix
 
 Search = Draw | Beam
@@ -49,14 +49,14 @@ def read(
         capacity: the number of columns U allocated for new tokens, at least `end`.
     """
     M = search.width
-    tokens = Tokens.plain(jnp.arange(ids_BS.shape[1]) < prompt_B[:, None])
+    tokens = TokenLayout.plain(jnp.arange(ids_BS.shape[1]) < prompt_B[:, None])
     encoded = None
     if backbone.arch.encoder is not None:
         encoded = backbone.encode(params, ids_BS, tokens, prefix)
         assert backbone.arch.start_id is not None  # as every encoder-decoder has one
         ids_BS = jnp.full((len(ids_BS), 1), backbone.arch.start_id, jnp.int32)
         prompt_B = jnp.ones_like(prompt_B)
-        tokens = Tokens.plain(jnp.ones_like(ids_BS, bool))
+        tokens = TokenLayout.plain(jnp.ones_like(ids_BS, bool))
     B, S = ids_BS.shape
     cache = backbone.empty_cache(params, B, S)
     h_BSD, cache = backbone.hidden(params, ids_BS, tokens, prefix, cache, encoded=encoded)
@@ -104,8 +104,8 @@ def step(
     """Generates one token for every continuation."""
     B, M, _ = state.ids_BMW.shape
     position_B = state.prompt_B + state.step - 1
-    tokens = Tokens(
-        group_BT=jnp.ones((B, M), jnp.int32),
+    tokens = TokenLayout(
+        segment_BT=jnp.ones((B, M), jnp.int32),
         branch_BT=jnp.broadcast_to(jnp.arange(1, M + 1), (B, M)),
         position_BT=jnp.broadcast_to(position_B[:, None], (B, M)),
     )

@@ -110,7 +110,7 @@ class Answerer:
             room if template.max_length is None else template.max_length,
             template.truncate,
             arch.causal,
-            arch.segments > 0,
+            arch.token_types > 0,
         )
         return reading.examples(prepare(read_records(data), template.prepare), answered)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from prefix_jax.nn.attention.attend import attend
-from prefix_jax.nn.attention.mask import Seen
+from prefix_jax.nn.attention.mask import MaskAndBias
 from prefix_jax.nn.quantized import matmul
 from prefix_jax.nn.remat import Name, keep, recomputed
 from prefix_jax.nn.rotary import rotate
@@ -25,7 +25,7 @@ _ones, _zeros = nn.initializers.ones, nn.initializers.zeros
 
 
 @flax.struct.dataclass
-class View:
+class LayerInputs:
     """Position-dependent inputs of attention, shared by all layers of one kind.
 
     Attributes:
@@ -34,7 +34,7 @@ class View:
         column: int32 scalar, the first cache column to write; None without a cache.
     """
 
-    seen: Seen
+    seen: MaskAndBias
     rotary: tuple[jax.Array, jax.Array] | None = None
     column: jax.Array | None = None
 
@@ -165,7 +165,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        view: View,
+        view: LayerInputs,
         site: Site | None,
         cache: KeysValues | None,
         memory: KeysValues | None = None,

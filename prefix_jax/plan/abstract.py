@@ -20,7 +20,7 @@ from prefix_jax.errors import ConfigError
 from prefix_jax.mesh import check_rows, replicated, rows_sharding, weight_shardings
 from prefix_jax.methods import make_method
 from prefix_jax.model import Params, PrefixModel
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.plan.presets import PREFIX, preset
 from prefix_jax.runs.build import check_quantized
 from prefix_jax.train.task import check_task, head_of
@@ -174,11 +174,11 @@ class AbstractRun:
                 (rows.micro, count, size), dtype, sharding=rows_sharding(mesh, 3, leading=1)
             )
 
-        def tokens(size: int) -> Tokens:
+        def layout(size: int) -> TokenLayout:
             branches = self.config.data.group_by_source
-            segments = arch.segments > 0 and head is not None
+            segments = arch.token_types > 0 and head is not None
             tasks = self.model.method is not None and bool(self.model.method.task_names)
-            return Tokens(
+            return TokenLayout(
                 of(size),
                 of(size) if branches else None,
                 of(size),
@@ -192,12 +192,12 @@ class AbstractRun:
         candidates = head is not None and head.kind in ("span", "choice")
         return Batch(
             ids_BT=of(rows.tokens),
-            tokens=tokens(rows.tokens),
+            layout=layout(rows.tokens),
             index_BM=of(M),
             label_BM=of(M, jnp.float32 if regress else jnp.int32),
             weight_BM=of(M, jnp.float32),
             examples=examples,
-            source=Source(of(rows.source), tokens(rows.source)) if rows.source else None,
+            source=Source(of(rows.source), layout(rows.source)) if rows.source else None,
             question_BM=of(M) if candidates else None,
         )
 

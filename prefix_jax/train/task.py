@@ -81,6 +81,6 @@ def load_labelled_splits(
         model.room if data.max_length is None else data.max_length,
         data.truncate,
         arch.causal,
-        arch.segments > 0,
+        arch.token_types > 0,
     )
     return task, {name: reading.examples(found) for name, found in records.items()}

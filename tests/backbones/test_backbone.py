@@ -12,7 +12,7 @@ import pytest
 from decoders import V, decoder, hidden, lift, present, read, token_ids, weights
 
 from prefix_jax.backbones.backbone import Backbone
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Site
 
 # Together all that `decoders` has: Gemma 3 windows, q/k norms and two rotaries, Gemma 2 soft caps,
@@ -158,7 +158,7 @@ def test_packed_examples_are_what_they_are_alone(name):
     alone = behind(name, prefix)
     # Row 1 comes first and is cut to 4 tokens; padding at the end.
     ids = jnp.concatenate([ids_BT[1, :4], ids_BT[0], jnp.zeros(2, jnp.int32)])[None]
-    tokens = Tokens(
+    tokens = TokenLayout(
         jnp.array([[1] * 4 + [2] * T + [0] * 2]),
         jnp.zeros((1, 12), jnp.int32),
         jnp.array([[*range(4), *range(T), 0, 0]]),
@@ -174,7 +174,7 @@ def test_targets_that_share_a_source_are_what_they_are_alone(name):
     source, first, second = (token_ids(n, seed=n) for n in (5, 3, 4))
     prefix = random_prefix(name)
     ids = jnp.concatenate([source, first, second])[None]
-    tokens = Tokens(
+    tokens = TokenLayout(
         jnp.ones((1, 12), jnp.int32),
         jnp.array([[0] * 5 + [1] * 3 + [2] * 4]),
         jnp.array([[*range(5), *range(5, 8), *range(5, 9)]]),
@@ -194,7 +194,9 @@ def test_padding_changes_nothing_on_real_tokens(name):
         ids = jnp.pad(ids_BT, ((0, 0), (left, right)), constant_values=7)
         real = jnp.pad(jnp.ones((B, T), bool), ((0, 0), (left, right)))
         for behind_prefix, want in ((prefix, expected), (None, behind(name, None))):
-            out, _ = hidden(decoder(name), params_of(name), ids, Tokens.plain(real), behind_prefix)
+            out, _ = hidden(
+                decoder(name), params_of(name), ids, TokenLayout.plain(real), behind_prefix
+            )
             close(out[:, left : left + T], want)
             assert jnp.isfinite(out).all()
 
@@ -215,7 +217,7 @@ def test_reading_step_by_step_equals_reading_at_once(name, unstacked):
     cache = cache.grow(4)
     for t in range(3, T):
         ones = jnp.ones((B, 1), jnp.int32)
-        tokens = Tokens(ones, 0 * ones, t * ones)
+        tokens = TokenLayout(ones, 0 * ones, t * ones)
         out, cache = hidden(backbone, params, ids_BT[:, t : t + 1], tokens, prefix, cache)
         steps.append(out)
     close(jnp.concatenate(steps, axis=1), behind(name, prefix))

@@ -21,7 +21,7 @@ from prefix_jax.errors import PrefixError
 from prefix_jax.mesh import make_mesh
 from prefix_jax.methods.multitask import MultitaskPromptTuning
 from prefix_jax.model import PrefixModel
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.prefix import Embeds
 
 P, R, TASKS = 5, 2, ("a", "b", "c")
@@ -107,9 +107,11 @@ def test_columns_that_devices_share_see_the_prefix_of_their_task() -> None:
     """Lifted there too, in rows that the devices do not divide."""
     backbone = decoder("gemma3")
     params, bank, ids = weights(backbone), TOGETHER(prompts(backbone)), token_ids(2, 13)
-    group_BT = jnp.broadcast_to(1 + jnp.arange(13) // 5, (2, 13))
+    segment_BT = jnp.broadcast_to(1 + jnp.arange(13) // 5, (2, 13))
     position_BT = jnp.broadcast_to(jnp.arange(13) % 5, (2, 13))
-    tokens = Tokens(group_BT, None, position_BT, task_BT=(group_BT + jnp.arange(2)[:, None]) % A)
+    tokens = TokenLayout(
+        segment_BT, None, position_BT, task_BT=(segment_BT + jnp.arange(2)[:, None]) % A
+    )
     alone, _ = hidden(backbone, params, ids, tokens, lift(backbone, params, bank))
     with jax.set_mesh(make_mesh(2, sequence=4)):
         shared, _ = hidden(backbone, params, ids, tokens, lift(backbone, params, bank))
@@ -121,7 +123,7 @@ def test_rows_before_an_encoder_hold_the_soft_tokens_of_their_task() -> None:
     params, bank = weights(backbone), TOGETHER(prompts(backbone))
     # Padding, here on the left, is of no task.
     present_BT = jnp.ones((3, 6), bool).at[1, :2].set(False)
-    tokens = Tokens.plain(present_BT)
+    tokens = TokenLayout.plain(present_BT)
     task_BT = jnp.array([2, 1, 0])[:, None] * present_BT
     h_BTD, _ = hidden(
         backbone, params, ids, tokens.replace(task_BT=task_BT), lift(backbone, params, bank)
@@ -151,7 +153,7 @@ def test_equal_texts_of_different_tasks_do_not_share_their_tokens() -> None:
     twice = [dataclasses.replace(one, task=task) for task in (0, 1)]
     assert len({item.source for item in measure(twice)}) == 2
     batch = materialise(arrange(measure(twice), Packing()), twice)
-    assert {0, 1} <= set(np.unique(batch.tokens.task_BT[batch.tokens.group_BT > 0]))
+    assert {0, 1} <= set(np.unique(batch.layout.task_BT[batch.layout.segment_BT > 0]))
 
 
 def test_tokens_behind_a_bank_must_say_whose_they_are() -> None:

@@ -18,8 +18,8 @@ from prefix_jax.backbones.families import bert
 from prefix_jax.backbones.layer import Layer
 from prefix_jax.errors import BackboneError
 from prefix_jax.methods.prompt import PromptTuning
-from prefix_jax.nn.attention.mask import Seen, Tokens
-from prefix_jax.nn.layers import View
+from prefix_jax.nn.attention.mask import MaskAndBias, TokenLayout
+from prefix_jax.nn.layers import LayerInputs
 from prefix_jax.prefix import Adapter, Embeds, Hidden, KVPrefix, Prefix, Produced, Site
 
 B, P, T, L = 2, 5, 6, 3
@@ -57,11 +57,11 @@ def texts() -> jax.Array:
     return token_ids(B, T, seed=2)
 
 
-def present(rows: int, columns: int, name: str = "bert") -> Tokens:
+def present(rows: int, columns: int, name: str = "bert") -> TokenLayout:
     """Rows of two texts without padding, where the encoder tells texts apart."""
-    tokens = Tokens.plain(jnp.ones((rows, columns), bool))
-    second = (jnp.arange(columns) >= columns // 2) & (encoder(name).arch.segments > 1)
-    return tokens.replace(segment_BT=jnp.tile(second.astype(jnp.int32), (rows, 1)))
+    tokens = TokenLayout.plain(jnp.ones((rows, columns), bool))
+    second = (jnp.arange(columns) >= columns // 2) & (encoder(name).arch.token_types > 1)
+    return tokens.replace(token_type_BT=jnp.tile(second.astype(jnp.int32), (rows, 1)))
 
 
 @functools.cache
@@ -120,12 +120,12 @@ def test_every_token_sees_the_whole_text() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_side_and_the_amount_of_padding_change_nothing(name: str, prefixed: bool) -> None:
     prefix = random_prefix(name) if prefixed else None
-    segment_BT = present(B, T, name).segment_BT
+    token_type_BT = present(B, T, name).token_type_BT
     for left, right in ((3, 0), (0, 3), (1, 2)):
         width = ((0, 0), (left, right))
         ids = jnp.pad(texts(), width, constant_values=7)
-        tokens = Tokens.plain(jnp.pad(jnp.ones((B, T), bool), width))
-        tokens = tokens.replace(segment_BT=jnp.pad(segment_BT, width))
+        tokens = TokenLayout.plain(jnp.pad(jnp.ones((B, T), bool), width))
+        tokens = tokens.replace(token_type_BT=jnp.pad(token_type_BT, width))
         out, _ = hidden(encoder(name), params_of(name), ids, tokens, prefix)
         close(out[:, left : left + T], behind(name, prefixed))
         assert jnp.isfinite(out).all()
@@ -134,13 +134,13 @@ def test_the_side_and_the_amount_of_padding_change_nothing(name: str, prefixed: 
 @pytest.mark.parametrize("name", NAMES)
 def test_packed_examples_are_what_they_are_alone(name: str) -> None:
     """Row 1 comes first and then row 0, each a group, with padding at the end."""
-    segment_T = present(1, T, name).segment_BT[0]
+    token_type_T = present(1, T, name).token_type_BT[0]
     ids = jnp.concatenate([texts()[1], texts()[0], jnp.zeros(2, jnp.int32)])[None]
-    tokens = Tokens(
-        group_BT=jnp.array([[1] * T + [2] * T + [0] * 2]),
+    tokens = TokenLayout(
+        segment_BT=jnp.array([[1] * T + [2] * T + [0] * 2]),
         branch_BT=jnp.zeros((1, 2 * T + 2), jnp.int32),
         position_BT=jnp.array([[*range(T), *range(T), 0, 0]]),
-        segment_BT=jnp.pad(jnp.tile(segment_T, 2), (0, 2))[None],
+        token_type_BT=jnp.pad(jnp.tile(token_type_T, 2), (0, 2))[None],
     )
     packed = hidden(encoder(name), params_of(name), ids, tokens, random_prefix(name))[0][0]
     close(packed[:T], behind(name, True)[1])
@@ -168,7 +168,7 @@ def test_hidden_states_stand_before_the_tokens_of_every_layer(name: str) -> None
             states_BPD = jnp.tile(random_states()[index], (B, 1, 1))
             x_BSD = jnp.concatenate([states_BPD, x_BTD], axis=1)
             y_BSD, _ = Layer(backbone.arch).apply(
-                {"params": layer}, x_BSD, View(Seen(None)), None, None
+                {"params": layer}, x_BSD, LayerInputs(MaskAndBias(None)), None, None
             )
             x_BTD = y_BSD[:, P:]
         return x_BTD
@@ -186,9 +186,9 @@ def test_soft_tokens_are_embeddings_before_the_text(name: str) -> None:
     table = jnp.concatenate([params["embed"]["tokens_VD"], x_PD])
     grown = {**params, "embed": {**params["embed"], "tokens_VD": table}}
     ids = jnp.concatenate([jnp.tile(V + jnp.arange(P), (B, 1)), texts()], axis=1)
-    tokens = Tokens.plain(jnp.ones((B, P + T), bool))
-    segment_BT = jnp.pad(present(B, T, name).segment_BT, ((0, 0), (P, 0)))
-    expected, _ = hidden(backbone, grown, ids, tokens.replace(segment_BT=segment_BT))
+    tokens = TokenLayout.plain(jnp.ones((B, P + T), bool))
+    token_type_BT = jnp.pad(present(B, T, name).token_type_BT, ((0, 0), (P, 0)))
+    expected, _ = hidden(backbone, grown, ids, tokens.replace(token_type_BT=token_type_BT))
     close(found, expected)
 
 
@@ -284,8 +284,8 @@ def test_roberta_counts_positions_from_behind_the_paddings_row() -> None:
 
 def test_segments_tell_two_texts_apart_and_are_the_first_unless_given() -> None:
     backbone, params = encoder("bert"), params_of("bert")
-    plain = Tokens.plain(jnp.ones((B, T), bool))
-    first = plain.replace(segment_BT=jnp.zeros((B, T), jnp.int32))
+    plain = TokenLayout.plain(jnp.ones((B, T), bool))
+    first = plain.replace(token_type_BT=jnp.zeros((B, T), jnp.int32))
     found, _ = hidden(backbone, params, texts(), plain)
     np.testing.assert_array_equal(found, hidden(backbone, params, texts(), first)[0])
     assert float(jnp.abs(found - behind("bert", False)).max()) > 0.1

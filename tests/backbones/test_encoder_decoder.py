@@ -25,7 +25,7 @@ from encoder_decoders import (
 from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.errors import BackboneError, PrefixError
 from prefix_jax.mesh import make_mesh
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.prefix import SITES, Embeds, Hidden, KVPrefix, Prefix, Site
 
 pytestmark = pytest.mark.parametrize("name", NAMES)
@@ -43,8 +43,8 @@ def texts() -> tuple[jax.Array, jax.Array]:
 def run(
     name: str,
     prefix: Prefix | None = None,
-    source: tuple[jax.Array, Tokens] | None = None,
-    target: tuple[jax.Array, Tokens] | None = None,
+    source: tuple[jax.Array, TokenLayout] | None = None,
+    target: tuple[jax.Array, TokenLayout] | None = None,
 ) -> jax.Array:
     source_BS, ids_BT = texts()
     source = source or (source_BS, present(B, S))
@@ -61,9 +61,9 @@ def alone(name: str) -> jax.Array:
 # Where tokens stand.
 
 
-def padded(ids_BT: jax.Array, before: int, after: int) -> tuple[jax.Array, Tokens]:
+def padded(ids_BT: jax.Array, before: int, after: int) -> tuple[jax.Array, TokenLayout]:
     mask = jnp.pad(jnp.ones(ids_BT.shape, bool), ((0, 0), (before, after)))
-    return jnp.pad(ids_BT, ((0, 0), (before, after)), constant_values=9), Tokens.plain(mask)
+    return jnp.pad(ids_BT, ((0, 0), (before, after)), constant_values=9), TokenLayout.plain(mask)
 
 
 @pytest.mark.parametrize("sides", [(0, 3, 0, 2), (3, 0, 2, 0), (1, 2, 1, 1)])
@@ -73,11 +73,11 @@ def test_padding_of_sources_and_targets_changes_nothing(name, sides):
     close(found[:, sides[2] : sides[2] + T], alone(name))
 
 
-def joined(ids_BT: jax.Array) -> tuple[jax.Array, Tokens]:
+def joined(ids_BT: jax.Array) -> tuple[jax.Array, TokenLayout]:
     """Two rows as two examples of one."""
     _, length = ids_BT.shape
     group = jnp.repeat(jnp.arange(1, B + 1), length)[None]
-    tokens = Tokens(group, 0 * group, jnp.tile(jnp.arange(length), B)[None])
+    tokens = TokenLayout(group, 0 * group, jnp.tile(jnp.arange(length), B)[None])
     return ids_BT.reshape(1, -1), tokens
 
 
@@ -90,7 +90,7 @@ def test_examples_that_share_a_row_are_what_they_are_alone(name):
 def test_several_targets_share_one_source(name):
     source_BS, ids_BT = texts()
     ids, tokens = joined(ids_BT)
-    branches = Tokens(jnp.ones_like(ids), tokens.group_BT, tokens.position_BT)
+    branches = TokenLayout(jnp.ones_like(ids), tokens.segment_BT, tokens.position_BT)
     prefix = random_prefix(name, P, offset=P)
     found = run(name, prefix, (source_BS[:1], present(1, S)), (ids, branches))
     apart = run(name, prefix, (jnp.tile(source_BS[:1], (B, 1)), present(B, S)))
@@ -185,7 +185,7 @@ def test_decoding_listed_and_step_by_step_equals_all_at_once(name):
     encoded = encode(backbone, params, source_BS, present(B, S), prefix)
     cache, found = backbone.empty_cache(params, B, T), []
     for column in range(T):
-        tokens = Tokens(*(jnp.full((B, 1), number) for number in (1, 0, column)))
+        tokens = TokenLayout(*(jnp.full((B, 1), number) for number in (1, 0, column)))
         step = (ids_BT[:, column : column + 1], tokens, prefix, cache, None, encoded)
         h_B1D, cache = hidden(backbone, params, *step)
         found.append(h_B1D)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prefix_jax.backbones.loading.pretrained import load
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.prefix import SITES, KVPrefix, Prefix, Site
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "encoder_decoders"
@@ -29,11 +29,11 @@ def test_logits_equal_those_of_transformers(variant: str) -> None:
     prefix = Prefix.of(sites, offset=sites["encoder"].length)
     source, present = (
         jnp.asarray(expected["source"]),
-        Tokens.plain(jnp.asarray(expected["present"])),
+        TokenLayout.plain(jnp.asarray(expected["present"])),
     )
     for which, given in (("logits", None), ("prefixed", prefix)):
         encoded = backbone.encode(model.params, source, present, given)
-        tokens = Tokens.plain(jnp.ones(ids.shape, bool))
+        tokens = TokenLayout.plain(jnp.ones(ids.shape, bool))
         h_BTD, _ = backbone.hidden(model.params, ids, tokens, given, encoded=encoded)
         logits_BTV = backbone.unembed(model.params, h_BTD)
         np.testing.assert_allclose(logits_BTV, expected[which], rtol=0, atol=1e-4)

@@ -11,7 +11,7 @@ import pytest
 
 from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.mesh import make_mesh
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "encoders"
 VARIANTS = sorted(path.name for path in FIXTURES.iterdir())
@@ -26,8 +26,8 @@ MESHES += [("bert", {"data": 2, "sequence": 4})]
 def test_states_equal_those_of_transformers(variant: str, mesh: dict[str, int]) -> None:
     model = load(FIXTURES / variant, dtype="float32", mesh=make_mesh(**mesh))
     expected = np.load(FIXTURES / variant / "expected.npz")
-    tokens = Tokens.plain(jnp.asarray(expected["present"]))
-    tokens = tokens.replace(segment_BT=jnp.asarray(expected["segments"]))
+    tokens = TokenLayout.plain(jnp.asarray(expected["present"]))
+    tokens = tokens.replace(token_type_BT=jnp.asarray(expected["segments"]))
     h_BTD, _ = model.backbone.hidden(model.params, jnp.asarray(expected["ids"]), tokens)
     present = expected["present"]
     np.testing.assert_allclose(

@@ -11,7 +11,7 @@ import pytest
 
 from prefix_jax.backbones.loading.config import architecture, read_config
 from prefix_jax.backbones.loading.pretrained import load
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 
 pytestmark = pytest.mark.usefixtures("full_compilation")
 
@@ -23,7 +23,7 @@ VARIANTS = sorted(path.name for path in FIXTURES.iterdir())
 def test_logits_equal_those_of_transformers(variant: str) -> None:
     model = load(FIXTURES / variant, dtype="float32")
     expected = np.load(FIXTURES / variant / "expected.npz")
-    tokens = Tokens.plain(jnp.ones(expected["ids"].shape, bool))
+    tokens = TokenLayout.plain(jnp.ones(expected["ids"].shape, bool))
     h_BTD, _ = model.backbone.hidden(model.params, jnp.asarray(expected["ids"]), tokens)
     logits_BTV = model.backbone.unembed(model.params, h_BTD)
     np.testing.assert_allclose(logits_BTV, expected["logits"], rtol=0, atol=1e-4)

@@ -16,7 +16,7 @@ from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.families import bert
 from prefix_jax.errors import ContextError
 from prefix_jax.model import start_from_ids
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.prefix import Embeds, KVPrefix, Prefix, Site
 
 P = 3
@@ -53,7 +53,9 @@ def prefix_of(name: str) -> Prefix:
     return Prefix.of({site: Site(KVPrefix(jnp.ones(size), jnp.ones(size)))}, offset=P)
 
 
-def read(name: str, length: int, prefix: Prefix | None = None, tokens: Tokens | None = None) -> Any:
+def read(
+    name: str, length: int, prefix: Prefix | None = None, tokens: TokenLayout | None = None
+) -> Any:
     """The last states of a text, outside of `jax.jit`."""
     backbone, params = backbone_of(name), params_of(name)
     encoded = None
@@ -91,11 +93,11 @@ def test_a_source_beyond_the_table_of_the_encoder_is_an_error() -> None:
 def test_padding_and_packed_rows_may_be_longer() -> None:
     most = backbone_of("gpt2").arch.max_positions
     present_BT = jnp.arange(most + 8)[None] < most
-    assert np.isfinite(read("gpt2", most + 8, tokens=Tokens.plain(present_BT))).all()
+    assert np.isfinite(read("gpt2", most + 8, tokens=TokenLayout.plain(present_BT))).all()
     column_BT = jnp.arange(2 * most)[None]
-    packed = Tokens(1 + column_BT // most, None, column_BT % most)
+    packed = TokenLayout(1 + column_BT // most, None, column_BT % most)
     assert np.isfinite(read("gpt2", 2 * most, tokens=packed)).all()
-    padded = Tokens((column_BT < most).astype(jnp.int32), None, column_BT)
+    padded = TokenLayout((column_BT < most).astype(jnp.int32), None, column_BT)
     assert np.isfinite(read("gpt2", 2 * most, tokens=padded)[:, :most]).all()
 
 

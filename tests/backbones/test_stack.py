@@ -21,7 +21,7 @@ from prefix_jax.mesh import (
     rows_sharding,
     weight_shardings,
 )
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.nn.attention.splash_run import interpreted
 from prefix_jax.plan.hlo import parse, temporaries
 from prefix_jax.prefix import KVPrefix, Prefix, Site
@@ -46,17 +46,17 @@ def prefix() -> Prefix:
     return Prefix(Site(KVPrefix(k, v)), offset=P)
 
 
-def texts(rows: int, columns: int) -> tuple[jax.Array, Tokens]:
+def texts(rows: int, columns: int) -> tuple[jax.Array, TokenLayout]:
     """Rows of two groups and padding."""
     group_T = jnp.asarray([1] * (columns // 2) + [2] * (columns // 4) + [0] * (columns // 4))
     position_T = jnp.where(group_T == 2, jnp.arange(columns) - columns // 2, jnp.arange(columns))
-    group_BT, position_BT = (jnp.tile(x, (rows, 1)) for x in (group_T, position_T))
-    return token_ids(rows, columns), Tokens(group_BT, None, position_BT)
+    segment_BT, position_BT = (jnp.tile(x, (rows, 1)) for x in (group_T, position_T))
+    return token_ids(rows, columns), TokenLayout(segment_BT, None, position_BT)
 
 
 def loss(prefix, params, ids_BT, tokens):
     h_BTD, _ = BACKBONE.hidden(params, ids_BT, tokens, prefix)
-    return jnp.sum(jnp.where((tokens.group_BT > 0)[..., None], h_BTD, 0) ** 3)
+    return jnp.sum(jnp.where((tokens.segment_BT > 0)[..., None], h_BTD, 0) ** 3)
 
 
 def test_kernels_change_neither_a_loss_nor_its_gradients():
@@ -111,14 +111,14 @@ def test_devices_share_the_columns_of_an_encoder_however_many_there_are(soft: in
     backbone, T = Backbone(bert.architecture(BERT)), 13
     D, F = backbone.arch.d_model, backbone.arch.d_ff
     prefix = Prefix(embeds_PD=jax.random.normal(jax.random.key(1), (soft, D))) if soft else None
-    tokens = Tokens.plain(jnp.ones((2, T), bool).at[1, :2].set(False))
+    tokens = TokenLayout.plain(jnp.ones((2, T), bool).at[1, :2].set(False))
     args = weights(backbone), token_ids(2, T), tokens, prefix
     alone, _ = hidden(backbone, *args)
     assert alone.shape == (2, soft + T, D)
     with jax.set_mesh(make_mesh(2, sequence=4)):
         program = hidden.lower(backbone, *args).compile()
     found, _ = program(*args)
-    there = np.asarray(tokens.group_BT > 0)
+    there = np.asarray(tokens.segment_BT > 0)
     np.testing.assert_allclose(found[:, soft:][there], alone[:, soft:][there], rtol=1e-4, atol=1e-5)
     # A row of each, and at most 6 of its columns.
     widest = [a for a in temporaries(parse(program.as_text())) if a.dims[-1:] == (F,)]

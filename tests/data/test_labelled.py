@@ -51,7 +51,7 @@ def test_encoder_predicts_label_of_pair_from_first_token(bert: Any) -> None:
     record = {"a": "the film", "b": "was great", "label": "good"}
     (one,) = examples(bert, CLASSES, record, input="{a}", pair="{b}")
     assert bert.decode(one.ids_T) == "[CLS] the film [SEP] was great [SEP]"
-    assert one.segment_T.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert one.token_type_T.tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert (one.index_M.tolist(), one.label_M.tolist(), one.references) == ([0], [1], ("good",))
 
 
@@ -59,7 +59,7 @@ def test_decoder_predicts_label_from_last_token(decoder: Any) -> None:
     record = {"text": "abc", "label": 0}
     (one,) = examples(decoder, CLASSES, record, input="{text}", causal=True, segments=False)
     assert (one.index_M.tolist(), one.references) == ([2], ("bad",))
-    assert one.segment_T is None
+    assert one.token_type_T is None
 
 
 def test_long_text_is_truncated_and_reported(bert: Any) -> None:
@@ -216,10 +216,10 @@ def test_choices_do_not_attend_to_each_other(bert: Any) -> None:
     batch = materialise(arrange(measure(found), Packing()), found)
     assert batch.weight_BM.sum() == 2
     for row in range(len(batch.ids_BT)):
-        group = batch.tokens.group_BT[row]
+        group = batch.layout.segment_BT[row]
         for number in range(1, group.max() + 1):
             columns = np.flatnonzero(group == number)
-            assert batch.tokens.position_BT[row, columns].tolist() == list(range(len(columns)))
+            assert batch.layout.position_BT[row, columns].tolist() == list(range(len(columns)))
             assert batch.ids_BT[row, columns[0]] == bert.cls_token_id
         real = batch.question_BM[row] > 0
         assert (np.bincount(batch.question_BM[row][real])[1:] == 2).all()

@@ -63,11 +63,11 @@ def predictions(batch):
     """Lists for every target the encoder input, the tokens visible to its column, and its label."""
     found = []
     for micro in micro_batches(batch):
-        at = micro.tokens
+        at = micro.layout
         for row, (columns, labels, weights) in enumerate(
             zip(micro.index_BM, micro.label_BM, micro.weight_BM, strict=True)
         ):
-            group, branch = at.group_BT[row], at.branch_BT[row]
+            group, branch = at.segment_BT[row], at.branch_BT[row]
             position, ids = at.position_BT[row], micro.ids_BT[row]
             for q, label in zip(columns[weights > 0], labels[weights > 0], strict=True):
                 assert group[q] > 0
@@ -83,9 +83,9 @@ def read_of(micro, row, group):
     """Returns the encoder input of a group."""
     if micro.source is None:
         return ()
-    at = micro.source.tokens
+    at = micro.source.layout
     assert at.branch_BT is None
-    here = at.group_BT[row] == group
+    here = at.segment_BT[row] == group
     assert at.position_BT[row][here].tolist() == list(range(here.sum()))
     return micro.source.ids_BS[row][here].tolist()
 
@@ -120,16 +120,16 @@ def test_rows_have_each_source_once_and_targets_without_last_token(examples, pac
         for row in layout.rows
         for block in row
     )
-    assert (batch.tokens.group_BT > 0).sum() == laid
-    sides = [(batch.ids_BT, batch.tokens)]
+    assert (batch.layout.segment_BT > 0).sum() == laid
+    sides = [(batch.ids_BT, batch.layout)]
     if batch.source is not None:
         read = sum(block.sources for row in layout.rows for block in row)
-        assert (batch.source.tokens.group_BT > 0).sum() == read
+        assert (batch.source.layout.segment_BT > 0).sum() == read
         assert batch.read == laid + read
-        sides.append((batch.source.ids_BS, batch.source.tokens))
+        sides.append((batch.source.ids_BS, batch.source.layout))
     for ids, at in sides:
         for leaf in jax.tree.leaves((ids, at)):
-            assert not leaf[at.group_BT == 0].any()
+            assert not leaf[at.segment_BT == 0].any()
     assert sorted(i for row in layout.rows for block in row for i in block.members) == list(
         range(len(examples))
     )
@@ -177,8 +177,10 @@ def test_layout_does_not_depend_on_source_numbers(examples, packing, shift):
 def test_columns_are_in_causal_order(examples, packing):
     """Kernels compare columns: tokens attend only to earlier ones; positions are consecutive."""
     for micro in micro_batches(materialise(arrange(measure(examples), packing), examples)):
-        at = micro.tokens
-        for group, branch, position in zip(at.group_BT, at.branch_BT, at.position_BT, strict=True):
+        at = micro.layout
+        for group, branch, position in zip(
+            at.segment_BT, at.branch_BT, at.position_BT, strict=True
+        ):
             for column in np.flatnonzero(group):
                 sees = (group == group[column]) & (position <= position[column])
                 sees &= (branch == 0) | (branch == branch[column])
@@ -192,7 +194,7 @@ def test_rows_branch_only_if_sources_are_shared():
         examples = [example([7, source], [True] * 3) for source in sources]
         items = measure(examples)
         packing = Packing(pack=pack, branches=branching(items, pack))
-        return materialise(arrange(items, packing), examples).tokens
+        return materialise(arrange(items, packing), examples).layout
 
     assert tokens([8, 9, 8]).branch_BT.any()
     assert tokens([8, 9, 8], pack=False).branch_BT is None
@@ -202,9 +204,9 @@ def test_rows_branch_only_if_sources_are_shared():
 def test_example_repeated_across_epochs_is_not_merged():
     examples = [example([7, 8], [True, True])] * 2
     packing = Packing(branches=False)
-    tokens = materialise(arrange(measure(examples), packing), examples).tokens
+    tokens = materialise(arrange(measure(examples), packing), examples).layout
     assert tokens.branch_BT is None
-    assert sorted(tokens.position_BT[tokens.group_BT > 0]) == [0, 0, 1, 1, 2, 2]
+    assert sorted(tokens.position_BT[tokens.segment_BT > 0]) == [0, 0, 1, 1, 2, 2]
 
 
 def test_targets_of_one_source_share_its_tokens_as_branches():
@@ -212,9 +214,9 @@ def test_targets_of_one_source_share_its_tokens_as_branches():
     batch = materialise(arrange(measure(examples), Packing()), examples)
     assert batch.ids_BT.shape[0] == 1
     # 3 source tokens and 2 of each target, whose last token predicts nothing.
-    assert batch.tokens.branch_BT[0, :9].tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3]
-    assert batch.tokens.position_BT[0, :9].tolist() == [0, 1, 2, 3, 4, 3, 4, 3, 4]
-    assert (batch.tokens.group_BT[0] > 0).sum() == 9
+    assert batch.layout.branch_BT[0, :9].tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3]
+    assert batch.layout.position_BT[0, :9].tolist() == [0, 1, 2, 3, 4, 3, 4, 3, 4]
+    assert (batch.layout.segment_BT[0] > 0).sum() == 9
     assert batch.index_BM[0, :9].tolist() == [2, 3, 4, 2, 5, 6, 2, 7, 8]
 
 
@@ -222,17 +224,17 @@ def test_targets_of_one_source_share_its_encoder_input():
     examples = [two_sided([7, 8, 9], [True] * 3, start=10 * i) for i in range(3)]
     batch = materialise(arrange(measure(examples), Packing()), examples)
     assert batch.source.ids_BS[0].tolist() == [7, 8, 9, 0, 0, 0, 0, 0]
-    assert batch.source.tokens.group_BT[0, :4].tolist() == [1, 1, 1, 0]
+    assert batch.source.layout.segment_BT[0, :4].tolist() == [1, 1, 1, 0]
     # The start token, and 2 tokens of each target.
-    assert batch.tokens.branch_BT[0, :7].tolist() == [0, 1, 1, 2, 2, 3, 3]
-    assert batch.tokens.position_BT[0, :7].tolist() == [0, 1, 2, 1, 2, 1, 2]
+    assert batch.layout.branch_BT[0, :7].tolist() == [0, 1, 1, 2, 2, 3, 3]
+    assert batch.layout.position_BT[0, :7].tolist() == [0, 1, 2, 1, 2, 1, 2]
     assert batch.index_BM[0, :9].tolist() == [0, 1, 2, 0, 3, 4, 0, 5, 6]
 
 
 def test_equal_targets_of_other_sources_are_not_merged():
     examples = [two_sided([read], [True] * 2) for read in (7, 8)]
     batch = materialise(arrange(measure(examples), Packing()), examples)
-    groups = batch.tokens.group_BT[batch.tokens.group_BT > 0]
+    groups = batch.layout.segment_BT[batch.layout.segment_BT > 0]
     assert sorted(groups.tolist()) == [1, 1, 2, 2]
 
 

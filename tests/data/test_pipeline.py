@@ -77,7 +77,7 @@ def test_an_epoch_trains_on_every_target_once():
 
 def test_grouping_by_source_packs_fewer_tokens():
     laid = [
-        sum((pipeline.batch(step).tokens.group_BT > 0).sum() for step in range(9))
+        sum((pipeline.batch(step).layout.segment_BT > 0).sum() for step in range(9))
         for pipeline in (
             Pipeline(make_examples(72), batch_size=8, group_by_source=grouped)
             for grouped in (True, False)

@@ -32,7 +32,7 @@ from prefix_jax.errors import (
     NonFiniteError,
 )
 from prefix_jax.mesh import make_mesh, weight_shardings
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 
 NEW = 8
 # Three or four prompts, which share the programs for four rows.
@@ -109,7 +109,7 @@ def test_greedy_tokens_match_a_forward_pass_over_the_whole_text(
         (sample,) = generation.samples
         whole = np.zeros((1, 24), np.int32)
         whole[0, : len(prompt) + len(sample.ids)] = [*prompt, *sample.ids]
-        tokens = Tokens.plain(jnp.arange(24)[None] < len(prompt) + len(sample.ids))
+        tokens = TokenLayout.plain(jnp.arange(24)[None] < len(prompt) + len(sample.ids))
         h_BTD, _ = FORWARD(backbone, params, whole, tokens, prefix)
         logprobs_TV = jax.nn.log_softmax(backbone.unembed(params, h_BTD))[0, len(prompt) - 1 :]
         for token, logprob, logprobs_V in zip(

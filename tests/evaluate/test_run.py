@@ -26,7 +26,7 @@ from prefix_jax.evaluate.run import Evaluator, better
 from prefix_jax.heads import Head
 from prefix_jax.mesh import make_mesh
 from prefix_jax.model import PrefixModel, start_from_ids
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.prefix import Prefix
 
 DECODE = DecodeConfig(max_new_tokens=4)
@@ -77,7 +77,7 @@ def by_hand(
 
 @functools.partial(jax.jit, static_argnums=0)
 def logprobs(backbone: Backbone, params: Params, prefix: Prefix | None, row: jax.Array) -> Any:
-    tokens = Tokens.plain(row >= 0)
+    tokens = TokenLayout.plain(row >= 0)
     h_BTD, _ = backbone.hidden(params, jnp.maximum(row, 0), tokens, prefix)
     return jax.nn.log_softmax(backbone.unembed(params, h_BTD)[0])
 

@@ -20,7 +20,7 @@ from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.errors import BackboneError, PrefixError
 from prefix_jax.interop.export import export
 from prefix_jax.nn.attention.attend import attend
-from prefix_jax.nn.attention.mask import Seen
+from prefix_jax.nn.attention.mask import MaskAndBias
 from prefix_jax.prefix import Embeds, Prefix, Produced, Site
 
 Forms = dict[str, Produced]
@@ -155,7 +155,7 @@ def test_documented_attention_matches_ours(
         q_TNH[None],
         k_TKH[None],
         v_TKH[None],
-        Seen(np.tri(T, dtype=bool)[None]),
+        MaskAndBias(np.tri(T, dtype=bool)[None]),
         Site(jax.tree.map(lambda leaf: leaf[1], join)),
         0.3,
     )

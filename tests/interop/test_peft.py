@@ -29,7 +29,7 @@ from prefix_jax.errors import BackboneError, PrefixError
 from prefix_jax.heads import Head
 from prefix_jax.interop.export import export
 from prefix_jax.interop.peft import export_peft, import_peft, tasks_of, to_peft
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.prefix import (
     Adapter,
     Gated,
@@ -88,7 +88,7 @@ def outputs(
 ) -> jax.Array:
     """Returns logits or states of the text and any soft tokens before an encoder: [2, T, …]."""
     prefix = model.lift(params, produced)
-    tokens = Tokens.plain(jnp.ones(given["ids"].shape, bool))
+    tokens = TokenLayout.plain(jnp.ones(given["ids"].shape, bool))
     encoded, ids = None, given["ids"]
     if "decoder_ids" in given:
         encoded, ids = model.encode(params, ids, tokens, prefix), given["decoder_ids"]

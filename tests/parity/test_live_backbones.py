@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from prefix_jax.backbones.loading.pretrained import load
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 
 pytest.importorskip("torch")
 
@@ -41,7 +41,7 @@ def test_logits_equal_those_of_transformers(
     reference.save_pretrained(tmp_path, max_shard_size=shard)
     ids = np.random.default_rng(seed).integers(0, 96, (3, 40), dtype=np.int32)
     model = load(tmp_path, dtype="float32")
-    tokens = Tokens.plain(jnp.ones(ids.shape, bool))
+    tokens = TokenLayout.plain(jnp.ones(ids.shape, bool))
     h_BTD, _ = model.backbone.hidden(model.params, jnp.asarray(ids), tokens)
     logits_BTV = model.backbone.unembed(model.params, h_BTD)
     difference("logits", logits_BTV - MAKER.logits(reference, ids), limit=1e-4, model=name)

@@ -25,7 +25,7 @@ import pytest
 from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.errors import BackboneError
 from prefix_jax.nn.activations import _ACTIVATIONS
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -192,8 +192,8 @@ def _ours(directory: Path, family: str, ids: np.ndarray, targets: np.ndarray) ->
     model = load(directory, dtype="float32")
     backbone, params, encoded = model.backbone, model.params, None
 
-    def tokens(ids: np.ndarray) -> Tokens:
-        return Tokens.plain(jnp.ones(ids.shape, bool))
+    def tokens(ids: np.ndarray) -> TokenLayout:
+        return TokenLayout.plain(jnp.ones(ids.shape, bool))
 
     if family in ENCODER_DECODERS:
         encoded = backbone.encode(params, jnp.asarray(ids), tokens(ids))

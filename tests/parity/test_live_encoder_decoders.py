@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from prefix_jax.backbones.loading.pretrained import Pretrained, architecture_of, load
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.nn.relative import Relative
 from prefix_jax.prefix import SITES, Embeds, KVPrefix, Prefix, Site, SiteName
 
@@ -52,9 +52,11 @@ def _pair(
 def _logits(model: Pretrained, given: Mapping[str, Any], prefix: Prefix | None) -> np.ndarray:
     backbone, params = model.backbone, model.params
     source = jnp.asarray(given["source"])
-    encoded = backbone.encode(params, source, Tokens.plain(jnp.asarray(given["present"])), prefix)
+    encoded = backbone.encode(
+        params, source, TokenLayout.plain(jnp.asarray(given["present"])), prefix
+    )
     ids = jnp.asarray(given["ids"])
-    tokens = Tokens.plain(jnp.ones(ids.shape, bool))
+    tokens = TokenLayout.plain(jnp.ones(ids.shape, bool))
     h_BTD, _ = backbone.hidden(params, ids, tokens, prefix, encoded=encoded)
     return np.asarray(backbone.unembed(params, h_BTD))
 

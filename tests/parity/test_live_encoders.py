@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from prefix_jax.backbones.loading.pretrained import Pretrained, load
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.prefix import Embeds, KVPrefix, Prefix, Site
 
 torch = pytest.importorskip("torch")
@@ -38,8 +38,8 @@ MAKER = _maker()
 
 
 def _states(model: Pretrained, given: dict[str, np.ndarray], prefix: Prefix | None) -> np.ndarray:
-    tokens = Tokens.plain(jnp.asarray(given["present"]))
-    tokens = tokens.replace(segment_BT=jnp.asarray(given["segments"]))
+    tokens = TokenLayout.plain(jnp.asarray(given["present"]))
+    tokens = tokens.replace(token_type_BT=jnp.asarray(given["segments"]))
     h_BTD, _ = model.backbone.hidden(model.params, jnp.asarray(given["ids"]), tokens, prefix)
     return np.asarray(h_BTD)
 
@@ -149,8 +149,8 @@ def test_a_prefix_has_pefts_gradient(tmp_path: Path, difference: Any) -> None:
 
     @jax.grad
     def gradient(flat: jax.Array) -> jax.Array:
-        tokens = Tokens.plain(jnp.asarray(given["present"]))
-        tokens = tokens.replace(segment_BT=jnp.asarray(given["segments"]))
+        tokens = TokenLayout.plain(jnp.asarray(given["present"]))
+        tokens = tokens.replace(token_type_BT=jnp.asarray(given["segments"]))
         ids_BT, prefix = jnp.asarray(given["ids"]), _prefix(model, flat)
         h_BTD, _ = model.backbone.hidden(model.params, ids_BT, tokens, prefix)
         return jnp.sum(jnp.sin(h_BTD[:, 0]))

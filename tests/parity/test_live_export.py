@@ -16,7 +16,7 @@ import pytest
 from prefix_jax import artifact
 from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.interop.export import export
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.prefix import Embeds
 
 torch = pytest.importorskip("torch")
@@ -54,7 +54,7 @@ def test_a_baked_prefix_is_a_warm_cache_in_transformers(
     with torch.no_grad():
         exec(code, names)
 
-    tokens = Tokens.plain(jnp.ones(ids.shape, bool))
+    tokens = TokenLayout.plain(jnp.ones(ids.shape, bool))
     prefix = ours.backbone.lift(ours.params, embeds)
     h_BTD, _ = ours.backbone.hidden(ours.params, jnp.asarray(ids), tokens, prefix)
     logits_BTV = ours.backbone.unembed(ours.params, h_BTD)

@@ -22,7 +22,7 @@ from prefix_jax.methods.base import Method
 from prefix_jax.methods.cartridge import Cartridge
 from prefix_jax.methods.multitask import MultitaskPromptTuning
 from prefix_jax.methods.ptuning import PTuning
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.prefix import Adapter
 
 torch = pytest.importorskip("torch")
@@ -56,7 +56,7 @@ def theirs(model: Any) -> np.ndarray:
 
 def ours(pretrained: Pretrained, method: Method, params: Any) -> tuple[np.ndarray, Any]:
     """Our logits, and the gradient of the loss."""
-    tokens = Tokens.plain(jnp.ones(IDS.shape, bool))
+    tokens = TokenLayout.plain(jnp.ones(IDS.shape, bool))
 
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:
         backbone = pretrained.backbone

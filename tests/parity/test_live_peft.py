@@ -24,7 +24,7 @@ from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.config import DecodeConfig, OptimConfig
 from prefix_jax.decode.generate import Generator
 from prefix_jax.heads import Head, make_head
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.prefix import Embeds, KVPrefix, Prefix, Produced, Site
 from prefix_jax.train.optimizer import make_optimizer, make_schedule
 
@@ -103,7 +103,7 @@ def tuned(name: str, method: str) -> Tuned:
 def outputs(model: Any, params: Any, produced: Produced | None, text: Any) -> jax.Array:
     """Logits, or states of an encoder, of the text alone: [2, T, …]."""
     prefix = model.lift(params, produced)
-    tokens, ids, encoded = Tokens.plain(jnp.ones(text["ids"].shape, bool)), text["ids"], None
+    tokens, ids, encoded = TokenLayout.plain(jnp.ones(text["ids"].shape, bool)), text["ids"], None
     if "decoder_ids" in text:
         encoded, ids = model.encode(params, ids, tokens, prefix), text["decoder_ids"]
     h_BTD, _ = model.hidden(params, ids, tokens, prefix, encoded=encoded)
@@ -256,7 +256,9 @@ def answered(
     """What a head makes of a text behind a prefix."""
     backbone, ids = model.backbone, jnp.asarray(text["ids"])
     prefix = jax.jit(backbone.lift)(model.stacked(), produced)
-    h_BTD, _ = backbone.hidden(model.params, ids, Tokens.plain(jnp.ones(ids.shape, bool)), prefix)
+    h_BTD, _ = backbone.hidden(
+        model.params, ids, TokenLayout.plain(jnp.ones(ids.shape, bool)), prefix
+    )
     if not head.soft:
         h_BTD = h_BTD[:, -ids.shape[1] :]
     if head.kind == "classify":

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from prefix_jax.backbones.loading.pretrained import load
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.prefix import KVPrefix, Prefix, Site
 
 torch = pytest.importorskip("torch")
@@ -44,7 +44,7 @@ def _difference(variant: str, reference: Any, length: int, tokens: int, pinned: 
     split = flat.reshape(length, shape.layers, 2, shape.kv_heads, shape.head_dim)
     k_LPKH, v_LPKH = jnp.asarray(split.transpose(2, 1, 0, 3, 4))
     prefix = Prefix(Site(KVPrefix(k_LPKH, v_LPKH)), offset=length, pinned=pinned)
-    present = Tokens.plain(jnp.ones(ids.shape, bool))
+    present = TokenLayout.plain(jnp.ones(ids.shape, bool))
     h_BTD, _ = ours.backbone.hidden(ours.params, jnp.asarray(ids), present, prefix)
     with torch.no_grad():
         expected = reference(torch.from_numpy(ids).long()).logits.numpy()

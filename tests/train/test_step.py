@@ -190,7 +190,7 @@ def test_metrics_count_targets_and_tokens():
     _, metrics = sgd_step()
     batch = batch_of(EXAMPLES)
     assert metrics.targets == sum(example.target_T.sum() for example in EXAMPLES)
-    assert metrics.tokens == (batch.tokens.group_BT > 0).sum()
+    assert metrics.tokens == (batch.layout.segment_BT > 0).sum()
     assert metrics.tokens < batch.ids_BT.size
     assert metrics.finite == 1
 

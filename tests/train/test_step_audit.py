@@ -101,7 +101,7 @@ def test_a_norm_over_all_gradients_would_be_noticed() -> None:
 def trained_head_loss(model: PrefixModel, params: Any, batch: Batch) -> jax.Array:
     """The loss as one would write it: every parameter gets a gradient."""
     h_BTD, _ = model.backbone.hidden(
-        params["backbone"], batch.ids_BT, batch.tokens, model.prefix(params)
+        params["backbone"], batch.ids_BT, batch.layout, model.prefix(params)
     )
     h_BMD = jnp.take_along_axis(h_BTD, batch.index_BM[..., None], axis=1)
     logits_BMV = model.backbone.unembed(params["backbone"], h_BMD)

@@ -72,7 +72,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         final_norm=False,
         positions=config["max_position_embeddings"],
         position_offset=offset,
-        segments=0 if distilled else config["type_vocab_size"],
+        token_types=0 if distilled else config["type_vocab_size"],
         embed_dim=None if E == D else E,
         embed_norm=True,
         qkv_bias=True,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from prefix_jax.nn.attention import dense, splash
 from prefix_jax.nn.attention.dense import MASKED, dbias, dot, finish, through_softmax
-from prefix_jax.nn.attention.mask import Seen
+from prefix_jax.nn.attention.mask import MaskAndBias
 from prefix_jax.nn.attention.splash_run import interpreting
 from prefix_jax.nn.remat import keep
 from prefix_jax.prefix import Beside, KVPrefix, Memory, Site
@@ -30,7 +30,7 @@ def attend(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    seen: Seen,
+    seen: MaskAndBias,
     site: Site | None,
     scale: float,
     softcap: float | None = None,
@@ -85,7 +85,7 @@ def beside(q_BTNH: jax.Array, added: Beside, scale: float) -> jax.Array:
 
 
 def _by_platform(
-    seen: Seen,
+    seen: MaskAndBias,
     q_BKGTH: jax.Array,
     k_BSKH: jax.Array,
     kernel: Callable[..., Any],
@@ -104,7 +104,7 @@ def _by_platform(
 
 
 def _prefix_logits(
-    softcap: float | None, q_BKGTH: jax.Array, seen: Seen, join: KVPrefix
+    softcap: float | None, q_BKGTH: jax.Array, seen: MaskAndBias, join: KVPrefix
 ) -> jax.Array:
     """Masked float32 logits of the prefix, [B, K, G, T, P]."""
     K, G = q_BKGTH.shape[1:3]
@@ -121,7 +121,7 @@ def _forward(
     q_BKGTH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    seen: Seen,
+    seen: MaskAndBias,
     join: KVPrefix | None,
 ) -> tuple[jax.Array, Any]:
     prefix_BKGTP = floor_BKGT1 = None
@@ -153,7 +153,7 @@ def _attend(
     q_BKGTH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    seen: Seen,
+    seen: MaskAndBias,
     join: KVPrefix | None,
 ) -> jax.Array:
     return _forward(softcap, q_BKGTH, k_BSKH, v_BSKH, seen, join)[0]
@@ -172,7 +172,7 @@ def _backward(softcap: float | None, saved: Any, dout_BKGTH: jax.Array) -> tuple
     dq_BKGTH, dk_BSKH, dv_BSKH, dbias_BNTS = tokens(
         q_BKGTH, k_BSKH, v_BSKH, seen, out_BKGTH, log_total_BKGT1, dout_BKGTH
     )
-    dseen = Seen(None, bias_BNTS=dbias_BNTS)
+    dseen = MaskAndBias(None, bias_BNTS=dbias_BNTS)
 
     djoin = None
     if join is not None:

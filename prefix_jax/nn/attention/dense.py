@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from prefix_jax.nn.attention.mask import Seen
+from prefix_jax.nn.attention.mask import MaskAndBias
 
 # Finite, so that a query that sees nothing (padding without a prefix) does not become NaN.
 MASKED = -1e30
@@ -22,7 +22,7 @@ def forward(
     q_BKGTH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    seen: Seen,
+    seen: MaskAndBias,
     floor_BKGT1: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attention over the tokens, before division by the softmax denominator.
@@ -54,7 +54,7 @@ def backward(
     q_BKGTH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    seen: Seen,
+    seen: MaskAndBias,
     out_BKGTH: jax.Array,
     log_total_BKGT1: jax.Array,
     dout_BKGTH: jax.Array,
@@ -84,7 +84,9 @@ def backward(
     )
 
 
-def _logits(softcap: float | None, q_BKGTH: jax.Array, k_BSKH: jax.Array, seen: Seen) -> jax.Array:
+def _logits(
+    softcap: float | None, q_BKGTH: jax.Array, k_BSKH: jax.Array, seen: MaskAndBias
+) -> jax.Array:
     """Masked logits_BKGTS."""
     products_BKGTS = dot("BKGTH,BSKH->BKGTS", q_BKGTH, k_BSKH)
     return finish(softcap, products_BKGTS, seen.bias_BNTS, seen.mask_BTS)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 
 @flax.struct.dataclass
-class Tokens:
+class TokenLayout:
     """Token layout: the packing, branching and position of each token, which define the mask.
 
     In a decoder, a token sees the whole prefix, and the keys of its own group up to its own
@@ -26,33 +26,33 @@ class Tokens:
     targets: kernels compare columns where the mask compares positions.
 
     Attributes:
-        group_BT: int32, the packed example, from 1; 0 marks padding.
+        segment_BT: int32, the packed example, from 1; 0 marks padding.
         branch_BT: int32; None without branches, which halves a kernel's work.
         position_BT: int32, from 0 at the first token of each example's text.
-        segment_BT: int32, the token type for encoders that embed it (BERT): the first or second
+        token_type_BT: int32, the token type for encoders that embed it (BERT): the first or second
             text of an example. None otherwise.
         task_BT: int32, the task in a prefix bank whose prefix the token sees; 0 at padding. None
             without a bank.
     """
 
-    group_BT: jax.Array
+    segment_BT: jax.Array
     branch_BT: jax.Array | None
     position_BT: jax.Array
-    segment_BT: jax.Array | None = None
+    token_type_BT: jax.Array | None = None
     task_BT: jax.Array | None = None
 
     @classmethod
-    def plain(cls, present_BT: jax.Array) -> Tokens:
+    def plain(cls, present_BT: jax.Array) -> TokenLayout:
         """One unpacked example per row; `present_BT` is False at padding, on either side."""
-        group_BT = present_BT.astype(jnp.int32)
-        position_BT = jnp.maximum(jnp.cumsum(group_BT, axis=1) - 1, 0)
-        return cls(group_BT, None, position_BT)
+        segment_BT = present_BT.astype(jnp.int32)
+        position_BT = jnp.maximum(jnp.cumsum(segment_BT, axis=1) - 1, 0)
+        return cls(segment_BT, None, position_BT)
 
-    def write(self, new: Tokens, column: jax.Array) -> Tokens:
+    def write(self, new: TokenLayout, column: jax.Array) -> TokenLayout:
         """Returns a copy with `new` written at `column`. Requires `self.branch_BT`."""
         branch_BT = new.branch_BT
         if branch_BT is None:
-            branch_BT = jnp.zeros_like(new.group_BT)
+            branch_BT = jnp.zeros_like(new.segment_BT)
         return jax.tree.map(
             lambda old_BS, new_BT: jax.lax.dynamic_update_slice(old_BS, new_BT, (0, column)),
             self,
@@ -61,7 +61,7 @@ class Tokens:
 
 
 @flax.struct.dataclass
-class Sight:
+class AttentionMask:
     """The attention mask between tokens in symbolic form, which each attention implementation
     converts to the form that it needs.
 
@@ -75,37 +75,37 @@ class Sight:
         zigzag: whether the columns are in zigzag order; see `zigzag`.
     """
 
-    queries: Tokens
-    keys: Tokens
+    queries: TokenLayout
+    keys: TokenLayout
     causal: bool = flax.struct.field(pytree_node=False, default=True)
     window: int | None = flax.struct.field(pytree_node=False, default=None)
     narrow: jax.Array | None = None
     zigzag: bool = flax.struct.field(pytree_node=False, default=False)
 
-    def mask(self) -> jax.Array:
+    def materialize(self) -> jax.Array:
         """Materialises the mask, bool [B, T, S]."""
         if not self.causal:
-            return visible_group(self.queries, self.keys)
+            return segment_mask(self.queries, self.keys)
         if self.window is None or self.narrow is None:
-            return visible(self.queries, self.keys, self.window)
+            return causal_mask(self.queries, self.keys, self.window)
         everything = jnp.iinfo(jnp.int32).max
         window = jnp.where(self.narrow, self.window, everything)
-        return visible(self.queries, self.keys, window)
+        return causal_mask(self.queries, self.keys, window)
 
 
 @flax.struct.dataclass
-class Seen:
+class MaskAndBias:
     """Mask and bias of one attention.
 
     Attributes:
-        tokens: the mask over keys, symbolic or as mask_BTS (True where a query sees a key); None
+        mask: the mask over keys, symbolic or as mask_BTS (True where a query sees a key); None
             if every query sees every key.
         mask_BTP: True where a query sees a prefix slot; None if every query sees every slot.
         bias_BNTS: added to the key logits (T5's relative positions), or None.
         bias_BNTP: added to the prefix logits, or None.
     """
 
-    tokens: Sight | jax.Array | None
+    mask: AttentionMask | jax.Array | None
     mask_BTP: jax.Array | None = None
     bias_BNTS: jax.Array | None = None
     bias_BNTP: jax.Array | None = None
@@ -113,12 +113,12 @@ class Seen:
     @property
     def mask_BTS(self) -> jax.Array | None:
         """True where a query sees a key; None if every query sees every key."""
-        return self.tokens.mask() if isinstance(self.tokens, Sight) else self.tokens
+        return self.mask.materialize() if isinstance(self.mask, AttentionMask) else self.mask
 
 
-def visible(
-    queries: Tokens,
-    keys: Tokens,
+def causal_mask(
+    queries: TokenLayout,
+    keys: TokenLayout,
     window: int | jax.Array | None = None,
     lineage_BTS: jax.Array | None = None,
 ) -> jax.Array:
@@ -131,9 +131,9 @@ def visible(
         lineage_BTS: True where a query descends from a key. Replaces branches if they fork
             repeatedly, as in beam search.
     """
-    group_BT1, group_B1S = queries.group_BT[:, :, None], keys.group_BT[:, None, :]
+    segment_BT1, segment_B1S = queries.segment_BT[:, :, None], keys.segment_BT[:, None, :]
     distance_BTS = queries.position_BT[:, :, None] - keys.position_BT[:, None, :]
-    mask_BTS = (group_BT1 == group_B1S) & (group_B1S > 0) & (distance_BTS >= 0)
+    mask_BTS = (segment_BT1 == segment_B1S) & (segment_B1S > 0) & (distance_BTS >= 0)
     if lineage_BTS is None and keys.branch_BT is not None:
         branch_B1S = keys.branch_BT[:, None, :]
         lineage_BTS = branch_B1S == 0
@@ -146,7 +146,7 @@ def visible(
     return mask_BTS
 
 
-def visible_prefix(position_BT: jax.Array, slot_P: jax.Array, window: int | None) -> jax.Array:
+def prefix_mask(position_BT: jax.Array, slot_P: jax.Array, window: int | None) -> jax.Array:
     """Mask of the prefix slots that a sliding window still covers, bool [B, T, P].
 
     Slots precede the text, as in PEFT, so a prefix leaves the window like any past token.
@@ -160,7 +160,7 @@ def visible_prefix(position_BT: jax.Array, slot_P: jax.Array, window: int | None
     return distance_BTP < (jnp.iinfo(jnp.int32).max if window is None else window)
 
 
-def visible_group(queries: Tokens, keys: Tokens) -> jax.Array:
+def segment_mask(queries: TokenLayout, keys: TokenLayout) -> jax.Array:
     """Mask of encoder self-attention and of cross-attention, bool [B, T, S]."""
-    group_BT1, group_B1S = queries.group_BT[:, :, None], keys.group_BT[:, None, :]
-    return (group_BT1 == group_B1S) & (group_B1S > 0)
+    segment_BT1, segment_B1S = queries.segment_BT[:, :, None], keys.segment_BT[:, None, :]
+    return (segment_BT1 == segment_B1S) & (segment_B1S > 0)

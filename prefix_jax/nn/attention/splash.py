@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from prefix_jax.mesh import BATCH_AXES, COLUMN_AXIS, HEAD_AXIS, row_shards
 from prefix_jax.nn.attention.dense import MASKED
-from prefix_jax.nn.attention.mask import Seen, Sight
+from prefix_jax.nn.attention.mask import AttentionMask, MaskAndBias
 from prefix_jax.nn.attention.splash_run import LANES, NO_KEY, NO_QUERY, Arrays, Run, interpreting
 from prefix_jax.nn.attention.zigzag import reorder
 
@@ -28,7 +28,7 @@ from prefix_jax.nn.attention.zigzag import reorder
 _BRANCHES = 2**15
 
 
-def fits(q_BKGTH: jax.Array, k_BSKH: jax.Array, seen: Seen) -> bool:
+def fits(q_BKGTH: jax.Array, k_BSKH: jax.Array, seen: MaskAndBias) -> bool:
     """Whether the kernels support this attention, judged by shapes and static values.
 
     They support no bias on logits (T5), no arbitrary mask (beam search), and no mask in which
@@ -37,8 +37,8 @@ def fits(q_BKGTH: jax.Array, k_BSKH: jax.Array, seen: Seen) -> bool:
     `jax.set_mesh`; with several devices but no mesh, the program may span all devices, so the
     kernels are not used.
     """
-    sight = seen.tokens
-    if not isinstance(sight, Sight) or seen.bias_BNTS is not None:
+    sight = seen.mask
+    if not isinstance(sight, AttentionMask) or seen.bias_BNTS is not None:
         return False
     T, S = q_BKGTH.shape[3], k_BSKH.shape[1]
     if sight.causal and T != S:
@@ -56,7 +56,7 @@ def forward(
     q_BKGTH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    seen: Seen,
+    seen: MaskAndBias,
     floor_BKGT1: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Like `dense.forward`."""
@@ -79,7 +79,7 @@ def backward(
     q_BKGTH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    seen: Seen,
+    seen: MaskAndBias,
     out_BKGTH: jax.Array,
     log_total_BKGT1: jax.Array,
     dout_BKGTH: jax.Array,
@@ -171,7 +171,7 @@ def _reordered(run: Run, tree: Any, back: bool) -> Any:
     return jax.tree.map(lambda x: reorder(x, run.shards, 1, back), tree)
 
 
-def _by_window(sight: Sight, compute: Callable[[int | None], Any]) -> Any:
+def _by_window(sight: AttentionMask, compute: Callable[[int | None], Any]) -> Any:
     """Computes with the window in the layers that have one: a kernel's mask is static, but the
     layers of a scan may differ."""
     if sight.narrow is None:
@@ -179,27 +179,27 @@ def _by_window(sight: Sight, compute: Callable[[int | None], Any]) -> Any:
     return jax.lax.cond(sight.narrow, lambda: compute(sight.window), lambda: compute(None))
 
 
-def _ids(sight: Sight) -> list[SegmentIds]:
+def _ids(sight: AttentionMask) -> list[SegmentIds]:
     """The ids of each run."""
     queries, keys = sight.queries, sight.keys
 
     def run(q_BT: jax.Array, k_BS: jax.Array, some_BT: Any, some_BS: Any) -> SegmentIds:
         return SegmentIds(
-            jnp.where((queries.group_BT > 0) & some_BT, q_BT, NO_QUERY),
-            jnp.where((keys.group_BT > 0) & some_BS, k_BS, NO_KEY),
+            jnp.where((queries.segment_BT > 0) & some_BT, q_BT, NO_QUERY),
+            jnp.where((keys.segment_BT > 0) & some_BS, k_BS, NO_KEY),
         )
 
-    group_BT, branch_BT = keys.group_BT, keys.branch_BT
+    segment_BT, branch_BT = keys.segment_BT, keys.branch_BT
     if branch_BT is None or not sight.causal:
-        return [run(queries.group_BT, group_BT, True, True)]
+        return [run(queries.segment_BT, segment_BT, True, True)]
     # Causal attention of a row to itself: queries and keys are the same tokens.
-    own_BT = group_BT * _BRANCHES + branch_BT
+    own_BT = segment_BT * _BRANCHES + branch_BT
     return [
         run(own_BT, own_BT, True, True),
-        run(group_BT, group_BT, branch_BT > 0, branch_BT == 0),
+        run(segment_BT, segment_BT, branch_BT > 0, branch_BT == 0),
     ]
 
 
-def _sight(seen: Seen) -> Sight:
-    assert isinstance(seen.tokens, Sight)  # checked by `fits`
-    return seen.tokens
+def _sight(seen: MaskAndBias) -> AttentionMask:
+    assert isinstance(seen.mask, AttentionMask)  # checked by `fits`
+    return seen.mask

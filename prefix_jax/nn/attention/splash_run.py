@@ -23,7 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 
 from prefix_jax.mesh import COLUMN_AXIS, column_shards
 from prefix_jax.nn.attention import tiles
-from prefix_jax.nn.attention.mask import Sight
+from prefix_jax.nn.attention.mask import AttentionMask
 from prefix_jax.nn.attention.zigzag import original_columns
 
 # Columns per tile: a row is padded to a multiple of it, and shorter rows are not worth a kernel.
@@ -79,7 +79,7 @@ class Run:
 
     @classmethod
     def over_mesh(
-        cls, softcap: float | None, sight: Sight, window: int | None, columns: int
+        cls, softcap: float | None, sight: AttentionMask, window: int | None, columns: int
     ) -> Run:
         """A run on the mesh of `jax.set_mesh`, which repeats the work if it does not divide the
         columns."""

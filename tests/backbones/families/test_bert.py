@@ -44,7 +44,7 @@ def test_numbers_that_older_configs_leave_out_are_the_usual_ones() -> None:
 
 def test_distilbert_has_no_segments_and_roberta_one() -> None:
     segments = {
-        name: architecture(read_config(FIXTURES / name), name).segments
+        name: architecture(read_config(FIXTURES / name), name).token_types
         for name in ("bert", "roberta", "distilbert")
     }
     assert segments == {"bert": 2, "roberta": 1, "distilbert": 0}

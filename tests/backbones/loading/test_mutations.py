@@ -21,7 +21,7 @@ from prefix_jax.backbones.loading.pretrained import architecture_of, load
 from prefix_jax.backbones.loading.quantized import abstract_params
 from prefix_jax.backbones.stacking import Params
 from prefix_jax.errors import BackboneError
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 from tests.mutations import dump_json, mutate_bytes, mutate_json, refusal
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -35,7 +35,7 @@ GENERATION = {"eos_token_id": [1, 2], "bos_token_id": 1, "forced_eos_token_id": 
 def logits(arch: Architecture, params: Params) -> jax.Array:
     """The output for a short text."""
     backbone, ids_BT = Backbone(arch), jnp.zeros((1, 8), jnp.int32)
-    tokens = Tokens.plain(ids_BT == 0)
+    tokens = TokenLayout.plain(ids_BT == 0)
     encoded = None if arch.encoder is None else backbone.encode(params, ids_BT, tokens)
     h_BTD, _ = backbone.hidden(params, ids_BT, tokens, encoded=encoded)
     return backbone.unembed(params, h_BTD) if arch.causal else h_BTD

@@ -16,7 +16,7 @@ from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.loading import ties
 from prefix_jax.backbones.loading.pretrained import architecture_of, load
 from prefix_jax.errors import BackboneError
-from prefix_jax.nn.attention.mask import Tokens
+from prefix_jax.nn.attention.mask import TokenLayout
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "backbones"
 # A tied decoder of every family: its table and its head.
@@ -43,7 +43,7 @@ def _logits(path: Path) -> np.ndarray:
     """Logits of a decoder, or of an encoder-decoder that reads and writes the same tokens."""
     model = load(path, dtype="float32")
     ids = jnp.arange(5, 29).reshape(2, 12)
-    tokens = Tokens.plain(jnp.ones(ids.shape, bool))
+    tokens = TokenLayout.plain(jnp.ones(ids.shape, bool))
     backbone: Backbone = model.backbone
     encoded = None
     if backbone.arch.encoder is not None:

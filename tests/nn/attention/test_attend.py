@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefix_jax.nn.attention.attend import attend
-from prefix_jax.nn.attention.mask import Seen
+from prefix_jax.nn.attention.mask import MaskAndBias
 from prefix_jax.prefix import Beside, Gated, KVPrefix, Memory, Site
 
 
@@ -107,7 +107,7 @@ def reference(case: Case, scale: float, softcap: float | None = None) -> jax.Arr
 @functools.partial(jax.jit, static_argnums=1)
 def ours(case: Case, softcap: float | None = None) -> jax.Array:
     q, k, v, join, mask_BTS, mask_BTP, bias_BNTS, bias_BNTP = case
-    seen = Seen(mask_BTS, mask_BTP, bias_BNTS, bias_BNTP)
+    seen = MaskAndBias(mask_BTS, mask_BTP, bias_BNTS, bias_BNTP)
     return attend(q, k, v, seen, Site(join), 0.7, softcap)
 
 
@@ -253,7 +253,7 @@ def test_large_logits_do_not_overflow():
 
 
 def test_soft_cap_bounds_the_logits():
-    """Far beyond the cap, all visible keys of the same sign have nearly the same weight."""
+    """Far beyond the cap, all causal_mask keys of the same sign have nearly the same weight."""
     case = make(P=0, bias=False)
     hot = case._replace(q_BTNH=case.q_BTNH * 1e4)
     capped = ours(hot, 1e-4)
@@ -269,7 +269,7 @@ def test_soft_cap_bounds_the_logits():
 
 
 def _add(case: Case, added: Beside | None) -> jax.Array:
-    seen = Seen(case.mask_BTS)
+    seen = MaskAndBias(case.mask_BTS)
     return attend(case.q_BTNH, case.k_BSKH, case.v_BSKH, seen, Site(beside=added), 0.7)
 
 

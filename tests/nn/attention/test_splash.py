@@ -17,7 +17,7 @@ import pytest
 from prefix_jax.mesh import make_mesh
 from prefix_jax.nn.attention import splash, splash_run
 from prefix_jax.nn.attention.attend import attend
-from prefix_jax.nn.attention.mask import Seen, Sight, Tokens, visible
+from prefix_jax.nn.attention.mask import AttentionMask, MaskAndBias, TokenLayout, causal_mask
 from prefix_jax.nn.attention.splash_run import interpreted
 from prefix_jax.nn.attention.zigzag import original_columns
 from prefix_jax.prefix import KVPrefix, Site
@@ -52,7 +52,7 @@ def case(S: int = T, P: int = 3, columns: int = T, rows: int = B) -> Case:
     return Case(array(rows, columns, K * G, H), array(rows, S, K, H), array(rows, S, K, H), join)
 
 
-def packed(columns: int, branches: int = 0, rows: int = B) -> Tokens:
+def packed(columns: int, branches: int = 0, rows: int = B) -> TokenLayout:
     """Rows of groups of various lengths, each a source with `branches` targets, then padding."""
     rng = np.random.default_rng(columns)
     group, branch, position = np.zeros((3, rows, columns), np.int32)
@@ -69,7 +69,7 @@ def packed(columns: int, branches: int = 0, rows: int = B) -> Tokens:
             # Columns beyond the end of the row were cut off.
             start, number = end, number + 1
     arrays = map(jnp.asarray, (group, branch, position))
-    tokens = Tokens(*arrays)
+    tokens = TokenLayout(*arrays)
     return tokens if branches else dataclasses.replace(tokens, branch_BT=None)
 
 
@@ -80,15 +80,15 @@ def weights(case: Case) -> jax.Array:
 
 def found(
     case: Case,
-    seen: Seen,
+    seen: MaskAndBias,
     softcap: float | None = None,
     fused: bool = True,
     weight_BTNH: jax.Array | None = None,
 ) -> tuple[jax.Array, Case]:
     """Outputs of queries that are not padding, and the gradients of their weighted sum."""
     weight_BTNH = weights(case) if weight_BTNH is None else weight_BTNH
-    assert isinstance(seen.tokens, Sight)
-    real_BT11 = (seen.tokens.queries.group_BT > 0)[..., None, None]
+    assert isinstance(seen.mask, AttentionMask)
+    real_BT11 = (seen.mask.queries.segment_BT > 0)[..., None, None]
 
     def scalar(case: Case) -> tuple[jax.Array, jax.Array]:
         out = attend(*case[:3], seen, Site(case.join), 0.5, softcap)
@@ -108,7 +108,7 @@ def found(
     return program.lower().compile()(case)
 
 
-def compare(case: Case, seen: Seen, softcap: float | None = None) -> None:
+def compare(case: Case, seen: MaskAndBias, softcap: float | None = None) -> None:
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
         found(case, seen, softcap),
@@ -118,30 +118,30 @@ def compare(case: Case, seen: Seen, softcap: float | None = None) -> None:
 
 def test_packed_rows_with_prefix_bias_and_soft_cap():
     tokens = packed(T)
-    compare(case(), Seen(Sight(tokens, tokens)), softcap=2.0)
+    compare(case(), MaskAndBias(AttentionMask(tokens, tokens)), softcap=2.0)
 
 
 def test_rows_that_are_not_a_multiple_of_the_block():
     tokens = packed(200)
-    compare(case(S=200, P=0, columns=200), Seen(Sight(tokens, tokens)))
+    compare(case(S=200, P=0, columns=200), MaskAndBias(AttentionMask(tokens, tokens)))
 
 
 def test_branched_targets():
     tokens = packed(T, branches=3)
-    compare(case(), Seen(Sight(tokens, tokens)))
+    compare(case(), MaskAndBias(AttentionMask(tokens, tokens)))
 
 
 @pytest.mark.parametrize("narrow", [True, False])
 def test_windows_that_differ_between_layers(narrow: bool):
     """A prefix also leaves the window."""
     tokens = packed(T)
-    sight = Sight(tokens, tokens, window=9, narrow=jnp.asarray(narrow))
+    sight = AttentionMask(tokens, tokens, window=9, narrow=jnp.asarray(narrow))
     mask_BTP = jnp.broadcast_to((tokens.position_BT < 9)[..., None], (B, T, 3))
-    compare(case(), Seen(sight, mask_BTP))
+    compare(case(), MaskAndBias(sight, mask_BTP))
 
 
 def test_encoder_and_cross_attention():
-    compare(case(S=384), Seen(Sight(packed(T), packed(384), causal=False)))
+    compare(case(S=384), MaskAndBias(AttentionMask(packed(T), packed(384), causal=False)))
 
 
 @pytest.mark.parametrize(("sizes", "rows"), [((2, 1, 4), 2), ((4, 1, 2), 2)])
@@ -149,16 +149,16 @@ def test_devices_share_rows_and_heads(sizes: tuple[int, int, int], rows: int):
     """With 2 key heads on 4 devices, two devices hold each key head, with one of its query heads.
     2 rows on 4 devices are replicated."""
     inputs, tokens = case(S=128, columns=128, rows=rows), packed(128, rows=rows)
-    seen = Seen(Sight(tokens, tokens))
+    seen = MaskAndBias(AttentionMask(tokens, tokens))
     plain = found(inputs, seen, fused=False)
     with jax.set_mesh(make_mesh(*sizes)):
         split = found(inputs, seen)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), split, plain)
 
 
-def packed_with(kind: str, columns: int) -> Sight:
+def packed_with(kind: str, columns: int) -> AttentionMask:
     tokens = packed(columns, branches=3 if kind == "branches" else 0)
-    return Sight(tokens, tokens, window=9 if kind == "window" else None)
+    return AttentionMask(tokens, tokens, window=9 if kind == "window" else None)
 
 
 @pytest.mark.parametrize("zigzag", [True, False])
@@ -177,7 +177,7 @@ def packed_with(kind: str, columns: int) -> Sight:
 def test_devices_share_columns(kind: str, columns: int, sequence: int, tensor: int, zigzag: bool):
     """In order, or each with columns from both ends of a row."""
     sight, inputs = packed_with(kind, columns), case(S=columns, columns=columns)
-    plain = found(inputs, Seen(sight), fused=False)
+    plain = found(inputs, MaskAndBias(sight), fused=False)
     order = original_columns(columns, sequence) if zigzag else np.arange(columns)
 
     def laid(tree: Any, order: np.ndarray = order) -> Any:
@@ -187,7 +187,7 @@ def test_devices_share_columns(kind: str, columns: int, sequence: int, tensor: i
     split_sight = dataclasses.replace(laid(sight), zigzag=zigzag)
     weight_BTNH = laid(weights(inputs))
     with jax.set_mesh(make_mesh(-1, 1, tensor, sequence=sequence)):
-        out, gradients = found(split_inputs, Seen(split_sight), weight_BTNH=weight_BTNH)
+        out, gradients = found(split_inputs, MaskAndBias(split_sight), weight_BTNH=weight_BTNH)
     there = laid({name: getattr(gradients, name) for name in TOKENS}, np.argsort(order))
     again = laid(out, np.argsort(order)), gradients._replace(**there)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), again, plain)
@@ -196,7 +196,7 @@ def test_devices_share_columns(kind: str, columns: int, sequence: int, tensor: i
 @pytest.mark.parametrize("S", [384, 129])
 def test_devices_share_columns_in_cross_attention(S: int):
     """They also share the keys, if their number divides them."""
-    inputs, seen = case(S=S), Seen(Sight(packed(T), packed(S), causal=False))
+    inputs, seen = case(S=S), MaskAndBias(AttentionMask(packed(T), packed(S), causal=False))
     plain = found(inputs, seen, fused=False)
     with jax.set_mesh(make_mesh(2, sequence=4)):
         split = found(inputs, seen)
@@ -204,8 +204,8 @@ def test_devices_share_columns_in_cross_attention(S: int):
 
 
 def test_fully_masked_query_is_finite_and_has_no_gradient():
-    nobody = Tokens.plain(jnp.zeros((1, 128), bool))
-    seen = Seen(Sight(nobody, nobody))
+    nobody = TokenLayout.plain(jnp.zeros((1, 128), bool))
+    seen = MaskAndBias(AttentionMask(nobody, nobody))
 
     @jax.jit
     def pulled(case: Case) -> tuple[jax.Array, Case]:
@@ -224,18 +224,18 @@ def test_unsupported_cases_use_xla():
     short = packed(100)
     q, k = jnp.zeros((B, K, G, T, H)), jnp.zeros((B, T, K, H))
 
-    def fits(seen: Seen, q: jax.Array = q, k: jax.Array = k) -> bool:
+    def fits(seen: MaskAndBias, q: jax.Array = q, k: jax.Array = k) -> bool:
         with jax.set_mesh(make_mesh()):
             return splash.fits(q, k, seen)
 
-    rule = Seen(Sight(tokens, tokens))
+    rule = MaskAndBias(AttentionMask(tokens, tokens))
     # 8 devices without a mesh: the program may span any number of them.
     assert not splash.fits(q, k, rule)
     assert fits(rule)
-    assert fits(Seen(Sight(branched, branched)))
-    assert not fits(Seen(visible(tokens, tokens)))
+    assert fits(MaskAndBias(AttentionMask(branched, branched)))
+    assert not fits(MaskAndBias(causal_mask(tokens, tokens)))
     assert not fits(dataclasses.replace(rule, bias_BNTS=jnp.zeros((1, K * G, T, T))))
-    assert not fits(Seen(Sight(branched, branched, window=9)))
-    assert not fits(Seen(Sight(short, short)), q[:, :, :, :100], k[:, :100])
+    assert not fits(MaskAndBias(AttentionMask(branched, branched, window=9)))
+    assert not fits(MaskAndBias(AttentionMask(short, short)), q[:, :, :, :100], k[:, :100])
     # A cache with room for more.
-    assert not fits(Seen(Sight(packed(128), tokens)), q[:, :, :, :128])
+    assert not fits(MaskAndBias(AttentionMask(packed(128), tokens)), q[:, :, :, :128])
