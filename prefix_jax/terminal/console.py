@@ -13,11 +13,11 @@ from prefix_jax.terminal import escape
 
 
 class _EscapingConsole(Console):
-    """A console for the command line, whose `BrokenPipeError` reaches `main`."""
+    """A console that passes `BrokenPipeError` on to `main`."""
 
     @property
     def encoding(self) -> str:
-        # Rich asks only a file that it was given, not standard output.
+        # Rich looks only at a file that was passed to it, not at standard output.
         return (getattr(self.file, "encoding", None) or "utf-8").lower()
 
     def on_broken_pipe(self) -> None:
@@ -26,7 +26,7 @@ class _EscapingConsole(Console):
 
 
 class _Escaped:
-    """A renderable without control characters in its text."""
+    """A renderable with escaped text."""
 
     def __init__(self, renderable: ConsoleRenderable) -> None:
         self._renderable = renderable
@@ -45,7 +45,7 @@ class _EscapeHook(RenderHook):
 
 
 def make_console(**options: Any) -> Console:
-    """Makes a console that escapes control characters. Takes the options of `rich.Console`."""
+    """Makes a console that escapes control characters; accepts the options of `rich.Console`."""
     return guard(_EscapingConsole(**options))
 
 
@@ -53,18 +53,18 @@ def guard(console: Console) -> Console:
     """Makes an existing console escape control characters, and returns it."""
     hooks: Iterable[RenderHook] = console._render_hooks
     if not any(isinstance(hook, _EscapeHook) for hook in hooks):
-        # First in the list: bars and spinners that start later add their own output after it.
+        # The hook must run first. Bars and spinners add theirs, with control codes, after it.
         console.push_render_hook(_EscapeHook())
     return console
 
 
 def text(content: object, style: str = "") -> Text:
-    """Text for a table cell or a bar: escaped, and never read as rich's markup."""
+    """Makes text for a table cell or a bar: escaped, and never parsed as rich markup."""
     return Text(escape(str(content)), style)
 
 
 def encodable(content: str, encoding: str) -> str:
-    """Replaces characters that an encoding lacks by their nearest ones, see `streams`."""
+    """Replaces characters that an encoding does not have with similar ones (see `streams`)."""
     from prefix_jax.terminal import streams
 
     return content.encode(encoding, streams.FALLBACK).decode(encoding)

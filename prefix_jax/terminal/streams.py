@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, or of an encoding with few characters."""
+"""Handles standard streams that are closed, full, or use a limited encoding."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import IO
 
 FALLBACK = "prefix_jax.fallback"
-"""Error handler of `str.encode` that spells out characters that an encoding lacks."""
+"""Name of the error handler of `str.encode` that replaces characters with similar ones."""
 
-_SPELLED = {
+_REPLACEMENTS = {
     "…": "...",
     "–": "-",
     "×": "x",
@@ -21,18 +21,18 @@ _SPELLED = {
     "’": "'",
     "“": '"',
     "”": '"',
-    # Bars of rich end in a part of a block.
+    # Rich draws the end of a bar with partial blocks.
     **dict.fromkeys("█▉▊▋▌", "#"),
     **dict.fromkeys("▍▎▏▐▕", " "),
 }
 
 
 def prepare() -> None:
-    """Makes standard streams usable, whatever the shell handed over.
+    """Makes the standard streams safe to use.
 
-    A closed stream is replaced by the null device: otherwise the next file that is opened would
-    take its descriptor, and receive what libraries print. Characters that the encoding of a stream
-    lacks are spelled out instead of raising `UnicodeEncodeError`.
+    Closed streams are connected to the null device. Otherwise the next open file would get their
+    descriptor and receive the output of libraries. Characters outside a stream's encoding are
+    replaced instead of raising `UnicodeEncodeError`.
     """
     for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
@@ -43,9 +43,9 @@ def prepare() -> None:
 
 
 def discard_stdout() -> None:
-    """Sends what is left for standard output to the null device.
+    """Redirects the rest of standard output to the null device.
 
-    After a failed write Python would write it again at exit, and complain.
+    After a failed write, Python would flush the buffer again at exit and print an error.
     """
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
@@ -62,19 +62,18 @@ def _null(descriptor: int, mode: str) -> IO[str]:
             os.dup2(null, descriptor)
             os.close(null)
         return open(descriptor, mode, encoding="utf-8", closefd=False)
-    # Open, but of no use to Python: a directory as standard input, for one.
+    # The descriptor is open but unusable, such as a directory as standard input.
     return Path(os.devnull).open(mode, encoding="utf-8")
 
 
-def _spell(error: UnicodeError) -> tuple[str, int]:
+def _replace(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    wrong = error.object[error.start : error.end]
-    spelled = (
-        _SPELLED.get(character) or character.encode("ascii", "backslashreplace").decode()
-        for character in wrong
+    replacements = (
+        _REPLACEMENTS.get(character) or character.encode("ascii", "backslashreplace").decode()
+        for character in error.object[error.start : error.end]
     )
-    return "".join(spelled), error.end
+    return "".join(replacements), error.end
 
 
-codecs.register_error(FALLBACK, _spell)
+codecs.register_error(FALLBACK, _replace)

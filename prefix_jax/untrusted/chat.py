@@ -1,8 +1,8 @@
-"""Chat templates, rendered in a process of their own that bounds memory and time.
+"""Renders chat templates in a child process with limits on memory and time.
 
-A chat template is a program. Jinja's sandbox keeps it away from files and from Python's internals,
-but not from endless loops or from strings that fill memory, so it runs in a child process: see
-`chat_worker.py`.
+A chat template is a program. Jinja's sandbox blocks access to files and to Python's internals, but
+not endless loops or strings that fill memory, so templates run in a child process (see
+`chat_worker.py`).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from typing import Any
 from prefix_jax.errors import PrefixJaxError
 from prefix_jax.untrusted.tokenizer import MAX_CHARACTERS
 
-# One rendering takes well under a millisecond and a few megabytes.
+# Limits per rendering, which usually needs well under a millisecond and a few megabytes.
 CPU_SECONDS = 10.0
 MEMORY_BYTES = 512 * 2**20
-# The worker's processor time is what counts. This is for a worker that waits or was stopped.
+# Generous: it only ends a worker that sleeps or was stopped. CPU time limits the others.
 WALL_SECONDS = 120.0
 # Published templates have up to 20,000 characters.
 MAX_TEMPLATE_CHARACTERS = 1_000_000
 
-# How much of the environment the worker inherits: what starts Python and what tells the time.
+# The environment variables that the worker inherits, for starting Python and for the time zone.
 _ENVIRONMENT = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 
 
@@ -44,27 +44,30 @@ def render_chat_template(
     where: str,
     error: type[PrefixJaxError],
 ) -> list[str]:
-    """Renders a chat with a template, as `apply_chat_template` of transformers does.
+    """Renders a chat with a template, like `apply_chat_template` of transformers.
 
-    Threads may call this; they take turns.
+    Thread-safe; only one thread renders at a time.
 
     Args:
-        template: Jinja source.
+        template: the Jinja source.
         variables: the tokenizer's special tokens by role.
-        turns: of the chat.
-        cuts: per text to render, the number of turns and whether an answer follows them
+        turns: the turns of the chat.
+        cuts: for each text to render, the number of turns, and whether an answer follows
             (`add_generation_prompt`).
         where: the record, for messages.
         error: the class to raise.
 
+    Returns:
+        One text per cut.
+
     Raises:
-        PrefixJaxError: of class `error`, if the template is malformed, refuses the chat, fails, or
-            exceeds its memory, its time or the length of a text.
+        PrefixJaxError: of class `error`, if the template is malformed, rejects the chat, fails, or
+            exceeds the limits on memory, time or length.
     """
     if len(template) > MAX_TEMPLATE_CHARACTERS:
         raise error(
-            f"{where}: the tokenizer's chat template has {len(template):,} characters; the most "
-            f"that is rendered is {MAX_TEMPLATE_CHARACTERS:,}"
+            f"{where}: the tokenizer's chat template has {len(template):,} characters, at most "
+            f"{MAX_TEMPLATE_CHARACTERS:,} are supported"
         )
     try:
         chat = json.dumps([dict(turn) for turn in turns], default=_plain, skipkeys=True)
@@ -82,11 +85,11 @@ def render_chat_template(
 
 
 class _WorkerError(Exception):
-    """The worker gave no reply; what the template did, in words."""
+    """The worker gave no reply. The message continues "the tokenizer's chat template …"."""
 
 
 class _Worker:
-    """A process that renders templates. It starts with the first chat and again after a failure."""
+    """A child process that renders templates. It starts on first use and after each failure."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -101,7 +104,7 @@ class _Worker:
         chat: str,
         cuts: Sequence[tuple[int, bool]],
     ) -> list[dict[str, Any]]:
-        """One reply per cut, up to the first that is an error."""
+        """Returns one reply per cut, up to the first error."""
         replies: list[dict[str, Any]] = []
         try:
             if self._process is None:
@@ -117,13 +120,13 @@ class _Worker:
                 if replies[-1].get("error") in ("memory", "output"):
                     self.stop()
                     break
-        except BaseException:  # Ctrl-C too: a reply that nobody read would answer the next chat
+        except BaseException:  # also Ctrl-C: an unread reply would be taken for the next chat's
             self.stop()
             raise
         return replies
 
     def stop(self) -> None:
-        """Ends the process, if there is one."""
+        """Stops the process if it runs."""
         if self._stop is not None:
             self._stop()
         self._process, self._template, self._buffer = None, None, b""
@@ -131,8 +134,8 @@ class _Worker:
     def _start(self) -> None:
         script = str(Path(__file__).with_name("chat_worker.py"))
         try:
-            # -I -S: neither the environment nor the working directory adds code to the worker. A
-            # session of its own keeps Ctrl-C away from it.
+            # With -I -S, neither the environment nor the working directory can add code. In a new
+            # session, the worker does not receive Ctrl-C.
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", script],
                 stdin=subprocess.PIPE,
@@ -143,7 +146,7 @@ class _Worker:
             )
         except OSError as failure:
             raise _WorkerError(
-                f"needs a process of its own, which cannot start ({failure})"
+                f"cannot be rendered, because no child process can be started ({failure})"
             ) from None
         self._stop = weakref.finalize(self, _end, self._process, os.getpid())
         setup = {
@@ -157,7 +160,7 @@ class _Worker:
         if reply:
             raise _WorkerError(
                 f"needs Jinja, which cannot be imported ({reply.get('message')}); "
-                "run: pip install 'jinja2>=3.1.6'"
+                "run pip install 'jinja2>=3.1.6'"
             )
 
     def _write(self, line: str) -> None:
@@ -170,7 +173,7 @@ class _Worker:
             raise self._ended() from None
 
     def _read(self) -> dict[str, Any]:
-        """The next reply."""
+        """Reads the next reply."""
         if b"\n" not in self._buffer:
             self._buffer += self._receive()
         line, _, self._buffer = self._buffer.partition(b"\n")
@@ -178,7 +181,7 @@ class _Worker:
         return reply
 
     def _receive(self) -> bytes:
-        """What the process writes next, up to the end of a line."""
+        """Reads from the process until a line ends."""
         assert self._process is not None
         assert self._process.stdout is not None
         file = self._process.stdout.fileno()
@@ -191,20 +194,20 @@ class _Worker:
                     raise _WorkerError(f"gave no result within {WALL_SECONDS:g} seconds")
                 pieces.append(os.read(file, 1 << 16))
                 size += len(pieces[-1])
-                # Escaped, a character has up to 12 bytes.
+                # An escaped character has up to 12 bytes.
                 if not pieces[-1] or size > 13 * MAX_CHARACTERS:
                     raise self._ended()
         return b"".join(pieces)
 
     def _ended(self) -> _WorkerError:
-        """Why the process has ended without a reply."""
+        """Returns the reason why the process ended without a reply."""
         assert self._process is not None
         try:
             code = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            return _WorkerError("disturbed the process that renders it")
+            return _WorkerError("broke the protocol of the process that renders it")
         if code == -getattr(signal, "SIGPROF", 0):
-            return _WorkerError(f"did not end within {CPU_SECONDS:g} seconds of processor time")
+            return _WorkerError(f"did not finish within {CPU_SECONDS:g} seconds of CPU time")
         if code < 0:
             with contextlib.suppress(ValueError):
                 return _WorkerError(f"crashed with {signal.Signals(-code).name}")
@@ -225,7 +228,7 @@ def _end(process: subprocess.Popen[bytes], owner: int) -> None:
 def _explain(reply: Mapping[str, Any]) -> str:
     match reply.get("error"):
         case "refused":
-            return f"refuses the chat: {reply.get('message')}"
+            return f"rejects the chat: {reply.get('message')}"
         case "memory":
             return f"needs more than {MEMORY_BYTES:,} bytes of memory"
         case "output":
@@ -234,7 +237,7 @@ def _explain(reply: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What a template sees in place of a value that JSON cannot hold, as in transformers 5.23."""
+    """Converts a value that JSON does not support, in the way of transformers 5.23."""
     if isinstance(value, Mapping):
         return dict(value)
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
@@ -243,7 +246,7 @@ def _plain(value: Any) -> Any:
 
 
 def _reset() -> None:
-    """Gives a forked process a worker of its own."""
+    """Gives a forked process its own worker."""
     global _lock, _worker
     _inherited.append(_worker)
     _lock, _worker = threading.Lock(), _Worker()
@@ -251,6 +254,6 @@ def _reset() -> None:
 
 _lock = threading.Lock()
 _worker = _Worker()
-_inherited: list[_Worker] = []  # their processes are not ours to wait for
+_inherited: list[_Worker] = []  # keeps workers alive whose processes belong to the parent
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_reset)

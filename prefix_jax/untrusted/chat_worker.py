@@ -1,7 +1,7 @@
-"""Renders chat templates in a process of its own, under limits. `chat.py` starts it as a script.
+"""Renders chat templates under limits. `chat.py` starts this file as a script in a child process.
 
 Requests and replies are JSON, one per line. The first request sets the import path and the limits.
-Every later one holds a chat and how often to render it, and gets one reply per rendering.
+Each later request contains a chat and its cuts, and gets one reply per cut.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-# Longest part of a template's own message to report.
+# Maximum length of a reported message of a template.
 _MESSAGE_CHARS = 500
-# transformers copies a turn's reasoning to the names under which templates look for it.
+# The fields in which templates expect a turn's reasoning; transformers copies it to each of them.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def main() -> None:
-    """Serves requests until stdin closes, which it does when the parent ends in any way."""
+    """Serves requests until stdin closes, which also happens when the parent is killed."""
     setup = json.loads(sys.stdin.buffer.readline())
     sys.path[:] = setup["path"]
     _accept_timer()
     try:
         compile_template = _import_jinja()
-        # Loads what Jinja and strftime import late: no file can be opened once the limits are set.
+        # Triggers the lazy imports of Jinja and strftime, before the limits forbid opening files.
         warm_up = compile_template("{{ strftime_now('%d %b') }}{{ [] | tojson }}{{ x.y }}")
         _render(warm_up, {}, [], False, 1)
     except ImportError as failure:
@@ -44,7 +44,7 @@ def main() -> None:
             template, variables = _compile(compile_template, request), request["variables"]
         turns = [_with_reasoning(turn) for turn in request["turns"]]
         for count, answer_follows in request["cuts"]:
-            # SIGPROF's default action ends the process, even inside a long C call.
+            # The default action of SIGPROF ends the process, even inside a long C call.
             _set_timer(setup["seconds"])
             reply = template
             if not isinstance(template, dict):
@@ -54,12 +54,12 @@ def main() -> None:
             _set_timer(0)
             _send(reply)
             if reply.get("error") == "memory":
-                return  # a new process has all of its memory again
+                return  # a new process starts with all of its memory
         sys.stdout.buffer.flush()
 
 
 def _compile(compile_template: Any, request: Mapping[str, Any]) -> Any:
-    """The compiled template, or the reply that says why it cannot be compiled."""
+    """Compiles a template; returns the error reply if that fails."""
     try:
         return compile_template(request["template"])
     except Exception as failure:
@@ -69,10 +69,10 @@ def _compile(compile_template: Any, request: Mapping[str, Any]) -> Any:
 def _render(
     template: Any, variables: Mapping[str, Any], turns: list[Any], answer_follows: bool, limit: int
 ) -> dict[str, Any]:
-    """The reply to one rendering: its text, or why there is none."""
+    """Renders one cut; returns the reply, with the text or an error."""
     pieces, size = [], 0
     try:
-        # The variables that transformers sets; a special token may replace one of them.
+        # The variables that transformers sets. Special tokens may override them.
         values = {
             "messages": turns,
             "tools": None,
@@ -109,7 +109,7 @@ def _with_reasoning(turn: Any) -> Any:
 
 
 def _import_jinja() -> Any:
-    """A function that compiles a template in the environment that transformers 5.23 gives it."""
+    """Returns a function that compiles templates in the environment of transformers 5.23."""
     import jinja2
     import jinja2.constants
     import jinja2.debug
@@ -133,7 +133,7 @@ def _import_jinja() -> Any:
             return caller()
 
     class Dict:
-        """`dict`, without the attributes of a type."""
+        """`dict` without the attributes of a type."""
 
         def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
             return dict(*args, **values)
@@ -142,7 +142,7 @@ def _import_jinja() -> Any:
             return dict.fromkeys(*args)
 
     class Namespace(jinja2.utils.Namespace):
-        """`namespace`, which refuses names that begin with an underscore."""
+        """`namespace` that rejects names with a leading underscore."""
 
         def __init__(*args: Any, **values: Any) -> None:
             self, *rest = args
@@ -158,7 +158,7 @@ def _import_jinja() -> Any:
     def _check_name(name: Any) -> None:
         if isinstance(name, str) and name.startswith("_"):
             raise jinja2.exceptions.SecurityError(
-                f"{name!r}: a namespace has no names that begin with an underscore"
+                f"{name!r}: names in a namespace must not begin with an underscore"
             )
 
     def tojson(
@@ -199,9 +199,9 @@ def _import_jinja() -> Any:
 
 
 def _limit(memory: int) -> None:
-    """Limits memory to so many bytes more than now, and takes away files and processes.
+    """Limits memory to this many bytes above the current use; forbids new files and processes.
 
-    The sandbox keeps templates away from all of these. The limits hold if it has a hole.
+    Jinja's sandbox already blocks these. The limits are a second line of defence.
     """
     try:
         import resource
@@ -211,7 +211,7 @@ def _limit(memory: int) -> None:
     try:
         with open("/proc/self/statm", "rb") as file:  # noqa: PTH123
             limits["RLIMIT_AS"] = int(file.read().split()[0]) * resource.getpagesize() + memory
-    except OSError:  # not on macOS, which does not enforce the limit
+    except OSError:  # macOS, which does not enforce this limit
         pass
     for name, value in limits.items():
         try:
@@ -224,14 +224,14 @@ def _limit(memory: int) -> None:
 
 
 def _accept_timer() -> None:
-    """Undoes what the parent may have done to the timer's signal: profilers block or ignore it."""
+    """Restores the timer's signal, which a profiler in the parent may block or ignore."""
     if hasattr(signal, "SIGPROF"):
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
 
 
 def _set_timer(seconds: float) -> None:
-    """Ends the process after this much processor time; 0 lets it live."""
+    """Ends the process after this much CPU time; 0 cancels the timer."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
 

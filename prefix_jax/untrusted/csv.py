@@ -1,4 +1,4 @@
-"""CSV with a header, and with bounds on the size of a row and the number of columns."""
+"""Reads CSV files with a header, within limits on row length and number of columns."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ MAX_COLUMNS = 10_000
 def read_csv(
     path: str | os.PathLike[str], error: type[PrefixJaxError], *, row_limit: int = MAX_LINE
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields the rows of a file as {column: cell}, each with the number of its first line.
+    """Yields the number of each row's first line, and the row as {column: cell}.
 
     Blank lines are skipped.
 
     Args:
-        path: of the file.
+        path: the file.
         error: the class to raise.
-        row_limit: the longest row to accept, in characters.
+        row_limit: the maximum length of a row, in characters.
 
     Raises:
-        PrefixJaxError: of class `error`, if the file cannot be read (see `read_lines`), names a
-            column twice, or has a row that is malformed, too long, or of the wrong length.
+        PrefixJaxError: of class `error`, if the file cannot be read (see `read_lines`), has two
+            columns of the same name, or has a row that is malformed, too long, or of the wrong
+            length.
     """
     start = 1  # the first line of the current row
     length = 0  # its characters so far
@@ -37,15 +38,15 @@ def read_csv(
             length += len(line)
             if length > row_limit:
                 raise error(
-                    f"{path}:{start}: a row of more than {row_limit:,} characters; is a double "
-                    "quote left open?"
+                    f"{path}:{start}: the row has more than {row_limit:,} characters; check for a "
+                    "missing closing double quote"
                 )
             if "\0" in line:
-                raise error(f"{path}:{number}: a null byte, which no text holds; remove it")
+                raise error(f"{path}:{number}: the line contains a null byte; remove it")
             yield line
 
-    # Python's own limit is 128 KiB, and a cell may hold a whole document.
-    before = csv.field_size_limit(row_limit)
+    # Python's default limit of 128 KiB is too small for documents.
+    previous_limit = csv.field_size_limit(row_limit)
     try:
         rows = csv.reader(lines(), strict=True)
         names: list[str] | None = None
@@ -55,8 +56,8 @@ def read_csv(
             elif row:
                 if len(row) != len(names):
                     raise error(
-                        f"{path}:{start}: {len(row)} cells under {len(names)} columns; "
-                        'put cells that hold commas into double quotes ("…")'
+                        f"{path}:{start}: {len(row)} cells, but the header has {len(names)} "
+                        'columns; put cells that contain commas in double quotes ("…")'
                     )
                 yield start, dict(zip(names, row, strict=True))
             start, length = rows.line_num + 1, 0
@@ -66,15 +67,15 @@ def read_csv(
             "twice"
         ) from failure
     finally:
-        csv.field_size_limit(before)
+        csv.field_size_limit(previous_limit)
 
 
 def _header(names: list[str], where: str, error: type[PrefixJaxError]) -> list[str]:
     if len(names) > MAX_COLUMNS:
-        raise error(f"{where}: {len(names):,} columns; at most {MAX_COLUMNS:,} are read")
+        raise error(f"{where}: {len(names):,} columns, at most {MAX_COLUMNS:,} are supported")
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise error(f"{where}: the header names the column {name[:60]!r} twice; rename one")
+            raise error(f"{where}: the column {name[:60]!r} appears twice; rename one")
         seen.add(name)
     return names

@@ -1,7 +1,7 @@
-"""GGUF headers: metadata and tensor infos, checked against the size of the file.
+"""Reads GGUF headers: metadata and tensor infos, checked against the size of the file.
 
-The `gguf` library knows the types of tensors and how to dequantise them. Its reader is not used: it
-trusts every length in the file, and needs seconds for a vocabulary.
+The tensor types come from the `gguf` library. Its reader is not used, because it trusts every
+length in the file and needs seconds for a vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from prefix_jax.errors import PrefixJaxError
 from prefix_jax.untrusted.paths import open_binary
 from prefix_jax.untrusted.values import require
 
-# Metadata and tensor infos. A vocabulary of 256,000 tokens with its merges has 20 MB.
+# Bytes of metadata and tensor infos. A vocabulary of 256,000 tokens with merges has 20 MB.
 HEADER_LIMIT = 128 * 2**20
 MAX_RANK = 4
 MAX_NAME = 1000
@@ -48,12 +48,12 @@ _MISSING: Any = object()
 
 @dataclasses.dataclass(frozen=True)
 class GGUFTensor:
-    """Where a tensor is in its file.
+    """The location of a tensor in its file.
 
     Attributes:
-        kind: how it is stored.
+        kind: the storage type.
         shape: outermost axis first.
-        offset: of the first byte, from the start of the file.
+        offset: the offset of the first byte from the start of the file.
     """
 
     kind: GGMLQuantizationType
@@ -62,7 +62,7 @@ class GGUFTensor:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape in bytes: quantised blocks are along the innermost axis."""
+        """The shape in bytes. Quantised blocks run along the innermost axis."""
         block, size = GGML_QUANT_SIZES[self.kind]
         return (*self.shape[:-1], self.shape[-1] // block * size)
 
@@ -73,8 +73,8 @@ class Metadata:
 
     Attributes:
         where: the file, for messages.
-        values: numbers, booleans, strings and lists, by key. Their types are the file's choice:
-            read them with `get`.
+        values: numbers, booleans, strings and lists by key, of unchecked types; read them with
+            `get`.
         error: the class to raise.
     """
 
@@ -83,12 +83,12 @@ class Metadata:
     error: type[PrefixJaxError]
 
     def get(self, key: str, hint: Any, default: Any = _MISSING) -> Any:
-        """A value of the type that its reader expects.
+        """Returns a value after checking its type.
 
         Args:
-            key: such as "llama.block_count".
+            key: the key, such as "llama.block_count".
             hint: the expected type and range, such as `values.Size` or `list[str]`.
-            default: what a missing key means; without one, the key is required.
+            default: the value of a missing key; without a default, the key is required.
 
         Raises:
             PrefixJaxError: of class `error`, if the key is missing or its value does not match.
@@ -96,40 +96,40 @@ class Metadata:
         if key in self.values:
             return require(self.values[key], hint, f"{self.where}: metadata {key}", self.error)
         if default is _MISSING:
-            raise self.error(f"{self.where} lacks the metadata key {key}")
+            raise self.error(f"{self.where}: the metadata key {key} is missing")
         return default
 
 
 def read_header(
     path: str | os.PathLike[str], error: type[PrefixJaxError]
 ) -> tuple[Metadata, dict[str, GGUFTensor]]:
-    """Reads the metadata, and where the tensors are.
+    """Reads the metadata and the locations of the tensors.
 
     Args:
-        path: of a GGUF file.
+        path: a GGUF file.
         error: the class to raise.
 
     Raises:
-        PrefixJaxError: of class `error`, if the file cannot be read, is truncated, has the other
-            byte order, or its header is malformed.
+        PrefixJaxError: of class `error`, if the file cannot be read, is truncated or big-endian,
+            or its header is malformed.
     """
     with open_binary(path, error) as (file, size):
         try:
             if size == 0:
-                raise _CorruptError("it is empty")
+                raise _CorruptError("the file is empty")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 header = _Header(data)
                 return Metadata(str(path), header.metadata, error), header.tensors
         except _ByteOrderError:
             raise error(
-                f"{path} has the other byte order; convert it with gguf-convert-endian"
+                f"{path}: the file is big-endian; convert it with gguf-convert-endian"
             ) from None
         except _CorruptError as failure:
             raise error(f"{path} is not a complete GGUF file: {failure}; copy it again") from None
 
 
 class _CorruptError(Exception):
-    """What is wrong with a header."""
+    """A malformed header; the message describes the problem."""
 
 
 class _ByteOrderError(Exception):
@@ -137,18 +137,19 @@ class _ByteOrderError(Exception):
 
 
 class _Header:
-    """A walk through a header that never leaves the file."""
+    """A parser of a header that checks every length against the size of the file."""
 
     def __init__(self, data: mmap.mmap):
         self._data, self._at, self._end = data, 0, min(len(data), HEADER_LIMIT)
         if self._take(4) != b"GGUF":
-            raise _CorruptError("it does not begin with GGUF")
+            raise _CorruptError("it does not start with GGUF")
         version = self._u32()
         if version & 0xFFFF == 0:
             raise _ByteOrderError
         if version not in _VERSIONS:
             raise _CorruptError(f"version {version}, expected one of {_VERSIONS}")
-        # An info has at least a length, a rank, a type and an offset; a pair a length and a type.
+        # Minimum sizes: a tensor info has a length, a rank, a type and an offset; a key-value pair
+        # has a length and a type.
         tensors, pairs = self._count(24, "tensors"), self._count(13, "keys")
         self.metadata: dict[str, Any] = {}
         for _ in range(pairs):
@@ -172,7 +173,7 @@ class _Header:
         return int(_U64.unpack(self._take(8))[0])
 
     def _count(self, size: int, what: str) -> int:
-        """A number of items that have at least `size` bytes each."""
+        """Reads the number of items that follow, each of at least `size` bytes."""
         count = self._u64()
         if count * size > self._end - self._at:
             raise _CorruptError(f"{count:,} {what} do not fit the file")
@@ -212,22 +213,22 @@ class _Header:
         return np.frombuffer(self._take(count * dtype.itemsize), dtype).tolist()
 
     def _strings(self, count: int, key: str) -> list[str]:
-        """Like `_string`, for a vocabulary."""
+        """Reads many strings: a faster `_string` for vocabularies."""
         data, at, end, size_at = self._data, self._at, self._end, _U64.unpack_from
-        found = []
+        strings = []
         try:
             for _ in range(count):
                 start = at + 8
                 at = start + size_at(data, at)[0]
                 if at > end:
                     raise _CorruptError(f"{key} does not fit the file")
-                found.append(str(data[start:at], "utf-8"))
+                strings.append(str(data[start:at], "utf-8"))
         except UnicodeDecodeError:
-            raise _CorruptError(f"value {len(found)} of {key} is not UTF-8") from None
+            raise _CorruptError(f"value {len(strings)} of {key} is not UTF-8") from None
         except struct.error:
             raise _CorruptError(f"{key} does not fit the file") from None
         self._at = at
-        return found
+        return strings
 
     def _info(self) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
         name = self._string("a tensor's name", MAX_NAME)
@@ -248,7 +249,7 @@ class _Header:
     def _place(
         self, infos: list[tuple[str, GGMLQuantizationType, tuple[int, ...], int]]
     ) -> dict[str, GGUFTensor]:
-        """The tensors by name. As in llama.cpp, each begins where the one before it ends."""
+        """Returns the tensors by name. As in llama.cpp, there must be no gaps between them."""
         alignment = self.metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= 2**16:
             raise _CorruptError(f"general.alignment is {alignment!r}")
@@ -258,12 +259,12 @@ class _Header:
             if name in tensors:
                 raise _CorruptError(f"the tensor {name!r} appears twice")
             if offset != end:
-                raise _CorruptError(f"{name!r} begins at byte {offset} of the data, expected {end}")
+                raise _CorruptError(f"{name!r} starts at byte {offset} of the data, expected {end}")
             block, size = GGML_QUANT_SIZES[kind]
             stop = offset + math.prod(shape) // block * size
             if start + stop > len(self._data):
                 raise _CorruptError(
-                    f"{name!r} ends after the file, which has {len(self._data):,} bytes"
+                    f"{name!r} extends beyond the end of the file ({len(self._data):,} bytes)"
                 )
             tensors[name], end = GGUFTensor(kind, shape, start + offset), _padded(stop, alignment)
         return tensors

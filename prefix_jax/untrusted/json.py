@@ -1,4 +1,4 @@
-"""JSON with bounds on size and depth."""
+"""Parses JSON within limits on size and depth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from prefix_jax.errors import PrefixJaxError
 from prefix_jax.untrusted.paths import DEFAULT_LIMIT, read_text
 
-# Deeper values overflow the stack of code that walks, prints or copies them.
+# Deeper values can overflow the stack of recursive code.
 MAX_DEPTH = 100
 
 
@@ -23,11 +23,11 @@ def parse_json(
         text: one JSON value.
         where: the origin of the text, for messages.
         error: the class to raise.
-        unique_keys: refuse an object that has a key twice, of which JSON readers keep the last.
+        unique_keys: reject objects with duplicate keys. Otherwise the last one is kept.
 
     Raises:
         PrefixJaxError: of class `error`, if the text is malformed, nested more than `MAX_DEPTH`
-            levels deep, holds a number of thousands of digits, or a key twice.
+            levels deep, contains a number of thousands of digits, or has a duplicate key.
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
@@ -40,7 +40,7 @@ def parse_json(
         raise error(f"{where}: malformed JSON ({failure.msg} at {place})") from None
     except RecursionError:
         raise error(f"{where}: JSON nested more than {MAX_DEPTH} levels deep") from None
-    except ValueError:  # Python parses no longer integers.
+    except ValueError:  # Python limits the digits of an integer
         digits = f"{sys.get_int_max_str_digits():,}"
         raise error(f"{where}: JSON with an integer of more than {digits} digits") from None
     if too_deep(value):
@@ -66,7 +66,7 @@ def read_json_object(
 
 
 def describe_json(value: Any) -> str:
-    """The JSON type of a value, with its article."""
+    """Returns the JSON type of a value, with an article: "an object"."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     names: dict[type, str] = {dict: "an object", list: "an array", str: "a string"}
@@ -74,7 +74,7 @@ def describe_json(value: Any) -> str:
 
 
 def too_deep(value: Any) -> bool:
-    """Whether lists and mappings are nested more than `MAX_DEPTH` levels deep."""
+    """Returns whether lists and dicts are nested more than `MAX_DEPTH` levels deep."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         containers = [item for item in level if isinstance(item, dict | list)]
@@ -89,7 +89,7 @@ def too_deep(value: Any) -> bool:
 
 
 class _DuplicateKeyError(Exception):
-    """An object that has a key twice."""
+    """An object with a duplicate key."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

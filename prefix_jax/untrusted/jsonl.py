@@ -1,4 +1,4 @@
-"""JSON lines: one object per line."""
+"""Reads JSON Lines files: one object per line."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from prefix_jax.untrusted.lines import check_text, read_lines
 def read_jsonl(
     path: str | os.PathLike[str], error: type[PrefixJaxError]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the objects of a file, each with the number of its line. Blank lines are skipped.
+    """Yields the number of each line and its object. Blank lines are skipped.
 
     Args:
-        path: of the file.
+        path: the file.
         error: the class to raise.
 
     Raises:
         PrefixJaxError: of class `error`, if the file cannot be read (see `read_lines`), or a line
-            is anything but one JSON object (see `parse_json`) whose texts are valid Unicode.
+            is not a JSON object (see `parse_json`) or contains invalid Unicode.
     """
     for number, line in read_lines(path, error):
         if not line.strip():
@@ -31,7 +31,7 @@ def read_jsonl(
         value = parse_json(line, where, error, unique_keys=True)
         if not isinstance(value, dict):
             raise error(f"{where}: expected a JSON object on each line, got {describe_json(value)}")
-        # Half a surrogate pair can only enter as an escape.
+        # An unpaired surrogate can only come from an escape.
         if "\\ud" in line or "\\uD" in line:
             check_text(value, where, error)
         yield number, value

@@ -1,4 +1,4 @@
-"""Lines of text files, with bounds on their length and on the size of the file."""
+"""Reads text files line by line, within limits on line length and file size."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from prefix_jax.errors import PrefixJaxError
 from prefix_jax.untrusted.paths import open_binary
 
-# Characters of one line: a dozen novels.
+# Characters per line.
 MAX_LINE = 16 * 2**20
-# Bytes of one file of records, which are held in memory.
+# Bytes per file. Records are kept in memory.
 MAX_FILE = 8 * 2**30
-# The first bytes of files that are often renamed, or compressed, by mistake.
+# The first bytes of other formats, with a hint.
 _SIGNATURES = (
     (b"\x1f\x8b", "a gzip archive; unpack it"),
     (b"PK\x03\x04", "a zip archive; unpack it"),
@@ -36,22 +36,22 @@ def read_lines(
     line_limit: int = MAX_LINE,
     limit: int = MAX_FILE,
 ) -> Iterator[tuple[int, str]]:
-    r"""Yields the lines of a UTF-8 text file, each with its number, counted from 1.
+    r"""Yields the number, from 1, and the text of each line of a UTF-8 file.
 
     A byte-order mark is skipped.
 
     Args:
-        path: of a regular file, or a pipe that the shell made.
+        path: a regular file, or a pipe of the shell.
         error: the class to raise.
-        newline: as for `open`: None turns every line break into a newline, "" keeps them.
-        line_limit: the longest line to accept, in characters.
-        limit: the largest file to accept, in bytes.
+        newline: as in `open`: None turns every line break into a newline, "" keeps them.
+        line_limit: the maximum length of a line, in characters.
+        limit: the maximum size of the file, in bytes.
 
     Raises:
         PrefixJaxError: of class `error`, if the file is missing, unreadable, over a limit, an
             archive, or not UTF-8.
     """
-    too_large = f"{path}: larger than {limit:,} bytes; records are held in memory, so split it"
+    too_large = f"{path}: larger than {limit:,} bytes; split the file, records are kept in memory"
     with open_binary(path, error, pipes=True) as (file, size):
         if size > limit:
             raise error(too_large)
@@ -59,7 +59,7 @@ def read_lines(
         for signature, advice in _SIGNATURES:
             if start.startswith(signature):
                 raise error(f"{path}: not UTF-8 text but {advice}")
-        # Bytes that are not UTF-8 become halves of surrogate pairs, and their line is known.
+        # Invalid bytes become surrogates, so that the error can name their line.
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=newline)
         number, total = 0, 0
         while line := text.readline(line_limit + 1):
@@ -67,7 +67,7 @@ def read_lines(
             total += len(line)
             if len(line) > line_limit:
                 raise error(
-                    f"{path}:{number}: a line of more than {line_limit:,} characters; "
+                    f"{path}:{number}: the line has more than {line_limit:,} characters; "
                     "split the record"
                 )
             if total > limit:
@@ -78,18 +78,18 @@ def read_lines(
 
 
 def check_text(value: Any, where: str, error: type[PrefixJaxError]) -> None:
-    """Checks that a value of lists, mappings, texts and numbers can be written as JSON in UTF-8.
+    """Checks that lists, dicts, strings and numbers can be written as JSON in UTF-8.
 
     Values of other types are ignored.
 
     Args:
-        value: such as the fields of a record.
+        value: the value, such as the fields of a record.
         where: the origin of the value, for messages.
         error: the class to raise.
 
     Raises:
-        PrefixJaxError: of class `error`, if a text or a key holds half of a surrogate pair, as a
-            JSON escape can, a number has thousands of digits, or lists are nested too deeply.
+        PrefixJaxError: of class `error`, if a string or a key contains an unpaired surrogate, a
+            number has thousands of digits, or lists are nested too deeply.
     """
     try:
         json.dumps(value, ensure_ascii=False, default=lambda _: None, skipkeys=True).encode()
@@ -99,7 +99,7 @@ def check_text(value: Any, where: str, error: type[PrefixJaxError]) -> None:
         raise error(
             f"{where}: not valid Unicode text: {failure.reason}, after {near}; correct it"
         ) from None
-    except (ValueError, RecursionError) as failure:  # 5,000 digits; a list in itself
+    except (ValueError, RecursionError) as failure:  # too many digits; a list that contains itself
         raise error(f"{where}: cannot be written as JSON ({failure})") from None
 
 

@@ -1,4 +1,4 @@
-"""Names and labels that a run will store, checked before it trains."""
+"""Checks names and labels before a run that will store them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Iterable
 
 from prefix_jax.errors import PrefixJaxError
 
-# File systems allow 255 bytes, and some that encrypt 143; a name is also written with a suffix.
+# File systems allow 255 bytes, encrypted ones 143; suffixes need some of them.
 MAX_NAME_BYTES = 120
-# Characters of a label: more is a text, read from the wrong field.
+# Characters. A longer label is probably a text from the wrong field.
 MAX_LABEL_LENGTH = 1000
 
 _NAME = re.compile(r"\w[\w-]*(\.[\w-]+)*")
 
 
 def check_storable_names(names: Iterable[str], where: str, error: type[PrefixJaxError]) -> None:
-    """Checks that each name can name a directory of its own, on any file system.
+    """Checks that names can be used as directories next to each other, on any file system.
 
     Args:
-        names: one per directory.
-        where: the origin of the names, for messages: "method.tasks".
+        names: the names.
+        where: the origin of the names, for messages, such as "method.tasks".
         error: the class to raise.
 
     Raises:
-        PrefixJaxError: of class `error`, if a name holds anything but letters, digits, "_", "-"
-            and inner dots, is longer than `MAX_NAME_BYTES` in UTF-8, or equals another up to case
-            and Unicode normalisation.
+        PrefixJaxError: of class `error`, if a name contains other characters than letters, digits,
+            "_", "-" and inner dots, is longer than `MAX_NAME_BYTES` in UTF-8, or equals another
+            name up to case and Unicode normalisation.
     """
     seen: dict[str, str] = {}
     for name in names:
@@ -38,37 +38,37 @@ def check_storable_names(names: Iterable[str], where: str, error: type[PrefixJax
             )
         if (length := len(name.encode())) > MAX_NAME_BYTES:
             raise error(
-                f"{where}: {_shorten(name)} has {length} bytes, too long for the name of a "
-                f"directory; use at most {MAX_NAME_BYTES}"
+                f"{where}: {_shorten(name)} has {length} bytes, too many for a directory name; use "
+                f"at most {MAX_NAME_BYTES}"
             )
         folded = _folded(name)
         if (twin := seen.get(folded)) == name:
-            raise error(f"{where}: {_shorten(name)} appears twice; name each of them once")
+            raise error(f"{where}: {_shorten(name)} appears twice; remove or rename one")
         if twin is not None:
             raise error(
                 f"{where}: {_shorten(twin)} and {_shorten(name)} would share a directory on file "
-                "systems that ignore case or normalise Unicode; rename one of them"
+                "systems that ignore case or normalise Unicode; rename one"
             )
         seen[folded] = name
 
 
 def check_storable_labels(labels: Iterable[str], where: str, error: type[PrefixJaxError]) -> None:
-    """Checks that labels can be written to JSON as UTF-8, and are labels and no texts.
+    """Checks that labels can be written as JSON in UTF-8 and have a sensible length.
 
     Args:
         labels: the labels.
-        where: the origin of the labels, for messages: "task.labels".
+        where: the origin of the labels, for messages, such as "task.labels".
         error: the class to raise.
 
     Raises:
-        PrefixJaxError: of class `error`, if a label holds half of a surrogate pair or is longer
+        PrefixJaxError: of class `error`, if a label contains an unpaired surrogate or is longer
             than `MAX_LABEL_LENGTH`.
     """
     for label in labels:
         if len(label) > MAX_LABEL_LENGTH:
             raise error(
-                f"{where}: the label {_shorten(label)} has {len(label):,} characters; a label has "
-                f"at most {MAX_LABEL_LENGTH:,}"
+                f"{where}: the label {_shorten(label)} has {len(label):,} characters, at most "
+                f"{MAX_LABEL_LENGTH:,} are allowed"
             )
         try:
             label.encode()
@@ -80,7 +80,7 @@ def check_storable_labels(labels: Iterable[str], where: str, error: type[PrefixJ
 
 
 def _folded(name: str) -> str:
-    """The form in which file systems compare names."""
+    """Returns the form in which file systems compare names."""
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
 
 

@@ -1,4 +1,4 @@
-"""Parquet, with bounds on the number of values and the amount of text that a file expands to."""
+"""Reads Parquet files within limits on the number of values and the size of their text."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from prefix_jax.errors import PrefixJaxError, reason
 from prefix_jax.untrusted.paths import open_binary
 
 MAX_COLUMNS = 10_000
-# A file of a few kB can expand to billions of values. What is allowed is the larger of a floor,
-# which takes seconds to read, and a multiple of the file's size, which no table of texts reaches.
+# A file of a few kB can expand to billions of values. Each limit is the larger of a constant, which
+# can be read in seconds, and a multiple of the file's size, which ordinary tables never reach.
 MIN_VALUES, VALUES_PER_BYTE = 5_000_000, 4
 MIN_TEXT, TEXT_PER_BYTE = 2**30, 50
-# Rows that are decoded at a time; fewer where repeated texts are decoded each time.
+# Rows to decode at once; fewer if repeated texts are decoded once per row.
 _BATCH, _SMALL_BATCH = 4096, 512
 
 
 def read_parquet(
     path: str | os.PathLike[str], error: type[PrefixJaxError]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the rows of a file as {column: value}, each with its number, counted from 1.
+    """Yields the number of each row, from 1, and the row as {column: value}.
 
-    Lists, structs and maps with text keys become Python's; numbers stay numbers. Dates, times and
-    timestamps become ISO 8601 texts (with "Z" if they have a time zone, as they are stored in UTC),
-    durations counts of their unit, decimals texts of their digits, and bytes texts if they are
-    UTF-8. A column is read from the file only: folders such as "lang=en/" add none.
+    Lists, structs and maps with string keys become lists and dicts; numbers stay numbers. Dates,
+    times and timestamps become ISO 8601 strings (with "Z" if they have a time zone, because Parquet
+    stores them in UTC), durations become counts of their unit, decimals become strings, and bytes
+    become strings if they are UTF-8. Directory names such as "lang=en/" add no columns.
 
     Args:
-        path: of the file.
+        path: the file.
         error: the class to raise.
 
     Raises:
-        PrefixJaxError: of class `error`, if the file is missing, unreadable, malformed, names a
-            column twice, holds a type without a value in Python, or expands to more than the
+        PrefixJaxError: of class `error`, if the file is missing, unreadable or malformed, has two
+            columns of the same name, contains a type without a Python equivalent, or exceeds the
             limits of this module.
     """
     with open_binary(path, error) as (file, size):
@@ -47,9 +47,9 @@ def read_parquet(
             table = pq.ParquetFile(file)
             _check_sizes(table.metadata, size, str(path), error)
             names = list(table.schema_arrow.names)
-            if twice := next((name for name in names if names.count(name) > 1), None):
-                raise error(f"{path}: names the column {twice[:60]!r} twice; rename one")
-            shared, others = _texts(table)
+            if duplicate := next((name for name in names if names.count(name) > 1), None):
+                raise error(f"{path}: the column {duplicate[:60]!r} appears twice; rename one")
+            shared, others = _text_columns(table)
             table = pq.ParquetFile(file, read_dictionary=shared)
             number, text = 0, _TextCounter(max(MIN_TEXT, TEXT_PER_BYTE * size), str(path), error)
             for batch in _batches(table, _SMALL_BATCH if others else _BATCH):
@@ -62,12 +62,12 @@ def read_parquet(
                     yield number, dict(zip(names, values, strict=True))
         except PrefixJaxError:
             raise
-        except Exception as failure:  # pyarrow raises every kind of error for malformed files
+        except Exception as failure:  # malformed files make pyarrow raise many kinds of exceptions
             raise error(f"{path}: not a readable Parquet file ({reason(failure)})") from failure
 
 
 class _TextCounter:
-    """The bytes of text that a file has expanded to so far."""
+    """Counts the bytes of text that a file has expanded to."""
 
     def __init__(self, limit: int, path: str, error: type[PrefixJaxError]):
         self.limit = limit
@@ -76,16 +76,16 @@ class _TextCounter:
         self.total = 0
 
     def add(self, size: int) -> None:
-        """Counts bytes and raises the caller's error once the limit is exceeded."""
+        """Adds to the count; raises the caller's error if it exceeds the limit."""
         self.total += size
         if self.total > self.limit:
             raise self.error(
-                f"{self.path}: expands to more than {self.limit:,} bytes of text; leave columns "
-                "out or split the file"
+                f"{self.path}: expands to more than {self.limit:,} bytes of text; remove "
+                "columns or split the file"
             )
 
     def fresh(self) -> _TextCounter:
-        """A counter with the same limit that starts at 0."""
+        """Returns a new counter with the same limit."""
         return _TextCounter(self.limit, self.path, self.error)
 
 
@@ -95,10 +95,11 @@ def _batches(table: pq.ParquetFile, rows: int) -> Iterator[pa.RecordBatch]:
         yield from table.iter_batches(batch_size=rows, row_groups=[group])
 
 
-def _texts(table: pq.ParquetFile) -> tuple[list[str], bool]:
-    """The columns of which repeated texts are read once, and whether there are others with text.
+def _text_columns(table: pq.ParquetFile) -> tuple[list[str], bool]:
+    """Returns the text columns that can be read as dictionaries, and whether there are others.
 
-    pyarrow cannot do this inside lists and structs, nor for pages that store differences of texts.
+    A dictionary stores repeated texts once. pyarrow does not support this inside lists and structs,
+    nor for delta encodings.
     """
     metadata = table.metadata
     shared, others = [], False
@@ -122,26 +123,28 @@ def _texts(table: pq.ParquetFile) -> tuple[list[str], bool]:
 def _check_sizes(
     metadata: pq.FileMetaData, size: int, path: str, error: type[PrefixJaxError]
 ) -> None:
-    """Raises `error` if a file expands to too much, as far as its footer says."""
+    """Raises `error` if the file exceeds the limits according to its footer."""
     if metadata.num_columns > MAX_COLUMNS:
-        raise error(f"{path}: {metadata.num_columns:,} columns; at most {MAX_COLUMNS:,} are read")
+        raise error(
+            f"{path}: {metadata.num_columns:,} columns, at most {MAX_COLUMNS:,} are supported"
+        )
     values = data = 0
-    most = max(MIN_VALUES, VALUES_PER_BYTE * size)
+    max_values = max(MIN_VALUES, VALUES_PER_BYTE * size)
     for row_group in map(metadata.row_group, range(metadata.num_row_groups)):
         values += row_group.num_rows
         for column in range(metadata.num_columns):
             chunk = row_group.column(column)
             values += chunk.num_values
-            width = max(metadata.schema.column(column).length, 0)  # of values of a fixed length
+            width = max(metadata.schema.column(column).length, 0)  # -1 unless of fixed length
             data += max(chunk.total_uncompressed_size, width * chunk.num_values)
-        if values > most:
+        if values > max_values:
             raise error(
-                f"{path}: expands from {size:,} bytes to more than {most:,} values; leave columns "
-                "out or split the file"
+                f"{path}: expands from {size:,} bytes to more than {max_values:,} values; remove "
+                "columns or split the file"
             )
         if data > (limit := max(MIN_TEXT, TEXT_PER_BYTE * size)):
             raise error(
-                f"{path}: expands from {size:,} bytes to more than {limit:,}; leave columns out or "
+                f"{path}: expands from {size:,} bytes to more than {limit:,}; remove columns or "
                 "split the file"
             )
 
@@ -154,7 +157,7 @@ def _column(
     text: _TextCounter,
     error: type[PrefixJaxError],
 ) -> list[Any]:
-    """The values of a column in a batch whose first row is number `before` + 1."""
+    """Converts a column of a batch whose first row is number `before` + 1."""
     try:
         return _values(column, text)
     except PrefixJaxError:
@@ -178,12 +181,12 @@ def _is_readable(array: pa.Array, text: _TextCounter) -> bool:
 
 
 def _values(array: pa.Array, text: _TextCounter) -> list[Any]:
-    """The values of an array as Python's."""
+    """Converts an array to Python values."""
     kind = array.type
     if isinstance(kind, pa.BaseExtensionType):
         return _values(array.storage, text)
     if pa.types.is_dictionary(kind):
-        return _shared(array, text)
+        return _dictionary(array, text)
     if pa.types.is_map(kind):
         return _maps(array, text)
     if pa.types.is_struct(kind):
@@ -200,7 +203,7 @@ def _values(array: pa.Array, text: _TextCounter) -> list[Any]:
         return list(array.to_pylist())
     try:
         values: list[Any] = array.to_numpy(zero_copy_only=False).tolist()
-    except pa.ArrowException:  # a text that is not UTF-8, of which this says more
+    except pa.ArrowException:  # not UTF-8; to_pylist raises a clearer error
         values = array.to_pylist()
     if not pa.types.is_primitive(kind):
         text.add(sum(len(value) for value in values if value is not None))
@@ -216,23 +219,23 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _decoded(value: bytes | None) -> str | bytes | None:
-    """Bytes as text, if they are UTF-8."""
+    """Decodes bytes if they are UTF-8."""
     try:
         return None if value is None else value.decode()
     except UnicodeDecodeError:
         return value
 
 
-def _shared(array: pa.Array, text: _TextCounter) -> list[Any]:
-    """The values of an array that numbers those of a dictionary."""
+def _dictionary(array: pa.Array, text: _TextCounter) -> list[Any]:
+    """Converts a dictionary-encoded array."""
     missing = array.indices.is_null().to_numpy(zero_copy_only=False)
     numbers = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
     used, places = np.unique(numbers[~missing], return_inverse=True)
     values = _values(array.dictionary.take(pa.array(used)), text.fresh())
     sizes = [len(value) if isinstance(value, str | bytes) else 0 for value in values]
     text.add(int(np.array(sizes, np.int64)[places].sum()))
-    found = iter(places.tolist())
-    return [None if absent else values[next(found)] for absent in missing.tolist()]
+    places = iter(places.tolist())
+    return [None if absent else values[next(places)] for absent in missing.tolist()]
 
 
 def _lists(array: pa.Array, text: _TextCounter) -> list[Any]:
@@ -242,7 +245,7 @@ def _lists(array: pa.Array, text: _TextCounter) -> list[Any]:
 
 
 def _maps(array: pa.MapArray, text: _TextCounter) -> list[Any]:
-    """Maps as mappings if their keys are texts, else as lists of their pairs."""
+    """Converts maps to dicts if their keys are strings, else to lists of pairs."""
     offsets = array.offsets.to_numpy()
     length = offsets[-1] - offsets[0]
     keys = _values(array.keys.slice(offsets[0], length), text)
@@ -260,16 +263,16 @@ def _maps(array: pa.MapArray, text: _TextCounter) -> list[Any]:
 def _mapping(pairs: list[tuple[Any, Any]]) -> Any:
     if not all(isinstance(key, str) for key, _ in pairs):
         return [[key, value] for key, value in pairs]
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a map holds a key twice")
-    return found
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        raise ValueError("a map has a duplicate key")
+    return mapping
 
 
 def _structs(array: pa.Array, text: _TextCounter) -> list[Any]:
     names = [field.name for field in array.type]
     if len(set(names)) < len(names):
-        raise ValueError("a struct names a field twice")
+        raise ValueError("a struct has a duplicate field")
     missing = array.is_null().to_numpy(zero_copy_only=False).tolist()
     columns = [_values(column, text) for column in array.flatten()]
     rows = zip(*columns, strict=True) if columns else ((),) * len(array)
@@ -280,7 +283,7 @@ def _structs(array: pa.Array, text: _TextCounter) -> list[Any]:
 
 
 def _times(array: pa.Array) -> list[Any]:
-    """Points in time as ISO 8601 texts, of any year; durations as counts of their unit."""
+    """Converts dates and times to ISO 8601 strings, durations to counts of their unit."""
     kind = array.type
     missing = array.is_null().to_numpy(zero_copy_only=False)
     width = pa.int32() if kind.bit_width == 32 else pa.int64()
@@ -297,7 +300,7 @@ def _times(array: pa.Array) -> list[Any]:
     else:
         day = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[kind.unit] * 86_400
         if not ((counts >= 0) & (counts < day)).all():
-            raise ValueError("a time outside the day")
+            raise ValueError("a time of day out of range")
         texts = [moment and moment.partition("T")[2] for moment in _iso(counts, kind.unit)]
     return [None if absent else moment for absent, moment in zip(missing, texts, strict=True)]
 
@@ -308,5 +311,5 @@ def _iso(counts: np.ndarray, unit: str) -> list[str | None]:
 
 
 def _trimmed(moment: str) -> str:
-    """Without zeros at the end of a fraction of a second."""
+    """Removes trailing zeros from a fraction of a second."""
     return moment.rstrip("0").rstrip(".") if "." in moment else moment

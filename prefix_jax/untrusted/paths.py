@@ -1,4 +1,4 @@
-"""Paths that users type, and the bytes and text of small files."""
+"""Expands paths from users, opens files, and reads small ones whole."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from prefix_jax.errors import PrefixJaxError
 
-# Configs, cards, indexes and tokenizers: the largest tokenizer.json known has 35 MB.
+# For configs, cards, indexes and tokenizers. The largest known tokenizer.json has 35 MB.
 DEFAULT_LIMIT = 256 * 2**20
-# The shell's process substitution, <(command), and standard input are pipes with a writer.
+# Process substitution, <(command), and standard input are pipes that have a writer.
 _PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 
 
@@ -21,20 +21,20 @@ def expand(path: str | os.PathLike[str], error: type[PrefixJaxError]) -> Path:
     """Expands ``~`` and ``~user`` in a path, which need not exist.
 
     Args:
-        path: as a user typed it.
+        path: the path as the user typed it.
         error: the class to raise.
 
     Raises:
-        PrefixJaxError: of class `error`, if no file system call can use the path: it is too long,
-            holds a null byte, loops through symbolic links, lies in a directory that this user may
-            not enter, or there is no home directory to expand.
+        PrefixJaxError: of class `error`, if the path cannot be used: it is too long, contains a
+            null byte or a loop of symbolic links, is in a directory without search permission, or
+            the home directory is unknown.
     """
     if "\0" in os.fspath(path):
-        raise error(f"{_shorten(path)!r}: cannot be used as a path (it holds a null byte)")
+        raise error(f"{_shorten(path)!r}: cannot be used as a path (it contains a null byte)")
     try:
         expanded = Path(path).expanduser()
     except RuntimeError as failure:
-        raise error(f"{path}: cannot expand ~ ({failure}); write the path out") from None
+        raise error(f"{path}: cannot expand ~ ({failure}); give the full path") from None
     try:
         expanded.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -50,9 +50,9 @@ def read_bytes(
     """Reads a whole file.
 
     Args:
-        path: of a regular file, or a pipe that the shell made: ``<(command)``.
+        path: a regular file, or a pipe of the shell: ``<(command)``.
         error: the class to raise.
-        limit: the largest size to accept, in bytes.
+        limit: the maximum size, in bytes.
 
     Raises:
         PrefixJaxError: of class `error`, if the file is missing, unreadable, over the limit, or
@@ -61,7 +61,7 @@ def read_bytes(
     with open_binary(path, error, pipes=True) as (file, _):
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise error(f"{path}: larger than {limit:,} bytes, the most that is read of such a file")
+        raise error(f"{path}: larger than {limit:,} bytes, the limit for such files")
     return content
 
 
@@ -69,26 +69,26 @@ def read_bytes(
 def open_binary(
     path: str | os.PathLike[str], error: type[PrefixJaxError], *, pipes: bool = False
 ) -> Iterator[tuple[io.BufferedReader, int]]:
-    """Opens a file of any size, of which only parts are read.
+    """Opens a file for reading.
 
     Args:
-        path: of a regular file.
+        path: a regular file.
         error: the class to raise.
-        pipes: accept a pipe that the shell made, too: ``<(command)``.
+        pipes: also accept a pipe of the shell: ``<(command)``.
 
     Yields:
         The file and its size in bytes, which is 0 for a pipe.
 
     Raises:
         PrefixJaxError: of class `error`, if the file is missing, unreadable or not a regular file,
-            or if reading it fails inside the context.
+            or if a read inside the context fails.
     """
     path = expand(path, error)
     try:
         if not path.exists():
             raise error(f"{path}: no such file")
         if not (path.is_file() or (pipes and str(path).startswith(_PIPES))):
-            raise error(f"{path}: {_kind(path)}; expected a regular file")
+            raise error(f"{path}: expected a regular file, got {_kind(path)}")
         with path.open("rb") as file:
             yield file, os.fstat(file.fileno()).st_size
     except OSError as failure:
@@ -108,12 +108,12 @@ def read_text(
 
 
 def explain(failure: BaseException) -> str:
-    """The reason of a failed system call in a few words: "Permission denied"."""
+    """Returns the reason for a failed system call, such as "Permission denied"."""
     return getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
 
 
 def _kind(path: Path) -> str:
-    """What is at a path that should hold a regular file, in words."""
+    """Returns the type of a file that is not a regular file, with an article."""
     mode = path.stat().st_mode
     for test, words in (
         (stat.S_ISDIR, "a directory"),

@@ -1,4 +1,4 @@
-"""Safetensors files, whose header is checked before any tensor is read."""
+"""Reads safetensors files, after checking their header."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _FLOATS = {
 
 @dataclasses.dataclass(frozen=True)
 class SafeTensor:
-    """Where a tensor is in its file.
+    """The location of a tensor in its file.
 
     Attributes:
-        dtype: by the format's name, such as "F32".
+        dtype: the format's name of the dtype, such as "F32".
         shape: outermost axis first.
-        offset: of the first byte, from the start of the file.
+        offset: the offset of the first byte from the start of the file.
     """
 
     dtype: str
@@ -51,7 +51,7 @@ class SafeTensor:
 
     @property
     def numpy_dtype(self) -> np.dtype | None:
-        """The same dtype in NumPy; None if it is not a floating-point one."""
+        """The dtype in NumPy; None if it is not a floating-point type."""
         return _FLOATS.get(self.dtype)
 
 
@@ -59,12 +59,12 @@ def read_header(path: str | os.PathLike[str], error: type[PrefixJaxError]) -> di
     """Reads the names, dtypes, shapes and offsets of all tensors of a file.
 
     Args:
-        path: of a safetensors file.
+        path: a safetensors file.
         error: the class to raise.
 
     Raises:
         PrefixJaxError: of class `error`, if the file cannot be read, its header is malformed, or
-            its tensors do not fill the rest of the file exactly, one after another.
+            its tensors leave gaps, overlap, or do not match the size of the file.
     """
     try:
         with open_binary(path, error) as (file, size):
@@ -86,10 +86,11 @@ def read_header(path: str | os.PathLike[str], error: type[PrefixJaxError]) -> di
 def read_tensor(
     path: str | os.PathLike[str], name: str, tensor: SafeTensor, error: type[PrefixJaxError]
 ) -> np.ndarray:
-    """Maps one tensor of floating-point numbers into memory, read-only.
+    """Maps a floating-point tensor into memory, read-only.
 
     Raises:
-        PrefixJaxError: of class `error`, if it has another dtype or the file cannot be mapped.
+        PrefixJaxError: of class `error`, if the tensor has another dtype or the file cannot be
+            mapped.
     """
     if tensor.dtype not in _FLOATS:
         raise error(f"{path}: {name} has dtype {tensor.dtype}; supported: {', '.join(_FLOATS)}")
@@ -99,7 +100,7 @@ def read_tensor(
 def read_tensors(
     path: str | os.PathLike[str], error: type[PrefixJaxError]
 ) -> dict[str, np.ndarray]:
-    """Reads all tensors of a file, which may be replaced afterwards. See `read_tensor`."""
+    """Reads all tensors of a file into memory. See `read_tensor`."""
     header = read_header(path, error)
     return {name: np.array(read_tensor(path, name, x, error)) for name, x in header.items()}
 
@@ -111,7 +112,7 @@ def map_array(
     shape: tuple[int, ...],
     error: type[PrefixJaxError],
 ) -> np.ndarray:
-    """Maps a part of a file as an array, read-only. Its pages are released with the array."""
+    """Maps a part of a file into memory as a read-only array."""
     if math.prod(shape) == 0:
         return np.empty(shape, dtype)
     try:
@@ -121,11 +122,11 @@ def map_array(
 
 
 class _CorruptError(Exception):
-    """What is wrong with a header."""
+    """A malformed header; the message describes the problem."""
 
 
 def _parse_entries(entries: Any, start: int, size: int) -> dict[str, SafeTensor]:
-    """Checks the parsed header of a file of `size` bytes, whose tensors begin at `start`."""
+    """Checks the parsed header of a file of `size` bytes whose tensor data begins at `start`."""
     if not isinstance(entries, dict):
         raise _CorruptError("the header is not an object")
     fields = {name: _check_entry(name, x) for name, x in entries.items() if name != "__metadata__"}
@@ -133,9 +134,9 @@ def _parse_entries(entries: Any, start: int, size: int) -> dict[str, SafeTensor]
     for name, entry in sorted(fields.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (begin, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if begin != end:
-            raise _CorruptError(f"{name!r} begins at byte {begin} of the data, expected {end}")
+            raise _CorruptError(f"{name!r} starts at byte {begin} of the data, expected {end}")
         if (stop - begin) * 8 != math.prod(shape) * _BITS[dtype]:
-            raise _CorruptError(f"{name!r} has {stop - begin} bytes, which is not {dtype} {shape}")
+            raise _CorruptError(f"{name!r} has {stop - begin} bytes, wrong for {dtype} {shape}")
         tensors[name], end = SafeTensor(dtype, shape, start + begin), stop
     if start + end != size:
         raise _CorruptError(f"the header describes {start + end:,} bytes, the file has {size:,}")

@@ -1,4 +1,4 @@
-"""YAML with bounds on size, depth and aliases, and without YAML 1.1's surprises."""
+"""Parses YAML 1.2 within limits on size, depth and aliases."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 
 from prefix_jax.errors import PrefixJaxError, reason
 
-# A config has a few hundred nodes; aliases may repeat sections.
+# Counted after aliases are expanded. A config has a few hundred nodes.
 MAX_NODES = 100_000
 MAX_DEPTH = 100
 
@@ -17,8 +17,8 @@ MAX_DEPTH = 100
 def parse_yaml(text: str, where: str, error: type[PrefixJaxError]) -> Any:
     """Parses one YAML document with the types of YAML 1.2's core schema.
 
-    Unlike in YAML 1.1, 1e-3 is a number; yes, no, on, off and dates are strings. A key that
-    appears twice in a mapping is an error.
+    Unlike in YAML 1.1, 1e-3 is a number, and yes, no, on, off and dates are strings. Duplicate
+    keys are an error.
 
     Args:
         text: the document.
@@ -26,9 +26,9 @@ def parse_yaml(text: str, where: str, error: type[PrefixJaxError]) -> Any:
         error: the class to raise.
 
     Raises:
-        PrefixJaxError: of class `error`, if the text is malformed, holds a value that its tag
-            cannot express, an alias inside its own anchor, more than `MAX_DEPTH` levels, or more
-            than `MAX_NODES` values after aliases are expanded.
+        PrefixJaxError: of class `error`, if the text is malformed, a value does not match its tag,
+            an alias refers to a node that contains it, or there are more than `MAX_DEPTH` levels
+            or `MAX_NODES` values.
     """
     try:
         loader = Loader(text)
@@ -44,15 +44,17 @@ def parse_yaml(text: str, where: str, error: type[PrefixJaxError]) -> Any:
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the core schema of YAML 1.2, which refuses duplicate keys."""
+    """PyYAML's safe loader with the core schema of YAML 1.2; rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                continue  # PyYAML reports it: a key that is a list or a mapping
+                continue  # a list or mapping as a key, which PyYAML reports
             if key.value in seen:
-                raise yaml.MarkedYAMLError(None, None, f"{key.value!r} twice", key.start_mark)
+                raise yaml.MarkedYAMLError(
+                    None, None, f"duplicate key {key.value!r}", key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -61,7 +63,7 @@ class Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except yaml.YAMLError:
             raise
-        # "!!int x" and the like: constructors raise what int() and its kin raise.
+        # For "!!int x" and similar, constructors raise the errors of int(), float() and others.
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as failure:
             kind = node.tag.rpartition(":")[2]
             raise yaml.MarkedYAMLError(
@@ -69,14 +71,14 @@ class Loader(yaml.SafeLoader):
             ) from None
 
     def construct_core_int(self, node: yaml.ScalarNode) -> int:
-        """An integer in decimal, or after 0o or 0x; leading zeros mean nothing."""
+        """Parses a decimal, octal (0o) or hexadecimal (0x) integer; ignores leading zeros."""
         text = self.construct_scalar(node)
         base = {"0o": 8, "0x": 16}.get(text[:2], 10)
         return int(text, base)
 
 
 def _check_bounds(root: yaml.Node) -> None:
-    """Raises YAMLError if the node graph is cyclic, too deep, or too large once expanded."""
+    """Raises YAMLError if the node graph is cyclic, too deep, or too large when expanded."""
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
 
@@ -110,8 +112,8 @@ def _check_bounds(root: yaml.Node) -> None:
     size(root, 0)
 
 
-# Plain scalars that are not text in YAML 1.2's core schema: by tag, pattern and first letters.
-# YAML 1.1 reads 010 as 8, 1:30 as 90, 1e-3 and 0o17 as text, and yes, no, on and off as booleans.
+# Tag, pattern and first characters of plain scalars that are not strings in YAML 1.2's core schema.
+# YAML 1.1 reads 010 as 8, 1:30 as 90, 1e-3 and 0o17 as strings, and yes, no, on, off as booleans.
 _CORE_SCHEMA = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -127,9 +129,9 @@ _CORE_SCHEMA = (
 
 
 def add_core_schema(cls: Any) -> None:
-    """Makes a PyYAML loader or dumper resolve plain scalars as YAML 1.2 does, too.
+    """Makes a PyYAML loader or dumper resolve plain scalars with YAML 1.2's core schema.
 
-    One addition: digits may be grouped by underscores, as in YAML 1.1 and Python.
+    In addition, underscores may group digits, as in YAML 1.1 and Python.
     """
     for kind, pattern, first in _CORE_SCHEMA:
         cls.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"({pattern})$"), first)

@@ -63,7 +63,7 @@ def test_reports_invalid_settings_before_training(run_in, folder, settings, mess
         ("list.jsonl", "[1, 2]\n", "list.jsonl:1: expected a JSON object"),
         ("bytes.jsonl", b"\xff\xfe\n", "not UTF-8 text"),
         ("nan.csv", "facts,text\na,b\nc,NaN\n", "nan.csv:3: field 'text' is missing"),
-        ("cells.csv", "facts,text\na,b,c\n", "cells.csv:2: 3 cells under 2 columns"),
+        ("cells.csv", "facts,text\na,b,c\n", "cells.csv:2: 3 cells, but the header has 2 columns"),
         ("blank.jsonl", '{"facts": "a", "text": " "}\n', "blank.jsonl:1: the target"),
         ("long.jsonl", '{"facts": "a", "text": "%s"}\n' % ("b" * 300), "long.jsonl:1: "),
         ("torn.parquet", b"PAR1", "torn.parquet: not a readable Parquet file"),

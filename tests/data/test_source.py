@@ -52,9 +52,9 @@ def test_csv_cells_keep_commas_quotes_and_line_breaks(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x,y\n1,2\n1,2,3\n", r"a\.csv:3: 3 cells under 2 columns"),
-        ("x,y\n1\n", r"a\.csv:2: 1 cells under 2 columns"),
-        ("x,x\n1,2\n", "names the column 'x' twice"),
+        ("x,y\n1,2\n1,2,3\n", r"a\.csv:3: 3 cells, but the header has 2 columns"),
+        ("x,y\n1\n", r"a\.csv:2: 1 cells, but the header has 2 columns"),
+        ("x,x\n1,2\n", "the column 'x' appears twice"),
         ('x\n"1" 2\n', r"a\.csv:2: malformed CSV"),
     ],
 )
@@ -169,7 +169,7 @@ def test_rejects_file_name_that_is_not_unicode(tmp_path):
     [
         ("~nosuchuser/a.jsonl", "cannot expand ~"),
         ("x" * 300 + ".jsonl", "File name too long"),
-        ("pipe.jsonl", r"pipe\.jsonl: a named pipe; expected a regular file"),
+        ("pipe.jsonl", r"pipe\.jsonl: expected a regular file, got a named pipe"),
         ("loop.jsonl", r"loop\.jsonl: cannot be used as a path \(.*symbolic links"),
         ("dangling.jsonl", r"dangling\.jsonl: a broken link to nowhere"),
         ("zip.jsonl", "a zip archive; unpack it"),

@@ -111,7 +111,7 @@ def test_rejects_template_that_rewrites_earlier_turns(tokenizer, monkeypatch):
 
 def test_chat_rejected_by_template_is_an_error(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(DataError, match=r"a\.jsonl:3: .*refuses the chat: roles must alternate"):
+    with pytest.raises(DataError, match=r"a\.jsonl:3: .*rejects the chat: roles must alternate"):
         render_chat(chat(("user", "1"), ("assistant", "a")), "messages", tokenizer)
 
 

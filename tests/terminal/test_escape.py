@@ -1,4 +1,4 @@
-"""Text that came from a file cannot steer the terminal that shows it."""
+"""Untrusted text cannot control the terminal that shows it."""
 
 import io
 import sys
@@ -24,11 +24,11 @@ def test_ordinary_text_is_unchanged(plain):
     assert terminal.escape(plain) == plain
 
 
-def test_surrogates_that_no_encoding_has_become_visible():
+def test_surrogates_become_visible():
     assert terminal.escape("\ud800").encode() == rb"\ud800"
 
 
-def test_escapes_of_json_stay_json():
+def test_escaped_json_is_still_json():
     import json
 
     value = {"name": "\x9b2J\x7f\u202e\x1b"}
@@ -48,14 +48,14 @@ def test_errors_and_warnings_are_escaped(capsys):
     assert capsys.readouterr().err == f"error: {SHOWN}\nwarning: one\n{SHOWN}\n"
 
 
-def test_an_error_that_quotes_a_whole_file_is_cut(capsys):
+def test_truncates_very_long_errors(capsys):
     terminal.print_error("x" * 10**6)
     err = capsys.readouterr().err
     assert len(err) < 6000
     assert err.endswith("x… (1,000,007 characters)\n")
 
 
-def test_an_error_is_printed_where_standard_error_is_closed(monkeypatch):
+def test_printing_an_error_to_a_closed_stream_does_not_raise(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     terminal.print_error("lost")
 
@@ -66,7 +66,7 @@ def printed(console, *things, **options):
 
 
 @pytest.mark.parametrize("make", [make_console, lambda **options: guard(Console(**options))])
-def test_a_console_escapes_text_markup_and_tables(make):
+def test_console_escapes_text_markup_and_tables(make):
     def console():
         return make(file=io.StringIO(), width=200, force_terminal=True, color_system=None)
 
@@ -80,12 +80,12 @@ def test_a_console_escapes_text_markup_and_tables(make):
     assert "\x1b" not in shown
 
 
-def test_a_console_keeps_the_colors_that_are_its_own():
+def test_console_keeps_its_own_colors():
     console = make_console(file=io.StringIO(), force_terminal=True, color_system="standard")
     assert printed(console, "[red]x[/]") == "\x1b[31mx\x1b[0m\n"
 
 
-def test_a_console_keeps_bars_and_escapes_what_is_printed_above_them():
+def test_console_escapes_text_printed_above_a_progress_bar():
     console = make_console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
     with Progress(console=console) as bar:
         bar.add_task("working", total=2)
@@ -96,7 +96,7 @@ def test_a_console_keeps_bars_and_escapes_what_is_printed_above_them():
     assert "\x1b[?25l" in shown  # hides the cursor: rich's own control
 
 
-def test_a_console_is_guarded_once():
+def test_guarding_a_console_twice_has_no_effect():
     console = make_console(file=io.StringIO())
     assert printed(guard(guard(console)), text("\x1b")) == "\\x1b\n"
 
@@ -105,7 +105,7 @@ def test_table_text_is_never_read_as_markup():
     assert text("[/] [red]").plain == "[/] [red]"
 
 
-def test_a_console_spells_out_what_its_encoding_lacks():
+def test_console_replaces_characters_outside_its_encoding():
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     console = make_console(file=file, width=80)
     console.print("more…  3 × 語")

@@ -1,4 +1,4 @@
-"""Standard streams work, whatever the shell handed over."""
+"""Standard streams that are closed or have a limited encoding."""
 
 import io
 import subprocess
@@ -17,14 +17,14 @@ sys.exit(opened if sys.stdin.read() == '' else 1)
 """
 
 
-def test_closed_streams_do_not_lend_their_descriptors_to_files(tmp_path):
+def test_files_never_get_the_descriptors_of_closed_streams(tmp_path):
     file = tmp_path / "file"
     command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", SCRIPT, str(file)]
     assert subprocess.run(command, timeout=60).returncode > 2
     assert file.read_bytes() == b""
 
 
-def test_characters_that_an_encoding_lacks_are_spelled_out(monkeypatch):
+def test_replaces_characters_outside_the_encoding(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
     streams.prepare()
@@ -33,7 +33,7 @@ def test_characters_that_an_encoding_lacks_are_spelled_out(monkeypatch):
     assert out.buffer.getvalue() == b"NAME,... 3 x \\u8a9e \\ud800\n"
 
 
-def test_a_choice_of_the_user_stays(monkeypatch):
+def test_keeps_the_error_handler_of_the_user(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="ignore")
     monkeypatch.setattr(sys, "stdout", out)
     streams.prepare()

@@ -1,4 +1,4 @@
-"""Chat templates render as in transformers, and their process has limits and leaves no orphan."""
+"""Chat templates: rendering as in transformers, and the limits and life of the worker process."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def tokenizer(tmp_path_factory) -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def short(monkeypatch) -> Iterator[None]:
-    """Limits that a hostile template reaches soon."""
+    """Low limits, so that hostile templates reach them quickly."""
     chat._worker.stop()
     monkeypatch.setattr(chat, "CPU_SECONDS", 0.5)
     monkeypatch.setattr(chat, "MEMORY_BYTES", 2**26)
@@ -133,7 +133,7 @@ def render(template: Any, turns: list = TURNS, cuts: list = CUTS, **variables: s
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_renders_as_transformers_does(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_renders_like_transformers(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     expected = [
         tokenizer.apply_chat_template(
             TURNS[:count],
@@ -146,13 +146,13 @@ def test_renders_as_transformers_does(name: str, tokenizer: PreTrainedTokenizerF
     assert render(TEMPLATES[name], **tokenizer.special_tokens_map) == expected
 
 
-def test_reasoning_is_found_under_every_name() -> None:
+def test_reasoning_is_available_under_every_name() -> None:
     turns = [{"role": "assistant", "content": "a", "reasoning": "b"}]
     template = "{{ messages[0].reasoning_content }}{{ messages[0].thinking }}"
     assert render(template, turns, [(1, False)]) == ["bb"]
 
 
-def test_values_that_json_lacks_are_placeholders() -> None:
+def test_values_without_a_json_type_become_placeholders() -> None:
     turns = [{"role": "user", "content": "a", "image": b"x"}]
     assert render("{{ messages[0].image }}", turns, [(1, False)]) == ["<bytes>"]
 
@@ -160,19 +160,19 @@ def test_values_that_json_lacks_are_placeholders() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('roles must alternate') }}", "refuses the chat: roles must alternate"),
+        ("{{ raise_exception('roles must alternate') }}", "rejects the chat: roles must alternate"),
         ("{{ 1/0 }}", "fails with ZeroDivisionError: division by zero"),
         ("{{ 1 + 'a' }}", "fails with TypeError: unsupported operand"),
         ("{{ range(10**9) }}", "fails with OverflowError: Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails with RecursionError"),
-        ("{{ ''.__class__.__mro__ }}", "refuses the chat: access to attribute '__class__'"),
-        ("{% if %}", "refuses the chat: Expected an expression"),
+        ("{{ ''.__class__.__mro__ }}", "rejects the chat: access to attribute '__class__'"),
+        ("{% if %}", "rejects the chat: Expected an expression"),
         ("{% include '/etc/passwd' %}", "fails with TypeError: no loader"),
-        ("{{ namespace(_a=1) }}", "refuses the chat: '_a'"),
-        ("x" * 1_000_001, "has 1,000,001 characters; the most that is rendered is 1,000,000"),
+        ("{{ namespace(_a=1) }}", "rejects the chat: '_a'"),
+        ("x" * 1_000_001, "has 1,000,001 characters, at most 1,000,000 are supported"),
     ],
 )
-def test_a_failing_template_is_one_error(template: str, message: str) -> None:
+def test_failing_template_is_one_error(template: str, message: str) -> None:
     with pytest.raises(DataError) as caught:
         render(template)
     assert str(caught.value).startswith("a.jsonl:3: the tokenizer's chat template ")
@@ -185,8 +185,8 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}BODY{% endfor %}{%
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (LOOP.replace("BODY", ""), "did not end within 0.5 seconds of processor time"),
-        ("{{ 9 ** (9 ** 9) }}", "seconds of processor time|bytes of memory"),
+        (LOOP.replace("BODY", ""), "did not finish within 0.5 seconds of CPU time"),
+        ("{{ 9 ** (9 ** 9) }}", "seconds of CPU time|bytes of memory"),
         (LOOP.replace("BODY", "x" * 99), "writes more than 1,000,000 characters"),
         ("{{ 'a' * 9999999999 }}", "needs more than 67,108,864 bytes of memory"),
         ("{{ 'a'|center(10**10) }}", "bytes of memory"),
@@ -199,13 +199,13 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}BODY{% endfor %}{%
     ],
 )
 @pytest.mark.usefixtures("short")
-def test_a_template_without_end_is_one_error(template: str, message: str) -> None:
+def test_endless_template_is_one_error(template: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         render(template)
     assert render("{{ messages | length }}") == ["2", "3", "4"]
 
 
-def test_mutated_templates_are_rendered_or_refused(short: None) -> None:
+def test_mutated_templates_render_or_raise_one_error(short: None) -> None:
     sources = list(TEMPLATES.values())
     for seed in range(400):
         rng = random.Random(seed)
@@ -214,7 +214,7 @@ def test_mutated_templates_are_rendered_or_refused(short: None) -> None:
 
 
 @pytest.mark.parametrize("value", [v for v in HOSTILE_VALUES if not isinstance(v, str)])
-def test_turns_may_hold_any_value(value: Any) -> None:
+def test_turns_may_contain_any_value(value: Any) -> None:
     turns = [{"role": "user", "content": "a", "x": value, "y": [value]}]
     assert render("{{ messages[0].content }}{{ messages[0].x and 1 }}", turns, [(1, True)])
 
@@ -236,7 +236,7 @@ def test_threads_share_the_worker() -> None:
     assert not failures
 
 
-def test_the_worker_restarts_if_it_was_killed() -> None:
+def test_restarts_a_killed_worker() -> None:
     assert render("a", cuts=[(1, True)]) == ["a"]
     assert chat._worker._process is not None
     os.kill(chat._worker._process.pid, signal.SIGKILL)
@@ -246,7 +246,7 @@ def test_the_worker_restarts_if_it_was_killed() -> None:
     assert render("a", cuts=[(1, True)]) == ["a"]
 
 
-# What a process does that tests start.
+# The script of the processes that tests start.
 PROLOGUE = """
 import os, threading
 from prefix_jax.errors import DataError
@@ -266,7 +266,7 @@ def start(script: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
 
 
-def test_a_forked_process_gets_a_worker_of_its_own() -> None:
+def test_forked_process_gets_its_own_worker() -> None:
     script = (
         "pid = os.fork()\n"
         "assert render(f'{os.getpid()}') == [f'{os.getpid()}']\n"
@@ -277,8 +277,8 @@ def test_a_forked_process_gets_a_worker_of_its_own() -> None:
         assert process.wait(timeout=60) == 0
 
 
-def test_time_is_limited_where_the_parent_ignores_the_timer() -> None:
-    """As after a trace of a profiler. A child process inherits both."""
+def test_time_is_limited_even_if_the_parent_ignores_the_timer() -> None:
+    """A profiler may block and ignore the timer's signal, and child processes inherit both."""
     script = (
         "import signal\n"
         "chat._worker.stop()\n"
@@ -287,7 +287,7 @@ def test_time_is_limited_where_the_parent_ignores_the_timer() -> None:
         "try:\n"
         f"    render({LOOP.replace('BODY', '')!r})\n"
         "except DataError as error:\n"
-        "    assert 'did not end within 1 seconds' in str(error), error\n"
+        "    assert 'did not finish within 1 seconds' in str(error), error\n"
         "else:\n"
         "    raise SystemExit('the template ended')\n"
     )
@@ -305,8 +305,8 @@ def test_no_worker_outlives_a_killed_process(state: str) -> None:
     assert gone
 
 
-def test_ctrl_c_reaches_the_caller_and_leaves_no_stale_reply() -> None:
-    """A reply that is read after an interruption would belong to the chat before."""
+def test_interrupt_leaves_no_stale_reply() -> None:
+    """A reply left unread by an interrupt would be taken for the reply to the next chat."""
 
     class Interrupt(Exception):
         pass
@@ -325,7 +325,7 @@ def test_ctrl_c_reaches_the_caller_and_leaves_no_stale_reply() -> None:
     assert render("b", cuts=[(1, True)]) == ["b"]
 
 
-def test_the_worker_sees_no_environment(monkeypatch) -> None:
+def test_worker_does_not_inherit_the_environment(monkeypatch) -> None:
     chat._worker.stop()
     monkeypatch.setenv("HF_TOKEN", "secret")
     render("a")
@@ -333,7 +333,7 @@ def test_the_worker_sees_no_environment(monkeypatch) -> None:
     assert "HF_TOKEN" not in psutil.Process(chat._worker._process.pid).environ()
 
 
-def test_a_missing_jinja_is_one_error(monkeypatch) -> None:
+def test_missing_jinja_is_one_error(monkeypatch) -> None:
     chat._worker.stop()
     others = [path for path in sys.path if not (Path(path) / "jinja2").exists()]
     monkeypatch.setattr(sys, "path", others)

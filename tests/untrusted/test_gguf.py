@@ -1,4 +1,4 @@
-"""GGUF headers are checked against the file before anything is allocated."""
+"""GGUF headers: everything is checked against the file's size before it is allocated."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def write(path: Path, pairs: list[bytes], infos: list[bytes], data: int = 0) -> 
     return path
 
 
-def test_reads_what_the_library_writes(file: Path) -> None:
+def test_reads_files_of_the_library(file: Path) -> None:
     metadata, tensors = read_header(file, BackboneError)
     reader = gguf.GGUFReader(file)
     for key, value in metadata.values.items():
@@ -79,11 +79,11 @@ def test_reads_what_the_library_writes(file: Path) -> None:
     assert tensors["q"].stored_shape == (2, 68)
 
 
-def test_metadata_is_read_as_a_type(file: Path) -> None:
+def test_metadata_is_type_checked(file: Path) -> None:
     metadata, _ = read_header(file, BackboneError)
     assert metadata.get("llama.block_count", Size) == 2
     assert metadata.get("absent", str, "default") == "default"
-    with pytest.raises(BackboneError, match=r"model\.gguf lacks the metadata key absent"):
+    with pytest.raises(BackboneError, match=r"model\.gguf: the metadata key absent is missing"):
         metadata.get("absent", str)
     with pytest.raises(
         BackboneError, match=r"metadata tokens must be a positive integer.*got \['a"
@@ -115,14 +115,14 @@ def test_metadata_is_read_as_a_type(file: Path) -> None:
         ([], [info("w", (0,))], "impossible shape"),
         ([], [info("w", (33,), kind=8)], "impossible shape"),
         ([], [info("w", (3,), kind=77)], "unknown tensor type 77"),
-        ([], [info("w", (10**12,))], "'w' ends after the file"),
-        ([], [info("w", (2**32, 2**32, 2**32))], "'w' ends after the file"),
-        ([], [info("w", (3,), offset=64)], "begins at byte 64 of the data, expected 0"),
-        ([], [info("w", (3,)), info("v", (3,))], "'v' begins at byte 0 of the data, expected 32"),
+        ([], [info("w", (10**12,))], "'w' extends beyond the end of the file"),
+        ([], [info("w", (2**32, 2**32, 2**32))], "'w' extends beyond the end of the file"),
+        ([], [info("w", (3,), offset=64)], "starts at byte 64 of the data, expected 0"),
+        ([], [info("w", (3,)), info("v", (3,))], "'v' starts at byte 0 of the data, expected 32"),
         ([pair("general.alignment", UINT32, bytes(4))], [], "general.alignment is 0"),
     ],
 )
-def test_malformed_headers_are_named(
+def test_reports_malformed_headers(
     pairs: list[bytes], infos: list[bytes], message: str, tmp_path: Path
 ) -> None:
     file = write(tmp_path / "model.gguf", pairs, infos, data=256)
@@ -131,15 +131,15 @@ def test_malformed_headers_are_named(
 
 
 @pytest.mark.parametrize("counts", [(2**31, 0), (0, 2**31), (2**64 - 1, 2**64 - 1)])
-def test_counts_are_bounded_by_the_file(counts: tuple[int, int], tmp_path: Path) -> None:
+def test_counts_are_limited_by_the_file_size(counts: tuple[int, int], tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + bytes(1000))
     with pytest.raises(BackboneError, match="do not fit the file"):
         read_header(file, BackboneError)
 
 
-def test_string_that_becomes_an_array_is_refused_at_once(file: Path) -> None:
-    """One flipped bit: the length of the string is then read as a type and a count."""
+def test_string_that_became_an_array_is_rejected_immediately(file: Path) -> None:
+    """After one flipped bit, the length of the string is read as a type and a count."""
     content = bytearray(file.read_bytes())
     at = content.index(b"general.architecture") + len("general.architecture")
     assert content[at] == STRING
@@ -149,11 +149,11 @@ def test_string_that_becomes_an_array_is_refused_at_once(file: Path) -> None:
         read_header(file, BackboneError)
 
 
-def test_the_other_byte_order_is_named(file: Path) -> None:
+def test_reports_big_endian_files(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[4:8] = reversed(content[4:8])
     file.write_bytes(content)
-    with pytest.raises(BackboneError, match="other byte order; convert it"):
+    with pytest.raises(BackboneError, match="the file is big-endian; convert it"):
         read_header(file, BackboneError)
 
 

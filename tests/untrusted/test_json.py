@@ -38,21 +38,21 @@ def test_any_text_parses_or_is_one_error(text: str):
         ("9" * 5_000, "JSON with an integer of more than 4,300 digits$"),
     ],
 )
-def test_names_what_is_wrong(text: str, message: str):
+def test_reports_the_problem(text: str, message: str):
     with pytest.raises(DataError, match=f"here: .*{message}"):
         parse_json(text, "here", DataError)
 
 
-def test_the_deepest_value_allowed_is_read():
+def test_accepts_the_maximum_depth():
     assert parse_json("[" * MAX_DEPTH + "]" * MAX_DEPTH, "here", DataError)
 
 
-def test_a_key_that_appears_twice_is_refused_where_keys_must_be_unique():
+def test_rejects_duplicate_keys_if_asked():
     with pytest.raises(DataError, match="the key 'a' appears twice"):
         parse_json('{"b": {"a": 1, "a": 2}}', "here", DataError, unique_keys=True)
 
 
-def test_a_file_that_must_hold_an_object_names_what_it_holds(tmp_path: Path):
+def test_reports_the_type_of_a_file_that_is_not_an_object(tmp_path: Path):
     file = tmp_path / "index.json"
     for content, kind in (("[1]", "an array"), ("null", "null"), ("true", "true"), ("3", "number")):
         file.write_text(content)

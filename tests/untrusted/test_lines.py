@@ -1,4 +1,4 @@
-"""Lines of text are bounded, and every failure names the file and the line."""
+"""Text files: limits, and errors that name the file and the line."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def test_counts_lines_and_skips_a_byte_order_mark(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_refuses_a_line_over_the_limit(tmp_path: Path) -> None:
+def test_rejects_a_line_over_the_limit(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("ok\n" + "x" * 100)
     assert len(list(read_lines(path, DataError, line_limit=100))) == 2
-    with pytest.raises(DataError, match=r"a\.txt:2: a line of more than 50 characters"):
+    with pytest.raises(DataError, match=r"a\.txt:2: the line has more than 50 characters"):
         list(read_lines(path, DataError, line_limit=50))
 
 
-def test_refuses_a_file_over_the_limit_before_it_is_read(tmp_path: Path) -> None:
+def test_rejects_a_file_over_the_limit_before_reading(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.touch()
     os.truncate(path, 2**40)
-    with pytest.raises(DataError, match=r"a\.txt: larger than 8,589,934,592 bytes; .* split it"):
+    with pytest.raises(DataError, match=r"a\.txt: larger than 8,589,934,592 bytes; split the file"):
         next(read_lines(path, DataError))
 
 
-def test_bounds_what_a_pipe_sends() -> None:
+def test_limits_the_size_of_a_pipe() -> None:
     receiver, sender = os.pipe()
     thread = threading.Thread(target=lambda: (os.write(sender, b"ab\n" * 10), os.close(sender)))
     thread.start()
@@ -60,13 +60,13 @@ def test_bounds_what_a_pipe_sends() -> None:
         (b"ok\n\xed\xa0\x80\n", r"a\.txt:2: not UTF-8 text"),
     ],
 )
-def test_says_what_a_file_is_that_is_not_text(tmp_path: Path, content: bytes, message: str) -> None:
+def test_names_the_format_of_other_files(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(DataError, match=message):
         list(read_lines(tmp_path / "a.txt", DataError))
 
 
-def test_refuses_values_that_cannot_be_written_to_a_file() -> None:
+def test_rejects_values_that_cannot_be_written() -> None:
     check_text({"a": ["é", 1, None, b"\xff", float("nan")], 3: {"b": ()}}, "here", DataError)
     endless: list[Any] = []
     endless.append(endless)

@@ -1,4 +1,4 @@
-"""Parquet of every type becomes Python's values, and expands to a bounded size."""
+"""Parquet: conversion of every type, and limits on the expanded size."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(path: Path) -> list[Any]:
 
 
 def counts(values: list[int | None], kind: pa.DataType) -> pa.Array:
-    """Points in time by their count of units, which Python's types may not reach."""
+    """Dates and times from counts of their unit, which may be out of range for Python."""
     return pa.array(values, pa.int32() if kind.bit_width == 32 else pa.int64()).view(kind)
 
 
@@ -64,9 +64,7 @@ def counts(values: list[int | None], kind: pa.DataType) -> pa.Array:
         ([datetime.timedelta(seconds=2)], pa.duration("ms"), [2000]),
     ],
 )
-def test_values_are_those_that_were_written(
-    tmp_path: Path, values: Any, kind: Any, expected: Any
-) -> None:
+def test_values_round_trip(tmp_path: Path, values: Any, kind: Any, expected: Any) -> None:
     assert read(write(tmp_path / "a.parquet", values, kind)) == expected or values
 
 
@@ -81,7 +79,7 @@ def test_values_are_those_that_were_written(
         (counts([2**31 - 1], pa.date32()), ["5881580-07-11"]),
     ],
 )
-def test_times_beyond_those_of_python_become_texts(
+def test_times_outside_the_range_of_python_become_strings(
     tmp_path: Path, array: pa.Array, expected: list[str | None]
 ) -> None:
     pq.write_table(pa.table({"x": array, "y": pa.nulls(len(array))}), tmp_path / "a.parquet")
@@ -91,7 +89,7 @@ def test_times_beyond_those_of_python_become_texts(
 @pytest.mark.parametrize(
     "encoding", ["PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY", "RLE_DICTIONARY"]
 )
-def test_texts_are_read_in_every_encoding(tmp_path: Path, encoding: str) -> None:
+def test_reads_text_in_every_encoding(tmp_path: Path, encoding: str) -> None:
     texts, lists = ["one", None, "other"] * 1000, [["a", "b"], None, []] * 1000
     how: dict[str, Any] = {"use_dictionary": True}
     if encoding != "RLE_DICTIONARY":
@@ -103,31 +101,31 @@ def test_texts_are_read_in_every_encoding(tmp_path: Path, encoding: str) -> None
     assert [row["y"] for row in rows] == lists
 
 
-def test_folders_add_no_field(tmp_path: Path) -> None:
+def test_directory_names_add_no_column(tmp_path: Path) -> None:
     (tmp_path / "facts=5").mkdir()
     path = write(tmp_path / "facts=5" / "a.parquet", ["a"])
     assert list(read_parquet(path, DataError)) == [(1, {"x": "a"})]
 
 
-def test_a_text_that_is_not_utf8_names_its_row_and_column(tmp_path: Path) -> None:
+def test_names_the_row_and_column_of_invalid_utf8(tmp_path: Path) -> None:
     array = pa.array([b"fine"] * 5000 + [b"\xff"]).view(pa.string())
     pq.write_table(pa.table({"x": array}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet:5001: the column 'x' of type .*utf-8"):
         read(tmp_path / "a.parquet")
 
 
-def test_refuses_a_column_that_appears_twice(tmp_path: Path) -> None:
+def test_rejects_duplicate_columns(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"])
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="names the column 'x' twice"):
+    with pytest.raises(DataError, match="the column 'x' appears twice"):
         read(tmp_path / "a.parquet")
     array = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["y", "y"])
     pq.write_table(pa.table({"x": array}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet.*twice"):
+    with pytest.raises(DataError, match=r"a\.parquet.*duplicate field"):
         read(tmp_path / "a.parquet")
 
 
-def test_a_small_file_of_many_values_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_rejects_a_small_file_of_many_values_before_reading(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     indices = pa.array(np.zeros(6_000_000, np.int8))
     pq.write_table(pa.table({"x": pa.DictionaryArray.from_arrays(indices, ["a"])}), path)
@@ -140,9 +138,7 @@ def test_a_small_file_of_many_values_is_refused_before_it_is_read(tmp_path: Path
         read(path)
 
 
-def test_a_text_that_many_rows_share_counts_for_each(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shared_text_counts_once_per_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet, "MIN_TEXT", 10_000_000)
     path = write(tmp_path / "a.parquet", ["a" * 100_000] * 90)
     texts = read(path)
@@ -153,7 +149,7 @@ def test_a_text_that_many_rows_share_counts_for_each(
         read(write(path, ["a" * 100_000] * 110))
 
 
-def test_reports_what_is_not_parquet(tmp_path: Path) -> None:
+def test_reports_files_that_are_not_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     for content in (b"", b"PAR1", b"text", b"PAR1" * 100):
         path.write_bytes(content)
@@ -162,7 +158,7 @@ def test_reports_what_is_not_parquet(tmp_path: Path) -> None:
 
 
 def draw_type(rng: Random, depth: int = 0) -> pa.DataType:
-    """A random type of lists, structs and maps, with texts and numbers inside."""
+    """A random nested type of lists, structs, maps, strings and numbers."""
     kinds = ["text", "words", "number", "flag"] + ["list", "struct", "map"] * (depth < 3)
     match rng.choice(kinds):
         case "text":
@@ -196,7 +192,7 @@ def draw_value(kind: pa.DataType, rng: Random) -> Any:
     return rng.choice(["", "é", "abc"] if texts else [0, 1, 99])
 
 
-def test_nested_values_are_those_that_were_written(tmp_path: Path) -> None:
+def test_nested_values_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     for case in range(150):
         rng = Random(case)
@@ -207,7 +203,7 @@ def test_nested_values_are_those_that_were_written(tmp_path: Path) -> None:
         try:
             for group in range(pq.ParquetFile(path).num_row_groups):
                 pq.ParquetFile(path).read_row_group(group)
-        except pa.ArrowException:  # pyarrow 26 writes a few types that it cannot read
+        except pa.ArrowException:  # pyarrow 26 can write a few types that it cannot read
             with pytest.raises(DataError, match="not a readable Parquet file"):
                 read(path)
         else:

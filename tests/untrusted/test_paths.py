@@ -8,7 +8,7 @@ from prefix_jax.errors import DataError
 from prefix_jax.untrusted.paths import expand, read_bytes, read_text
 
 
-def test_a_path_that_does_not_exist_yet_can_be_used(tmp_path: Path):
+def test_accepts_a_path_that_does_not_exist_yet(tmp_path: Path):
     assert expand(tmp_path / "new" / "deeper", DataError) == tmp_path / "new" / "deeper"
 
 
@@ -25,24 +25,24 @@ def test_expands_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         ("a\0b", "null byte"),
     ],
 )
-def test_reports_a_path_that_no_file_system_accepts(path: str, message: str):
+def test_reports_impossible_paths(path: str, message: str):
     with pytest.raises(DataError, match=message):
         expand(path, DataError)
     with pytest.raises(DataError, match=message):
         read_text(path, DataError)
 
 
-def test_reports_a_loop_of_links(tmp_path: Path):
+def test_reports_a_loop_of_symbolic_links(tmp_path: Path):
     loop = tmp_path / "loop.json"
     loop.symlink_to(loop)
     with pytest.raises(DataError, match=r"loop\.json: cannot be used as a path \(.*symbolic"):
         read_text(loop, DataError)
 
 
-def test_reports_what_is_not_a_regular_file(tmp_path: Path):
+def test_reports_files_that_are_not_regular(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe")
     for name, kind in (("pipe", "a named pipe"), ("", "a directory")):
-        with pytest.raises(DataError, match=f"{kind}; expected a regular file"):
+        with pytest.raises(DataError, match=f"expected a regular file, got {kind}"):
             read_bytes(tmp_path / name, DataError)
     with pytest.raises(DataError, match="absent: no such file"):
         read_bytes(tmp_path / "absent", DataError)
@@ -50,7 +50,7 @@ def test_reports_what_is_not_a_regular_file(tmp_path: Path):
         read_bytes("/dev/zero", DataError)
 
 
-def test_reads_the_pipe_of_a_process_substitution():
+def test_reads_a_process_substitution():
     receiver, sender = os.pipe()
     thread = threading.Thread(target=lambda: (os.write(sender, b"{}"), os.close(sender)))
     thread.start()
@@ -61,7 +61,7 @@ def test_reads_the_pipe_of_a_process_substitution():
         os.close(receiver)
 
 
-def test_refuses_a_file_over_the_limit(tmp_path: Path):
+def test_rejects_a_file_over_the_limit(tmp_path: Path):
     (tmp_path / "large").write_bytes(b"x" * 11)
     assert read_bytes(tmp_path / "large", DataError, limit=11) == b"x" * 11
     with pytest.raises(DataError, match="larger than 10 bytes"):

@@ -1,4 +1,4 @@
-"""Files that this user may not read are reported in one line, whichever reader meets them."""
+"""Every reader reports files without read permission in one line."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def forbid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes a file unreadable, or a directory impossible to enter: for root and for others."""
+    """Makes a file unreadable, or a directory inaccessible, also for root."""
 
     def denied(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Path, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +84,7 @@ def forbid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_path_without_rights_is_named(
+def test_names_a_path_without_permission(
     path: str,
     read: Callable[[Path], object],
     error: type[PrefixJaxError],

@@ -1,4 +1,4 @@
-"""Headers of safetensors files are checked before a tensor is read."""
+"""Safetensors: checks of the header before any tensor is read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def header(**changes: Any) -> dict[str, Any]:
     return {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}
 
 
-def test_reads_what_the_library_writes(tmp_path: Path) -> None:
+def test_reads_files_of_the_library(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "f.safetensors", metadata={"format": "pt"})
     found = read_tensors(tmp_path / "f.safetensors", BackboneError)
     assert found.keys() == TENSORS.keys()
@@ -57,8 +57,8 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
         (header(shape=[2**32, 2**32]), b"8 bytes.", "'x' has 8 bytes"),
         (header(data_offsets=[8, 0]), b"8 bytes.", "expected 0"),
         (header(data_offsets=[0, 2**63]), b"8 bytes.", "no valid data_offsets"),
-        (header(data_offsets=[4, 12]), b"12 bytes....", "begins at byte 4 of the data, expected 0"),
-        (header() | {"y": header()["x"]}, b"8 bytes.", "begins at byte 0 of the data, expected 8"),
+        (header(data_offsets=[4, 12]), b"12 bytes....", "starts at byte 4 of the data, expected 0"),
+        (header() | {"y": header()["x"]}, b"8 bytes.", "starts at byte 0 of the data, expected 8"),
         (header(), b"7 bytes", "describes .* bytes, the file has"),
         (header(), b"9 bytes..", "describes .* bytes, the file has"),
         ({"x": None}, b"", "unknown dtype"),
@@ -69,22 +69,20 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
         (b'{"\xff": 1}', b"", "not UTF-8"),
     ],
 )
-def test_malformed_headers_are_named(
-    content: Any, data: bytes, message: str, tmp_path: Path
-) -> None:
+def test_reports_malformed_headers(content: Any, data: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match=rf"f\.safetensors.*{message}"):
         read_header(write(tmp_path / "f.safetensors", content, data), BackboneError)
 
 
 @pytest.mark.parametrize("length", [0, 1, 10**4, 2**40, 2**64 - 1])
-def test_header_length_is_bounded_by_the_file(length: int, tmp_path: Path) -> None:
+def test_header_length_is_limited_by_the_file_size(length: int, tmp_path: Path) -> None:
     file = tmp_path / "f.safetensors"
     file.write_bytes(struct.pack("<Q", length) + b"{}")
     with pytest.raises(BackboneError, match="truncated or corrupt: no header"):
         read_header(file, BackboneError)
 
 
-def test_integers_may_be_stored_but_not_read(tmp_path: Path) -> None:
+def test_integer_tensors_are_listed_but_not_read(tmp_path: Path) -> None:
     save_file({"ids": np.arange(3)}, tmp_path / "f.safetensors")
     assert read_header(tmp_path / "f.safetensors", BackboneError)["ids"].shape == (3,)
     with pytest.raises(BackboneError, match="ids has dtype I64; supported: F64"):
@@ -92,7 +90,7 @@ def test_integers_may_be_stored_but_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "directory", "unreadable"])
-def test_files_that_cannot_be_opened_are_named(kind: str, tmp_path: Path) -> None:
+def test_reports_files_that_cannot_be_opened(kind: str, tmp_path: Path) -> None:
     file = tmp_path / ("x" * 300 if kind == "unreadable" else "f.safetensors")
     if kind == "directory":
         file.mkdir()

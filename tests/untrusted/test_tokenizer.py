@@ -1,4 +1,4 @@
-"""Tokenizer files run no code and cannot crash the process; every text is bounded and named."""
+"""Tokenizers: their files run no code and cannot crash the process; texts have limits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from prefix_jax.data.labelled import Reading
 from prefix_jax.data.pipeline import load_examples
 from prefix_jax.data.source import Record
 from prefix_jax.errors import BackboneError, DataError
-from prefix_jax.untrusted import tokenizer as door
+from prefix_jax.untrusted import tokenizer as tokenizer_module
 
 CODE = """
 from pathlib import Path
@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerFast as Evil
 
 
 class Asked(io.StringIO):
-    """Standard input on which a user, or data, says yes."""
+    """Standard input that answers yes, and records that it was read."""
 
     asked = False
 
@@ -73,7 +73,7 @@ def edit(file: Path, **changes: Any) -> None:
         ({"tokenizer_class": None}, {"tokenizer_class": "AutoTokenizerFast"}),
     ],
 )
-def test_code_of_a_model_is_never_run(
+def test_never_runs_code_of_a_model(
     config: dict, model_config: dict, model: Path, tmp_path: Path, monkeypatch
 ) -> None:
     (model / "evil.py").write_text(CODE.format(marker=str(tmp_path / "ran")))
@@ -87,7 +87,7 @@ def test_code_of_a_model_is_never_run(
     assert not (tmp_path / "ran").exists()
 
 
-def test_code_is_ignored_where_transformers_has_the_class(model: Path, monkeypatch) -> None:
+def test_ignores_code_if_transformers_has_the_class(model: Path, monkeypatch) -> None:
     before = load_tokenizer(model)
     code = {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil"}
     edit(model / "tokenizer_config.json", auto_map=code)
@@ -99,16 +99,16 @@ def test_code_is_ignored_where_transformers_has_the_class(model: Path, monkeypat
 
 
 @pytest.mark.parametrize("key", ["vocab_file", "tokenizer_file", "merges_file", "gguf_file"])
-def test_files_elsewhere_are_not_read(key: str, model: Path) -> None:
+def test_never_reads_files_outside_the_directory(key: str, model: Path) -> None:
     edit(model / "tokenizer_config.json", **{key: "/dev/zero", "cache_dir": "/dev/null"})
     assert load_tokenizer(model)("a")["input_ids"]
 
 
-def test_the_origin_is_kept(model: Path) -> None:
+def test_keeps_the_origin(model: Path) -> None:
     assert load_tokenizer(model).name_or_path == str(model)
 
 
-# Files that the Rust side does not survive.
+# Files that crash the Rust library.
 
 
 def _vocab(content: dict) -> dict:
@@ -165,13 +165,13 @@ def _vocab(content: dict) -> dict:
                     "special_tokens": {},
                 }
             ),
-            r"is not one of its special_tokens",
+            r"is not in special_tokens",
         ),
-        (lambda c: c.update(pre_tokenizer={"type": "Klingon"}), r"holds no tokenizer that can be"),
-        (lambda c: c.pop("added_tokens"), r"holds no tokenizer that can be read"),
+        (lambda c: c.update(pre_tokenizer={"type": "Klingon"}), r"no readable tokenizer: "),
+        (lambda c: c.pop("added_tokens"), r"no readable tokenizer: "),
     ],
 )
-def test_a_malformed_tokenizer_is_one_error(
+def test_malformed_tokenizer_is_one_error(
     change: Callable[[dict], object], message: str, model: Path
 ) -> None:
     file = model / "tokenizer.json"
@@ -187,7 +187,7 @@ def test_a_malformed_tokenizer_is_one_error(
     ("changes", "message"),
     [
         ({"tokenizer_class": 5}, "tokenizer_class: expected a string, got a number"),
-        ({"eos_token": 5}, "eos_token: expected a token, .* got 5"),
+        ({"eos_token": 5}, "eos_token: expected a token .*, got 5"),
         ({"eos_token": {"content": None}}, "eos_token: expected a token"),
         ({"chat_template": 5}, "chat_template: expected a string, .*; got a number"),
         ({"chat_template": [{"name": "default"}]}, "chat_template: expected a string"),
@@ -195,27 +195,27 @@ def test_a_malformed_tokenizer_is_one_error(
         ({"extra_ids": 10**6}, "extra_ids must be an integer up to 10000, got 1000000"),
         ({"added_tokens_decoder": {"x": {}}}, "added_tokens_decoder: expected an object of tokens"),
         ({"added_tokens_decoder": {str(2**31): {"content": "x"}}}, "added_tokens_decoder"),
-        ({"fast_tokenizer_files": ["../../x"]}, "'../../x' is not the name of a file"),
+        ({"fast_tokenizer_files": ["../../x"]}, "'../../x' is not a file name"),
         ({"extra_special_tokens": 3}, "extra_special_tokens: expected an array, got a number"),
     ],
 )
-def test_a_malformed_configuration_is_one_error(changes: dict, message: str, model: Path) -> None:
+def test_malformed_tokenizer_config_is_one_error(changes: dict, message: str, model: Path) -> None:
     edit(model / "tokenizer_config.json", **changes)
     with pytest.raises(BackboneError, match=message):
         load_tokenizer(model)
 
 
-def test_a_config_that_transformers_would_expand_is_harmless(model: Path) -> None:
+def test_never_allocates_a_large_config_for_the_tokenizer(model: Path) -> None:
     edit(model / "config.json", num_labels=10**9, num_hidden_layers=10**9)
     assert load_tokenizer(model)("a")["input_ids"]
 
 
-def test_a_long_maximum_is_no_size(model: Path) -> None:
+def test_accepts_a_huge_maximum_length(model: Path) -> None:
     edit(model / "tokenizer_config.json", model_max_length=10**30)
     assert load_tokenizer(model).model_max_length == 10**30
 
 
-def test_the_library_prints_nothing_to_stdout(model: Path, capfd) -> None:
+def test_library_prints_nothing_to_stdout(model: Path, capfd) -> None:
     file = model / "tokenizer.json"
     content = json.loads(file.read_text())
     del content["model"]["vocab"]["!"]  # a hole between the ids
@@ -255,7 +255,7 @@ def models(tmp_path_factory) -> list[Path]:
         ("config.json", {"auto_map": {"AutoConfig": "evil.Evil"}}, 50),
     ],
 )
-def test_mutated_files_are_read_or_refused(
+def test_mutated_tokenizers_load_or_raise_one_error(
     name: str, extra: dict, cases: int, models: list[Path], capfd
 ) -> None:
     refused = 0
@@ -274,7 +274,9 @@ def test_mutated_files_are_read_or_refused(
             tokenizer = load_tokenizer(directory, 300)
             texts = ["ab, 12", "日本"]
             refusal(
-                lambda: door.token_ids(tokenizer, texts, "a text", add_special_tokens=True),
+                lambda: tokenizer_module.token_ids(
+                    tokenizer, texts, "a text", add_special_tokens=True
+                ),
                 DataError,
             )
 
@@ -292,28 +294,28 @@ def test_mutated_files_are_read_or_refused(
 # Texts.
 
 
-def test_a_text_is_bounded_before_it_is_tokenized(model: Path, monkeypatch) -> None:
+def test_limits_the_length_of_texts(model: Path, monkeypatch) -> None:
     tokenizer = load_tokenizer(model)
-    monkeypatch.setattr(door, "MAX_CHARACTERS", 100)
+    monkeypatch.setattr(tokenizer_module, "MAX_CHARACTERS", 100)
     records = [{"a": "x" * 60, "b": "y"}, {"a": "x" * 101, "b": "y"}]
-    message = r"2: a text of 101 characters; the most that is tokenized is 100"
+    message = r"2: the text has 101 characters, at most 100 can be tokenized"
     with pytest.raises(DataError, match=message):
         load_examples(records, tokenizer, input="{a}", target="{b}")
     assert len(load_examples(records[:1] * 5, tokenizer, input="{a}", target="{b}")) == 5
 
 
-def test_a_text_that_is_read_by_a_head_is_bounded(tmp_path: Path, monkeypatch) -> None:
+def test_limits_the_length_of_texts_for_heads(tmp_path: Path, monkeypatch) -> None:
     tokenizer = load_tokenizer(tiny.write_encoder(tmp_path / "bert"))
-    monkeypatch.setattr(door, "MAX_CHARACTERS", 100)
+    monkeypatch.setattr(tokenizer_module, "MAX_CHARACTERS", 100)
     records = [Record({"a": "x" * size, "label": "n"}, f"a.csv:{size}") for size in (60, 70, 101)]
     task = TaskConfig("classify", labels=("n", "p"))
     reading = Reading(tokenizer, task, "{a}", None, 32, "left", False, True)
     assert len(reading.examples(records[:2])) == 2
-    with pytest.raises(DataError, match=r"a\.csv:101: a text of 101 characters"):
+    with pytest.raises(DataError, match=r"a\.csv:101: the text has 101 characters"):
         reading.examples(records)
 
 
-def test_texts_are_tokenized_in_parts_of_bounded_size(model: Path, monkeypatch) -> None:
+def test_tokenizes_in_parts_of_limited_size(model: Path, monkeypatch) -> None:
     tokenizer = load_tokenizer(model)
     texts = ["a" * size for size in (5, 0, 9, 10, 1, 1, 1, 8)]
     expected = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -325,41 +327,43 @@ def test_texts_are_tokenized_in_parts_of_bounded_size(model: Path, monkeypatch) 
         return whole(self, texts, *args, **options)
 
     monkeypatch.setattr(type(tokenizer), "__call__", spy)
-    monkeypatch.setattr(door, "MAX_CHARACTERS", 10)
-    assert door.token_ids(tokenizer, texts, "texts") == expected
+    monkeypatch.setattr(tokenizer_module, "MAX_CHARACTERS", 10)
+    assert tokenizer_module.token_ids(tokenizer, texts, "texts") == expected
     assert max(sizes) <= 10
     assert sum(sizes) == sum(map(len, texts))
 
 
-def test_the_text_that_cannot_be_tokenized_is_named(tmp_path: Path) -> None:
+def test_names_the_text_that_cannot_be_tokenized(tmp_path: Path) -> None:
     directory = tiny.write_encoder(tmp_path / "bert")
     content = json.loads((directory / "tokenizer.json").read_text())
     content["model"]["unk_token"] = "[NONE]"
     (directory / "tokenizer.json").write_text(json.dumps(content))
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
     with pytest.raises(DataError, match=r"b\.csv:2: cannot be tokenized: WordPiece error"):
-        door.token_ids(tokenizer, ["the film", "日本"], ["b.csv:1", "b.csv:2"])
+        tokenizer_module.token_ids(tokenizer, ["the film", "日本"], ["b.csv:1", "b.csv:2"])
 
 
-def test_a_tokenizer_larger_than_the_table_is_refused_once_it_is_used(model: Path) -> None:
+def test_rejects_texts_with_ids_beyond_the_embedding_table(model: Path) -> None:
     edit(model / "added_tokens.json", **{"<extra>": 257})
     tokenizer = load_tokenizer(model, 257)
-    assert door.token_ids(tokenizer, ["abc"], "a.csv:1")
-    message = r"a\.csv:1: token '<extra>' has id 257, and the model's embedding table has 257 rows"
+    assert tokenizer_module.token_ids(tokenizer, ["abc"], "a.csv:1")
+    message = (
+        r"a\.csv:1: token '<extra>' has id 257, but the model's embedding table has only 257 rows"
+    )
     with pytest.raises(DataError, match=message):
-        door.token_ids(tokenizer, ["abc <extra>"], "a.csv:1")
+        tokenizer_module.token_ids(tokenizer, ["abc <extra>"], "a.csv:1")
     with pytest.raises(DataError, match=message):
-        door.encodings(tokenizer, ["abc <extra>"], None, "a.csv:1")
+        tokenizer_module.encodings(tokenizer, ["abc <extra>"], None, "a.csv:1")
 
 
-def test_an_end_token_beyond_the_table_is_refused(model: Path) -> None:
+def test_rejects_an_end_token_beyond_the_embedding_table(model: Path) -> None:
     edit(model / "tokenizer_config.json", eos_token="<none>")
-    with pytest.raises(BackboneError, match=r"token '<none>' has id 257, .* has 257 rows"):
+    with pytest.raises(BackboneError, match=r"token '<none>' has id 257, .* has only 257 rows"):
         _ = load(model).tokenizer
 
 
-def test_every_text_goes_through_the_door() -> None:
-    """No module but this one calls a tokenizer, or decodes with one, itself."""
+def test_tokenizers_are_called_only_in_this_package() -> None:
+    """Other modules call tokenizers only through `untrusted.tokenizer`."""
     calls = []
     for file in Path(prefix_jax.__file__).parent.rglob("*.py"):
         if file.name == "tokenizer.py" and file.parent.name == "untrusted":
@@ -377,7 +381,7 @@ def test_every_text_goes_through_the_door() -> None:
 
 
 def write_gguf(path: Path, kind: str = "gpt2", **changes: Any) -> Path:
-    """A GGUF file with a tokenizer; what `changes` names is replaced, or left out if None."""
+    """Writes a GGUF file with a tokenizer; `changes` replaces keys, or removes them if None."""
     tokens = [*map(chr, range(97, 107)), "ab", "<s>", "</s>", "<unk>"]
     values: dict[str, Any] = {
         "model": kind,
@@ -410,7 +414,7 @@ def write_gguf(path: Path, kind: str = "gpt2", **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_small_gguf_tokenizer_is_rebuilt(kind: str, tmp_path: Path) -> None:
+def test_rebuilds_a_small_gguf_tokenizer(kind: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_gguf(tmp_path / "a.gguf", kind))
     assert tokenizer("abc")["input_ids"][0] == 11
 
@@ -419,11 +423,11 @@ def test_a_small_gguf_tokenizer_is_rebuilt(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens": None}, "lacks the metadata key tokenizer.ggml.tokens"),
+        ({"tokens": None}, "the metadata key tokenizer.ggml.tokens is missing"),
         ({"tokens": [1, 2]}, "tokenizer.ggml.tokens must be a list"),
         ({"token_type": [1, 1]}, "got 14 tokens and 2 types"),
         ({"token_type": ["x"] * 14}, "tokenizer.ggml.token_type must be a list"),
-        ({"token_type": None}, "lacks the metadata key tokenizer.ggml.token_type"),
+        ({"token_type": None}, "the metadata key tokenizer.ggml.token_type is missing"),
         ({"eos_token_id": 14}, "tokenizer.ggml.eos_token_id must be"),
         ({"eos_token_id": "x"}, "tokenizer.ggml.eos_token_id must be an integer"),
         ({"bos_token_id": -5}, "tokenizer.ggml.bos_token_id must be"),
@@ -435,7 +439,7 @@ def test_a_small_gguf_tokenizer_is_rebuilt(kind: str, tmp_path: Path) -> None:
         ({"model": "klingon"}, "tokenizers of kind 'klingon' cannot be rebuilt"),
     ],
 )
-def test_a_malformed_gguf_tokenizer_is_one_error(
+def test_malformed_gguf_tokenizer_is_one_error(
     kind: str, changes: dict, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(BackboneError, match=message):
@@ -447,15 +451,15 @@ def test_a_malformed_gguf_tokenizer_is_one_error(
     [
         ("gpt2", {"merges": ["a b", "ab"]}, "merges holds 'ab'; expected two tokens"),
         ("gpt2", {"merges": ["x y"]}, "the tokenizer cannot be rebuilt: .*out of vocabulary"),
-        ("gpt2", {"merges": None}, "lacks the metadata key tokenizer.ggml.merges"),
+        ("gpt2", {"merges": None}, "the metadata key tokenizer.ggml.merges is missing"),
         ("gpt2", {"pre": 5}, "tokenizer.ggml.pre must be"),
-        ("llama", {"scores": None}, "lacks the metadata key tokenizer.ggml.scores"),
+        ("llama", {"scores": None}, "the metadata key tokenizer.ggml.scores is missing"),
         ("llama", {"scores": [1.0]}, "tokenizer.ggml.scores has 1 values for 14 tokens"),
         ("llama", {"unknown_token_id": 14}, "tokenizer.ggml.unknown_token_id must be"),
         ("llama", {"add_space_prefix": "x"}, "tokenizer.ggml.add_space_prefix must be"),
     ],
 )
-def test_a_malformed_gguf_vocabulary_is_one_error(
+def test_malformed_gguf_vocabulary_is_one_error(
     kind: str, changes: dict, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(BackboneError, match=message):

@@ -28,12 +28,12 @@ def test_any_text_parses_or_is_one_error(text: str):
         ("2024-13-45", "2024-13-45"), ("1:30", "1:30"), ("1.2.3", "1.2.3"), ("1e", "1e"),
     ],
 )  # fmt: skip
-def test_reads_plain_scalars_as_yaml_1_2_does(text: str, value: object):
+def test_reads_plain_scalars_of_yaml_1_2(text: str, value: object):
     assert parse(text) == value
 
 
 @pytest.mark.parametrize("text", ["!!int x", "!!float x", "!!bool x", "!!timestamp x", "!!int ''"])
-def test_names_the_place_of_a_value_that_its_tag_cannot_express(text: str):
+def test_names_the_place_of_a_value_that_does_not_match_its_tag(text: str):
     with pytest.raises(ConfigError, match=r"not a value of type \w+ [\s\S]*line 1, column 4"):
         parse(f"a: {text}")
 
@@ -45,17 +45,17 @@ def test_names_the_place_of_a_value_that_its_tag_cannot_express(text: str):
         ("[" * 150 + "]" * 150, "nested more than"),
         ("9" * 5000, "not a value of type int"),
         ("a: &x [*x]", "alias inside its own anchor"),
-        ("a: 1\na: 2", "'a' twice"),
+        ("a: 1\na: 2", "duplicate key 'a'"),
         ("a: !!python/object:os.system x", "could not determine a constructor"),
     ],
 )
-def test_names_what_is_wrong(text: str, message: str):
+def test_reports_the_problem(text: str, message: str):
     with pytest.raises(ConfigError, match=f"here: [\\s\\S]*{message}"):
         parse(text)
 
 
 @pytest.mark.parametrize("merge", ["", "<<: "])
-def test_aliases_cannot_grow_without_bound(merge: str):
+def test_limits_the_expansion_of_aliases(merge: str):
     def layer(items: str) -> str:
         return f"{{{merge}[{items}]}}" if merge else f"[{items}]"
 
@@ -66,5 +66,5 @@ def test_aliases_cannot_grow_without_bound(merge: str):
         parse("\n".join(lines))
 
 
-def test_aliases_within_bounds_are_expanded():
+def test_expands_aliases_within_the_limits():
     assert parse("a: &x {b: 1}\nc: *x") == {"a": {"b": 1}, "c": {"b": 1}}

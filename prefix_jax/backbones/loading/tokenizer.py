@@ -13,7 +13,9 @@ from transformers.convert_slow_tokenizer import generate_merges
 
 from prefix_jax.backbones.loading.gguf import GGUF, open_gguf
 from prefix_jax.errors import BackboneError
-from prefix_jax.untrusted.tokenizer import MAX_ID, failures, probe, read_tokenizer
+from prefix_jax.untrusted.tokenizer import failures, probe
+from prefix_jax.untrusted.tokenizer_files import read_tokenizer
+from prefix_jax.untrusted.tokenizer_json import MAX_ID
 from prefix_jax.untrusted.values import Range
 
 # gguf.TokenType
