@@ -51,8 +51,8 @@ def prepare(exchange: Path) -> dict[str, Any]:
     model = load(common.MODEL, dtype="float32")
     text = model.tokenizer(" ".join(prompts(4)))["input_ids"][:LENGTH]
     _, _, prefix = jax.jit(model.backbone.read)(model.params, jnp.asarray(text))
-    join = prefix.decoder.join
-    np.savez(exchange / "prefix.npz", k_LPKH=join.k_LPKH, v_LPKH=join.v_LPKH)
+    inside = prefix.decoder.inside
+    np.savez(exchange / "prefix.npz", k_LPKH=inside.k_LPKH, v_LPKH=inside.v_LPKH)
     ids = model.tokenizer(prompts(16))["input_ids"]
     (exchange / "prompts.json").write_text(json.dumps(ids))
     return {"prompts": len(ids)}
@@ -69,13 +69,13 @@ def ours(setting: str, repeats: int, exchange: Path) -> dict[str, Any]:
 
     count, beams, _ = SETTINGS[setting]
     given = np.load(exchange / "prefix.npz")
-    join = KVPrefix(jnp.asarray(given["k_LPKH"]), jnp.asarray(given["v_LPKH"]))
+    inside = KVPrefix(jnp.asarray(given["k_LPKH"]), jnp.asarray(given["v_LPKH"]))
     model = load(common.MODEL, dtype="float32")
     generator = Generator(
         model.backbone,
         model.backbone.unstacked(model.params),
         model.tokenizer,
-        Prefix(Site(join), offset=LENGTH),
+        Prefix(Site(inside), text_position=LENGTH),
         eos=(),
     )
     ids = json.loads((exchange / "prompts.json").read_text())[:count]

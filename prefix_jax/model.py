@@ -171,8 +171,12 @@ class PrefixModel:
         )
         # Checked before tracing the states through all layers: a million states take minutes.
         most, method = backbone.room(None, reader), self.method
-        if method and method.produces in (Embeds, Hidden) and method.text_start > most - 2:
-            raise _no_room(method.text_start, most, reader)
+        if (
+            method
+            and method.produces in (Embeds, Hidden)
+            and method.resolved_text_position > most - 2
+        ):
+            raise _no_room(method.resolved_text_position, most, reader)
         for stack in stacks:
             positions, room = (backbone.room(p, stack) for p in (None, self._abstract))
             start = positions - room

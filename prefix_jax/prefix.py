@@ -1,7 +1,7 @@
 """Prefix types: what methods produce, backbones lift and attention reads.
 
-A prefix is a KV cache that you can train. A method produces one of four types, and `Backbone.lift`
-converts each of them to a `Prefix`, the only form that attention accepts:
+A prefix is a KV cache that you can train. A method produces one of four types, and `lift` converts
+each of them to a `Prefix`, the only form that attention accepts:
 
     Embeds   x_PD              soft tokens at the input embeddings (prompt tuning)
     Hidden   h_LPD             hidden states prepended to the tokens in every layer
@@ -85,7 +85,7 @@ class Memory:
     m_LNHH: jax.Array
 
 
-Beside = Gated | Memory
+Outside = Gated | Memory
 
 
 @flax.struct.dataclass
@@ -93,19 +93,19 @@ class Site:
     """The part of a prefix at one attention of a transformer.
 
     Attributes:
-        join: keys and values inside the softmax.
-        beside: a term added outside the softmax, which depends only on the query.
-        layers: the layers that have this part; None for all. `Backbone.lift` fills in the others.
+        inside: keys and values inside the softmax.
+        outside: a term added outside the softmax, which depends only on the query.
+        layers: the layers that have this part; None for all. `lift` fills in the others.
     """
 
-    join: KVPrefix | None = None
-    beside: Beside | None = None
+    inside: KVPrefix | None = None
+    outside: Outside | None = None
     layers: Layers = flax.struct.field(pytree_node=False, default=None)
 
     @property
     def length(self) -> int:
         """P, the number of slots inside the softmax."""
-        return 0 if self.join is None else self.join.length
+        return 0 if self.inside is None else self.inside.length
 
 
 @flax.struct.dataclass
@@ -118,8 +118,8 @@ class Prefix:
         cross: the site where a decoder attends to its encoder.
         embeds_PD: soft tokens before the input of an encoder. Their hidden states depend on the
             text that follows, so they cannot be converted to keys and values.
-        offset: the position of the first token of text, in every stack whose self-attention has
-            slots. P by default, as in PEFT and in the original GPT-2 code of Li & Liang (2021).
+        text_position: the position of the first token of text, in every stack whose self-attention
+            has slots. Usually P, as in PEFT and in the GPT-2 code of Li & Liang (2021).
         pinned: whether the prefix stays visible after a sliding window has moved past it. If False,
             it leaves the window like ordinary past tokens.
         tasks: A for a bank, the concatenated prefixes of A tasks with P slots each. A token sees
@@ -131,63 +131,69 @@ class Prefix:
     encoder: Site | None = None
     cross: Site | None = None
     embeds_PD: jax.Array | None = None
-    offset: int = flax.struct.field(pytree_node=False, default=0)
+    text_position: int = flax.struct.field(pytree_node=False, default=0)
     pinned: bool = flax.struct.field(pytree_node=False, default=False)
     tasks: int | None = flax.struct.field(pytree_node=False, default=None)
 
     @classmethod
-    def of(cls, sites: Mapping[SiteName, Site], *, offset: int = 0, pinned: bool = False) -> Prefix:
+    def of(
+        cls, sites: Mapping[SiteName, Site], *, text_position: int = 0, pinned: bool = False
+    ) -> Prefix:
         """Builds a prefix from sites by name."""
         return cls(
             decoder=sites.get("decoder"),
             encoder=sites.get("encoder"),
             cross=sites.get("cross"),
-            offset=offset,
+            text_position=text_position,
             pinned=pinned,
         )
 
     @property
     def sites(self) -> dict[SiteName, Site]:
         """The sites of this prefix, by name."""
-        found = {name: getattr(self, name) for name in SITES}
-        return {name: site for name, site in found.items() if site is not None}
+        sites = {name: getattr(self, name) for name in SITES}
+        return {name: site for name, site in sites.items() if site is not None}
 
     @property
     def length(self) -> int:
         """P, the largest number of slots at any site; 0 without slots. Per task, in a bank."""
-        lengths = [site.length for site in self.sites.values()]
-        lengths += [s.beside.length for s in self.sites.values() if isinstance(s.beside, Gated)]
-        return max([*lengths, self.soft * (self.tasks or 1)]) // (self.tasks or 1)
+        lengths = [self.soft_tokens * (self.tasks or 1)]
+        for site in self.sites.values():
+            lengths.append(site.length)
+            if isinstance(site.outside, Gated):
+                lengths.append(site.outside.length)
+        return max(lengths) // (self.tasks or 1)
 
     @property
-    def soft(self) -> int:
+    def soft_tokens(self) -> int:
         """The number of soft tokens before the input of an encoder. Per task, in a bank."""
         return 0 if self.embeds_PD is None else len(self.embeds_PD) // (self.tasks or 1)
 
-    def apart(self) -> tuple[Prefix, ...]:
-        """Splits a bank into one prefix per task. A single prefix is returned as it is."""
+    def split_tasks(self) -> tuple[Prefix, ...]:
+        """Splits a bank into one prefix per task. A single prefix is returned unchanged."""
         if self.tasks is None:
             return (self,)
-        return tuple(self._of_task(task, self.tasks) for task in range(self.tasks))
+        return tuple(self._task(task, self.tasks) for task in range(self.tasks))
 
-    def _of_task(self, task: int, tasks: int) -> Prefix:
-        def own(leaf: jax.Array, axis: int) -> jax.Array:
+    def _task(self, task: int, tasks: int) -> Prefix:
+        def select(leaf: jax.Array, axis: int) -> jax.Array:
             P = leaf.shape[axis] // tasks
             return jax.lax.slice_in_dim(leaf, task * P, (task + 1) * P, axis=axis)
 
         sites = {
-            name: dataclasses.replace(site, join=jax.tree.map(lambda leaf: own(leaf, 1), site.join))
+            name: dataclasses.replace(
+                site, inside=jax.tree.map(lambda leaf: select(leaf, 1), site.inside)
+            )
             for name, site in self.sites.items()
         }
-        alone = Prefix.of(sites, offset=self.offset, pinned=self.pinned)
-        embeds_PD = None if self.embeds_PD is None else own(self.embeds_PD, 0)
-        return dataclasses.replace(alone, embeds_PD=embeds_PD)
+        prefix = Prefix.of(sites, text_position=self.text_position, pinned=self.pinned)
+        embeds_PD = None if self.embeds_PD is None else select(self.embeds_PD, 0)
+        return dataclasses.replace(prefix, embeds_PD=embeds_PD)
 
-    def start(self, stack: StackName) -> int:
-        """The position of the first token of text in a stack: 0 if no slots precede it."""
+    def text_position_in(self, stack: StackName) -> int:
+        """The position of the first token of text in a stack; 0 if no slots precede it."""
         site: Site | None = getattr(self, stack)
-        slots = 0 if site is None else site.length
-        return self.offset if slots else 0
+        return self.text_position if site is not None and site.length else 0
 
 
 @flax.struct.dataclass
@@ -225,8 +231,8 @@ class Embeds:
     x_PD: jax.Array
     tasks: int | None = flax.struct.field(pytree_node=False, default=None)
 
-    def apart(self) -> tuple[Embeds, ...]:
-        """Splits a bank into the soft tokens of each task. Without a bank, there is one element."""
+    def split_tasks(self) -> tuple[Embeds, ...]:
+        """Splits a bank into the soft tokens of each task; one element without a bank."""
         x_APD = self.x_PD.reshape(self.tasks or 1, -1, self.x_PD.shape[1])
         return tuple(Embeds(x_PD) for x_PD in x_APD)
 
@@ -283,8 +289,8 @@ class Geometry:
     @property
     def sites(self) -> dict[SiteName, SiteShape]:
         """The attentions of the backbone, by name."""
-        found = {name: getattr(self, name) for name in SITES}
-        return {name: shape for name, shape in found.items() if shape is not None}
+        shapes = {name: getattr(self, name) for name in SITES}
+        return {name: shape for name, shape in shapes.items() if shape is not None}
 
     @property
     def main_site(self) -> SiteName:

@@ -99,7 +99,9 @@ def states(
 encode = jax.jit(Backbone.encode, static_argnums=0)
 
 
-def random_prefix(name: str, length: int, offset: int, sites: Iterable[SiteName] = SITES) -> Prefix:
+def random_prefix(
+    name: str, length: int, text_position: int, sites: Iterable[SiteName] = SITES
+) -> Prefix:
     """Random keys and values at every attention, or at some."""
     made: dict[SiteName, Site] = {}
     for number, (site, shape) in enumerate(encoder_decoder(name).geometry.sites.items()):
@@ -107,12 +109,12 @@ def random_prefix(name: str, length: int, offset: int, sites: Iterable[SiteName]
         k_LPKH, v_LPKH = jax.random.normal(jax.random.key(number), size)
         if site in sites:
             made[site] = Site(KVPrefix(k_LPKH, v_LPKH))
-    return Prefix.of(made, offset=offset)
+    return Prefix.of(made, text_position=text_position)
 
 
 def biased(name: str, site: SiteName, given: Site, bias: float) -> Site:
     """The same slots with a bias: at minus infinity, they are absent."""
     shape = encoder_decoder(name).geometry.sites[site]
-    assert given.join is not None
-    size = (shape.layers, given.join.length, shape.query_heads)
-    return Site(given.join.replace(bias_LPN=jnp.full(size, bias)))
+    assert given.inside is not None
+    size = (shape.layers, given.inside.length, shape.query_heads)
+    return Site(given.inside.replace(bias_LPN=jnp.full(size, bias)))

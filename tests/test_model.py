@@ -128,8 +128,13 @@ def test_what_fits_beside_a_prefix_follows_from_where_text_starts():
 
     assert room(None) == 64
     assert room(PrefixTuning(P)) == room(PromptTuning(P)) == 60
-    assert room(PrefixTuning(P, offset=0)) == room(BESIDE["adapter"]) == room(BESIDE["plus"]) == 64
-    assert room(PrefixTuning(P, offset=30)) == 34
+    assert (
+        room(PrefixTuning(P, text_position=0))
+        == room(BESIDE["adapter"])
+        == room(BESIDE["plus"])
+        == 64
+    )
+    assert room(PrefixTuning(P, text_position=30)) == 34
 
 
 @pytest.mark.parametrize("method", [PromptTuning(2**20), HiddenPrefixTuning(2**20)])

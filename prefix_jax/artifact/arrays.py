@@ -31,7 +31,7 @@ from prefix_jax.untrusted.values import Count, require_fields
 Kind = Literal["embeds", "hidden", "adapter", "kv"]
 Shape = tuple[int, ...]
 
-_BESIDE: dict[str, type[Gated] | type[Memory]] = {"gated": Gated, "memory": Memory}
+_OUTSIDE: dict[str, type[Gated] | type[Memory]] = {"gated": Gated, "memory": Memory}
 # Arrays that a site may omit end in this name.
 _OPTIONAL = "bias_LPN"
 
@@ -43,14 +43,14 @@ class PrefixSpec:
     Attributes:
         kind: "embeds", "hidden", "adapter" or "kv", for `Embeds`, `Hidden`, `Adapter`, `Prefix`.
         length: P; 0 for methods without slots (Prefix-Tuning+).
-        offset: the position of the first text token.
+        text_position: the position of the first text token.
         pinned: whether the prefix stays visible outside a sliding window.
         layers: the layers of each site; sites that are not listed have all layers.
     """
 
     kind: Kind
     length: Count
-    offset: Count
+    text_position: Count
     pinned: bool
     layers: dict[str, tuple[Count, ...]]
 
@@ -80,20 +80,20 @@ def prefix_spec(produced: Produced) -> PrefixSpec:
         )
     if isinstance(produced, Embeds):
         P = produced.x_PD.shape[0]
-        return PrefixSpec(kind="embeds", length=P, offset=P, pinned=False, layers={})
+        return PrefixSpec(kind="embeds", length=P, text_position=P, pinned=False, layers={})
     if isinstance(produced, Hidden):
         P = produced.h_LPD.shape[1]
-        return PrefixSpec(kind="hidden", length=P, offset=P, pinned=False, layers={})
+        return PrefixSpec(kind="hidden", length=P, text_position=P, pinned=False, layers={})
     if isinstance(produced, Adapter):
         layers = {} if produced.layers is None else {"adapter": produced.layers}
         P = produced.h_LPD.shape[1]
-        return PrefixSpec(kind="adapter", length=P, offset=0, pinned=False, layers=layers)
+        return PrefixSpec(kind="adapter", length=P, text_position=0, pinned=False, layers=layers)
     if not any(leaf.size for leaf in jax.tree.leaves(produced)):
         raise PrefixError("cannot store a prefix that has no slots")
     return PrefixSpec(
         kind="kv",
         length=produced.length,
-        offset=produced.offset,
+        text_position=produced.text_position,
         pinned=produced.pinned,
         layers={n: site.layers for n, site in produced.sites.items() if site.layers is not None},
     )
@@ -107,10 +107,10 @@ def to_arrays(produced: Produced) -> dict[str, np.ndarray]:
     if produced.embeds_PD is not None:
         arrays["embeds_PD"] = np.array(produced.embeds_PD, np.float32, order="C")
     for name, site in produced.sites.items():
-        arrays |= _fields(f"{name}.", site.join)
-        for kind, cls in _BESIDE.items():
-            if isinstance(site.beside, cls):
-                arrays |= _fields(f"{name}.{kind}.", site.beside)
+        arrays |= _fields(f"{name}.", site.inside)
+        for kind, cls in _OUTSIDE.items():
+            if isinstance(site.outside, cls):
+                arrays |= _fields(f"{name}.{kind}.", site.outside)
     return arrays
 
 
@@ -136,16 +136,16 @@ def from_arrays(stored: PrefixSpec, arrays: Mapping[str, jax.Array]) -> Produced
     sites: dict[SiteName, Site] = {}
     for name in SITES:
         of_site = _under(f"{name}.", arrays)
-        join = {key: x for key, x in of_site.items() if "." not in key}
-        beside = [cls(**_under(f"{kind}.", of_site)) for kind, cls in _BESIDE.items()
+        inside = {key: x for key, x in of_site.items() if "." not in key}
+        outside = [cls(**_under(f"{kind}.", of_site)) for kind, cls in _OUTSIDE.items()
                   if _under(f"{kind}.", of_site)]  # fmt: skip
         if of_site:
             sites[name] = Site(
-                KVPrefix(**join) if join else None,
-                beside[0] if beside else None,
+                KVPrefix(**inside) if inside else None,
+                outside[0] if outside else None,
                 _layers(stored, name),
             )
-    prefix = Prefix.of(sites, offset=stored.offset, pinned=stored.pinned)
+    prefix = Prefix.of(sites, text_position=stored.text_position, pinned=stored.pinned)
     return dataclasses.replace(prefix, embeds_PD=arrays.get("embeds_PD"))
 
 

@@ -11,7 +11,8 @@ _DECODE_3 = {
     "samples": "num_samples",
     "no_repeat_ngram": "no_repeat_ngram_size",
 }
-_METHOD_3 = {"mid": "mid_dim"}
+_METHOD_3 = {"mid": "mid_dim", "offset": "text_position"}
+_CARD_3 = {"offset": "text_position"}
 
 
 def upgrade(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,6 +24,7 @@ def upgrade(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     current = dict(fields)
     if current["format_version"] < 4:
+        current = {_CARD_3.get(k, k): value for k, value in current.items()}
         _rename(current, "decode", _DECODE_3)
         _rename(current, "method", _METHOD_3)
     return current

@@ -75,8 +75,8 @@ class Backbone:
         arch = self._encoder.arch if two_sided else self.arch
         if prefix is None:
             return arch.max_positions
-        soft = prefix.soft if stack == "encoder" else 0
-        return arch.max_positions - prefix.start(stack) - soft
+        soft = prefix.soft_tokens if stack == "encoder" else 0
+        return arch.max_positions - prefix.text_position_in(stack) - soft
 
     # Weights.
 
@@ -144,12 +144,16 @@ class Backbone:
             if self.arch.encoder is not None or not self.arch.causal:
                 return Prefix(embeds_PD=produced.x_PD, tasks=produced.tasks)
             # The prompts of a bank are rows of one batch, which do not see each other.
-            x_BTD = jnp.stack([alone.x_PD for alone in produced.apart()]).astype(_dtype(params))
+            x_BTD = jnp.stack([alone.x_PD for alone in produced.split_tasks()]).astype(
+                _dtype(params)
+            )
             stack.check_length(x_BTD.shape[1])
             tokens = TokenLayout.plain(jnp.ones(x_BTD.shape[:2], bool))
             x_BTD = stack.place(params, x_BTD, tokens, 0)
             layers, _ = self._read(params, x_BTD, tokens)
-            return Prefix(decoder=site_of(layers), offset=x_BTD.shape[1], tasks=produced.tasks)
+            return Prefix(
+                decoder=site_of(layers), text_position=x_BTD.shape[1], tasks=produced.tasks
+            )
         if isinstance(produced, Adapter):
             h_L1PD = produced.h_LPD[:, None].astype(_dtype(params))
             weights = pick_layers(params, produced.layers)
@@ -167,7 +171,7 @@ class Backbone:
         tokens = TokenLayout.plain(jnp.ones((1, produced.h_LPD.shape[1]), bool))
         h_L1PD = produced.h_LPD[:, None].astype(_dtype(params))
         joined = site_of(stack.keys_values(params, h_L1PD, tokens))
-        return Prefix.of({site: joined}, offset=produced.h_LPD.shape[1])
+        return Prefix.of({site: joined}, text_position=produced.h_LPD.shape[1])
 
     def read(self, params: Params, ids_P: jax.Array) -> tuple[Embeds, Hidden, Prefix]:
         """What a text leaves at the input embeddings, at the entry of every layer, and as keys
@@ -202,7 +206,7 @@ class Backbone:
         found = (
             Embeds(read_1PD[0]),
             Hidden(h_LBTD[:, 0]),
-            Prefix.of(sites, offset=len(ids_P)),
+            Prefix.of(sites, text_position=len(ids_P)),
         )
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found)
 
@@ -311,7 +315,8 @@ class Backbone:
         Args:
             params: the weights, stacked or unstacked.
             ids_BT: token ids.
-            tokens: where each stands; positions count from 0, the prefix's offset is added here.
+            tokens: where each stands; positions count from 0, the prefix's text position is
+                added here.
             prefix: what every layer attends to besides; None is the bare model.
             cache: keys and values of earlier tokens, with room for T more columns.
             lineage_BTS: which keys each token descends from, in place of its branch.
@@ -334,14 +339,16 @@ class Backbone:
             )
         T = ids_BT.shape[1]
         if not self.arch.causal:
-            T += 0 if prefix is None else prefix.soft
+            T += 0 if prefix is None else prefix.soft_tokens
             h_BTD, _ = self._through(self._stack, params, params, ids_BT, tokens, prefix)
             return h_BTD[:, :T], None
         if cache is None and lineage_BTS is None:
             ids_BT, tokens = zigzag.pad((ids_BT, tokens))
         stack = self._stack
         x_BTD = self._embed(params, ids_BT)
-        x_BTD = stack.place(params, x_BTD, tokens, 0 if prefix is None else prefix.start("decoder"))
+        x_BTD = stack.place(
+            params, x_BTD, tokens, 0 if prefix is None else prefix.text_position_in("decoder")
+        )
         h_BTD, cache, _ = stack.run(params, x_BTD, tokens, prefix, cache, lineage_BTS, encoded)
         return stack.finish(params, h_BTD)[:, :T], cache
 
@@ -359,7 +366,7 @@ class Backbone:
         ids_BS, tokens = zigzag.pad((ids_BS, tokens))
         x_BSD = self._embed(params, ids_BS, self.reader_table(params))
         x_BSD, tokens = zigzag.pad(prepend(prefix, x_BSD, tokens))
-        start = 0 if prefix is None else prefix.start("encoder")
+        start = 0 if prefix is None else prefix.text_position_in("encoder")
         h_BSD, _, _ = stack.run(weights, stack.place(weights, x_BSD, tokens, start), tokens, prefix)
         return stack.finish(weights, h_BSD), tokens
 

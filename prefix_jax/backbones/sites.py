@@ -43,7 +43,7 @@ def complete(prefix: Prefix, shapes: Mapping[SiteName, SiteShape]) -> Prefix:
         sites[name] = _all_layers(site, shapes[name])
     if all(sites[name] is site for name, site in prefix.sites.items()):
         return prefix
-    whole = Prefix.of(sites, offset=prefix.offset, pinned=prefix.pinned)
+    whole = Prefix.of(sites, text_position=prefix.text_position, pinned=prefix.pinned)
     return dataclasses.replace(whole, embeds_PD=prefix.embeds_PD, tasks=prefix.tasks)
 
 
@@ -59,14 +59,16 @@ def _all_layers(site: Site, shape: SiteShape) -> Site:
         raise PrefixError(
             f"the prefix is of layer {max(site.layers)}; this model's are 0 to {shape.layers - 1}"
         )
-    index, join = jnp.array(site.layers), site.join
+    index, inside = jnp.array(site.layers), site.inside
 
     def scatter(leaf: jax.Array, rest: float = 0.0) -> jax.Array:
         return jnp.full((shape.layers, *leaf.shape[1:]), rest, leaf.dtype).at[index].set(leaf)
 
-    if join is not None:
-        bias_LPN = join.bias_LPN
+    if inside is not None:
+        bias_LPN = inside.bias_LPN
         if bias_LPN is None:
-            bias_LPN = jnp.zeros((len(site.layers), join.length, shape.query_heads))
-        join = KVPrefix(scatter(join.k_LPKH), scatter(join.v_LPKH), scatter(bias_LPN, -jnp.inf))
-    return Site(join, jax.tree.map(scatter, site.beside))
+            bias_LPN = jnp.zeros((len(site.layers), inside.length, shape.query_heads))
+        inside = KVPrefix(
+            scatter(inside.k_LPKH), scatter(inside.v_LPKH), scatter(bias_LPN, -jnp.inf)
+        )
+    return Site(inside, jax.tree.map(scatter, site.outside))

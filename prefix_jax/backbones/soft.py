@@ -25,7 +25,7 @@ def prepend(
     if prefix is None or prefix.embeds_PD is None:
         return x_BSD, tokens
     soft_BPD = _of_rows(prefix.embeds_PD.astype(x_BSD.dtype), prefix.tasks, tokens)
-    return jnp.concatenate([soft_BPD, x_BSD], axis=1), _behind(tokens, prefix.soft)
+    return jnp.concatenate([soft_BPD, x_BSD], axis=1), _behind(tokens, prefix.soft_tokens)
 
 
 def _of_rows(soft_PD: jax.Array, tasks: int | None, tokens: TokenLayout) -> jax.Array:

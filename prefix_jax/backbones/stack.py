@@ -357,7 +357,7 @@ class Stack:
         window = a.window if sliding else None
         site = None if prefix is None else getattr(prefix, self.site)
         slots = 0 if site is None else site.length
-        start = 0 if prefix is None else prefix.start(self.site)
+        start = 0 if prefix is None else prefix.text_position_in(self.site)
         position_BT = queries.position_BT + start
         if lineage_BTS is not None:
             seen = MaskAndBias(causal_mask(queries, keys, window, lineage_BTS))

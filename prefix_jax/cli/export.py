@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         card = export(args.prefix, args.output, args.to, **options)
         content = f"{card.length} slots of kind {card.kind!r} as {args.to}"
-        detail = f"text starts at position {card.offset}"
+        detail = f"text starts at position {card.text_position}"
     size = sum(file.stat().st_size for file in Path(args.output).rglob("*") if file.is_file())
     make_console(soft_wrap=True, highlight=False, markup=False).print(
         f"{args.output}: {content}, {size:,} bytes; {detail}"

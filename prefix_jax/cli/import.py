@@ -63,6 +63,6 @@ def run(args: argparse.Namespace) -> int:
         artifact.save(directory, imported.produced, card, args.to, imported.head)
         console.print(
             f"{directory}: {card.length} slots of kind {card.kind!r}, {card.init}, for "
-            f"{card.backbone.source}; text starts at position {card.offset}"
+            f"{card.backbone.source}; text starts at position {card.text_position}"
         )
     return 0

@@ -93,7 +93,7 @@ def _overview(inspection: Inspection) -> Table:
         "task": None if card.task is None else _task(card.task),
         "positions": None
         if not card.positions
-        else f"{card.positions[0]} to {card.positions[-1]}, text from {card.offset}"
+        else f"{card.positions[0]} to {card.positions[-1]}, text from {card.text_position}"
         + (", pinned" if card.pinned else ""),
         "size": f"{inspection.parameters:,} parameters, {inspection.bytes:,} bytes on disk",
         "backbone": f"{card.backbone.source} ({card.backbone.model_type}, {card.backbone.dtype}"

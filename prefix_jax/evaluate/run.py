@@ -184,7 +184,7 @@ class Evaluator:
         tasks = () if self._model.method is None else self._model.method.task_names
         if not tasks:
             return self._measure(params, prefix, examples, metrics, head)
-        prefixes = (None,) * len(tasks) if prefix is None else prefix.apart()
+        prefixes = (None,) * len(tasks) if prefix is None else prefix.split_tasks()
         found = {}
         for number, (task, alone) in enumerate(zip(tasks, prefixes, strict=True)):
             if own := [example for example in examples if example.task == number]:

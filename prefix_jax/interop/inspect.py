@@ -145,14 +145,14 @@ def norms(produced: Produced) -> tuple[Norms, ...]:
     for where, site in produced.sites.items():
         parts = {
             of: x
-            for owner in (site.join, site.beside)
+            for owner in (site.inside, site.outside)
             if isinstance(owner, KVPrefix | Gated)
             for of, x in (("keys", owner.k_LPKH), ("values", owner.v_LPKH))
         }
-        if isinstance(site.beside, Gated):
-            parts["gates"] = site.beside.gate_LN[..., None]
-        if isinstance(site.beside, Memory):
-            parts["memory"] = site.beside.m_LNHH
+        if isinstance(site.outside, Gated):
+            parts["gates"] = site.outside.gate_LN[..., None]
+        if isinstance(site.outside, Memory):
+            parts["memory"] = site.outside.m_LNHH
         for of, x in parts.items():
             layers = site.layers or range(len(x))
             name = of if len(produced.sites) == 1 else f"{where} {of}"

@@ -45,7 +45,7 @@ class LlamaAdapter(Method[Adapter]):
             check_layers(self.layers)
 
     @property
-    def text_start(self) -> int:
+    def resolved_text_position(self) -> int:
         return 0
 
     def init(self, rng: jax.Array, geometry: Geometry, start: Adapter | None) -> Params:

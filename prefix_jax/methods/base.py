@@ -60,7 +60,7 @@ class Method(abc.ABC, Generic[ProducedT]):
         return ()
 
     @property
-    def text_start(self) -> int:
+    def resolved_text_position(self) -> int:
         """The position of the first token of text after the prefix."""
         return self.length
 
@@ -107,7 +107,7 @@ def zeros(kind: type[ProducedT], geometry: Geometry, length: int) -> ProducedT:
         for name, site in g.sites.items():
             shape = (site.layers, length, site.kv_heads, site.head_dim)
             sites[name] = Site(KVPrefix(jnp.zeros(shape), jnp.zeros(shape)))
-        start = Prefix.of(sites, offset=length)
+        start = Prefix.of(sites, text_position=length)
     return cast(ProducedT, start)
 
 

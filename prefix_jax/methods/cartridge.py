@@ -42,12 +42,12 @@ class Cartridge(Method[Prefix]):
 
     def init(self, rng: jax.Array, geometry: Geometry, start: Prefix | None) -> Params:
         shape = geometry.main
-        join = None if start is None else start.sites[geometry.main_site].join
-        if join is None:
+        inside = None if start is None else start.sites[geometry.main_site].inside
+        if inside is None:
             size = (2, shape.layers, self.length, shape.kv_heads, shape.head_dim)
-            join = KVPrefix(*jax.random.normal(rng, size))
+            inside = KVPrefix(*jax.random.normal(rng, size))
         F = self.frozen
-        pair = {"k_LPKH": join.k_LPKH, "v_LPKH": join.v_LPKH}
+        pair = {"k_LPKH": inside.k_LPKH, "v_LPKH": inside.v_LPKH}
         params: dict[str, Params] = {
             "trained": {name: x_LPKH[:, F:] for name, x_LPKH in pair.items()}
         }
@@ -66,5 +66,7 @@ class Cartridge(Method[Prefix]):
         if "frozen" in parts:
             k_LPKH = jnp.concatenate([parts["frozen"]["k_LPKH"], k_LPKH], axis=1)
             v_LPKH = jnp.concatenate([parts["frozen"]["v_LPKH"], v_LPKH], axis=1)
-        join = Site(KVPrefix(k_LPKH, v_LPKH))
-        return Prefix.of({site: join}, offset=self.text_start, pinned=self.pinned)
+        inside = Site(KVPrefix(k_LPKH, v_LPKH))
+        return Prefix.of(
+            {site: inside}, text_position=self.resolved_text_position, pinned=self.pinned
+        )

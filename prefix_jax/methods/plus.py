@@ -29,14 +29,14 @@ class PrefixTuningPlus(SiteMethod):
     default_start = "random"
 
     @property
-    def text_start(self) -> int:
+    def resolved_text_position(self) -> int:
         return 0
 
     def blank(self, geometry: Geometry) -> Prefix:
         sites: dict[SiteName, Site] = {}
         for name, shape in self.shapes(geometry).items():
             size = (shape.layers, shape.query_heads, shape.head_dim, shape.head_dim)
-            sites[name] = Site(beside=Memory(jnp.zeros(size)), layers=self.layers)
+            sites[name] = Site(outside=Memory(jnp.zeros(size)), layers=self.layers)
         return Prefix.of(sites)
 
     def init(self, rng: jax.Array, geometry: Geometry, start: Prefix | None) -> Params:
@@ -48,9 +48,9 @@ class PrefixTuningPlus(SiteMethod):
         start = start or self.blank(geometry)
         params: dict[str, Params] = {}
         for name in self.shapes(geometry):
-            beside = start.sites[name].beside
-            assert isinstance(beside, Memory), "the start of this method must be a Memory"
-            params[name] = {"m_LNHH": beside.m_LNHH}
+            outside = start.sites[name].outside
+            assert isinstance(outside, Memory), "the start of this method must be a Memory"
+            params[name] = {"m_LNHH": outside.m_LNHH}
         return params
 
     def __call__(self, params: Params, rng: jax.Array | None = None) -> Prefix:
@@ -58,5 +58,5 @@ class PrefixTuningPlus(SiteMethod):
         for number, name in enumerate(name for name in SITES if name in params):
             site_rng = None if rng is None else jax.random.fold_in(rng, number)
             memory = Memory(self.drop(params[name]["m_LNHH"], site_rng))
-            sites[name] = Site(beside=memory, layers=self.layers)
+            sites[name] = Site(outside=memory, layers=self.layers)
         return Prefix.of(sites)

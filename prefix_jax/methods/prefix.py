@@ -25,20 +25,20 @@ class PrefixTuning(SiteMethod):
 
     Attributes:
         mid_dim: width of the MLP (512 or 800 in the paper); None trains keys and values directly.
-        offset: the position of the first token of text; None for P, as in PEFT. 0 leaves positions
-            unshifted, as in the paper's code for BART.
+        text_position: the position of the first token of text; None for P, as in PEFT. 0 leaves
+            positions unshifted, as in the paper's code for BART.
         pinned: keeps the prefix visible after a sliding window has moved past it.
     """
 
-    RENAMED: ClassVar[dict[str, str]] = {"mid": "mid_dim"}
+    RENAMED: ClassVar[dict[str, str]] = {"mid": "mid_dim", "offset": "text_position"}
 
     mid_dim: Width | None = None
-    offset: Count | None = None
+    text_position: Count | None = None
     pinned: bool = False
 
     @property
-    def text_start(self) -> int:
-        return self.length if self.offset is None else self.offset
+    def resolved_text_position(self) -> int:
+        return self.length if self.text_position is None else self.text_position
 
     def init(self, rng: jax.Array, geometry: Geometry, start: Prefix | None) -> Params:
         """See `Method.init`.
@@ -53,7 +53,7 @@ class PrefixTuning(SiteMethod):
                 site_rng,
                 geometry.d_model,
                 shape,
-                None if start is None else self.chosen(start.sites[name]).join,
+                None if start is None else self.chosen(start.sites[name]).inside,
             )
             for site_rng, (name, shape) in zip(rngs, shapes.items(), strict=True)
         }
@@ -100,7 +100,7 @@ class PrefixTuning(SiteMethod):
                 k_rng, v_rng = jax.random.split(jax.random.fold_in(rng, number))
                 k_LPKH, v_LPKH = self.drop(k_LPKH, k_rng), self.drop(v_LPKH, v_rng)
             sites[name] = Site(KVPrefix(k_LPKH, v_LPKH), layers=self.layers)
-        return Prefix.of(sites, offset=self.text_start, pinned=self.pinned)
+        return Prefix.of(sites, text_position=self.resolved_text_position, pinned=self.pinned)
 
 
 def _features(params: Params) -> jax.Array:

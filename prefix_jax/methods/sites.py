@@ -58,8 +58,8 @@ class SiteMethod(Method[Prefix]):
     def chosen(self, site: Site) -> Site:
         """Selects the chosen layers of a site that has all layers, or exactly these."""
         return Site(
-            join=pick_layers(site.join, site.layers, self.layers),
-            beside=pick_layers(site.beside, site.layers, self.layers),
+            inside=pick_layers(site.inside, site.layers, self.layers),
+            outside=pick_layers(site.outside, site.layers, self.layers),
             layers=self.layers,
         )
 

@@ -143,7 +143,7 @@ class _Added:
     @classmethod
     def of(cls, site: Site | None) -> _Added:
         slots = memories = 0
-        for part in () if site is None else (site.join, site.beside):
+        for part in () if site is None else (site.inside, site.outside):
             if isinstance(part, KVPrefix | Gated):
                 slots += part.k_LPKH.shape[0] * part.length
             elif isinstance(part, Memory):

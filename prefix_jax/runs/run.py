@@ -255,7 +255,7 @@ def _finish(
         pretrained.params = params["backbone"]
         pretrained.fingerprint = fingerprint(pretrained.params)
     else:
-        parts = produced.apart() if isinstance(produced, Embeds) else (produced,)
+        parts = produced.split_tasks() if isinstance(produced, Embeds) else (produced,)
         for name, part in zip(tasks or ("",), parts, strict=True):
             stored[name] = part, _card(setup, part, step, head, name)
         _save(directory, stored, head)

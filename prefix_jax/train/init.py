@@ -164,7 +164,7 @@ def _stored(path: str | None, method: Method[Any], pretrained: Pretrained) -> Pr
     def make(rng: jax.Array) -> Produced:
         made: Produced = method(method.init(rng, pretrained.backbone.geometry, None))
         # Several tasks start alike.
-        return made.apart()[0] if isinstance(made, Embeds) else made
+        return made.split_tasks()[0] if isinstance(made, Embeds) else made
 
     expected = jax.eval_shape(make, jax.random.key(0))
     if artifact.prefix_spec(produced) != artifact.prefix_spec(expected):
@@ -182,7 +182,7 @@ def _stored(path: str | None, method: Method[Any], pretrained: Pretrained) -> Pr
 
 def _describe(produced: Produced) -> str:
     known = artifact.prefix_spec(produced)
-    described = f"kind {known.kind!r}, length {known.length}, offset {known.offset}"
+    described = f"kind {known.kind!r}, length {known.length}, text_position {known.text_position}"
     if isinstance(produced, Prefix):
         described += f", sites {', '.join(produced.sites)}"
     if known.layers:

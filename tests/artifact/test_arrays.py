@@ -29,7 +29,7 @@ GEOMETRY = Geometry(
 )
 METHODS = {
     "all sites": PrefixTuning(5),
-    "some sites": PrefixTuning(5, sites=("encoder", "cross"), offset=0, pinned=True),
+    "some sites": PrefixTuning(5, sites=("encoder", "cross"), text_position=0, pinned=True),
     "some layers": PrefixTuning(5, layers=(1,)),
     "MLP": PrefixTuning(5, mid_dim=7, sites=("decoder",), layers=(0, 2)),
     "soft tokens": PTuning(5),
@@ -86,7 +86,7 @@ def test_card_lists_layers_and_positions(name, positions, layers) -> None:
 
 def test_gated_keys_and_values_round_trip() -> None:
     pair = (jnp.ones((3, 5, 2, 8)), jnp.ones((3, 5, 2, 8)))
-    prefix = Prefix(Site(beside=Gated(*pair, jnp.ones((3, 4)))))
+    prefix = Prefix(Site(outside=Gated(*pair, jnp.ones((3, 4)))))
     arrays = to_arrays(prefix)
     assert set(arrays) == {f"decoder.gated.{name}" for name in ("k_LPKH", "v_LPKH", "gate_LN")}
     assert problems(arrays, prefix_spec(prefix), GEOMETRY) == []

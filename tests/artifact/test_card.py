@@ -47,7 +47,7 @@ def test_rejects_other_weights_unless_allowed() -> None:
 
 
 def test_card_describes_the_prefix() -> None:
-    assert (CARD.kind, CARD.length, CARD.offset, CARD.pinned) == ("embeds", 4, 4, False)
+    assert (CARD.kind, CARD.length, CARD.text_position, CARD.pinned) == ("embeds", 4, 4, False)
     assert CARD.positions == (0, 1, 2, 3)
 
 

@@ -43,19 +43,19 @@ def random(*shape: int, seed: int = 0) -> jnp.ndarray:
 
 def keys_values(length: int = 5, seed: int = 0, **fields: Any) -> Prefix:
     k_LPKH, v_LPKH = random(2, 3, length, 2, 8, seed=seed)
-    return Prefix(Site(KVPrefix(k_LPKH, v_LPKH)), **{"offset": length} | fields)
+    return Prefix(Site(KVPrefix(k_LPKH, v_LPKH)), **{"text_position": length} | fields)
 
 
 def with_absent_slots() -> Prefix:
     bias_LPN = random(3, 5, 4).at[1, 2].set(-jnp.inf)
-    return Prefix(Site(KVPrefix(random(3, 5, 2, 8), random(3, 5, 2, 8), bias_LPN)), offset=5)
+    return Prefix(Site(KVPrefix(random(3, 5, 2, 8), random(3, 5, 2, 8), bias_LPN)), text_position=5)
 
 
 PREFIXES: dict[str, Produced] = {
     "embeds": Embeds(random(5, 32)),
     "hidden": Hidden(random(3, 5, 32)),
     "kv": keys_values(),
-    "kv without a shift": keys_values(offset=0),
+    "kv without a shift": keys_values(text_position=0),
     "kv pinned": keys_values(pinned=True),
     "kv with a bias": with_absent_slots(),
 }
@@ -113,7 +113,7 @@ def test_prefix_and_card_round_trip(
     assert loaded_card == card
     if isinstance(produced, Prefix):
         assert isinstance(loaded, Prefix)
-        assert (loaded.offset, loaded.pinned) == (produced.offset, produced.pinned)
+        assert (loaded.text_position, loaded.pinned) == (produced.text_position, produced.pinned)
 
 
 def test_saving_a_loaded_prefix_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -133,13 +133,13 @@ def test_prefix_survives_conversion_between_containers(tmp_path: Path) -> None:
 
 def test_bfloat16_is_stored_without_loss(tmp_path: Path) -> None:
     k = random(3, 5, 2, 8).astype(jnp.bfloat16)
-    produced = Prefix(Site(KVPrefix(k, k)), offset=5)
+    produced = Prefix(Site(KVPrefix(k, k)), text_position=5)
     artifact.save(tmp_path / "p", produced, card_of(produced))
     loaded, _ = artifact.load(tmp_path / "p")
     assert isinstance(loaded, Prefix)
-    assert loaded.decoder.join is not None
-    assert loaded.decoder.join.k_LPKH.dtype == jnp.float32
-    assert np.array_equal(loaded.decoder.join.k_LPKH, k.astype(jnp.float32))
+    assert loaded.decoder.inside is not None
+    assert loaded.decoder.inside.k_LPKH.dtype == jnp.float32
+    assert np.array_equal(loaded.decoder.inside.k_LPKH, k.astype(jnp.float32))
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -147,7 +147,7 @@ def test_sixteen_slots_of_a_135m_model_need_less_than_a_megabyte(
     container: artifact.Container, tmp_path: Path
 ) -> None:
     k_LPKH, v_LPKH = random(2, 30, 16, 3, 64)
-    produced = Prefix(Site(KVPrefix(k_LPKH, v_LPKH)), offset=16)
+    produced = Prefix(Site(KVPrefix(k_LPKH, v_LPKH)), text_position=16)
     card = make_card(produced, Geometry(576, 49152, SiteShape(30, 9, 3, 64)), BACKBONE)
     artifact.save(tmp_path / "p", produced, card, container)
     array_bytes = 2 * 30 * 16 * 3 * 64 * 4
@@ -320,10 +320,10 @@ def test_never_replaces_a_prefix_with_foreign_files(stored: Path) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_rejects_non_finite_keys(value: float, tmp_path: Path) -> None:
     produced = keys_values()
-    join = produced.decoder.join
-    assert join is not None
-    join = dataclasses.replace(join, k_LPKH=join.k_LPKH.at[0, 0, 0, 0].set(value))
-    produced = Prefix(Site(join), offset=5)
+    inside = produced.decoder.inside
+    assert inside is not None
+    inside = dataclasses.replace(inside, k_LPKH=inside.k_LPKH.at[0, 0, 0, 0].set(value))
+    produced = Prefix(Site(inside), text_position=5)
     with pytest.raises(PrefixError, match="k_LPKH has 1 values that are NaN or infinite"):
         artifact.save(tmp_path / "p", produced, card_of(produced))
     assert not (tmp_path / "p").exists()
@@ -331,7 +331,7 @@ def test_rejects_non_finite_keys(value: float, tmp_path: Path) -> None:
 
 def test_rejects_a_prefix_that_contradicts_its_card(tmp_path: Path) -> None:
     with pytest.raises(PrefixError, match="the card describes another prefix"):
-        artifact.save(tmp_path / "p", keys_values(offset=0), card_of(keys_values()))
+        artifact.save(tmp_path / "p", keys_values(text_position=0), card_of(keys_values()))
     wrong = dataclasses.replace(
         card_of(keys_values()),
         geometry=dataclasses.replace(GEOMETRY, decoder=SiteShape(4, 4, 2, 8)),
@@ -391,7 +391,7 @@ def test_reports_all_invalid_card_fields_at_once(stored: Path) -> None:
     def change(card: dict[str, Any]) -> None:
         card["kind"] = "gated"
         card["geometry"]["decoder"]["layers"] = "three"
-        del card["offset"]
+        del card["text_position"]
 
     edit_card(stored, change)
     with pytest.raises(PrefixError) as error:
@@ -399,7 +399,7 @@ def test_reports_all_invalid_card_fields_at_once(stored: Path) -> None:
     for part in (
         "kind: expected one of embeds",
         "geometry.decoder.layers: expected int",
-        "offset: missing",
+        "text_position: missing",
     ):
         assert part in str(error.value)
 
@@ -411,7 +411,7 @@ def sign(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("offset", 3), ("steps", 7), ("created", "yesterday"), ("decode", {"num_beams": 4})],
+    [("text_position", 3), ("steps", 7), ("created", "yesterday"), ("decode", {"num_beams": 4})],
 )
 def test_rejects_an_edited_card(key: str, value: Any, stored: Path) -> None:
     edit_card(stored, lambda card: card.update({key: value}))
@@ -455,6 +455,7 @@ def test_formats_2_and_3_still_load(version: int, tmp_path: Path) -> None:
         version,
         {"name": "prefix", "length": 2, "mid_dim": 3},
     )
+    assert card.text_position == produced.text_position == 2
     assert {"num_beams": 2, "num_samples": 2, "no_repeat_ngram_size": 3}.items() <= (
         card.decode.items()
     )
@@ -490,7 +491,7 @@ def test_metrics_may_be_text(stored: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"offset": -50}, "offset must be an integer from 0 to"),
+        ({"text_position": -50}, "text_position must be an integer from 0 to"),
         ({"length": -1}, "length must be an integer from 0 to"),
         ({"steps": -1}, "steps must be an integer from 0 to"),
         ({"positions": [-1, 0, 1, 2, 3]}, "positions must be a list"),
@@ -692,7 +693,9 @@ def test_head_round_trips_with_its_prefix(container: artifact.Container, tmp_pat
     produced, loaded = artifact.load(tmp_path / "a")
     assert loaded.task is not None
     assert (loaded.task.shapes, loaded.task.head) == (TASK.shapes, TASK.head)
-    np.testing.assert_array_equal(produced.decoder.join.k_LPKH, keys_values().decoder.join.k_LPKH)
+    np.testing.assert_array_equal(
+        produced.decoder.inside.k_LPKH, keys_values().decoder.inside.k_LPKH
+    )
     head = artifact.load_head(tmp_path / "a")
     assert sorted(head) == sorted(HEAD)
     for name, x in HEAD.items():

@@ -51,7 +51,7 @@ def prepended(name: str) -> jax.Array:
 def random_prefix(name: str, **fields) -> Prefix:
     g = decoder(name).geometry.main
     k, v = jax.random.normal(jax.random.key(3), (2, g.layers, P, g.kv_heads, g.head_dim))
-    return Prefix(Site(KVPrefix(k, v)), **{"offset": P, **fields})
+    return Prefix(Site(KVPrefix(k, v)), **{"text_position": P, **fields})
 
 
 def behind(name: str, prefix: Prefix | None, ids_BT: jax.Array | None = None) -> jax.Array:
@@ -79,8 +79,8 @@ def test_read_gives_the_embeddings_the_layers_inputs_and_the_keys_and_values():
     # What enters the first layer stands at its position already; soft tokens get theirs in lift.
     close(states.h_LPD[0], embeds.x_PD + table["positions_TD"][:P])
     assert states.h_LPD.shape == (g.layers, P, backbone.geometry.d_model)
-    assert prefix.decoder.join.k_LPKH.shape == (g.layers, P, g.kv_heads, g.head_dim)
-    assert prefix.offset == P
+    assert prefix.decoder.inside.k_LPKH.shape == (g.layers, P, g.kv_heads, g.head_dim)
+    assert prefix.text_position == P
     assert {leaf.dtype for leaf in jax.tree.leaves((embeds, states, prefix))} == {
         jnp.dtype("float32")
     }
@@ -141,10 +141,10 @@ def test_no_prefix_is_the_bare_model_bit_for_bit():
 
 
 def test_absent_slots_leave_the_bare_model():
-    """Every slot switched off and no offset: nothing remains of a prefix."""
-    prefix = random_prefix("llama", offset=0)
+    """Every slot switched off and text position 0: nothing remains of a prefix."""
+    prefix = random_prefix("llama", text_position=0)
     bias = jnp.full((3, P, 4), -jnp.inf)
-    off = dataclasses.replace(prefix, decoder=Site(prefix.decoder.join.replace(bias_LPN=bias)))
+    off = dataclasses.replace(prefix, decoder=Site(prefix.decoder.inside.replace(bias_LPN=bias)))
     close(behind("llama", off), behind("llama", None), rtol=1e-5, atol=1e-6)
 
 
@@ -274,10 +274,10 @@ def test_recomputing_gives_equal_gradients(mode):
 
 
 def test_the_offset_is_the_position_of_the_first_token_of_text():
-    """Without a prefix's slots, an offset is nothing but a shift of positions."""
+    """Without a prefix's slots, the text position only shifts positions."""
     backbone, params, ids_BT = decoder("gpt2"), params_of("gpt2"), texts()[1]
-    prefix = random_prefix("gpt2", offset=9)
-    off = prefix.decoder.join.replace(bias_LPN=jnp.full((3, P, 4), -jnp.inf))
+    prefix = random_prefix("gpt2", text_position=9)
+    off = prefix.decoder.inside.replace(bias_LPN=jnp.full((3, P, 4), -jnp.inf))
     shifted = present(B, T)
     shifted = dataclasses.replace(shifted, position_BT=shifted.position_BT + 9)
     close(
@@ -287,7 +287,7 @@ def test_the_offset_is_the_position_of_the_first_token_of_text():
 
 
 def test_rotary_attention_to_a_prefix_depends_on_the_offset():
-    near, far = (behind("llama", random_prefix("llama", offset=n)) for n in (P, P + 20))
+    near, far = (behind("llama", random_prefix("llama", text_position=n)) for n in (P, P + 20))
     assert float(jnp.abs(near - far).max()) > 1e-3
 
 

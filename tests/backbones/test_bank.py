@@ -129,23 +129,23 @@ def test_rows_before_an_encoder_hold_the_soft_tokens_of_their_task() -> None:
         backbone, params, ids, tokens.replace(task_BT=task_BT), lift(backbone, params, bank)
     )
     for row, task in enumerate((2, 1, 0)):
-        alone = lift(backbone, params, bank.apart()[task])
+        alone = lift(backbone, params, bank.split_tasks()[task])
         expected, _ = hidden(backbone, params, ids, tokens, alone)
         np.testing.assert_allclose(h_BTD[row], expected[row], rtol=1e-4, atol=2e-5)
 
 
-def test_a_bank_comes_apart_into_the_prefix_of_each_task() -> None:
+def test_bank_splits_into_one_prefix_per_task() -> None:
     backbone = decoder("gpt2")
     params, bank = weights(backbone), TOGETHER(prompts(backbone))
     lifted = lift(backbone, params, bank)
-    assert (lifted.length, lifted.offset, lifted.tasks) == (P, P, 3)
-    for part, embeds in zip(lifted.apart(), bank.apart(), strict=True):
+    assert (lifted.length, lifted.text_position, lifted.tasks) == (P, P, 3)
+    for part, embeds in zip(lifted.split_tasks(), bank.split_tasks(), strict=True):
         expected = lift(backbone, params, embeds)
-        assert (part.tasks, part.offset) == (None, P)
+        assert (part.tasks, part.text_position) == (None, P)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), part, expected)
-        assert expected.apart() == (expected,)
+        assert expected.split_tasks() == (expected,)
     soft = lift(ENCODER, params, bank)
-    np.testing.assert_array_equal(soft.apart()[1].embeds_PD, bank.x_PD[P : 2 * P])
+    np.testing.assert_array_equal(soft.split_tasks()[1].embeds_PD, bank.x_PD[P : 2 * P])
 
 
 def test_equal_texts_of_different_tasks_do_not_share_their_tokens() -> None:

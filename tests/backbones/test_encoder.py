@@ -65,10 +65,10 @@ def present(rows: int, columns: int, name: str = "bert") -> TokenLayout:
 
 
 @functools.cache
-def random_prefix(name: str, offset: int = P) -> Prefix:
+def random_prefix(name: str, text_position: int = P) -> Prefix:
     g = encoder(name).geometry.main
     k, v = jax.random.normal(jax.random.key(3), (2, g.layers, P, g.kv_heads, g.head_dim))
-    return Prefix(encoder=Site(KVPrefix(k, v)), offset=offset)
+    return Prefix(encoder=Site(KVPrefix(k, v)), text_position=text_position)
 
 
 @functools.cache
@@ -98,8 +98,8 @@ def test_no_prefix_is_the_bare_model_bit_for_bit() -> None:
 
 def test_absent_slots_leave_the_bare_model() -> None:
     name = "bert"
-    prefix = random_prefix(name, offset=0)
-    off = prefix.encoder.join.replace(bias_LPN=jnp.full((L, P, 4), -jnp.inf))
+    prefix = random_prefix(name, text_position=0)
+    off = prefix.encoder.inside.replace(bias_LPN=jnp.full((L, P, 4), -jnp.inf))
     off = dataclasses.replace(prefix, encoder=Site(off))
     found, _ = hidden(encoder(name), params_of(name), texts(), present(B, T, name), off)
     close(found, behind(name, False), rtol=1e-5, atol=1e-6)
@@ -206,7 +206,7 @@ def test_read_gives_three_forms_of_a_text_of_which_two_become_the_same_prefix(na
     embeds, states, prefix = read(backbone, params, token_ids(P, seed=1))
     close(embeds.x_PD, params["embed"]["tokens_VD"][token_ids(P, seed=1)])
     assert list(prefix.sites) == ["encoder"]
-    assert prefix.offset == P
+    assert prefix.text_position == P
     jax.tree.map(close, lift(backbone, params, states), prefix)
 
 
@@ -259,8 +259,8 @@ def test_listed_layers_compute_what_stacked_ones_do(kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])
 def test_the_offset_is_the_position_of_the_first_token_of_text(name: str) -> None:
-    prefix = random_prefix(name, offset=9)
-    off = Site(prefix.encoder.join.replace(bias_LPN=jnp.full((L, P, 4), -jnp.inf)))
+    prefix = random_prefix(name, text_position=9)
+    off = Site(prefix.encoder.inside.replace(bias_LPN=jnp.full((L, P, 4), -jnp.inf)))
     tokens = present(B, T, name)
     shifted = tokens.replace(position_BT=tokens.position_BT + 9)
     found, _ = hidden(

@@ -55,7 +55,7 @@ def run(
 @functools.cache
 def alone(name: str) -> jax.Array:
     """The states of the texts behind a prefix at every site."""
-    return run(name, random_prefix(name, P, offset=P))
+    return run(name, random_prefix(name, P, text_position=P))
 
 
 # Where tokens stand.
@@ -69,7 +69,7 @@ def padded(ids_BT: jax.Array, before: int, after: int) -> tuple[jax.Array, Token
 @pytest.mark.parametrize("sides", [(0, 3, 0, 2), (3, 0, 2, 0), (1, 2, 1, 1)])
 def test_padding_of_sources_and_targets_changes_nothing(name, sides):
     source, target = padded(texts()[0], *sides[:2]), padded(texts()[1], *sides[2:])
-    found = run(name, random_prefix(name, P, offset=P), source, target)
+    found = run(name, random_prefix(name, P, text_position=P), source, target)
     close(found[:, sides[2] : sides[2] + T], alone(name))
 
 
@@ -83,7 +83,7 @@ def joined(ids_BT: jax.Array) -> tuple[jax.Array, TokenLayout]:
 
 def test_examples_that_share_a_row_are_what_they_are_alone(name):
     source, target = map(joined, texts())
-    found = run(name, random_prefix(name, P, offset=P), source, target)
+    found = run(name, random_prefix(name, P, text_position=P), source, target)
     close(found.reshape(B, T, -1), alone(name))
 
 
@@ -91,7 +91,7 @@ def test_several_targets_share_one_source(name):
     source_BS, ids_BT = texts()
     ids, tokens = joined(ids_BT)
     branches = TokenLayout(jnp.ones_like(ids), tokens.segment_BT, tokens.position_BT)
-    prefix = random_prefix(name, P, offset=P)
+    prefix = random_prefix(name, P, text_position=P)
     found = run(name, prefix, (source_BS[:1], present(1, S)), (ids, branches))
     apart = run(name, prefix, (jnp.tile(source_BS[:1], (B, 1)), present(B, S)))
     close(found.reshape(B, T, -1), apart)
@@ -101,7 +101,7 @@ def test_several_targets_share_one_source(name):
 
 
 def test_slots_whose_bias_is_minus_infinity_are_no_prefix(name):
-    sites = random_prefix(name, P, offset=0).sites
+    sites = random_prefix(name, P, text_position=0).sites
     nothing = {site: biased(name, site, sites[site], -jnp.inf) for site in SITES}
     bare = run(name)
     close(run(name, Prefix.of(nothing)), bare)
@@ -114,16 +114,16 @@ def test_slots_whose_bias_is_minus_infinity_are_no_prefix(name):
 
 def test_a_site_of_some_layers_has_absent_slots_in_the_others(name):
     backbone, params = encoder_decoder(name), params_of(name)
-    sites = random_prefix(name, P, offset=P).sites
+    sites = random_prefix(name, P, text_position=P).sites
     some, full = {}, {}
     for site, layers in {"encoder": (1,), "decoder": (0,), "cross": (0, 1)}.items():
-        index, join = jnp.array(layers), biased(name, site, sites[site], -jnp.inf).join
-        some[site] = Site(KVPrefix(join.k_LPKH[index], join.v_LPKH[index]), layers=layers)
-        full[site] = Site(join.replace(bias_LPN=join.bias_LPN.at[index].set(0.0)))
-    lifted = lift(backbone, params, Prefix.of(some, offset=P))
-    close(run(name, lifted), run(name, Prefix.of(full, offset=P)))
+        index, inside = jnp.array(layers), biased(name, site, sites[site], -jnp.inf).inside
+        some[site] = Site(KVPrefix(inside.k_LPKH[index], inside.v_LPKH[index]), layers=layers)
+        full[site] = Site(inside.replace(bias_LPN=inside.bias_LPN.at[index].set(0.0)))
+    lifted = lift(backbone, params, Prefix.of(some, text_position=P))
+    close(run(name, lifted), run(name, Prefix.of(full, text_position=P)))
     beyond = backbone.geometry.encoder.layers
-    missing = Prefix.of({"encoder": Site(some["encoder"].join, layers=(beyond,))})
+    missing = Prefix.of({"encoder": Site(some["encoder"].inside, layers=(beyond,))})
     with pytest.raises(PrefixError, match=f"layer {beyond};"):
         backbone.lift(params, missing)
 
@@ -139,14 +139,14 @@ def test_soft_tokens_are_embeddings_before_the_source(name):
 
 
 def test_gradients_reach_every_layer_of_every_site(name):
-    prefix = random_prefix(name, P, offset=P)
+    prefix = random_prefix(name, P, text_position=P)
 
     def total(prefix: Prefix) -> jax.Array:
         return jnp.sum(run(name, prefix)[..., 0])
 
     slopes = jax.grad(total)(prefix)
     for site in SITES:
-        for slope_LPKH in (slopes.sites[site].join.k_LPKH, slopes.sites[site].join.v_LPKH):
+        for slope_LPKH in (slopes.sites[site].inside.k_LPKH, slopes.sites[site].inside.v_LPKH):
             assert float(jnp.abs(slope_LPKH).max(axis=(1, 2, 3)).min()) > 1e-4
     step = jax.tree.map(lambda slope: 1e-3 * slope / jnp.linalg.norm(slope), slopes)
     ahead = total(jax.tree.map(jnp.add, prefix, step))
@@ -170,7 +170,9 @@ def test_a_decoder_that_starts_from_a_text_equals_prepending_it(name):
     text_P, (_, ids_BT) = token_ids(P, seed=3), texts()
     prefix = read(encoder_decoder(name), params_of(name), text_P)[2]
     source = (jnp.tile(text_P, (B, 1)), present(B, P))
-    begun = run(name, Prefix.of({"decoder": prefix.decoder}, offset=prefix.offset), source)
+    begun = run(
+        name, Prefix.of({"decoder": prefix.decoder}, text_position=prefix.text_position), source
+    )
     ids = jnp.concatenate([jnp.tile(text_P, (B, 1)), ids_BT], axis=1)
     close(begun, run(name, None, source, (ids, present(B, P + T)))[:, P:])
 
@@ -179,7 +181,7 @@ def test_a_decoder_that_starts_from_a_text_equals_prepending_it(name):
 
 
 def test_decoding_listed_and_step_by_step_equals_all_at_once(name):
-    backbone, prefix = encoder_decoder(name), random_prefix(name, P, offset=P)
+    backbone, prefix = encoder_decoder(name), random_prefix(name, P, text_position=P)
     params = backbone.unstacked(weights(backbone))
     source_BS, ids_BT = texts()
     encoded = encode(backbone, params, source_BS, present(B, S), prefix)

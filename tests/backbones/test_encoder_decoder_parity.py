@@ -26,7 +26,7 @@ def test_logits_equal_those_of_transformers(variant: str) -> None:
         name: Site(KVPrefix(jnp.asarray(expected[f"k_{name}"]), jnp.asarray(expected[f"v_{name}"])))
         for name in SITES
     }
-    prefix = Prefix.of(sites, offset=sites["encoder"].length)
+    prefix = Prefix.of(sites, text_position=sites["encoder"].length)
     source, present = (
         jnp.asarray(expected["source"]),
         TokenLayout.plain(jnp.asarray(expected["present"])),

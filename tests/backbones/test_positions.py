@@ -50,7 +50,7 @@ def prefix_of(name: str) -> Prefix:
     site = "encoder" if name == "roberta" else "decoder"
     shape = backbone_of(name).geometry.sites[site]
     size = (shape.layers, P, shape.kv_heads, shape.head_dim)
-    return Prefix.of({site: Site(KVPrefix(jnp.ones(size), jnp.ones(size)))}, offset=P)
+    return Prefix.of({site: Site(KVPrefix(jnp.ones(size), jnp.ones(size)))}, text_position=P)
 
 
 def read(

@@ -43,7 +43,7 @@ BERT = {
 def prefix() -> Prefix:
     g = BACKBONE.geometry.main
     k, v = jax.random.normal(jax.random.key(3), (2, g.layers, P, g.kv_heads, g.head_dim))
-    return Prefix(Site(KVPrefix(k, v)), offset=P)
+    return Prefix(Site(KVPrefix(k, v)), text_position=P)
 
 
 def texts(rows: int, columns: int) -> tuple[jax.Array, TokenLayout]:

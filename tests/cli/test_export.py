@@ -10,7 +10,7 @@ from prefix_jax.prefix import Geometry, KVPrefix, Prefix, Site, SiteShape
 @pytest.fixture
 def stored(tmp_path):
     k_LPKH, v_LPKH = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 3, 1, 4)))
-    produced = Prefix(Site(KVPrefix(k_LPKH, v_LPKH)), offset=3)
+    produced = Prefix(Site(KVPrefix(k_LPKH, v_LPKH)), text_position=3)
     backbone = artifact.BackboneCard(
         source="/gone", model_type="gpt2", fingerprint="0", dtype="float32"
     )

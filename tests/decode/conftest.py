@@ -68,7 +68,7 @@ def prefix(backbone: Backbone) -> Prefix:
     a = backbone.arch
     rng = np.random.default_rng(0)
     k, v = rng.normal(size=(2, a.layers, P, a.kv_heads, a.head_dim)).astype(np.float32)
-    return Prefix(Site(KVPrefix(jnp.asarray(k), jnp.asarray(v))), offset=P)
+    return Prefix(Site(KVPrefix(jnp.asarray(k), jnp.asarray(v))), text_position=P)
 
 
 @pytest.fixture(scope="session")

@@ -349,7 +349,7 @@ class TestContext:
     def test_prefix_prompt_and_new_tokens_must_fit_the_positions(
         self, generator: Generator
     ) -> None:
-        room = generator.backbone.arch.max_positions - generator.prefix.offset
+        room = generator.backbone.arch.max_positions - generator.prefix.text_position
         config = DecodeConfig(max_new_tokens=NEW)
         generator.generate([[1] * (room - NEW)], config)
         with pytest.raises(ContextError, match=r"prompt 1: 246 tokens after a prefix of 3"):

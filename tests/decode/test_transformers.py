@@ -54,7 +54,7 @@ def peft_prefix(backbone: Backbone, seed: int) -> Prefix:
     shape = (P, a.layers, 2, a.kv_heads, a.head_dim)
     flat = np.random.default_rng(seed).normal(size=(P, int(np.prod(shape[1:]))))
     k_LPKH, v_LPKH = flat.astype(np.float32).reshape(shape).transpose(2, 1, 0, 3, 4)
-    return Prefix(Site(KVPrefix(jnp.asarray(k_LPKH), jnp.asarray(v_LPKH))), offset=P)
+    return Prefix(Site(KVPrefix(jnp.asarray(k_LPKH), jnp.asarray(v_LPKH))), text_position=P)
 
 
 def sites_prefix(backbone: Backbone, seed: int) -> Prefix:
@@ -65,7 +65,7 @@ def sites_prefix(backbone: Backbone, seed: int) -> Prefix:
         shape = backbone.geometry.sites[name]
         size = (2, shape.layers, SLOTS, shape.kv_heads, shape.head_dim)
         sites[name] = Site(KVPrefix(*jnp.asarray(rng.normal(size=size), jnp.float32)))
-    return Prefix.of(sites, offset=SLOTS)
+    return Prefix.of(sites, text_position=SLOTS)
 
 
 def check(run: dict[str, Any], pretrained: Pretrained) -> float:

@@ -35,7 +35,7 @@ def test_the_toy_produces_one_pair_for_all_layers_and_drops_out() -> None:
         params = method.init(jax.random.key(0), geometry, begin)
         prefix = method(params)
         assert isinstance(prefix, Prefix)
-        k_LPKH = prefix.decoder.join.k_LPKH
+        k_LPKH = prefix.decoder.inside.k_LPKH
         assert k_LPKH.shape == (2, 8, 2, 8)
         np.testing.assert_array_equal(k_LPKH[0], k_LPKH[1])
-    assert (method(params, jax.random.key(2)).decoder.join.k_LPKH == 0).any()
+    assert (method(params, jax.random.key(2)).decoder.inside.k_LPKH == 0).any()

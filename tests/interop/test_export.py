@@ -54,7 +54,7 @@ def test_baking_returns_the_keys_and_values_of_a_prefix(
     baked, loaded_card = artifact.load(tmp_path / "baked")
     assert isinstance(baked, Prefix)
     assert card == loaded_card
-    assert (card.kind, card.length, card.offset) == ("kv", 6, 6)
+    assert (card.kind, card.length, card.text_position) == ("kv", 6, 6)
     for ours, expected in zip(leaves(baked), leaves(forms["kv"]), strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-5)
 
@@ -122,10 +122,12 @@ def test_the_documented_five_lines_read_an_export_without_this_package(
 ) -> None:
     export(save(forms["kv"]), tmp_path / "my-prefix", to)
     assert len([line for line in SNIPPETS[f"read: {to}"].splitlines() if line]) == 5
-    store = "import numpy as np; np.savez('read.npz', offset=card['offset'], **arrays)"
+    store = (
+        "import numpy as np; np.savez('read.npz', text_position=card['text_position'], **arrays)"
+    )
     run_without_the_package(SNIPPETS[f"read: {to}"] + store, tmp_path)
     read = np.load(tmp_path / "read.npz")
-    assert read["offset"] == 6
+    assert read["text_position"] == 6
     for name, array in zip(("decoder.k_LPKH", "decoder.v_LPKH"), leaves(forms["kv"]), strict=True):
         assert read[name].dtype == np.float32
         assert np.array_equal(read[name], array)
@@ -139,12 +141,12 @@ def test_documented_attention_matches_ours(
     T, N, K, H = 5, g.query_heads, g.kv_heads, g.head_dim
     stored = forms["kv"]
     assert isinstance(stored, Prefix)
-    join = stored.decoder.join
+    inside = stored.decoder.inside
     if with_bias:
         bias_LPN = rng.normal(size=(g.layers, 6, N)).astype(np.float32)
         bias_LPN[1, 2, 0] = -np.inf
-        join = dataclasses.replace(join, bias_LPN=jnp.asarray(bias_LPN))
-    export(save(Prefix(Site(join), offset=6)), tmp_path / "my-prefix")
+        inside = dataclasses.replace(inside, bias_LPN=jnp.asarray(bias_LPN))
+    export(save(Prefix(Site(inside), text_position=6)), tmp_path / "my-prefix")
 
     q_TNH, k_TKH, v_TKH = (rng.normal(size=(T, n, H)).astype(np.float32) for n in (N, K, K))
     np.savez(tmp_path / "text.npz", q=q_TNH, k=k_TKH, v=v_TKH)
@@ -156,7 +158,7 @@ def test_documented_attention_matches_ours(
         k_TKH[None],
         v_TKH[None],
         MaskAndBias(np.tri(T, dtype=bool)[None]),
-        Site(jax.tree.map(lambda leaf: leaf[1], join)),
+        Site(jax.tree.map(lambda leaf: leaf[1], inside)),
         0.3,
     )
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected[0], atol=1e-5)

@@ -49,7 +49,7 @@ def test_sizes_and_card(forms: Forms, save) -> None:
 
 def test_norms_of_keys_and_values_are_per_layer_over_slots_and_heads() -> None:
     k_LPKH = jnp.zeros((2, 3, 2, 4)).at[1].set(2.0).at[1, 0, 0].set(jnp.array([3.0, 4.0, 0, 0]))
-    found = norms(Prefix(Site(KVPrefix(k_LPKH, k_LPKH + 1)), offset=3))
+    found = norms(Prefix(Site(KVPrefix(k_LPKH, k_LPKH + 1)), text_position=3))
     assert found[0] == Norms("keys", 0, 0.0, 0.0, 0.0)
     assert found[1] == Norms("keys", 1, 4.0, pytest.approx(25 / 6), 5.0)
     assert found[2] == Norms("values", 0, 2.0, 2.0, 2.0)
@@ -68,11 +68,11 @@ def test_norms_of_parts_outside_the_softmax() -> None:
     assert states == Norms("adapter states", 7, 5.0, 5.0, 5.0)
     assert gates == Norms("gates", 7, 0.25, 0.375, 0.5)
     k_LPKH = jnp.full((1, 2, 1, 4), 0.5)
-    gated = Prefix(Site(beside=Gated(k_LPKH, 2 * k_LPKH, adapter.gate_LN)))
+    gated = Prefix(Site(outside=Gated(k_LPKH, 2 * k_LPKH, adapter.gate_LN)))
     assert [(entry.of, entry.max) for entry in norms(gated)] == [
         ("keys", 1.0), ("values", 2.0), ("gates", 0.5)
     ]  # fmt: skip
-    memory = Prefix(Site(beside=Memory(jnp.full((1, 2, 4, 4), 1.5)), layers=(3,)))
+    memory = Prefix(Site(outside=Memory(jnp.full((1, 2, 4, 4), 1.5)), layers=(3,)))
     assert norms(memory) == (Norms("memory", 3, 3.0, 3.0, 3.0),)
 
 

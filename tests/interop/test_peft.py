@@ -207,7 +207,7 @@ def prefix_of(
     shape = SiteShape(layers, 4, 2, 4)
     sites = {} if single else {"encoder": shape, "cross": shape}
     geometry = Geometry(16, 32, decoder=shape, **sites)
-    prefix = Prefix(**{"decoder": site, "offset": P, **more})
+    prefix = Prefix(**{"decoder": site, "text_position": P, **more})
     return prefix, card_of(prefix, geometry)
 
 
@@ -231,7 +231,10 @@ INEXPRESSIBLE: dict[str, tuple[Callable[[], tuple[Prefix, artifact.Card]], str]]
     "layers": (lambda: prefix_of(Site(some(1), layers=(1,))), "some layers only"),
     "bias": (lambda: prefix_of(Site(some(bias=1.0))), "biases on slots"),
     "pinned": (lambda: prefix_of(Site(some()), pinned=True), "method.pinned=false"),
-    "offset": (lambda: prefix_of(Site(some()), offset=0), "method.offset=null"),
+    "text_position": (
+        lambda: prefix_of(Site(some()), text_position=0),
+        "method.text_position=null",
+    ),
     "embeds": (
         lambda: prefix_of(Site(some()), embeds_PD=jnp.ones((P, 16))),
         "soft tokens in addition to keys and values",
@@ -263,7 +266,7 @@ def test_rejects_kinds_that_peft_does_not_support() -> None:
 
 def test_rejects_model_without_cache() -> None:
     geometry = Geometry(16, 32, encoder=SiteShape(2, 4, 2, 4))
-    prefix = Prefix(encoder=Site(some()), offset=P)
+    prefix = Prefix(encoder=Site(some()), text_position=P)
     with pytest.raises(PrefixError, match=r"distilbert.*method.name=prompt"):
         to_peft(prefix, card_of(prefix, geometry, "distilbert"))
 

@@ -64,7 +64,7 @@ def test_plain_gate_is_shared_by_all_heads():
     assert method(params).gate_LN.shape == (3, 1)
     backbone = decoder("llama")
     prefix = lift(backbone, weights(backbone), method(params))
-    np.testing.assert_array_equal(prefix.decoder.beside.gate_LN, np.tile([[1], [2], [3]], 4))
+    np.testing.assert_array_equal(prefix.decoder.outside.gate_LN, np.tile([[1], [2], [3]], 4))
 
 
 def test_start_inverts_the_tanh_of_a_gate():
@@ -88,11 +88,11 @@ def test_start_from_text_reproduces_its_keys_and_values_in_every_layer():
     backbone = decoder("gpt2")
     params, ids = weights(backbone), np.asarray(token_ids(P))
     adapter = start_from_ids(backbone, params, Adapter, ids, P)
-    gated = lift(backbone, params, adapter).decoder.beside
+    gated = lift(backbone, params, adapter).decoder.outside
     prefix = read(backbone, params, jnp.asarray(ids))[2]
     assert isinstance(prefix, Prefix)
-    np.testing.assert_allclose(gated.k_LPKH, prefix.decoder.join.k_LPKH, atol=1e-5)
-    np.testing.assert_allclose(gated.v_LPKH, prefix.decoder.join.v_LPKH, atol=1e-5)
+    np.testing.assert_allclose(gated.k_LPKH, prefix.decoder.inside.k_LPKH, atol=1e-5)
+    np.testing.assert_allclose(gated.v_LPKH, prefix.decoder.inside.v_LPKH, atol=1e-5)
     assert not gated.gate_LN.any()
 
 
@@ -100,9 +100,9 @@ def test_does_not_shift_text_positions():
     backbone = decoder("gpt2")
     params, ids, tokens = weights(backbone), token_ids(1, 6), present(1, 6)
     method = LlamaAdapter(P)
-    assert method.text_start == 0
+    assert method.resolved_text_position == 0
     prefix = lift(backbone, params, method(method.init(KEY, backbone.geometry, None)))
-    assert (prefix.offset, prefix.start("decoder")) == (0, 0)
+    assert (prefix.text_position, prefix.text_position_in("decoder")) == (0, 0)
     bare, _ = hidden(backbone, params, ids, tokens, None)
     np.testing.assert_array_equal(hidden(backbone, params, ids, tokens, prefix)[0], bare)
 

@@ -39,7 +39,7 @@ def test_produces_its_start_at_initialisation():
 
 def test_dropout_does_not_affect_frozen_slots():
     method = Cartridge(50, frozen=10, dropout=0.5)
-    k_LPKH = method(method.init(KEY, G, None), KEY).decoder.join.k_LPKH
+    k_LPKH = method(method.init(KEY, G, None), KEY).decoder.inside.k_LPKH
     assert (k_LPKH[:, :10] != 0).all()
     assert 0.4 < float(jnp.mean(k_LPKH[:, 10:] == 0)) < 0.6
 

@@ -166,14 +166,17 @@ def test_text_starts_after_the_prefix_unless_offset_is_set():
         method = PrefixTuning(P, **fields)
         return method(method.init(KEY, G, None))
 
-    assert (produced().offset, produced().pinned) == (P, False)
-    assert (produced(offset=0, pinned=True).offset, produced(offset=0, pinned=True).pinned) == (
+    assert (produced().text_position, produced().pinned) == (P, False)
+    assert (
+        produced(text_position=0, pinned=True).text_position,
+        produced(text_position=0, pinned=True).pinned,
+    ) == (
         0,
         True,
     )
-    assert PrefixTuning(P).text_start == P
-    assert PrefixTuning(P, offset=0).text_start == 0
-    assert PromptTuning(P).text_start == P
+    assert PrefixTuning(P).resolved_text_position == P
+    assert PrefixTuning(P, text_position=0).resolved_text_position == 0
+    assert PromptTuning(P).resolved_text_position == P
 
 
 # Dropout.
@@ -198,8 +201,8 @@ def test_dropout_zeroes_some_elements_and_rescales_the_others(name):
 
 def test_dropout_of_keys_and_values_is_independent():
     method = PrefixTuning(50, dropout=0.5)
-    join = method(method.init(KEY, G, None), KEY).decoder.join
-    assert ((join.k_LPKH == 0) != (join.v_LPKH == 0)).any()
+    inside = method(method.init(KEY, G, None), KEY).decoder.inside
+    assert ((inside.k_LPKH == 0) != (inside.v_LPKH == 0)).any()
 
 
 @each_method
@@ -255,7 +258,10 @@ def test_rejects_an_unregistered_method():
             {"name": "prefix", "mid_dim": 10**9},
             "method.mid_dim: must be at most 65536, got 1000000000",
         ),
-        ({"name": "prefix", "offset": -1}, "method.offset: must be at least 0, got -1"),
+        (
+            {"name": "prefix", "text_position": -1},
+            "method.text_position: must be at least 0, got -1",
+        ),
         ({"name": "prefix", "sites": []}, "method.sites is .*; list one or more of encoder, "),
         ({"name": "prefix", "sites": ["cross", "cross"]}, "each once"),
         ({"name": "prefix", "sites": ["middle"]}, "method.sites: expected list of one of encoder"),
@@ -291,5 +297,5 @@ def test_make_method_does_not_modify_the_section():
 
 
 def test_prefix_length_is_its_number_of_slots():
-    join = KVPrefix(jnp.zeros((3, P, 2, 8)), jnp.zeros((3, P, 2, 8)))
-    assert Prefix(Site(join)).length == P
+    inside = KVPrefix(jnp.zeros((3, P, 2, 8)), jnp.zeros((3, P, 2, 8)))
+    assert Prefix(Site(inside)).length == P

@@ -22,7 +22,7 @@ def test_starts_as_the_bare_model_and_every_matrix_has_a_gradient():
     method = PrefixTuningPlus()
     trained = method.init(KEY, G, None)
     prefix = lift(BACKBONE, params, method(trained))
-    assert (prefix.length, prefix.offset, method.text_start) == (0, 0, 0)
+    assert (prefix.length, prefix.text_position, method.resolved_text_position) == (0, 0, 0)
     bare, _ = hidden(BACKBONE, params, ids, tokens, None)
     np.testing.assert_array_equal(hidden(BACKBONE, params, ids, tokens, prefix)[0], bare)
 
@@ -39,13 +39,13 @@ def test_other_layers_are_unchanged():
     params, ids, tokens = weights(BACKBONE), token_ids(1, 6), present(1, 6)
     some, full = PrefixTuningPlus(layers=(2,)), PrefixTuningPlus()
     start = normal_like(full.blank(G), KEY, 1.0)
-    m_LNHH = start.decoder.beside.m_LNHH.at[:2].set(0)
+    m_LNHH = start.decoder.outside.m_LNHH.at[:2].set(0)
     part = normal_like(some.blank(G), KEY, 1.0)
     part = part.replace(
-        decoder=part.decoder.replace(beside=part.decoder.beside.replace(m_LNHH=m_LNHH[2:]))
+        decoder=part.decoder.replace(outside=part.decoder.outside.replace(m_LNHH=m_LNHH[2:]))
     )
     whole = start.replace(
-        decoder=start.decoder.replace(beside=start.decoder.beside.replace(m_LNHH=m_LNHH))
+        decoder=start.decoder.replace(outside=start.decoder.outside.replace(m_LNHH=m_LNHH))
     )
 
     def out(method, start) -> jax.Array:

@@ -37,7 +37,7 @@ def test_every_subset_of_sites_has_separate_parameters(sites, mid):
     assert set(prefix.sites) == set(sites)
     for name, site in prefix.sites.items():
         shape = G.sites[name]
-        assert site.join.k_LPKH.shape == (shape.layers, P, shape.kv_heads, shape.head_dim)
+        assert site.inside.k_LPKH.shape == (shape.layers, P, shape.kv_heads, shape.head_dim)
         size = sum(leaf.size for leaf in jax.tree.leaves(params[name]))
         outputs = shape.layers * 2 * shape.kv_heads * shape.head_dim
         assert size == (P * outputs if mid is None else P * 32 + 33 * mid + (mid + 1) * outputs)
@@ -55,8 +55,8 @@ def test_initial_output_equals_the_start_at_chosen_sites_and_layers(mid):
     assert set(prefix.sites) == {"encoder", "cross"}
     for name, site in prefix.sites.items():
         assert site.layers == (1,)
-        expected = start.sites[name].join.k_LPKH[1:2]
-        np.testing.assert_allclose(site.join.k_LPKH, expected, rtol=1e-3, atol=1e-4)
+        expected = start.sites[name].inside.k_LPKH[1:2]
+        np.testing.assert_allclose(site.inside.k_LPKH, expected, rtol=1e-3, atol=1e-4)
     # A stored prefix can be the start of the same method again.
     again = method(method.init(KEY, G, prefix))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), again, prefix)
@@ -92,7 +92,7 @@ def test_prefix_of_some_layers_has_masked_slots_in_the_others():
         return hidden(backbone, params, ids, tokens, lift(backbone, params, prefix))[0]
 
     bias_LPN = jnp.zeros((3, P, 4)).at[1].set(-jnp.inf)
-    join = whole.decoder.join.replace(bias_LPN=bias_LPN)
-    absent = whole.replace(decoder=whole.decoder.replace(join=join))
+    inside = whole.decoder.inside.replace(bias_LPN=bias_LPN)
+    absent = whole.replace(decoder=whole.decoder.replace(inside=inside))
     np.testing.assert_array_equal(out(part), out(absent))
     assert float(jnp.abs(out(part) - out(whole)).max()) > 0.01

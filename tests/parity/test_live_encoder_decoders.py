@@ -61,12 +61,12 @@ def _logits(model: Pretrained, given: Mapping[str, Any], prefix: Prefix | None) 
     return np.asarray(backbone.unembed(params, h_BTD))
 
 
-def _prefix(sites: Mapping[SiteName, Any], offset: int) -> Prefix:
+def _prefix(sites: Mapping[SiteName, Any], text_position: int) -> Prefix:
     made = {
         name: Site(KVPrefix(jnp.asarray(k_LPKH), jnp.asarray(v_LPKH)))
         for name, (k_LPKH, v_LPKH) in sites.items()
     }
-    return Prefix.of(made, offset=offset)
+    return Prefix.of(made, text_position=text_position)
 
 
 @pytest.mark.parametrize("shard", ["10GB", "20KB"])

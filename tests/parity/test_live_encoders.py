@@ -94,7 +94,7 @@ def _prefix(model: Pretrained, flat: jax.Array) -> Prefix:
     shape = model.backbone.geometry.main
     parts = flat.reshape(P, shape.layers, 2, shape.kv_heads, shape.head_dim)
     k_LPKH, v_LPKH = parts.transpose(2, 1, 0, 3, 4)
-    return Prefix(encoder=Site(KVPrefix(k_LPKH, v_LPKH)), offset=P)
+    return Prefix(encoder=Site(KVPrefix(k_LPKH, v_LPKH)), text_position=P)
 
 
 def _called(given: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def tuned(name: str, method: str) -> Tuned:
         size = (2, shape.layers, P, shape.kv_heads, shape.head_dim)
         k_LPKH, v_LPKH = jnp.asarray(rng.normal(size=size), jnp.float32)
         site = Site(KVPrefix(k_LPKH, v_LPKH))
-        produced: Produced = Prefix.of({geometry.main_site: site}, offset=P)
+        produced: Produced = Prefix.of({geometry.main_site: site}, text_position=P)
     else:
         produced = Embeds(jnp.asarray(rng.normal(size=(P, geometry.input_dim)), jnp.float32))
     card = artifact.make_card(

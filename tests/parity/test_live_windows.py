@@ -43,7 +43,7 @@ def _difference(variant: str, reference: Any, length: int, tokens: int, pinned: 
     flat = reference.prompt_encoder["default"].embedding.weight.detach().numpy()
     split = flat.reshape(length, shape.layers, 2, shape.kv_heads, shape.head_dim)
     k_LPKH, v_LPKH = jnp.asarray(split.transpose(2, 1, 0, 3, 4))
-    prefix = Prefix(Site(KVPrefix(k_LPKH, v_LPKH)), offset=length, pinned=pinned)
+    prefix = Prefix(Site(KVPrefix(k_LPKH, v_LPKH)), text_position=length, pinned=pinned)
     present = TokenLayout.plain(jnp.ones(ids.shape, bool))
     h_BTD, _ = ours.backbone.hidden(ours.params, jnp.asarray(ids), present, prefix)
     with torch.no_grad():

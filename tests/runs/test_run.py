@@ -132,7 +132,7 @@ def test_the_best_step_is_exported_and_training_stops_early(
     key = "['train']['prefix']['decoder']['k_LPKH']"
     stored = tiny_runs.state(tmp_path, 4)[key]
     produced, _ = artifact.load(tmp_path)
-    assert np.asarray(produced.decoder.join.k_LPKH).tobytes() == stored[2]
+    assert np.asarray(produced.decoder.inside.k_LPKH).tobytes() == stored[2]
     assert tiny_runs.state(tmp_path, 8)[key] != stored
 
     # Started again, it measures the same prefix, and trains no further.
@@ -306,10 +306,10 @@ BAD = {
         ContextError, ("position 300", "256 positions", "shorter prefix"), ("method.length=300",)
     ),
     "text moved beyond the positions": Bad(
-        ContextError, ("position 256", "256 positions"), ("method.offset=256",)
+        ContextError, ("position 256", "256 positions"), ("method.text_position=256",)
     ),
-    "negative offset": Bad(
-        ConfigError, ("method.offset: must be at least 0",), ("method.offset=-1",)
+    "negative text position": Bad(
+        ConfigError, ("method.text_position: must be at least 0",), ("method.text_position=-1",)
     ),
     "unknown method": Bad(ConfigError, ("'prompts'", "'prompt'"), ("method=prompts",)),
     "no data": Bad(ConfigError, ("data.train",), train=None),
@@ -518,7 +518,7 @@ def test_a_damaged_best_checkpoint_is_replaced_by_the_last_with_a_warning(
     key = "['train']['prefix']['decoder']['k_LPKH']"
     produced, _ = artifact.load(tmp_path)
     assert (
-        np.asarray(produced.decoder.join.k_LPKH).tobytes()
+        np.asarray(produced.decoder.inside.k_LPKH).tobytes()
         == (tiny_runs.state(tmp_path, 12)[key][2])
     )
 

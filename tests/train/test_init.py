@@ -272,14 +272,14 @@ def test_keys_and_values_can_train_on_under_an_mlp(pretrained, store):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (PrefixTuning(P + 1), "offset 4, sites decoder; the method trains one of kind 'kv', "
-         "length 5, offset 5"),
-        (HiddenPrefixTuning(P), "offset 4, sites decoder; the method trains one of kind "
+        (PrefixTuning(P + 1), "text_position 4, sites decoder; the method trains one of kind 'kv', "
+         "length 5, text_position 5"),
+        (HiddenPrefixTuning(P), "text_position 4, sites decoder; the method trains one of kind "
          "'hidden', length 4"),
         # What the text would see is not what the stored prefix was trained with.
-        (PrefixTuning(P, offset=0), "sites decoder; the method .* 'kv', length 4, "
-         "offset 0"),
-        (PrefixTuning(P, pinned=True), "the method .* offset 4, sites decoder, pinned"),
+        (PrefixTuning(P, text_position=0), "sites decoder; the method .* 'kv', length 4, "
+         "text_position 0"),
+        (PrefixTuning(P, pinned=True), "the method .* text_position 4, sites decoder, pinned"),
     ],
 )  # fmt: skip
 def test_a_stored_prefix_that_the_method_does_not_train_is_refused(
@@ -292,9 +292,14 @@ def test_a_stored_prefix_that_the_method_does_not_train_is_refused(
 
 def test_biases_of_a_stored_prefix_are_not_dropped_in_silence(pretrained, store):
     produced = initial(METHODS[0], pretrained, start="normal")
-    join = produced.decoder.join.replace(bias_LPN=jnp.zeros((2, P, 4)))
+    inside = produced.decoder.inside.replace(bias_LPN=jnp.zeros((2, P, 4)))
     with pytest.raises(PrefixError, match="biases"):
-        initial(METHODS[0], pretrained, start="prefix", path=store(Prefix(Site(join), offset=P)))
+        initial(
+            METHODS[0],
+            pretrained,
+            start="prefix",
+            path=store(Prefix(Site(inside), text_position=P)),
+        )
 
 
 def test_a_prefix_of_another_backbone_is_refused(pretrained, store, tmp_path):

@@ -208,7 +208,7 @@ def _keys_values(files: Files, arch: Architecture) -> Prefix:
     where = str(files.where / WEIGHTS)
     k_LPKH, v_LPKH = unflatten(flat, geometry.main, doubled, where)
     site = Site(KVPrefix(jnp.asarray(k_LPKH), jnp.asarray(v_LPKH)))
-    return Prefix.of({geometry.main_site: site}, offset=P)
+    return Prefix.of({geometry.main_site: site}, text_position=P)
 
 
 def _soft_tokens(files: Files, arch: Architecture, task: int | None) -> Embeds:

@@ -158,39 +158,39 @@ def _join(prefix: Prefix, card: Card) -> KVPrefix:
     site = prefix.sites.get(main)
     parts = {
         "soft tokens in addition to keys and values": prefix.embeds_PD is not None,
-        "gates or matrices outside the softmax": site is not None and site.beside is not None,
+        "gates or matrices outside the softmax": site is not None and site.outside is not None,
         "some layers only": site is not None and site.layers is not None,
         "biases on slots": site is not None
-        and site.join is not None
-        and site.join.bias_LPN is not None
-        and bool(np.any(np.asarray(site.join.bias_LPN) != 0)),
+        and site.inside is not None
+        and site.inside.bias_LPN is not None
+        and bool(np.any(np.asarray(site.inside.bias_LPN) != 0)),
     }
     if found := [part for part, there in parts.items() if there]:
         raise PrefixError(
             f"PEFT cannot express {', '.join(found)}; train method.name=prefix for all layers, "
             f"{_OURS}"
         )
-    if site is None or site.join is None:
+    if site is None or site.inside is None:
         raise PrefixError(f"the prefix has no keys and values for PEFT; {_OURS[3:]}")
     if prefix.pinned:
         raise PrefixError(
             "PEFT cannot keep a prefix visible to sliding windows; train with method.pinned=false, "
             f"{_OURS}"
         )
-    if prefix.offset != site.length:
+    if prefix.text_position != site.length:
         raise PrefixError(
             f"in PEFT, text after {site.length} slots starts at position {site.length}, but with "
-            f"this prefix at {prefix.offset}; train with method.offset=null, {_OURS}"
+            f"this prefix at {prefix.text_position}; train with method.text_position=null, {_OURS}"
         )
     if card.backbone.model_type in _WITHOUT_CACHE:
         raise PrefixError(
             f"PEFT does not support keys and values for {card.backbone.model_type}; train soft "
             f"tokens (method.name=prompt), {_OURS}"
         )
-    return site.join
+    return site.inside
 
 
-def _keys_values(join: KVPrefix, card: Card) -> tuple[Config, Arrays]:
+def _keys_values(inside: KVPrefix, card: Card) -> tuple[Config, Arrays]:
     geometry = card.geometry
     shape, doubled = geometry.main, len(geometry.sites) > 1
     width = shape.kv_heads * shape.head_dim
@@ -209,7 +209,7 @@ def _keys_values(join: KVPrefix, card: Card) -> tuple[Config, Arrays]:
             "init_weights": None,
             "prefix_projection": False,
         }
-    k_LPKH, v_LPKH = jax.device_get((join.k_LPKH, join.v_LPKH))
+    k_LPKH, v_LPKH = jax.device_get((inside.k_LPKH, inside.v_LPKH))
     return config, {"prompt_embeddings": flatten(k_LPKH, v_LPKH, doubled)}
 
 

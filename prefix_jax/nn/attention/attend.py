@@ -23,7 +23,7 @@ from prefix_jax.nn.attention.dense import MASKED, dbias, dot, finish, through_so
 from prefix_jax.nn.attention.mask import MaskAndBias
 from prefix_jax.nn.attention.splash_run import interpreting
 from prefix_jax.nn.remat import keep
-from prefix_jax.prefix import Beside, KVPrefix, Memory, Site
+from prefix_jax.prefix import KVPrefix, Memory, Outside, Site
 
 
 def attend(
@@ -55,15 +55,15 @@ def attend(
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BKGTH = (q_BTNH * scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    join = None if site is None else jax.tree.map(lambda x: x.astype(q_BTNH.dtype), site.join)
-    out_BKGTH = _attend(softcap, q_BKGTH, k_BSKH, v_BSKH, seen, join)
+    inside = None if site is None else jax.tree.map(lambda x: x.astype(q_BTNH.dtype), site.inside)
+    out_BKGTH = _attend(softcap, q_BKGTH, k_BSKH, v_BSKH, seen, inside)
     out_BTNH = out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-    if site is not None and site.beside is not None:
-        out_BTNH = out_BTNH + beside(q_BTNH, site.beside, scale)
+    if site is not None and site.outside is not None:
+        out_BTNH = out_BTNH + outside(q_BTNH, site.outside, scale)
     return out_BTNH
 
 
-def beside(q_BTNH: jax.Array, added: Beside, scale: float) -> jax.Array:
+def outside(q_BTNH: jax.Array, added: Outside, scale: float) -> jax.Array:
     """The term added outside the softmax over tokens, out_BTNH.
 
     Args:
@@ -104,14 +104,14 @@ def _by_platform(
 
 
 def _prefix_logits(
-    softcap: float | None, q_BKGTH: jax.Array, seen: MaskAndBias, join: KVPrefix
+    softcap: float | None, q_BKGTH: jax.Array, seen: MaskAndBias, inside: KVPrefix
 ) -> jax.Array:
     """Masked float32 logits of the prefix, [B, K, G, T, P]."""
     K, G = q_BKGTH.shape[1:3]
-    products_BKGTP = dot("BKGTH,PKH->BKGTP", q_BKGTH, join.k_LPKH)
+    products_BKGTP = dot("BKGTH,PKH->BKGTP", q_BKGTH, inside.k_LPKH)
     logits_BKGTP = finish(softcap, products_BKGTP, seen.bias_BNTP, seen.mask_BTP)
-    if join.bias_LPN is not None:
-        logits_BKGTP = logits_BKGTP + join.bias_LPN.T.reshape(K, G, 1, -1)
+    if inside.bias_LPN is not None:
+        logits_BKGTP = logits_BKGTP + inside.bias_LPN.T.reshape(K, G, 1, -1)
         logits_BKGTP = jnp.maximum(logits_BKGTP, MASKED)
     return logits_BKGTP
 
@@ -122,11 +122,11 @@ def _forward(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     seen: MaskAndBias,
-    join: KVPrefix | None,
+    inside: KVPrefix | None,
 ) -> tuple[jax.Array, Any]:
     prefix_BKGTP = floor_BKGT1 = None
-    if join is not None:
-        prefix_BKGTP = _prefix_logits(softcap, q_BKGTH, seen, join)
+    if inside is not None:
+        prefix_BKGTP = _prefix_logits(softcap, q_BKGTH, seen, inside)
         floor_BKGT1 = prefix_BKGTP.max(axis=-1, keepdims=True)
 
     tokens = _by_platform(
@@ -137,14 +137,14 @@ def _forward(
         functools.partial(dense.forward, softcap),
     )
     out_BKGTH, total_BKGT1, peak_BKGT1 = tokens(q_BKGTH, k_BSKH, v_BSKH, seen, floor_BKGT1)
-    if join is not None and prefix_BKGTP is not None:
+    if inside is not None and prefix_BKGTP is not None:
         prefix_BKGTP = jnp.exp(prefix_BKGTP - peak_BKGT1)
         total_BKGT1 += prefix_BKGTP.sum(axis=-1, keepdims=True)
-        out_BKGTH += dot("BKGTP,PKH->BKGTH", prefix_BKGTP.astype(v_BSKH.dtype), join.v_LPKH)
+        out_BKGTH += dot("BKGTP,PKH->BKGTH", prefix_BKGTP.astype(v_BSKH.dtype), inside.v_LPKH)
 
     out_BKGTH = keep("mixed", (out_BKGTH / total_BKGT1).astype(q_BKGTH.dtype))
     log_total_BKGT1 = keep("mixed", peak_BKGT1 + jnp.log(total_BKGT1))
-    return out_BKGTH, (q_BKGTH, k_BSKH, v_BSKH, seen, join, out_BKGTH, log_total_BKGT1)
+    return out_BKGTH, (q_BKGTH, k_BSKH, v_BSKH, seen, inside, out_BKGTH, log_total_BKGT1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -154,13 +154,13 @@ def _attend(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     seen: MaskAndBias,
-    join: KVPrefix | None,
+    inside: KVPrefix | None,
 ) -> jax.Array:
-    return _forward(softcap, q_BKGTH, k_BSKH, v_BSKH, seen, join)[0]
+    return _forward(softcap, q_BKGTH, k_BSKH, v_BSKH, seen, inside)[0]
 
 
 def _backward(softcap: float | None, saved: Any, dout_BKGTH: jax.Array) -> tuple[Any, ...]:
-    q_BKGTH, k_BSKH, v_BSKH, seen, join, out_BKGTH, log_total_BKGT1 = saved
+    q_BKGTH, k_BSKH, v_BSKH, seen, inside, out_BKGTH, log_total_BKGT1 = saved
     dtype = q_BKGTH.dtype
     tokens = _by_platform(
         seen,
@@ -175,20 +175,20 @@ def _backward(softcap: float | None, saved: Any, dout_BKGTH: jax.Array) -> tuple
     dseen = MaskAndBias(None, bias_BNTS=dbias_BNTS)
 
     djoin = None
-    if join is not None:
+    if inside is not None:
         weights_BKGTP, dproducts_BKGTP, dlogits_BKGTP = through_softmax(
             softcap, out_BKGTH, log_total_BKGT1, dout_BKGTH
         )(
-            _prefix_logits(softcap, q_BKGTH, seen, join),
-            dot("BKGTH,PKH->BKGTP", dout_BKGTH, join.v_LPKH),
-            lambda: dot("BKGTH,PKH->BKGTP", q_BKGTH, join.k_LPKH),
+            _prefix_logits(softcap, q_BKGTH, seen, inside),
+            dot("BKGTH,PKH->BKGTP", dout_BKGTH, inside.v_LPKH),
+            lambda: dot("BKGTH,PKH->BKGTP", q_BKGTH, inside.k_LPKH),
         )
-        dq_BKGTH += dot("BKGTP,PKH->BKGTH", dproducts_BKGTP, join.k_LPKH)
+        dq_BKGTH += dot("BKGTP,PKH->BKGTH", dproducts_BKGTP, inside.k_LPKH)
         dseen = dataclasses.replace(dseen, bias_BNTP=dbias(dlogits_BKGTP, seen.bias_BNTP))
         dbias_PN = None
-        if join.bias_LPN is not None:
-            dbias_PN = dlogits_BKGTP.sum(axis=(0, 3)).reshape(join.bias_LPN.shape[::-1]).T
-            dbias_PN = dbias_PN.astype(join.bias_LPN.dtype)
+        if inside.bias_LPN is not None:
+            dbias_PN = dlogits_BKGTP.sum(axis=(0, 3)).reshape(inside.bias_LPN.shape[::-1]).T
+            dbias_PN = dbias_PN.astype(inside.bias_LPN.dtype)
         djoin = KVPrefix(
             dot("BKGTP,BKGTH->PKH", dproducts_BKGTP, q_BKGTH).astype(dtype),
             dot("BKGTP,BKGTH->PKH", weights_BKGTP, dout_BKGTH).astype(dtype),

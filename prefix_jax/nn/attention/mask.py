@@ -152,7 +152,7 @@ def prefix_mask(position_BT: jax.Array, slot_P: jax.Array, window: int | None) -
     Slots precede the text, as in PEFT, so a prefix leaves the window like any past token.
 
     Args:
-        position_BT: positions of the queries, including the prefix offset.
+        position_BT: positions of the queries, counted with the prefix.
         slot_P: positions of the slots.
         window: sliding-window size in positions, including the query's own; None for unlimited.
     """

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from prefix_jax.nn.attention.attend import attend
 from prefix_jax.nn.attention.mask import MaskAndBias
-from prefix_jax.prefix import Beside, Gated, KVPrefix, Memory, Site
+from prefix_jax.prefix import Gated, KVPrefix, Memory, Outside, Site
 
 
 class Case(NamedTuple):
     q_BTNH: jax.Array
     k_BSKH: jax.Array
     v_BSKH: jax.Array
-    join: KVPrefix | None
+    inside: KVPrefix | None
     mask_BTS: jax.Array
     mask_BTP: jax.Array | None
     bias_BNTS: jax.Array | None = None
@@ -54,9 +54,9 @@ def make(
     mask_BTP = rng.random((B, T, P)) < 0.6
     mask_BTS[..., 0] = True
     mask_BTS[0, 0], mask_BTP[0, 0] = False, False
-    join = None
+    inside = None
     if P:
-        join = KVPrefix(normal(P, K, H), normal(P, K, H), normal(P, K * G) if bias else None)
+        inside = KVPrefix(normal(P, K, H), normal(P, K, H), normal(P, K * G) if bias else None)
     bias_BNTS = bias_BNTP = None
     if relative != "none":
         rows = 1 if relative == "shared" else B
@@ -66,7 +66,7 @@ def make(
         normal(B, T, K * G, H),
         normal(B, S, K, H),
         normal(B, S, K, H),
-        join,
+        inside,
         jnp.asarray(mask_BTS),
         jnp.asarray(mask_BTP) if P and window else None,
         bias_BNTS,
@@ -76,20 +76,20 @@ def make(
 
 def reference(case: Case, scale: float, softcap: float | None = None) -> jax.Array:
     """One softmax over concatenated keys, repeated for each query head."""
-    q, k, v, join, mask_BTS, mask_BTP, added_BNTS, added_BNTP = case
+    q, k, v, inside, mask_BTS, mask_BTP, added_BNTS, added_BNTP = case
     B, T, N, _ = q.shape
     bias_BNTS = jnp.where(mask_BTS, 0.0, -1e30)[:, None] * jnp.ones((1, N, 1, 1))
     if added_BNTS is not None:
         bias_BNTS += added_BNTS
-    if join is not None:
-        P = join.length
+    if inside is not None:
+        P = inside.length
         k, v = (
             jnp.concatenate([jnp.broadcast_to(ours, (B, *ours.shape)), theirs], axis=1)
-            for ours, theirs in ((join.k_LPKH, k), (join.v_LPKH, v))
+            for ours, theirs in ((inside.k_LPKH, k), (inside.v_LPKH, v))
         )
         bias_BNTP = jnp.zeros((B, N, T, P))
-        if join.bias_LPN is not None:
-            bias_BNTP += jnp.maximum(join.bias_LPN.T, -1e30)[None, :, None]
+        if inside.bias_LPN is not None:
+            bias_BNTP += jnp.maximum(inside.bias_LPN.T, -1e30)[None, :, None]
         if mask_BTP is not None:
             bias_BNTP = jnp.where(mask_BTP[:, None], bias_BNTP, -1e30)
         if added_BNTP is not None:
@@ -106,19 +106,19 @@ def reference(case: Case, scale: float, softcap: float | None = None) -> jax.Arr
 
 @functools.partial(jax.jit, static_argnums=1)
 def ours(case: Case, softcap: float | None = None) -> jax.Array:
-    q, k, v, join, mask_BTS, mask_BTP, bias_BNTS, bias_BNTP = case
+    q, k, v, inside, mask_BTS, mask_BTP, bias_BNTS, bias_BNTP = case
     seen = MaskAndBias(mask_BTS, mask_BTP, bias_BNTS, bias_BNTP)
-    return attend(q, k, v, seen, Site(join), 0.7, softcap)
+    return attend(q, k, v, seen, Site(inside), 0.7, softcap)
 
 
 def _value_and_gradients(function: object, case: Case, weight_BTNH: jax.Array) -> tuple:
-    def scalar(q, k, v, join, *biases):
-        out = function(Case(q, k, v, join, case.mask_BTS, case.mask_BTP, *biases))
+    def scalar(q, k, v, inside, *biases):
+        out = function(Case(q, k, v, inside, case.mask_BTS, case.mask_BTP, *biases))
         # The output of a fully masked query is never used.
         return jnp.sum(jnp.where(sees_BT[..., None, None], out * weight_BTNH, 0))
 
     sees_BT = case.mask_BTS.any(-1)
-    if case.join is not None:
+    if case.inside is not None:
         sees_BT |= True if case.mask_BTP is None else case.mask_BTP.any(-1)
     return jax.value_and_grad(scalar, argnums=(0, 1, 2, 3, 4, 5))(*case[:4], *case[6:])
 
@@ -165,11 +165,11 @@ def _compare(case: Case, softcap: float | None = None) -> None:
 
 def test_bias_of_minus_infinity_removes_a_slot():
     case = make(P=3, window=False)
-    without = KVPrefix(*(x[jnp.array([0, 2])] for x in jax.tree.leaves(case.join)))
-    bias = case.join.bias_LPN.at[1].set(-jnp.inf)
-    masked = case._replace(join=case.join.replace(bias_LPN=bias))
+    without = KVPrefix(*(x[jnp.array([0, 2])] for x in jax.tree.leaves(case.inside)))
+    bias = case.inside.bias_LPN.at[1].set(-jnp.inf)
+    masked = case._replace(inside=case.inside.replace(bias_LPN=bias))
     np.testing.assert_allclose(
-        ours(masked), ours(case._replace(join=without)), rtol=1e-5, atol=1e-6
+        ours(masked), ours(case._replace(inside=without)), rtol=1e-5, atol=1e-6
     )
     (_, grads), _ = both(masked, jnp.ones_like(case.q_BTNH))
     for leaf in jax.tree.leaves(grads):
@@ -180,9 +180,9 @@ def test_bias_of_minus_infinity_removes_a_slot():
 
 def test_bias_of_minus_infinity_can_hide_a_slot_from_one_head():
     case = make(P=1, K=2, G=2, window=False)
-    hidden = case.join.bias_LPN.at[0, 3].set(-jnp.inf)
-    bare = ours(case._replace(join=None))
-    out = ours(case._replace(join=case.join.replace(bias_LPN=hidden)))
+    hidden = case.inside.bias_LPN.at[0, 3].set(-jnp.inf)
+    bare = ours(case._replace(inside=None))
+    out = ours(case._replace(inside=case.inside.replace(bias_LPN=hidden)))
     sees = np.asarray(case.mask_BTS.any(-1))
     np.testing.assert_allclose(out[:, :, 3][sees], bare[:, :, 3][sees], rtol=1e-5, atol=1e-6)
     assert jnp.abs(out[:, :, 2] - bare[:, :, 2]).max() > 1e-3
@@ -204,7 +204,7 @@ def test_padding_does_not_change_gradients():
     padded = case._replace(
         mask_BTS=case.mask_BTS.at[1].set(False), mask_BTP=case.mask_BTP.at[1].set(False)
     )
-    alone = Case(*(jax.tree.map(lambda x: x[:1], part) for part in padded[:3]), case.join, *(
+    alone = Case(*(jax.tree.map(lambda x: x[:1], part) for part in padded[:3]), case.inside, *(
         mask[:1] for mask in padded[4:6]
     ))  # fmt: skip
     (_, grads), _ = both(padded, jnp.ones_like(padded.q_BTNH))
@@ -239,8 +239,8 @@ def test_float32_prefix_has_float32_gradients_in_a_bfloat16_model():
             for name in ("q_BTNH", "k_BSKH", "v_BSKH")
         }
     )
-    grads = jax.grad(lambda join: ours(low._replace(join=join)).astype(jnp.float32).sum())(
-        case.join
+    grads = jax.grad(lambda inside: ours(low._replace(inside=inside)).astype(jnp.float32).sum())(
+        case.inside
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
@@ -268,9 +268,9 @@ def test_soft_cap_bounds_the_logits():
 # Terms outside the softmax.
 
 
-def _add(case: Case, added: Beside | None) -> jax.Array:
+def _add(case: Case, added: Outside | None) -> jax.Array:
     seen = MaskAndBias(case.mask_BTS)
-    return attend(case.q_BTNH, case.k_BSKH, case.v_BSKH, seen, Site(beside=added), 0.7)
+    return attend(case.q_BTNH, case.k_BSKH, case.v_BSKH, seen, Site(outside=added), 0.7)
 
 
 def _gated(case: Case, added: Gated) -> jax.Array:
@@ -287,7 +287,7 @@ def _memory(case: Case, added: Memory) -> jax.Array:
     return jnp.einsum("BTNH,NHY->BTNY", jnp.where(q > 0, q, jnp.expm1(q)), added.m_LNHH)
 
 
-def _added(kind: str) -> Beside:
+def _added(kind: str) -> Outside:
     normal = functools.partial(jax.random.normal, jax.random.key(7))
     if kind == "memory":
         return Memory(normal((4, 4, 4)))

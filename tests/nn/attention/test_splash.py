@@ -39,7 +39,7 @@ class Case(NamedTuple):
     q_BTNH: jax.Array
     k_BSKH: jax.Array
     v_BSKH: jax.Array
-    join: KVPrefix | None
+    inside: KVPrefix | None
 
 
 def case(S: int = T, P: int = 3, columns: int = T, rows: int = B) -> Case:
@@ -48,8 +48,8 @@ def case(S: int = T, P: int = 3, columns: int = T, rows: int = B) -> Case:
     def array(*shape: int) -> jax.Array:
         return jnp.asarray(normal(size=shape), jnp.float32)
 
-    join = KVPrefix(array(P, K, H), array(P, K, H), array(P, K * G)) if P else None
-    return Case(array(rows, columns, K * G, H), array(rows, S, K, H), array(rows, S, K, H), join)
+    inside = KVPrefix(array(P, K, H), array(P, K, H), array(P, K * G)) if P else None
+    return Case(array(rows, columns, K * G, H), array(rows, S, K, H), array(rows, S, K, H), inside)
 
 
 def packed(columns: int, branches: int = 0, rows: int = B) -> TokenLayout:
@@ -91,7 +91,7 @@ def found(
     real_BT11 = (seen.mask.queries.segment_BT > 0)[..., None, None]
 
     def scalar(case: Case) -> tuple[jax.Array, jax.Array]:
-        out = attend(*case[:3], seen, Site(case.join), 0.5, softcap)
+        out = attend(*case[:3], seen, Site(case.inside), 0.5, softcap)
         out = jnp.where(real_BT11, out, 0)
         return jnp.sum(out * weight_BTNH), out
 
