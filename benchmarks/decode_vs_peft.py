@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=2, help="processes per library")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls per process")
-    common.output_argument(parser)
+    common.output_argument(parser, "decode_vs_peft")
     parser.add_argument("--worker", nargs=3, metavar=("LIBRARY", "SETTING", "DIRECTORY"), help="-")
     arguments = parser.parse_args()
     if arguments.worker:
@@ -141,7 +141,7 @@ def main() -> None:
             print(json.dumps(work[library](setting, arguments.repeats, Path(directory))))
         return
 
-    rows, results = [], {}
+    rows = []
     with tempfile.TemporaryDirectory() as directory:
 
         def worker(setting: str, library: str) -> dict[str, Any]:
@@ -152,25 +152,13 @@ def main() -> None:
 
         worker("", "prepare")
         for setting, (count, _, goal) in SETTINGS.items():
-            found = common.take_turns(arguments.rounds, functools.partial(worker, setting))
+            results = common.take_turns(arguments.rounds, functools.partial(worker, setting))
             seconds = {
-                library: statistics.median(s for one in measured for s in one["seconds"])
-                for library, measured in found.items()
+                library: statistics.median(s for call in measured for s in call["seconds"])
+                for library, measured in results.items()
             }
             ratio = seconds["peft"] / seconds["ours"]
-            same = np.equal(found["ours"][0]["ids"], found["peft"][0]["ids"]).all(axis=1)
-            results[setting] = {
-                "ratio": ratio,
-                "equal_texts": int(same.sum()),
-                **{
-                    library: {
-                        "tokens_per_second": count * NEW / seconds[library],
-                        "ms_per_step": 1000 * seconds[library] / NEW,
-                        "seconds": [one["seconds"] for one in measured],
-                    }
-                    for library, measured in found.items()
-                },
-            }
+            same = np.equal(results["ours"][0]["ids"], results["peft"][0]["ids"]).all(axis=1)
             rows.append(
                 [
                     setting,
@@ -182,13 +170,14 @@ def main() -> None:
                     f"{same.sum()} of {count}",
                 ]
             )
-    common.print_table(
+    common.write_table(
+        arguments.output,
         f"Decoding, SmolLM2-135M float32, prefix {LENGTH}, {NEW} new tokens",
         [
             "work",
             "ours (tokens/s)",
             "PEFT",
-            "ours (ms a step)",
+            "ours (ms per step)",
             "PEFT",
             "speed",
             "goal",
@@ -196,7 +185,6 @@ def main() -> None:
         ],
         rows,
     )
-    common.write_json("decode_vs_peft", results, arguments.output)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS), help="of both")
-    common.output_argument(parser)
+    common.output_argument(parser, "encoder_vs_peft")
     parser.add_argument("--worker", nargs=3, metavar=("LIBRARY", "START", "DIRECTORY"), help="-")
     arguments = parser.parse_args()
     if arguments.worker:
@@ -177,13 +177,13 @@ def main() -> None:
         [start, f"{found['ours']:.4f}", f"{found['peft']:.4f}"] for start, found in results.items()
     ]
     rows.append(["best", f"{best['ours']:.4f}", f"{best['peft']:.4f}"])
-    common.print_table(
+    common.write_table(
+        arguments.output,
         f"Accuracy on SST-2 dev after {arguments.steps} steps of {BATCH}, all-MiniLM-L6-v2, "
         f"prefix {LENGTH} (goal: ours at least PEFT's, and above 0.85)",
         ["initial prefix", "prefix_jax", "PEFT"],
         rows,
     )
-    common.write_json("encoder_vs_peft", {"steps": arguments.steps, **results}, arguments.output)
 
 
 if __name__ == "__main__":

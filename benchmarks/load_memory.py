@@ -1,6 +1,6 @@
 """Peak host memory of loading a backbone.
 
-    python benchmarks/load_memory.py [--source PATH] [--output benchmarks/results/load_memory.json]
+    python benchmarks/load_memory.py [--source PATH] [--output benchmarks/results/load_memory.md]
 
 Goal: the size of the model in its target dtype plus the largest stacked parameter. int8 and int4
 weights come from a bfloat16 model and are quantised while loading. Each load runs in a separate
@@ -14,12 +14,10 @@ import argparse
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 
 import ml_dtypes
@@ -127,13 +125,13 @@ def measure(tiny: Path, source: str, dtype: str, devices: int) -> dict[str, floa
 
 
 def main() -> None:
+    import common
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", help="an additional model to measure")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/load_memory.json"))
+    common.output_argument(parser, "load_memory")
     arguments = parser.parse_args()
-    results = []
-    titles = ("    file", "in memory", "devices", "model MB", "+ largest", "peak MB", "seconds")
-    print(f"{'source':24}  " + "  ".join(titles))
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         tiny = write_llama(root / "tiny", L=2, D=64, F=64, V=16, dtype="float32")
@@ -144,22 +142,17 @@ def main() -> None:
         if arguments.source:
             runs += [(arguments.source, "", arguments.source, dtype, n) for dtype, n in CASES]
         for name, stored, source, dtype, devices in runs:
-            result = {"source": name, "stored": stored} | measure(tiny, source, dtype, devices)
-            results.append(result)
-            print(
-                f"{name:24}  {stored or '-':>8}  {dtype:9}  {devices:7}  {result['model_mb']:8.0f}"
-                f"  {result['bound_mb']:9.0f}  {result['peak_mb']:7.0f}  {result['seconds']:7.1f}"
-            )
-    machine = {
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
-    versions = {name: metadata.version(name) for name in ("jax", "safetensors", "gguf", "numpy")}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine, "versions": versions, "results": results}
-    arguments.output.write_text(json.dumps(report, indent=2))
-    print(f"{machine['platform']}, {versions}\nwritten to {arguments.output}")
+            result = measure(tiny, source, dtype, devices)
+            sizes = [f"{result[key]:.0f}" for key in ("model_mb", "bound_mb", "peak_mb")]
+            rows.append([name, stored, dtype, devices, *sizes, f"{result['seconds']:.1f}"])
+            print(*rows[-1], flush=True)
+    columns = ("model", "stored", "loaded", "devices", "MB", "MB with the largest tensor")
+    common.write_table(
+        arguments.output,
+        "Peak host memory of loading a model",
+        [*columns, "peak MB", "seconds"],
+        rows,
+    )
 
 
 if __name__ == "__main__":

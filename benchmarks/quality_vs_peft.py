@@ -149,7 +149,7 @@ def main() -> None:
         default=["text", "zero", "random"],
         help="PEFT's initialisation (default: all)",
     )
-    common.output_argument(parser)
+    common.output_argument(parser, "quality_vs_peft")
     parser.add_argument("--worker", nargs=2, metavar=("LIBRARY", "DIRECTORY"), help="-")
     arguments = parser.parse_args()
     if arguments.worker:
@@ -161,23 +161,16 @@ def main() -> None:
         return
 
     common.e2e("dev.csv")
-    output = arguments.output or common.RESULTS / "quality_vs_peft.json"
-    stored = json.loads(output.read_text()) if output.exists() else {}
-    results = stored["runs"] if stored.get("steps") == arguments.steps else {}
+    results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as directory:
         run = functools.partial(
             common.run_worker, __file__, "--steps", str(arguments.steps), "--worker"
         )
         for library in ("ours", *arguments.inits):
-            if library in results:
-                continue
             if library != "ours" and not (Path(directory) / "data.json").exists():
                 run("examples", directory)
             results[library] = run(library, directory)
             print(library, results[library], flush=True)
-            common.write_json(
-                "quality_vs_peft", {"steps": arguments.steps, "runs": results}, output
-            )
     best = {
         "loss": min(results[init]["loss"] for init in arguments.inits),
         "bleu": max(results[init]["bleu"] for init in arguments.inits),
@@ -188,7 +181,8 @@ def main() -> None:
         for library, name in names.items()
     ]
     rows.append(["goal: PEFT's best", f"<= {best['loss']:.4f}", f">= {best['bleu']:.2f}"])
-    common.print_table(
+    common.write_table(
+        arguments.output,
         f"Quality on E2E dev after {arguments.steps} steps of {BATCH}, SmolLM2-135M, prefix 16",
         ["", "token loss (nats)", "BLEU"],
         rows,

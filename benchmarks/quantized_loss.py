@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--limit", type=int, default=400, help="held-out examples")
     parser.add_argument("--steps", type=int, help="training steps (default: as above)")
-    common.output_argument(parser)
+    common.output_argument(parser, "quantized_loss")
     parser.add_argument("--worker", choices=TASKS, help="-")
     arguments = parser.parse_args()
     if arguments.worker:
@@ -153,13 +153,12 @@ def main() -> None:
                     f"{measured[when]:.4f}" + (f" ({change:+.2f} %)" if how in GOALS else "")
                 )
             rows.append([*cells, f"{GOALS[how]:.0f} %" if how in GOALS else ""])
-    common.print_table(
-        "Loss on held-out data with quantised weights",
+    common.write_table(
+        arguments.output,
+        f"Loss on {arguments.limit} held-out examples with quantised weights",
         ["", "weights", "MB", "bare model", "trained", "goal: within"],
         rows,
     )
-    what = {"limit": arguments.limit, "steps": arguments.steps}
-    common.write_json("quantized_loss", {**what, **results}, arguments.output)
 
 
 if __name__ == "__main__":

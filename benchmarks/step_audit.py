@@ -1,6 +1,6 @@
 """Computation and memory of one training step, compared with the minimum.
 
-    python benchmarks/step_audit.py [--output benchmarks/results/step_audit.json]
+    python benchmarks/step_audit.py [--output benchmarks/results/step_audit.md]
 
 Steps are compiled for this machine from abstract weights: nothing is allocated and nothing runs.
 Goals, without remat: at most 1.05 times the floor (`prefix_jax.plan.floor`), no product that
@@ -15,13 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
-import os
-import platform
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -201,32 +195,24 @@ def floor_of(case: Case) -> int:
 
 
 def main() -> None:
+    import common
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/step_audit.json"))
+    common.output_argument(parser, "step_audit")
     output = parser.parse_args().output
 
-    print(" ".join(f"{title:>{width}}" for title, width, _ in COLUMNS))
     rows = []
     for case in CASES:
         compiled, backbone, state = compile_step(case)
         row = figures(case, audit(compiled, backbone, state))
-        print(" ".join(f"{form(row):>{width}}" for _, width, form in COLUMNS), flush=True)
-        rows.append(row)
-
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("jax", "jaxlib", "flax", "optax")},
-        "compiled_for": jax.devices()[0].device_kind,
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-    }
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        rows.append([form(row) for form in COLUMNS.values()])
+        print(", ".join(f"{title} {cell}" for title, cell in zip(COLUMNS, rows[-1], strict=True)))
+    title = f"Work and memory of one training step, compiled for {jax.devices()[0].device_kind}"
+    common.write_table(output, title, list(COLUMNS), rows)
 
 
 def figures(case: Case, found: Audit) -> dict[str, Any]:
-    """One row of the table, as JSON."""
+    """Returns the values of one row of the table."""
     least = floor_of(case)
     return {
         **dataclasses.asdict(case),
@@ -245,26 +231,26 @@ def figures(case: Case, found: Audit) -> dict[str, Any]:
 
 
 Row = dict[str, Any]
-COLUMNS: tuple[tuple[str, int, Callable[[Row], str]], ...] = (
-    ("model", 12, lambda row: row["model"]),
-    ("method", 6, lambda row: row["method"]),
-    ("dtype", 8, lambda row: row["dtype"]),
-    ("remat", 5, lambda row: row["remat"]),
-    ("S", 4, lambda row: str(row["source"])),
-    ("T", 4, lambda row: str(row["tokens"])),
-    ("M", 3, lambda row: str(row["targets"])),
-    ("P", 2, lambda row: str(row["length"])),
-    ("GFLOP", 9, lambda row: f"{row['flops'] / 1e9:.4g}"),
-    ("floor", 9, lambda row: f"{row['floor'] / 1e9:.4g}"),
-    ("ratio", 5, lambda row: f"{row['ratio']:.3f}"),
-    ("temp MiB", 8, lambda row: f"{row['temp_bytes'] / MIB:.1f}"),
-    ("backbone MiB", 12, lambda row: f"{row['backbone_bytes'] / MIB:.1f}"),
-    ("weight grads", 12, lambda row: str(row["weight_gradients"])),
-    ("copies", 6, lambda row: str(len(row["weight_copies"]))),
-    ("trained", 10, lambda row: str(row["train_elements"])),
-    ("optimizer", 11, lambda row: str(row["optimizer_elements"])),
-    ("largest array", 20, lambda row: row["largest_array"]),
-)
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "model": lambda row: row["model"],
+    "method": lambda row: row["method"],
+    "dtype": lambda row: row["dtype"],
+    "remat": lambda row: row["remat"],
+    "S": lambda row: str(row["source"]),
+    "T": lambda row: str(row["tokens"]),
+    "M": lambda row: str(row["targets"]),
+    "P": lambda row: str(row["length"]),
+    "GFLOP": lambda row: f"{row['flops'] / 1e9:.6g}",
+    "floor": lambda row: f"{row['floor'] / 1e9:.6g}",
+    "ratio": lambda row: f"{row['ratio']:.3f}",
+    "temp MiB": lambda row: f"{row['temp_bytes'] / MIB:.1f}",
+    "backbone MiB": lambda row: f"{row['backbone_bytes'] / MIB:.1f}",
+    "weight grads": lambda row: str(row["weight_gradients"]),
+    "copies": lambda row: str(len(row["weight_copies"])),
+    "trained": lambda row: str(row["train_elements"]),
+    "optimizer": lambda row: str(row["optimizer_elements"]),
+    "largest array": lambda row: row["largest_array"],
+}
 
 
 if __name__ == "__main__":

@@ -6,23 +6,19 @@ Parts: `batches` (the largest global batch that fits), `flops` (of the step, rel
 minimum), `collectives` (communication of each layout), `auto` (`mesh: auto` against every mesh),
 `full` (against full fine-tuning), `long` (long rows), `depth` (compilation time). Rows have 2,048
 tokens (except in `long`), all of them targets, and a prefix of 32 slots of keys and values. Each
-part writes benchmarks/results/tpu_plan_PART.json row by row; existing rows are not compiled again.
-`--part batches --goals` compiles only the steps of the goals, into tpu_plan_goals.json.
+part writes the table benchmarks/results/tpu_plan_PART.md row by row; existing rows are not compiled
+again. `--part batches --goals` compiles only the steps of the goals, into tpu_plan_goals.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
-import os
-import platform
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
+import common
 import jax
 
 from prefix_jax import config as configs
@@ -34,7 +30,6 @@ from prefix_jax.plan.plan import Plan, compile_step
 from prefix_jax.plan.report import as_json, line
 from prefix_jax.plan.topology import Topology
 
-RESULTS = Path(__file__).parent / "results"
 TOKENS = 2048
 Row = dict[str, Any]
 
@@ -66,7 +61,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """A one-word name, for --only and the results."""
+        """The first cell of the row; also for --only."""
         mesh = "x".join(map(str, self.mesh))
         if self.sequence > 1:
             mesh += f"+{self.sequence}"
@@ -173,21 +168,19 @@ def batches(case: Case, goals: bool) -> Row:
     run, rows, topology = case.prepared()
     if goals:
         plan = case.plan()
-        return {"rows": case.rows if plan.fits else None, "plan": as_json(plan)}
+        return {"plan": as_json(plan)}
     mesh = topology.mesh(case.sizes)
-    found = largest_batch(run, rows, topology, mesh, lambda plan: print("   ", line(plan)))
-    above = found.above
+    largest = largest_batch(run, rows, topology, mesh, lambda plan: print("   ", line(plan)))
+    above = largest.above
     return {
-        "rows": found.rows,
-        "goal": case.rows,
-        "compiled": found.compiled,
-        "plan": as_json(found.plan),
-        "above": None if above is None else {"rows": above.rows.rows, "over": above.over},
+        "plan": as_json(largest.plan),
+        "compiled": largest.compiled,
+        "does not fit": above and f"{above.rows.rows} rows, by {above.over / 2**30:.2f} GiB",
     }
 
 
-def one(case: Case, _: bool) -> Row:
-    """A plan."""
+def single(case: Case, _: bool) -> Row:
+    """Compiles the step."""
     return {"plan": as_json(case.plan())}
 
 
@@ -203,11 +196,13 @@ def auto(case: Case, _: bool) -> Row:
     times = [plan.roofline.seconds for plan in plans if plan.roofline is not None]
     chosen = choice.best.roofline
     return {
-        "chosen": dict(choice.best.mesh),
+        "plan": as_json(choice.best),
+        "chosen": ", ".join(
+            f"{axis} {size}" for axis, size in choice.best.mesh.items() if size > 1
+        ),
+        "chosen / best": chosen and f"{chosen.seconds / min(times):.3f}",
         "compiled": len(choice.compiled),
         "meshes": len(plans),
-        "over_the_best": chosen.seconds / min(times) if chosen is not None else None,
-        "plans": [as_json(plan) for plan in plans],
     }
 
 
@@ -219,16 +214,16 @@ def depth(layers: int) -> Row:
     model = dataclasses.replace(run.model, backbone=dataclasses.replace(backbone, arch=arch))
     run = dataclasses.replace(run, model=model)
     plan = compile_step(run, rows, topology, topology.mesh(DEPTH.sizes))
-    return {"layers": layers, "seconds": plan.compile_seconds, "plan": as_json(plan)}
+    return {"plan": as_json(plan)}
 
 
 CASES: dict[str, tuple[tuple[Case, ...], Callable[[Case, bool], Row]]] = {
     "batches": (BATCHES, batches),
-    "flops": (FLOPS, one),
-    "collectives": (COLLECTIVES, one),
+    "flops": (FLOPS, single),
+    "collectives": (COLLECTIVES, single),
     "auto": (AUTO, auto),
-    "full": (FULL, one),
-    "long": (LONG, one),
+    "full": (FULL, single),
+    "long": (LONG, single),
 }
 
 
@@ -243,24 +238,30 @@ def work(part: str, goals: bool) -> Iterator[tuple[str, Callable[[], Row]]]:
         yield case.name, lambda case=case: measure(case, goals)
 
 
-def told(row: Row) -> str:
-    """Formats a row in one line."""
-    plan = row.get("plan")
-    if plan is None:
-        return (
-            f"chosen {row['chosen']}, {row['over_the_best']:.3f} of the best, "
-            f"{row['compiled']} of {row['meshes']} compiled"
-        )
-    memory = f"{plan['needs'] / 2**30:.2f} of {plan['limit'] / 2**30:.2f} GiB"
-    if not plan["fits"]:
-        return f"{plan['rows']['rows']} rows do not fit: {memory}"
-    found, floor = plan["roofline"], plan["floor"]
-    ratio = f"{found['flops'] * plan['devices'] / floor:.3f} of the floor, " if floor else ""
-    return (
-        f"{plan['rows']['rows']} rows, {memory}, {ratio}{found['sent'] / 2**30:.2f} GiB sent, "
-        f"at least {1e3 * found['seconds']:.0f} ms ({found['bound']}), "
-        f"compiled in {plan['compile_seconds']:.0f} s"
+def cells(plan: dict[str, Any]) -> Row:
+    """The columns that describe a plan; those of a step that does not fit are empty."""
+    memory, roofline, floor = plan["memory"], plan["roofline"], plan["floor"]
+    row: Row = {
+        "rows": plan["rows"]["rows"],
+        "GiB": f"{plan['needs'] / 2**30:.2f} of {plan['limit'] / 2**30:.2f}",
+        "fits": "yes" if plan["fits"] else "no",
+        "arguments, GiB": memory and f"{memory['arguments'] / 2**30:.2f}",
+        "temporaries, GiB": memory and f"{memory['temporaries'] / 2**30:.2f}",
+    }
+    columns = ("TFLOP", "FLOPs / minimum", "GiB sent", "of which", "step, ms", "bound")
+    if roofline is None:
+        return row | dict.fromkeys((*columns, "compilation, s"), "")
+    exchanges = (f"{k} {x['sent'] / 2**30:.2f}" for k, x in roofline["exchanges"].items())
+    values = (
+        f"{roofline['flops'] / 1e12:.1f}",
+        floor and f"{roofline['flops'] * plan['devices'] / floor:.3f}",
+        f"{roofline['sent'] / 2**30:.2f}",
+        ", ".join(exchanges),
+        f"{1e3 * roofline['seconds']:.0f}",
+        roofline["bound"],
     )
+    seconds = f"{plan['compile_seconds']:.0f}"
+    return row | dict(zip(columns, values, strict=True)) | {"compilation, s": seconds}
 
 
 def main() -> None:
@@ -274,26 +275,18 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
 
-    name = "goals" if args.goals else args.part
-    output = args.output or RESULTS / f"tpu_plan_{name}.json"
-    rows: dict[str, Row] = {}
-    if output.exists():
-        rows = json.loads(output.read_text())["rows"]
+    part = "goals" if args.goals else args.part
+    output = args.output or common.RESULTS / f"tpu_plan_{part}.md"
+    rows = common.read_rows(output)
     for name, measure in work(args.part, args.goals):
-        if args.only is not None and args.only not in name:
+        if name in rows or (args.only is not None and args.only not in name):
             continue
-        if name not in rows:
-            print(name, flush=True)
-            rows[name] = measure()
-            about = {
-                "date": datetime.date.today().isoformat(),
-                "python": platform.python_version(),
-                **{package: version(package) for package in ("jax", "jaxlib", "libtpu")},
-                "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            }
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-        print(f"{name}: {told(rows[name])}", flush=True)
+        print(name, flush=True)
+        result = measure()
+        row = {"step": name} | cells(result.pop("plan")) | result
+        rows[name] = ["" if cell is None else str(cell) for cell in row.values()]
+        title = f"TPU plans, per chip: {part}"
+        common.write_table(output, title, list(row), list(rows.values()))
 
 
 if __name__ == "__main__":

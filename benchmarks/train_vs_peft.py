@@ -152,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=16, help="timed steps per measurement")
     parser.add_argument("--repeats", type=int, default=3, help="measurements per library")
-    common.output_argument(parser)
+    common.output_argument(parser, "train_vs_peft")
     parser.add_argument("--worker", nargs=3, metavar=("LIBRARY", "ORDER", "DIRECTORY"), help="-")
     arguments = parser.parse_args()
     if arguments.worker:
@@ -163,7 +163,6 @@ def main() -> None:
 
     common.e2e("train.csv")
     rows: list[list[str]] = []
-    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
 
         def worker(order: str, library: str) -> dict[str, Any]:
@@ -180,14 +179,10 @@ def main() -> None:
                 {k: statistics.median(r[key] for r in v) for k, v in found.items()}
                 for key in ("examples_per_second", "peak_mib")
             )
-            results[order] = dict(found)
             for library, micro in OURS.items():
                 losses = zip(found[library][0]["losses"], found["peft"][0]["losses"], strict=True)
                 gap = max(abs(one - other) for one, other in losses)
                 ratio, share = speed[library] / speed["peft"], memory[library] / memory["peft"]
-                results[order] |= {
-                    f"{library}_over_peft": {"speed": ratio, "memory": share, "loss_gap": gap}
-                }
                 rows.append(
                     [
                         order if micro == 1 else f"{order}, grad_accum_steps: {micro}",
@@ -202,7 +197,8 @@ def main() -> None:
                         f"{gap:.1e}",
                     ]
                 )
-    common.print_table(
+    common.write_table(
+        arguments.output,
         "Training, SmolLM2-135M float32, prefix 16, 8 examples per step",
         [
             "batches",
@@ -218,7 +214,6 @@ def main() -> None:
         ],
         rows,
     )
-    common.write_json("train_vs_peft", results, arguments.output)
 
 
 if __name__ == "__main__":
