@@ -23,7 +23,7 @@ import jax
 
 from prefix_jax import config as configs
 from prefix_jax.nn.remat import Remat
-from prefix_jax.plan.abstract import AbstractRun, Rows
+from prefix_jax.plan.abstract import AbstractRun, BatchShape
 from prefix_jax.plan.auto import choose_mesh, meshes
 from prefix_jax.plan.batch import largest_batch
 from prefix_jax.plan.plan import Plan, compile_step
@@ -80,13 +80,13 @@ class Case:
         }
         return AbstractRun.of(configs.parse(values, [f"model.quantize={self.quantize}"]))
 
-    def prepared(self) -> tuple[AbstractRun, Rows, Topology]:
+    def prepared(self) -> tuple[AbstractRun, BatchShape, Topology]:
         run = self.run()
-        return run, run.rows(), Topology.parse(self.topology)
+        return run, run.batch_shape(), Topology.parse(self.topology)
 
     def plan(self) -> Plan:
-        run, rows, topology = self.prepared()
-        return compile_step(run, rows, topology, topology.mesh(self.sizes))
+        run, shape, topology = self.prepared()
+        return compile_step(run, shape, topology, topology.mesh(self.sizes))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -165,17 +165,17 @@ DEPTH = Case("llama-3-8b", "v5e:2x4", (1, 8, 1), 16)
 
 def batches(case: Case, goals: bool) -> Row:
     """Finds the largest batch, or checks whether the goal fits."""
-    run, rows, topology = case.prepared()
+    run, shape, topology = case.prepared()
     if goals:
         plan = case.plan()
         return {"plan": as_json(plan)}
     mesh = topology.mesh(case.sizes)
-    largest = largest_batch(run, rows, topology, mesh, lambda plan: print("   ", line(plan)))
+    largest = largest_batch(run, shape, topology, mesh, lambda plan: print("   ", line(plan)))
     above = largest.above
     return {
         "plan": as_json(largest.plan),
         "compiled": largest.compiled,
-        "does not fit": above and f"{above.rows.rows} rows, by {above.over / 2**30:.2f} GiB",
+        "does not fit": above and f"{above.batch.rows} rows, by {above.over / 2**30:.2f} GiB",
     }
 
 
@@ -186,12 +186,12 @@ def single(case: Case, _: bool) -> Row:
 
 def auto(case: Case, _: bool) -> Row:
     """Compares the mesh that auto chooses with every mesh."""
-    run, rows, topology = case.prepared()
-    choice = choose_mesh(run, rows, topology, lambda plan: print("   ", line(plan)))
+    run, shape, topology = case.prepared()
+    choice = choose_mesh(run, shape, topology, lambda plan: print("   ", line(plan)))
     plans = list(choice.compiled)
-    for mesh in meshes(run, rows, topology):
+    for mesh in meshes(run, shape, topology):
         if all(plan.mesh != mesh for plan in plans):
-            plans.append(compile_step(run, rows, topology, topology.mesh(mesh)))
+            plans.append(compile_step(run, shape, topology, topology.mesh(mesh)))
             print("   ", line(plans[-1]))
     times = [plan.roofline.seconds for plan in plans if plan.roofline is not None]
     chosen = choice.best.roofline
@@ -208,12 +208,12 @@ def auto(case: Case, _: bool) -> Row:
 
 def depth(layers: int) -> Row:
     """Measures the compilation time with the given number of layers."""
-    run, rows, topology = DEPTH.prepared()
+    run, shape, topology = DEPTH.prepared()
     backbone = run.model.backbone
     arch = dataclasses.replace(backbone.arch, layers=layers)
     model = dataclasses.replace(run.model, backbone=dataclasses.replace(backbone, arch=arch))
     run = dataclasses.replace(run, model=model)
-    plan = compile_step(run, rows, topology, topology.mesh(DEPTH.sizes))
+    plan = compile_step(run, shape, topology, topology.mesh(DEPTH.sizes))
     return {"plan": as_json(plan)}
 
 
@@ -242,7 +242,7 @@ def cells(plan: dict[str, Any]) -> Row:
     """The columns that describe a plan; those of a step that does not fit are empty."""
     memory, roofline, floor = plan["memory"], plan["roofline"], plan["floor"]
     row: Row = {
-        "rows": plan["rows"]["rows"],
+        "rows": plan["batch"]["rows"],
         "GiB": f"{plan['needs'] / 2**30:.2f} of {plan['limit'] / 2**30:.2f}",
         "fits": "yes" if plan["fits"] else "no",
         "arguments, GiB": memory and f"{memory['arguments'] / 2**30:.2f}",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefix_jax import config as configs
-from prefix_jax.plan.abstract import AbstractRun, Rows
+from prefix_jax.plan.abstract import AbstractRun, BatchShape
 from prefix_jax.plan.plan import Memory, Plan
 from prefix_jax.plan.roofline import Exchange, Roofline
 from prefix_jax.plan.topology import GIB, Topology
@@ -35,12 +35,14 @@ def config_of(path: Path | str, *overrides: str) -> configs.Config:
     return configs.parse(values, overrides)
 
 
-def formula(needs: Callable[[Rows, Any], float], seconds: Callable[[Any], float] = lambda _: 1.0):
+def formula(
+    needs: Callable[[BatchShape, Any], float], seconds: Callable[[Any], float] = lambda _: 1.0
+):
     """A stand-in for `compile_step`."""
     seen: list[Plan] = []
 
-    def compile_step(run: AbstractRun, rows: Rows, topology: Topology, mesh: Any) -> Plan:
-        total, limit = int(needs(rows, mesh.shape) * GIB), 16 * GIB
+    def compile_step(run: AbstractRun, shape: BatchShape, topology: Topology, mesh: Any) -> Plan:
+        total, limit = int(needs(shape, mesh.shape) * GIB), 16 * GIB
         fits = total <= limit
         times = seconds(mesh.shape)
         exchanges = {"all-reduce": Exchange(1, 1, 0.0)}
@@ -53,7 +55,7 @@ def formula(needs: Callable[[Rows, Any], float], seconds: Callable[[Any], float]
             devices=mesh.size,
             mesh=dict(mesh.shape),
             job="train",
-            rows=rows,
+            batch=shape,
             needs=total,
             limit=limit,
             memory=Memory(0, 0, 0, total, limit) if fits else None,

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     config = config_of(args)
     topology = Topology.parse(args.topology, args.slices)
     run = AbstractRun.of(config, args.job)
-    rows = run.rows(args.tokens, args.targets)
+    shape = run.batch_shape(args.tokens, args.targets)
     console = make_console(highlight=False, soft_wrap=True)
     answer: dict[str, Any] = {}
     with make_console(stderr=True).status(f"compiling for {topology}") as status:
@@ -99,20 +99,20 @@ def run(args: argparse.Namespace) -> int:
             show(remedy.plan)
 
         if config.mesh.auto:
-            choice = choose_mesh(run, rows, topology, show)
+            choice = choose_mesh(run, shape, topology, show)
             plan = choice.best
             answer["meshes"] = [report.as_json(each) for each in choice.compiled]
         else:
             choice = None
-            plan = compile_step(run, rows, topology, topology.mesh(config.mesh.sizes))
+            plan = compile_step(run, shape, topology, topology.mesh(config.mesh.sizes))
             show(plan)
         answer["plan"] = report.as_json(plan)
         mesh = topology.mesh(plan.mesh)
         largest = None
         if args.max_batch:
-            largest = largest_batch(run, rows, topology, mesh, show, known=plan)
+            largest = largest_batch(run, shape, topology, mesh, show, known=plan)
             answer["largest"] = report.largest_as_json(largest)
-        helpful = () if plan.fits else remedies(plan, run, rows, topology, show_remedy)
+        helpful = () if plan.fits else remedies(plan, run, shape, topology, show_remedy)
         if not plan.fits:
             answer["remedies"] = {each.settings: report.as_json(each.plan) for each in helpful}
     if args.json:

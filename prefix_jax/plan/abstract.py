@@ -34,7 +34,7 @@ _SHARE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class BatchShape:
     """The shape of one step's batch, over all devices.
 
     Attributes:
@@ -106,7 +106,7 @@ class AbstractRun:
         model = dataclasses.replace(self.config.model, **fields)
         return AbstractRun.of(dataclasses.replace(self.config, model=model), self.job)
 
-    def rows(self, tokens: int | None = None, targets: int | None = None) -> Rows:
+    def batch_shape(self, tokens: int | None = None, targets: int | None = None) -> BatchShape:
         """The batch of a step: one example of maximum length per row, every token a target.
 
         Packing reduces the number of rows, by an amount that depends on the data.
@@ -143,8 +143,8 @@ class AbstractRun:
             self.config.optim.grad_accum_steps if self.job == "train" else 1,
         )
         if two_sided is None:
-            return Rows(count, tokens, targets, 0, micro)
-        return Rows(count, targets, targets, tokens, micro)
+            return BatchShape(count, tokens, targets, 0, micro)
+        return BatchShape(count, targets, targets, tokens, micro)
 
     def params(self, mesh: Mesh) -> Params:
         """Abstract {"backbone": …, "prefix": …, "head": …}, sharded as in training."""
@@ -159,19 +159,19 @@ class AbstractRun:
             made["head"] = everywhere(init, mesh)
         return made
 
-    def batch(self, rows: Rows, mesh: Mesh) -> Batch:
+    def batch(self, shape: BatchShape, mesh: Mesh) -> Batch:
         """The abstract batch of a step, with rows over the batch axes.
 
         Raises:
             MeshError: the rows do not divide over the mesh.
         """
-        count = rows.rows // rows.micro
-        check_rows(mesh, count, "data.batch_size" if rows.micro == 1 else "a micro-batch of")
+        count = shape.rows // shape.micro
+        check_rows(mesh, count, "data.batch_size" if shape.micro == 1 else "a micro-batch of")
         head, arch = self.model.head, self.model.backbone.arch
 
         def of(size: int, dtype: Any = jnp.int32) -> Any:
             return jax.ShapeDtypeStruct(
-                (rows.micro, count, size), dtype, sharding=rows_sharding(mesh, 3, leading=1)
+                (shape.micro, count, size), dtype, sharding=rows_sharding(mesh, 3, leading=1)
             )
 
         def layout(size: int) -> TokenLayout:
@@ -186,18 +186,18 @@ class AbstractRun:
                 of(size) if tasks else None,
             )
 
-        M = rows.targets
-        examples: Any = jax.ShapeDtypeStruct((rows.micro,), jnp.float32, sharding=replicated(mesh))
+        M = shape.targets
+        examples: Any = jax.ShapeDtypeStruct((shape.micro,), jnp.float32, sharding=replicated(mesh))
         regress = head is not None and head.kind == "regress"
         candidates = head is not None and head.kind in ("span", "choice")
         return Batch(
-            ids_BT=of(rows.tokens),
-            layout=layout(rows.tokens),
+            ids_BT=of(shape.tokens),
+            layout=layout(shape.tokens),
             index_BM=of(M),
             label_BM=of(M, jnp.float32 if regress else jnp.int32),
             weight_BM=of(M, jnp.float32),
             examples=examples,
-            source=Source(of(rows.source), layout(rows.source)) if rows.source else None,
+            source=Source(of(shape.source), layout(shape.source)) if shape.source else None,
             question_BM=of(M) if candidates else None,
         )
 

@@ -12,7 +12,7 @@ import jax
 from prefix_jax.config import Config, MeshConfig
 from prefix_jax.errors import MeshError
 from prefix_jax.mesh import describe
-from prefix_jax.plan.abstract import AbstractRun, Rows
+from prefix_jax.plan.abstract import AbstractRun, BatchShape
 from prefix_jax.plan.plan import Plan, bytes_on_one, compile_step, floor_of
 from prefix_jax.plan.topology import Topology
 
@@ -56,7 +56,7 @@ class Choice:
 
 def choose_mesh(
     run: AbstractRun,
-    rows: Rows,
+    shape: BatchShape,
     topology: Topology,
     tried: Callable[[Plan], None] = lambda _: None,
 ) -> Choice:
@@ -69,7 +69,7 @@ def choose_mesh(
 
     Args:
         run: the run.
-        rows: the batch of a step.
+        shape: the batch of a step.
         topology: the chips.
         tried: called with every plan.
 
@@ -77,13 +77,13 @@ def choose_mesh(
         MeshError: the rows divide over no mesh.
     """
     guesses = sorted(
-        (guess(run, rows, topology, sizes) for sizes in meshes(run, rows, topology)),
+        (guess(run, shape, topology, sizes) for sizes in meshes(run, shape, topology)),
         key=lambda made: (made.seconds, -made.weights),
     )
     if not guesses:
         hosts = "" if topology.hosts == 1 else f" on {topology.hosts} hosts"
         raise MeshError(
-            f"{rows.rows} rows in {rows.micro} micro-batches divide over no mesh of "
+            f"{shape.rows} rows in {shape.micro} micro-batches divide over no mesh of "
             f"{len(topology.devices)} devices{hosts}; choose another data.batch_size"
         )
     limit = topology.hbm_limit
@@ -96,7 +96,7 @@ def choose_mesh(
             # A guess is a lower bound: no program on this mesh is faster.
             if fitting >= _FEW or made.seconds > best.roofline.seconds:
                 break
-        plan = compile_step(run, rows, topology, topology.mesh(made.sizes))
+        plan = compile_step(run, shape, topology, topology.mesh(made.sizes))
         plans.append(plan)
         tried(plan)
         best = better(best, plan)
@@ -120,17 +120,17 @@ def _split(sizes: Sizes) -> int:
     return sizes["fsdp"] * sizes["sequence"] * sizes["tensor"]
 
 
-def meshes(run: AbstractRun, rows: Rows, topology: Topology) -> Iterator[Sizes]:
+def meshes(run: AbstractRun, shape: BatchShape, topology: Topology) -> Iterator[Sizes]:
     """The meshes over which the rows (on every host) and the heads divide. Columns are split only
     if there are no more rows to split."""
     devices, arch = len(topology.devices), run.model.backbone.arch
-    count = rows.rows // rows.micro
+    count = shape.rows // shape.micro
     for tensor, sequence in itertools.product(_divisors(devices), repeat=2):
         if devices % (tensor * sequence) or arch.heads % tensor or arch.d_ff % tensor:
             continue
         if not topology.together(tensor * sequence):
             continue
-        if sequence > 1 and not (run.job == "train" and rows.worth_sharing(sequence)):
+        if sequence > 1 and not (run.job == "train" and shape.worth_sharing(sequence)):
             continue
         shards = devices // tensor // sequence
         # Every host loads its own rows.
@@ -152,7 +152,7 @@ def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def guess(run: AbstractRun, rows: Rows, topology: Topology, sizes: Sizes) -> Guess:
+def guess(run: AbstractRun, shape: BatchShape, topology: Topology, sizes: Sizes) -> Guess:
     """A lower bound of the step time. Products with weights run at peak and overlap with gathering
     the weights, also from other slices. Exchanges of activations do not overlap. All links of a
     chip are used in both directions."""
@@ -160,12 +160,12 @@ def guess(run: AbstractRun, rows: Rows, topology: Topology, sizes: Sizes) -> Gue
     backbone = run.params(topology.mesh(sizes))["backbone"]
     weights = bytes_on_one(backbone)
     trains = run.job == "train"
-    tokens = rows.rows * (rows.tokens + rows.source if trains else 1)
+    tokens = shape.rows * (shape.tokens + shape.source if trains else 1)
     devices = len(topology.devices)
     # Passes over the weights: forward, backward, and recomputation of the forward pass.
     passes = 2 + (run.config.model.remat == "full") if trains else 1
     if trains:
-        least = floor_of(arch, rows, produced=None)
+        least = floor_of(arch, shape, produced=None)
         flops = least.layers * passes / 2 + least.head
     else:
         flops = 2 * tokens * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(backbone))
@@ -203,7 +203,7 @@ def settle(config: Config, devices: Sequence[jax.Device] | None = None) -> Confi
     sizes: Sizes = {"data": 1}
     if len(devices) > 1:
         run = AbstractRun.of(config)
-        best = choose_mesh(run, run.rows(), Topology.of(devices)).best
+        best = choose_mesh(run, run.batch_shape(), Topology.of(devices)).best
         if not best.fits:
             raise MeshError(
                 f"mesh: auto: the step fits on no mesh of {len(devices)} devices; on "

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from jax.sharding import Mesh
 
 from prefix_jax.mesh import batch_shards
-from prefix_jax.plan.abstract import AbstractRun, Rows
+from prefix_jax.plan.abstract import AbstractRun, BatchShape
 from prefix_jax.plan.plan import Plan, compile_step
 from prefix_jax.plan.topology import Topology
 
@@ -38,7 +38,7 @@ class Largest:
 
 def largest_batch(
     run: AbstractRun,
-    rows: Rows,
+    shape: BatchShape,
     topology: Topology,
     mesh: Mesh,
     tried: Callable[[Plan], None] = lambda _: None,
@@ -51,21 +51,21 @@ def largest_batch(
 
     Args:
         run: the run.
-        rows: the batch of a step, whose number of rows is varied.
+        shape: the batch of a step, whose number of rows is varied.
         topology, mesh: the devices. The number of rows is a multiple of the mesh's batch shards
             and of the micro-batches.
         tried: called with every plan.
-        known: the plan of `rows` on this mesh if there is one, to avoid compiling it again.
+        known: the plan of `shape` on this mesh if there is one, to avoid compiling it again.
     """
-    unit = batch_shards(mesh) * rows.micro
-    plans = {} if known is None else {known.rows.rows // unit: known}
+    unit = batch_shards(mesh) * shape.micro
+    plans = {} if known is None else {known.batch.rows // unit: known}
     while True:
         fits = max((units for units, plan in plans.items() if plan.fits), default=0)
         above = min((units for units, plan in plans.items() if not plan.fits), default=None)
         if (above is not None and above - fits == 1) or fits >= _MOST:
             break
         units = _next(plans, fits, above) if fits else 1
-        count = dataclasses.replace(rows, rows=unit * units)
+        count = dataclasses.replace(shape, rows=unit * units)
         plans[units] = compile_step(run, count, topology, mesh)
         tried(plans[units])
     return Largest(

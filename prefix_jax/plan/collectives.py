@@ -43,8 +43,8 @@ class Collective:
         count: the number of times that the program runs it.
         opposed: whether the same operation runs at the same time in the opposite direction, over
             the other direction of the same links.
-        written: bytes of the result that fusions write to device memory, which `moved` does not
-            count.
+        written: bytes of the result that fusions write to device memory, not included in
+            `bytes_accessed`.
         between_slices: whether it uses the data centre network, between corresponding devices of
             different slices.
     """

@@ -16,12 +16,12 @@ from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.config import Config
 from prefix_jax.model import Params
 from prefix_jax.nn.quantized import Quantize
-from prefix_jax.plan.abstract import AbstractRun, Job, Rows
+from prefix_jax.plan.abstract import AbstractRun, BatchShape, Job
 from prefix_jax.plan.decode import lower_step
 from prefix_jax.plan.floor import Floor, floor
 from prefix_jax.plan.hlo import parse
 from prefix_jax.plan.roofline import Roofline, roofline
-from prefix_jax.plan.topology import Shortage, Topology
+from prefix_jax.plan.topology import OutOfMemory, Topology
 from prefix_jax.prefix import Produced
 from prefix_jax.train.program import make_program
 from prefix_jax.train.step import abstract_state
@@ -58,7 +58,7 @@ class Plan:
         chips, devices: how many there are; some chips are two devices.
         mesh: the mesh axis sizes.
         job: "train" or "decode".
-        rows: the batch of the step.
+        batch: the shape of the step's batch.
         needs: bytes that one device needs in total, according to the compiler.
         limit: bytes available on one device.
         memory: memory of one device; None if the step does not fit.
@@ -75,7 +75,7 @@ class Plan:
     devices: int
     mesh: Mapping[str, int]
     job: Job
-    rows: Rows
+    batch: BatchShape
     needs: int
     limit: int
     memory: Memory | None
@@ -98,9 +98,9 @@ class Plan:
         """Upper bound of the tokens per second that all devices process (generate, in decoding)."""
         if self.roofline is None:
             return None
-        rows = self.rows
-        each = rows.tokens + rows.source if self.job == "train" else 1
-        return rows.rows * each / self.roofline.seconds
+        shape = self.batch
+        each = shape.tokens + shape.source if self.job == "train" else 1
+        return shape.rows * each / self.roofline.seconds
 
 
 def plan(
@@ -116,7 +116,7 @@ def plan(
     Args:
         config: the run. Neither its weights nor its data are read.
         topology: for example "v5e:4x4".
-        tokens, targets: per row, see `AbstractRun.rows`.
+        tokens, targets: per row, see `AbstractRun.batch_shape`.
         job: plan a training step or a decoding step.
 
     Raises:
@@ -125,11 +125,11 @@ def plan(
     """
     topology = Topology.parse(topology) if isinstance(topology, str) else topology
     run = AbstractRun.of(config, job)
-    rows = run.rows(tokens, targets)
-    return compile_step(run, rows, topology, topology.mesh(config.mesh.sizes))
+    shape = run.batch_shape(tokens, targets)
+    return compile_step(run, shape, topology, topology.mesh(config.mesh.sizes))
 
 
-def compile_step(run: AbstractRun, rows: Rows, topology: Topology, mesh: Mesh) -> Plan:
+def compile_step(run: AbstractRun, shape: BatchShape, topology: Topology, mesh: Mesh) -> Plan:
     """Compiles one step on one mesh.
 
     Raises:
@@ -137,14 +137,14 @@ def compile_step(run: AbstractRun, rows: Rows, topology: Topology, mesh: Mesh) -
     """
     arch = run.model.backbone.arch
     begin = time.perf_counter()
-    lowered, params = _lower(run, rows, mesh)
-    compiled, shortage = None, None
+    lowered, params = _lower(run, shape, mesh)
+    compiled, out_of_memory = None, None
     try:
         with _nothing_kept():
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        shortage = Shortage.read(str(error))
-        if shortage is None:
+        out_of_memory = OutOfMemory.parse(str(error))
+        if out_of_memory is None:
             raise
     took = time.perf_counter() - begin
     limit = topology.hbm_limit
@@ -161,8 +161,8 @@ def compile_step(run: AbstractRun, rows: Rows, topology: Topology, mesh: Mesh) -
             # Encoders are not causal, so all tiles count in encoder-decoders.
             causal=arch.causal and arch.encoder is None,
         )
-    elif shortage is not None:
-        needs = shortage.used
+    elif out_of_memory is not None:
+        needs = out_of_memory.used
     return Plan(
         model=run.config.model.path,
         method=str(run.config.method["name"]),
@@ -172,11 +172,11 @@ def compile_step(run: AbstractRun, rows: Rows, topology: Topology, mesh: Mesh) -
         devices=mesh.size,
         mesh=dict(mesh.shape),
         job=run.job,
-        rows=rows,
+        batch=shape,
         needs=needs,
         limit=limit,
         memory=memory,
-        floor=_floor(run, rows),
+        floor=_floor(run, shape),
         roofline=found,
         compile_seconds=took,
     )
@@ -195,11 +195,11 @@ def _nothing_kept() -> Iterator[None]:
         jax.config.update(name, before)
 
 
-def _lower(run: AbstractRun, rows: Rows, mesh: Mesh) -> tuple[jax.stages.Lowered, Params]:
+def _lower(run: AbstractRun, shape: BatchShape, mesh: Mesh) -> tuple[jax.stages.Lowered, Params]:
     """Lowers the step. Also returns its abstract parameters."""
     if run.job == "decode":
-        return lower_step(run, rows.rows, max(rows.tokens, rows.source), mesh)
-    params, batch = run.params(mesh), run.batch(rows, mesh)
+        return lower_step(run, shape.rows, max(shape.tokens, shape.source), mesh)
+    params, batch = run.params(mesh), run.batch(shape, mesh)
     program = make_program(run.config, run.model, params, 1, mesh, start=abstract_state)
     with jax.set_mesh(mesh):
         return program.step.lower(program.state, program.frozen, batch), params
@@ -224,7 +224,7 @@ def bytes_on_one(tree: Any) -> int:
     return total
 
 
-def _floor(run: AbstractRun, rows: Rows) -> int | None:
+def _floor(run: AbstractRun, shape: BatchShape) -> int | None:
     """Minimum operations of a training step; None for decoding, full fine-tuning and heads."""
     model = run.model
     method, arch = model.method, model.backbone.arch
@@ -233,16 +233,16 @@ def _floor(run: AbstractRun, rows: Rows) -> int | None:
     produced: Produced = jax.eval_shape(
         lambda: method(method.init(jax.random.key(0), arch.geometry, None))
     )
-    return floor_of(arch, rows, produced).total
+    return floor_of(arch, shape, produced).total
 
 
-def floor_of(arch: Architecture, rows: Rows, produced: Produced | None) -> Floor:
-    """Minimum operations of a training step on these rows."""
+def floor_of(arch: Architecture, shape: BatchShape, produced: Produced | None) -> Floor:
+    """Minimum operations of a training step with this batch shape."""
     return floor(
         arch,
-        rows=rows.rows,
-        tokens=rows.tokens,
-        targets=rows.targets,
+        rows=shape.rows,
+        tokens=shape.tokens,
+        targets=shape.targets,
         produced=produced,
-        source=rows.source,
+        source=shape.source,
     )

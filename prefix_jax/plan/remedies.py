@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 
 from prefix_jax.config import MeshConfig
-from prefix_jax.plan.abstract import AbstractRun, Rows
+from prefix_jax.plan.abstract import AbstractRun, BatchShape
 from prefix_jax.plan.plan import Plan, compile_step
 from prefix_jax.plan.topology import Topology
 
@@ -31,7 +31,7 @@ class Remedy:
 def remedies(
     failed: Plan,
     run: AbstractRun,
-    rows: Rows,
+    shape: BatchShape,
     topology: Topology,
     tried: Callable[[Remedy], None] = lambda _: None,
 ) -> tuple[Remedy, ...]:
@@ -39,55 +39,55 @@ def remedies(
 
     Args:
         failed: the plan that does not fit.
-        run, rows, topology: the arguments of that plan.
+        run, shape, topology: the arguments of that plan.
         tried: called with every change.
 
     Returns:
         All compiled changes, whether they fit or not.
     """
-    found: list[Remedy] = []
-    for settings, other, changed, sizes in _changes(failed, run, rows, topology):
+    remedies: list[Remedy] = []
+    for settings, other, changed, sizes in _changes(failed, run, shape, topology):
         plan = compile_step(other, changed, topology, topology.mesh(sizes))
         remedy = Remedy(settings, plan)
-        found.append(remedy)
+        remedies.append(remedy)
         tried(remedy)
-        if sum(one.plan.fits for one in found) == _ENOUGH:
+        if sum(remedy.plan.fits for remedy in remedies) == _ENOUGH:
             break
-    return tuple(found)
+    return tuple(remedies)
 
 
 def _changes(
-    failed: Plan, run: AbstractRun, rows: Rows, topology: Topology
-) -> Iterator[tuple[str, AbstractRun, Rows, dict[str, int]]]:
+    failed: Plan, run: AbstractRun, shape: BatchShape, topology: Topology
+) -> Iterator[tuple[str, AbstractRun, BatchShape, dict[str, int]]]:
     sizes = dict(failed.mesh)
     model = run.config.model
     trains = run.job == "train"
     if trains and model.remat != "full":
-        yield "model.remat=full", run.with_model(remat="full"), rows, sizes
+        yield "model.remat=full", run.with_model(remat="full"), shape, sizes
     if model.quantize == "none" and run.model.method is not None:
-        yield "model.quantize=int8", run.with_model(quantize="int8"), rows, sizes
+        yield "model.quantize=int8", run.with_model(quantize="int8"), shape, sizes
     # At most one micro-batch per row of a shard.
     shards = sizes["data"] * sizes["fsdp"]
-    most = rows.rows // shards if trains else 1
-    for micro in dict.fromkeys((2 * rows.micro, most)):
-        if rows.micro < micro <= most and rows.rows % (micro * shards) == 0:
-            changed = dataclasses.replace(rows, micro=micro)
+    most = shape.rows // shards if trains else 1
+    for micro in dict.fromkeys((2 * shape.micro, most)):
+        if shape.micro < micro <= most and shape.rows % (micro * shards) == 0:
+            changed = dataclasses.replace(shape, micro=micro)
             yield f"optim.grad_accum_steps={micro}", run, changed, sizes
-    for split in _meshes(failed, run, rows):
+    for split in _meshes(failed, run, shape):
         if topology.together(split["sequence"] * split["tensor"]):
-            yield _settings(split, run.config.mesh), run, rows, split
+            yield _settings(split, run.config.mesh), run, shape, split
 
 
-def _meshes(failed: Plan, run: AbstractRun, rows: Rows) -> Iterator[dict[str, int]]:
+def _meshes(failed: Plan, run: AbstractRun, shape: BatchShape) -> Iterator[dict[str, int]]:
     """Meshes that need less memory per device; none with `mesh: auto`, which has tried them all."""
     if run.config.mesh.auto:
         return
     sizes, devices = dict(failed.mesh), failed.devices
     if sizes["data"] > 1:
         yield {**sizes, "data": 1, "fsdp": sizes["data"] * sizes["fsdp"]}
-    filled = math.gcd(rows.rows // rows.micro, devices)
+    filled = math.gcd(shape.rows // shape.micro, devices)
     sharing = devices // filled
-    if run.job == "train" and sharing > sizes["sequence"] and rows.worth_sharing(sharing):
+    if run.job == "train" and sharing > sizes["sequence"] and shape.worth_sharing(sharing):
         yield {"data": 1, "fsdp": filled, "sequence": sharing, "tensor": 1}
     if sizes["tensor"] < devices and run.model.backbone.arch.heads % devices == 0:
         yield {"data": 1, "fsdp": 1, "sequence": 1, "tensor": devices}

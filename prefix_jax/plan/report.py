@@ -56,7 +56,7 @@ def table(plan: Plan) -> Table:
 
 def line(plan: Plan) -> str:
     """Summarises a plan in one line."""
-    shape = f"{plan.rows.rows} rows on {describe(plan.mesh)}"
+    shape = f"{plan.batch.rows} rows on {describe(plan.mesh)}"
     if plan.roofline is None:
         return f"{shape}: {lacking(plan)} over the limit"
     return f"{shape}: {gib(plan.needs)}, at least {_ms(plan.roofline.seconds)}"
@@ -107,7 +107,7 @@ def largest_line(largest: Largest) -> str:
     """Summarises a batch search in a sentence or two."""
     plan = largest.plan
     where = f" on {describe(plan.mesh)}" if plan.devices > 1 else ""
-    count = f"{plan.rows.rows} row{'s' if plan.rows.rows > 1 else ''}"
+    count = f"{plan.batch.rows} row{'s' if plan.batch.rows > 1 else ''}"
     if not largest.rows:
         return f"No batch fits{where}: {count} would be {lacking(plan)} over the limit."
     if largest.above is None:
@@ -115,14 +115,14 @@ def largest_line(largest: Largest) -> str:
     else:
         said = (
             f"The largest batch that fits{where} has {count} ({gib(plan.needs)} per device); "
-            f"{largest.above.rows.rows} would be {lacking(largest.above)} over the limit"
+            f"{largest.above.batch.rows} would be {lacking(largest.above)} over the limit"
         )
     said += f". Compiled {largest.compiled} program{'s' if largest.compiled > 1 else ''}."
     rate, best = largest.plan.tokens_per_second, largest.quickest.tokens_per_second
     if rate and best and best > _QUICKER * rate:
         said += (
             f" At most {rate:,.0f} tokens per second with {count}, {best:,.0f} with "
-            f"{largest.quickest.rows.rows}."
+            f"{largest.quickest.batch.rows}."
         )
     return said
 
@@ -160,7 +160,7 @@ def _lines(plan: Plan) -> list[tuple[str, str, str]]:
             flops += f", {ratio:.2f} x the minimum with dense attention"
         lines += [
             ("compute", _ms(found.compute), flops),
-            ("memory traffic", _ms(found.memory), f"{gib(found.moved)} per device"),
+            ("memory traffic", _ms(found.memory), f"{gib(found.bytes_accessed)} per device"),
             ("network", _ms(found.network), f"{gib(found.sent)} sent by each device"),
             *(
                 (f"  {kind}", _ms(one.seconds), f"{one.count:,}, {gib(one.sent)} in total")
@@ -178,13 +178,13 @@ def _lines(plan: Plan) -> list[tuple[str, str, str]]:
 
 
 def _shape(plan: Plan) -> str:
-    rows = plan.rows
+    shape = plan.batch
     if plan.job == "decode":
-        return f"one token for each of {rows.rows} rows, after up to {rows.tokens:,} others"
-    shape = f"{rows.rows} rows of {rows.tokens:,} tokens, {rows.targets:,} of them targets"
-    if rows.source:
-        shape = f"{rows.rows} sources of {rows.source:,} tokens, {rows.tokens:,} targets for each"
-    return shape + (f", in {rows.micro} micro-batches" if rows.micro > 1 else "")
+        return f"one token for each of {shape.rows} rows, after up to {shape.tokens:,} others"
+    text = f"{shape.rows} rows of {shape.tokens:,} tokens, {shape.targets:,} of them targets"
+    if shape.source:
+        text = f"{shape.rows} sources of {shape.source:,} tokens, {shape.tokens:,} targets for each"
+    return text + (f", in {shape.micro} micro-batches" if shape.micro > 1 else "")
 
 
 def lacking(plan: Plan) -> str:

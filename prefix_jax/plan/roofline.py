@@ -15,7 +15,7 @@ from prefix_jax.plan.hlo import Module
 from prefix_jax.plan.kernels import kernel
 from prefix_jax.plan.products import cost
 from prefix_jax.plan.topology import Topology
-from prefix_jax.plan.traffic import moved
+from prefix_jax.plan.traffic import bytes_accessed
 from prefix_jax.plan.walk import visits
 
 Bound = Literal["compute", "memory", "network"]
@@ -51,7 +51,7 @@ class Roofline:
 
     Attributes:
         flops: operations of matrix products, including known kernels.
-        moved: bytes moved between device memory and chip.
+        bytes_accessed: bytes moved between device memory and chip.
         exchanges: collectives by kind, with separate entries for those between slices.
         compute: seconds of the products.
         memory: seconds of the memory traffic.
@@ -60,7 +60,7 @@ class Roofline:
     """
 
     flops: int
-    moved: int
+    bytes_accessed: int
     exchanges: Mapping[str, Exchange]
     compute: float
     memory: float
@@ -122,7 +122,7 @@ def roofline(
             flops += known.flops * visit.times
             compute += known.flops * visit.times / peak
             products[key] += known.flops * visit.times / peak
-        if each := moved(module, visit) + (0 if known is None else known.again):
+        if each := bytes_accessed(module, visit) + (0 if known is None else known.again):
             traffic += each * visit.count
             seconds = each * visit.count / bandwidth
             if visit.instruction.opcode.endswith("-start"):
@@ -152,7 +152,7 @@ def roofline(
     in_memory = traffic / bandwidth
     return Roofline(
         flops=flops,
-        moved=traffic,
+        bytes_accessed=traffic,
         exchanges=by_kind,
         compute=compute,
         memory=in_memory,

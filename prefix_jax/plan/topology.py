@@ -247,7 +247,7 @@ class Topology:
         try:
             jax.jit(lambda x: x + 1).lower(too_much).compile()
         except jax.errors.JaxRuntimeError as error:
-            found = Shortage.read(str(error))
+            found = OutOfMemory.parse(str(error))
             if found is not None:
                 return found.limit
             raise
@@ -255,7 +255,7 @@ class Topology:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shortage:
+class OutOfMemory:
     """Out of memory, as reported by the compiler.
 
     Attributes:
@@ -267,7 +267,7 @@ class Shortage:
     limit: int
 
     @classmethod
-    def read(cls, message: str) -> Shortage | None:
+    def parse(cls, message: str) -> OutOfMemory | None:
         """Parses a compiler error; None if it is a different error.
 
         If the arguments by themselves are too large, the compiler reports only their size.

@@ -14,7 +14,7 @@ _PARTS = ("dynamic-slice", "slice", "gather")
 _IN_PLACE = "output_to_operand_aliasing={{}: (0, {})}"
 
 
-def moved(module: Module, visit: Visit) -> int:
+def bytes_accessed(module: Module, visit: Visit) -> int:
     """Bytes that one run of a kernel reads from and writes to memory; 0 inside a fusion.
 
     Arrays in on-chip memory are free. If a kernel only slices an operand, only the slices count; if

@@ -10,7 +10,7 @@ import pytest
 from plans import ALONE, config_of, formula
 
 from prefix_jax.plan import batch, report
-from prefix_jax.plan.abstract import AbstractRun, Rows
+from prefix_jax.plan.abstract import AbstractRun, BatchShape
 from prefix_jax.plan.plan import Plan
 from prefix_jax.plan.topology import GIB, Topology
 
@@ -20,15 +20,17 @@ def test_largest_batch_needs_few_programs(
     folder: Path, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Superlinear at first, because some buffers are shared.
-    compile_step, seen = formula(lambda rows, _: 3 + 13 * (rows.rows / 4 / (largest + 0.5)) ** 0.9)
+    compile_step, seen = formula(
+        lambda shape, _: 3 + 13 * (shape.rows / 4 / (largest + 0.5)) ** 0.9
+    )
     monkeypatch.setattr(batch, "compile_step", compile_step)
     topology, run = Topology.parse("v5e:2x2"), AbstractRun.of(config_of(folder))
     mesh = topology.mesh({"data": 2, "fsdp": 2, "tensor": 1})
-    found = batch.largest_batch(run, Rows(8, 16, 16), topology, mesh)
+    found = batch.largest_batch(run, BatchShape(8, 16, 16), topology, mesh)
     assert found.rows == 4 * largest
     assert found.plan.fits
     assert found.above is not None
-    assert found.above.rows.rows == 4 * largest + 4
+    assert found.above.batch.rows == 4 * largest + 4
     assert found.compiled == len(seen) <= 8
 
 
@@ -37,54 +39,54 @@ def test_reports_a_smaller_batch_with_higher_throughput(
     folder: Path, monkeypatch: pytest.MonkeyPatch, again: float
 ) -> None:
     """The compiler recomputes values to save memory: here above 14 GiB."""
-    compile_step, _ = formula(lambda rows, _: 3 + rows.rows)
+    compile_step, _ = formula(lambda shape, _: 3 + shape.rows)
 
-    def timed(run: AbstractRun, rows: Rows, *where: Any) -> Plan:
-        found = compile_step(run, rows, *where)
+    def timed(run: AbstractRun, shape: BatchShape, *where: Any) -> Plan:
+        found = compile_step(run, shape, *where)
         if found.roofline is None:
             return found
-        seconds = rows.rows * (again if rows.rows > 11 else 1.0)
+        seconds = shape.rows * (again if shape.rows > 11 else 1.0)
         return dataclasses.replace(
             found, roofline=dataclasses.replace(found.roofline, seconds=seconds)
         )
 
     monkeypatch.setattr(batch, "compile_step", timed)
     topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
-    found = batch.largest_batch(run, Rows(8, 16, 16), topology, topology.mesh(ALONE))
+    found = batch.largest_batch(run, BatchShape(8, 16, 16), topology, topology.mesh(ALONE))
     assert found.rows == 13
     said = report.largest_line(found)
     assert ("tokens per second" in said) == (again > 1)
     if again > 1:
-        assert found.quickest.rows.rows <= 11
-        assert f"12 tokens per second with 13 rows, 16 with {found.quickest.rows.rows}." in said
-        assert report.largest_as_json(found)["quickest"]["rows"]["rows"] <= 11
+        assert found.quickest.batch.rows <= 11
+        assert f"12 tokens per second with 13 rows, 16 with {found.quickest.batch.rows}." in said
+        assert report.largest_as_json(found)["quickest"]["batch"]["rows"] <= 11
 
 
 @pytest.mark.parametrize("planned", [4, 28, 40])
 def test_search_starts_from_the_known_plan(
     folder: Path, planned: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_step, seen = formula(lambda rows, _: 2 + rows.rows / 2)
+    compile_step, seen = formula(lambda shape, _: 2 + shape.rows / 2)
     monkeypatch.setattr(batch, "compile_step", compile_step)
     topology, run = Topology.parse("v5e:2x2"), AbstractRun.of(config_of(folder))
-    mesh, rows = topology.mesh({"data": 4, "fsdp": 1, "tensor": 1}), Rows(planned, 16, 16)
-    known = compile_step(run, rows, topology, mesh)
-    found = batch.largest_batch(run, rows, topology, mesh, known=known)
+    mesh, shape = topology.mesh({"data": 4, "fsdp": 1, "tensor": 1}), BatchShape(planned, 16, 16)
+    known = compile_step(run, shape, topology, mesh)
+    found = batch.largest_batch(run, shape, topology, mesh, known=known)
     assert found.rows == 28
     assert found.above is not None
-    assert found.above.rows.rows == 32
+    assert found.above.batch.rows == 32
     assert found.compiled == len(seen)
-    assert [plan.rows.rows for plan in seen].count(planned) == 1
+    assert [plan.batch.rows for plan in seen].count(planned) == 1
 
 
 def test_reports_the_smallest_batch_if_none_fits(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_step, seen = formula(lambda rows, _: 20.0)
+    compile_step, seen = formula(lambda shape, _: 20.0)
     monkeypatch.setattr(batch, "compile_step", compile_step)
     topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
     mesh = topology.mesh(ALONE)
-    found = batch.largest_batch(run, Rows(8, 16, 16), topology, mesh)
+    found = batch.largest_batch(run, BatchShape(8, 16, 16), topology, mesh)
     assert (found.rows, found.compiled, found.plan.over) == (0, 1, 4 * GIB)
     assert len(seen) == 1
 
@@ -92,9 +94,9 @@ def test_reports_the_smallest_batch_if_none_fits(
 def test_tiny_memory_shortage_is_not_reported_as_zero(
     folder: Path,
 ) -> None:
-    compile_step, _ = formula(lambda rows, _: 16.0)
+    compile_step, _ = formula(lambda shape, _: 16.0)
     topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
-    fits = compile_step(run, Rows(8, 16, 16), topology, topology.mesh(ALONE))
+    fits = compile_step(run, BatchShape(8, 16, 16), topology, topology.mesh(ALONE))
     failed = dataclasses.replace(fits, memory=None, roofline=None)
     found = batch.Largest(8, fits, fits, failed, compiled=2)
     assert "; 8 would be less than 0.01 GiB over the limit" in report.largest_line(found)
@@ -103,10 +105,10 @@ def test_tiny_memory_shortage_is_not_reported_as_zero(
 def test_search_ends_at_the_maximum_and_reports_the_mesh(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_step, _ = formula(lambda rows, _: 1.0)
+    compile_step, _ = formula(lambda shape, _: 1.0)
     monkeypatch.setattr(batch, "compile_step", compile_step)
     topology, run = Topology.parse("v5e:2x2"), AbstractRun.of(config_of(folder))
-    found = batch.largest_batch(run, Rows(8, 16, 16), topology, topology.mesh({"data": 4}))
+    found = batch.largest_batch(run, BatchShape(8, 16, 16), topology, topology.mesh({"data": 4}))
     said = report.largest_line(found)
     assert said.startswith("16384 rows fit on data=4 x fsdp=1 x tensor=1 (1.00 GiB per device); ")
     assert "more were not tried" in said

@@ -13,7 +13,7 @@ from plans import ALONE, config_of, formula
 
 from prefix_jax.errors import ConfigError, MeshError
 from prefix_jax.plan import report
-from prefix_jax.plan.abstract import AbstractRun, Rows
+from prefix_jax.plan.abstract import AbstractRun, BatchShape
 from prefix_jax.plan.plan import Memory, Plan, plan
 from prefix_jax.plan.plan import _memory as memory_of
 from prefix_jax.plan.topology import GIB, Topology
@@ -28,7 +28,7 @@ def test_compiles_a_step_without_weights_or_data(trained: Plan) -> None:
     assert trained.fits
     assert trained.over == 0
     assert trained.mesh == {"data": 2, "fsdp": 1, "sequence": 1, "tensor": 2}
-    assert trained.rows == Rows(8, 16, 16)
+    assert trained.batch == BatchShape(8, 16, 16)
     memory, found = trained.memory, trained.roofline
     assert memory is not None
     assert found is not None
@@ -39,7 +39,7 @@ def test_compiles_a_step_without_weights_or_data(trained: Plan) -> None:
     assert count < memory.weights < 2 * count
     # Nothing is computed twice; the compiler may omit unused results.
     assert 0.8 < found.flops * 4 / trained.floor < 1.2
-    assert found.moved > memory.weights
+    assert found.bytes_accessed > memory.weights
     assert found.exchanges["all-reduce"].count >= 2 * 2  # per layer, forward and backward
     assert found.seconds >= max(found.compute, found.memory)
     assert found.sent == sum(one.sent for one in found.exchanges.values())
@@ -116,8 +116,8 @@ def test_rejects_rows_that_do_not_divide_over_the_mesh(folder: Path) -> None:
 
 def test_micro_batches_apply_only_to_training(folder: Path) -> None:
     config = config_of(folder, "optim.grad_accum_steps=4")
-    assert AbstractRun.of(config).rows() == Rows(8, 16, 16, micro=4)
-    assert AbstractRun.of(config, "decode").rows() == Rows(8, 16, 16, micro=1)
+    assert AbstractRun.of(config).batch_shape() == BatchShape(8, 16, 16, micro=4)
+    assert AbstractRun.of(config, "decode").batch_shape() == BatchShape(8, 16, 16, micro=1)
 
 
 def test_targets_are_limited_by_decoder_positions(tmp_path: Path) -> None:
@@ -128,15 +128,15 @@ def test_targets_are_limited_by_decoder_positions(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bart", **bart}))
     config = config_of(tmp_path, "method.sites=[decoder]", "data.max_length=40")
     run = AbstractRun.of(config)
-    assert run.rows() == Rows(8, tokens=36, targets=36, source=40)
+    assert run.batch_shape() == BatchShape(8, tokens=36, targets=36, source=40)
     with pytest.raises(ConfigError, match="--targets 37: must be at least 1 and at most 36"):
-        run.rows(targets=37)
+        run.batch_shape(targets=37)
 
 
 def test_figures_of_a_small_step_are_not_rounded_to_zero(folder: Path) -> None:
-    compile_step, _ = formula(lambda rows, _: 1.0, lambda _: 0.000661)
+    compile_step, _ = formula(lambda shape, _: 1.0, lambda _: 0.000661)
     topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
-    made = compile_step(run, Rows(8, 16, 16), topology, topology.mesh(ALONE))
+    made = compile_step(run, BatchShape(8, 16, 16), topology, topology.mesh(ALONE))
     assert made.roofline is not None
     made = dataclasses.replace(made, roofline=dataclasses.replace(made.roofline, flops=2_100_000))
     assert "at least 0.661 ms" in report.line(made)

@@ -8,17 +8,17 @@ import pytest
 from plans import ALONE, config_of, formula
 
 from prefix_jax.plan import remedies
-from prefix_jax.plan.abstract import AbstractRun, Rows
+from prefix_jax.plan.abstract import AbstractRun, BatchShape
 from prefix_jax.plan.topology import Topology
 
 
 def test_tries_changes_until_a_step_fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_step, _ = formula(lambda rows, mesh: 2 + 2 * rows.rows / rows.micro / mesh["tensor"])
+    compile_step, _ = formula(lambda shape, mesh: 2 + 2 * shape.rows / shape.micro / mesh["tensor"])
     monkeypatch.setattr(remedies, "compile_step", compile_step)
     run = AbstractRun.of(config_of(folder, "data.batch_size=16"))
-    rows, topology = run.rows(), Topology.parse("v5e:1x1")
-    failed = compile_step(run, rows, topology, topology.mesh(ALONE))
-    found = remedies.remedies(failed, run, rows, topology)
+    shape, topology = run.batch_shape(), Topology.parse("v5e:1x1")
+    failed = compile_step(run, shape, topology, topology.mesh(ALONE))
+    found = remedies.remedies(failed, run, shape, topology)
     assert [(one.settings, one.plan.fits) for one in found] == [
         ("model.remat=full", False),
         ("model.quantize=int8", False),
@@ -30,12 +30,12 @@ def test_tries_changes_until_a_step_fits(folder: Path, monkeypatch: pytest.Monke
 def test_suggested_meshes_are_complete_overrides(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_step, _ = formula(lambda rows, mesh: 20.0 + mesh["data"])
+    compile_step, _ = formula(lambda shape, mesh: 20.0 + mesh["data"])
     monkeypatch.setattr(remedies, "compile_step", compile_step)
     run = AbstractRun.of(config_of(folder, "mesh.fsdp=2", "mesh.tensor=2", "data.batch_size=4"))
-    rows, topology = Rows(4, 8192, 8192), Topology.parse("v5e:2x4")
-    failed = compile_step(run, rows, topology, topology.mesh(run.config.mesh.sizes))
-    found = remedies.remedies(failed, run, rows, topology)
+    shape, topology = BatchShape(4, 8192, 8192), Topology.parse("v5e:2x4")
+    failed = compile_step(run, shape, topology, topology.mesh(run.config.mesh.sizes))
+    found = remedies.remedies(failed, run, shape, topology)
     settings = [one.settings for one in found if one.settings.startswith("mesh")]
     assert settings == ["mesh.fsdp=4", "mesh.fsdp=4 mesh.sequence=2 mesh.tensor=1"]
     for setting in settings:
@@ -44,11 +44,11 @@ def test_suggested_meshes_are_complete_overrides(
 
 
 def test_does_not_split_layers_across_slices(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_step, _ = formula(lambda rows, mesh: 20.0 + mesh["data"])
+    compile_step, _ = formula(lambda shape, mesh: 20.0 + mesh["data"])
     monkeypatch.setattr(remedies, "compile_step", compile_step)
     run = AbstractRun.of(config_of(folder, "mesh.data=1", "mesh.fsdp=8", "data.batch_size=8"))
-    rows, topology = Rows(1, 8192, 8192), Topology.parse("2*v5e:2x2")
-    failed = compile_step(run, rows, topology, topology.mesh(run.config.mesh.sizes))
-    found = remedies.remedies(failed, run, rows, topology)
+    shape, topology = BatchShape(1, 8192, 8192), Topology.parse("2*v5e:2x2")
+    failed = compile_step(run, shape, topology, topology.mesh(run.config.mesh.sizes))
+    found = remedies.remedies(failed, run, shape, topology)
     assert found
     assert all(one.plan.mesh["sequence"] * one.plan.mesh["tensor"] <= 4 for one in found)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prefix_jax.errors import MeshError
-from prefix_jax.plan.topology import CHIPS, GIB, Shortage, Topology
+from prefix_jax.plan.topology import CHIPS, GIB, OutOfMemory, Topology
 
 
 @pytest.mark.parametrize(
@@ -138,13 +138,13 @@ def test_figures_of_chips_are_within_range_of_each_other() -> None:
     ],
 )
 def test_parses_out_of_memory_errors(message: str, used: float, limit: float) -> None:
-    found = Shortage.read(message)
+    found = OutOfMemory.parse(message)
     assert found is not None
     assert (found.used, found.limit) == (round(used * GIB), round(limit * GIB))
 
 
 def test_ignores_other_compiler_errors() -> None:
-    assert Shortage.read("INVALID_ARGUMENT: 3.0G of what?") is None
+    assert OutOfMemory.parse("INVALID_ARGUMENT: 3.0G of what?") is None
 
 
 _QUIET = """

@@ -5,7 +5,7 @@ import pytest
 from prefix_jax.plan.hlo import parse
 from prefix_jax.plan.kernels import kernel
 from prefix_jax.plan.products import cost
-from prefix_jax.plan.traffic import moved
+from prefix_jax.plan.traffic import bytes_accessed
 from prefix_jax.plan.walk import visits
 
 ROW = 128 * 4
@@ -14,7 +14,7 @@ ROW = 128 * 4
 def traffic(*lines: str, before: str = "") -> int:
     body = "".join(f"  {line}\n" for line in lines)
     module = parse(f"{before}ENTRY %main (a: f32[64,128]) -> f32[64,128] {{\n{body}}}\n")
-    return sum(moved(module, visit) * visit.count for visit in visits(module, cost))
+    return sum(bytes_accessed(module, visit) * visit.count for visit in visits(module, cost))
 
 
 A = "%a = f32[64,128]{1,0} parameter(0)"
