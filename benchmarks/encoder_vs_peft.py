@@ -34,7 +34,7 @@ def ours(start: str, steps: int, exchange: Path) -> dict[str, Any]:
     """Trains and measures ours, and saves the examples and initial values for PEFT."""
     from prefix_jax.config import parse
     from prefix_jax.runs.build import build_run
-    from prefix_jax.runs.run import fit
+    from prefix_jax.runs.run import run
 
     config = parse(
         {
@@ -58,10 +58,10 @@ def ours(start: str, steps: int, exchange: Path) -> dict[str, Any]:
             "output_dir": str(exchange / f"run-{start}"),
         }
     )
-    setup = build_run(config)
-    train, dev = setup.splits["train"], setup.splits["test"]
-    order = [i for step in range(steps) for i in setup.pipeline.order.step(step)]
-    first = setup.state.train
+    built = build_run(config)
+    train, dev = built.splits["train"], built.splits["test"]
+    order = [i for step in range(steps) for i in built.pipeline.order.step(step)]
+    first = built.program.state.train
     site, head = first["prefix"]["encoder"], first["head"]
     np.savez(exchange / f"start-{start}.npz", **site, **head)
     exchanged = {
@@ -69,9 +69,9 @@ def ours(start: str, steps: int, exchange: Path) -> dict[str, Any]:
         for name, examples in {"train": [train[i] for i in order], "dev": dev}.items()
     }
     (exchange / "data.json").write_text(json.dumps(exchanged))
-    run = fit(config, pretrained=setup.pretrained, quiet=True)
+    result = run(config, pretrained=built.pretrained, quiet=True)
     # In percent.
-    return {"accuracy": run.evaluations["after"].report.metrics["accuracy"] / 100}
+    return {"accuracy": result.evaluations["after"].report.metrics["accuracy"] / 100}
 
 
 def peft(start: str, steps: int, exchange: Path) -> dict[str, Any]:

@@ -52,10 +52,10 @@ def _config(steps: int, output: Path) -> Any:
 
 def ours(steps: int, exchange: Path) -> dict[str, Any]:
     """Trains and measures ours."""
-    from prefix_jax.runs.run import fit
+    from prefix_jax.runs.run import run
 
-    run = fit(_config(steps, exchange / "run"), quiet=True)
-    metrics = run.evaluations["after"].report.metrics
+    result = run(_config(steps, exchange / "run"), quiet=True)
+    metrics = result.evaluations["after"].report.metrics
     return {"loss": metrics["loss"], "bleu": metrics["bleu"]}
 
 
@@ -64,12 +64,13 @@ def examples(steps: int, exchange: Path) -> dict[str, Any]:
     from prefix_jax.data.tokens import group_references
     from prefix_jax.runs.build import build_run
 
-    setup = build_run(_config(steps, exchange / "run"))
-    train, dev = setup.splits["train"], setup.splits["test"]
-    order = [i for step in range(steps) for i in setup.pipeline.order.step(step)]
+    built = build_run(_config(steps, exchange / "run"))
+    train, dev = built.splits["train"], built.splits["test"]
+    order = [i for step in range(steps) for i in built.pipeline.order.step(step)]
     inputs = group_references(dev)
     prefix = {
-        name: np.asarray(leaf) for name, leaf in setup.state.train["prefix"]["decoder"].items()
+        name: np.asarray(leaf)
+        for name, leaf in built.program.state.train["prefix"]["decoder"].items()
     }
     np.savez(exchange / "prefix.npz", **prefix)
     exchanged = {
@@ -77,7 +78,7 @@ def examples(steps: int, exchange: Path) -> dict[str, Any]:
         "dev": [[one.ids_T.tolist(), one.target_T.tolist()] for one in dev],
         "prompts": [one.ids_T[: one.prompt_length].tolist() for one in inputs],
         "references": [list(one.references) for one in inputs],
-        "eos": setup.pretrained.tokenizer.eos_token_id,
+        "eos": built.pretrained.tokenizer.eos_token_id,
     }
     (exchange / "data.json").write_text(json.dumps(exchanged))
     return {"examples": len(order)}

@@ -89,29 +89,29 @@ def measure(task: str, limit: int, steps: int | None) -> dict[str, dict[str, flo
             "train": _spread(read_records(data.train or ""), size),
             "test": _spread(read_records(data.test or ""), limit),
         }
-        setup = build_run(config, pretrained=pretrained, records=records)
+        built = build_run(config, pretrained=pretrained, records=records)
         evaluator = Evaluator(
-            setup.model,
+            built.model,
             pretrained.tokenizer,
-            setup.mesh,
+            built.mesh,
             config.evaluate,
             config.decode,
-            setup.task,
+            built.task,
         )
 
-        def loss(params: Any, prefix: Any, evaluator: Any = evaluator, setup: Any = setup) -> float:
-            examples, head = setup.splits["test"], params.get("head")
+        def loss(params: Any, prefix: Any, evaluator: Any = evaluator, built: Any = built) -> float:
+            examples, head = built.splits["test"], params.get("head")
             measured = evaluator(params["backbone"], prefix, examples, ["loss"], head)
             return float(measured.report.metrics["loss"])
 
-        state = setup.state
-        with jax.set_mesh(setup.mesh):
-            before = loss(setup.params(state), None)
-            for batch in setup.pipeline.iterate(0, setup.steps):
+        state = built.program.state
+        with jax.set_mesh(built.mesh):
+            before = loss(built.program.params(state), None)
+            for batch in built.pipeline.iterate(0, built.program.steps):
                 micro = jax.tree.map(lambda leaf: leaf[None], batch)
-                state, _ = setup.step(state, setup.frozen, micro)
-            params = setup.params(state)
-            after = loss(params, jax.jit(setup.model.prefix)(params))
+                state, _ = built.program.step(state, built.program.frozen, micro)
+            params = built.program.params(state)
+            after = loss(params, jax.jit(built.model.prefix)(params))
         # Sizes as on a TPU: two bytes per bfloat16, half a byte per int4.
         bits = [
             x.size * (16 if x.dtype == jnp.float32 else jax.dtypes.itemsize_bits(x.dtype))

@@ -36,7 +36,7 @@ MEMORY_GOAL = 0.6
 OURS = {"ours": 1, "halves": 2}
 
 
-def setup_of(order: str, steps: int, micro: int) -> Any:
+def build(order: str, steps: int, micro: int) -> Any:
     """Sets up our run with `micro` micro-batches. Its pipeline also defines PEFT's batches."""
     from prefix_jax.config import parse
     from prefix_jax.runs.build import build_run
@@ -70,12 +70,12 @@ def ours(micro: int, order: str, steps: int, exchange: Path) -> dict[str, Any]:
 
     from prefix_jax.mesh import place_rows
 
-    setup = setup_of(order, steps, micro)
-    train = setup.splits["train"]
-    chosen = [list(setup.pipeline.order.step(step)) for step in range(steps)]
+    built = build(order, steps, micro)
+    train, prefix = built.splits["train"], built.program.state.train["prefix"]["decoder"]
+    chosen = [list(built.pipeline.order.step(step)) for step in range(steps)]
     np.savez(
         exchange / f"{order}.npz",
-        **{name: np.asarray(leaf) for name, leaf in setup.state.train["prefix"]["decoder"].items()},
+        **{name: np.asarray(leaf) for name, leaf in prefix.items()},
         **{f"ids_{s}_{n}": train[i].ids_T for s, c in enumerate(chosen) for n, i in enumerate(c)},
         **{
             f"target_{s}_{n}": train[i].target_T
@@ -83,21 +83,21 @@ def ours(micro: int, order: str, steps: int, exchange: Path) -> dict[str, Any]:
             for n, i in enumerate(c)
         },
     )
-    batches = [setup.pipeline.batch(step) for step in range(steps)]
+    batches = [built.pipeline.batch(step) for step in range(steps)]
     if micro == 1:
         batches = [jax.tree.map(lambda leaf: leaf[None], batch) for batch in batches]
     common.reset_peak()
-    state, losses, seconds = setup.state, [], []
-    with jax.set_mesh(setup.mesh):
-        placed = [place_rows(batch, setup.mesh, leading=1) for batch in batches]
+    state, losses, seconds = built.program.state, [], []
+    with jax.set_mesh(built.mesh):
+        placed = [place_rows(batch, built.mesh, leading=1) for batch in batches]
         warm = jax.tree.map(jax.numpy.copy, state)
         shapes = {batch.ids_BT.shape + batch.label_BM.shape: batch for batch in placed}
         for batch in shapes.values():
-            warm, _ = setup.step(warm, setup.frozen, batch)
+            warm, _ = built.program.step(warm, built.program.frozen, batch)
         jax.block_until_ready(warm)
         for batch in placed:
             began = time.perf_counter()
-            state, metrics = setup.step(state, setup.frozen, batch)
+            state, metrics = built.program.step(state, built.program.frozen, batch)
             losses.append(float(metrics.loss))
             seconds.append(time.perf_counter() - began)
     laid = sum(batch.ids_BT.size for batch in batches)

@@ -1,4 +1,4 @@
-"""Training runs small enough for a test, and what they leave."""
+"""Training runs small enough for a test, and readers of their outputs."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ from rich.console import Console
 from prefix_jax import artifact, config
 from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.mesh import make_mesh
-from prefix_jax.runs.console import Report
-from prefix_jax.runs.run import Run, fit
+from prefix_jax.runs.console import Console as RunConsole
+from prefix_jax.runs.finish import RunResult
+from prefix_jax.runs.run import run as run_config
 
-# All of one length, so that a run compiles its step once.
+# All have the same length, so that a run compiles its step once.
 RECORDS = [{"sum": f"{i}+{j}", "total": f"{i + j:02d}"} for i in range(4) for j in range(5)]
-# What is measured: some that are learnt, for a random model cannot generalise.
+# Evaluated on training records, because a random model cannot generalize.
 SOME = RECORDS[6:10]
 
 
 def on_one_device(model: Path) -> Pretrained:
-    """Loads a model where a step costs least, however many devices the tests have."""
+    """Loads a model onto one of the test devices, where a step is cheapest."""
     return load(model, mesh=make_mesh(1, 1, 1, devices=jax.devices()[:1]))
 
 
 def run(
     pretrained: Pretrained, output: Path, *overrides: str, console: Console | None = None, **records
-) -> Run:
-    """Trains twelve steps, unless overrides or records say otherwise.
+) -> RunResult:
+    """Trains for twelve steps by default.
 
     Args:
         pretrained: the backbone.
         output: the run directory.
-        overrides: of the config.
-        console: where progress is shown; None is nowhere.
-        records: examples by split; None leaves a split to the config.
+        overrides: settings of the config.
+        console: where progress is shown; None shows nothing.
+        records: records by split; None uses the config's.
     """
     splits = {"train": RECORDS, **records}
     values = {
@@ -53,7 +54,7 @@ def run(
         "decode": {"max_new_tokens": 4},
         "output_dir": str(output),
     }
-    return fit(
+    return run_config(
         config.parse(values, overrides),
         pretrained=pretrained,
         records={name: split for name, split in splits.items() if split is not None},
@@ -63,7 +64,7 @@ def run(
 
 
 def console() -> Console:
-    """Collects what is shown, as a log would; `shown` reads it."""
+    """Returns a console whose output `shown` reads."""
     return Console(file=io.StringIO(), width=200)
 
 
@@ -72,21 +73,22 @@ def shown(console: Console) -> str:
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
 @contextlib.contextmanager
 def killed_at(step: int) -> Iterator[None]:
-    """The run inside ends once `step` is recorded, as if by a power cut."""
-    record = Report.step
+    """Kills the run inside the block once `step` was recorded."""
+    on_metrics = RunConsole.on_metrics
 
-    def until(self: Report, done: int, *rest: Any) -> None:
-        record(self, done, *rest)
+    def until(self: RunConsole, done: int, *rest: Any) -> bool:
+        stop = on_metrics(self, done, *rest)
         if done == step:
             raise Killed
+        return stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Report, "step", until)
+        patch.setattr(RunConsole, "on_metrics", until)
         try:
             yield
         except Killed:
@@ -95,12 +97,12 @@ def killed_at(step: int) -> Iterator[None]:
 
 
 def losses(directory: Path, kind: str = "train") -> dict[int, float]:
-    """Loss by step, from the run's metrics."""
+    """Returns the loss of each step, from the metrics of a run."""
     return {line["step"]: line["loss"] for line in metrics(directory) if line["kind"] == kind}
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, without what tells the time."""
+    """Returns the lines of `metrics.jsonl`, without times."""
     clocks = {"time", "seconds", "tokens_per_second"}
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [
@@ -110,7 +112,7 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def bits(tree: Any) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Every array of a tree, comparable to the last bit."""
+    """Returns every array of a tree in a form that compares all bits."""
     return {
         jax.tree_util.keystr(path): (str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes())
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -118,9 +120,9 @@ def bits(tree: Any) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 
 def state(directory: Path, step: int) -> dict[str, Any]:
-    """The arrays of a checkpoint, read by plain Orbax."""
+    """Reads the arrays of a checkpoint with plain Orbax."""
     path = directory / "checkpoints" / str(step)
-    # Wherever the arrays lay that were saved.
+    # Whatever the sharding of the saved arrays.
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
@@ -130,7 +132,7 @@ def state(directory: Path, step: int) -> dict[str, Any]:
 
 
 def outcome(directory: Path) -> dict[str, Any]:
-    """All that a finished run leaves, but for what tells the time and where it lies."""
+    """Returns all outputs of a finished run, without times and paths."""
     steps = [int(path.name) for path in (directory / "checkpoints").iterdir()]
     found = {
         "metrics": metrics(directory),

@@ -17,7 +17,7 @@ from prefix_jax.config import TaskConfig
 from prefix_jax.errors import ConfigError
 from prefix_jax.methods import section_of
 from prefix_jax.methods.base import Method
-from prefix_jax.runs.run import fit as fit_config
+from prefix_jax.runs.run import run
 
 
 def fit(
@@ -66,7 +66,7 @@ def fit(
         quiet: show no progress.
 
     Raises:
-        PrefixJaxError: see `prefix_jax.runs.run.fit`.
+        PrefixJaxError: see `prefix_jax.runs.run.run`.
     """
     if method is not None and not isinstance(method, Method):
         raise ConfigError(
@@ -109,5 +109,5 @@ def fit(
         "output_dir": str(output_dir or tempfile.mkdtemp(prefix="prefix_jax-")),
     }
     run_config = config.parse(values, overrides)
-    run = fit_config(run_config, pretrained=loaded, records=records, console=console, quiet=quiet)
-    return Tuned(run.pretrained, run.produced, run.card, run, run.head)
+    result = run(run_config, pretrained=loaded, records=records, console=console, quiet=quiet)
+    return Tuned(result.pretrained, result.produced, result.card, result, result.head)

@@ -32,7 +32,7 @@ from prefix_jax.interop.export import baked
 from prefix_jax.mesh import on_mesh_of
 from prefix_jax.model import PrefixModel, encoder_decoder
 from prefix_jax.prefix import Prefix, Produced
-from prefix_jax.runs.run import Run
+from prefix_jax.runs.finish import RunResult
 from prefix_jax.typed import build
 
 Source = str | Path | Iterable[Mapping[str, Any]]
@@ -53,7 +53,7 @@ class Tuned:
     pretrained: Pretrained
     produced: Produced | None = dataclasses.field(repr=False)
     card: Card | None
-    run: Run | None = dataclasses.field(default=None, repr=False)
+    run: RunResult | None = dataclasses.field(default=None, repr=False)
     head: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
 
     @functools.cached_property

@@ -135,11 +135,11 @@ def _write(
     directory: Path, args: argparse.Namespace, evaluations: Mapping[str, Evaluation]
 ) -> None:
     from prefix_jax.evaluate.report import save_predictions
-    from prefix_jax.runs.results import write_whole
+    from prefix_jax.runs.results import write_atomically
 
     content = {"prefix": args.prefix, "data": args.data, "settings": args.settings}
     results = {name: evaluation.report.as_dict() for name, evaluation in evaluations.items()}
-    write_whole(
+    write_atomically(
         directory / "results.json",
         json.dumps({**content, "results": results}, indent=2, ensure_ascii=False) + "\n",
     )

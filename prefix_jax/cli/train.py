@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     """Trains and prints the results. Returns 128 + the signal number if a signal stopped it."""
     from prefix_jax import config as configs
     from prefix_jax.mesh import agreed, describe
-    from prefix_jax.runs.results import Results, read_results
-    from prefix_jax.runs.run import fit
+    from prefix_jax.runs.results import Results, config_digest, read_results
+    from prefix_jax.runs.run import run as train
     from prefix_jax.runs.run_directory import RunDirectory
     from prefix_jax.terminal.console import make_console
 
@@ -66,10 +66,10 @@ def run(args: argparse.Namespace) -> int:
         args.settings.append(f"train.profile_steps={args.profile}")
     config = configs.load(args.config, args.settings)
     console = make_console(highlight=False)
-    place = RunDirectory(config.output_dir)
-    place.fetch()
-    directory = place.directory
-    results = read_results(directory, config) if _processes.is_first() else None
+    output = RunDirectory(config.output_dir)
+    output.fetch()
+    directory = output.directory
+    results = read_results(directory, config_digest(config)) if _processes.is_first() else None
     if agreed(results is not None):
         if results is not None:
             console.print(
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
                 config = settle(config)
             console.print(f"mesh: {describe(config.mesh.sizes)}", markup=False)
         try:
-            ended = fit(config, console=console)
+            result = train(config, console=console)
         except KeyboardInterrupt:
             print(
                 "interrupted; the same command resumes from the last checkpoint, if there is one",
@@ -93,19 +93,19 @@ def run(args: argparse.Namespace) -> int:
             )
             _processes.exit_now(128 + signal.SIGINT)
             return 128 + signal.SIGINT
-        if ended.interrupted is not None:
-            return 128 + ended.interrupted
-        results = Results(ended.step, ended.evaluations)
+        if result.interrupted is not None:
+            return 128 + result.interrupted
+        results = Results(result.step, result.evaluations)
     if results is not None and _processes.is_first():
         _close(console, directory, config, results)
     return 0
 
 
 def _close(console: Any, directory: Path, config: Config, results: Results) -> None:
-    from prefix_jax.runs.final_report import print_closing
+    from prefix_jax.runs.final_report import print_final_report
 
     before, after = results.evaluations.get("before"), results.evaluations.get("after")
-    print_closing(
+    print_final_report(
         console,
         before={} if before is None else before.report.metrics,
         after=_dev(directory, results.step) if after is None else after.report.metrics,

@@ -22,7 +22,7 @@ from prefix_jax.methods import make_method
 from prefix_jax.model import Params, PrefixModel
 from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.plan.presets import PREFIX, preset
-from prefix_jax.runs.build import check_quantized
+from prefix_jax.train.partition import check_trainable
 from prefix_jax.train.task import check_task, head_of
 
 Job = Literal["train", "decode"]
@@ -85,7 +85,7 @@ class AbstractRun:
             raise ConfigError(
                 "data.task: a plan reads no data; name the tasks, as in method.tasks=[a, b]"
             )
-        check_quantized(config, full=method is None)
+        check_trainable(method is None, config.model.quantize)
         check_task(config, arch, config.model.path)
         dtype = config.model.dtype
         if dtype == "auto":

@@ -200,7 +200,17 @@ def _lower(run: AbstractRun, shape: BatchShape, mesh: Mesh) -> tuple[jax.stages.
     if run.job == "decode":
         return lower_step(run, shape.rows, max(shape.tokens, shape.source), mesh)
     params, batch = run.params(mesh), run.batch(shape, mesh)
-    program = make_program(run.config, run.model, params, 1, mesh, start=abstract_state)
+    config = run.config
+    program = make_program(
+        run.model,
+        params,
+        config.optim,
+        steps=1,
+        mesh=mesh,
+        reduction=config.data.reduction,
+        seed=config.train.seed,
+        init=abstract_state,
+    )
     with jax.set_mesh(mesh):
         return program.step.lower(program.state, program.frozen, batch), params
 

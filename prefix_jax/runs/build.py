@@ -1,220 +1,233 @@
-"""From a config to everything that a training run needs."""
+"""Builds a run from its config: loads data and backbone, and compiles nothing yet."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from prefix_jax.backbones.loading.pretrained import Pretrained, load
-from prefix_jax.backbones.stacking import Params
-from prefix_jax.config import Config, TaskConfig
+from prefix_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TaskConfig
 from prefix_jax.data.pipeline import Pipeline, load_examples
-from prefix_jax.data.prepare import prepare as prepare_records
+from prefix_jax.data.prepare import prepare
 from prefix_jax.data.source import Record, read_records
 from prefix_jax.data.template import Template
 from prefix_jax.data.tokens import Examples
 from prefix_jax.errors import ConfigError
-from prefix_jax.evaluate.run import needs_references
+from prefix_jax.evaluate.run import Evaluator, needs_references
 from prefix_jax.mesh import batch_shards, make_mesh, replicated
-from prefix_jax.methods import make_method
+from prefix_jax.methods import make_method, name_of
 from prefix_jax.model import PrefixModel
-from prefix_jax.runs.config_warnings import careless
+from prefix_jax.nn.quantized import QTensor
+from prefix_jax.runs.card import CardMaker
+from prefix_jax.runs.config_warnings import config_warnings
 from prefix_jax.runs.memory import check_memory
-from prefix_jax.runs.multitask import tell_tasks_apart
+from prefix_jax.runs.multitask import assign_tasks
 from prefix_jax.train.init import init_prefix
-from prefix_jax.train.partition import merge
-from prefix_jax.train.program import make_program
-from prefix_jax.train.step import Step, TrainState
+from prefix_jax.train.partition import check_trainable
+from prefix_jax.train.program import Program, make_program
 from prefix_jax.train.task import check_task, head_of, load_labelled_splits
 
 Records = Mapping[str, Iterable[Mapping[str, Any]]]
 
+_MAX_LABELS = 20  # labels that are printed
+
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
+class Run:
     """A run that is ready to start.
 
     Attributes:
-        config: as it was given.
-        task: what is made of a text, with the labels that were collected.
-        mesh: the devices.
-        pretrained: the backbone; its weights are frozen, unless `model.method` is None.
-        model: backbone and method.
+        pretrained: the backbone. Its weights are frozen, unless `model.method` is None.
+        model: backbone, method and head.
+        task: what the model is asked to do, with the labels that were found in the data.
+        splits: the examples of "train", and of "dev" and "test" if there are any.
         pipeline: the batch of every step.
-        splits: examples by "train", "dev" and "test", where there are any.
-        steps: of the whole run.
-        schedule: the learning rate by step.
-        frozen: the frozen leaves of {"backbone": …, "prefix": …}.
-        state: before the first step. The first step consumes it.
-        step: the compiled training step.
-        warnings: about settings that are probably a mistake.
+        program: the training step, its initial state and the number of steps.
+        evaluator: measures prefixes.
+        make_card: makes the card of a trained prefix.
+        warnings: probable mistakes in the config, and examples that did not fit.
+        summary: lines that describe the run.
     """
 
-    config: Config
-    task: TaskConfig
-    mesh: Mesh
     pretrained: Pretrained
     model: PrefixModel
-    pipeline: Pipeline
+    task: TaskConfig
     splits: Mapping[str, Examples]
-    steps: int
-    schedule: optax.Schedule
-    frozen: Any
-    state: TrainState
-    step: Step
-    warnings: tuple[str, ...] = ()
+    pipeline: Pipeline
+    program: Program
+    evaluator: Evaluator
+    make_card: CardMaker
+    warnings: Sequence[str] = ()
+    summary: Sequence[str] = ()
 
-    def params(self, state: TrainState) -> Params:
-        """The whole tree, {"backbone": …, "prefix": …}, at a state."""
-        return merge(state.train, self.frozen)
+    @property
+    def mesh(self) -> Mesh:
+        return self.pretrained.mesh
 
 
 def build_run(
     config: Config, *, pretrained: Pretrained | None = None, records: Records | None = None
-) -> Setup:
-    """Loads what a run needs and builds its step.
+) -> Run:
+    """Loads the data and the backbone of a run, and builds its training step.
 
     Args:
         config: the run.
-        pretrained: a backbone that is loaded already; its mesh is the run's.
-        records: examples from Python, by split, in place of the config's files.
+        pretrained: a loaded backbone, whose mesh the run then uses; None loads `config.model`.
+        records: records by split ("train", "dev", "test"), instead of the config's files.
 
     Raises:
-        PrefixJaxError: something in the config, the data or the backbone does not fit.
+        PrefixJaxError: the config, the data and the backbone do not fit together.
     """
-    # Before the backbone, which takes longer to load than a mistake in the data to find.
-    sources = _read(config, records)
-    method, sources = tell_tasks_apart(config.data, make_method(config.method), sources)
-    check_quantized(config, method is None, pretrained)
+    data, seed = config.data, config.train.seed
+    # A mistake in the data is found before the backbone is loaded, which takes longer.
+    sources = _read(data, records)
+    method, sources = assign_tasks(data, make_method(config.method), sources)
+    full = method is None
+    check_trainable(full, config.model.quantize)
     if pretrained is None:
-        if config.mesh.auto:
-            raise ConfigError("mesh: auto is settled before a run: see prefix_jax.plan.auto.settle")
-        mesh = make_mesh(**config.mesh.sizes, devices=None)
-        # What trains is float32: the steps of bfloat16 are too wide for small updates.
-        dtype = "float32" if (method, config.model.dtype) == (None, "auto") else config.model.dtype
-        pretrained = load(config.model.path, dtype=dtype, mesh=mesh, quantize=config.model.quantize)
-    if method is None and pretrained.params["embed"]["tokens_VD"].dtype != jnp.float32:
-        raise ConfigError(
-            "method: full trains the weights themselves, which takes float32: load the backbone "
-            "with model.dtype: float32"
-        )
+        pretrained = _load(config.model, config.mesh, full)
+    _check_loaded(pretrained, config.model.quantize, full)
     check_task(config, pretrained.backbone.arch, pretrained.source)
-    mesh = pretrained.mesh
+    mesh, arch = pretrained.mesh, pretrained.backbone.arch
     backbone = dataclasses.replace(pretrained.backbone, remat=config.model.remat)
     model = PrefixModel(backbone, method)
 
     task = config.task
     if task.name == "generate":
-        splits = load_splits(config, model, pretrained, sources)
+        splits = load_splits(data, config.evaluate.metrics, model, pretrained, sources)
     else:
         task, splits = load_labelled_splits(config, model, pretrained, sources)
-        head = head_of(task, backbone.arch, len(task.labels or ()))
-        model = dataclasses.replace(model, head=head)
-    check_memory(config, model, splits["train"], mesh)
+        model = dataclasses.replace(model, head=head_of(task, arch, len(task.labels or ())))
+    check_memory(
+        model,
+        splits["train"],
+        mesh,
+        batch_size=data.batch_size,
+        grad_accum_steps=config.optim.grad_accum_steps,
+        shared_sources=data.group_by_source,
+        optimizer=config.optim.name,
+    )
     pipeline = Pipeline(
         splits["train"],
-        batch_size=config.data.batch_size,
-        seed=config.train.seed,
-        pack=config.data.pack and model.packs,
-        group_by_source=config.data.group_by_source,
+        batch_size=data.batch_size,
+        seed=seed,
+        pack=data.pack and model.packs,
+        group_by_source=data.group_by_source,
         rows_multiple=batch_shards(mesh),
         grad_accum_steps=config.optim.grad_accum_steps,
         part=(jax.process_index(), jax.process_count()),
     )
-    steps = config.train.steps
-    if steps is None:
-        assert config.train.epochs is not None  # as TrainConfig checks
-        steps = math.ceil(config.train.epochs * pipeline.steps_per_epoch)
-        if steps >= 2**31:
-            raise ConfigError(f"train.epochs {config.train.epochs} are {steps} steps: too many")
+    steps = _steps(config.train.steps, config.train.epochs, pipeline.steps_per_epoch)
 
     params: dict[str, Any] = {"backbone": pretrained.stacked()}
     if method is not None:
-        prefix = init_prefix(method, config.init, pretrained, splits["train"], config.train.seed)
+        prefix = init_prefix(method, config.init, pretrained, splits["train"], seed)
         params["prefix"] = jax.device_put(prefix, replicated(mesh))
     if model.head is not None:
-        # Another stream than that of the prefix, whatever that draws.
-        head_rng = jax.random.fold_in(jax.random.key(config.train.seed), 1)
-        weights = model.head.init(head_rng, backbone.arch.d_model)
-        params["head"] = jax.device_put(weights, replicated(mesh))
-    program = make_program(config, model, params, steps, mesh)
-    return Setup(
-        config,
-        task,
+        # Independent of the prefix's random numbers.
+        head_rng = jax.random.fold_in(jax.random.key(seed), 1)
+        head = model.head.init(head_rng, arch.d_model)
+        params["head"] = jax.device_put(head, replicated(mesh))
+    program = make_program(
+        model,
+        params,
+        config.optim,
+        steps=steps,
+        mesh=mesh,
+        reduction=data.reduction,
+        seed=seed,
+    )
+    evaluator = Evaluator(
+        model,
+        pretrained.tokenizer,
         mesh,
+        config.evaluate,
+        config.decode,
+        task,
+        pretrained.ends(chat=data.messages is not None),
+    )
+    evaluator.check(splits.get("dev", ()), config.evaluate.metrics[:1])
+    evaluator.check(splits.get("test", ()), config.evaluate.metrics)
+    return Run(
         pretrained,
         model,
-        pipeline,
+        task,
         splits,
-        steps,
-        program.schedule,
-        program.frozen,
-        program.state,
-        program.step,
-        careless(config, sources, steps),
+        pipeline,
+        program,
+        evaluator,
+        CardMaker(pretrained, model, task, config.method, config.init, data, config.decode),
+        (*config_warnings(data, config.optim, sources, steps), *_examples_that_did_not_fit(splits)),
+        (*_summary(pretrained, model, program, splits, data), *_labels(task)),
     )
 
 
-def check_quantized(config: Config, full: bool, pretrained: Pretrained | None = None) -> None:
-    """Raises ConfigError if `model.quantize` is not of a backbone that was given, or not of one
-    that stays frozen."""
-    asked = config.model.quantize
-    if pretrained is not None and pretrained.quantize != asked:
-        raise ConfigError(
-            f"model.quantize is {asked}, and the backbone that was given was loaded with "
-            f"quantize={pretrained.quantize!r}: load it as the configuration says"
-        )
-    if full and asked != "none":
-        raise ConfigError(
-            f"method: full trains the weights themselves, which integers cannot: leave out "
-            f"model.quantize ({asked}), or train a prefix"
-        )
-
-
-def _read(config: Config, records: Records | None) -> Mapping[str, Sequence[Record]]:
-    """The records of each split.
+def _read(data: DataConfig, records: Records | None) -> Mapping[str, Sequence[Record]]:
+    """Reads the records of each split.
 
     Raises:
-        ConfigError: there are none to train on.
-        DataError: a source cannot be read, or the first record does not fit the templates.
+        ConfigError: there is no training split.
+        DataError: a source cannot be read, or its first record does not fit the templates.
     """
-    data = config.data
     sources: dict[str, Any] = {"train": data.train, "dev": data.dev, "test": data.test}
     sources |= records or {}
     if sources["train"] is None:
         raise ConfigError("data.train: give a file, a TFDS name, or records from Python")
-    found = {
+    splits = {
         name: read_records(source, tfds_dir=data.tfds_dir)
         for name, source in sources.items()
         if source is not None
     }
-    for read in found.values():
-        (first,) = prepare_records(read[:1], data.prepare)
+    for split in splits.values():
+        (first,) = prepare(split[:1], data.prepare)
         for template in (data.input, data.pair, data.target):
             if template is not None:
                 Template(template).render(first)
-    return found
+    return splits
+
+
+def _load(model: ModelConfig, mesh: MeshConfig, full: bool) -> Pretrained:
+    """Loads the backbone onto the mesh."""
+    if mesh.auto:
+        raise ConfigError("mesh: auto is settled before a run: see prefix_jax.plan.auto.settle")
+    devices = make_mesh(**mesh.sizes, devices=None)
+    # Trained weights must be float32: bfloat16 is too coarse for small updates.
+    dtype = "float32" if full and model.dtype == "auto" else model.dtype
+    return load(model.path, dtype=dtype, mesh=devices, quantize=model.quantize)
+
+
+def _check_loaded(pretrained: Pretrained, quantize: str, full: bool) -> None:
+    """Raises ConfigError if a backbone was loaded with other settings than the run needs."""
+    if pretrained.quantize != quantize:
+        raise ConfigError(
+            f"model.quantize is {quantize}, but the given backbone was loaded with "
+            f"quantize={pretrained.quantize!r}; load it with quantize={quantize!r}"
+        )
+    if full and pretrained.params["embed"]["tokens_VD"].dtype != jnp.float32:
+        raise ConfigError(
+            "method: full trains the weights themselves, which requires float32; load the backbone "
+            "with model.dtype: float32"
+        )
 
 
 def load_splits(
-    config: Config,
+    data: DataConfig,
+    metrics: Sequence[str],
     model: PrefixModel,
     pretrained: Pretrained,
     sources: Mapping[str, Sequence[Record]],
 ) -> dict[str, Examples]:
-    """The examples of every split.
+    """Tokenizes every split.
 
-    Records need `data.references` only in splits of which generated text is measured.
+    Records need `data.references` only in splits whose generated text is measured.
     """
-    data = config.data
     model.check_context(data.max_length)
     read = functools.partial(
         load_examples,
@@ -231,7 +244,6 @@ def load_splits(
         encoder_decoder=model.encoder_decoder,
         end_ids=model.backbone.arch.end_ids,
     )
-    metrics = config.evaluate.metrics
     measured = {"dev": metrics[:1], "test": metrics}
     return {
         name: read(
@@ -240,3 +252,58 @@ def load_splits(
         )
         for name, source in sources.items()
     }
+
+
+def _steps(steps: int | None, epochs: float | None, steps_per_epoch: int) -> int:
+    """The number of optimizer steps of the whole run."""
+    if steps is not None:
+        return steps
+    assert epochs is not None  # checked by TrainConfig
+    steps = math.ceil(epochs * steps_per_epoch)
+    if steps >= 2**31:
+        raise ConfigError(f"train.epochs: {epochs} epochs are {steps} steps; use fewer than 2**31")
+    return steps
+
+
+def _summary(
+    pretrained: Pretrained,
+    model: PrefixModel,
+    program: Program,
+    splits: Mapping[str, Examples],
+    data: DataConfig,
+) -> Iterator[str]:
+    """Describes what trains, on what and for how long."""
+    trained = sum(leaf.size for leaf in jax.tree.leaves(program.state.train))
+    frozen = sum(
+        leaf.size
+        for leaf in jax.tree.leaves(program.frozen, is_leaf=lambda x: isinstance(x, QTensor))
+    )
+    quantize = pretrained.quantize
+    yield (
+        f"{pretrained.source}: {frozen:,} parameters frozen"
+        f"{'' if quantize == 'none' else f' in {quantize}'}, {trained:,} trained "
+        f"({name_of(model.method)}{' and head' * (model.head is not None)}); "
+        f"{len(splits['train']):,} training examples, {program.steps} steps of {data.batch_size}"
+    )
+    if data.pack and not model.packs:
+        yield (
+            "data.pack has no effect: with soft tokens in an encoder, every example needs its own "
+            "row, because the encoder mixes them with the text"
+        )
+
+
+def _labels(task: TaskConfig) -> Iterator[str]:
+    if labels := task.labels or ():
+        more = f", … ({len(labels)} in all)" if len(labels) > _MAX_LABELS else ""
+        yield f"labels: {', '.join(map(repr, labels[:_MAX_LABELS]))}{more}"
+
+
+def _examples_that_did_not_fit(splits: Mapping[str, Examples]) -> Iterator[str]:
+    for name, examples in splits.items():
+        total = len(examples) + len(examples.dropped)
+        for verb, origins in (("truncated", examples.truncated), ("dropped", examples.dropped)):
+            if origins:
+                yield (
+                    f"{name}: {len(origins)} of {total} examples were {verb} (first: "
+                    f"{origins[0]}); see data.max_length"
+                )

@@ -1,17 +1,16 @@
-"""Checkpoint directories: which ones are complete, and how they are replaced and deleted.
+"""Directories of checkpoints: which checkpoints are complete, and how to replace and delete them.
 
-On a disk the name of a directory says what it is:
+On a disk, a directory is renamed when its state changes:
 
     100.new/       being written
-    100/           complete: SHA256SUMS lists every file, and all are on disk
+    100/           complete: SHA256SUMS lists every file, and all are synced to disk
     100.deleting/  being deleted
 
-In a bucket nothing can be renamed, and a file is there as a whole or not at all. There a directory
-is complete if it has SHA256SUMS, which is written last and deleted first.
+A bucket has no renames, but its files appear atomically. There a directory is complete if it has
+SHA256SUMS, which is written last and deleted first.
 
 Orbax reads a metadata file that a power cut emptied as "no metadata", and a flipped bit in an array
-as another number. With the digests one process can tell whether a checkpoint is whole before any
-process starts to load it.
+as another number. The digests allow one process to verify a checkpoint before any process loads it.
 
 Entries that this package did not write (a symbolic link, a folder `0999`, a file `.DS_Store` or
 notes in a checkpoint) are neither read nor deleted.
@@ -38,7 +37,7 @@ from prefix_jax.untrusted.paths import explain
 SUMS = "SHA256SUMS"
 _NEW, _DELETING = ".new", ".deleting"
 _UNFINISHED = re.compile(rf"(\d+)({_NEW}|{_DELETING}\d*)(\.orbax-checkpoint-tmp.*)?")
-# Orbax's entries at the top of a checkpoint: what to delete where there is no list of files.
+# Orbax's entries in a checkpoint, to delete if there is no list of files.
 _ORBAX = re.compile(
     r"_CHECKPOINT_METADATA|_METADATA|_sharding|commit_success\.txt|orbax\.checkpoint|state|pytree"
     r"|array_metadatas|manifest\.ocdbt|ocdbt\.process_\d+|d"
@@ -46,21 +45,19 @@ _ORBAX = re.compile(
 
 
 def make_store(directory: epath.PathLike) -> CheckpointStore:
-    """The shelf of a directory on disk, or of one in a bucket (gs://…)."""
+    """Returns the store of a directory on disk or in a bucket (gs://…)."""
     text = str(directory)
-    # Orbax takes absolute paths only.
-    return (
-        GcsStore(epath.Path(text))
-        if "://" in text
-        else LocalStore(epath.Path(Path(text).absolute()))
-    )
+    if "://" in text:
+        return GcsStore(epath.Path(text))
+    # Orbax requires absolute paths.
+    return LocalStore(epath.Path(Path(text).absolute()))
 
 
 class CheckpointStore(abc.ABC):
     """A directory of checkpoints.
 
     Attributes:
-        directory: holds one directory a step.
+        directory: contains one directory per step.
     """
 
     def __init__(self, directory: epath.Path) -> None:
@@ -68,49 +65,56 @@ class CheckpointStore(abc.ABC):
 
     @abc.abstractmethod
     def open(self) -> None:
-        """Makes the directory, and finishes or clears away what a killed process left."""
+        """Creates the directory, and completes or deletes what a killed process left."""
+
+    def check_names(self, last_step: int) -> None:  # noqa: B027
+        """Raises CheckpointError if a name that a later checkpoint needs is taken.
+
+        Args:
+            last_step: the last step that may be saved.
+        """
 
     @abc.abstractmethod
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, oldest first."""
 
     @abc.abstractmethod
-    def begin(self, step: int, acts: bool) -> epath.Path:
-        """Where to write a checkpoint, which may replace one of the same step.
+    def begin(self, step: int, clear: bool) -> epath.Path:
+        """Returns where to write a checkpoint, which may replace one of the same step.
 
         Args:
-            step: its name.
-            acts: whether this process clears the place; one of them does.
+            step: the step of the checkpoint.
+            clear: whether to make room there; true for one process only.
         """
 
     @abc.abstractmethod
     def finish(self, step: int) -> None:
-        """Makes complete what has been written."""
+        """Marks the checkpoint that was written as complete."""
 
     @abc.abstractmethod
     def delete(self, step: int) -> None:
-        """Deletes a checkpoint; at no moment is half of it taken for a complete one."""
+        """Deletes a checkpoint. If interrupted, the rest is not a complete checkpoint."""
 
     @abc.abstractmethod
     def sweep(self) -> None:
-        """Deletes what is not complete."""
+        """Deletes incomplete checkpoints."""
 
     @abc.abstractmethod
-    def room(self) -> str:
-        """Remarks on the space that is left, for messages; never fails."""
+    def free_space(self) -> str:
+        """Describes the free space for an error message. Never fails."""
 
     def damage(self, path: epath.Path) -> str | None:
-        """What is wrong with a checkpoint's files; None if nothing is."""
+        """Describes what is wrong with a checkpoint's files; None if they are intact."""
         try:
             digests, counted = _read_sums(path)
             if not counted:
-                # The list may have been cut short.
+                # The list may be truncated.
                 for file in _sealed(path):
                     if str(file.relative_to(path)) not in digests:
                         return f"{file} is not listed in {SUMS}"
             for name, digest in digests.items():
                 if _digest(path / name) != digest:
-                    return f"{path / name} is not what was written"
+                    return f"{path / name} has changed since it was written"
         except FileNotFoundError as error:
             return f"{error.filename or error} is missing"
         except (OSError, ValueError) as error:
@@ -119,7 +123,7 @@ class CheckpointStore(abc.ABC):
 
 
 class LocalStore(CheckpointStore):
-    """Checkpoints on a file system of this machine, or one that several share."""
+    """Checkpoints on a file system, which several machines may share."""
 
     def open(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -129,6 +133,13 @@ class LocalStore(CheckpointStore):
                 self._publish(path)
         self.sweep()
 
+    def check_names(self, last_step: int) -> None:
+        latest = max(self.steps(), default=-1)
+        for path in self.directory.iterdir():
+            name = path.name.removesuffix(_NEW)
+            if _is_step(name) and latest < int(name) <= last_step:
+                _refuse_foreign(path)
+
     def steps(self) -> list[int]:
         return sorted(
             int(path.name)
@@ -136,9 +147,9 @@ class LocalStore(CheckpointStore):
             if _is_step(path.name) and _is_checkpoint(path)
         )
 
-    def begin(self, step: int, acts: bool) -> epath.Path:
+    def begin(self, step: int, clear: bool) -> epath.Path:
         new = self.directory / f"{step}{_NEW}"
-        if acts:
+        if clear:
             _refuse_foreign(new)
             _refuse_foreign(self.directory / str(step))
         return new
@@ -158,7 +169,7 @@ class LocalStore(CheckpointStore):
 
     def sweep(self) -> None:
         for path in self._unfinished():
-            # A thread of a failed save may still write there; then the next sweep gets it.
+            # A thread of a failed save may still write there; the next sweep deletes it then.
             with contextlib.suppress(OSError):
                 _remove(path)
 
@@ -169,14 +180,14 @@ class LocalStore(CheckpointStore):
             if _UNFINISHED.fullmatch(path.name) and _is_folder(path)
         ]
 
-    def room(self) -> str:
+    def free_space(self) -> str:
         try:
-            return f"{shutil.disk_usage(self.directory).free / 1e6:,.1f} MB free there"
+            return f"{shutil.disk_usage(self.directory).free / 1e6:,.1f} MB free"
         except OSError as error:
             return f"the directory cannot be read: {explain(error)}"
 
     def _publish(self, new: epath.Path) -> None:
-        """Renames 100.new to 100. If this is killed, calling it again finishes it."""
+        """Renames 100.new to 100. If it is killed, another call completes it."""
         path = new.with_suffix("")
         _refuse_foreign(path)
         if path.exists():
@@ -189,7 +200,7 @@ class GcsStore(CheckpointStore):
     """Checkpoints in Google Cloud Storage."""
 
     # Files that were in the directory of a checkpoint before it was written.
-    _others: frozenset[epath.Path] = frozenset()
+    _foreign: frozenset[epath.Path] = frozenset()
 
     def open(self) -> None:
         self.sweep()
@@ -198,15 +209,15 @@ class GcsStore(CheckpointStore):
         complete = (sums.parent.name for sums in self.directory.glob(f"*/{SUMS}"))
         return sorted(int(name) for name in complete if _is_step(name))
 
-    def begin(self, step: int, acts: bool) -> epath.Path:
+    def begin(self, step: int, clear: bool) -> epath.Path:
         path = self.directory / str(step)
-        if acts and path.exists():
+        if clear and path.exists():
             self.delete(step)
-            self._others = frozenset(files_below(path))
+            self._foreign = frozenset(files_below(path))
         return path
 
     def finish(self, step: int) -> None:
-        _seal(self.directory / str(step), self._others)
+        _seal(self.directory / str(step), self._foreign)
 
     def delete(self, step: int) -> None:
         _remove(self.directory / str(step), sums_first=True)
@@ -219,12 +230,12 @@ class GcsStore(CheckpointStore):
             if _is_step(path.name) and int(path.name) not in complete:
                 _remove(path)
 
-    def room(self) -> str:
-        return "is the bucket there, and may this account write to it?"
+    def free_space(self) -> str:
+        return "check that the bucket exists and that this account may write to it"
 
 
 def _is_step(name: str) -> bool:
-    """Whether a name is a step as this package writes it: ASCII digits without leading zeros."""
+    """Returns whether a name is a step: ASCII digits without leading zeros."""
     return re.fullmatch(r"0|[1-9][0-9]{0,17}", name) is not None
 
 
@@ -233,33 +244,33 @@ def _is_folder(path: epath.Path) -> bool:
 
 
 def _is_checkpoint(path: epath.Path) -> bool:
-    """Whether a directory on disk is a checkpoint, complete or not, of this package."""
+    """Returns whether a path on disk is a checkpoint of this package, complete or not."""
     if not _is_folder(path):
         return False
     return any(entry.name == SUMS or _ORBAX.fullmatch(entry.name) for entry in path.iterdir())
 
 
 def _refuse_foreign(path: epath.Path) -> None:
-    """Raises CheckpointError if a checkpoint's name is taken by something else."""
+    """Raises CheckpointError if something else has the name of a checkpoint."""
     if os.path.lexists(path) and not _is_checkpoint(path):
         raise CheckpointError(
-            f"{path} exists and is not a checkpoint, but the next checkpoint needs that name; "
+            f"{path} exists and is not a checkpoint, but a checkpoint needs that name; "
             "move it away and start again"
         )
 
 
 def files_below(path: epath.Path) -> list[epath.Path]:
-    """All files of a directory, in order; on disk or in a bucket."""
+    """Returns all files below a directory on disk or in a bucket, sorted."""
     files = []
     for folder, _, names in path.walk():
-        # In a bucket `walk` forgets what stands before the colon.
+        # In a bucket, `walk` drops the scheme.
         below = str(folder).removeprefix(str(path).partition("://")[2] or str(path))
         files += [path / below.strip("/") / name for name in names]
     return sorted(files)
 
 
 def _sealed(path: epath.Path) -> list[epath.Path]:
-    """The files to make digests of: all but hidden ones, such as .DS_Store and .nfs000… ."""
+    """Returns the files that get a digest: all but hidden ones (.DS_Store, .nfs0001)."""
     return [file for file in files_below(path) if file.name != SUMS and file.name[0] != "."]
 
 
@@ -268,16 +279,16 @@ def _digest(file: epath.Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _seal(path: epath.Path, others: Collection[epath.Path] = ()) -> None:
-    """Writes the digests of all files but `others`."""
-    files = [file for file in _sealed(path) if file not in others]
+def _seal(path: epath.Path, foreign: Collection[epath.Path] = ()) -> None:
+    """Writes the digests of all files but the `foreign` ones."""
+    files = [file for file in _sealed(path) if file not in foreign]
     lines = [f"{_digest(file)}  {file.relative_to(path)}\n" for file in files]
-    # A comment to sha256sum. Without the count, a list that was cut short would look complete.
+    # Without the count, a truncated list would look complete. To sha256sum it is a comment.
     (path / SUMS).write_text("".join([*lines, f"# {len(lines)} files\n"]))
 
 
 def _read_sums(path: epath.Path) -> tuple[dict[str, str], bool]:
-    """The digests of a checkpoint by file name, and whether the list has its closing count.
+    """Returns the digests of a checkpoint by file name, and whether the list ends with its count.
 
     Raises:
         OSError: the list is missing or unreadable.
@@ -286,7 +297,7 @@ def _read_sums(path: epath.Path) -> tuple[dict[str, str], bool]:
     lines = (path / SUMS).read_text().splitlines()
     counted = bool(lines) and lines[-1].startswith("#")
     if counted and lines.pop() != f"# {len(lines)} files":
-        raise ValueError(f"{path / SUMS} does not list as many files as it says")
+        raise ValueError(f"{path / SUMS} has a wrong number of files in its last line")
     digests = {}
     for line in lines:
         digest, name = line.split("  ", 1)
@@ -295,25 +306,25 @@ def _read_sums(path: epath.Path) -> tuple[dict[str, str], bool]:
 
 
 def _remove(path: epath.Path, sums_first: bool = False) -> None:
-    """Deletes the files of a checkpoint that this package wrote, and folders that are then empty.
+    """Deletes the files of a checkpoint that this package wrote, and folders that become empty.
 
-    Those are the files that SHA256SUMS lists; without a list, those that Orbax names. Other files
-    stay. The list goes last, so that calling this again finishes what was cut short.
+    These are the files that SHA256SUMS lists or, without a list, those with Orbax's names. Other
+    files remain. The list is deleted last, so that another call completes an interrupted one.
 
     Args:
-        path: a checkpoint, whole or not.
+        path: a checkpoint, complete or not.
         sums_first: delete the list first, for stores where it marks a complete checkpoint.
     """
     listed: Mapping[str, str] = {}
-    whole_list = _DELETING in path.suffix and not (path / SUMS).exists()
+    list_is_complete = _DELETING in path.suffix and not (path / SUMS).exists()
     with contextlib.suppress(OSError, ValueError):
-        listed, whole_list = _read_sums(path)
+        listed, list_is_complete = _read_sums(path)
     if sums_first:
         (path / SUMS).unlink(missing_ok=True)
     for file in files_below(path):
         name = str(file.relative_to(path))
-        of_orbax = _ORBAX.fullmatch(name.partition("/")[0]) and file.name[0] != "."
-        if name in listed or (of_orbax and not whole_list):
+        orbax_file = _ORBAX.fullmatch(name.partition("/")[0]) and file.name[0] != "."
+        if name in listed or (orbax_file and not list_is_complete):
             file.unlink(missing_ok=True)
     (path / SUMS).unlink(missing_ok=True)
     if "://" not in str(path):  # a bucket has no folders

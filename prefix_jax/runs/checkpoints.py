@@ -1,6 +1,6 @@
-"""Checkpoints of a run: written in the background, whole or not at all.
+"""Checkpoints of a run, written in the background and atomically.
 
-The arrays are plain Orbax; `shelf` tells which directories are complete.
+Orbax writes the arrays; a `CheckpointStore` determines which checkpoints are complete.
 """
 
 from __future__ import annotations
@@ -24,24 +24,29 @@ from prefix_jax.train.step import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one run: a directory of its own, on a file system that its processes share
-    or in a bucket.
+    """The checkpoints of one run, in a bucket or on a file system that its processes share.
 
-    Every process makes the same calls in the same order. The first process alone renames, deletes,
-    and decides which checkpoint is whole.
+    Every process makes the same calls in the same order. Only the first one renames, deletes and
+    verifies.
+
+    Args:
+        directory: created if missing; may begin with gs://.
+        keep: how many of the latest checkpoints to keep, in addition to the best one.
+        warn: receives warnings about damaged checkpoints.
+        last_step: the last step that may be saved; None skips the check of its name.
+
+    Raises:
+        CheckpointError: the directory cannot be created or written, or a file in it has the name
+            of a coming checkpoint.
     """
 
-    def __init__(self, directory: PathLike, keep: int, warn: Callable[[str], None]) -> None:
-        """Opens the directory, and clears away what a killed process left half done.
-
-        Args:
-            directory: made if it does not exist; may begin with gs://.
-            keep: how many of the latest checkpoints stay, besides the best one.
-            warn: is told about damaged checkpoints.
-
-        Raises:
-            CheckpointError: the directory cannot be made or written.
-        """
+    def __init__(
+        self,
+        directory: PathLike,
+        keep: int,
+        warn: Callable[[str], None],
+        last_step: int | None = None,
+    ) -> None:
         self._store = make_store(directory)
         self.directory = self._store.directory
         self._keep = keep
@@ -53,10 +58,12 @@ class Checkpoints:
         if jax.process_index() == 0:
             try:
                 self._store.open()
+                if last_step is not None:
+                    self._store.check_names(last_step)
             except OSError as error:
                 raise CheckpointError(
-                    f"cannot keep checkpoints in {self.directory}: {error}; "
-                    "choose another output directory"
+                    f"cannot write checkpoints to {self.directory}: {error}; "
+                    "choose another output_dir"
                 ) from error
 
     def __enter__(self) -> Checkpoints:
@@ -73,7 +80,7 @@ class Checkpoints:
         except CheckpointError as failure:
             if error is None:
                 raise
-            # What ended the run comes first.
+            # The error that ended the run is more important.
             self._warn(str(failure))
 
     def steps(self) -> list[int]:
@@ -87,132 +94,131 @@ class Checkpoints:
     def save(
         self, step: int, state: TrainState, metadata: Mapping[str, Any], best: int | None = None
     ) -> None:
-        """Takes the state and returns; the writing goes on in the background.
+        """Copies the state and returns; a thread writes it.
 
         `state` may be donated as soon as this returns. Once the checkpoint is complete, it replaces
-        one of the same step, and those that are neither among the latest nor the best are deleted.
+        one of the same step, and checkpoints that are neither the latest nor the best are deleted.
 
         Args:
-            step: names the checkpoint.
+            step: the name of the checkpoint.
             state: what to store.
-            metadata: anything that JSON can hold.
-            best: the step whose checkpoint stays however old it is.
+            metadata: anything that JSON can represent.
+            best: the step whose checkpoint is kept even if it is old.
 
         Raises:
-            CheckpointError: the checkpoint before this one could not be written.
+            CheckpointError: the previous checkpoint could not be written.
         """
         self.wait()
         context = ocp.Context()
-        # Replicas share the writing of large arrays only: cutting up small ones would take XLA
-        # seconds to compile, at the first save.
+        # Replicas share the writing of large arrays only. Slicing small ones would need seconds of
+        # compilation at the first save.
         context.array.saving.min_slice_bytes_for_replica_parallel = 2**24
         with self._failures(step), context:
-            new = self._store.begin(step, acts=jax.process_index() == 0)
+            new = self._store.begin(step, clear=jax.process_index() == 0)
             response = ocp.save_async(new, state, custom_metadata=dict(metadata))
         self._pending = self._thread.submit(self._finish, response, step, best)
 
     def wait(self) -> None:
-        """Returns when the last save is complete.
+        """Waits until the last save is complete.
 
         Raises:
-            CheckpointError: it could not be written. The checkpoints before it are intact.
+            CheckpointError: it could not be written. Earlier checkpoints are intact.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Waits, as `wait` does, and ends the background thread."""
+        """Waits like `wait`, and ends the thread."""
         try:
             self.wait()
         finally:
             self._thread.shutdown()
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state and the metadata of one checkpoint.
+        """Restores the state and the metadata of one checkpoint.
 
         Args:
-            step: which one.
+            step: the step of the checkpoint.
             like: arrays or ShapeDtypeStructs with the shardings to restore to, on this mesh.
 
         Raises:
             DamagedCheckpointError: it is missing or damaged.
-            CheckpointError: it holds other arrays than `like`.
+            CheckpointError: its arrays differ from `like`.
         """
         path, complete = self.directory / str(step), self.steps()
         if not agreed(step in complete):
             raise DamagedCheckpointError(
-                f"there is no checkpoint {path}; complete ones: {complete}"
+                f"checkpoint {path} does not exist; complete checkpoints: {complete}"
             )
         damage = self._store.damage(path) if jax.process_index() == 0 else None
         if agreed(damage is not None):
             others = [other for other in complete if other != step]
             raise DamagedCheckpointError(
-                f"checkpoint {path} is damaged ({damage}); other steps that can be restored: "
-                f"{others or 'none'}"
+                f"checkpoint {path} is damaged ({damage}); other steps: {others or 'none'}"
             )
         return _load(path, like)
 
     def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest undamaged checkpoint; None if there is no checkpoint at all.
+        """Restores the latest undamaged checkpoint; None if there are no checkpoints.
 
-        A damaged one is skipped with a warning, and deleted after the next save.
+        Damaged ones are skipped with a warning, and deleted after the next save.
 
         Raises:
-            CheckpointError: all are damaged, or the newest undamaged one holds other arrays than
+            CheckpointError: all are damaged, or the arrays of the latest undamaged one differ from
                 `like`.
         """
-        found = -1
+        intact = -1
         if jax.process_index() == 0:
             for step in reversed(self.steps()):
                 damage = self._store.damage(self.directory / str(step))
                 if damage is None:
-                    found = step
+                    intact = step
                     break
                 self._damaged.add(step)
                 self._warn(f"skipped the damaged checkpoint {self.directory / str(step)}: {damage}")
-        found = agreed(found)
-        if found >= 0:
-            return _load(self.directory / str(found), like)
+        intact = agreed(intact)
+        if intact >= 0:
+            return _load(self.directory / str(intact), like)
         if agreed(bool(self.steps())):
             raise CheckpointError(
                 f"every checkpoint in {self.directory} is damaged; "
-                "put back a copy of one, or choose another output_dir to start from step 0"
+                "restore a copy of one, or choose another output_dir to start from step 0"
             )
         return None
 
     def _finish(self, response: ocp.AsyncResponse[None], step: int, best: int | None) -> None:
-        """Makes what Orbax has written a complete checkpoint. Runs in the background."""
+        """Completes the checkpoint that Orbax has written, in the thread, and deletes old ones."""
         with self._failures(step):
             response.result()
             if jax.process_index() != 0:
                 return
             self._store.finish(step)
             self._damaged.discard(step)
-            whole = [step for step in self.steps() if step not in self._damaged]
-            kept = {*whole[-self._keep :], step, best}
+            intact = [step for step in self.steps() if step not in self._damaged]
+            keep = {*intact[-self._keep :], step, best}
             for old in self.steps():
-                if old in self._damaged or old not in kept:
+                if old in self._damaged or old not in keep:
                     self._store.delete(old)
             self._damaged.clear()
 
     @contextlib.contextmanager
     def _failures(self, step: int) -> Iterator[None]:
-        """Turns a failure to write into a CheckpointError, and deletes what was half written."""
+        """Turns a failed write into a CheckpointError, and deletes the incomplete checkpoint."""
         try:
             yield
-        # Tensorstore's errors are all ValueErrors.
+        # All errors of TensorStore are ValueErrors.
         except (OSError, ValueError) as error:
-            room, latest = self._store.room(), 0
-            # The directory itself may be what is gone.
+            space, latest = self._store.free_space(), 0
+            # The directory itself may be missing.
             with contextlib.suppress(OSError, ValueError):
                 if jax.process_index() == 0:
                     self._store.sweep()
                 latest = self.latest() or 0
             raise CheckpointError(
                 f"cannot write the checkpoint of step {step} to {self.directory} "
-                f"({room}): {error}; remove the cause (often a full disk) and give the same "
-                f"command again: the run goes on from step {latest}"
+                f"({space}): {error}; fix the cause (often a full disk) and run the same command "
+                f"again to resume from step {latest}"
             ) from error
 
 
@@ -224,19 +230,19 @@ def _load(path: PathLike, like: TrainState) -> tuple[TrainState, dict[str, Any]]
         stored = ocp.metadata(path)
         _check_same_arrays(path, stored.metadata, like)
         return ocp.load(path, abstract), dict(stored.custom_metadata)
-    # Whole according to its digests, but the disk may fail all the same.
+    # The digests were right, but the disk may fail now.
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"checkpoint {path} cannot be read ({reason(error)}); see whether the disk or the "
-            "bucket is there, and start again"
+            f"checkpoint {path} cannot be read ({reason(error)}); check that the disk or the "
+            "bucket is available, and start again"
         ) from error
 
 
 def _check_same_arrays(path: PathLike, stored: Any, like: TrainState) -> None:
-    """Raises CheckpointError, naming the arrays, if Orbax could not restore `stored` as `like`."""
+    """Raises CheckpointError, naming the arrays, if `stored` and `like` have different arrays."""
 
     def arrays(tree: Any) -> dict[str, str]:
-        # Orbax has turned dataclasses and named tuples into dicts; their paths read the same.
+        # Orbax turns dataclasses and named tuples into dicts, with the same key paths.
         return {
             jax.tree_util.keystr(path, simple=True, separator="/"): (
                 f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
@@ -244,15 +250,15 @@ def _check_same_arrays(path: PathLike, stored: Any, like: TrainState) -> None:
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
 
-    there, here = arrays(stored), arrays(like)
+    actual, expected = arrays(stored), arrays(like)
     different = [
-        f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
-        for name in here | there
-        if there.get(name) != here.get(name)
+        f"{name} is {actual.get(name, 'missing')}, expected {expected.get(name, 'missing')}"
+        for name in expected | actual
+        if actual.get(name) != expected.get(name)
     ]
     if different:
         more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
         raise CheckpointError(
-            f"checkpoint {path} is of another run: {'; '.join(different[:3])}{more}. "
-            f"Use another output directory, or delete {path.parent}"
+            f"checkpoint {path} belongs to another run: {', '.join(different[:3])}{more}; "
+            f"choose another output_dir, or delete {path.parent}"
         )

@@ -1,86 +1,85 @@
-"""Warnings about settings that are valid, and probably a mistake."""
+"""Warnings about settings that are valid, but probably a mistake."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from prefix_jax.config import Config
+from prefix_jax.config import DataConfig, OptimConfig
 from prefix_jax.data.source import Record
 from prefix_jax.data.template import Template
 
 
-def careless(
-    config: Config, sources: Mapping[str, Sequence[Record]], steps: int
+def config_warnings(
+    data: DataConfig, optim: OptimConfig, sources: Mapping[str, Sequence[Record]], steps: int
 ) -> tuple[str, ...]:
     """Finds settings that are probably a mistake.
 
     Args:
-        config: the run.
+        data: the data and their templates.
+        optim: optimizer and schedule.
         sources: the records of every split.
-        steps: of the whole run.
+        steps: optimizer steps of the whole run.
 
     Returns:
-        One warning per finding: what is odd, and what to do.
+        One warning per finding, each with a remedy.
     """
-    return (*_schedule(config, steps), *_splits(config, sources), *_templates(config))
+    return (*_schedule(optim, steps), *_splits(data, sources), *_templates(data))
 
 
-def _schedule(config: Config, steps: int) -> Iterator[str]:
-    optim = config.optim
+def _schedule(optim: OptimConfig, steps: int) -> Iterator[str]:
     if optim.warmup_steps > steps:
         reached = optim.learning_rate * steps / optim.warmup_steps
         yield (
-            f"optim.warmup_steps is {optim.warmup_steps}, and the run has {steps} steps: the "
+            f"optim.warmup_steps is {optim.warmup_steps}, but the run has {steps} steps: the "
             f"learning rate only reaches {reached:.2g} of {optim.learning_rate:g}; lower "
             "optim.warmup_steps"
         )
     if optim.decay_every is not None and optim.decay_every >= steps:
         yield (
-            f"optim.decay_every is {optim.decay_every}, and the run has {steps} steps: the "
+            f"optim.decay_every is {optim.decay_every}, but the run has {steps} steps: the "
             "learning rate never decays; lower optim.decay_every"
         )
 
 
-def _splits(config: Config, sources: Mapping[str, Sequence[Record]]) -> Iterator[str]:
-    uses = {
-        "dev": "the best step is chosen on data that it was trained on",
-        "test": "the result says nothing about other data",
+def _splits(data: DataConfig, sources: Mapping[str, Sequence[Record]]) -> Iterator[str]:
+    harms = {
+        "dev": "the best step is selected on training data",
+        "test": "the result does not generalize to new data",
     }
     for name, other in (("dev", "train"), ("test", "train"), ("test", "dev")):
         if name in sources and other in sources and _equal(sources[name], sources[other]):
-            harm = uses[name] if other == "train" else "the best step is chosen on the test data"
+            harm = harms[name] if other == "train" else "the best step is selected on the test data"
             yield (
-                f"data.{name} holds the same records as data.{other}: {harm}; hold records out "
-                f"for data.{name}"
+                f"data.{name} has the same records as data.{other}: {harm}; use held-out records "
+                f"as data.{name}"
             )
     count = len(sources["train"])
-    if config.data.batch_size > count:
+    if data.batch_size > count:
         yield (
-            f"data.batch_size is {config.data.batch_size}, and there are {count} training "
-            "records: every step repeats some of them; lower data.batch_size"
+            f"data.batch_size is {data.batch_size}, but there are only {count} training records: "
+            "every step repeats some of them; lower data.batch_size"
         )
 
 
-def _templates(config: Config) -> Iterator[str]:
-    data = config.data
+def _templates(data: DataConfig) -> Iterator[str]:
     given = [text for text in (data.input, data.pair) if text is not None]
     if given and not any(Template(text).fields for text in given):
         names = "data.input" if data.pair is None else "data.input and data.pair"
         yield (
-            f"{names} without a {{field}}: every example reads the same text, {given[0][:60]!r}; "
-            "name the fields in braces, such as {text}"
+            f"{names} without a {{field}}: every example has the same input, {given[0][:60]!r}; "
+            "put field names in braces, such as {text}"
         )
     if data.target is not None and not Template(data.target).fields:
         yield (
-            f"data.target without a {{field}}: every example learns the same text, "
-            f"{data.target[:60]!r}; name the fields in braces, such as {{text}}"
+            f"data.target without a {{field}}: every example has the same target, "
+            f"{data.target[:60]!r}; put field names in braces, such as {{text}}"
         )
 
 
 def _equal(ours: Sequence[Record], theirs: Sequence[Record]) -> bool:
-    """Whether two splits have equal records; ends at the first difference."""
+    """Returns whether two splits have equal records."""
     return len(ours) == len(theirs) and all(
-        # By text: fields from Python may hold arrays, whose == has no truth value.
+        # As text: fields from Python may be arrays, whose == has no truth value.
         a.fields is b.fields or str(a.fields) == str(b.fields)
         for a, b in zip(ours, theirs, strict=True)
     )

@@ -1,4 +1,4 @@
-"""Everything that a run shows and records: a progress bar or log lines, metrics, the loss curve."""
+"""The console of a run: a progress bar on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -7,129 +7,121 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from types import TracebackType
-from typing import Literal
 
-from rich.console import Console
+import rich.console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
 
-from prefix_jax.errors import PrefixJaxError, reason
 from prefix_jax.runs.final_report import duration, number
-from prefix_jax.runs.metric_writer import Kind, MetricWriter, read_metrics
-from prefix_jax.runs.plot import plot_loss
+from prefix_jax.runs.metric_writer import Kind
 from prefix_jax.terminal import escape
 from prefix_jax.terminal.console import encodable, guard, make_console
+from prefix_jax.train.loop import Hook
 
 
-class Report:
-    """Shows a run while it goes, and records it.
+class Console(Hook):
+    """Shows the progress of a run.
 
-    On a terminal there is one bar: step, smoothed loss, real tokens per second, elapsed time and
-    time left. Anywhere else (a log, CI, nohup) there is a plain line every `log_every` steps.
-    Every step is recorded in `metrics.jsonl` and for TensorBoard, see `MetricWriter`.
+    On a terminal it shows one bar: step, smoothed loss, tokens per second (without padding),
+    elapsed time and time left. Anywhere else (a log, CI, nohup) it prints a plain line every
+    `log_every` steps.
 
-    Nothing that goes wrong with the display stops a run: it goes on in silence, and is recorded.
+    A display that fails never stops a run, which continues without it.
 
     Args:
-        directory: of the run.
-        total_steps: optimizer steps of the whole run.
-        start_step: how many of them were taken before this process.
-        log_every: steps between the lines that are printed where there is no terminal.
         console: where to print; standard output by default.
-        quiet: shows warnings alone.
-        primary: False on all processes but the first: nothing is shown or written.
-        clock: seconds, for the elapsed time and the time left.
-
-    Raises:
-        CheckpointError: by every method that records, when the disk does not take it.
+        quiet: show only warnings.
+        primary: False on all processes but the first, which then show nothing.
+        clock: returns the time in seconds.
     """
 
     def __init__(
         self,
-        directory: Path,
+        console: rich.console.Console | None = None,
         *,
-        total_steps: int,
-        start_step: int = 0,
-        log_every: int = 10,
-        console: Console | None = None,
         quiet: bool = False,
         primary: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.directory = Path(directory)
-        self._total, self._start, self._log_every = total_steps, start_step, log_every
         self._console = make_console() if console is None else guard(console)
         self._visible, self._primary = primary and not quiet, primary
-        self._pace = Throughput(total_steps, clock)
-        self._record: MetricWriter | None = None
+        self._clock = clock
+        self._total, self._log_every = 0, 10
+        self._throughput = Throughput(0, clock)
         self._bar: Progress | None = None
 
-    def __enter__(self) -> Report:
-        if self._primary:
-            self._record = MetricWriter(self.directory, self._start)
-        if not self._visible:
-            return self
-        if self._console.is_interactive:
-            bar = Progress(
-                _Shown(lambda task: task.description),
-                BarColumn(bar_width=None),
-                _Shown(lambda task: f"{task.completed:.0f}/{task.total:.0f}"),
-                _Shown(lambda task: task.fields["numbers"]),
-                _Shown(lambda task: duration(task.elapsed or 0)),
-                _Shown(lambda task: task.fields["left"]),
-                console=self._console,
-                expand=True,
-                refresh_per_second=4,
-            )
-            bar.add_task("compiling", total=self._total, completed=self._start, numbers="", left="")
-            self._show(bar.start)
-            self._bar = bar
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            (task,) = self._bar.task_ids
-            done = error is None and self._bar.finished
-            self._bar.update(task, description="done" if done else "stopped", left="")
-            self._show(self._bar.stop)
-            self._bar = None
-        if self._record is not None:
-            self._record.close()
-            self._record = None
-
-    def step(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
-        """Notes one optimizer step.
+    @contextlib.contextmanager
+    def training(
+        self, total_steps: int, start_step: int = 0, log_every: int = 10
+    ) -> Iterator[None]:
+        """Shows the bar inside the block.
 
         Args:
-            step: how many were taken, this one included.
-            metrics: host floats; at least loss, tokens (real ones) and learning_rate.
-            seconds: what the step took.
+            total_steps: optimizer steps of the whole run.
+            start_step: how many of them were taken before this process.
+            log_every: steps between printed lines if there is no terminal.
         """
-        if self._record is None:
+        self._total, self._log_every = total_steps, log_every
+        self._throughput = Throughput(total_steps, self._clock)
+        if not (self._visible and self._console.is_interactive):
+            yield
             return
-        first = self._pace.steps == 0
-        self._pace.add(step, metrics["loss"], metrics["tokens"], seconds)
-        pace = {
-            "seconds": round(seconds, 6),
-            "tokens_per_second": round(metrics["tokens"] / max(seconds, 1e-9), 1),
-        }
-        self._record.write(step, "train", {**metrics, **pace})
+        bar = Progress(
+            _TextColumn(lambda task: task.description),
+            BarColumn(bar_width=None),
+            _TextColumn(lambda task: f"{task.completed:.0f}/{task.total:.0f}"),
+            _TextColumn(lambda task: task.fields["numbers"]),
+            _TextColumn(lambda task: duration(task.elapsed or 0)),
+            _TextColumn(lambda task: task.fields["left"]),
+            console=self._console,
+            expand=True,
+            refresh_per_second=4,
+        )
+        task = bar.add_task(
+            "compiling", total=total_steps, completed=start_step, numbers="", left=""
+        )
+        self._show(bar.start)
+        self._bar = bar
+        description = "stopped"
+        try:
+            yield
+            description = "done" if bar.finished else "stopped"
+        finally:
+            self._bar = None
+            bar.update(task, description=description, left="")
+            self._show(bar.stop)
 
-        left = f"{duration(self._pace.left)} left" if self._pace.left else ""
-        loss = f"loss {self._pace.loss:.3f}"
-        speed = self._pace.tokens_per_second
-        pace_text = "" if speed is None else f"{speed:,.0f} tokens/s"
+    @contextlib.contextmanager
+    def status(self, text: str) -> Iterator[None]:
+        """Shows a spinner with a text inside the block."""
+        if not self._visible:
+            yield
+            return
+        status = self._console.status(text)
+        self._show(status.start)
+        try:
+            yield
+        finally:
+            self._show(status.stop)
+
+    def on_metrics(self, step: int, metrics: Mapping[str, float], seconds: float) -> bool:
+        """Shows one optimizer step.
+
+        Args:
+            step: its number.
+            metrics: at least loss, tokens (without padding) and learning_rate.
+            seconds: the duration of the step.
+        """
+        first = self._throughput.steps == 0
+        self._throughput.add(step, metrics["loss"], metrics["tokens"], seconds)
+        left = f"{duration(self._throughput.left)} left" if self._throughput.left else ""
+        loss = f"loss {self._throughput.loss:.3f}"
+        speed = self._throughput.tokens_per_second
+        tokens = "" if speed is None else f"{speed:,.0f} tokens/s"
         if self._bar is not None:
             bar, (task,) = self._bar, self._bar.task_ids
-            numbers = f"{loss}  {pace_text}"
+            numbers = f"{loss}  {tokens}"
             self._show(
                 lambda: bar.update(
                     task, completed=step, description="training", numbers=numbers, left=left
@@ -137,22 +129,20 @@ class Report:
             )
         elif first or step % self._log_every == 0 or step == self._total:
             rate = f"lr {metrics['learning_rate']:.2e}"
-            elapsed = f"{duration(self._pace.elapsed)} elapsed"
+            elapsed = f"{duration(self._throughput.elapsed)} elapsed"
             times = f"compiled in {seconds:.1f} s" if first else elapsed
-            parts = (self._at(step), loss, rate, pace_text, times, left)
+            parts = (self._at(step), loss, rate, tokens, times, left)
             self.message("  ".join(part for part in parts if part))
+        return False
 
-    def evaluation(self, step: int, results: Mapping[str, float], kind: Kind = "dev") -> None:
-        """Notes the results of an evaluation, by metric."""
-        if self._record is None:
-            return
-        self._record.write(step, kind, results)
-        values = "  ".join(f"{name} {number(name, value)}" for name, value in results.items())
-        self.message(f"{self._at(step)}  {kind}: {values}")
+    def write(self, step: int, kind: Kind, values: Mapping[str, float]) -> None:
+        """Prints the results of an evaluation, by metric."""
+        results = "  ".join(f"{name} {number(name, value)}" for name, value in values.items())
+        self.message(f"{self._at(step)}  {kind}: {results}")
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Says beside the bar what goes on instead of training: "evaluating", say."""
+        """Shows a name ("evaluating") next to the bar inside the block."""
         if self._bar is None:
             yield
             return
@@ -165,34 +155,14 @@ class Report:
             self._show(lambda: bar.update(task.id, description=before))
 
     def message(self, text: str) -> None:
-        """Prints a line, above the bar where there is one."""
+        """Prints a line, above the bar if it is shown."""
         if self._visible:
             self._print(Text(self._printable(text)))
 
     def warning(self, text: str) -> None:
-        """Prints a line that stands out, also when quiet."""
+        """Prints a highlighted line, even if quiet."""
         if self._primary:
             self._print(Text.assemble(("warning: ", "bold yellow"), self._printable(text)))
-
-    def plot(
-        self, title: str | None = None, reduction: Literal["token", "example"] = "token"
-    ) -> Path:
-        """Draws the loss of the whole run so far into `loss.png`, and returns where that is.
-
-        Args:
-            title: names the run directory by default.
-            reduction: of the training loss, see `plot_loss`.
-        """
-        path = self.directory / "loss.png"
-        if self._primary:
-            name = escape(title or f"Loss of {self.directory.resolve().name}")
-            try:
-                plot_loss(read_metrics(self.directory), path, title=name, reduction=reduction)
-            except PrefixJaxError:
-                raise
-            except Exception as error:  # what was trained is worth more than its picture
-                self.warning(f"{path} was not drawn: {reason(error)}")
-        return path
 
     def _at(self, step: int) -> str:
         return f"step {step:{len(str(self._total))}d}/{self._total}"
@@ -202,28 +172,28 @@ class Report:
         return encodable(escape(text), self._console.encoding)
 
     def _print(self, text: Text) -> None:
-        # In a log a line stays one line, however narrow rich takes the log to be.
-        one_line = not self._console.is_terminal
-        self._show(lambda: self._console.print(text, soft_wrap=one_line))
+        # Never wrap a line of a log, whatever width rich assumes.
+        soft_wrap = not self._console.is_terminal
+        self._show(lambda: self._console.print(text, soft_wrap=soft_wrap))
 
     def _show(self, draw: Callable[[], object]) -> None:
         try:
             draw()
-        except (Exception, SystemExit):  # rich exits when nobody reads its pipe any more
+        except (Exception, SystemExit):  # rich exits if its pipe is closed
             self._console.quiet = True
 
 
 class Throughput:
-    """How fast a run goes, and how long it has to.
+    """The speed of a run, and the time that it still needs.
 
-    The first step compiles: it counts neither for the speed nor for the time left. The time left
-    is judged by the clock, so that evaluations and checkpoints on the way count too.
+    The first step compiles and counts for neither. The time left is estimated from elapsed time,
+    so that it includes evaluations and checkpoints.
 
     Attributes:
-        steps: how many were added.
-        loss: exponential mean over about ten steps, those left out that are not finite.
-        tokens_per_second: over the last twenty steps; None after the first step alone.
-        left: seconds; None after the first step alone.
+        steps: the number of recorded steps.
+        loss: exponential mean over about ten steps, ignoring values that are not finite.
+        tokens_per_second: over the last twenty steps; None after the first step.
+        left: seconds; None after the first step.
     """
 
     def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
@@ -236,7 +206,7 @@ class Throughput:
         self.left: float | None = None
 
     def add(self, step: int, loss: float, tokens: float, seconds: float) -> None:
-        """Takes note of one step, see `Report.step`."""
+        """Records one step, see `Console.on_metrics`."""
         now = self._clock()
         self.steps += 1
         if math.isfinite(loss):
@@ -262,11 +232,11 @@ class Throughput:
         return self._clock() - self._began
 
 
-class _Shown(ProgressColumn):
+class _TextColumn(ProgressColumn):
     """A column of plain text."""
 
     def __init__(self, text: Callable[[Task], str]) -> None:
-        # The bar gives way on a narrow terminal, the numbers do not.
+        # On a narrow terminal the bar shrinks, the numbers do not.
         super().__init__(Column(no_wrap=True))
         self._text = text
 

@@ -1,4 +1,4 @@
-"""What stands at the end of a run: scores and texts before and after, files, the next command."""
+"""Final report of a run: scores and samples before and after, outputs, and the next command."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _LOWER_IS_BETTER = {"loss", "perplexity"}
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What was generated for one held-out input.
+    """The predictions for one held-out input.
 
     Attributes:
-        input: what the model was given.
-        reference: what it should write.
-        before: what it wrote without the prefix; None if that was not asked for.
-        after: what it writes with the prefix.
-        made: what that is: "generated", or "answered" by a head.
+        input: the input.
+        reference: the expected output.
+        before: the output without the prefix; None if it was not requested.
+        after: the output with the prefix.
+        made: "generated", or "answered" by a head.
     """
 
     input: str
@@ -56,26 +56,25 @@ class Sample:
 
 
 def number(metric: str, value: float) -> str:
-    """A metric's value with as many digits as mean something."""
+    """Formats the value of a metric with its significant digits."""
     kind = _kind(metric)
     return f"{value:.2f}" if kind in PERCENTAGES or kind == "perplexity" else f"{value:.4f}"
 
 
 def _kind(metric: str) -> str:
-    """The name of a metric without the task that it is of, "TASK.METRIC"."""
+    """Returns the name of a metric without its task ("TASK.METRIC")."""
     return metric.rpartition(".")[2]
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 0:07, 12:34 or 1:02:03."""
+    """Formats seconds as 0:07, 12:34 or 1:02:03."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    """A table of metrics: before, after and change, or the values alone where there are no earlier
-    ones."""
+    """Makes a table of metrics: before, after and change, or only the values without `before`."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("")
     for column in ("before", "after", "change") if before else ("held-out",):
@@ -96,7 +95,7 @@ def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> Table
 
 
 def generations(samples: Sequence[Sample]) -> RenderableType:
-    """One panel a sample: input and reference, and below them before beside after."""
+    """Shows one panel per sample: input and reference, then before and after side by side."""
     return Group(*(_generation(sample) for sample in samples))
 
 
@@ -117,7 +116,7 @@ def _generation(sample: Sample) -> Panel:
     return Panel(Group(given, "", sides))
 
 
-def print_closing(
+def print_final_report(
     console: Console,
     *,
     before: Mapping[str, float],
@@ -126,15 +125,15 @@ def print_closing(
     written: Mapping[str, object],
     command: str | None,
 ) -> None:
-    """Prints how a run ended.
+    """Prints the final report of a run.
 
     Args:
-        console: where to.
-        before: held-out metrics without the prefix; empty if they were not measured.
-        after: held-out metrics with it; empty if nothing was held out.
-        samples: a few held-out generations.
-        written: where things are, by what they are: {"prefix": path, …}.
-        command: the exact one that uses the prefix; None if there is none.
+        console: where to print.
+        before: held-out metrics without the prefix; empty if not measured.
+        after: held-out metrics with the prefix; empty without held-out data.
+        samples: a few held-out examples.
+        written: the path of each output, by name: {"prefix": path, …}.
+        command: a command that uses the prefix; None if there is none.
     """
     if samples:
         console.print(generations(samples))
@@ -142,7 +141,7 @@ def print_closing(
         console.print("", comparison(before, after), sep="\n")
     console.print()
     width = max(map(len, written), default=0)
-    # Unboxed and unwrapped, so that paths and command can be copied in one go.
+    # Without box and wrapping, so that paths and the command can be copied.
     for what, path in written.items():
         console.print(escaped(f"{what:<{width}}  {path}"), soft_wrap=True)
     if command is not None:

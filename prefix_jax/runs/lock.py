@@ -1,14 +1,14 @@
-"""Locks of output directories: one run at a time writes to an output.
+"""Locks of run directories, so that only one run at a time writes to a directory.
 
-The first process of a run holds the lock, for all of its processes. A run that is killed leaves the
-lock's file, which the next run recognises as stale:
+The first process of a run holds the lock for all of its processes. A run that is killed leaves the
+file of its lock, which the next run recognizes as stale:
 
-* On a disk the file is locked with `flock`, which ends with the process. Where the file system does
-  not share such locks between hosts, or has none, the host and the process that the file names
-  decide: a process of this host can be looked up, one of another host cannot.
-* In a bucket the owner renews an object every `HEARTBEAT` seconds. It is stale if it does not
-  change for `SILENCE` seconds, or at once if it names a process of this host that has ended. No
-  clocks of two hosts are compared.
+* On a disk the file is locked with `flock`, which ends with the process. If the file system does
+  not share such locks between hosts, or does not support them, the host and the process named in
+  the file decide: a process of this host can be looked up, one of another host cannot.
+* In a bucket the owner renews an object every `HEARTBEAT` seconds. It is stale if it has not
+  changed for `SILENCE` seconds, or at once if it names a process of this host that has ended. The
+  clocks of two hosts are never compared.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HEARTBEAT = 20.0
 SILENCE = 120.0
 
 _MOST_BYTES = 4096
-# File systems of one host, on which `flock` is granted only if no process holds the lock.
+# File systems of a single host, on which `flock` succeeds only if no process holds the lock.
 _LOCAL = frozenset(
     "apfs bcachefs btrfs ext2 ext3 ext4 f2fs hfs jfs overlay ramfs reiserfs tmpfs xfs zfs".split()
 )
@@ -48,14 +48,14 @@ _LOCAL = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """The process that took a lock.
+    """The process that holds a lock.
 
     Attributes:
-        host: its name.
-        pid: of the process on that host.
-        started: identifies the start of the process: a pid is used again.
-        since: when it took the lock, for messages.
-        token: differs from lock to lock.
+        host: the name of its host.
+        pid: its process id on that host.
+        started: identifies the start of the process, because process ids are reused.
+        since: when it acquired the lock, for messages.
+        token: unique to this lock.
     """
 
     host: str
@@ -75,34 +75,34 @@ class Owner:
 
     @property
     def here(self) -> bool:
-        """Whether the process ran on this host."""
+        """True if the process runs, or ran, on this host."""
         return self.host == socket.gethostname()
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs, if it ran on this host."""
+        """True if the process still runs. Meaningful only if it is on this host."""
         start = _start(self.pid)
         return start is not None and (not start or not self.started or start == self.started)
 
 
 class Lock(abc.ABC):
-    """A lock that this process takes or not, without waiting for its owner to end."""
+    """A lock that is acquired or refused, without waiting for its owner to end."""
 
     @abc.abstractmethod
     def acquire(self) -> None:
-        """Takes the lock.
+        """Acquires the lock.
 
         Raises:
-            ConfigError: another process has it.
-            CheckpointError: the file system or the bucket does not take it.
+            ConfigError: another process holds it.
+            CheckpointError: it cannot be written.
         """
 
     @abc.abstractmethod
     def release(self) -> None:
-        """Gives the lock back; never fails."""
+        """Releases the lock. Never fails."""
 
     def check(self) -> None:  # noqa: B027
-        """Makes sure that the lock is still held.
+        """Checks that the lock is still held.
 
         Raises:
             CheckpointError: another process took it over.
@@ -110,33 +110,33 @@ class Lock(abc.ABC):
 
 
 class FileLock(Lock):
-    """The lock of a directory on disk, which is made if it is missing.
+    """The lock of a directory on disk.
 
     Args:
-        directory: to lock.
+        directory: the directory, created if missing.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._path = directory / LOCK
         self._descriptor: int | None = None
-        self._made: list[Path] = []
+        self._created: list[Path] = []
 
     def acquire(self) -> None:
         parents = [self._directory, *self._directory.parents]
         try:
-            self._made = list(takewhile(lambda parent: not parent.exists(), parents))
+            self._created = list(takewhile(lambda parent: not parent.exists(), parents))
             self._directory.mkdir(parents=True, exist_ok=True)
-            # Again if the owner removed the file between two of these calls.
+            # Repeats if the owner removed the file between two of these calls.
             while not self._try():
                 pass
         except OSError as error:
-            self._remove_made()
+            self._remove_created()
             raise CheckpointError(
                 f"cannot write to {self._directory}: {explain(error)}; choose another output_dir"
             ) from error
         except PrefixJaxError:
-            self._remove_made()
+            self._remove_created()
             raise
 
     def _try(self) -> bool:
@@ -165,38 +165,38 @@ class FileLock(Lock):
                 os.close(descriptor)
 
     def _is_stale(self, before: Owner | None, created: bool, locked: bool) -> bool:
-        """Whether nobody holds a lock whose file was there before.
+        """Returns whether the owner of an existing lock file is gone.
 
         Args:
-            before: the owner that the file names.
-            created: whether this process made the file.
-            locked: whether this process got the file's `flock`, if the file system has any.
+            before: the owner named in the file.
+            created: whether this process created the file.
+            locked: whether this process acquired the file's `flock`, if it is supported.
         """
         if created or (locked and (before is None or _is_local(self._directory))):
             return True
         return before is not None and before.here and not before.alive
 
     def _refusal(self, owner: Owner | None, certain: bool) -> str:
-        """What to say to a process that does not get the lock.
+        """Explains why the lock was refused.
 
         Args:
-            owner: that the file names.
-            certain: whether its process is known to run.
+            owner: the owner named in the file.
+            certain: whether its process is known to be running.
         """
         if owner is None:
             return (
-                f"{self._directory}: locked by another process; wait until it has ended, or "
-                f"choose another output_dir (if there is no such process, remove {self._path})"
+                f"{self._directory}: locked by another process; wait until it ends, or choose "
+                f"another output_dir (if there is no such process, remove {self._path})"
             )
         if owner.here or certain:
             return (
-                f"{self._directory}: another run is writing there ({owner}); wait until it has "
-                "ended, stop it, or choose another output_dir"
+                f"{self._directory}: another run is writing there ({owner}); wait until it ends, "
+                "stop it, or choose another output_dir"
             )
         return (
-            f"{self._directory}: locked by a run on another host ({owner}), and "
-            f"{socket.gethostname()} cannot see whether that run has ended; if it has, remove "
-            f"{self._path} and start again, else choose another output_dir"
+            f"{self._directory}: locked by a run on another host ({owner}); "
+            f"{socket.gethostname()} cannot check whether that run has ended. If it has, remove "
+            f"{self._path} and start again; otherwise choose another output_dir"
         )
 
     def release(self) -> None:
@@ -207,11 +207,11 @@ class FileLock(Lock):
                 self._path.unlink()
         os.close(self._descriptor)
         self._descriptor = None
-        self._remove_made()
+        self._remove_created()
 
-    def _remove_made(self) -> None:
-        """Leaves no empty directories of a run that failed before it wrote anything."""
-        for path in self._made:
+    def _remove_created(self) -> None:
+        """Removes the directories that this lock created, unless they have content."""
+        for path in self._created:
             try:
                 path.rmdir()
             except OSError:
@@ -222,21 +222,21 @@ class BucketLock(Lock):
     """The lock of a directory in a bucket.
 
     Args:
-        directory: to lock, gs://BUCKET/PATH.
-        tell: receives one line if the lock of another host has to be watched for a while.
-        sleep: waits for a number of seconds.
+        directory: the directory, gs://BUCKET/PATH.
+        message: receives a line before a wait for the owner's next heartbeat.
+        sleep: sleeps for a number of seconds.
     """
 
     def __init__(
         self,
         directory: str,
-        tell: Callable[[str], None],
+        message: Callable[[str], None],
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._directory = directory
         self._path = f"{directory}/{LOCK}"
-        self._tell, self._sleep = tell, sleep
-        # fsspec rather than epath, which has neither a create-only mode nor reads without caches.
+        self._message, self._sleep = message, sleep
+        # fsspec, because epath has neither a create-only mode nor uncached reads.
         self._files = fsspec.filesystem("gs")
         self._owner: Owner | None = None
         self._lost: str | None = None
@@ -249,12 +249,12 @@ class BucketLock(Lock):
         try:
             while not self._create(owner):
                 self._wait_until_stale()
-        # gcsfs and the libraries below it have no base class of errors.
+        # gcsfs and its dependencies have no common base class of errors.
         except PrefixJaxError:
             raise
         except Exception as error:
             raise CheckpointError(
-                f"cannot lock {self._directory}: {reason(error)}; see that the bucket is there and "
+                f"cannot lock {self._directory}: {reason(error)}; check that the bucket exists and "
                 "that this account may write to it"
             ) from error
         self._owner, self._lost = owner, None
@@ -266,21 +266,21 @@ class BucketLock(Lock):
         try:
             self._files.pipe_file(self._path, _write(owner), mode="create")
         except FileExistsError:
-            # A request that is sent again after a lost answer finds its own object.
+            # A request that is repeated after a lost response finds its own object.
             held = _read(self._content() or b"")
             return held is not None and held.token == owner.token
         return True
 
     def _wait_until_stale(self) -> None:
-        """Removes the object if its owner is gone, and raises ConfigError if it is not."""
+        """Deletes the object if its owner is gone; raises ConfigError otherwise."""
         before = self._content()
         if before is None:
             return
         owner = _read(before)
         if owner is None or not owner.here or owner.alive:
-            name = str(owner) if owner else "of an unknown process"
-            self._tell(
-                f"{self._directory} is locked ({name}); waiting {SILENCE:.0f} s for a sign of life"
+            name = str(owner) if owner else "by an unknown process"
+            self._message(
+                f"{self._directory} is locked ({name}); waiting {SILENCE:.0f} s for a heartbeat"
             )
             waited = 0.0
             while waited < SILENCE:
@@ -292,8 +292,8 @@ class BucketLock(Lock):
                 if content != before:
                     raise ConfigError(
                         f"{self._directory}: another run is writing there "
-                        f"({_read(content) or name}); wait until it has ended, stop it, or choose "
-                        "another output"
+                        f"({_read(content) or name}); wait until it ends, stop it, or choose "
+                        "another output_dir"
                     )
         if self._content() == before:
             self._delete()
@@ -312,8 +312,8 @@ class BucketLock(Lock):
     def check(self) -> None:
         if self._lost is not None:
             raise CheckpointError(
-                f"{self._directory}: {self._lost}; this run stops, so that two runs do not write "
-                "to one output"
+                f"{self._directory}: {self._lost}; this run stops, because only one run may write "
+                "to a directory"
             )
 
     def _beat_until_ended(self) -> None:
@@ -321,9 +321,9 @@ class BucketLock(Lock):
             self.beat()
 
     def beat(self) -> None:
-        """Renews the lock, or notes that it is lost."""
+        """Renews the lock, or records that it was lost."""
         assert self._owner is not None
-        # What fails now may work the next time.
+        # A failure may be temporary.
         with contextlib.suppress(Exception):
             content = self._content()
             held = _read(content or b"")
@@ -352,7 +352,7 @@ def _write(owner: Owner, beats: int = 0) -> bytes:
 
 
 def _read(content: bytes) -> Owner | None:
-    """The owner that a lock names; None if it names none."""
+    """Returns the owner named in a lock; None if it is malformed."""
     try:
         text = content[:_MOST_BYTES].decode()
         fields = parse_json(text, LOCK, ConfigError)
@@ -365,7 +365,7 @@ def _read(content: bytes) -> Owner | None:
 
 
 def _flock(descriptor: int) -> bool | None:
-    """Locks an open file: True or False, or None where the file system has no such locks."""
+    """Returns whether an open file could be locked; None if the file system has no such locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -376,7 +376,7 @@ def _flock(descriptor: int) -> bool | None:
 
 
 def _is(path: Path, descriptor: int) -> bool:
-    """Whether a path still names an open file."""
+    """Returns whether a path still refers to an open file."""
     try:
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -387,13 +387,13 @@ def _start(pid: int) -> str | None:
     """Identifies the start of a process of this host.
 
     Returns:
-        None if there is no such process, "" if the system does not tell.
+        None if there is no such process, "" if its start is unknown.
     """
     try:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
             return None
-        # In ticks since the host started: unlike the time of day, nobody sets it.
+        # In ticks since the host booted, which unlike the time of day is never adjusted.
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}:{Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
     except psutil.NoSuchProcess:
@@ -408,7 +408,7 @@ def _start(pid: int) -> str | None:
 
 
 def _is_local(path: Path) -> bool:
-    """Whether a path is on a file system that no other host can reach."""
+    """Returns whether a path is on a file system of this host only."""
     resolved = path.resolve()
     best, kind = -1, ""
     for partition in psutil.disk_partitions(all=True):

@@ -1,4 +1,4 @@
-"""Checks that a run can fit in memory, and reports when it did not."""
+"""Checks that a run can fit in memory, and explains an allocation failure."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
 
-from prefix_jax.config import Config
 from prefix_jax.data.batch import Example
 from prefix_jax.errors import ConfigError
 from prefix_jax.mesh import batch_shards, shards
@@ -27,22 +26,31 @@ _REMEDY = (
 
 
 def check_memory(
-    config: Config, model: PrefixModel, examples: Sequence[Example], mesh: Mesh
+    model: PrefixModel,
+    examples: Sequence[Example],
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    grad_accum_steps: int = 1,
+    shared_sources: bool = False,
+    optimizer: Literal["adamw", "adafactor"] = "adamw",
 ) -> None:
-    """Compares the least memory that training needs with what a device has, before allocating.
+    """Compares the memory that training needs at least with what a device has, before allocating.
 
-    What is counted are the trained parameters with gradients and the optimizer's moments, and the
-    layers' inputs that the backward pass reads. Both are lower bounds: a run that passes may still
-    not fit.
+    It counts the trained parameters with their gradients and optimizer state, and the layer inputs
+    that the backward pass reads. Both are lower bounds: a run that passes may still not fit.
 
     Args:
-        config: the run.
         model: backbone, method and head.
-        examples: to train on.
+        examples: the training examples.
         mesh: the devices.
+        batch_size: examples per step.
+        grad_accum_steps: micro-batches per step.
+        shared_sources: whether examples in a row share the tokens of their source.
+        optimizer: determines the size of the optimizer state.
 
     Raises:
-        ConfigError: more is needed than there is; the message names the settings.
+        ConfigError: training needs more than there is; the message names the settings to change.
     """
     room = device_memory(mesh)
     if room is None:
@@ -50,8 +58,8 @@ def check_memory(
     method, geometry = model.method, model.backbone.geometry
     if method is not None:
         params = jax.eval_shape(lambda: method.init(jax.random.key(0), geometry, None))
-        # A gradient and AdamW's two moments besides; Adafactor has one.
-        copies = 4 if config.optim.name == "adamw" else 3
+        # Parameters, gradients and moments: AdamW has two, Adafactor one.
+        copies = 4 if optimizer == "adamw" else 3
         needed = copies * sum(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(params))
         if needed > room:
             sizes = {
@@ -61,35 +69,32 @@ def check_memory(
             }
             largest = sorted(sizes.items(), key=lambda item: -item[1])
             raise ConfigError(
-                f"{', '.join(f'{name} {value}' for name, value in largest[:3])}: what trains "
-                f"needs {_size(needed)} with its gradient and the optimizer's state, and a device "
+                f"{', '.join(f'{name} {value}' for name, value in largest[:3])}: the trained "
+                f"parameters need {_size(needed)} with gradients and optimizer state, but a device "
                 f"has {_size(room)}; lower {largest[0][0]}"
             )
-    if config.data.group_by_source or not examples:
-        return  # examples share tokens there
+    if shared_sources or not examples:
+        return
     tokens = sum(
         len(e.ids_T if e.source_ids_S is None else e.source_ids_S) for e in examples
     ) / len(examples)
-    rows = config.data.batch_size / config.optim.grad_accum_steps / batch_shards(mesh)
+    rows = batch_size / grad_accum_steps / batch_shards(mesh)
     layers = geometry.main.layers if getattr(method, "layers", None) is None else 1
     needed = int(rows * tokens * geometry.d_model * layers * 2 / shards(mesh, ("sequence",)))
     if needed > room:
         raise ConfigError(
-            f"data.batch_size {config.data.batch_size}: a step needs at least {_size(needed)} per "
-            f"device, and a device has {_size(room)}; {_REMEDY}"
+            f"data.batch_size {batch_size}: a step needs at least {_size(needed)} per device, "
+            f"but a device has {_size(room)}; {_REMEDY}"
         )
 
 
 def device_memory(mesh: Mesh) -> int | None:
-    """Bytes that one device of the mesh has in all; None if nobody says.
-
-    Devices on the host's processor share the host's memory.
-    """
+    """Total bytes of one device; None if unknown. CPU devices share the host's memory."""
     device = mesh.local_devices[0] if mesh.local_devices else None
     if device is None:
         return None
     stats: dict[str, Any] = {}
-    with contextlib.suppress(Exception):  # platforms without statistics raise what they like
+    with contextlib.suppress(Exception):  # platforms without statistics raise various errors
         stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"])
@@ -100,26 +105,22 @@ def device_memory(mesh: Mesh) -> int | None:
 
 
 @contextlib.contextmanager
-def out_of_memory() -> Iterator[None]:
-    """Turns an exhausted memory, of the host or a device, into one error.
-
-    Raises:
-        ConfigError: an allocation failed.
-    """
+def explain_out_of_memory() -> Iterator[None]:
+    """Turns an allocation failure, of the host or a device, into a ConfigError."""
     try:
         yield
     except MemoryError as error:
-        raise ConfigError(f"the host's memory is exhausted ({error}); {_REMEDY}") from error
+        raise ConfigError(f"the host is out of memory ({error}); {_REMEDY}") from error
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text and "Out of memory" not in text:
             raise
         first = text.strip().splitlines()[0][:200]
-        raise ConfigError(f"the devices' memory is exhausted ({first}); {_REMEDY}") from error
+        raise ConfigError(f"the devices are out of memory ({first}); {_REMEDY}") from error
 
 
 def _host_memory() -> int | None:
-    """Bytes of the host's memory, or of this process's share of it (a container's limit)."""
+    """Bytes of the host's memory, or the limit of this container."""
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a run leaves on disk as it goes: `metrics.jsonl`, and event files for TensorBoard."""
+"""Metrics on disk: `metrics.jsonl`, and event files for TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import struct
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -18,35 +19,35 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
 from prefix_jax.errors import CheckpointError
+from prefix_jax.train.loop import Hook
 from prefix_jax.untrusted.json import parse_json
 
 Kind = Literal["train", "dev", "test"]
 
 
-class MetricWriter:
+class MetricWriter(Hook):
     """Appends every step and every evaluation to `metrics.jsonl` and to `tensorboard/`.
 
-    A line of `metrics.jsonl` is {"step": …, "kind": …, values by name, "time": …}, where `time`
-    counts seconds since 1970. Every line is with the operating system when `write` returns: a
+    A line of `metrics.jsonl` is {"step": …, "kind": …, values by name, "time": …}, where `time` is
+    in seconds since 1970. Each line reaches the operating system before `write` returns, so a
     killed process loses at most the line that it was writing.
 
-    A run that starts at step 0 starts both anew. One that resumes at step s drops what lies
-    beyond s, and the results on the test split, which are the last thing of a run: they read as if
-    nothing had happened.
+    A run that starts at step 0 overwrites both. A run that resumes at step s drops everything after
+    s and the results on the test split, so that the files read as if it had never stopped.
 
     Args:
-        directory: of the run; made where it is missing.
+        directory: the run directory; created if missing.
         start_step: the optimizer steps taken before this process.
 
     Raises:
-        CheckpointError: a file cannot be written, or the one to go on with is not ours.
+        CheckpointError: a file cannot be written, or the existing one is not ours.
     """
 
     def __init__(self, directory: Path, start_step: int) -> None:
         self._metrics = directory / "metrics.jsonl"
         host = socket.gethostname()
-        # TensorBoard reads the files of a directory in the order of their names. The same name
-        # comes up twice only when the earlier file is one that the later one supersedes.
+        # TensorBoard reads the files of a directory in the order of their names. A name repeats
+        # only if the later file replaces the earlier one.
         self._events = (
             directory
             / "tensorboard"
@@ -55,10 +56,10 @@ class MetricWriter:
         with contextlib.ExitStack() as files:
             with _writing(self._metrics):
                 directory.mkdir(parents=True, exist_ok=True)
-                _drop_beyond(self._metrics, start_step)
+                _drop_after(self._metrics, start_step)
                 self._metrics_file = files.enter_context(self._metrics.open("ab"))
-            # tensorboardX's own writer works through a queue and a thread, which on a full disk
-            # dies and leaves the training waiting for it. Its formats are all that is needed.
+            # tensorboardX's own writer uses a queue and a thread, which dies on a full disk and
+            # leaves the training waiting. Only its formats are needed.
             with _writing(self._events):
                 self._events.parent.mkdir(exist_ok=True)
                 self._events_file = files.enter_context(self._events.open("wb"))
@@ -68,8 +69,27 @@ class MetricWriter:
             self._event(step=purge_step, session_log=SessionLog(status=SessionLog.START))
             self._files = files.pop_all()
 
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def on_metrics(self, step: int, metrics: Mapping[str, float], seconds: float) -> bool:
+        speed = {
+            "seconds": round(seconds, 6),
+            "tokens_per_second": round(metrics["tokens"] / max(seconds, 1e-9), 1),
+        }
+        self.write(step, "train", {**metrics, **speed})
+        return False
+
     def write(self, step: int, kind: Kind, values: Mapping[str, float]) -> None:
-        """Records values; those that are not finite become null, as JSON has no word for them.
+        """Records values. Those that are not finite become null, because JSON cannot express them.
 
         Raises:
             CheckpointError: a file cannot be written.
@@ -87,9 +107,9 @@ class MetricWriter:
         self._event(step=step, summary=Summary(value=scalars))
 
     def _check_present(self) -> None:
-        """Raises CheckpointError if the file was removed, or the directory with it.
+        """Raises CheckpointError if the file or its directory was removed.
 
-        Writing would go on without an error, to a file that nobody can read.
+        Otherwise writes would succeed, to a file that no longer has a name.
         """
         try:
             now = self._metrics.stat()
@@ -98,8 +118,8 @@ class MetricWriter:
         if now is not None and os.path.samestat(now, os.fstat(self._metrics_file.fileno())):
             return
         raise CheckpointError(
-            f"{self._metrics} was removed or replaced while the run wrote to it; the run stops "
-            "here, and the same command goes on from the last checkpoint that is left"
+            f"{self._metrics} was removed or replaced during the run, which stops here; run the "
+            "same command again to resume from the last remaining checkpoint"
         )
 
     def close(self) -> None:
@@ -122,22 +142,22 @@ class MetricWriter:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`, also while it is being written.
+    """Reads the complete lines of a run's `metrics.jsonl`, even while it is being written.
 
     Raises:
-        CheckpointError: the file is missing, or not what `MetricWriter` writes.
+        CheckpointError: the file is missing, or was not written by `MetricWriter`.
     """
     return [line for _, line in _lines(directory / "metrics.jsonl")]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The complete lines, each with the offset of its end."""
+    """Yields each complete line, after the offset of its end."""
     end = 0
     try:
         with path.open("rb") as file:
             for number, text in enumerate(file, 1):
                 if not text.endswith(b"\n"):
-                    return  # a kill left half a line
+                    return  # incomplete: the process was killed while writing it
                 end += len(text)
                 yield end, _parse(text, f"{path}:{number}")
     except OSError as error:
@@ -158,14 +178,14 @@ def _parse(text: bytes, where: str) -> dict[str, Any]:
         )
     ):
         raise CheckpointError(
-            f"{where} is not a line of metrics with a step: remove it, or move the file away"
+            f"{where} is not a line of metrics with a step; remove the line, or move the file away"
         )
     return line
 
 
-def _drop_beyond(path: Path, step: int) -> None:
-    """Cuts the file where the first line beyond `step`, or of the test split, starts; at step 0
-    nothing stays."""
+def _drop_after(path: Path, step: int) -> None:
+    """Cuts the file before its first line of a later step or of the test split; at step 0, empties
+    it."""
     if not path.exists():
         return
     end = 0
@@ -187,6 +207,6 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"cannot write {path}: {error.strerror}; the run can be resumed from its last "
-            "checkpoint once this is put right"
+            f"cannot write {path}: {error.strerror}; fix this, then run the same command again to "
+            "resume from the last checkpoint"
         ) from error

@@ -1,4 +1,4 @@
-"""What a run needs that trains several tasks together, each with a prefix of its own."""
+"""Multitask runs: assigning records to tasks and saving the shared factors."""
 
 from __future__ import annotations
 
@@ -18,49 +18,52 @@ from prefix_jax.methods.base import Params
 from prefix_jax.methods.multitask import PARTS, to_parts
 
 
-def tell_tasks_apart(
+def assign_tasks(
     data: DataConfig, method: Method[Any] | None, sources: Mapping[str, Sequence[Record]]
 ) -> tuple[Method[Any] | None, Mapping[str, Sequence[Record]]]:
-    """The method with the names of its tasks, and the records of each split with theirs.
+    """Gives the method the names of its tasks, and each record the index of its task.
 
-    Where `data.task` names no field, both are as they were.
+    Without `data.task`, returns both unchanged.
 
     Raises:
-        ConfigError: the method has no tasks; or one of them has no training example.
-        DataError: a record names no task, or an unknown one.
+        ConfigError: the method is not a multitask method, or a task has no training example.
+        DataError: a record has no task, or an unknown one.
     """
     if data.task is None:
         if method is not None and method.task_names:
             raise ConfigError(
-                "method.tasks names several tasks: say with data.task which field of a record "
-                "names its own"
+                "method.tasks names several tasks; set data.task to the field that names the task "
+                "of a record"
             )
         return method, sources
     if not isinstance(method, MultitaskPromptTuning):
         raise ConfigError(
-            "data.task lets several tasks train together, each with a prefix of its own, which "
-            "method.name: multitask does; leave it out for one prefix for all"
+            "data.task trains one prefix per task, which only method.name: multitask supports; "
+            "remove it to train one prefix for all"
         )
-    found = collect_tasks(sources["train"], data.task)
-    method = dataclasses.replace(method, tasks=method.tasks or found)
-    if idle := [name for name in method.task_names if name not in found]:
+    names = collect_tasks(sources["train"], data.task)
+    method = dataclasses.replace(method, tasks=method.tasks or names)
+    if unused := [name for name in method.task_names if name not in names]:
         raise ConfigError(
-            f"no training example is of the task {idle[0]!r} in method.tasks; those in field "
-            f"{data.task!r} are {', '.join(found)}"
+            f"method.tasks: no training example has the task {unused[0]!r}; the tasks in field "
+            f"{data.task!r} are {', '.join(names)}"
         )
-    split = {name: with_tasks(of, data.task, method.task_names) for name, of in sources.items()}
-    return method, split
+    assigned = {
+        split: with_tasks(records, data.task, method.task_names)
+        for split, records in sources.items()
+    }
+    return method, assigned
 
 
-def save_parts(directory: Path, params: Params) -> None:
-    """Writes what the prefixes of several tasks are made of: what a second stage starts from.
+def save_factors(directory: Path, params: Params) -> None:
+    """Writes the factors of the tasks' prefixes, from which a second stage can start.
 
     Args:
-        directory: of the run.
-        params: of the method.
+        directory: the run directory.
+        params: the parameters of the method.
 
     Raises:
-        CheckpointError: the disk does not take it.
+        CheckpointError: the file cannot be written.
     """
     path = directory / PARTS
     try:

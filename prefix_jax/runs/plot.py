@@ -1,16 +1,50 @@
-"""The loss curve as a picture."""
+"""The loss curve of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from prefix_jax.errors import CheckpointError
+from prefix_jax.errors import CheckpointError, PrefixJaxError, reason
+from prefix_jax.runs.metric_writer import read_metrics
+from prefix_jax.terminal import escape
 
 _TRAIN, _DEV, _INK = "#3b6fb6", "#d1495b", "#444444"
+
+
+def plot_run(
+    directory: Path,
+    warn: Callable[[str], None],
+    *,
+    title: str | None = None,
+    reduction: Literal["token", "example"] = "token",
+) -> Path:
+    """Draws the loss of a run so far, including the part before a resume, into `loss.png`.
+
+    Args:
+        directory: the run directory.
+        warn: receives a warning if the plot cannot be drawn, which does not fail the run.
+        title: None for the name of the directory.
+        reduction: of the training loss, see `plot_loss`.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        CheckpointError: `metrics.jsonl` cannot be read, or the picture cannot be written.
+    """
+    path = directory / "loss.png"
+    name = escape(title or f"Loss of {directory.resolve().name}")
+    try:
+        plot_loss(read_metrics(directory), path, title=name, reduction=reduction)
+    except PrefixJaxError:
+        raise
+    except Exception as error:  # a bug in plotting must not cost the trained prefix
+        warn(f"{path} was not drawn: {reason(error)}")
+    return path
 
 
 def plot_loss(
@@ -25,15 +59,15 @@ def plot_loss(
     Args:
         records: lines of `metrics.jsonl`, see `read_metrics`.
         path: the PNG to write, 1000 × 600 pixels.
-        title: stands above the curve.
-        reduction: of the training loss. Dev loss is per token always, and gets an axis of its own
-            where the two cannot be compared.
+        title: the title above the curve.
+        reduction: of the training loss. Dev loss is always per token, and has its own axis if the
+            two cannot be compared.
 
     Raises:
         CheckpointError: the picture cannot be written.
     """
-    # Imported here because it takes a second, at the end of a run. pyplot is not touched: the
-    # caller's backend and figures stay as they are.
+    # Imported here because the import takes a second. pyplot is not used, so that the caller's
+    # backend and figures stay unchanged.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -65,7 +99,7 @@ def plot_loss(
         raw["marker"] = "o" if len(steps) == 1 else None
         drawn += axes.plot(steps, losses, **raw, label="training")
         drawn += axes.plot(steps, smooth, color=_TRAIN, linewidth=2, label="training, smoothed")
-        # A single spike leaves the picture rather than flattening everything else.
+        # Cut off a single spike rather than flatten everything else.
         shared = dev_losses if dev_axes is axes else dev_losses[:0]
         inside = np.concatenate([smooth, shared, np.quantile(losses, [0.0, 0.99])])
         bottom, top = inside.min(), inside.max()
@@ -95,11 +129,11 @@ def plot_loss(
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Means over a centred window of a fifteenth of the values.
+    """Averages twice over a centred window of a fifteenth of the values.
 
-    Taken twice, since the mean over a window jumps with every outlier that enters or leaves it.
-    The window stays symmetric at the start, where a loss falls steeply, and narrows down to the
-    first value. At the end, where only noise is left, it is cut off.
+    Once is not enough: the mean jumps whenever an outlier enters or leaves the window. At the
+    start, where a loss falls steeply, the window stays symmetric and narrows down to the first
+    value. At the end, where only noise is left, it is cut off.
     """
     index = np.arange(len(values))
     reach = np.minimum(max(1, len(values) // 30), index)
@@ -111,7 +145,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def _series(records: Iterable[Mapping[str, Any]], kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and losses of one kind, without those that were not finite, which are null."""
+    """Returns the steps and losses of one kind, without null (not finite) losses."""
     points = {
         record["step"]: record["loss"]
         for record in records

@@ -1,4 +1,4 @@
-"""A trace of some steps, for XProf and Perfetto."""
+"""Traces some steps for XProf and Perfetto."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from types import TracebackType
 
 import jax
 
-# Steps of this process that are left out before: the first compiles, the second still warms up.
-_BEFORE = 2
+from prefix_jax.train.loop import Hook
+from prefix_jax.train.step import TrainState
+
+# Steps of this process before the trace: the first compiles, and the second still warms up.
+_SKIPPED = 2
 
 
-class Profiler:
-    """Traces some steps of this process into a directory, from the third one on; what is traced
-    when it is left ends there.
+class Profiler(Hook):
+    """Traces some steps of this process into a directory, from its third step on.
+
+    A trace that is still running ends when the profiler is closed.
 
     Args:
-        directory: gets `plugins/profile/…`, as XProf and TensorBoard read it.
-        first: the step after which this process started.
-        steps: how many to trace; None traces none.
+        directory: receives `plugins/profile/…`, which XProf and TensorBoard read.
+        start_step: the steps taken before this process started.
+        steps: how many steps to trace; None for no trace.
     """
 
-    def __init__(self, directory: Path, first: int, steps: int | None) -> None:
+    def __init__(self, directory: Path, start_step: int, steps: int | None) -> None:
         self._directory = directory
-        self._start = first + _BEFORE
+        self._start = start_step + _SKIPPED
         self._stop = self._start + (steps or 0)
         self._running = False
 
@@ -36,18 +40,28 @@ class Profiler:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # JAX traces one at a time: another run in this process could not.
-        self.turn(last=True)
+        # JAX runs one trace at a time, so that a later run in this process would fail.
+        self.stop()
 
-    def at(self, done: int) -> bool:
-        """Whether tracing starts or ends after step `done`, which should then have ended."""
-        return self._start < self._stop and done in (self._start, self._stop)
+    def due(self, step: int, last: bool) -> bool:
+        if last:
+            return self._running
+        return self._start < self._stop and step in (self._start, self._stop)
 
-    def turn(self, last: bool) -> None:
-        """Ends the trace that runs; where none does, starts it, unless this was the last step."""
+    def on_state(self, step: int, state: TrainState, last: bool) -> bool:
+        if self._running:
+            self.stop()
+        elif not last:
+            self.start()
+        return False
+
+    def start(self) -> None:
+        """Starts the trace."""
+        jax.profiler.start_trace(self._directory)
+        self._running = True
+
+    def stop(self) -> None:
+        """Ends the trace, if it is running."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
-        elif not last:
-            jax.profiler.start_trace(self._directory)
-            self._running = True

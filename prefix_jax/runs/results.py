@@ -1,4 +1,4 @@
-"""What a run measured at its end, in its directory: `results.json` and `predictions*.jsonl`."""
+"""Reads and writes the results of a run: `results.json` and `predictions*.jsonl`."""
 
 from __future__ import annotations
 
@@ -22,39 +22,55 @@ _NAMES = {"before", "after"}
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What a run measured at its end.
+    """The results of a finished run.
 
     Attributes:
         step: the step whose prefix was measured.
-        evaluations: of the test split, by name: "after", and "before" where it was asked for.
+        evaluations: on the test split: "after" training, and "before" if requested.
     """
 
     step: int
     evaluations: Mapping[str, Evaluation]
 
 
-def save_results(directory: Path, config: Config, results: Results) -> None:
-    """Writes results into the run directory: the last thing that a run does.
+def config_digest(config: Config) -> str:
+    """Identifies the config of a run, without its output directory, which may be moved."""
+    return hashlib.sha256(
+        configs.dump(dataclasses.replace(config, output_dir="")).encode()
+    ).hexdigest()
+
+
+def save_results(directory: Path, digest: str, results: Results) -> None:
+    """Writes results into a run directory, which completes the run.
+
+    Args:
+        directory: the run directory.
+        digest: identifies the config, see `config_digest`.
+        results: the results.
 
     Raises:
-        PrefixJaxError: the disk does not take them.
+        PrefixJaxError: they cannot be written.
     """
-    for name, found in results.evaluations.items():
+    for name, evaluation in results.evaluations.items():
         path = _predictions(directory, name)
-        if found.predictions:
-            save_predictions(path, found.predictions)
+        if evaluation.predictions:
+            save_predictions(path, evaluation.predictions)
         else:
             path.unlink(missing_ok=True)
     content = {
         "step": results.step,
-        "test": {name: found.report.as_dict() for name, found in results.evaluations.items()},
-        "config": _digest(config),
+        "test": {name: e.report.as_dict() for name, e in results.evaluations.items()},
+        "config": digest,
     }
-    write_whole(directory / "results.json", json.dumps(content, indent=2) + "\n")
+    write_atomically(directory / "results.json", json.dumps(content, indent=2) + "\n")
 
 
-def read_results(directory: Path, config: Config) -> Results | None:
-    """Results of the run of a config; None if it has not ended.
+def read_results(directory: Path, digest: str) -> Results | None:
+    """Reads the results of a run; None if it has not finished, or had another config.
+
+    Args:
+        directory: the run directory.
+        digest: identifies the config, see `config_digest`.
 
     Raises:
         CheckpointError: the files cannot be read, or are damaged.
@@ -64,7 +80,7 @@ def read_results(directory: Path, config: Config) -> Results | None:
         return None
     try:
         content = read_json_object(path, PrefixJaxError)
-        if content.get("config") != _digest(config):
+        if content.get("config") != digest:
             if "config" not in content:
                 raise PrefixJaxError("it has no key 'config'")
             return None
@@ -82,18 +98,18 @@ def read_results(directory: Path, config: Config) -> Results | None:
             evaluations[name] = Evaluation(Report.from_dict(report), predictions)
         return Results(step, evaluations)
     except (PrefixJaxError, ValueError) as error:
-        remedy = "remove it, and the run measures again"
+        remedy = "remove it to measure again"
         if isinstance(error.__cause__, OSError):
-            remedy = "give this user the right to read it, or choose another output_dir"
+            remedy = "give this user permission to read it, or choose another output_dir"
         why = str(error).removeprefix(f"{path}: ").removeprefix("cannot be read ")
         raise CheckpointError(f"{path} cannot be read ({why.strip('()')}); {remedy}") from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all.
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file completely or not at all.
 
     Raises:
-        CheckpointError: the disk does not take it.
+        CheckpointError: it cannot be written.
     """
     new = path.with_name(f"{path.name}.new")
     try:
@@ -106,10 +122,3 @@ def write_whole(path: Path, text: str) -> None:
 
 def _predictions(directory: Path, name: str) -> Path:
     return directory / ("predictions.jsonl" if name == "after" else f"predictions-{name}.jsonl")
-
-
-def _digest(config: Config) -> str:
-    """Tells whether results are those of a config; its directory may have moved since."""
-    return hashlib.sha256(
-        configs.dump(dataclasses.replace(config, output_dir="")).encode()
-    ).hexdigest()

@@ -9,19 +9,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from prefix_jax import config as configs
 from prefix_jax.config import Config
 from prefix_jax.data.batch import Example
 from prefix_jax.errors import CheckpointError, ConfigError, RenamedKeyError
-from prefix_jax.runs.build import Setup
 from prefix_jax.runs.checkpoints import Checkpoints
-from prefix_jax.runs.loop import Progress
+from prefix_jax.runs.hooks import Progress
 from prefix_jax.runs.run_directory import CHECKPOINTS, CONFIG, WRITTEN, RunDirectory
 from prefix_jax.train.step import TrainState
 from prefix_jax.untrusted.paths import read_text
 
-# What a run that goes on may be told otherwise than before. The rest decides its numbers.
-_FREE = (
+# Settings that may change when a run resumes. All others determine its results.
+_MAY_CHANGE = (
     "output_dir",
     "mesh",
     "evaluate",
@@ -33,17 +34,19 @@ _FREE = (
     "train.profile_steps",
 )
 
-# How long a run lasts: one that has ended can only be continued by a run of its own.
+# Settings of the length of a run. A run that has finished can only be continued by a new run.
 _LENGTH = {"train.steps", "train.epochs"}
 
 
-def refuse_another_run(place: RunDirectory, config: Config) -> None:
-    """Makes sure that a directory is free, or holds the run that is to go on.
+def refuse_another_run(output: RunDirectory, config: Config) -> None:
+    """Checks that a directory is free, or holds a run of the same config. First process only.
 
     Raises:
         ConfigError: it holds another run, or files that the run would replace.
     """
-    directory = place.directory
+    if jax.process_index() != 0:
+        return
+    directory = output.directory
     inner = directory.resolve()
     for outer in inner.parents:
         if inner.relative_to(outer).parts[0] in WRITTEN and _holds_run(outer):
@@ -53,19 +56,19 @@ def refuse_another_run(place: RunDirectory, config: Config) -> None:
             )
     path = directory / CONFIG
     if not os.path.lexists(path):
-        found = [name for name in WRITTEN if os.path.lexists(directory / name)]
-        if CHECKPOINTS not in found and place.has_checkpoints():
-            found.append(CHECKPOINTS)
-        if found:
+        existing = [name for name in WRITTEN if os.path.lexists(directory / name)]
+        if CHECKPOINTS not in existing and output.has_checkpoints():
+            existing.append(CHECKPOINTS)
+        if existing:
             raise ConfigError(
-                f"{directory} was not written by a run, and {', '.join(found)} in it would be "
+                f"{directory} was not written by a run, and {', '.join(existing)} in it would be "
                 "replaced; choose another output_dir"
             )
         return
     try:
         if read_text(path, ConfigError) == configs.dump(config):
             return
-        if not place.has_checkpoints():
+        if not output.has_checkpoints():
             raise ConfigError(f"{path} was not written by a run and would be replaced")
         before = configs.load(path)
     except RenamedKeyError as error:
@@ -83,17 +86,17 @@ def refuse_another_run(place: RunDirectory, config: Config) -> None:
         key
         for key in {**old, **new}
         if old.get(key) != new.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+        and not any(key == free or key.startswith(f"{free}.") for free in _MAY_CHANGE)
     ]
     if differing:
-        named = ", ".join(f"{key} ({old.get(key)}, not {new.get(key)})" for key in differing)
+        changes = ", ".join(f"{key} ({old.get(key)}, not {new.get(key)})" for key in differing)
         remedy = "choose another output_dir, or remove that directory to start from step 0"
         if _LENGTH.issuperset(differing) and (directory / "prefix").is_dir():
             remedy = (
                 "to train its prefix further, choose another output_dir and start from the prefix: "
                 f"init.start=prefix init.path={directory} output_dir=…"
             )
-        raise ConfigError(f"{directory} holds a run with another {named}; {remedy}")
+        raise ConfigError(f"{directory} holds a run with another {changes}; {remedy}")
 
 
 def _holds_run(directory: Path) -> bool:
@@ -101,18 +104,68 @@ def _holds_run(directory: Path) -> bool:
 
 
 def _flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Nested sections by dotted keys. Of the metrics the first one is named: it selects."""
-    found: dict[str, Any] = {}
+    """Flattens sections to dotted keys, and adds the metric that selects the best step."""
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{where}{name}"
-        found |= _flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
-    if "evaluate.metrics" in found:
-        found["first of evaluate.metrics"] = found["evaluate.metrics"][0]
-    return found
+        flat |= _flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+    if "evaluate.metrics" in flat:
+        flat["first of evaluate.metrics"] = flat["evaluate.metrics"][0]
+    return flat
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """Inputs that must not change when a run resumes, stored in checkpoints.
+
+    Attributes:
+        fingerprint: of the backbone's weights.
+        examples: digest of the training examples.
+    """
+
+    fingerprint: str
+    examples: str
+
+    @classmethod
+    def of(cls, fingerprint: str, examples: Sequence[Example]) -> Identity:
+        return cls(fingerprint, _digest(examples))
+
+
+def resume(
+    checkpoints: Checkpoints, initial: TrainState, identity: Identity
+) -> tuple[TrainState, Progress]:
+    """Restores the latest state of an interrupted run, or returns the initial one.
+
+    Args:
+        checkpoints: the checkpoints of the run.
+        initial: the state before the first step.
+        identity: of this run.
+
+    Raises:
+        CheckpointError: the run started with another backbone or other examples.
+    """
+    restored = checkpoints.restore_latest(initial)
+    if restored is None:
+        return initial, Progress()
+    state, metadata = restored
+    expected = dataclasses.asdict(identity)
+    if not {"progress", *expected} <= metadata.keys():
+        raise CheckpointError(
+            f"the checkpoints in {checkpoints.directory} were not written by prefix-jax train; "
+            "choose another output_dir"
+        )
+    for key, what in (("fingerprint", "another backbone"), ("examples", "other training examples")):
+        if metadata[key] != expected[key]:
+            raise CheckpointError(
+                f"the run in {checkpoints.directory.parent} started with {what} "
+                f"({key} {metadata[key][:12]}…, not {expected[key][:12]}…); "
+                "choose another output_dir, or restore what it started with"
+            )
+    return state, Progress(**metadata["progress"])
 
 
 def _digest(examples: Sequence[Example]) -> str:
-    """Tells whether the examples are those that a run began with."""
+    """SHA-256 of the tokens of all examples."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(len(example.ids_T).to_bytes(4, "little"))
@@ -124,43 +177,3 @@ def _digest(examples: Sequence[Example]) -> str:
             digest.update(len(example.source_ids_S).to_bytes(4, "little"))
             digest.update(example.source_ids_S.tobytes())
     return digest.hexdigest()
-
-
-def identity_of(setup: Setup) -> dict[str, str]:
-    """What a run has to begin with again to go on: its checkpoints say it."""
-    return {
-        "fingerprint": setup.pretrained.fingerprint,
-        "examples": _digest(setup.splits["train"]),
-    }
-
-
-def restore(
-    setup: Setup, checkpoints: Checkpoints, identity: Mapping[str, str]
-) -> tuple[TrainState, Progress]:
-    """The latest state of an interrupted run, or the first one.
-
-    Args:
-        setup: of the run.
-        checkpoints: what it has saved.
-        identity: of `identity_of`.
-
-    Raises:
-        CheckpointError: it began with another backbone or other examples.
-    """
-    found = checkpoints.restore_latest(setup.state)
-    if found is None:
-        return setup.state, Progress()
-    state, metadata = found
-    if not {"progress", *identity} <= metadata.keys():
-        raise CheckpointError(
-            f"the checkpoints in {checkpoints.directory} were not written by prefix-jax train; "
-            "choose another output_dir"
-        )
-    for key, what in (("fingerprint", "another backbone"), ("examples", "other training examples")):
-        if metadata[key] != identity[key]:
-            raise CheckpointError(
-                f"the run in {checkpoints.directory.parent} began with {what} "
-                f"({key} {metadata[key][:12]}…, not {identity[key][:12]}…); "
-                "choose another output_dir, or put back what it began with"
-            )
-    return state, Progress(**metadata["progress"])

@@ -1,4 +1,4 @@
-"""Output directories: on disk, or in a bucket with a working copy on disk."""
+"""Run directories: on disk, or in a bucket with a working copy on disk."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from prefix_jax.mesh import agreed
 from prefix_jax.methods.multitask import PARTS
 from prefix_jax.runs.checkpoint_store import files_below
 from prefix_jax.runs.lock import BucketLock, FileLock, Lock
+from prefix_jax.runs.results import write_atomically
 from prefix_jax.untrusted.paths import expand, explain
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
-# What a run writes to its directory. Everything else there is somebody else's: it is neither
+# Everything that a run writes to its directory. Other entries are the user's: they are neither
 # deleted nor copied to a bucket.
 WRITTEN = (
     CONFIG,
@@ -41,11 +42,11 @@ WRITTEN = (
 )
 
 _BUCKET = "gs://"
-# In order: the results, which end a run, come last.
+# In this order: the results, which complete a run, come last.
 _COPIED = tuple(name for name in WRITTEN if name != CHECKPOINTS)
-# Of these a run deletes files; of the others they are gone by accident, and the bucket keeps them.
+# A run deletes files only in these. Any other missing file is an accident, and stays in the bucket.
 _REPLACED = ("prefix", PREFIXES, "predictions.jsonl", "predictions-before.jsonl")
-# Names the bucket directory that a working copy mirrors.
+# A file with the bucket directory that a working copy mirrors.
 _MARKER = ".prefix-jax.bucket"
 _FETCHED = ".prefix-jax.fetched"
 
@@ -53,25 +54,24 @@ _FETCHED = ".prefix-jax.fetched"
 class RunDirectory:
     """The directory of a run.
 
-    In a bucket (`gs://BUCKET/PATH`) all processes write checkpoints together. Everything else is
-    written by the first process into a working copy, `runs/BUCKET/PATH`, which `fetch` makes equal
-    to the bucket, and `publish` the bucket equal to it. Both touch only what a run writes.
+    In a bucket (`gs://BUCKET/PATH`), all processes write the checkpoints together. Everything else
+    is written by the first process to a working copy, `runs/BUCKET/PATH`: `fetch` copies the bucket
+    to it, and `publish` mirrors it to the bucket. Both touch only what a run writes.
 
     Args:
         output: `Config.output_dir`.
 
     Attributes:
-        directory: where the first process finds and writes all files but the checkpoints.
-        checkpoints: where the checkpoints are.
+        directory: where the first process reads and writes everything but the checkpoints.
 
     Raises:
-        ConfigError: a bucket cannot be used here.
+        ConfigError: the output is not a usable path, or the bucket cannot be used here.
     """
 
     def __init__(self, output: str):
         self._output = output
         self._remote: epath.Path | None = None
-        self._there: dict[str, tuple[int, int]] = {}
+        self._published: dict[str, tuple[int, int]] = {}
         self._locks: list[Lock] = []
         if output.startswith(_BUCKET):
             bucket, path = _parse(output)
@@ -79,10 +79,10 @@ class RunDirectory:
             self.directory = Path("runs") / bucket / path
             if importlib.util.find_spec("gcsfs") is None:
                 raise ConfigError(
-                    f"output_dir {output}: a bucket takes one more package: "
+                    f"output_dir {output}: a bucket requires another package; run "
                     "pip install 'prefix-jax[gcs]'"
                 )
-        # Orbax takes a directory below "gs:" for an address, too.
+        # Orbax also mistakes a directory below "gs:" for a bucket.
         elif re.search(r"(^|/)\w+:/", output):
             raise ConfigError(
                 f"output_dir {output}: give a directory, or a bucket as gs://BUCKET/PATH"
@@ -95,21 +95,22 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> epath.Path:
+        """The directory of the checkpoints."""
         return (self._remote or epath.Path(self.directory)) / CHECKPOINTS
 
     @contextlib.contextmanager
-    def owned(self) -> Iterator[None]:
-        """Locks the output for the block, so that no other run writes to it. All processes call it.
+    def locked(self) -> Iterator[None]:
+        """Locks the output, so that no other run writes to it. Every process must call it.
 
         Raises:
-            ConfigError: another run is writing there, or something that is not a directory is.
+            ConfigError: another run writes there, or it is not a directory.
             CheckpointError: the lock cannot be written.
         """
         failure: PrefixJaxError | None = None
         with contextlib.ExitStack() as stack:
             if jax.process_index() == 0:
                 try:
-                    stack.enter_context(self._locked())
+                    stack.enter_context(self._lock())
                 except PrefixJaxError as error:
                     failure = error
             if agreed(failure is not None):
@@ -119,7 +120,7 @@ class RunDirectory:
             yield
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _lock(self) -> Iterator[None]:
         if self.directory.is_symlink() and not self.directory.exists():
             raise ConfigError(
                 f"output_dir {self.directory} is a symbolic link to {self.directory.readlink()}, "
@@ -131,7 +132,7 @@ class RunDirectory:
             )
         locks: list[Lock] = [FileLock(self.directory)]
         if self._remote is not None:
-            locks.append(BucketLock(str(self._remote), _tell))
+            locks.append(BucketLock(str(self._remote), _print))
         with contextlib.ExitStack() as stack:
             for lock in locks:
                 lock.acquire()
@@ -141,10 +142,10 @@ class RunDirectory:
             yield
 
     def fetch(self) -> None:
-        """Makes the working copy equal to the bucket.
+        """Copies the bucket to the working copy. Does nothing without a bucket.
 
         Raises:
-            ConfigError: another run uses the working copy, or the directory is not one.
+            ConfigError: another run uses the working copy, or the directory is not a working copy.
             CheckpointError: the bucket cannot be read.
         """
         if self._remote is None or jax.process_index() != 0:
@@ -163,23 +164,23 @@ class RunDirectory:
                 ) from error
 
     def _claim(self) -> None:
-        """Marks the directory as the working copy of the bucket; refuses one that is not."""
+        """Marks an empty directory as the working copy of the bucket; refuses any other."""
         marker = self.directory / _MARKER
-        found = marker.read_text(errors="replace").strip() if marker.is_file() else None
-        if found is None and not any(map(_is_content, self.directory.iterdir())):
+        origin = marker.read_text(errors="replace").strip() if marker.is_file() else None
+        if origin is None and not any(map(_is_content, self.directory.iterdir())):
             marker.write_text(f"{self._remote}\n")
-        elif found != str(self._remote):
-            what = "is not a working copy" if found is None else f"is the working copy of {found}"
+        elif origin != str(self._remote):
+            what = "is not a working copy" if origin is None else f"is the working copy of {origin}"
             raise ConfigError(
                 f"{self.directory} {what}, and fetching {self._remote} would replace its files; "
                 "move it away, or choose another output_dir"
             )
 
     def _fetch(self, remote: epath.Path) -> None:
-        # The old copy is not to be lost with the connection.
+        # Into a new directory first, so that a lost connection does not cost the old copy.
         new = self.directory / _FETCHED
         _delete(new)
-        with self._talking("read"):
+        with self._bucket_errors("read"):
             for name in _COPIED:
                 for file in _below(remote / name):
                     copy = new / file.relative_to(remote)
@@ -190,45 +191,54 @@ class RunDirectory:
             if (new / name).exists():
                 (new / name).rename(self.directory / name)
         _delete(new)
-        self._there = self._stamps()
+        self._published = self._stamps()
 
     def publish(self) -> None:
-        """Makes the bucket equal to the working copy; the results of a run come last.
+        """Mirrors the working copy to the bucket; the results of a run come last.
 
         Raises:
-            CheckpointError: the bucket cannot be written, or another run has taken it over.
+            CheckpointError: the bucket cannot be written, or another run took the lock over.
         """
         for lock in self._locks:
             lock.check()
         if self._remote is None or jax.process_index() != 0:
             return
-        if self._there and not self.directory.is_dir():
+        if self._published and not self.directory.is_dir():
             raise CheckpointError(
-                f"the working copy {self.directory} was removed while the run wrote to it; give "
-                "the same command again: it goes on from the last checkpoint"
+                f"the working copy {self.directory} was removed during the run; run the same "
+                "command again to resume from the last checkpoint"
             )
         now = self._stamps()
-        with self._talking("write"):
+        with self._bucket_errors("write"):
             for name in now:
-                if self._there.get(name) != now[name]:
+                if self._published.get(name) != now[name]:
                     (self._remote / name).write_bytes((self.directory / name).read_bytes())
-                    self._there[name] = now[name]
-            for name in self._there.keys() - now.keys():
+                    self._published[name] = now[name]
+            for name in self._published.keys() - now.keys():
                 if name.partition("/")[0] in _REPLACED:
                     (self._remote / name).unlink(missing_ok=True)
-                    del self._there[name]
+                    del self._published[name]
+
+    def write_config(self, text: str) -> None:
+        """Writes `config.yaml`, on the first process.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        if jax.process_index() == 0:
+            write_atomically(self.directory / CONFIG, text)
 
     def has_checkpoints(self) -> bool:
-        """Whether a run has begun to train here.
+        """Returns whether a run has started to train here.
 
         Raises:
             CheckpointError: the bucket cannot be read.
         """
-        with self._talking("read"):
+        with self._bucket_errors("read"):
             return self.checkpoints.exists()
 
     def _stamps(self) -> dict[str, tuple[int, int]]:
-        """The files of the working copy that are copied, each with its size and time."""
+        """The files of the working copy that are mirrored, each with its size and time."""
         return {
             str(file.relative_to(self.directory)): _stamp(file)
             for name in _COPIED
@@ -236,36 +246,37 @@ class RunDirectory:
         }
 
     @contextlib.contextmanager
-    def _talking(self, verb: str) -> Iterator[None]:
+    def _bucket_errors(self, verb: str) -> Iterator[None]:
+        """Turns a failure to "read" or "write" the bucket into a CheckpointError."""
         try:
             yield
-        # gcsfs and the libraries below it have no base class of errors.
+        # gcsfs and its dependencies have no common base class of errors.
         except Exception as error:
             if self._remote is None:
                 raise
             raise CheckpointError(
-                f"cannot {verb} {self._remote}: {reason(error)}. Is the bucket there (gcloud "
-                "storage ls), and may this account use it (gcloud auth application-default login, "
-                "or the role Storage Object User for the service account of a TPU)?"
+                f"cannot {verb} {self._remote}: {reason(error)}; check that the bucket exists "
+                "(gcloud storage ls) and that this account may use it (gcloud auth "
+                "application-default login, or the role Storage Object User for the service "
+                "account of a TPU)"
             ) from error
 
 
 def _parse(output: str) -> tuple[str, str]:
-    """The bucket and the path of gs://BUCKET/PATH.
+    """Splits gs://BUCKET/PATH into bucket and path.
 
     Raises:
-        ConfigError: one of them is missing, or not a name that a bucket and a disk can both have.
+        ConfigError: one of them is missing, or not a valid name in a bucket and on a disk.
     """
     bucket, _, path = output.removeprefix(_BUCKET).strip("/").partition("/")
     parts = path.split("/")
     if not path:
         raise ConfigError(
-            f"output_dir {output}: name a folder of the bucket, gs://BUCKET/PATH: a run needs one "
-            "of its own"
+            f"output_dir {output}: a run needs its own folder in the bucket; give gs://BUCKET/PATH"
         )
     for part in (bucket, *parts):
         # The working copy has the same path below `runs`. The other characters are wildcards, or
-        # separate versions of an object.
+        # separate the versions of an object.
         if part in ("", ".", "..") or re.search(r"[\x00-\x1f\x7f\\*?\[\]#]", part):
             raise ConfigError(
                 f"output_dir {output}: {part!r} cannot be a part of gs://BUCKET/PATH; give plain "
@@ -275,14 +286,14 @@ def _parse(output: str) -> tuple[str, str]:
 
 
 def _below(path: epath.Path) -> list[epath.Path]:
-    """The file at a path, or all files of the directory there."""
+    """Returns the file at a path, or all files below a directory."""
     if not path.exists():
         return []
     return files_below(path) if path.is_dir() else [path]
 
 
 def _delete(path: Path) -> None:
-    """Deletes a file, a link or a directory that this package wrote, if there is one."""
+    """Deletes a file, link or directory that this package wrote, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -290,14 +301,14 @@ def _delete(path: Path) -> None:
 
 
 def _is_content(path: Path) -> bool:
-    """Whether an entry of a directory is more than this package's own records."""
+    """Returns whether an entry of a directory is more than this package's bookkeeping."""
     return not path.name.startswith(".prefix-jax.")
 
 
-def _tell(text: str) -> None:
+def _print(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 def _stamp(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns

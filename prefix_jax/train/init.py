@@ -1,4 +1,4 @@
-"""What a prefix is before the first step."""
+"""Initial values of a prefix."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def init_prefix(
     examples: Sequence[Example],
     seed: int,
 ) -> Params:
-    """The method's parameters before the first step, float32.
+    """Makes the method's parameters before the first step, in float32.
 
     Args:
-        method: what trains.
-        config: what it starts as.
+        method: the method.
+        config: the `init` section of the config.
         pretrained: the frozen model.
-        examples: training examples; the first tokens of them are the default text.
-        seed: of what is random.
+        examples: training examples, whose first tokens are the default text.
+        seed: the seed of random values.
 
     Raises:
-        ConfigError: the method cannot start so.
-        PrefixError: the stored prefix to start from is of another kind, length or backbone.
+        ConfigError: the method does not support this start.
+        PrefixError: the stored prefix to start from has another kind, length or backbone.
     """
     start_rng, method_rng = jax.random.split(jax.random.key(seed))
     start = make_start(method, config, pretrained, examples, start_rng)
@@ -54,10 +54,13 @@ def make_start(
     examples: Sequence[Example],
     rng: jax.Array,
 ) -> Produced | None:
-    """What the method is to produce at first; None leaves it to the method's own randomness.
+    """Makes the value that the method should produce at first.
+
+    Returns:
+        None if the method should use its own random initialization.
 
     Raises:
-        ConfigError: the method cannot start so.
+        ConfigError: the method does not support this start.
     """
     backbone, kind, P = pretrained.backbone, method.produces, method.length
     start = start_of(method, config)
@@ -66,8 +69,8 @@ def make_start(
     if start == "zeros":
         if kind is Adapter:
             raise ConfigError(
-                "init.start: zeros would leave an adapter without gradients, since its gates are "
-                "zero already; take random, normal or text"
+                "init.start: zeros would leave an adapter without gradients, because its gates are "
+                "also zero; use random, normal or text"
             )
         return method.blank(backbone.geometry)
     if start == "normal":
@@ -76,8 +79,8 @@ def make_start(
         return _stored(config.path, method, pretrained)
     if not method.slots:
         raise ConfigError(
-            f"init.start: {start} fills slots, and this method has none; take random (its own "
-            "start), zeros, normal or prefix"
+            f"init.start: {start} fills slots, but this method has none; use random (its own "
+            "initialization), zeros, normal or prefix"
         )
     if start == "labels":
         return _labels(config, method, pretrained, rng)
@@ -89,7 +92,7 @@ def make_start(
 
 
 def start_of(method: Method[Any], config: InitConfig) -> str:
-    """The name of the start: the config's, or the one that the method is best off with."""
+    """Returns the name of the start: the one in the config, or else the method's default."""
     if config.start is not None:
         return config.start
     if config.text is not None or config.text_file is not None:
@@ -100,8 +103,10 @@ def start_of(method: Method[Any], config: InitConfig) -> str:
 def _text_ids(
     config: InitConfig, pretrained: Pretrained, examples: Sequence[Example], length: int
 ) -> np.ndarray:
-    """The tokens of a text, or the first ones of the training examples as they are rendered; for
-    an encoder-decoder, of what its encoder reads."""
+    """Tokenizes the text of the config, or returns the first tokens of the rendered examples.
+
+    For an encoder-decoder, these are the tokens of the encoder's input.
+    """
     text = config.text
     if config.text_file is not None:
         try:
@@ -115,8 +120,8 @@ def _text_ids(
         ]
         if not sum(map(len, texts)):
             raise ConfigError(
-                "init.start: text begins as the inputs of the first examples, which are empty; "
-                "give init.text, or another start"
+                "init.start: text uses the inputs of the first examples, which are empty; set "
+                "init.text, or choose another start"
             )
         return np.concatenate(texts)
     name = "init.text" if config.text_file is None else f"init.text_file {config.text_file}"
@@ -127,26 +132,26 @@ def _text_ids(
 
 
 def _drawn_ids(top: int | None, vocab: int, rng: jax.Array, count: int) -> np.ndarray:
-    """Tokens drawn from the first `top` of the vocabulary, or from all of it."""
-    most = vocab if top is None else min(top, vocab)
-    return np.asarray(jax.random.randint(rng, (count,), 0, most, jnp.int32))
+    """Draws tokens from the first `top` of the vocabulary, or from all of it."""
+    limit = vocab if top is None else min(top, vocab)
+    return np.asarray(jax.random.randint(rng, (count,), 0, limit, jnp.int32))
 
 
 def _labels(
     config: InitConfig, method: Method[Any], pretrained: Pretrained, rng: jax.Array
 ) -> Embeds:
-    """Class labels as soft tokens, and drawn tokens in the slots behind them."""
+    """Makes soft tokens from class labels, followed by random tokens in the remaining slots."""
     labels, P = config.labels or (), method.length
     if method.produces is not Embeds:
         raise ConfigError(
-            "init.start: labels is for soft tokens (method.name: prompt, ptuning, multitask); give "
-            "others a text that names the classes (init.text)"
+            "init.start: labels requires soft tokens (method.name: prompt, ptuning or multitask); "
+            "for other methods, set init.text to a text that names the classes"
         )
     if len(labels) > P:
-        raise ConfigError(f"init.labels has {len(labels)} classes, and the prefix {P} slots")
+        raise ConfigError(f"init.labels has {len(labels)} classes, but the prefix has {P} slots")
     pieces = token_ids(pretrained.tokenizer, labels, "init.labels", ConfigError)
     if not all(pieces):
-        raise ConfigError("init.labels holds a text that has no tokens")
+        raise ConfigError("init.labels contains a label without tokens")
     pieces += [[int(i)] for i in _drawn_ids(config.top, pretrained.backbone.geometry.vocab, rng,
                                             P - len(labels))]  # fmt: skip
     ids = np.concatenate(pieces).astype(np.int32)
@@ -157,25 +162,29 @@ def _labels(
 
 
 def _stored(path: str | None, method: Method[Any], pretrained: Pretrained) -> Produced:
-    assert path is not None  # as InitConfig checks
+    """Loads a stored prefix of the kind that the method produces."""
+    assert path is not None  # checked by InitConfig
     produced, card = artifact.load(path)
     artifact.check(card, pretrained.backbone.geometry, pretrained.fingerprint, pretrained.quantize)
 
     def make(rng: jax.Array) -> Produced:
-        made: Produced = method(method.init(rng, pretrained.backbone.geometry, None))
-        # Several tasks start alike.
-        return made.split_tasks()[0] if isinstance(made, Embeds) else made
+        value: Produced = method(method.init(rng, pretrained.backbone.geometry, None))
+        # Several tasks start from the same value.
+        return value.split_tasks()[0] if isinstance(value, Embeds) else value
 
     expected = jax.eval_shape(make, jax.random.key(0))
     if artifact.prefix_spec(produced) != artifact.prefix_spec(expected):
         raise PrefixError(
-            f"{path} holds a prefix of {_describe(produced)}; the method trains one of "
-            f"{_describe(expected)}: let its fields agree with what is stored"
+            f"{path} contains a prefix of {_describe(produced)}, but the method trains one of "
+            f"{_describe(expected)}; change the method to match the stored prefix"
         )
-    ours, theirs = jax.tree.leaves(expected), jax.tree.leaves(produced)
-    if [leaf.shape for leaf in ours] != [leaf.shape for leaf in theirs]:
+    expected_shapes, shapes = (
+        [leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (expected, produced)
+    )
+    if shapes != expected_shapes:
         raise PrefixError(
-            f"{path} holds a prefix with other parts (sites, biases, gates) than the method trains"
+            f"{path} contains a prefix with other parts (sites, biases, gates) than the method "
+            "trains"
         )
     return produced
 

@@ -1,4 +1,4 @@
-"""Optimizer and schedule. Only the leaves labelled "train" have state, and move."""
+"""Optimizer and schedule. Only leaves with the label "train" have state and change."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from prefix_jax.train.partition import part_of
 
 
 def make_schedule(config: OptimConfig, steps: int, peak: float | None = None) -> optax.Schedule:
-    """The learning rate by optimizer step: linear warmup, then `config.schedule`.
+    """Makes the learning-rate schedule: linear warmup, then `config.schedule`.
 
     Args:
-        config: the schedule's name, peak, warmup and decay.
-        steps: of the whole run; linear and cosine reach 0 there.
-        peak: None takes that of the config.
+        config: the name of the schedule, its peak, warmup and decay.
+        steps: optimizer steps of the whole run, at which "linear" and "cosine" reach 0.
+        peak: the peak learning rate; None uses `config.learning_rate`.
     """
     peak, warmup = config.learning_rate if peak is None else peak, config.warmup_steps
     rest = max(steps - warmup, 1)
@@ -30,7 +30,7 @@ def make_schedule(config: OptimConfig, steps: int, peak: float | None = None) ->
     }[config.schedule]
     if warmup == 0:
         return after
-    # The first step already moves: step 0 of `warmup` steps has 1/warmup of the peak.
+    # The first step already has an effect: step 0 of the warmup has 1/warmup of the peak.
     rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
     return optax.join_schedules([rise, after], [warmup])
 
@@ -41,17 +41,17 @@ def make_optimizer(
     labels: Any,
     head_schedule: optax.Schedule | None = None,
 ) -> optax.GradientTransformation:
-    """The optimizer of the whole tree: a zero update on whatever is frozen.
+    """Makes the optimizer of the whole tree, with zero updates for frozen leaves.
 
-    Clipping stands inside the "train" branch. A norm over all gradients would make XLA compute
-    every frozen weight's, which nothing else asks for. A prefix and a head share one norm, as under
-    `torch.nn.utils.clip_grad_norm_` over all that trains.
+    Clipping is inside the "train" branch: a norm over all gradients would make XLA compute those of
+    every frozen weight. A prefix and a head share one norm, as with
+    `torch.nn.utils.clip_grad_norm_` over all trained parameters.
 
     Args:
         config: the update rule.
         schedule: the learning rate.
-        labels: of `partition.labels`.
-        head_schedule: the learning rate of a head; None is `schedule`.
+        labels: the labels of all leaves, see `partition.labels`.
+        head_schedule: the learning rate of a head; None uses `schedule`.
     """
     update = _rule(config, schedule)
     if head_schedule is not None:
@@ -68,9 +68,9 @@ def _rule(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransf
         return optax.adamw(
             schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay
         )
-    # Prompt tuning's Adafactor (Lester et al. 2021): no parameter scaling, and second moments
-    # unfactored, since a prefix is small. `optax.adafactor` would decay weights by
-    # `weight_decay` itself, whatever the learning rate.
+    # Adafactor as in prompt tuning (Lester et al. 2021): without parameter scaling, and with
+    # unfactored second moments, because a prefix is small. `optax.adafactor` would apply
+    # `weight_decay` without the learning rate.
     return optax.chain(
         optax.scale_by_factored_rms(factored=False, decay_rate=0.8),
         optax.clip_by_block_rms(1.0),

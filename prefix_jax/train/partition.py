@@ -1,4 +1,4 @@
-"""What trains and what is frozen, said once."""
+"""Single source of truth for trainable and frozen parameters."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from typing import Any, Literal
 
 import jax
 
+from prefix_jax.errors import ConfigError
+
 Label = Literal["train", "freeze"]
 
 
 def labels(params: Any, full: bool = False) -> Any:
-    """The label of every leaf of {"backbone": …, "prefix": …, "head": …}.
+    """Labels every leaf of {"backbone": …, "prefix": …, "head": …}.
 
-    The optimizer, the step, checkpoints and reports all go by these labels. Of what a method makes,
-    all trains but what stands under a key "frozen" (a cartridge's first slots).
+    The optimizer, the step, checkpoints and reports all use these labels. A method's parameters
+    train, except those under a key "frozen" (a cartridge's first slots).
 
     Args:
-        params: the (abstract) parameters.
-        full: train the backbone too: full fine-tuning.
+        params: the parameters, which may be abstract.
+        full: also train the backbone (full fine-tuning).
     """
 
     def label(path: tuple[Any, ...], _: Any) -> Label:
@@ -30,7 +32,7 @@ def labels(params: Any, full: bool = False) -> Any:
 
 
 def part_of(params: Any) -> Any:
-    """Whether each leaf is of the "head", or of the "prefix" and what else may train."""
+    """Labels every leaf "head" or, for anything else that may train, "prefix"."""
 
     def name(path: tuple[Any, ...], _: Any) -> Literal["prefix", "head"]:
         return "head" if path[0].key == "head" else "prefix"
@@ -39,17 +41,31 @@ def part_of(params: Any) -> Any:
 
 
 def split(params: Any, labels: Any) -> tuple[Any, Any]:
-    """The trained and the frozen part: two trees of one shape, each with None in its holes."""
+    """Splits a tree into trained and frozen leaves; each part has None in place of the others."""
     train = jax.tree.map(lambda label, leaf: leaf if label == "train" else None, labels, params)
     frozen = jax.tree.map(lambda label, leaf: leaf if label == "freeze" else None, labels, params)
     return train, frozen
 
 
 def merge(train: Any, frozen: Any) -> Any:
-    """The whole tree again."""
+    """The inverse of `split`."""
     return jax.tree.map(
         lambda left, right: right if left is None else left,
         train,
         frozen,
         is_leaf=lambda leaf: leaf is None,
     )
+
+
+def check_trainable(full: bool, quantize: str) -> None:
+    """Raises ConfigError if a run would train quantized weights.
+
+    Args:
+        full: whether the run trains the backbone.
+        quantize: the setting `model.quantize`.
+    """
+    if full and quantize != "none":
+        raise ConfigError(
+            "method: full trains the weights themselves, which cannot be integers; remove "
+            f"model.quantize ({quantize}), or train a prefix"
+        )

@@ -1,4 +1,4 @@
-"""The training step: one jitted function that reads the backbone and moves the prefix."""
+"""The training step: a pure function that updates the prefix and only reads the backbone."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from prefix_jax.train.partition import merge
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes, and all that a checkpoint holds.
+    """Everything that a step changes and a checkpoint stores.
 
     Attributes:
         step: int32, optimizer steps taken.
-        train: the trained leaves; None where the tree is frozen.
-        optimizer: the optimizer's state, of the trained leaves alone.
+        train: the trained leaves, with None in place of frozen ones.
+        optimizer: the optimizer state of the trained leaves.
     """
 
     step: jax.Array
@@ -34,16 +34,16 @@ class TrainState:
 
 @flax.struct.dataclass
 class StepMetrics:
-    """What a step reports, float32 scalars if nothing else is said.
+    """Metrics of one step, float32 scalars unless noted.
 
     Attributes:
-        loss: as it is minimised: nats per target token, or per example under that reduction.
-        targets: how many tokens were predicted.
-        tokens: how many tokens were read, padding not counted.
-        grad_norm: of the trained part, before clipping.
-        param_norm: of the trained part, before the update.
-        finite: bool, False where loss or gradient was not finite, or the step was told not to go.
-            It then changed nothing.
+        loss: the minimized loss, in nats per target token or per example (see `reduction`).
+        targets: the number of predicted tokens.
+        tokens: the number of input tokens without padding.
+        grad_norm: global norm of the gradients, before clipping.
+        param_norm: global norm of the trained parameters, before the update.
+        finite: bool; False if the loss or the gradient is not finite, or `proceed` was False. The
+            step then changed nothing.
     """
 
     loss: jax.Array
@@ -60,31 +60,31 @@ Step = Callable[..., tuple[TrainState, StepMetrics]]
 def init_state(
     train: Any, frozen: Any, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """The state before the first step. The frozen part is only looked at for its shape.
+    """Makes the state before the first step. Of frozen leaves, only the shapes are used.
 
-    The trained leaves are copied: steps donate their state, and must not eat what it came from.
+    Trained leaves are copied, because the first step consumes its state.
     """
     shapes = abstract_state(train, frozen, optimizer, mesh)
-    where = jax.tree.map(lambda shape: shape.sharding, shapes.optimizer)
+    shardings = jax.tree.map(lambda shape: shape.sharding, shapes.optimizer)
     return TrainState(
         jax.device_put(jnp.zeros((), jnp.int32), shapes.step.sharding),
         jax.tree.map(jnp.copy, train),
-        jax.jit(optimizer.init, out_shardings=where)(merge(train, frozen)),
+        jax.jit(optimizer.init, out_shardings=shardings)(merge(train, frozen)),
     )
 
 
 def abstract_state(
     train: Any, frozen: Any, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """The shapes of that state, and where they lie; all leaves may be abstract themselves."""
-    whole = merge(train, frozen)
-    made = jax.eval_shape(optimizer.init, whole)
-    # Moments lie where their parameters lie; counters and the like are on every device.
+    """Returns the shapes and shardings of that state. The given leaves may be abstract, too."""
+    params = merge(train, frozen)
+    shapes = jax.eval_shape(optimizer.init, params)
+    # Moments are sharded like their parameters; counters are replicated.
     shardings = optax.tree_map_params(
         optimizer,
         lambda moment, leaf: moment if isinstance(moment, optax.MaskedNode) else leaf.sharding,
-        made,
-        whole,
+        shapes,
+        params,
         transform_non_params=lambda _: replicated(mesh),
         is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
@@ -95,7 +95,7 @@ def abstract_state(
     return TrainState(
         placed(jax.ShapeDtypeStruct((), jnp.int32), replicated(mesh)),
         jax.tree.map(lambda leaf: placed(leaf, leaf.sharding), train),
-        jax.tree.map(placed, made, shardings),
+        jax.tree.map(placed, shapes, shardings),
     )
 
 
@@ -108,19 +108,20 @@ def make_step(
 ) -> Step:
     """Builds (state, frozen, micro, proceed=True) → (state, metrics), to jit with `state` donated.
 
-    `micro` is a batch whose leaves have a leading axis of micro-batches. Their summed losses and
-    gradients are added up and divided once, by all targets (or examples), so that the result does
-    not depend on how a step is split.
+    `micro` is a batch whose leaves have a leading axis of micro-batches. Their losses and gradients
+    are summed and divided once, by the total number of targets (or examples), so that the result
+    does not depend on the number of micro-batches.
 
     With `proceed` False a step changes nothing. A loop can therefore start the next step before it
     has read `finite` of the current one, pass it as `proceed`, and still stop in the state before
     the failure.
 
     Args:
-        model: backbone and method.
-        optimizer: of the whole tree, see `make_optimizer`.
-        reduction: mean per target "token", or sum per "example" averaged over examples.
-        seed: of dropout.
+        model: backbone, method and head.
+        optimizer: the optimizer of the whole tree, see `make_optimizer`.
+        reduction: "token" is the mean over target tokens; "example" sums over the targets of an
+            example and averages over examples.
+        seed: the seed of dropout.
     """
     dropout = (model.method is not None and model.method.draws) or (
         model.head is not None and model.head.dropout > 0
@@ -157,11 +158,11 @@ def make_step(
         loss, grads = loss / count, jax.tree.map(lambda leaf: leaf / count, grads)
         grad_norm = optax.tree.norm(grads)
 
-        # The transform sees the whole tree, with zeros where it is frozen. Its zero updates of
-        # the backbone are never applied, so XLA drops them.
-        whole = merge(grads, jax.tree.map(jnp.zeros_like, frozen))
+        # The optimizer receives the whole tree, with zero gradients for frozen leaves. Its zero
+        # updates of the backbone are never applied, so XLA removes them.
+        all_grads = merge(grads, jax.tree.map(jnp.zeros_like, frozen))
         updates, optimizer_state = optimizer.update(
-            whole, state.optimizer, merge(state.train, frozen)
+            all_grads, state.optimizer, merge(state.train, frozen)
         )
         updates = jax.tree.map(
             lambda leaf, update: None if leaf is None else update,
@@ -170,7 +171,7 @@ def make_step(
             is_leaf=lambda leaf: leaf is None,
         )
         finite = proceed & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        moved = TrainState(
+        updated = TrainState(
             state.step + 1, optax.apply_updates(state.train, updates), optimizer_state
         )
         metrics = StepMetrics(
@@ -181,6 +182,6 @@ def make_step(
             param_norm=optax.tree.norm(state.train),
             finite=finite,
         )
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state), metrics
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state), metrics
 
     return step

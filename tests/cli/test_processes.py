@@ -25,7 +25,7 @@ from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.cli.main import main
 from prefix_jax.mesh import make_mesh
 from prefix_jax.runs.process_sync import ProcessSync
-from prefix_jax.runs.run import fit
+from prefix_jax.runs.run import run
 
 CONFIG = """
 model: {path: MODEL}
@@ -129,7 +129,7 @@ def run_single(folder: Path, output: Path) -> None:
     """Runs the same config in one process with two devices."""
     settings = config.load(folder / "config.yaml", [f"output_dir={output}"])
     mesh = make_mesh(2, 1, 1, devices=jax.devices()[:2])
-    fit(settings, pretrained=load(settings.model.path, mesh=mesh), quiet=True)
+    run(settings, pretrained=load(settings.model.path, mesh=mesh), quiet=True)
 
 
 def test_two_processes_equal_one(folder: Path, whole: Path, tmp_path: Path) -> None:

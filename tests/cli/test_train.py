@@ -12,8 +12,8 @@ import pytest
 
 from prefix_jax import config
 from prefix_jax.cli import train as command
-from prefix_jax.runs import run as fitting
-from prefix_jax.runs.console import Report
+from prefix_jax.runs import run as run_module
+from prefix_jax.runs.console import Console
 from prefix_jax.runs.lock import FileLock
 
 
@@ -38,7 +38,7 @@ def test_printed_command_works(run_in, trained):
 
 def test_finished_run_is_shown_without_training(run_in, trained, monkeypatch):
     folder, first = trained
-    monkeypatch.setattr(fitting, "fit", lambda *_, **__: pytest.fail("it trained again"))
+    monkeypatch.setattr(run_module, "run", lambda *_, **__: pytest.fail("it trained again"))
     again = run_in(folder, "train", "config.yaml")
     assert again.code == 0
     assert again.out.startswith("The run in run has finished")
@@ -55,22 +55,23 @@ def test_rejects_the_directory_of_another_run(run_in, trained):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_the_same_command_resumes(run_in, folder, trained, monkeypatch, number):
-    step = Report.step
+    on_metrics = Console.on_metrics
 
-    def interrupting(self, at, *rest):
-        step(self, at, *rest)
-        if at == 1:
+    def interrupting(self, step, *rest):
+        stop = on_metrics(self, step, *rest)
+        if step == 1:
             os.kill(os.getpid(), number)
+        return stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(Report, "step", interrupting)
+        patch.setattr(Console, "on_metrics", interrupting)
         stopped = run_in(folder, "train", "config.yaml")
     assert stopped.code == 128 + number
     assert "saved" in stopped.out
 
     ended = run_in(folder, "train", "config.yaml")
     assert ended.code == 0
-    assert "continuing after step" in ended.out
+    assert "resuming after step" in ended.out
     uninterrupted = json.loads((trained[0] / "run" / "results.json").read_text())
     assert json.loads((folder / "run" / "results.json").read_text()) == uninterrupted
 
@@ -79,7 +80,7 @@ def test_interrupt_before_the_first_step_prints_no_traceback(run_in, folder, mon
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fitting, "fit", interrupted)
+    monkeypatch.setattr(run_module, "run", interrupted)
     ran = run_in(folder, "train", "config.yaml")
     assert ran.code == 130
     assert ran.err.startswith("interrupted; the same command resumes from the last checkpoint")

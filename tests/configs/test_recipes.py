@@ -18,7 +18,7 @@ from prefix_jax import config as configs
 from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.config import Config
 from prefix_jax.mesh import make_mesh
-from prefix_jax.runs.run import fit
+from prefix_jax.runs.run import run
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "quickstart")
@@ -149,10 +149,10 @@ def small(config: Config, recipe: Path, folder: Path) -> Config:
 def test_a_recipe_runs(recipe, models, tmp_path):
     config = configs.load(recipe)
     model = models(config.model.path)
-    run = fit(small(config, recipe, tmp_path), pretrained=model, quiet=True)
-    assert run.step in (1, 2)
-    assert run.card is not None
-    assert run.card.method["name"] == config.method["name"]
+    result = run(small(config, recipe, tmp_path), pretrained=model, quiet=True)
+    assert result.step in (1, 2)
+    assert result.card is not None
+    assert result.card.method["name"] == config.method["name"]
 
 
 def test_the_list_of_recipes_names_each():

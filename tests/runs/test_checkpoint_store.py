@@ -1,4 +1,4 @@
-"""Which checkpoints in a bucket are complete. For those on a disk see `test_checkpoint`."""
+"""Complete, incomplete and damaged checkpoints, mainly in a bucket. See also `test_checkpoints`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GcsStore:
 
 
 def write(store: CheckpointStore, step: int, finish: bool = True) -> None:
-    path = store.begin(step, acts=True)
+    path = store.begin(step, clear=True)
     for name in ("_METADATA", "d/array"):
         if isinstance(store, LocalStore):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -29,12 +29,12 @@ def write(store: CheckpointStore, step: int, finish: bool = True) -> None:
         store.finish(step)
 
 
-def test_a_path_tells_what_it_is_on(store: GcsStore, tmp_path: Path) -> None:
+def test_selects_the_store_by_path(store: GcsStore, tmp_path: Path) -> None:
     assert isinstance(store, GcsStore)
     assert isinstance(make_store(tmp_path), LocalStore)
 
 
-def test_a_checkpoint_counts_once_its_digests_are_there(store: GcsStore) -> None:
+def test_a_checkpoint_is_complete_once_it_has_digests(store: GcsStore) -> None:
     assert store.steps() == []
     write(store, 3)
     write(store, 20)
@@ -43,7 +43,7 @@ def test_a_checkpoint_counts_once_its_digests_are_there(store: GcsStore) -> None
     assert store.damage(store.directory / "3") is None
 
 
-def test_what_a_killed_process_left_is_cleared_away(store: GcsStore, tmp_path: Path) -> None:
+def test_open_deletes_incomplete_checkpoints(store: GcsStore, tmp_path: Path) -> None:
     write(store, 3)
     write(store, 6, finish=False)
     make_store(store.directory).open()
@@ -51,17 +51,17 @@ def test_what_a_killed_process_left_is_cleared_away(store: GcsStore, tmp_path: P
     assert not (tmp_path / "cloud/bucket/run/checkpoints/6").exists()
 
 
-def test_a_deletion_that_is_cut_short_leaves_no_checkpoint(store: GcsStore, monkeypatch) -> None:
+def test_interrupted_deletion_leaves_no_complete_checkpoint(store: GcsStore, monkeypatch) -> None:
     write(store, 3)
     monkeypatch.setattr(buckets.FakeBackend, "rmtree", lambda *_: None)
     store.delete(3)
     assert store.steps() == []
 
 
-def test_a_second_save_of_a_step_replaces_the_first(store: GcsStore, tmp_path: Path) -> None:
+def test_replaces_a_checkpoint_of_the_same_step(store: GcsStore, tmp_path: Path) -> None:
     write(store, 3)
     folder = tmp_path / "cloud/bucket/run/checkpoints/3"
-    (folder / "d/array").write_text("of the first")
+    (folder / "d/array").write_text("first")
     (folder / "notes.txt").write_text("mine")
     write(store, 3)
     assert store.steps() == [3]
@@ -69,8 +69,8 @@ def test_a_second_save_of_a_step_replaces_the_first(store: GcsStore, tmp_path: P
     assert (folder / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("change", ["other", "missing", "cut short", "renamed", "miscounted"])
-def test_damage_is_seen(store: GcsStore, tmp_path: Path, change: str) -> None:
+@pytest.mark.parametrize("change", ["other", "missing", "truncated", "renamed", "miscounted"])
+def test_detects_damage(store: GcsStore, tmp_path: Path, change: str) -> None:
     write(store, 3)
     folder = tmp_path / "cloud/bucket/run/checkpoints/3"
     if change == "other":
@@ -81,7 +81,7 @@ def test_damage_is_seen(store: GcsStore, tmp_path: Path, change: str) -> None:
         sums = (folder / SUMS).read_text().splitlines(keepends=True)
         (folder / SUMS).write_text(
             {
-                "cut short": sums[0],
+                "truncated": sums[0],
                 "renamed": "".join(sums).replace("_METADATA", "_METADAT"),
                 "miscounted": "".join(sums).replace("# 2", "# 3"),
             }[change]
@@ -89,7 +89,7 @@ def test_damage_is_seen(store: GcsStore, tmp_path: Path, change: str) -> None:
     assert store.damage(store.directory / "3") is not None
 
 
-def test_the_digests_are_those_of_coreutils(store: GcsStore, tmp_path: Path) -> None:
+def test_digests_have_the_format_of_coreutils(store: GcsStore, tmp_path: Path) -> None:
     write(store, 3)
     lines = (tmp_path / "cloud/bucket/run/checkpoints/3" / SUMS).read_text().splitlines()
     assert [line[64:] for line in lines[:-1]] == ["  _METADATA", "  d/array"]
@@ -101,7 +101,7 @@ STRAYS = (".DS_Store", ".nfs0001", "notes.txt", "d/notes.txt", "d/.DS_Store", "m
 
 @pytest.mark.parametrize("stray", STRAYS)
 @pytest.mark.parametrize("kind", ["disk", "bucket"])
-def test_unlisted_files_are_no_damage_and_are_never_deleted(
+def test_unlisted_files_are_not_damage_and_are_never_deleted(
     kind: str, stray: str, tmp_path: Path, store: GcsStore
 ) -> None:
     folder, opened = tmp_path / "cloud/bucket/run/checkpoints", store
@@ -120,15 +120,15 @@ def test_unlisted_files_are_no_damage_and_are_never_deleted(
     opened.open()
     assert opened.steps() == []
     left = [path for path in folder.rglob("*") if path.is_file()]
-    # In a bucket a file in one of Orbax's folders looks like Orbax's once the list is deleted.
+    # In a bucket, a file in one of Orbax's folders looks like Orbax's once the list is deleted.
     if kind == "disk" or stray != "d/notes.txt":
         assert [path.read_text() for path in left] == ["mine"]
     else:
         assert left == []
 
 
-def test_a_list_without_a_count_must_list_every_file(store: GcsStore, tmp_path: Path) -> None:
-    """Versions before the count wrote such lists."""
+def test_list_without_a_count_must_name_every_file(store: GcsStore, tmp_path: Path) -> None:
+    """Older versions wrote lists without a count."""
     write(store, 3)
     sums = tmp_path / "cloud/bucket/run/checkpoints/3" / SUMS
     lines = sums.read_text().splitlines(keepends=True)
@@ -138,7 +138,7 @@ def test_a_list_without_a_count_must_list_every_file(store: GcsStore, tmp_path: 
     assert "is not listed" in store.damage(store.directory / "3")
 
 
-def test_a_list_never_deletes_files_outside_the_checkpoint(store: GcsStore, tmp_path: Path) -> None:
+def test_never_deletes_files_outside_the_checkpoint(store: GcsStore, tmp_path: Path) -> None:
     write(store, 3)
     outside = tmp_path / "cloud/bucket/run/precious.txt"
     outside.write_text("mine")
@@ -149,7 +149,7 @@ def test_a_list_never_deletes_files_outside_the_checkpoint(store: GcsStore, tmp_
     assert outside.read_text() == "mine"
 
 
-def test_entries_that_are_no_checkpoints_are_ignored_and_kept(tmp_path: Path) -> None:
+def test_ignores_and_keeps_foreign_entries(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     disk = make_store(folder)
     disk.open()
@@ -172,9 +172,7 @@ def test_entries_that_are_no_checkpoints_are_ignored_and_kept(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["5", "5.new"])
-def test_a_name_taken_by_something_else_is_an_error_and_not_replaced(
-    tmp_path: Path, name: str
-) -> None:
+def test_taken_name_is_an_error_and_not_replaced(tmp_path: Path, name: str) -> None:
     disk = make_store(tmp_path / "checkpoints")
     disk.open()
     own = tmp_path / "checkpoints" / name / "thesis.tex"

@@ -1,4 +1,4 @@
-"""Checkpoints. Run as a script, this file is the other process of some of its own tests."""
+"""Saving and restoring checkpoints. Some tests run this file as a script in another process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from prefix_jax.config import OptimConfig
 from prefix_jax.errors import CheckpointError
 from prefix_jax.mesh import make_mesh, replicated
-from prefix_jax.runs import checkpoint_store as shelf
+from prefix_jax.runs import checkpoint_store
 from prefix_jax.runs.checkpoint_store import SUMS
 from prefix_jax.runs.checkpoints import Checkpoints
 from prefix_jax.train.optimizer import make_optimizer
@@ -36,7 +36,7 @@ from prefix_jax.train.step import TrainState
 
 
 def content(step: int, length: int = 16, dtype: object = np.float32) -> TrainState:
-    """What the checkpoint of `step` holds in these tests, on the host."""
+    """The state of the checkpoint of `step` in these tests, on the host."""
     rng = np.random.default_rng(step)
     arrays = [rng.standard_normal((4, length, 2, 8)).astype(dtype) for _ in range(4)]
     return TrainState(
@@ -46,7 +46,7 @@ def content(step: int, length: int = 16, dtype: object = np.float32) -> TrainSta
     )
 
 
-def on(sharding: jax.sharding.Sharding, state: TrainState) -> TrainState:
+def place(sharding: jax.sharding.Sharding, state: TrainState) -> TrainState:
     return jax.tree.map(
         lambda leaf: jax.make_array_from_callback(
             leaf.shape, sharding if leaf.ndim else replicated_like(sharding), lambda i: leaf[i]
@@ -64,7 +64,7 @@ def one_device() -> jax.sharding.Sharding:
 
 
 def state_of(step: int, **kwargs: object) -> TrainState:
-    return on(one_device(), content(step, **kwargs))
+    return place(one_device(), content(step, **kwargs))
 
 
 def bits(state: TrainState) -> list[tuple[str, tuple[int, ...], bytes]]:
@@ -77,14 +77,14 @@ def names(directory: Path) -> list[str]:
 
 
 @pytest.fixture
-def told() -> list[str]:
-    """The warnings that were given."""
+def warned() -> list[str]:
+    """Receives warnings."""
     return []
 
 
 @pytest.fixture
-def checkpoints(tmp_path, told):
-    with Checkpoints(tmp_path / "checkpoints", keep=2, warn=told.append) as opened:
+def checkpoints(tmp_path, warned):
+    with Checkpoints(tmp_path / "checkpoints", keep=2, warn=warned.append) as opened:
         yield opened
 
 
@@ -98,11 +98,11 @@ def run_script(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
-# --- What is stored comes back ---------------------------------------------------------------
+# --- Restoring -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16, np.int8])
-def test_every_bit_comes_back(checkpoints, dtype):
+def test_restores_every_bit(checkpoints, dtype):
     state = state_of(7, dtype=dtype)
     special = jnp.array([0.0, -0.0, np.nan, -np.inf, 1e-40, 3.0000002], jnp.float32)
     state = state.replace(optimizer=(state.optimizer, special))
@@ -113,7 +113,7 @@ def test_every_bit_comes_back(checkpoints, dtype):
     assert jax.tree.structure(restored) == jax.tree.structure(state)
 
 
-def test_metadata_comes_back(checkpoints):
+def test_restores_metadata(checkpoints):
     metadata = {
         "config": {"train": {"steps": 5, "epochs": None}, "data": {"input": "é {name}\n"}},
         "best": {"step": 3, "loss": 0.1 + 0.2},
@@ -127,7 +127,7 @@ def test_metadata_comes_back(checkpoints):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_the_optimizers_of_training_come_back(checkpoints, name):
+def test_restores_optimizer_state(checkpoints, name):
     params = {
         "backbone": {"q_DNH": jnp.ones((8, 2, 4))},
         "prefix": {"k": jnp.ones((2, 4, 2, 8)), "bias": jnp.ones(3)},
@@ -143,16 +143,16 @@ def test_the_optimizers_of_training_come_back(checkpoints, name):
     restored, _ = checkpoints.restore(1, state)
     assert bits(restored) == bits(state)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
-    # The restored state is one that the optimizer goes on with.
+    # The optimizer continues from the restored state.
     before, after = (update(grads, now.optimizer, params)[0] for now in (state, restored))
     assert bits(before) == bits(after)
 
 
 @pytest.mark.parametrize("target", [(4, 2, 1), (2, 2, 2), None])
-def test_a_checkpoint_restores_onto_another_mesh(checkpoints, target):
+def test_restores_onto_another_mesh(checkpoints, target):
     assert jax.device_count() == 8
     spec = PartitionSpec("fsdp", ("data", "tensor"))
-    checkpoints.save(1, on(NamedSharding(make_mesh(4, 2, 1), spec), content(1)), {})
+    checkpoints.save(1, place(NamedSharding(make_mesh(4, 2, 1), spec), content(1)), {})
     checkpoints.wait()
     sharding = one_device() if target is None else NamedSharding(make_mesh(*target), spec)
     like = jax.tree.map(
@@ -163,15 +163,15 @@ def test_a_checkpoint_restores_onto_another_mesh(checkpoints, target):
     )
     restored, _ = checkpoints.restore(1, like)
     assert bits(restored) == bits(content(1))
-    for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True):
-        assert leaf.sharding == wanted.sharding
+    for leaf, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True):
+        assert leaf.sharding == expected.sharding
 
 
-def test_steps_may_go_on_with_the_donated_state_while_it_is_written(checkpoints):
+def test_state_may_be_donated_while_it_is_written(checkpoints):
     move = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
     shardings = [one_device(), replicated(make_mesh(8, 1, 1))]
     for step in range(10):
-        state = on(shardings[step % 2], content(step, length=4096))
+        state = place(shardings[step % 2], content(step, length=4096))
         checkpoints.save(step, state, {})
         for _ in range(20):
             state = move(state)
@@ -189,10 +189,10 @@ def test_saving_is_silent(checkpoints, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-# --- Which ones stay -------------------------------------------------------------------------
+# --- Retention -------------------------------------------------------------------------------
 
 
-def test_the_latest_and_the_best_stay(checkpoints):
+def test_keeps_the_latest_and_the_best(checkpoints):
     for step in range(1, 7):
         checkpoints.save(step, state_of(step), {}, best=2 if step >= 2 else None)
     checkpoints.wait()
@@ -201,19 +201,21 @@ def test_the_latest_and_the_best_stay(checkpoints):
     assert names(checkpoints.directory) == ["2", "5", "6"]
 
 
-def test_a_checkpoint_is_not_listed_before_it_is_complete(checkpoints, monkeypatch):
+def test_lists_a_checkpoint_only_once_it_is_complete(checkpoints, monkeypatch):
     seen = []
-    seal = shelf._seal
-    monkeypatch.setattr(shelf, "_seal", lambda path: (seen.append(checkpoints.steps()), seal(path)))
+    seal = checkpoint_store._seal
+    monkeypatch.setattr(
+        checkpoint_store, "_seal", lambda path: (seen.append(checkpoints.steps()), seal(path))
+    )
     for step in (1, 2, 3):
         checkpoints.save(step, state_of(step), {})
     checkpoints.wait()
-    # The one that the third pushes out is there until the third is complete.
+    # The first one is deleted only after the third is complete.
     assert seen == [[], [1], [1, 2]]
     assert checkpoints.steps() == [2, 3]
 
 
-def test_a_second_checkpoint_of_a_step_replaces_the_first(checkpoints):
+def test_replaces_a_checkpoint_of_the_same_step(checkpoints):
     checkpoints.save(1, state_of(1), {"evaluated": False})
     checkpoints.save(1, state_of(2), {"evaluated": True})
     checkpoints.wait()
@@ -222,7 +224,7 @@ def test_a_second_checkpoint_of_a_step_replaces_the_first(checkpoints):
     assert bits(state) == bits(content(2))
 
 
-def test_a_checkpoint_can_be_verified_by_hand(checkpoints):
+def test_sha256sum_verifies_a_checkpoint(checkpoints):
     checkpoints.save(1, state_of(1), {})
     checkpoints.wait()
     subprocess.run(
@@ -244,21 +246,23 @@ def test_plain_orbax_reads_a_checkpoint(checkpoints):
 # --- Damage ----------------------------------------------------------------------------------
 
 
-def test_no_checkpoint_is_no_error(checkpoints):
+def test_restores_nothing_without_checkpoints(checkpoints):
     assert checkpoints.steps() == []
     assert checkpoints.latest() is None
     assert checkpoints.restore_latest(state_of(0)) is None
 
 
-def test_a_missing_checkpoint_is_named(checkpoints):
+def test_names_a_missing_checkpoint(checkpoints):
     checkpoints.save(3, state_of(3), {})
     checkpoints.wait()
-    with pytest.raises(CheckpointError, match=r"no checkpoint .*/7; complete ones: \[3\]"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint .*/7 does not exist; complete checkpoints: \[3\]"
+    ):
         checkpoints.restore(7, state_of(0))
 
 
 def damages(path: Path):
-    """Every way in which a file can be cut, emptied, zeroed, changed or lost."""
+    """Truncates, empties, zeroes, changes and deletes every file, one at a time."""
     for file in sorted(file for file in Path(path).rglob("*") if file.is_file()):
         written = file.read_bytes()
         for damage in (
@@ -277,7 +281,7 @@ def damages(path: Path):
             file.write_bytes(written)
 
 
-def test_a_damaged_checkpoint_is_skipped_whatever_the_damage(checkpoints, told):
+def test_skips_a_checkpoint_with_any_damage(checkpoints, warned):
     for step in (1, 2):
         checkpoints.save(step, state_of(step), {"step": step})
     checkpoints.wait()
@@ -287,17 +291,17 @@ def test_a_damaged_checkpoint_is_skipped_whatever_the_damage(checkpoints, told):
         state, metadata = checkpoints.restore_latest(like)
         assert metadata == {"step": 1}
         assert bits(state) == bits(content(1))
-        assert len(told) == count
-        assert str(checkpoints.directory / "2") in told[-1]
+        assert len(warned) == count
+        assert str(checkpoints.directory / "2") in warned[-1]
         if file.name != SUMS:
-            assert str(file) in told[-1]
+            assert str(file) in warned[-1]
         with pytest.raises(CheckpointError, match="damaged"):
             checkpoints.restore(2, like)
     assert count > 30
     assert checkpoints.restore_latest(like)[1] == {"step": 2}
 
 
-def test_a_damaged_checkpoint_takes_no_place_and_goes_with_the_next_save(checkpoints):
+def test_damaged_checkpoints_do_not_count_and_are_deleted_at_the_next_save(checkpoints):
     for step in (1, 2, 3):
         checkpoints.save(step, state_of(step), {})
     checkpoints.wait()
@@ -305,21 +309,21 @@ def test_a_damaged_checkpoint_takes_no_place_and_goes_with_the_next_save(checkpo
     state, _ = checkpoints.restore_latest(state_of(0))
     assert int(state.step) == 2
     assert checkpoints.steps() == [2, 3]
-    # A run that goes on from 2 may save more often than before.
+    # A run that resumes from step 2 may save more often than before.
     checkpoints.save(20, state_of(20), {})
     checkpoints.wait()
     assert checkpoints.steps() == [2, 20]
 
 
-def test_a_run_that_has_only_damaged_checkpoints_is_not_started_anew(checkpoints):
+def test_only_damaged_checkpoints_are_an_error(checkpoints):
     checkpoints.save(1, state_of(1), {})
     checkpoints.wait()
     (checkpoints.directory / "1" / SUMS).unlink()
-    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged; put back"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged; restore a copy"):
         checkpoints.restore_latest(state_of(0))
 
 
-# --- Of another run --------------------------------------------------------------------------
+# --- Checkpoints of another run --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -327,21 +331,21 @@ def test_a_run_that_has_only_damaged_checkpoints_is_not_started_anew(checkpoints
     [
         (
             lambda: state_of(1, length=32),
-            r"train/prefix/k is float32\[4, 16, 2, 8\] there and float32\[4, 32, 2, 8\] here; "
+            r"train/prefix/k is float32\[4, 16, 2, 8\], expected float32\[4, 32, 2, 8\], "
             r".* \(and 1 more\)",
         ),
         (
             lambda: state_of(1, dtype=jnp.bfloat16),
-            r"train/prefix/k is float32\[4, 16, 2, 8\] there and bfloat16\[4, 16, 2, 8\] here",
+            r"train/prefix/k is float32\[4, 16, 2, 8\], expected bfloat16\[4, 16, 2, 8\]",
         ),
         (
             lambda: state_of(1).replace(train={"prefix": {"h": jnp.zeros((2, 3))}}),
-            r"train/prefix/h is missing there and float32\[2, 3\] here; "
-            r"train/prefix/k is float32\[4, 16, 2, 8\] there and missing here",
+            r"train/prefix/h is missing, expected float32\[2, 3\], "
+            r"train/prefix/k is float32\[4, 16, 2, 8\], expected missing",
         ),
     ],
 )
-def test_a_checkpoint_of_another_run_is_an_error_that_names_the_arrays(checkpoints, like, message):
+def test_names_the_arrays_that_differ_from_another_run(checkpoints, like, message):
     checkpoints.save(1, state_of(1), {})
     checkpoints.wait()
     for restore in (
@@ -350,40 +354,67 @@ def test_a_checkpoint_of_another_run_is_an_error_that_names_the_arrays(checkpoin
     ):
         with pytest.raises(CheckpointError, match=message) as raised:
             restore()
-        assert f"Use another output directory, or delete {checkpoints.directory}" in str(
-            raised.value
-        )
+        assert f"choose another output_dir, or delete {checkpoints.directory}" in str(raised.value)
+
+
+# --- Names that are taken --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "directory"])
+@pytest.mark.parametrize("name", ["100", "100.new"])
+def test_finds_a_taken_name_before_training_starts(tmp_path, warned, name, kind):
+    taken = tmp_path / name
+    if kind == "link":
+        taken.symlink_to(tmp_path / "nowhere")
+    elif kind == "file":
+        taken.write_text("mine")
+    else:
+        taken.mkdir()
+        (taken / "mine").write_text("")
+    with pytest.raises(CheckpointError, match=rf"/{name} exists and is not a checkpoint, but a ch"):
+        Checkpoints(tmp_path, keep=2, warn=warned.append, last_step=100)
+    assert os.path.lexists(taken)
+
+
+def test_ignores_names_that_no_later_checkpoint_needs(tmp_path, warned):
+    with Checkpoints(tmp_path, keep=2, warn=warned.append, last_step=100) as checkpoints:
+        checkpoints.save(7, state_of(7), {})
+    for name in ("5", "101", "0100", "notes"):
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    with Checkpoints(tmp_path, keep=2, warn=warned.append, last_step=100) as checkpoints:
+        assert checkpoints.steps() == [7]
+    assert warned == []
 
 
 # --- Failures --------------------------------------------------------------------------------
 
 
-def test_a_directory_that_cannot_be_made_is_an_error(tmp_path):
+def test_directory_that_cannot_be_created_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="another output directory"):
+    with pytest.raises(CheckpointError, match="choose another output_dir"):
         Checkpoints(tmp_path / "file" / "checkpoints", keep=1, warn=print)
 
 
-def test_what_ended_the_run_comes_before_a_failed_checkpoint(tmp_path, told, monkeypatch):
+def test_error_of_the_run_takes_precedence_over_a_failed_save(tmp_path, warned, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    def run(ended_by: BaseException | None):
-        with Checkpoints(tmp_path, keep=1, warn=told.append) as opened:
+    def run(error: BaseException | None):
+        with Checkpoints(tmp_path, keep=1, warn=warned.append) as opened:
             opened.save(1, state_of(1), {})
-            if ended_by:
-                raise ended_by
+            if error:
+                raise error
 
-    monkeypatch.setattr(shelf, "_seal", full)
+    monkeypatch.setattr(checkpoint_store, "_seal", full)
     with pytest.raises(KeyboardInterrupt):
         run(KeyboardInterrupt())
-    assert "No space left" in told[0]
+    assert "No space left" in warned[0]
     assert names(tmp_path) == []
     with pytest.raises(CheckpointError, match="No space left"):
         run(None)
 
 
-def test_a_full_disk_is_an_error_and_costs_no_earlier_checkpoint(tmp_path):
+def test_full_disk_is_an_error_and_keeps_earlier_checkpoints(tmp_path):
     process = run_script("full-disk", tmp_path)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
@@ -391,21 +422,21 @@ def test_a_full_disk_is_an_error_and_costs_no_earlier_checkpoint(tmp_path):
     assert len(messages) == 3
     for message in messages:
         assert f"step 2 to {tmp_path}" in message
-        assert "MB free there" in message
+        assert "MB free" in message
         assert "File too large" in message
-        assert "the run goes on from step 1" in message
+        assert "to resume from step 1" in message
     with Checkpoints(tmp_path, keep=1, warn=pytest.fail) as checkpoints:
         assert names(tmp_path) == ["2"]
         assert bits(checkpoints.restore_latest(state_of(0))[0]) == bits(content(2))
 
 
 def fill_disk(directory: Path) -> None:
-    """The process of the test above: its files may only grow to a limit, as on a full disk."""
+    """The process of the test above. A limit on the size of its files acts like a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     with Checkpoints(directory, keep=1, warn=sys.exit) as checkpoints:
         checkpoints.save(1, state_of(1), {})
     messages = []
-    # The limits are hit in the arrays, in Orbax's own records, and at the very first byte.
+    # The limits are reached in the arrays, in Orbax's metadata, and at the first byte.
     for limit in (5000, 300, 0):
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
@@ -422,7 +453,7 @@ def fill_disk(directory: Path) -> None:
     sys.stdout.write(json.dumps(messages))
 
 
-def test_a_directory_replaced_by_a_file_is_one_error(tmp_path):
+def test_directory_replaced_by_a_file_is_one_error(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, warn=pytest.fail)
     checkpoints.save(1, state_of(1), {})
     checkpoints.wait()
@@ -433,7 +464,7 @@ def test_a_directory_replaced_by_a_file_is_one_error(tmp_path):
         checkpoints.save(2, state_of(2), {})
 
 
-def test_a_disk_that_fails_after_the_digests_were_right_is_an_error(checkpoints, monkeypatch):
+def test_disk_failure_after_verification_is_an_error(checkpoints, monkeypatch):
     checkpoints.save(1, state_of(1), {})
     checkpoints.wait()
 
@@ -446,50 +477,52 @@ def test_a_disk_that_fails_after_the_digests_were_right_is_an_error(checkpoints,
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_a_save_may_end_at_any_change_on_disk(tmp_path, monkeypatch, step):
-    """A checkpoint of step 1 is there; the save of `step` (1 replaces it) ends at every change."""
+def test_save_killed_at_any_disk_operation_leaves_a_complete_checkpoint(
+    tmp_path, monkeypatch, step
+):
+    """A save of step 2, or of step 1 which exists, is killed at each disk operation in turn."""
     with Checkpoints(tmp_path / "first", keep=1, warn=pytest.fail) as checkpoints:
         checkpoints.save(1, state_of(1), {"save": 1})
-    changes = [(os, "fsync"), (Path, "rename"), (Path, "write_text"), (os, "unlink")]
-    left = 0
+    operations = [(os, "fsync"), (Path, "rename"), (Path, "write_text"), (os, "unlink")]
+    remaining = 0
 
     def until_killed(original):
-        def change(*args, **kwargs):
-            nonlocal left
-            left -= 1
-            if left < 0:
+        def operation(*args, **kwargs):
+            nonlocal remaining
+            remaining -= 1
+            if remaining < 0:
                 raise Killed
             return original(*args, **kwargs)
 
-        return change
+        return operation
 
     for budget in range(100):
         directory = tmp_path / str(budget)
         shutil.copytree(tmp_path / "first", directory)
         checkpoints = Checkpoints(directory, keep=1, warn=pytest.fail)
-        left = budget
+        remaining = budget
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            for owner, name in changes:
+            for owner, name in operations:
                 patch.setattr(owner, name, until_killed(getattr(owner, name)))
             checkpoints.save(step, state_of(step + 1), {"save": 2})
             checkpoints.wait()
         with Checkpoints(directory, keep=1, warn=pytest.fail) as reopened:
             state, metadata = reopened.restore_latest(state_of(0))
             assert bits(state) == bits(content(1 if metadata["save"] == 1 else step + 1))
-            # Nothing else is left, and all that is left is whole.
+            # Every remaining directory is a complete checkpoint.
             for name in names(directory):
                 reopened.restore(int(name), state)
-        if left >= 0:
+        if remaining >= 0:
             break
     assert metadata["save"] == 2
     assert budget > 10
 
 
-def test_a_run_killed_at_any_moment_goes_on(tmp_path):
+def test_resumes_after_a_kill_at_any_moment(tmp_path):
     seed = time.time_ns()
     print("seed", seed)
     moments = random.Random(seed)
@@ -497,7 +530,7 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path):
     for _ in range(3):
         process = run_script("loop", tmp_path)
         for _ in range(moments.randint(1, 5)):
-            # It goes on from what the one before left, and fails if that is wrong.
+            # It resumes from the previous process, and fails if the state is wrong.
             line = process.stdout.readline()
             assert line, process.communicate()
             done = int(line)
@@ -530,7 +563,7 @@ def save_until_killed(directory: Path) -> None:
 # --- Several processes -----------------------------------------------------------------------
 
 
-def test_several_processes_share_one_checkpoint(tmp_path):
+def test_several_processes_write_one_checkpoint(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -542,26 +575,26 @@ def test_several_processes_share_one_checkpoint(tmp_path):
         assert bits(checkpoints.restore_latest(state_of(0))[0]) == bits(content(4))
 
 
-def take_part(directory: Path, port: str, index: int) -> None:
+def run_process(directory: Path, port: str, index: int) -> None:
     """One of two processes, with 8 devices each."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
     assert (jax.process_count(), jax.device_count()) == (2, 16)
     before = NamedSharding(make_mesh(2, 8, 1), PartitionSpec(None, "fsdp"))
     after = NamedSharding(make_mesh(4, 2, 2), PartitionSpec("data", "tensor"))
-    told: list[str] = []
-    with Checkpoints(directory, keep=2, warn=told.append) as checkpoints:
+    warned: list[str] = []
+    with Checkpoints(directory, keep=2, warn=warned.append) as checkpoints:
         for step in (1, 2, 3):
-            checkpoints.save(step, on(before, content(step)), {"step": step})
+            checkpoints.save(step, place(before, content(step)), {"step": step})
         checkpoints.wait()
         if index == 0:
             (directory / "3" / SUMS).unlink()
-        state, metadata = checkpoints.restore_latest(on(after, content(0)))
+        state, metadata = checkpoints.restore_latest(place(after, content(0)))
         assert metadata == {"step": 2}
-        assert len(told) == (index == 0), told
+        assert len(warned) == (index == 0), warned
         whole = jax.jit(lambda state: state, out_shardings=replicated(after.mesh))(state)
         assert bits(whole) == bits(content(2))
-        checkpoints.save(4, on(after, content(4)), {"step": 4})
+        checkpoints.save(4, place(after, content(4)), {"step": 4})
 
 
 if __name__ == "__main__":
@@ -571,4 +604,4 @@ if __name__ == "__main__":
     elif role == "loop":
         save_until_killed(Path(directory))
     else:
-        take_part(Path(directory), rest[0], int(rest[1]))
+        run_process(Path(directory), rest[0], int(rest[1]))

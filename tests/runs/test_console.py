@@ -1,13 +1,12 @@
-"""A run shows where it stands, on a terminal and in a log, whatever happens to the display."""
+"""The console shows progress on a terminal and in a log, whatever happens to the display."""
 
 import io
 import math
 
 import pytest
-from rich.console import Console
+import rich.console
 
-from prefix_jax.runs.console import Report, Throughput
-from prefix_jax.runs.metric_writer import read_metrics
+from prefix_jax.runs.console import Console, Throughput
 
 
 class Clock:
@@ -22,27 +21,30 @@ def metrics(loss=1.0, tokens=100.0):
 
 
 def log(width=80):
-    return Console(file=io.StringIO(), width=width, color_system=None)
+    return rich.console.Console(file=io.StringIO(), width=width, color_system=None)
 
 
 def terminal(width=80):
-    return Console(file=io.StringIO(), width=width, force_terminal=True, force_interactive=True)
+    return rich.console.Console(
+        file=io.StringIO(), width=width, force_terminal=True, force_interactive=True
+    )
 
 
-def run(report, clock, steps, compiling=60.0, seconds=1.0):
+def run(console, clock, steps, compiling=60.0, seconds=1.0):
     """Compiles at the first step, then takes equal steps."""
     for step in steps:
-        took = compiling if step == steps[0] else seconds
-        clock.now += took
-        report.step(step, metrics(), took)
+        duration = compiling if step == steps[0] else seconds
+        clock.now += duration
+        console.on_metrics(step, metrics(), duration)
 
 
-def test_a_log_gets_a_plain_line_now_and_then(tmp_path):
-    console, clock = log(), Clock()
-    with Report(tmp_path, total_steps=25, console=console, clock=clock) as report:
-        run(report, clock, range(1, 26))
-        report.evaluation(25, {"loss": 1.25, "bleu": 40.0})
-    assert console.file.getvalue().splitlines() == [
+def test_prints_plain_lines_to_a_log(tmp_path):
+    output, clock = log(), Clock()
+    console = Console(output, clock=clock)
+    with console.training(25):
+        run(console, clock, range(1, 26))
+        console.write(25, "dev", {"loss": 1.25, "bleu": 40.0})
+    assert output.file.getvalue().splitlines() == [
         "step  1/25  loss 1.000  lr 1.00e-03  compiled in 60.0 s",
         "step 10/25  loss 1.000  lr 1.00e-03  100 tokens/s  1:09 elapsed  0:15 left",
         "step 20/25  loss 1.000  lr 1.00e-03  100 tokens/s  1:19 elapsed  0:05 left",
@@ -51,141 +53,142 @@ def test_a_log_gets_a_plain_line_now_and_then(tmp_path):
     ]
 
 
-def test_a_line_of_a_log_is_never_wrapped(tmp_path):
-    console = log(width=20)
-    with Report(tmp_path, total_steps=1, console=console, quiet=True) as report:
-        report.warning("word " * 30)
-    assert len(console.file.getvalue().splitlines()) == 1
+def test_never_wraps_a_line_of_a_log():
+    output = log(width=20)
+    Console(output, quiet=True).warning("word " * 30)
+    assert len(output.file.getvalue().splitlines()) == 1
 
 
-def test_a_terminal_gets_a_bar_that_says_when_it_compiles_and_when_it_is_done(tmp_path):
-    console, clock = terminal(), Clock()
-    with Report(tmp_path, total_steps=3, console=console, clock=clock) as report:
-        assert "compiling" in console.file.getvalue()
-        run(report, clock, [1, 2])
-        with report.phase("evaluating"):
-            report.message("above the bar")
-        run(report, clock, [3], compiling=1.0)
-    shown = console.file.getvalue()
+def test_terminal_bar_shows_compilation_and_completion():
+    output, clock = terminal(), Clock()
+    console = Console(output, clock=clock)
+    with console.training(3):
+        assert "compiling" in output.file.getvalue()
+        run(console, clock, [1, 2])
+        with console.phase("evaluating"):
+            console.message("above the bar")
+        run(console, clock, [3], compiling=1.0)
+    shown = output.file.getvalue()
     assert "above the bar" in shown
-    last = shown.splitlines()[-2]  # the last one shows the cursor again
+    last = shown.splitlines()[-2]  # the last line shows the cursor again
     assert "done" in last
     assert "3/3" in last
     assert "loss 1.000  100 tokens/s" in last
 
 
-def test_on_80_columns_the_bar_shortens_and_no_number_does(tmp_path):
-    console, clock = terminal(), Clock()
-    with Report(tmp_path, total_steps=9000, console=console, clock=clock) as report:
-        run(report, clock, [1, 2, 3], seconds=1e-3)
-        with report.phase("evaluating"):
+def test_80_columns_shorten_the_bar_but_no_number():
+    output, clock = terminal(), Clock()
+    console = Console(output, clock=clock)
+    with console.training(9000):
+        run(console, clock, [1, 2, 3], seconds=1e-3)
+        with console.phase("evaluating"):
             pass
-    assert "…" not in console.file.getvalue()
+    assert "…" not in output.file.getvalue()
 
 
-def test_a_run_that_fails_leaves_a_bar_that_says_so(tmp_path):
-    console = terminal()
-    with pytest.raises(KeyboardInterrupt), Report(tmp_path, total_steps=3, console=console):
+def test_bar_of_a_failed_run_shows_stopped():
+    output = terminal()
+    with pytest.raises(KeyboardInterrupt), Console(output).training(3):
         raise KeyboardInterrupt
-    assert "stopped" in console.file.getvalue()
+    assert "stopped" in output.file.getvalue()
 
 
-def test_the_time_left_knows_evaluations_but_not_compilation():
+def test_bar_of_an_interrupted_run_shows_stopped():
+    output, clock = terminal(), Clock()
+    console = Console(output, clock=clock)
+    with console.training(3):
+        run(console, clock, [1, 2])
+    assert "stopped" in output.file.getvalue().splitlines()[-2]
+
+
+def test_time_left_includes_evaluations_but_not_compilation():
     clock = Clock()
-    pace = Throughput(10, clock)
+    throughput = Throughput(10, clock)
     clock.now = 100.0
-    pace.add(1, 1.0, 50.0, 100.0)
-    assert pace.left is None
-    assert pace.tokens_per_second is None
+    throughput.add(1, 1.0, 50.0, 100.0)
+    assert throughput.left is None
+    assert throughput.tokens_per_second is None
     clock.now += 2.0 + 4.0  # a step, then an evaluation
-    pace.add(2, 1.0, 50.0, 2.0)
-    assert pace.left == 6.0 * 8
-    assert pace.tokens_per_second == 25.0
+    throughput.add(2, 1.0, 50.0, 2.0)
+    assert throughput.left == 6.0 * 8
+    assert throughput.tokens_per_second == 25.0
 
 
-def test_the_smoothed_loss_starts_unbiased_and_ignores_what_is_not_finite():
-    pace = Throughput(10, Clock())
-    pace.add(1, math.nan, 1.0, 1.0)
-    assert math.isnan(pace.loss)
-    pace.add(2, 3.0, 1.0, 1.0)
-    pace.add(3, math.inf, 1.0, 1.0)
-    assert pace.loss == pytest.approx(3.0)
+def test_smoothed_loss_starts_unbiased_and_ignores_nonfinite_values():
+    throughput = Throughput(10, Clock())
+    throughput.add(1, math.nan, 1.0, 1.0)
+    assert math.isnan(throughput.loss)
+    throughput.add(2, 3.0, 1.0, 1.0)
+    throughput.add(3, math.inf, 1.0, 1.0)
+    assert throughput.loss == pytest.approx(3.0)
 
 
-def test_after_a_resume_the_time_left_counts_the_steps_that_remain(tmp_path):
-    console, clock = log(), Clock()
-    with Report(tmp_path, total_steps=30, start_step=10, console=console, clock=clock) as report:
-        run(report, clock, range(11, 21))
-    assert "step 11/30  loss" in console.file.getvalue()
-    assert "step 20/30" in console.file.getvalue()
-    assert "0:10 left" in console.file.getvalue()
+def test_time_left_after_a_resume_counts_only_remaining_steps():
+    output, clock = log(), Clock()
+    console = Console(output, clock=clock)
+    with console.training(30, start_step=10):
+        run(console, clock, range(11, 21))
+    assert "step 11/30  loss" in output.file.getvalue()
+    assert "step 20/30" in output.file.getvalue()
+    assert "0:10 left" in output.file.getvalue()
 
 
-def test_quiet_shows_warnings_alone_and_records_everything(tmp_path):
-    console, clock = log(), Clock()
-    with Report(tmp_path, total_steps=2, console=console, quiet=True, clock=clock) as report:
-        run(report, clock, [1, 2])
-        report.message("chat")
-        report.warning("a target was cut")
-    assert console.file.getvalue() == "warning: a target was cut\n"
-    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+def test_quiet_shows_only_warnings():
+    output, clock = log(), Clock()
+    console = Console(output, quiet=True, clock=clock)
+    with console.training(2), console.status("loading"):
+        run(console, clock, [1, 2])
+        console.message("chat")
+        console.warning("a target was cut")
+    assert output.file.getvalue() == "warning: a target was cut\n"
 
 
-def test_other_processes_show_and_write_nothing(tmp_path):
-    console = log()
-    directory = tmp_path / "run"
-    with Report(directory, total_steps=1, console=console, primary=False) as report:
-        report.step(1, metrics(), 1.0)
-        report.evaluation(1, {"loss": 1.0})
-        report.message("chat")
-        report.warning("mind")
-        report.plot()
-    assert console.file.getvalue() == ""
-    assert not directory.exists()
+def test_other_processes_show_nothing():
+    output = log()
+    console = Console(output, primary=False)
+    with console.training(1), console.status("loading"):
+        console.on_metrics(1, metrics(), 1.0)
+        console.write(1, "dev", {"loss": 1.0})
+        console.message("chat")
+        console.warning("mind")
+    assert output.file.getvalue() == ""
 
 
-def test_messages_and_warnings_cannot_steer_the_terminal(tmp_path):
-    console = log()
-    with Report(tmp_path, total_steps=1, console=console) as report:
-        report.message("labels: '\x1b[2J'")
-        report.warning("\u202e.txt")
-        report.evaluation(1, {"\x9b2J.loss": 1.0})
-    assert console.file.getvalue().splitlines() == [
+def test_escapes_control_characters():
+    output = log()
+    console = Console(output)
+    with console.training(1):
+        console.message("labels: '\x1b[2J'")
+        console.warning("\u202e.txt")
+        console.write(1, "dev", {"\x9b2J.loss": 1.0})
+    assert output.file.getvalue().splitlines() == [
         r"labels: '\x1b[2J'",
         r"warning: \u202e.txt",
         r"step 1/1  dev: \u009b2J.loss 1.0000",
     ]
 
 
-def test_text_that_the_terminal_cannot_encode_is_shown_as_far_as_it_goes(tmp_path):
+def test_replaces_text_that_the_terminal_cannot_encode():
     shown = io.BytesIO()
     file = io.TextIOWrapper(shown, encoding="ascii")
-    console = Console(file=file, color_system=None)
-    with Report(tmp_path, total_steps=1, console=console) as report:
-        report.message("a café")
-        report.message("[b]and[/b] on")
+    console = Console(rich.console.Console(file=file, color_system=None))
+    console.message("a café")
+    console.message("[b]and[/b] on")
     file.flush()
     assert shown.getvalue().decode().splitlines() == [r"a caf\xe9", "[b]and[/b] on"]
 
 
-def test_a_curve_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("no fonts")
-
-    monkeypatch.setattr("prefix_jax.runs.console.plot_loss", broken)
-    console = log()
-    with Report(tmp_path, total_steps=1, console=console) as report:
-        run(report, Clock(), [1])
-        report.plot()
-    assert f"warning: {tmp_path}/loss.png was not drawn: no fonts" in console.file.getvalue()
-
-
-def test_a_display_that_breaks_stops_nothing(tmp_path):
+def test_broken_display_does_not_stop_a_run():
     class Broken(io.StringIO):
         def write(self, text):
             raise OSError("the terminal went away")
 
-    console, clock = Console(file=Broken()), Clock()
-    with Report(tmp_path, total_steps=2, console=console, clock=clock) as report:
-        run(report, clock, [1, 2])
-    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    for output in (rich.console.Console(file=Broken()), terminal()):
+        output.file = Broken()
+        clock = Clock()
+        console = Console(output, clock=clock)
+        with console.status("loading"):
+            pass
+        with console.training(2):
+            run(console, clock, [1, 2])
+            console.write(2, "dev", {"loss": 1.0})

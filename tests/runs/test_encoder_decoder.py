@@ -1,4 +1,4 @@
-"""Runs of an encoder-decoder: trained, stored, measured and used as those of decoders are."""
+"""Runs of an encoder-decoder: training, storing, evaluating and generating."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def tuned(pretrained: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> p
     )
 
 
-def test_it_learns_to_copy(tuned: pj.Tuned) -> None:
+def test_learns_to_copy(tuned: pj.Tuned) -> None:
     before, after = (tuned.run.evaluations[name].report.metrics for name in ("before", "after"))
     assert after["loss"] < before["loss"]
     assert (after["exact_match"], after["rougeL"]) == (100, pytest.approx(100))
@@ -54,7 +54,7 @@ def test_it_learns_to_copy(tuned: pj.Tuned) -> None:
     assert tuned.generate(RECORDS) == list(WORDS)
 
 
-def test_beams_end_with_the_end_of_the_target(tuned: pj.Tuned) -> None:
+def test_beam_search_ends_with_the_target(tuned: pj.Tuned) -> None:
     (found,) = tuned.generations(
         [RECORDS[0]], tuned.decode.__class__(max_new_tokens=6, num_beams=2)
     )
@@ -62,12 +62,12 @@ def test_beams_end_with_the_end_of_the_target(tuned: pj.Tuned) -> None:
     assert found.samples[0].finish == "eos"
 
 
-def test_the_likeliest_label_is_the_one_that_was_learnt(tuned: pj.Tuned) -> None:
+def test_most_likely_label_is_the_trained_one(tuned: pj.Tuned) -> None:
     found = tuned.evaluate(RECORDS, ("accuracy",), labels=WORDS)
     assert found.report.metrics["accuracy"] == 100
 
 
-def test_what_is_stored_is_of_every_attention_and_writes_the_same(
+def test_stores_every_attention_and_generates_the_same(
     tuned: pj.Tuned, pretrained: Pretrained, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = tuned.run.directory
@@ -80,9 +80,7 @@ def test_what_is_stored_is_of_every_attention_and_writes_the_same(
     assert capsys.readouterr().out == "elm\n"
 
 
-def test_a_run_that_was_killed_ends_as_if_it_had_not_been(
-    pretrained: Pretrained, tmp_path: Path
-) -> None:
+def test_killed_run_ends_bit_identical(pretrained: Pretrained, tmp_path: Path) -> None:
     hard = ("method.dropout=0.2", "data.group_by_source=true", "optim.grad_accum_steps=2")
     with tiny_runs.killed_at(7):
         tiny_runs.run(pretrained, tmp_path / "killed", *hard, dev=tiny_runs.SOME)
@@ -94,13 +92,13 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(
     assert tiny_runs.outcome(tmp_path / "killed") == tiny_runs.outcome(tmp_path / "whole")
 
 
-def test_soft_tokens_before_the_encoder_start_as_its_text_and_pack_no_rows(
+def test_soft_tokens_in_the_encoder_start_as_text_and_are_not_packed(
     pretrained: Pretrained, tmp_path: Path
 ) -> None:
     console = tiny_runs.console()
     options = ("method=prompt", "train.steps=1", "optim.learning_rate=1e-9")
     run = tiny_runs.run(pretrained, tmp_path, *options, console=console)
-    assert "each example has a row of its own, in spite of data.pack" in tiny_runs.shown(console)
+    assert "data.pack has no effect: with soft tokens in an encoder" in tiny_runs.shown(console)
     first = pretrained.tokenizer("0+0=")["input_ids"]
     table_VD = pretrained.params["embed"]["tokens_VD"]
     np.testing.assert_allclose(
@@ -120,7 +118,7 @@ def test_soft_tokens_before_the_encoder_start_as_its_text_and_pack_no_rows(
         ),
     ],
 )
-def test_what_an_encoder_decoder_cannot_do_is_refused_with_what_to_take(
+def test_refusals_name_an_alternative(
     pretrained: Pretrained, tmp_path: Path, overrides, error, message: str
 ) -> None:
     with pytest.raises(error, match=message):

@@ -1,4 +1,4 @@
-"""The end of a run tells what was gained, where it is and how to use it."""
+"""The final report: metrics, samples, outputs and the next command."""
 
 import io
 import math
@@ -11,7 +11,7 @@ from prefix_jax.runs.final_report import (
     duration,
     generations,
     number,
-    print_closing,
+    print_final_report,
 )
 
 
@@ -23,7 +23,7 @@ def shown(renderable, width=80, color=None):
     return console.file.getvalue()
 
 
-def test_durations_read_as_clocks_do():
+def test_formats_durations():
     assert [duration(s) for s in (0, 7.4, 59.6, 754, 3723, 360000)] == [
         "0:00",
         "0:07",
@@ -34,12 +34,12 @@ def test_durations_read_as_clocks_do():
     ]
 
 
-def test_losses_have_four_digits_and_percentages_two():
+def test_formats_losses_with_four_digits_and_percentages_with_two():
     assert number("loss", 1.23456) == "1.2346"
     assert number("bleu", 1.23456) == "1.23"
 
 
-def test_a_comparison_has_a_row_for_each_metric_measured_both_times():
+def test_comparison_has_one_row_per_metric_measured_twice():
     table = comparison({"loss": 3.0, "bleu": 2.0, "chrf": 1.0}, {"loss": 1.5, "bleu": 42.0})
     rows = [line.split() for line in shown(table).splitlines()]
     assert ["token", "loss", "(nats)", "3.0000", "1.5000", "-1.5000"] in rows
@@ -47,7 +47,7 @@ def test_a_comparison_has_a_row_for_each_metric_measured_both_times():
     assert "chrF" not in shown(table)
 
 
-def test_a_lower_loss_is_green_and_a_lower_bleu_is_red():
+def test_lower_loss_is_green_and_lower_bleu_is_red():
     green, red = "\x1b[32m", "\x1b[31m"
     assert green in shown(comparison({"loss": 3.0}, {"loss": 1.5}), color="standard")
     assert red in shown(comparison({"bleu": 3.0}, {"bleu": 1.5}), color="standard")
@@ -56,7 +56,7 @@ def test_a_lower_loss_is_green_and_a_lower_bleu_is_red():
     assert red not in nan
 
 
-def test_before_and_after_stand_side_by_side_within_the_width():
+def test_shows_before_and_after_side_by_side_within_the_width():
     sample = Sample("name[X]", "X is here.", "before " * 20, "after " * 20)
     for width in (40, 80, 160):
         lines = shown(generations([sample]), width).splitlines()
@@ -64,16 +64,16 @@ def test_before_and_after_stand_side_by_side_within_the_width():
         assert any("before before" in line and "after after" in line for line in lines)
 
 
-def test_names_of_tasks_are_no_markup_and_cannot_steer_the_terminal():
+def test_escapes_names_of_tasks():
     text = shown(comparison({}, {"[/]\x1b[2J.loss": 3.0}))
     assert r"[/]\x1b[2J: token loss (nats)" in text
     console = Console(file=io.StringIO(), width=80)
     paths = {"prefix": "run\x1b[2J/[/]"}
-    print_closing(console, before={}, after={}, samples=(), written=paths, command="go\x9b")
+    print_final_report(console, before={}, after={}, samples=(), written=paths, command="go\x9b")
     assert console.file.getvalue() == "\nprefix  run\\x1b[2J/[/]\n\nUse it:\n  go\\u009b\n"
 
 
-def test_text_of_a_model_cannot_steer_the_terminal_and_is_no_markup():
+def test_escapes_text_of_a_model():
     sample = Sample("[bold]x[/]", "line\nbreak", "\x1b[2J\x07", "")
     text = shown(generations([sample]))
     assert "\x1b" not in text
@@ -82,10 +82,10 @@ def test_text_of_a_model_cannot_steer_the_terminal_and_is_no_markup():
     assert "(nothing)" in text
 
 
-def test_paths_and_the_command_can_be_copied_whole():
+def test_never_wraps_paths_and_the_command():
     command = "prefix-jax generate --prefix " + "a/very/long/path/" * 10
     console = Console(file=io.StringIO(), width=40)
-    print_closing(
+    print_final_report(
         console,
         before={"loss": 2.0},
         after={"loss": 1.0},

@@ -1,4 +1,4 @@
-"""Runs of tasks with labels: a prefix and a head learn together, are stored, and answer."""
+"""Runs of tasks with labels: training, storing and using a prefix with a head."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.cli.main import main
 from prefix_jax.errors import ConfigError, PrefixError
 from prefix_jax.evaluate.report import read_predictions
-from prefix_jax.runs.run import Run, fit
+from prefix_jax.runs.finish import RunResult
+from prefix_jax.runs.run import run as run_config
 
 
 def _review(seed: int) -> dict[str, str]:
-    """Three words; one of them decides."""
+    """Returns three words, of which one determines the label."""
     rng, good = random.Random(seed), seed % 2 == 0
     words = rng.choices(["plot", "film", "was", "the", "very"], k=2)
     words.insert(rng.randrange(3), "good" if good else "bad")
@@ -52,7 +53,7 @@ def run(
     task: dict[str, Any],
     console: Console | None = None,
     **records: Any,
-) -> Run:
+) -> RunResult:
     values = {
         "model": {"path": pretrained.source},
         "method": {"name": "prefix", "length": 3},
@@ -65,11 +66,11 @@ def run(
     }
     parsed = config.parse(values, overrides)
     quiet = console is None
-    return fit(parsed, pretrained=pretrained, records=records, console=console, quiet=quiet)
+    return run_config(parsed, pretrained=pretrained, records=records, console=console, quiet=quiet)
 
 
 @pytest.fixture(scope="module")
-def learnt(encoder: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def learnt(encoder: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     return run(
         encoder,
         tmp_path_factory.mktemp("learnt") / "run",
@@ -84,7 +85,7 @@ def learnt(encoder: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Run
     )
 
 
-def test_a_prefix_and_its_head_learn_a_rule(learnt: Run) -> None:
+def test_prefix_and_head_learn_a_rule(learnt: RunResult) -> None:
     assert learnt.evaluations["after"].report.metrics["accuracy"] == 100
     assert learnt.card.task.config["labels"] == ("no", "yes")
     made = read_predictions(learnt.directory / "predictions.jsonl")
@@ -92,7 +93,9 @@ def test_a_prefix_and_its_head_learn_a_rule(learnt: Run) -> None:
     assert all(sum(one.scores.values()) == pytest.approx(1) for one in made)
 
 
-def test_what_was_stored_answers_alike(learnt: Run, encoder: Pretrained, tmp_path: Path) -> None:
+def test_stored_prefix_predicts_the_same(
+    learnt: RunResult, encoder: Pretrained, tmp_path: Path
+) -> None:
     tuned = pj.load_prefix(learnt.directory, encoder)
     assert tuned.classify("a good film") == "yes"
     assert tuned.classify([record["text"] for record in TEST]) == [r["label"] for r in TEST]
@@ -110,10 +113,10 @@ def test_what_was_stored_answers_alike(learnt: Run, encoder: Pretrained, tmp_pat
         tuned.evaluate(TEST, ["bleu"])
 
 
-def test_without_templates_texts_answer_and_records_are_refused(
-    learnt: Run, encoder: Pretrained
+def test_without_templates_accepts_texts_but_refuses_records(
+    learnt: RunResult, encoder: Pretrained
 ) -> None:
-    """As after an import from PEFT that was not told any."""
+    """As after an import from PEFT without templates."""
     tuned = pj.load_prefix(learnt.directory, encoder)
     bare = dataclasses.replace(tuned, card=dataclasses.replace(tuned.card, template=None))
     assert bare.classify("a good film") == "yes"
@@ -121,7 +124,9 @@ def test_without_templates_texts_answer_and_records_are_refused(
         bare.answers(TEST)
 
 
-def test_the_container_holds_the_head(learnt: Run, encoder: Pretrained, tmp_path: Path) -> None:
+def test_container_includes_the_head(
+    learnt: RunResult, encoder: Pretrained, tmp_path: Path
+) -> None:
     tuned = pj.load_prefix(learnt.directory, encoder)
     tuned.save(tmp_path / "again", "safetensors")
     head = artifact.load_head(tmp_path / "again")
@@ -129,8 +134,8 @@ def test_the_container_holds_the_head(learnt: Run, encoder: Pretrained, tmp_path
     jax.tree.map(np.testing.assert_array_equal, head, dict(learnt.head))
 
 
-def test_the_command_line_answers_and_measures(
-    learnt: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_command_line_predicts_and_evaluates(
+    learnt: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in TEST[:4]))
@@ -140,13 +145,13 @@ def test_the_command_line_answers_and_measures(
     assert main(["evaluate", str(learnt.directory), *arguments]) == 0
     assert "100.00" in capsys.readouterr().out
     assert main(["inspect", str(learnt.directory)]) == 0
-    assert "classify (no, yes), by a head of 66 parameters" in capsys.readouterr().out
+    assert "classify (no, yes), with a head of 66 parameters" in capsys.readouterr().out
     assert main(["generate", str(learnt.directory), "--prompt", "a"]) == 2
     assert "prefix-jax predict" in capsys.readouterr().err
 
 
-def test_a_killed_run_comes_to_the_same_bits(encoder: Pretrained, tmp_path: Path) -> None:
-    """Under dropout of prefix and head."""
+def test_killed_run_ends_bit_identical(encoder: Pretrained, tmp_path: Path) -> None:
+    """With dropout in the prefix and the head."""
     options = ("data.input={text}", "train.steps=4", "train.checkpoint_every=2")
     options += ("method.dropout=0.2",)
     task = {"name": "classify", "dropout": 0.2}
@@ -171,7 +176,7 @@ TASKS = {
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_task_trains_is_measured_and_answers(
+def test_trains_evaluates_and_predicts_every_task(
     name: str, encoder: Pretrained, tmp_path: Path
 ) -> None:
     options, fields, records, metrics = TASKS[name]
@@ -186,7 +191,7 @@ def test_every_task_trains_is_measured_and_answers(
     assert len(made) == len(records)
 
 
-def test_a_decoder_classifies_by_its_last_token(decoder: Pretrained, tmp_path: Path) -> None:
+def test_decoder_classifies_by_its_last_token(decoder: Pretrained, tmp_path: Path) -> None:
     console = tiny_runs.console()
     found = run(
         decoder,
@@ -204,10 +209,10 @@ def test_a_decoder_classifies_by_its_last_token(decoder: Pretrained, tmp_path: P
     assert len(found.evaluations["after"].predictions) == 4
 
 
-def test_soft_tokens_before_an_encoder_take_a_row_for_each_text(
+def test_soft_tokens_in_an_encoder_use_one_row_per_text(
     encoder: Pretrained, tmp_path: Path
 ) -> None:
-    """And the head reads [CLS], not the first soft token."""
+    """The head reads [CLS], not the first soft token."""
     options = ("method={name: prompt, length: 3}", "optim.learning_rate=0.3")
     found = run(
         encoder,
@@ -231,26 +236,23 @@ def test_soft_tokens_before_an_encoder_take_a_row_for_each_text(
         )
 
 
-def test_an_encoder_writes_no_text(encoder: Pretrained, tmp_path: Path) -> None:
+def test_encoder_rejects_generation(encoder: Pretrained, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="writes no text: give task"):
         run(encoder, tmp_path, "data.target={label}", task={"name": "generate"}, train=TRAIN)
 
 
-def test_an_encoder_decoder_has_no_head(tmp_path: Path) -> None:
+def test_encoder_decoder_rejects_a_head(tmp_path: Path) -> None:
     both = tiny_runs.on_one_device(tiny.write_bart(tmp_path / "bart"))
     with pytest.raises(ConfigError, match="let it generate the label as text"):
         run(both, tmp_path / "run", "data.input={text}", task={"name": "classify"}, train=TRAIN)
 
 
-def test_the_rate_of_a_head_needs_one(decoder: Pretrained, tmp_path: Path) -> None:
-    """`run` gives it."""
+def test_learning_rate_of_a_head_requires_a_head(decoder: Pretrained, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no head"):
         run(decoder, tmp_path, "data.target={label}", task={"name": "generate"}, train=TRAIN)
 
 
-def test_a_head_may_read_the_first_soft_token_as_pefts_does(
-    encoder: Pretrained, tmp_path: Path
-) -> None:
+def test_head_can_read_the_first_soft_token_like_peft(encoder: Pretrained, tmp_path: Path) -> None:
     found = run(
         encoder,
         tmp_path / "soft",
@@ -267,14 +269,14 @@ def test_a_head_may_read_the_first_soft_token_as_pefts_does(
     )
     scores = [answer.scores for answer in tuned.answers(TEST)]
     assert [answer.scores for answer in again.answers(TEST)] == scores
-    # It reads the text through the soft token.
+    # The head reads the text through the soft token.
     assert len({tuple(of.items()) for of in scores}) > 1
-    # Without the soft tokens there is the text's first one.
+    # Without soft tokens it reads the text's first token.
     assert tuned.without_prefix().answers(TEST[:1])[0].scores != scores[0]
 
 
 @pytest.mark.parametrize("method", ["prefix", "full"])
-def test_without_soft_tokens_a_head_cannot_read_one(
+def test_head_cannot_read_soft_tokens_that_do_not_exist(
     encoder: Pretrained, tmp_path: Path, method: str
 ) -> None:
     options = ("data.input={text}", *(["method=full"] if method == "full" else []))
@@ -285,7 +287,7 @@ def test_without_soft_tokens_a_head_cannot_read_one(
         run(encoder, tmp_path / method, task={"name": "tag", "reads_soft": True}, train=TRAIN)
 
 
-def test_full_fine_tuning_trains_a_head_too(encoder: Pretrained, tmp_path: Path) -> None:
+def test_full_fine_tuning_also_trains_a_head(encoder: Pretrained, tmp_path: Path) -> None:
     found = run(
         encoder,
         tmp_path,

@@ -1,6 +1,6 @@
-"""Locks of outputs: who gets them, which are stale, and what the others are told.
+"""Locks of run directories: who acquires them, which are stale, and how others are refused.
 
-Run as a script, this file is the other process of one of its own tests.
+One test runs this file as a script in another process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from prefix_jax.errors import CheckpointError, ConfigError
 from prefix_jax.runs import lock as locks
 from prefix_jax.runs.lock import LOCK, SILENCE, BucketLock, FileLock, Owner
 
-GONE = 2**22 + 1  # no process has such a number
+GONE = 2**22 + 1  # larger than any process id
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def owner() -> Owner:
     return Owner.of_this_process()
 
 
-def leave(directory: Path, owner: Owner) -> Path:
+def write_lock(directory: Path, owner: Owner) -> Path:
     """Writes the lock of an owner that no longer holds it."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / LOCK).write_bytes(locks._write(owner))
@@ -49,7 +49,7 @@ def acquired(directory: Path) -> bool:
 # --- On a disk -------------------------------------------------------------------------------
 
 
-def test_a_second_lock_is_refused_until_the_first_is_released(tmp_path: Path) -> None:
+def test_refuses_a_second_lock_until_the_first_is_released(tmp_path: Path) -> None:
     first = FileLock(tmp_path / "run")
     first.acquire()
     before = (tmp_path / "run" / LOCK).read_bytes()
@@ -61,7 +61,7 @@ def test_a_second_lock_is_refused_until_the_first_is_released(tmp_path: Path) ->
     assert acquired(tmp_path / "run")
 
 
-def test_a_directory_with_files_stays_without_the_lock(tmp_path: Path) -> None:
+def test_release_keeps_a_directory_with_files(tmp_path: Path) -> None:
     lock = FileLock(tmp_path / "a" / "run")
     lock.acquire()
     (tmp_path / "a" / "run" / "config.yaml").write_text("")
@@ -69,7 +69,7 @@ def test_a_directory_with_files_stays_without_the_lock(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "a" / "run").iterdir()] == ["config.yaml"]
 
 
-def test_the_lock_of_a_killed_process_is_stale(tmp_path: Path) -> None:
+def test_lock_of_a_killed_process_is_stale(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, __file__, str(tmp_path)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
@@ -92,11 +92,11 @@ def hold(directory: Path) -> None:
     time.sleep(600)
 
 
-def test_on_a_local_disk_a_lock_that_nobody_holds_is_stale_whoever_it_names(
+def test_unheld_lock_on_a_local_disk_is_stale_whatever_its_content(
     tmp_path: Path, owner: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "_is_local", lambda _: True)
-    leave(tmp_path, dataclasses.replace(owner, host="a-container-that-was-restarted"))
+    write_lock(tmp_path, dataclasses.replace(owner, host="a-container-that-was-restarted"))
     assert acquired(tmp_path)
     for content in (b"", b"{", b"[" * 4000, b"\xff", b'{"host": 1, "pid": "x"}', b"[]"):
         (tmp_path / LOCK).write_bytes(content)
@@ -108,27 +108,27 @@ def unsupported(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize("flock", [fcntl.flock, unsupported])
-def test_on_a_shared_disk_the_process_that_the_lock_names_decides(
+def test_named_process_decides_on_a_shared_disk(
     tmp_path: Path, owner: Owner, monkeypatch: pytest.MonkeyPatch, flock
 ) -> None:
     monkeypatch.setattr(locks, "_is_local", lambda _: False)
     monkeypatch.setattr(fcntl, "flock", flock)
-    leave(tmp_path / "killed", dataclasses.replace(owner, pid=GONE))
+    write_lock(tmp_path / "killed", dataclasses.replace(owner, pid=GONE))
     assert acquired(tmp_path / "killed")
-    leave(tmp_path / "pid used again", dataclasses.replace(owner, started="another boot:1"))
-    assert acquired(tmp_path / "pid used again")
-    leave(tmp_path / "running", owner)
+    write_lock(tmp_path / "pid reused", dataclasses.replace(owner, started="another boot:1"))
+    assert acquired(tmp_path / "pid reused")
+    write_lock(tmp_path / "running", owner)
     with pytest.raises(ConfigError, match="another run is writing there"):
         FileLock(tmp_path / "running").acquire()
-    file = leave(tmp_path / "elsewhere", dataclasses.replace(owner, host="other", pid=GONE))
+    file = write_lock(tmp_path / "elsewhere", dataclasses.replace(owner, host="other", pid=GONE))
     with pytest.raises(ConfigError) as raised:
         FileLock(tmp_path / "elsewhere").acquire()
     message = str(raised.value)
     assert f"pid {GONE} on other, since {owner.since}" in message
-    assert f"if it has, remove {file} and start again" in message
+    assert f"If it has, remove {file} and start again" in message
 
 
-def test_without_flock_a_second_lock_is_refused_too(tmp_path: Path, monkeypatch) -> None:
+def test_refuses_a_second_lock_without_flock(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(fcntl, "flock", unsupported)
     first = FileLock(tmp_path / "run")
     first.acquire()
@@ -138,7 +138,7 @@ def test_without_flock_a_second_lock_is_refused_too(tmp_path: Path, monkeypatch)
     assert acquired(tmp_path / "run")
 
 
-def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+def test_unwritable_directory_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot write to .*file/run: Not a directory"):
         FileLock(tmp_path / "file" / "run").acquire()
@@ -148,7 +148,7 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "precious").exists()
 
 
-def test_the_kind_of_a_file_system_is_that_of_its_innermost_mount(monkeypatch) -> None:
+def test_innermost_mount_determines_the_file_system(monkeypatch) -> None:
     def mount(point: str, kind: str) -> SimpleNamespace:
         return SimpleNamespace(mountpoint=point, fstype=kind)
 
@@ -176,7 +176,7 @@ def remote(cloud, tmp_path: Path) -> Path:
 
 
 class Clock:
-    """Counts the seconds that are waited, and calls a function after some of them."""
+    """Counts seconds of sleep, and calls a function after some of them."""
 
     def __init__(self, call=None, after: float = 0.0) -> None:
         self.waited, self._call, self._after = 0.0, call, after
@@ -188,32 +188,32 @@ class Clock:
             self._call = None
 
 
-def test_the_owner_of_a_bucket_refuses_a_second_run(remote: Path) -> None:
+def test_owner_of_a_bucket_lock_excludes_a_second_run(remote: Path) -> None:
     first = BucketLock(RUN, pytest.fail)
     first.acquire()
     assert json.loads((remote / LOCK).read_text())["pid"] == os.getpid()
-    told: list[str] = []
+    messages: list[str] = []
     clock = Clock(first.beat, after=15)
     with pytest.raises(ConfigError, match=rf"another run is writing there \(pid {os.getpid()} on"):
-        BucketLock(RUN, told.append, clock).acquire()
+        BucketLock(RUN, messages.append, clock).acquire()
     assert clock.waited < SILENCE / 2
-    assert "waiting 120 s for a sign of life" in told[0]
+    assert "waiting 120 s for a heartbeat" in messages[0]
     first.check()
     first.release()
     assert not (remote / LOCK).exists()
 
 
-def test_a_killed_process_of_this_host_leaves_no_lock_in_a_bucket(
+def test_bucket_lock_of_a_killed_process_of_this_host_is_stale_at_once(
     remote: Path, owner: Owner
 ) -> None:
-    leave(remote, dataclasses.replace(owner, pid=GONE))
+    write_lock(remote, dataclasses.replace(owner, pid=GONE))
     lock = BucketLock(RUN, pytest.fail, pytest.fail)
     lock.acquire()
     lock.release()
 
 
-def test_a_silent_lock_of_another_host_is_taken_over(remote: Path, owner: Owner) -> None:
-    leave(remote, dataclasses.replace(owner, host="preempted"))
+def test_takes_over_a_silent_lock_of_another_host(remote: Path, owner: Owner) -> None:
+    write_lock(remote, dataclasses.replace(owner, host="preempted"))
     clock = Clock()
     lock = BucketLock(RUN, lambda _: None, clock)
     lock.acquire()
@@ -222,10 +222,10 @@ def test_a_silent_lock_of_another_host_is_taken_over(remote: Path, owner: Owner)
     lock.release()
 
 
-def test_a_run_whose_lock_was_taken_over_stops(remote: Path, owner: Owner) -> None:
+def test_owner_stops_after_its_lock_was_taken_over(remote: Path, owner: Owner) -> None:
     lock = BucketLock(RUN, pytest.fail)
     lock.acquire()
-    leave(remote, dataclasses.replace(owner, host="other", token="other"))
+    write_lock(remote, dataclasses.replace(owner, host="other", token="other"))
     lock.beat()
     with pytest.raises(CheckpointError, match=r"another run took the lock over \(pid .* on other"):
         lock.check()
@@ -233,7 +233,7 @@ def test_a_run_whose_lock_was_taken_over_stops(remote: Path, owner: Owner) -> No
     assert json.loads((remote / LOCK).read_text())["host"] == "other"
 
 
-def test_a_run_whose_lock_was_removed_stops(remote: Path) -> None:
+def test_owner_stops_after_its_lock_was_removed(remote: Path) -> None:
     lock = BucketLock(RUN, pytest.fail)
     lock.acquire()
     (remote / LOCK).unlink()
@@ -243,7 +243,7 @@ def test_a_run_whose_lock_was_removed_stops(remote: Path) -> None:
     lock.release()
 
 
-def test_a_bucket_out_of_reach_for_a_while_costs_no_lock(remote: Path, cloud, monkeypatch) -> None:
+def test_unreachable_bucket_does_not_lose_the_lock(remote: Path, cloud, monkeypatch) -> None:
     lock = BucketLock(RUN, pytest.fail)
     lock.acquire()
     with monkeypatch.context() as patch:
@@ -255,7 +255,7 @@ def test_a_bucket_out_of_reach_for_a_while_costs_no_lock(remote: Path, cloud, mo
     lock.release()
 
 
-def test_a_bucket_that_cannot_be_locked_is_an_error(remote: Path, monkeypatch) -> None:
+def test_bucket_that_cannot_be_locked_is_an_error(remote: Path, monkeypatch) -> None:
     monkeypatch.setattr(buckets.FakeBackend, "pipe_file", unsupported)
     with pytest.raises(CheckpointError, match=r"cannot lock gs://bucket/run: .*not supported"):
         BucketLock(RUN, pytest.fail).acquire()

@@ -1,4 +1,4 @@
-"""A run that cannot fit in memory is refused before it allocates anything."""
+"""Refusing runs that cannot fit in memory before they allocate anything."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def pretrained(tmp_path_factory):
         ("data.batch_size=60000", "data.batch_size 60000: a step needs at least "),
     ],
 )
-def test_names_the_setting_the_need_and_what_there_is(
+def test_names_the_setting_the_need_and_the_limit(
     monkeypatch, pretrained, tmp_path: Path, override: str, message: str
 ):
     monkeypatch.setattr(memory, "device_memory", lambda mesh: 10_000_000)
@@ -38,9 +38,9 @@ def test_names_the_setting_the_need_and_what_there_is(
     assert "has 0.0 GB" in str(caught.value)
 
 
-def test_knows_the_memory_of_this_host(pretrained):
-    found = memory.device_memory(pretrained.mesh)
-    assert found is None or found > 2**28
+def test_measures_the_memory_of_this_host(pretrained):
+    limit = memory.device_memory(pretrained.mesh)
+    assert limit is None or limit > 2**28
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def test_knows_the_memory_of_this_host(pretrained):
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 3 bytes.\nlong"),
     ],
 )
-def test_an_exhausted_memory_is_one_error(error: Exception):
-    match = r"memory is exhausted \(.*\); lower data\.batch_size"
-    with pytest.raises(ConfigError, match=match), memory.out_of_memory():
+def test_explains_an_allocation_failure(error: Exception):
+    match = r"out of memory \(.*\); lower data\.batch_size"
+    with pytest.raises(ConfigError, match=match), memory.explain_out_of_memory():
         raise error
 
 
-def test_another_error_of_the_devices_stays_what_it_is():
-    with pytest.raises(jax.errors.JaxRuntimeError), memory.out_of_memory():
+def test_passes_other_device_errors_through():
+    with pytest.raises(jax.errors.JaxRuntimeError), memory.explain_out_of_memory():
         raise jax.errors.JaxRuntimeError("INTERNAL: bug")

@@ -1,4 +1,4 @@
-"""What a run records survives kills, and reads after a resume as if nothing had happened."""
+"""Metrics on disk survive kills, and read after a resume as if the run had never stopped."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def write(directory, start, end):
 
 
 def events(directory):
-    """All events, file by file in the order in which TensorBoard reads them."""
+    """Returns all events, in the order in which TensorBoard reads the files."""
     found = []
     for path in sorted((directory / "tensorboard").iterdir()):
         content = path.read_bytes()
@@ -34,7 +34,7 @@ def events(directory):
     return found
 
 
-def test_each_step_and_evaluation_is_a_line_and_an_event(tmp_path):
+def test_writes_each_step_and_evaluation_as_line_and_event(tmp_path):
     record = MetricWriter(tmp_path / "new" / "run", 0)
     record.write(0, "dev", {"loss": 2.0})
     record.write(1, "train", {"loss": 1.5, "tokens": 64})
@@ -52,7 +52,7 @@ def test_each_step_and_evaluation_is_a_line_and_an_event(tmp_path):
     assert values == [(0, "dev/loss", 2.0), (1, "train/loss", 1.5), (1, "train/tokens", 64.0)]
 
 
-def test_values_that_json_does_not_know_become_null(tmp_path):
+def test_nonfinite_values_become_null(tmp_path):
     record = MetricWriter(tmp_path, 0)
     record.write(1, "train", {"loss": math.nan, "grad_norm": math.inf})
     record.close()
@@ -61,7 +61,7 @@ def test_values_that_json_does_not_know_become_null(tmp_path):
     assert line["grad_norm"] is None
 
 
-def test_a_resume_drops_what_lies_beyond_it(tmp_path):
+def test_resume_drops_later_lines(tmp_path):
     write(tmp_path, 0, 7)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "ki')
@@ -71,7 +71,7 @@ def test_a_resume_drops_what_lies_beyond_it(tmp_path):
     assert starts == [0, 6]
 
 
-def test_an_evaluation_at_the_step_of_the_checkpoint_stays(tmp_path):
+def test_resume_keeps_an_evaluation_at_its_step(tmp_path):
     record = MetricWriter(tmp_path, 0)
     record.write(5, "train", {"loss": 1.0})
     record.write(5, "dev", {"loss": 1.0})
@@ -81,7 +81,7 @@ def test_an_evaluation_at_the_step_of_the_checkpoint_stays(tmp_path):
     assert [line["kind"] for line in read_metrics(tmp_path)] == ["train", "dev"]
 
 
-def test_a_run_from_the_start_starts_anew(tmp_path):
+def test_run_from_step_0_overwrites_the_file(tmp_path):
     record = MetricWriter(tmp_path, 0)
     record.write(0, "dev", {"loss": 2.0})
     record.close()
@@ -89,15 +89,14 @@ def test_a_run_from_the_start_starts_anew(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]
 
 
-def test_half_a_line_is_not_read(tmp_path):
+def test_ignores_an_incomplete_line(tmp_path):
     write(tmp_path, 0, 2)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-1])
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]
 
 
-def test_after_a_kill_every_line_but_the_last_is_there(tmp_path):
-    """Whatever was told to have been written."""
+def test_kill_loses_at_most_the_last_line(tmp_path):
     script = (
         "import pathlib, sys\n"
         "from prefix_jax.runs.metric_writer import MetricWriter\n"
@@ -109,9 +108,9 @@ def test_after_a_kill_every_line_but_the_last_is_there(tmp_path):
     command = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for _ in range(50):
-            told = int(process.stdout.readline())
+            written = int(process.stdout.readline())
         process.send_signal(signal.SIGKILL)
-    assert told == 50
+    assert written == 50
     steps = [line["step"] for line in read_metrics(tmp_path)]
     assert steps[:50] == list(range(1, 51))
     MetricWriter(tmp_path, 50).close()
@@ -120,7 +119,7 @@ def test_after_a_kill_every_line_but_the_last_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["not JSON", "[]", '{"loss": 1.0}', "\udcff"])
-def test_a_foreign_line_is_named(tmp_path, line):
+def test_names_a_malformed_line(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     write(tmp_path, 0, 1)
     path.write_bytes(path.read_bytes() + os.fsencode(line) + b"\n")
@@ -129,18 +128,18 @@ def test_a_foreign_line_is_named(tmp_path, line):
             use()
 
 
-def test_a_file_in_the_way_is_named(tmp_path):
+def test_names_a_file_in_place_of_a_directory(tmp_path):
     (tmp_path / "tensorboard").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot write .*tensorboard"):
         MetricWriter(tmp_path, 0)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_names_a_missing_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"cannot read .*metrics\.jsonl"):
         read_metrics(tmp_path)
 
 
-def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+def test_full_disk_is_an_error_that_names_the_file(tmp_path):
     script = (
         "import pathlib, resource, sys\n"
         "from prefix_jax.errors import CheckpointError\n"

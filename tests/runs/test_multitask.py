@@ -1,4 +1,4 @@
-"""Several tasks train together, and each comes out with a prefix of its own."""
+"""Multitask runs train one prefix per task."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from prefix_jax.errors import ConfigError, DataError, PrefixError
 from prefix_jax.methods.multitask import MultitaskPromptTuning
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.prefix import Embeds
-from prefix_jax.runs.multitask import tell_tasks_apart
+from prefix_jax.runs.multitask import assign_tasks
 
-# Two tasks that only their prompts tell apart: the same texts have other answers.
+# Two tasks with the same inputs but different targets, so that only their prompts differ.
 RECORDS = [
     {"sum": record["sum"], "total": total, "kind": kind}
     for record in tiny_runs.RECORDS[:6]
@@ -45,7 +45,7 @@ def run(pretrained: Pretrained, tmp_path_factory: pytest.TempPathFactory):
     return tiny_runs.run(pretrained, output, *OPTIONS, train=RECORDS, dev=RECORDS, test=RECORDS)
 
 
-def test_both_tasks_are_learnt(run) -> None:
+def test_learns_both_tasks(run) -> None:
     losses = tiny_runs.losses(run.directory)
     assert losses[60] < 0.3 * losses[1]
     metrics = run.evaluations["after"].report.metrics
@@ -55,7 +55,7 @@ def test_both_tasks_are_learnt(run) -> None:
     assert max(metrics["first.loss"], metrics["sum.loss"]) < 0.4 * losses[1]
 
 
-def test_each_task_reads_best_behind_its_own_prefix(run, pretrained) -> None:
+def test_each_task_is_best_with_its_own_prefix(run, pretrained) -> None:
     for name, other in (("first", "sum"), ("sum", "first")):
         own = [record for record in RECORDS if record["kind"] == name]
         losses = [
@@ -69,7 +69,7 @@ def own_as(records: list[dict[str, str]], task: str) -> list[dict[str, str]]:
     return [record | {"kind": task} for record in records]
 
 
-def test_each_task_has_a_prefix_with_its_own_results(run) -> None:
+def test_stores_one_prefix_per_task_with_its_own_metrics(run) -> None:
     names = {path.name for path in (run.directory / "prefixes").iterdir()}
     assert names == set(run.tasks) == {"first", "sum"}
     assert not (run.directory / "prefix").exists()
@@ -83,7 +83,7 @@ def test_each_task_has_a_prefix_with_its_own_results(run) -> None:
     assert dev["loss"] == pytest.approx((dev["first.loss"] + dev["sum.loss"]) / 2)
 
 
-def test_a_stored_prefix_scores_the_records_of_its_task(run, pretrained) -> None:
+def test_stored_prefix_evaluates_the_records_of_its_task(run, pretrained) -> None:
     for name in ("first", "sum"):
         tuned = api.load_prefix(run.directory / "prefixes" / name, pretrained)
         found = tuned.evaluate(RECORDS).report
@@ -94,7 +94,7 @@ def test_a_stored_prefix_scores_the_records_of_its_task(run, pretrained) -> None
         tuned.evaluate([record for record in RECORDS if record["kind"] == "first"])
 
 
-def test_the_run_as_a_whole_is_no_prefix(run, pretrained) -> None:
+def test_refuses_the_whole_run_as_a_prefix(run, pretrained) -> None:
     with pytest.raises(PrefixError, match=r"one prefix per task; .*prefixes/first, .*prefixes/sum"):
         api.load_prefix(run.directory, pretrained)
     whole = api.Tuned(pretrained, run.produced, None, run)
@@ -105,7 +105,7 @@ def test_the_run_as_a_whole_is_no_prefix(run, pretrained) -> None:
     assert whole.tasks["sum"].card.method["task"] == "sum"
 
 
-def test_a_second_stage_starts_from_what_the_first_made(run, pretrained, tmp_path) -> None:
+def test_second_stage_starts_from_the_first(run, pretrained, tmp_path) -> None:
     parts = safetensors.numpy.load_file(run.directory / "multitask.safetensors")
     shared, cols, rows = (
         parts[name] for name in ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
@@ -125,7 +125,7 @@ def test_a_second_stage_starts_from_what_the_first_made(run, pretrained, tmp_pat
     np.testing.assert_allclose(second.produced.x_PD, products[1], atol=1e-3)
 
 
-def test_a_killed_run_goes_on_bit_for_bit(run, pretrained, tmp_path) -> None:
+def test_killed_run_ends_bit_identical(run, pretrained, tmp_path) -> None:
     splits = {"train": RECORDS, "dev": RECORDS, "test": RECORDS}
     with tiny_runs.killed_at(40):
         tiny_runs.run(pretrained, tmp_path, *OPTIONS, **splits)
@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_bit_for_bit(run, pretrained, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("tasks", "expected"), [(None, ("first", "sum")), (("sum", "first"), ("sum", "first"))]
 )
-def test_tasks_are_those_of_the_training_examples_or_named_in_an_order_of_choice(tasks, expected):
+def test_tasks_come_from_the_training_examples_or_the_config(tasks, expected):
     method, sources = told_apart(tasks=tasks)
     assert method.task_names == expected
     named = [expected[record.task] for record in sources["train"]]
@@ -146,13 +146,13 @@ def test_tasks_are_those_of_the_training_examples_or_named_in_an_order_of_choice
 
 def told_apart(field: str | None = "kind", records=RECORDS, **fields):
     method = MultitaskPromptTuning(4, **fields)
-    return tell_tasks_apart(DataConfig(task=field), method, {"train": read_records(records)})
+    return assign_tasks(DataConfig(task=field), method, {"train": read_records(records)})
 
 
 @pytest.mark.parametrize(
     ("fields", "change", "error", "message"),
     [
-        ({"field": None, "tasks": ("a", "b")}, {}, ConfigError, "say with data.task"),
+        ({"field": None, "tasks": ("a", "b")}, {}, ConfigError, "set data.task to the field"),
         ({"tasks": ("sum",)}, {}, DataError, "unknown task 'first' .* are 'sum'"),
         ({"tasks": ("sum", "third")}, {}, ConfigError, "no training example .* 'third'"),
         ({"tasks": ("sum", "sum")}, {}, ConfigError, "appears twice"),
@@ -165,14 +165,14 @@ def told_apart(field: str | None = "kind", records=RECORDS, **fields):
         ({}, {"kind": 1.5}, DataError, "record 1: .* the name of a task, got 1.5"),
     ],
 )
-def test_what_does_not_fit_is_told(fields, change, error, message):
+def test_refuses_what_does_not_fit(fields, change, error, message):
     with pytest.raises(error, match=message):
         told_apart(records=[RECORDS[0] | change, *RECORDS[1:]], **fields)
 
 
-def test_a_method_without_tasks_takes_no_field_that_names_them():
-    with pytest.raises(ConfigError, match=r"method\.name: multitask does"):
-        tell_tasks_apart(DataConfig(task="kind"), PrefixTuning(4), {"train": read_records(RECORDS)})
+def test_refuses_a_task_field_without_a_multitask_method():
+    with pytest.raises(ConfigError, match=r"only method\.name: multitask supports"):
+        assign_tasks(DataConfig(task="kind"), PrefixTuning(4), {"train": read_records(RECORDS)})
 
 
 def test_tasks_of_an_encoder_share_a_head(tmp_path) -> None:

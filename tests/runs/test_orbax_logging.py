@@ -1,4 +1,4 @@
-"""What Orbax prints after a save that failed is hidden, and nothing else is."""
+"""Hides only what Orbax prints after a failed save."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from prefix_jax.runs.orbax_logging import silence_orbax
 
 @pytest.fixture
 def unraisable(monkeypatch):
-    """The errors that reach the hook that was there before."""
+    """Collects the errors that reach the previous hook."""
     seen = []
     monkeypatch.setattr(sys, "unraisablehook", seen.append)
     silence_orbax.__wrapped__()
     return seen
 
 
-def test_a_write_that_ends_after_its_event_loop_is_silent(unraisable):
+def test_hides_a_write_that_ends_after_its_event_loop(unraisable):
     loop = asyncio.new_event_loop()
     loop.close()
     with pytest.raises(RuntimeError, match="Event loop is closed") as raised:
         loop.call_soon_threadsafe(print)
-    # TensorStore calls the loop from C++: the traceback begins in asyncio.
+    # TensorStore calls the loop from C++, so the traceback starts in asyncio.
     inner = raised.value.__traceback__.tb_next
     sys.unraisablehook(SimpleNamespace(exc_value=raised.value, exc_traceback=inner))
     assert unraisable == []
 
 
-def test_other_unraisable_errors_are_shown(unraisable):
+def test_shows_other_unraisable_errors(unraisable):
     class Broken:
         def __del__(self):
             raise RuntimeError("Event loop is closed")
@@ -42,7 +42,7 @@ def test_other_unraisable_errors_are_shown(unraisable):
     assert str(shown.exc_value) == "Event loop is closed"
 
 
-def test_records_of_orbax_are_hidden_and_others_shown(unraisable, caplog):
+def test_hides_only_log_records_of_orbax(unraisable, caplog):
     def record(path: str) -> logging.LogRecord:
         return logging.LogRecord("absl", logging.ERROR, path, 1, "text", (), None)
 

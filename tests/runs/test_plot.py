@@ -1,4 +1,4 @@
-"""The loss curve is a picture of what was recorded."""
+"""Plots of the loss curve."""
 
 import sys
 
@@ -8,9 +8,9 @@ import pytest
 from matplotlib.image import imread
 
 from prefix_jax.errors import CheckpointError
-from prefix_jax.runs.console import Report
+from prefix_jax.runs import plot
 from prefix_jax.runs.metric_writer import MetricWriter
-from prefix_jax.runs.plot import plot_loss, smoothed
+from prefix_jax.runs.plot import plot_loss, plot_run, smoothed
 
 
 def records(steps=60, spike=0.0):
@@ -21,11 +21,11 @@ def records(steps=60, spike=0.0):
 
 
 def red(picture):
-    """Where the colour of the dev loss is."""
+    """Returns the pixels with the color of the dev loss."""
     return np.argwhere((picture[..., 0] > 0.7) & (picture[..., 1] < 0.5))
 
 
-def test_the_picture_is_1000_by_600_and_shows_training_and_dev(tmp_path):
+def test_plots_training_and_dev_loss_at_1000_by_600(tmp_path):
     plot_loss(records(), tmp_path / "loss.png", title="run")
     picture = imread(tmp_path / "loss.png")
     assert picture.shape[:2] == (600, 1000)
@@ -33,7 +33,7 @@ def test_the_picture_is_1000_by_600_and_shows_training_and_dev(tmp_path):
     assert ((picture[..., 2] > 0.6) & (picture[..., 0] < 0.4)).sum() > 100
 
 
-def test_a_single_spike_does_not_flatten_the_rest(tmp_path):
+def test_cuts_off_a_single_spike(tmp_path):
     heights = []
     for spike in (0.0, 500.0):
         plot_loss(records(600, spike), tmp_path / "loss.png", title="run")
@@ -43,14 +43,14 @@ def test_a_single_spike_does_not_flatten_the_rest(tmp_path):
     assert heights[1] > heights[0] / 4
 
 
-def test_a_loss_of_zero_is_drawn(tmp_path):
-    # As float32 has it, where a head is certain of every answer.
+def test_plots_a_loss_of_zero(tmp_path):
+    # As in float32, if a head is certain of every answer.
     plot_loss([{"step": 1, "kind": "dev", "loss": 0.0}], tmp_path / "loss.png", title="run")
     assert len(red(imread(tmp_path / "loss.png"))) > 10
 
 
 @pytest.mark.parametrize("title", ["$x", "$a_$", "$\\frac$", "run_1"])
-def test_any_title_is_shown_as_it_stands(tmp_path, title):
+def test_shows_any_title_literally(tmp_path, title):
     plot_loss(records(), tmp_path / "loss.png", title=title)
 
 
@@ -64,24 +64,35 @@ def test_any_title_is_shown_as_it_stands(tmp_path, title):
     ],
     ids=["nothing", "one step", "one evaluation", "no loss"],
 )
-def test_a_run_that_has_hardly_begun_is_drawn_too(tmp_path, lines):
+def test_plots_a_run_that_has_just_started(tmp_path, lines):
     for reduction in ("token", "example"):
         plot_loss(lines, tmp_path / "loss.png", title="run", reduction=reduction)
         assert imread(tmp_path / "loss.png").shape[:2] == (600, 1000)
 
 
-def test_a_report_draws_the_whole_run_also_after_a_resume(tmp_path):
-    record = MetricWriter(tmp_path, 0)
-    record.write(1, "train", {"loss": 2.0})
-    record.write(1, "dev", {"loss": 2.0})
-    record.close()
-    with Report(tmp_path, total_steps=2, start_step=1, quiet=True) as report:
-        path = report.plot()
+def test_plots_the_whole_run_after_a_resume(tmp_path):
+    for start, step in ((0, 1), (1, 2)):
+        with MetricWriter(tmp_path, start) as writer:
+            writer.write(step, "train", {"loss": 2.0})
+            writer.write(step, "dev", {"loss": 2.0})
+    path = plot_run(tmp_path, pytest.fail)
     assert path == tmp_path / "loss.png"
     assert len(red(imread(path))) > 10
 
 
-def test_the_callers_matplotlib_stays_as_it_is(tmp_path):
+def test_failure_to_plot_is_a_warning(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(plot, "plot_loss", broken)
+    with MetricWriter(tmp_path, 0) as writer:
+        writer.write(1, "train", {"loss": 2.0})
+    warnings = []
+    plot_run(tmp_path, warnings.append)
+    assert warnings == [f"{tmp_path}/loss.png was not drawn: no fonts"]
+
+
+def test_does_not_change_the_callers_matplotlib(tmp_path):
     backend = matplotlib.get_backend(auto_select=False)
     pyplot = "matplotlib.pyplot" in sys.modules
     plot_loss(records(), tmp_path / "loss.png", title="run")
@@ -89,12 +100,12 @@ def test_the_callers_matplotlib_stays_as_it_is(tmp_path):
     assert ("matplotlib.pyplot" in sys.modules) == pyplot
 
 
-def test_an_unwritable_picture_is_named(tmp_path):
+def test_names_an_unwritable_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"cannot write .*loss\.png"):
         plot_loss(records(), tmp_path / "missing" / "loss.png", title="run")
 
 
-def test_smoothing_keeps_constants_follows_slopes_and_calms_noise():
+def test_smoothing_keeps_constants_follows_slopes_and_reduces_noise():
     assert smoothed(np.full(50, 2.0)) == pytest.approx(2.0)
     slope = np.linspace(5.0, 1.0, 300)
     assert smoothed(slope)[:250] == pytest.approx(slope[:250])

@@ -1,4 +1,4 @@
-"""Some steps of a run are traced for XProf."""
+"""Tracing some steps of a run for XProf."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from prefix_jax.errors import NonFiniteError
 from prefix_jax.runs.profiler import Profiler
 
 
-def nothing_is_traced(tmp_path: Path) -> bool:
-    """JAX traces one at a time, and refuses a second."""
+def no_trace_is_running(tmp_path: Path) -> bool:
+    """JAX refuses to start a second trace."""
     with jax.profiler.trace(tmp_path / "next"):
         return True
 
 
-def test_a_run_leaves_a_trace_of_the_steps_asked_for(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_writes_a_trace_of_the_requested_steps(tiny_model_dir: Path, tmp_path: Path) -> None:
     traced, plain = tmp_path / "traced", tmp_path / "plain"
     pretrained = tiny_runs.on_one_device(tiny_model_dir)
     tiny_runs.run(pretrained, traced, "train.profile_steps=2", "train.steps=6")
     (trace,) = traced.glob("profile/plugins/profile/*/*.xplane.pb")
     assert trace.stat().st_size > 0
-    # XProf tells steps apart by these marks: the third and the fourth.
+    # XProf separates steps by these annotations.
     content = trace.read_bytes()
     assert b"step_num" in content
 
@@ -33,27 +33,25 @@ def test_a_run_leaves_a_trace_of_the_steps_asked_for(tiny_model_dir: Path, tmp_p
     assert tiny_runs.metrics(traced) == tiny_runs.metrics(plain)
 
 
-def test_a_run_that_ends_first_leaves_what_it_traced(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_writes_the_trace_of_a_run_that_ends_early(tiny_model_dir: Path, tmp_path: Path) -> None:
     tiny_runs.run(
         tiny_runs.on_one_device(tiny_model_dir), tmp_path, "train.profile_steps=50", "train.steps=4"
     )
     assert list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))
 
 
-def test_a_run_that_ends_where_its_trace_would_begin_starts_none(
-    tiny_model_dir: Path, tmp_path: Path
-) -> None:
+def test_starts_no_trace_at_the_last_step(tiny_model_dir: Path, tmp_path: Path) -> None:
     tiny_runs.run(
         tiny_runs.on_one_device(tiny_model_dir), tmp_path, "train.profile_steps=1", "train.steps=2"
     )
     assert not (tmp_path / "profile").exists()
-    assert nothing_is_traced(tmp_path)
+    assert no_trace_is_running(tmp_path)
 
 
-def test_a_failure_ends_the_trace(tmp_path: Path) -> None:
+def test_failure_ends_the_trace(tmp_path: Path) -> None:
     profile = Profiler(tmp_path / "failed", 0, 5)
-    profile.turn(last=False)
+    profile.start()
     with pytest.raises(NonFiniteError), profile:
         raise NonFiniteError("step 3: loss nan")
     assert list(tmp_path.glob("failed/plugins/profile/*/*.xplane.pb"))
-    assert nothing_is_traced(tmp_path)
+    assert no_trace_is_running(tmp_path)

@@ -1,4 +1,4 @@
-"""A prefix trains, stores, loads and generates on a quantised backbone."""
+"""Training, storing and using a prefix on a quantized backbone."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from prefix_jax.runs.build import build_run
 
 @pytest.fixture(scope="module")
 def pretrained(tiny_model_dir: Path) -> Pretrained:
-    """Layers in int4, the table of tokens in int8."""
+    """Layers in int4, token embeddings in int8."""
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     return load(tiny_model_dir, mesh=mesh, quantize="int4")
 
 
 @pytest.fixture(scope="module")
 def whole(pretrained: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupted."""
+    """An uninterrupted run."""
     directory = tmp_path_factory.mktemp("whole")
     _run(pretrained, directory)
     return directory
@@ -36,36 +36,34 @@ def _run(pretrained: Pretrained, output: Path) -> None:
     tiny_runs.run(pretrained, output, "model.quantize=int4", test=tiny_runs.SOME)
 
 
-def test_the_loss_falls_and_the_weights_stay(pretrained: Pretrained, whole: Path) -> None:
+def test_reduces_the_loss_and_keeps_the_weights(pretrained: Pretrained, whole: Path) -> None:
     losses = tiny_runs.losses(whole)
     assert losses[12] < losses[1]
     assert fingerprint(pretrained.stacked()) == pretrained.fingerprint
 
 
-def test_a_run_that_was_killed_ends_as_if_it_had_not_been(
-    pretrained: Pretrained, whole: Path, tmp_path: Path
-) -> None:
+def test_killed_run_ends_bit_identical(pretrained: Pretrained, whole: Path, tmp_path: Path) -> None:
     with tiny_runs.killed_at(7):
         _run(pretrained, tmp_path)
     _run(pretrained, tmp_path)
     assert tiny_runs.outcome(tmp_path) == tiny_runs.outcome(whole)
 
 
-def test_a_run_goes_on_under_its_own_quantisation_alone(
+def test_resumes_only_with_the_same_quantization(
     tiny_model_dir: Path, whole: Path, pretrained: Pretrained
 ) -> None:
     with pytest.raises(ConfigError, match=r"model.quantize \(int4, not none\)"):
         tiny_runs.run(tiny_runs.on_one_device(tiny_model_dir), whole)
 
 
-def test_a_stored_prefix_loads_its_backbone_as_it_was(pretrained: Pretrained, whole: Path) -> None:
+def test_stored_prefix_loads_its_quantized_backbone(pretrained: Pretrained, whole: Path) -> None:
     tuned = pj.load_prefix(whole)
     assert tuned.card.backbone.quantize == pretrained.quantize
     assert tuned.pretrained.fingerprint == pretrained.fingerprint
     assert isinstance(tuned.generate("1+2=", max_new_tokens=4), str)
 
 
-def test_other_bits_are_other_weights_which_one_may_accept(
+def test_refuses_another_quantization_unless_allowed(
     pretrained: Pretrained, whole: Path, tiny_model_dir: Path
 ) -> None:
     bare = tiny_runs.on_one_device(tiny_model_dir)
@@ -76,7 +74,7 @@ def test_other_bits_are_other_weights_which_one_may_accept(
     assert pj.load_prefix(whole, bare, allow_other_weights=True).pretrained is bare
 
 
-def test_weights_that_train_are_not_integers(
+def test_refuses_to_train_quantized_weights(
     tiny_model_dir: Path, pretrained: Pretrained, tmp_path: Path
 ) -> None:
     values = {
@@ -90,7 +88,9 @@ def test_weights_that_train_are_not_integers(
         build_run(configs.parse(values), records={"train": tiny_runs.RECORDS})
     values["method"] = {"name": "prefix"}
     values["model"]["quantize"] = "none"
-    with pytest.raises(ConfigError, match=r"model.quantize is none, and the backbone .* loaded"):
+    with pytest.raises(
+        ConfigError, match=r"model.quantize is none, but the given backbone was loaded"
+    ):
         build_run(
             configs.parse(values), pretrained=pretrained, records={"train": tiny_runs.RECORDS}
         )

@@ -1,4 +1,4 @@
-"""What a run measured is read back as it was, for the config that it belongs to alone."""
+"""Saving the results of a run, and reading them for the same config."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from prefix_jax import config
 from prefix_jax.errors import CheckpointError
 from prefix_jax.evaluate.report import Prediction, Report
 from prefix_jax.evaluate.run import Evaluation
-from prefix_jax.runs.results import Results, read_results, save_results
+from prefix_jax.runs.results import Results, config_digest, read_results, save_results
 
 PREDICTIONS = [Prediction("test.jsonl:1", "café\n", "One\u2028two", ["a", "b"])]
 
@@ -27,43 +27,43 @@ def results(predictions=(), loss=2.5):
     return Results(7, {"before": Evaluation(report, []), "after": Evaluation(report, predictions)})
 
 
-def test_results_come_back(run):
-    assert read_results(Path(run.output_dir), run) is None
-    save_results(Path(run.output_dir), run, results(PREDICTIONS))
-    assert read_results(Path(run.output_dir), run) == results(PREDICTIONS)
+def test_reads_what_was_saved(run):
+    assert read_results(Path(run.output_dir), config_digest(run)) is None
+    save_results(Path(run.output_dir), config_digest(run), results(PREDICTIONS))
+    assert read_results(Path(run.output_dir), config_digest(run)) == results(PREDICTIONS)
 
 
-def test_what_was_not_finite_comes_back_as_nan(run):
-    save_results(Path(run.output_dir), run, results(loss=math.inf))
-    found = read_results(Path(run.output_dir), run)
-    assert math.isnan(found.evaluations["after"].report.metrics["loss"])
+def test_nonfinite_metrics_are_read_as_nan(run):
+    save_results(Path(run.output_dir), config_digest(run), results(loss=math.inf))
+    stored = read_results(Path(run.output_dir), config_digest(run))
+    assert math.isnan(stored.evaluations["after"].report.metrics["loss"])
 
 
-def test_results_of_another_config_are_none(run):
-    save_results(Path(run.output_dir), run, results())
+def test_ignores_results_of_another_config(run):
+    save_results(Path(run.output_dir), config_digest(run), results())
     other = dataclasses.replace(run, decode=config.DecodeConfig(num_beams=2))
-    assert read_results(Path(other.output_dir), other) is None
+    assert read_results(Path(other.output_dir), config_digest(other)) is None
 
 
-def test_results_move_with_their_directory(run, tmp_path):
-    save_results(Path(run.output_dir), run, results(PREDICTIONS))
+def test_results_may_move_with_their_directory(run, tmp_path):
+    save_results(Path(run.output_dir), config_digest(run), results(PREDICTIONS))
     (tmp_path / "run").rename(tmp_path / "moved")
     moved = dataclasses.replace(run, output_dir=str(tmp_path / "moved"))
-    assert read_results(Path(moved.output_dir), moved) == results(PREDICTIONS)
+    assert read_results(Path(moved.output_dir), config_digest(moved)) == results(PREDICTIONS)
 
 
-def test_predictions_of_before_do_not_stay(run):
-    save_results(Path(run.output_dir), run, results(PREDICTIONS))
-    save_results(Path(run.output_dir), run, results())
-    assert read_results(Path(run.output_dir), run) == results([])
+def test_deletes_earlier_predictions(run):
+    save_results(Path(run.output_dir), config_digest(run), results(PREDICTIONS))
+    save_results(Path(run.output_dir), config_digest(run), results())
+    assert read_results(Path(run.output_dir), config_digest(run)) == results([])
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"config": 1', '{"step": 1}'])
-def test_damaged_results_are_told(run, tmp_path, content):
-    save_results(Path(run.output_dir), run, results())
+def test_reports_damaged_results(run, tmp_path, content):
+    save_results(Path(run.output_dir), config_digest(run), results())
     (tmp_path / "run" / "results.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"results\.json cannot be read"):
-        read_results(Path(run.output_dir), run)
+        read_results(Path(run.output_dir), config_digest(run))
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def test_damaged_results_are_told(run, tmp_path, content):
         {"step": None},
     ],
 )
-def test_edited_results_are_told(run, change):
+def test_reports_edited_results(run, change):
     path = Path(run.output_dir) / "results.json"
-    save_results(Path(run.output_dir), run, results())
+    save_results(Path(run.output_dir), config_digest(run), results())
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(CheckpointError, match=r"results\.json cannot be read .*measures again"):
-        read_results(Path(run.output_dir), run)
+    with pytest.raises(CheckpointError, match=r"results\.json cannot be read .*to measure again"):
+        read_results(Path(run.output_dir), config_digest(run))
 
 
 @pytest.mark.parametrize(
@@ -104,15 +104,15 @@ def test_edited_results_are_told(run, change):
         b'{"source": "a", "prompt": "b", "prediction": "c", "references": [], "more": 1}',
     ],
 )
-def test_edited_predictions_are_told(run, line):
-    save_results(Path(run.output_dir), run, results(PREDICTIONS))
+def test_reports_edited_predictions(run, line):
+    save_results(Path(run.output_dir), config_digest(run), results(PREDICTIONS))
     (Path(run.output_dir) / "predictions.jsonl").write_bytes(line + b"\n")
-    with pytest.raises(CheckpointError, match=r"predictions\.jsonl.*measures again"):
-        read_results(Path(run.output_dir), run)
+    with pytest.raises(CheckpointError, match=r"predictions\.jsonl.*to measure again"):
+        read_results(Path(run.output_dir), config_digest(run))
 
 
-def test_results_without_the_right_to_read_them_say_so(run, monkeypatch):
-    save_results(Path(run.output_dir), run, results())
+def test_reports_missing_permissions(run, monkeypatch):
+    save_results(Path(run.output_dir), config_digest(run), results())
     opened = Path.open
 
     def refuse(self, *args, **kwargs):
@@ -124,4 +124,4 @@ def test_results_without_the_right_to_read_them_say_so(run, monkeypatch):
     with pytest.raises(
         CheckpointError, match=r"results\.json cannot be read \(Permission denied\); give this user"
     ):
-        read_results(Path(run.output_dir), run)
+        read_results(Path(run.output_dir), config_digest(run))

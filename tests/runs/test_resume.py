@@ -1,4 +1,4 @@
-"""A run that ends early and is started again. Run as a script, this file is such a run."""
+"""Resuming runs. One test runs this file as a script in another process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,10 +24,10 @@ from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.errors import CheckpointError, ConfigError
 from prefix_jax.evaluate.run import Evaluator
 from prefix_jax.mesh import make_mesh
-from prefix_jax.runs.console import Report
+from prefix_jax.runs.console import Console
 
-# What makes it hard: randomness in the step, micro-batches, an order with groups whose epochs end
-# within a step, and evaluations whose best is to be remembered.
+# A run that is hard to resume: dropout, micro-batches, a grouped order whose epochs end within a
+# step, and evaluations whose best step must be remembered.
 HARD = (
     "method.dropout=0.2",
     "data.group_by_source=true",
@@ -45,16 +46,16 @@ def pretrained(tiny_model_dir: Path) -> Pretrained:
 
 @pytest.fixture(scope="module")
 def whole(pretrained: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the default options that nothing interrupted."""
+    """An uninterrupted run with default options."""
     directory = tmp_path_factory.mktemp("whole")
     tiny_runs.run(pretrained, directory)
     return directory
 
 
-# --- Equal to the last bit -------------------------------------------------------------------
+# --- Bit-identical results -------------------------------------------------------------------
 
 
-def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
+def test_run_killed_at_any_moment_ends_bit_identical(
     tiny_model_dir: Path, pretrained: Pretrained, tmp_path: Path
 ) -> None:
     seed = time.time_ns()
@@ -75,7 +76,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
-    """Runs this file as a script."""
+    """Starts this file as a script."""
     return subprocess.Popen(
         [sys.executable, __file__, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
@@ -89,15 +90,16 @@ def run_hard(pretrained: Pretrained, output: Path) -> None:
 
 
 def run_slowly(model: Path, output: Path) -> None:
-    """The process of the test above: it says when a step is recorded, and gives time to kill it."""
-    record = Report.step
+    """The process of the test above, which prints each step and leaves time to kill it."""
+    on_metrics = Console.on_metrics
 
-    def step(self: Report, done: int, *rest: object) -> None:
-        record(self, done, *rest)
-        print(done, flush=True)
+    def slowly(self: Console, step: int, *rest: Any) -> bool:
+        stop = on_metrics(self, step, *rest)
+        print(step, flush=True)
         time.sleep(0.3)
+        return stop
 
-    Report.step = step
+    Console.on_metrics = slowly
     run_hard(tiny_runs.on_one_device(model), output)
 
 
@@ -110,7 +112,7 @@ def run_slowly(model: Path, output: Path) -> None:
     ],
     ids=["reparameterised", "prompt", "full"],
 )
-def test_every_method_goes_on_where_it_was(
+def test_every_method_resumes_bit_identical(
     pretrained: Pretrained, tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
     for step in (1, 7):
@@ -121,7 +123,7 @@ def test_every_method_goes_on_where_it_was(
     assert tiny_runs.outcome(tmp_path / "killed") == tiny_runs.outcome(tmp_path / "whole")
 
 
-def test_a_run_goes_on_on_another_mesh(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_resumes_on_another_mesh(tiny_model_dir: Path, tmp_path: Path) -> None:
     eight, cube = (load(tiny_model_dir, mesh=make_mesh(*sizes)) for sizes in ((8, 1, 1), (2, 2, 2)))
     overrides = ("data.batch_size=8", "train.checkpoint_every=5")
     tiny_runs.run(eight, tmp_path / "whole", *overrides)
@@ -137,20 +139,21 @@ def test_a_run_goes_on_on_another_mesh(tiny_model_dir: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_says_so_and_leaves_the_rest_to_the_next_start(
+def test_signal_saves_the_state_and_the_next_start_resumes(
     pretrained: Pretrained, whole: Path, tmp_path: Path, number: signal.Signals, monkeypatch
 ) -> None:
-    record = Report.step
+    on_metrics = Console.on_metrics
 
-    def step(self: Report, done: int, *rest: object) -> None:
-        record(self, done, *rest)
-        if done == 4:
+    def raising(self: Console, step: int, *rest: Any) -> bool:
+        stop = on_metrics(self, step, *rest)
+        if step == 4:
             signal.raise_signal(number)
+        return stop
 
     console = tiny_runs.console()
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(Report, "step", step)
+        patch.setattr(Console, "on_metrics", raising)
         run = tiny_runs.run(pretrained, tmp_path / "run", console=console)
     assert run.interrupted is number
     assert run.produced is None
@@ -163,10 +166,10 @@ def test_a_signal_saves_says_so_and_leaves_the_rest_to_the_next_start(
     assert tiny_runs.outcome(tmp_path / "run") == tiny_runs.outcome(whole)
 
 
-def test_a_signal_during_an_evaluation_saves_too(
+def test_signal_during_an_evaluation_saves_the_state(
     pretrained: Pretrained, tmp_path: Path, monkeypatch
 ) -> None:
-    found = iter([3.0, 4.0])  # the second one is no improvement, which would be saved anyway
+    found = iter([3.0, 4.0])  # an improvement would be saved anyway
 
     def loss(*_: object) -> float:
         value = next(found)
@@ -181,17 +184,17 @@ def test_a_signal_during_an_evaluation_saves_too(
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
 
 
-# --- What is started again must be the same run ----------------------------------------------
+# --- Refusing another run --------------------------------------------------------------------
 
 
-def test_a_finished_run_trains_nothing_and_gives_the_same_results(
+def test_finished_run_returns_the_same_results_without_training(
     pretrained: Pretrained, tmp_path: Path, monkeypatch
 ) -> None:
     options = ("train.eval_every=4", "evaluate.compare_baseline=true")
     splits = {"dev": tiny_runs.SOME, "test": tiny_runs.SOME}
     first = tiny_runs.run(pretrained, tmp_path, *options, **splits)
     before = tiny_runs.outcome(tmp_path)
-    monkeypatch.setattr(Report, "step", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(Console, "on_metrics", lambda *_: pytest.fail("a step was taken"))
     again = tiny_runs.run(pretrained, tmp_path, *options, **splits)
     assert tiny_runs.outcome(tmp_path) == before
     assert tiny_runs.bits(again.produced) == tiny_runs.bits(first.produced)
@@ -208,7 +211,7 @@ def test_a_finished_run_trains_nothing_and_gives_the_same_results(
         ("evaluate.metrics=[bleu]", "first of evaluate.metrics (loss, not bleu)"),
     ],
 )
-def test_a_directory_of_another_run_is_refused_by_the_keys_that_differ(
+def test_names_the_keys_that_differ_from_the_run_in_the_directory(
     pretrained: Pretrained, whole: Path, override: str, named: str
 ) -> None:
     before = tiny_runs.outcome(whole)
@@ -218,7 +221,7 @@ def test_a_directory_of_another_run_is_refused_by_the_keys_that_differ(
     assert tiny_runs.outcome(whole) == before
 
 
-def test_a_run_of_an_older_schema_is_refused(pretrained: Pretrained, tmp_path: Path) -> None:
+def test_refuses_a_run_of_an_older_schema(pretrained: Pretrained, tmp_path: Path) -> None:
     with tiny_runs.killed_at(4):
         tiny_runs.run(pretrained, tmp_path)
     old = Path(__file__).parents[1] / "fixtures" / "format3" / "text" / "config.yaml"
@@ -228,7 +231,9 @@ def test_a_run_of_an_older_schema_is_refused(pretrained: Pretrained, tmp_path: P
     assert "or choose another output_dir" in str(e.value)
 
 
-def test_what_decides_no_numbers_may_change(pretrained: Pretrained, tmp_path: Path) -> None:
+def test_settings_without_effect_on_results_may_change(
+    pretrained: Pretrained, tmp_path: Path
+) -> None:
     with tiny_runs.killed_at(4):
         tiny_runs.run(pretrained, tmp_path)
     run = tiny_runs.run(
@@ -246,17 +251,17 @@ def test_what_decides_no_numbers_may_change(pretrained: Pretrained, tmp_path: Pa
     assert list(run.evaluations["after"].report.metrics) == ["loss", "perplexity", "exact_match"]
 
 
-def test_another_backbone_is_refused(tmp_path: Path) -> None:
+def test_refuses_another_backbone(tmp_path: Path) -> None:
     model = tiny.write_model(tmp_path / "model")
     with tiny_runs.killed_at(4):
         tiny_runs.run(tiny_runs.on_one_device(model), tmp_path / "run")
     other = tiny_runs.on_one_device(tiny.write_model(tmp_path / "other", seed=1))
     other.source = str(model)
-    with pytest.raises(CheckpointError, match=r"began with another backbone \(fingerprint"):
+    with pytest.raises(CheckpointError, match=r"started with another backbone \(fingerprint"):
         tiny_runs.run(other, tmp_path / "run")
 
 
-def test_an_output_inside_the_files_of_another_run_is_refused(
+def test_refuses_an_output_inside_another_run(
     pretrained: Pretrained, whole: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "link").symlink_to(whole)
@@ -267,14 +272,14 @@ def test_an_output_inside_the_files_of_another_run_is_refused(
         assert sorted(whole.rglob("*")) == before
 
 
-def test_other_training_data_are_refused(pretrained: Pretrained, tmp_path: Path) -> None:
+def test_refuses_other_training_examples(pretrained: Pretrained, tmp_path: Path) -> None:
     with tiny_runs.killed_at(4):
         tiny_runs.run(pretrained, tmp_path)
-    with pytest.raises(CheckpointError, match="began with other training examples"):
+    with pytest.raises(CheckpointError, match="started with other training examples"):
         tiny_runs.run(pretrained, tmp_path, train=tiny_runs.RECORDS[::-1])
 
 
-def test_a_half_written_checkpoint_is_skipped_with_a_warning(
+def test_skips_a_damaged_checkpoint_with_a_warning(
     pretrained: Pretrained, whole: Path, tmp_path: Path
 ) -> None:
     with tiny_runs.killed_at(8):
@@ -284,7 +289,7 @@ def test_a_half_written_checkpoint_is_skipped_with_a_warning(
     console = tiny_runs.console()
     tiny_runs.run(pretrained, tmp_path, console=console)
     assert f"skipped the damaged checkpoint {latest}" in tiny_runs.shown(console)
-    assert "continuing after step 3" in tiny_runs.shown(console)
+    assert "resuming after step 3" in tiny_runs.shown(console)
     assert tiny_runs.outcome(tmp_path) == tiny_runs.outcome(whole)
 
 

@@ -1,4 +1,4 @@
-"""Whole runs: what they select, measure and leave, and how they refuse bad input."""
+"""Complete runs: selection, results, outputs and refused inputs."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ from prefix_jax.errors import (
 from prefix_jax.evaluate.run import Evaluator
 from prefix_jax.mesh import make_mesh
 from prefix_jax.runs import checkpoint_store as shelf
-from prefix_jax.runs.console import Report
-from prefix_jax.runs.run import fit
+from prefix_jax.runs.console import Console
+from prefix_jax.runs.metric_writer import MetricWriter
+from prefix_jax.runs.run import run
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +45,16 @@ def pretrained(tiny_model_dir: Path) -> Pretrained:
 
 @pytest.fixture(scope="module")
 def whole(pretrained: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the default options that keeps every checkpoint."""
+    """A run with default options that keeps every checkpoint."""
     directory = tmp_path_factory.mktemp("whole")
     tiny_runs.run(pretrained, directory, "train.keep_checkpoints=9")
     return directory
 
 
-# --- What a run leaves -----------------------------------------------------------------------
+# --- Outputs ---------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_its_prefix_its_scores_and_its_predictions(
-    pretrained: Pretrained, tmp_path: Path
-) -> None:
+def test_writes_prefix_metrics_and_predictions(pretrained: Pretrained, tmp_path: Path) -> None:
     console = tiny_runs.console()
     run = tiny_runs.run(
         pretrained,
@@ -89,7 +88,7 @@ def test_a_run_leaves_its_prefix_its_scores_and_its_predictions(
     assert tiny_runs.bits(produced) == tiny_runs.bits(run.produced)
     assert card.metrics["test_loss"] == pytest.approx(after["loss"])
     assert (card.steps, card.template.input) == (12, "{sum}=")
-    # During training the first metric alone is measured.
+    # During training only the first metric is measured.
     (dev, last) = (line for line in tiny_runs.metrics(tmp_path) if line["kind"] == "dev")
     assert (dev["step"], last["step"]) == (6, 12)
     assert set(dev) == {"step", "kind", "loss", "perplexity"}
@@ -97,7 +96,7 @@ def test_a_run_leaves_its_prefix_its_scores_and_its_predictions(
     assert "256 trained (prefix); 20 training examples, 12 steps of 4" in tiny_runs.shown(console)
 
 
-def test_only_records_of_which_text_is_measured_need_references(
+def test_only_records_with_measured_text_need_references(
     pretrained: Pretrained, tmp_path: Path
 ) -> None:
     referenced = [{**record, "refs": [record["total"], "7"]} for record in tiny_runs.SOME]
@@ -112,7 +111,7 @@ def test_only_records_of_which_text_is_measured_need_references(
         tiny_runs.run(pretrained, tmp_path / "b", *options, dev=tiny_runs.SOME)
 
 
-def test_the_best_step_is_exported_and_training_stops_early(
+def test_exports_the_best_step_and_stops_early(
     pretrained: Pretrained, whole: Path, tmp_path: Path, monkeypatch
 ) -> None:
     measured = iter([5.0, 3.0, 4.0, 3.5, 2.0])  # after steps 2, 4, 6, 8, and on test
@@ -127,7 +126,7 @@ def test_the_best_step_is_exported_and_training_stops_early(
     )
     assert run.step == run.card.steps == 4
     assert run.interrupted is None
-    # The best one stays on disk beside the latest.
+    # The best checkpoint is kept in addition to the latest.
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
     key = "['train']['prefix']['decoder']['k_LPKH']"
     stored = tiny_runs.state(tmp_path, 4)[key]
@@ -135,19 +134,21 @@ def test_the_best_step_is_exported_and_training_stops_early(
     assert np.asarray(produced.decoder.inside.k_LPKH).tobytes() == stored[2]
     assert tiny_runs.state(tmp_path, 8)[key] != stored
 
-    # Started again, it measures the same prefix, and trains no further.
+    # The same config measures the same prefix again without training.
     measured = iter([2.0])
     again = tiny_runs.run(pretrained, tmp_path, *options, **splits)
     assert again.step == 4
     assert tiny_runs.bits(again.produced) == tiny_runs.bits(run.produced)
 
 
-def test_generated_text_may_select(pretrained: Pretrained, tmp_path: Path, monkeypatch) -> None:
+def test_generated_text_selects_the_best_step(
+    pretrained: Pretrained, tmp_path: Path, monkeypatch
+) -> None:
     answers = iter([["00"] * 4, ["02", "03", "04", "00"], ["02"] + ["00"] * 3])
     seen = []
 
     def generate(evaluator: Evaluator, params: Any, *_: Any) -> list[str]:
-        real = unpatched(evaluator, params, *_)  # weights in either form will do
+        real = unpatched(evaluator, params, *_)  # accepts stacked and unstacked weights
         seen.append((isinstance(params["layers"], tuple), len(real)))
         return next(answers)
 
@@ -168,7 +169,7 @@ def test_generated_text_may_select(pretrained: Pretrained, tmp_path: Path, monke
     assert run.evaluations["after"].predictions[0].prediction == "02"
 
 
-def test_full_fine_tuning_is_the_same_run_without_a_prefix(
+def test_full_fine_tuning_trains_a_copy_of_the_backbone(
     pretrained: Pretrained, tmp_path: Path
 ) -> None:
     before = tiny_runs.bits(pretrained.stacked())
@@ -178,26 +179,26 @@ def test_full_fine_tuning_is_the_same_run_without_a_prefix(
     assert losses["after"] < losses["before"]
     assert (run.produced, run.card) == (None, None)
     assert not (tmp_path / "prefix").exists()
-    # The weights that were given are untouched; the new ones are another backbone.
+    # The given weights are unchanged; the trained ones are another backbone.
     assert tiny_runs.bits(pretrained.stacked()) == before
     assert run.pretrained.fingerprint != pretrained.fingerprint
     assert run.pretrained.tokenizer is pretrained.tokenizer
 
 
-def test_examples_that_were_cut_or_dropped_are_told(pretrained: Pretrained, tmp_path: Path) -> None:
+def test_reports_truncated_and_dropped_examples(pretrained: Pretrained, tmp_path: Path) -> None:
     console = tiny_runs.console()
     long = {"sum": "1" * 30, "total": "00"}, {"sum": "1+1", "total": "0" * 30}
     options = ("data.max_length=12", "data.on_overflow=drop", "train.steps=1")
     train = [*tiny_runs.RECORDS, *long]
     tiny_runs.run(pretrained, tmp_path, *options, train=train, console=console)
-    assert "train: 1 of 22 examples were cut to fit (first: record 21)" in tiny_runs.shown(console)
+    assert "train: 1 of 22 examples were truncated (first: record 21)" in tiny_runs.shown(console)
     assert "train: 1 of 22 examples were dropped (first: record 22)" in tiny_runs.shown(console)
 
 
-# --- A loss that is not finite ---------------------------------------------------------------
+# --- Nonfinite losses ------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_in_the_state_before_and_names_the_batch(
+def test_nonfinite_loss_stops_in_the_state_before_it_and_names_the_batch(
     pretrained: Pretrained, whole: Path, tmp_path: Path, monkeypatch
 ) -> None:
     batch = Pipeline.batch
@@ -215,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_in_the_state_before_and_names_the_batch
     assert message.startswith("step 8: loss nan")
     assert message.count("record ") == 4
     assert "optim.learning_rate" in message
-    # The step after it was on its way already, and changed nothing.
+    # The next step was already running, and changed nothing.
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 6, 7]
     tiny_runs.run(pretrained, tmp_path, "train.keep_checkpoints=9")
     found, expected = tiny_runs.outcome(tmp_path), tiny_runs.outcome(whole)
@@ -223,7 +224,7 @@ def test_a_loss_that_is_not_finite_stops_in_the_state_before_and_names_the_batch
     assert found == expected
 
 
-def test_a_loss_that_is_not_finite_at_the_first_step_is_not_blamed_on_the_learning_rate(
+def test_nonfinite_loss_at_the_first_step_is_not_blamed_on_the_learning_rate(
     pretrained: Pretrained, tmp_path: Path, monkeypatch
 ) -> None:
     batch = Pipeline.batch
@@ -238,9 +239,7 @@ def test_a_loss_that_is_not_finite_at_the_first_step_is_not_blamed_on_the_learni
     assert "model's weights or config.json" in str(raised.value)
 
 
-def test_a_learning_rate_that_is_too_high_is_an_error_too(
-    pretrained: Pretrained, tmp_path: Path
-) -> None:
+def test_diverging_learning_rate_is_an_error(pretrained: Pretrained, tmp_path: Path) -> None:
     options = (
         "optim.learning_rate=1e30",
         "optim.weight_decay=1e30",
@@ -259,7 +258,7 @@ JSONL = '{"sum": "1+1", "total": "02"}\n'
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-    """What is wrong with a run, and what it is told."""
+    """An invalid run and the parts of its error message."""
 
     error: type[PrefixJaxError]
     parts: tuple[str, ...]
@@ -317,7 +316,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
-def test_bad_input_is_told_before_anything_is_written(
+def test_refuses_bad_input_before_writing_anything(
     pretrained: Pretrained, tmp_path: Path, bad: Bad
 ) -> None:
     overrides = list(bad.overrides)
@@ -329,7 +328,7 @@ def test_bad_input_is_told_before_anything_is_written(
         tiny_runs.run(pretrained, tmp_path / "run", *overrides, train=train)
     for part in bad.parts:
         assert part in str(raised.value)
-    # So the same directory is free for the corrected command.
+    # The directory is free for the corrected command.
     assert not (tmp_path / "run").exists()
 
 
@@ -337,7 +336,7 @@ def test_bad_input_is_told_before_anything_is_written(
     ("override", "message"),
     [("data.train=nowhere.jsonl", "no such file"), ("data.input={facts}", "no field 'facts'")],
 )
-def test_a_mistake_in_the_data_is_told_before_the_backbone_is_loaded(
+def test_finds_mistakes_in_the_data_before_loading_the_backbone(
     tmp_path: Path, override: str, message: str
 ) -> None:
     path = tmp_path / "train.jsonl"
@@ -352,10 +351,10 @@ def test_a_mistake_in_the_data_is_told_before_the_backbone_is_loaded(
         [override],
     )
     with pytest.raises(DataError, match=message):
-        fit(config, quiet=True)
+        run(config, quiet=True)
 
 
-def test_a_batch_that_does_not_divide_over_the_mesh_is_an_error(
+def test_refuses_a_batch_size_that_the_mesh_does_not_divide(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     everywhere = load(tiny_model_dir, mesh=make_mesh(8, 1, 1))
@@ -376,8 +375,6 @@ def full_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def full_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefix_jax.runs.metric_writer import MetricWriter
-
     write = MetricWriter.write
 
     def full(self: MetricWriter, step: int, *rest: Any) -> None:
@@ -389,7 +386,7 @@ def full_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fill", [full_checkpoints, full_metrics])
-def test_a_full_disk_stops_a_run_that_goes_on_once_there_is_room(
+def test_full_disk_is_reported_and_resumable(
     pretrained: Pretrained,
     whole: Path,
     tmp_path: Path,
@@ -405,25 +402,19 @@ def test_a_full_disk_stops_a_run_that_goes_on_once_there_is_room(
     assert tiny_runs.outcome(tmp_path) == tiny_runs.outcome(whole)
 
 
-def test_a_run_directory_that_cannot_be_written_is_an_error(
-    pretrained: Pretrained, tmp_path: Path
-) -> None:
+def test_unwritable_run_directory_is_an_error(pretrained: Pretrained, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot write"):
         tiny_runs.run(pretrained, tmp_path / "file" / "run")
 
 
-def test_full_fine_tuning_refuses_weights_that_small_updates_would_not_move(
-    tiny_model_dir: Path, tmp_path: Path
-) -> None:
+def test_full_fine_tuning_requires_float32_weights(tiny_model_dir: Path, tmp_path: Path) -> None:
     narrow = load(tiny_model_dir, dtype="bfloat16", mesh=make_mesh(devices=jax.devices()[:1]))
     with pytest.raises(ConfigError, match=r"model\.dtype: float32"):
         tiny_runs.run(narrow, tmp_path, "method=full")
 
 
-def test_a_file_that_is_not_of_a_run_is_not_replaced(
-    pretrained: Pretrained, tmp_path: Path
-) -> None:
+def test_never_replaces_files_that_no_run_wrote(pretrained: Pretrained, tmp_path: Path) -> None:
     own = tmp_path / "config.yaml"
     own.write_text("# mine\nmodel: {path: m}\n")
     with pytest.raises(ConfigError, match=r"config\.yaml was not written by a run"):
@@ -431,7 +422,7 @@ def test_a_file_that_is_not_of_a_run_is_not_replaced(
     assert own.read_text().startswith("# mine")
     with pytest.raises(ConfigError, match=r"config\.yaml is a file"):
         tiny_runs.run(pretrained, own)
-    # What another program wrote, or a run elsewhere: a second stage may start from its parts.
+    # Files of another program, or of another run from which a second stage may start.
     for name in ("metrics.jsonl", "predictions-before.jsonl", "multitask.safetensors"):
         own = own.rename(tmp_path / name)
         with pytest.raises(ConfigError, match=f"not written by a run, and {name} in it would"):
@@ -442,29 +433,27 @@ def test_a_file_that_is_not_of_a_run_is_not_replaced(
 # --- One run in a directory ------------------------------------------------------------------
 
 
-def test_a_second_run_is_refused_before_it_writes_anything(
+def test_refuses_a_second_run_before_it_writes_anything(
     pretrained: Pretrained, whole: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    record, refused = Report.step, []
+    on_metrics, refused = Console.on_metrics, []
 
-    def step(self: Report, done: int, *rest: Any) -> None:
-        record(self, done, *rest)
-        if done == 4:
+    def starting_another(self: Console, step: int, *rest: Any) -> bool:
+        if step == 4:
             with pytest.raises(ConfigError, match="another run is writing there") as raised:
                 tiny_runs.run(pretrained, tmp_path, "train.keep_checkpoints=9")
             refused.append(raised.value)
+        return on_metrics(self, step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Report, "step", step)
+        patch.setattr(Console, "on_metrics", starting_another)
         tiny_runs.run(pretrained, tmp_path, "train.keep_checkpoints=9")
     assert len(refused) == 1
     assert not list(tmp_path.glob(".prefix-jax*"))
     assert tiny_runs.outcome(tmp_path) == tiny_runs.outcome(whole)
 
 
-def test_a_run_releases_its_directory_however_it_ends(
-    pretrained: Pretrained, tmp_path: Path
-) -> None:
+def test_releases_its_directory_after_any_end(pretrained: Pretrained, tmp_path: Path) -> None:
     with tiny_runs.killed_at(4):
         tiny_runs.run(pretrained, tmp_path / "run")
     with pytest.raises(ConfigError, match="holds a run with another"):
@@ -476,27 +465,27 @@ def test_a_run_releases_its_directory_however_it_ends(
 
 
 @pytest.mark.parametrize("lost", ["metrics.jsonl", "."])
-def test_files_that_are_removed_while_a_run_writes_them_stop_it_at_once(
+def test_stops_at_once_if_its_files_are_removed(
     pretrained: Pretrained, tmp_path: Path, monkeypatch, lost: str
 ) -> None:
-    record, steps = Report.step, []
+    on_metrics, steps = MetricWriter.on_metrics, []
     seldom = "train.checkpoint_every=4" if lost == "metrics.jsonl" else "train.checkpoint_every=100"
 
-    def step(self: Report, done: int, *rest: Any) -> None:
-        if done == 5:
+    def removing(self: MetricWriter, step: int, *rest: Any) -> bool:
+        if step == 5:
             (tmp_path / "run" / lost).resolve().rename(tmp_path / "moved")
-        steps.append(done)
-        record(self, done, *rest)
+        steps.append(step)
+        return on_metrics(self, step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Report, "step", step)
-        with pytest.raises(CheckpointError, match=r"metrics\.jsonl was removed or replaced while"):
+        patch.setattr(MetricWriter, "on_metrics", removing)
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl was removed or replaced during"):
             tiny_runs.run(pretrained, tmp_path / "run", seldom)
     assert steps[-1] == 5
     assert tiny_runs.run(pretrained, tmp_path / "run", seldom).step == 12
 
 
-def test_a_damaged_best_checkpoint_is_replaced_by_the_last_with_a_warning(
+def test_stores_the_last_step_if_the_best_checkpoint_is_damaged(
     pretrained: Pretrained, tmp_path: Path, monkeypatch
 ) -> None:
     measured = iter([1.0, *[5.0] * 20])
@@ -512,8 +501,8 @@ def test_a_damaged_best_checkpoint_is_replaced_by_the_last_with_a_warning(
     run = tiny_runs.run(pretrained, tmp_path, *options, console=console, **splits)
     assert run.step == run.card.steps == 12
     assert (
-        "warning: storing the prefix of step 12, the last one, instead of the best on dev "
-        "(step 6): checkpoint" in tiny_runs.shown(console)
+        "warning: storing the prefix of the last step (12) instead of the best on dev (6): "
+        "checkpoint" in tiny_runs.shown(console)
     )
     key = "['train']['prefix']['decoder']['k_LPKH']"
     produced, _ = artifact.load(tmp_path)
@@ -524,7 +513,7 @@ def test_a_damaged_best_checkpoint_is_replaced_by_the_last_with_a_warning(
 
 
 @pytest.mark.parametrize("spoil", ["latin-1", "directory", "dangling link"])
-def test_an_unreadable_config_of_an_output_is_an_error(
+def test_unreadable_config_in_the_output_is_an_error(
     pretrained: Pretrained, tmp_path: Path, spoil: str
 ) -> None:
     path = tmp_path / "config.yaml"
@@ -539,9 +528,7 @@ def test_an_unreadable_config_of_an_output_is_an_error(
     assert os.path.lexists(path)
 
 
-def test_stray_files_in_a_run_do_not_hinder_it(
-    pretrained: Pretrained, whole: Path, tmp_path: Path
-) -> None:
+def test_ignores_and_keeps_stray_files(pretrained: Pretrained, whole: Path, tmp_path: Path) -> None:
     with tiny_runs.killed_at(8):
         tiny_runs.run(pretrained, tmp_path, "train.keep_checkpoints=9")
     strays = [
@@ -554,13 +541,13 @@ def test_stray_files_in_a_run_do_not_hinder_it(
     (tmp_path / "checkpoints" / "999").symlink_to(tmp_path / "nowhere")
     console = tiny_runs.console()
     tiny_runs.run(pretrained, tmp_path, "train.keep_checkpoints=9", console=console)
-    assert "continuing after step 6" in tiny_runs.shown(console)
+    assert "resuming after step 6" in tiny_runs.shown(console)
     assert "warning" not in tiny_runs.shown(console)
     assert all(stray.exists() for stray in strays)
     assert tiny_runs.state(tmp_path, 12) == tiny_runs.state(whole, 12)
 
 
-def test_longer_training_of_an_ended_run_is_told_to_start_from_its_prefix(
+def test_lengthening_a_finished_run_suggests_starting_from_its_prefix(
     pretrained: Pretrained, whole: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as raised:

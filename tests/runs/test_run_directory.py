@@ -1,4 +1,4 @@
-"""A run in a bucket: what is recorded goes there, and comes back to a machine that has nothing."""
+"""Run directories, mainly in a bucket with a working copy on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import tiny_runs
 from etils import epath
 
 from prefix_jax.errors import CheckpointError, ConfigError
-from prefix_jax.runs import run as fitting
 from prefix_jax.runs.run_directory import RunDirectory
 
 OUTPUT = "gs://bucket/some/run"
@@ -32,79 +31,79 @@ def stored(tmp_path: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_directory_is_its_own_place(tmp_path: Path) -> None:
-    place = RunDirectory(str(tmp_path / "run"))
-    assert place.directory == tmp_path / "run"
-    assert Path(place.checkpoints) == tmp_path / "run" / "checkpoints"
-    place.fetch()
-    place.publish()
-    assert not place.directory.exists()
+def test_local_output_has_no_working_copy(tmp_path: Path) -> None:
+    output = RunDirectory(str(tmp_path / "run"))
+    assert output.directory == tmp_path / "run"
+    assert Path(output.checkpoints) == tmp_path / "run" / "checkpoints"
+    output.fetch()
+    output.publish()
+    assert not output.directory.exists()
 
 
-def test_a_run_comes_back_to_another_machine(cloud, tmp_path: Path) -> None:
-    place = RunDirectory(OUTPUT)
-    assert place.checkpoints == epath.Path(OUTPUT) / "checkpoints"
-    assert place.directory == Path("runs/bucket/some/run")
-    place.fetch()
-    (place.directory / "prefix").mkdir(parents=True)
-    (place.directory / "prefix" / "prefix.json").write_text("{}")
-    (place.directory / "metrics.jsonl").write_text("1\n")
-    place.publish()
-    (place.checkpoints / "3" / "array").write_text("not to be copied")
+def test_fetch_restores_a_run_on_another_machine(cloud, tmp_path: Path) -> None:
+    output = RunDirectory(OUTPUT)
+    assert output.checkpoints == epath.Path(OUTPUT) / "checkpoints"
+    assert output.directory == Path("runs/bucket/some/run")
+    output.fetch()
+    (output.directory / "prefix").mkdir(parents=True)
+    (output.directory / "prefix" / "prefix.json").write_text("{}")
+    (output.directory / "metrics.jsonl").write_text("1\n")
+    output.publish()
+    (output.checkpoints / "3" / "array").write_text("never copied")
 
-    (place.directory / "results.json").write_text("of another run")
+    (output.directory / "results.json").write_text("another run")
     RunDirectory(OUTPUT).fetch()
-    found = {str(f.relative_to(place.directory)) for f in place.directory.rglob("*") if f.is_file()}
-    assert found == {"prefix/prefix.json", "metrics.jsonl", ".prefix-jax.bucket"}
+    files = {
+        str(f.relative_to(output.directory)) for f in output.directory.rglob("*") if f.is_file()
+    }
+    assert files == {"prefix/prefix.json", "metrics.jsonl", ".prefix-jax.bucket"}
 
 
-def test_only_what_has_changed_is_sent_and_what_is_gone_goes(cloud, tmp_path: Path) -> None:
-    place = RunDirectory(OUTPUT)
-    place.directory.mkdir(parents=True)
+def test_publish_sends_changed_files_and_deletes_removed_ones(cloud, tmp_path: Path) -> None:
+    output = RunDirectory(OUTPUT)
+    output.directory.mkdir(parents=True)
     for name in ("loss.png", "predictions.jsonl"):
-        (place.directory / name).write_text(name)
-    place.publish()
-    (tmp_path / "cloud/bucket/some/run/loss.png").write_text("seen whether it is sent again")
-    (place.directory / "predictions.jsonl").unlink()
-    (place.directory / "config.yaml").write_text("c")
-    place.publish()
+        (output.directory / name).write_text(name)
+    output.publish()
+    (tmp_path / "cloud/bucket/some/run/loss.png").write_text("changed in the bucket")
+    (output.directory / "predictions.jsonl").unlink()
+    (output.directory / "config.yaml").write_text("c")
+    output.publish()
     assert stored(tmp_path) == {
-        "loss.png": b"seen whether it is sent again",
+        "loss.png": b"changed in the bucket",
         "config.yaml": b"c",
     }
 
 
-def test_files_that_no_run_writes_stay_where_they_are(cloud, tmp_path: Path) -> None:
-    place = RunDirectory(OUTPUT)
-    place.fetch()
-    (place.directory / "notes.txt").write_text("mine")
+def test_neither_copies_nor_deletes_other_files(cloud, tmp_path: Path) -> None:
+    output = RunDirectory(OUTPUT)
+    output.fetch()
+    (output.directory / "notes.txt").write_text("mine")
     (tmp_path / "cloud/bucket/some/run").mkdir(parents=True)
     (tmp_path / "cloud/bucket/some/run/thesis.tex").write_text("mine")
-    (place.directory / "metrics.jsonl").write_text("1\n")
-    place.publish()
+    (output.directory / "metrics.jsonl").write_text("1\n")
+    output.publish()
     RunDirectory(OUTPUT).fetch()
-    assert (place.directory / "notes.txt").read_text() == "mine"
+    assert (output.directory / "notes.txt").read_text() == "mine"
     assert set(stored(tmp_path)) == {"metrics.jsonl", "thesis.tex"}
-    assert not (place.directory / "thesis.tex").exists()
+    assert not (output.directory / "thesis.tex").exists()
 
 
-def test_metrics_lost_on_disk_stay_in_the_bucket(cloud, tmp_path: Path) -> None:
-    place = RunDirectory(OUTPUT)
-    place.fetch()
-    (place.directory / "metrics.jsonl").write_text("1\n")
-    place.publish()
-    (place.directory / "metrics.jsonl").unlink()
-    place.publish()
-    shutil.rmtree(place.directory)
+def test_bucket_keeps_metrics_that_are_lost_on_disk(cloud, tmp_path: Path) -> None:
+    output = RunDirectory(OUTPUT)
+    output.fetch()
+    (output.directory / "metrics.jsonl").write_text("1\n")
+    output.publish()
+    (output.directory / "metrics.jsonl").unlink()
+    output.publish()
+    shutil.rmtree(output.directory)
     with pytest.raises(CheckpointError, match=r"working copy .* was removed"):
-        place.publish()
+        output.publish()
     assert stored(tmp_path) == {"metrics.jsonl": b"1\n"}
 
 
 @pytest.mark.parametrize("path", ["../../precious", "a/../../../precious", "../precious", "a/./b"])
-def test_a_bucket_path_cannot_leave_the_folder_of_working_copies(
-    cloud, tmp_path: Path, path: str
-) -> None:
+def test_refuses_bucket_paths_outside_the_working_copies(cloud, tmp_path: Path, path: str) -> None:
     thesis = tmp_path / "precious" / "thesis.tex"
     thesis.parent.mkdir()
     thesis.write_text("mine")
@@ -117,24 +116,24 @@ def test_a_bucket_path_cannot_leave_the_folder_of_working_copies(
 @pytest.mark.parametrize(
     "output", ["gs://../x", "gs://bucket/run[1]", "gs://bucket/*", "gs://bucket/a//b"]
 )
-def test_names_that_a_disk_or_a_bucket_reads_otherwise_are_refused(output: str) -> None:
+def test_refuses_names_with_a_special_meaning(output: str) -> None:
     with pytest.raises(ConfigError, match=r"cannot be a part of gs://BUCKET/PATH"):
         RunDirectory(output)
 
 
-def test_a_local_directory_is_not_taken_for_a_working_copy(cloud, tmp_path: Path) -> None:
+def test_refuses_a_local_directory_as_working_copy(cloud, tmp_path: Path) -> None:
     own = tmp_path / "runs" / "bucket" / "some" / "run"
     (own / "prefix").mkdir(parents=True)
-    (own / "metrics.jsonl").write_text("of a local run")
+    (own / "metrics.jsonl").write_text("local")
     with pytest.raises(ConfigError, match=r"is not a working copy, .* would replace its files"):
         RunDirectory(OUTPUT).fetch()
     (own / ".prefix-jax.bucket").write_text("gs://other/run\n")
     with pytest.raises(ConfigError, match=r"is the working copy of gs://other/run"):
         RunDirectory(OUTPUT).fetch()
-    assert (own / "metrics.jsonl").read_text() == "of a local run"
+    assert (own / "metrics.jsonl").read_text() == "local"
 
 
-def test_checkpoints_of_another_program_in_a_bucket_are_left_alone(
+def test_refuses_a_bucket_with_checkpoints_of_another_program(
     cloud, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     theirs = tmp_path / "cloud/bucket/some/run/checkpoints/100/state"
@@ -145,92 +144,96 @@ def test_checkpoints_of_another_program_in_a_bucket_are_left_alone(
     assert theirs.read_text() == "arrays"
 
 
-def test_the_results_which_end_a_run_come_last(cloud, tmp_path: Path, monkeypatch) -> None:
+def test_publishes_results_last(cloud, tmp_path: Path, monkeypatch) -> None:
     sent: list[str] = []
     opened = buckets.FakeBackend.open
 
-    def open_and_tell(self, path, mode):
+    def recording(self, path, mode):
         if "w" in mode:
             sent.append(Path(path).name)
         return opened(self, path, mode)
 
-    monkeypatch.setattr(buckets.FakeBackend, "open", open_and_tell)
-    place = RunDirectory(OUTPUT)
-    place.directory.mkdir(parents=True)
+    monkeypatch.setattr(buckets.FakeBackend, "open", recording)
+    output = RunDirectory(OUTPUT)
+    output.directory.mkdir(parents=True)
     for name in ("results.json", "loss.png", "predictions.jsonl"):
-        (place.directory / name).write_text(name)
-    place.publish()
+        (output.directory / name).write_text(name)
+    output.publish()
     assert sent == ["loss.png", "predictions.jsonl", "results.json"]
 
 
-def test_a_bucket_that_refuses_says_what_to_look_at(cloud) -> None:
-    place = RunDirectory(OUTPUT)
-    place.directory.mkdir(parents=True)
-    (place.directory / "loss.png").write_text("a")
+def test_bucket_error_says_what_to_check(cloud) -> None:
+    output = RunDirectory(OUTPUT)
+    output.directory.mkdir(parents=True)
+    (output.directory / "loss.png").write_text("a")
     cloud.failure = RuntimeError("403 Forbidden\nmore")
-    with pytest.raises(CheckpointError, match=r"cannot write .*403 Forbidden\. Is the bucket"):
-        place.publish()
+    with pytest.raises(
+        CheckpointError, match=r"cannot write .*403 Forbidden; check that the bucket"
+    ):
+        output.publish()
 
 
-def test_a_bucket_that_cannot_be_read_costs_no_working_copy(cloud) -> None:
-    place = RunDirectory(OUTPUT)
-    place.fetch()
-    (place.directory / "metrics.jsonl").write_text("1\n")
-    place.publish()
+def test_unreadable_bucket_keeps_the_working_copy(cloud) -> None:
+    output = RunDirectory(OUTPUT)
+    output.fetch()
+    (output.directory / "metrics.jsonl").write_text("1\n")
+    output.publish()
     cloud.failure = RuntimeError("503 Unavailable")
     with pytest.raises(CheckpointError, match=r"cannot read .*503 Unavailable"):
         RunDirectory(OUTPUT).fetch()
-    assert (place.directory / "metrics.jsonl").read_text() == "1\n"
+    assert (output.directory / "metrics.jsonl").read_text() == "1\n"
 
 
-def test_a_bucket_takes_one_more_package(monkeypatch) -> None:
+def test_bucket_requires_another_package(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ConfigError, match=r"pip install 'prefix-jax\[gcs\]'"):
         RunDirectory(OUTPUT)
 
 
 @pytest.mark.parametrize("output", ["gs://", "gs://bucket", "gs://bucket/", "gs://bucket//"])
-def test_a_bucket_as_a_whole_is_no_place(output: str) -> None:
-    """Its working copy would be that of all runs, which reading it replaces."""
+def test_refuses_a_whole_bucket(output: str) -> None:
+    """Its working copy would contain the working copies of other runs."""
     with pytest.raises(ConfigError, match="gs://BUCKET/PATH"):
         RunDirectory(output)
 
 
-def test_other_addresses_are_refused() -> None:
+def test_refuses_other_schemes() -> None:
     with pytest.raises(ConfigError, match="gs://BUCKET/PATH"):
         RunDirectory("s3://bucket/run")
 
 
 @pytest.mark.parametrize("output", ["gs:/bucket/run", "runs/gs:/bucket", "s3:/bucket/run"])
-def test_an_address_with_one_slash_is_refused(output: str) -> None:
+def test_refuses_an_address_with_one_slash(output: str) -> None:
     with pytest.raises(ConfigError, match="gs://BUCKET/PATH"):
         RunDirectory(output)
 
 
-def test_a_dangling_link_as_output_names_its_target(tmp_path: Path) -> None:
+def test_names_the_target_of_a_dangling_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("missing")
     with (
         pytest.raises(ConfigError, match="a symbolic link to missing, which does not exist"),
-        RunDirectory(str(tmp_path / "link")).owned(),
+        RunDirectory(str(tmp_path / "link")).locked(),
     ):
         pass
 
 
-def test_a_run_that_loses_its_machine_ends_as_if_it_had_not(
+def test_run_resumed_on_another_machine_is_bit_identical(
     cloud, tiny_model_dir: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    """The checkpoints stand on disk here, for TensorStore writes their arrays itself: with a real
-    bucket, or an emulator of one, see docs/tpu.md."""
-    shelf = tmp_path / "checkpoints"
-    monkeypatch.setattr(fitting.RunDirectory, "checkpoints", property(lambda _: epath.Path(shelf)))
+    """The checkpoints are on disk, because TensorStore cannot use the fake bucket.
+
+    For a real bucket or an emulator, see docs/tpu.md.
+    """
+    checkpoints = tmp_path / "checkpoints"
+    monkeypatch.setattr(RunDirectory, "checkpoints", property(lambda _: epath.Path(checkpoints)))
     pretrained = tiny_runs.on_one_device(tiny_model_dir)
     with tiny_runs.killed_at(7):
         tiny_runs.run(pretrained, OUTPUT)
     (tmp_path / "runs").rename(tmp_path / "lost")
     tiny_runs.run(pretrained, OUTPUT)
     assert "results.json" in stored(tmp_path)
-    moved = shelf.rename(tmp_path / "runs/bucket/some/run/checkpoints").parent
-    shelf = tmp_path / "whole" / "checkpoints"
+    moved = checkpoints.rename(tmp_path / "runs/bucket/some/run/checkpoints").parent
+    checkpoints = tmp_path / "whole" / "checkpoints"
     tiny_runs.run(pretrained, str(tmp_path / "whole"))
     before, after = tiny_runs.outcome(moved), tiny_runs.outcome(tmp_path / "whole")
     assert before == after
@@ -244,12 +247,12 @@ def test_a_run_that_loses_its_machine_ends_as_if_it_had_not(
         ("a\0b", "null byte"),
     ],
 )
-def test_an_output_that_cannot_be_a_path_is_refused(output: str, message: str):
+def test_refuses_an_output_that_cannot_be_a_path(output: str, message: str):
     with pytest.raises(ConfigError) as caught:
         RunDirectory(output)
     assert message in str(caught.value)
 
 
-def test_an_output_below_the_home_directory_is_expanded(monkeypatch, tmp_path):
+def test_expands_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert RunDirectory("~/runs/a").directory == tmp_path / "runs" / "a"

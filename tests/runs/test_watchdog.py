@@ -1,4 +1,4 @@
-"""A slow step and a run that stands still are told, with the host to look at."""
+"""The watchdog reports slow steps and stalled runs, with the host to look at."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def watch(clock: Clock, said: list[str]) -> Watchdog:
 
 
 def steps(watch: Watchdog, clock: Clock, seconds: list[float], busy=(0.1, 0.1, 0.1, 0.1)) -> None:
-    for number, one in enumerate(seconds, 1):
-        clock.now += one
-        watch.step(number, one, busy)
+    for number, duration in enumerate(seconds, 1):
+        clock.now += duration
+        watch.step(number, duration, busy)
 
 
-def test_a_step_of_ten_medians_is_told(watch, clock, said) -> None:
-    # The first step compiles: it is neither slow nor usual.
+def test_reports_a_step_of_ten_medians(watch, clock, said) -> None:
+    # The first step compiles; it is neither slow nor typical.
     steps(watch, clock, [120.0, 1.0, 1.1, 0.9, 1.0, 1.0, 9.9])
     assert said == []
     steps(watch, clock, [10.1])
@@ -47,7 +47,7 @@ def test_a_step_of_ten_medians_is_told(watch, clock, said) -> None:
     assert line.endswith("all 4 processes waited for the devices")
 
 
-def test_the_process_whose_batch_the_others_waited_for_is_named(watch, clock, said) -> None:
+def test_names_the_process_whose_batch_the_others_waited_for(watch, clock, said) -> None:
     steps(watch, clock, [60.0, *[1.0] * 6])
     steps(watch, clock, [20.0], busy=(0.1, 0.1, 19.7, 0.2))
     assert said == [
@@ -60,24 +60,24 @@ def test_the_process_whose_batch_the_others_waited_for_is_named(watch, clock, sa
     ("busy", "cause"),
     [(19.7, "host alpha needed 19.7 s for its batch"), (0.1, "host alpha waited for the devices")],
 )
-def test_of_one_process_the_host_is_named(clock, said, busy: float, cause: str) -> None:
-    alone = Watchdog(said.append, ["alpha"], 0, clock)
-    steps(alone, clock, [60.0, *[1.0] * 6])
-    steps(alone, clock, [20.0], busy=(busy,))
+def test_names_the_host_of_a_single_process(clock, said, busy: float, cause: str) -> None:
+    single = Watchdog(said.append, ["alpha"], 0, clock)
+    steps(single, clock, [60.0, *[1.0] * 6])
+    steps(single, clock, [20.0], busy=(busy,))
     assert said == [f"step 1 took 20.0 s, 20 times as long as usual: {cause}"]
 
 
-def test_other_processes_leave_slow_steps_to_the_first(clock, said) -> None:
+def test_only_the_first_process_reports_slow_steps(clock, said) -> None:
     steps(Watchdog(said.append, HOSTS, 1, clock), clock, [1.0] * 7 + [50.0])
     assert said == []
 
 
-def test_few_steps_say_nothing_of_what_is_usual(watch, clock, said) -> None:
+def test_needs_some_steps_to_know_the_usual_time(watch, clock, said) -> None:
     steps(watch, clock, [60.0, 0.1, 0.1, 5.0])
     assert said == []
 
 
-def test_a_hang_is_told_while_it_lasts_at_twice_the_time(watch, clock, said) -> None:
+def test_reports_a_stall_again_whenever_its_time_has_doubled(watch, clock, said) -> None:
     steps(watch, clock, [60.0, *[1.0] * 6])
     for _ in range(60):
         clock.now += 5
@@ -86,17 +86,17 @@ def test_a_hang_is_told_while_it_lasts_at_twice_the_time(watch, clock, said) -> 
         f"no step has ended for {seconds}" for seconds in (60, 120, 240)
     ]
     assert all(
-        "(a step takes 1.0 s as a rule); process 0 of 4 on host alpha " in line for line in said
+        "(a step usually takes 1.0 s); process 0 of 4 on host alpha " in line for line in said
     )
     assert all(line.endswith(" is waiting for the devices") for line in said)
-    # A step ends it; the next hang is told anew.
+    # A step ends the stall; the next one is reported again.
     steps(watch, clock, [300.0])
     clock.now += 61
     watch.check()
     assert said[-1].startswith("no step has ended for 61 s")
 
 
-def test_a_slow_model_may_take_ten_of_its_own_steps(watch, clock, said) -> None:
+def test_slow_steps_raise_the_limit_of_a_stall(watch, clock, said) -> None:
     steps(watch, clock, [300.0, *[30.0] * 6])
     clock.now += 299
     watch.check()
@@ -106,7 +106,7 @@ def test_a_slow_model_may_take_ten_of_its_own_steps(watch, clock, said) -> None:
     assert len(said) == 1
 
 
-def test_before_there_are_steps_compiling_has_its_time(watch, clock, said) -> None:
+def test_allows_more_time_for_compilation(watch, clock, said) -> None:
     clock.now += 899
     watch.check()
     assert said == []
@@ -116,7 +116,7 @@ def test_before_there_are_steps_compiling_has_its_time(watch, clock, said) -> No
     assert line.endswith("is starting")
 
 
-def test_what_a_process_does_is_said(watch, clock, said) -> None:
+def test_names_the_current_activity(watch, clock, said) -> None:
     steps(watch, clock, [60.0, *[1.0] * 6])
     with watch.doing("reading the batch of step 8"):
         clock.now += 100
@@ -127,7 +127,7 @@ def test_what_a_process_does_is_said(watch, clock, said) -> None:
     assert len(said) == 1
 
 
-def test_the_thread_checks_and_ends(said) -> None:
+def test_thread_ends_with_the_block(said) -> None:
     with Watchdog(said.append, ["alpha"]):
         pass
     assert said == []

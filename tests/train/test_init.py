@@ -1,4 +1,4 @@
-"""What a prefix is before the first step, for everything that `init.start` may say."""
+"""Initial values of a prefix, for every value of `init.start`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ EXAMPLES = [
 
 
 def initial(method: Method, pretrained: Pretrained, seed: int = 0, **fields) -> Produced:
-    """What the method produces before the first step."""
+    """Returns what the method produces before the first step."""
     return method(init_prefix(method, InitConfig(**fields), pretrained, EXAMPLES, seed))
 
 
@@ -69,16 +69,16 @@ def assert_differ(ours: Produced, theirs: Produced) -> None:
     assert all((a != b).any() for a, b in pairs)
 
 
-# From tokens.
+# Tokens.
 
 
 @each_method
-def test_the_default_text_is_the_beginning_of_the_training_examples(method, pretrained):
+def test_default_text_is_the_beginning_of_the_training_examples(method, pretrained):
     assert_equal(initial(method, pretrained), after_reading(method, pretrained, [10, 11, 12, 13]))
 
 
 @each_method
-def test_a_text_of_ones_own_is_repeated_or_cut(method, pretrained):
+def test_repeats_or_cuts_a_given_text(method, pretrained):
     ids = pretrained.tokenizer("abc")["input_ids"]
     assert len(ids) == 3
     assert_equal(
@@ -91,7 +91,7 @@ def test_a_text_of_ones_own_is_repeated_or_cut(method, pretrained):
     )
 
 
-def test_a_text_may_stand_in_a_file(pretrained, tmp_path):
+def test_reads_a_text_from_a_file(pretrained, tmp_path):
     (tmp_path / "corpus.txt").write_text("abcabcabc", encoding="utf-8")
     ids = pretrained.tokenizer("abca")["input_ids"]
     expected = after_reading(METHODS[3], pretrained, ids)
@@ -104,13 +104,13 @@ def test_a_text_may_stand_in_a_file(pretrained, tmp_path):
         initial(METHODS[3], pretrained, text_file=str(tmp_path / "empty.txt"))
 
 
-def test_a_text_without_tokens_is_refused(pretrained, monkeypatch):
+def test_refuses_a_text_without_tokens(pretrained, monkeypatch):
     monkeypatch.setitem(vars(pretrained), "tokenizer", lambda *_, **__: {"input_ids": [[]]})
     with pytest.raises(ConfigError, match=r"init\.text 'x' has no tokens"):
         initial(METHODS[0], pretrained, text="x")
 
 
-def test_vocabulary_is_drawn_by_the_seed(pretrained):
+def test_seed_determines_drawn_tokens(pretrained):
     method = METHODS[2]
     table = np.asarray(pretrained.params["embed"]["tokens_VD"])
     drawn = initial(method, pretrained, start="vocab").x_PD
@@ -124,7 +124,7 @@ def test_vocabulary_is_drawn_by_the_seed(pretrained):
     )
 
 
-def test_vocabulary_can_be_its_most_frequent_words(pretrained):
+def test_draws_from_the_most_frequent_tokens(pretrained):
     method = PromptTuning(64)
     table = np.asarray(pretrained.params["embed"]["tokens_VD"])[:3]
     drawn = np.asarray(initial(method, pretrained, start="vocab", top=3).x_PD)
@@ -135,7 +135,7 @@ def test_vocabulary_can_be_its_most_frequent_words(pretrained):
     assert_equal(initial(method, pretrained, start="vocab", top=9999), whole)
 
 
-def test_labels_take_a_slot_each_and_the_others_are_drawn(pretrained):
+def test_labels_fill_one_slot_each_and_the_rest_is_drawn(pretrained):
     table = np.asarray(pretrained.params["embed"]["tokens_VD"])
     (a,), (b, c) = (pretrained.tokenizer(label)["input_ids"] for label in ("a", "bc"))
     x_PD = np.asarray(
@@ -149,27 +149,27 @@ def test_labels_take_a_slot_each_and_the_others_are_drawn(pretrained):
     assert_equal(initial(METHODS[2], pretrained, **same), initial(METHODS[2], pretrained, **same))
 
 
-def test_labels_that_no_slot_can_hold_are_refused(pretrained):
-    with pytest.raises(ConfigError, match="labels is for soft tokens"):
+def test_refuses_labels_that_do_not_fit(pretrained):
+    with pytest.raises(ConfigError, match="labels requires soft tokens"):
         initial(METHODS[0], pretrained, start="labels", labels=("a",))
-    with pytest.raises(ConfigError, match="has 5 classes, and the prefix 4 slots"):
+    with pytest.raises(ConfigError, match="has 5 classes, but the prefix has 4 slots"):
         initial(METHODS[2], pretrained, start="labels", labels=tuple("abcde"))
-    with pytest.raises(ConfigError, match="a text that has no tokens"):
+    with pytest.raises(ConfigError, match="a label without tokens"):
         initial(METHODS[2], pretrained, start="labels", labels=("a", ""))
 
 
-# Where a method says what it starts as.
+# Defaults of methods.
 
 
 @pytest.mark.parametrize("method", [LlamaAdapter(P), MultitaskPromptTuning(P), PrefixTuningPlus()])
-def test_some_methods_start_as_their_papers_unless_one_says_otherwise(method, pretrained):
+def test_some_methods_default_to_the_start_of_their_paper(method, pretrained):
     assert_equal(initial(method, pretrained), initial(method, pretrained, start="random"))
     assert start_of(method, InitConfig()) == "random"
     assert start_of(method, InitConfig(text="abc")) == "text"
     assert start_of(METHODS[0], InitConfig()) == "text"
 
 
-def test_an_adapter_may_start_as_a_text_behind_shut_gates(pretrained):
+def test_adapter_starts_from_a_text_with_closed_gates(pretrained):
     adapter = initial(LlamaAdapter(P, layers=1), pretrained, text="abc")
     assert adapter.layers == (1,)
     assert adapter.h_LPD.any()
@@ -179,8 +179,8 @@ def test_an_adapter_may_start_as_a_text_behind_shut_gates(pretrained):
 
 
 @pytest.mark.parametrize("start", ["text", "vocab"])
-def test_what_has_no_slots_cannot_start_as_tokens(start, pretrained):
-    with pytest.raises(ConfigError, match=f"start: {start} fills slots, and this method has none"):
+def test_methods_without_slots_cannot_start_from_tokens(start, pretrained):
+    with pytest.raises(ConfigError, match=f"start: {start} fills slots, but this method has none"):
         initial(PrefixTuningPlus(), pretrained, start=start)
 
 
@@ -189,7 +189,7 @@ def test_what_has_no_slots_cannot_start_as_tokens(start, pretrained):
     [LlamaAdapter(P, layers=1), PrefixTuningPlus(layers=(1,)), PrefixTuning(P, layers=(0,))],
     ids=["adapter", "plus", "prefix"],
 )
-def test_what_is_of_some_layers_is_taken_up_again(method, pretrained, store):
+def test_resumes_a_stored_prefix_of_some_layers(method, pretrained, store):
     produced = initial(method, pretrained, start="normal")
     path = store(produced)
     assert_equal(initial(method, pretrained, start="prefix", path=path), produced)
@@ -198,23 +198,23 @@ def test_what_is_of_some_layers_is_taken_up_again(method, pretrained, store):
         initial(other, pretrained, start="prefix", path=path)
 
 
-def test_gates_of_another_kind_are_refused(pretrained, store):
+def test_refuses_gates_of_another_kind(pretrained, store):
     path = store(initial(LlamaAdapter(P), pretrained))
     with pytest.raises(PrefixError, match=r"other parts .* gates"):
         initial(LlamaAdapter(P, gate="plain"), pretrained, start="prefix", path=path)
 
 
-# From numbers.
+# Numbers.
 
 
 @each_method
-def test_zeros(method, pretrained):
+def test_zeros_start(method, pretrained):
     produced = initial(method, pretrained, start="zeros")
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(produced))
 
 
 @each_method
-def test_a_normal_start_has_its_deviation(method, pretrained):
+def test_normal_start_has_the_given_deviation(method, pretrained):
     produced = initial(method, pretrained, start="normal", std=0.3)
     for leaf in jax.tree.leaves(produced):
         assert float(leaf.std()) == pytest.approx(0.3, rel=0.25)
@@ -222,7 +222,7 @@ def test_a_normal_start_has_its_deviation(method, pretrained):
 
 
 @each_method
-def test_random_is_left_to_the_method(method, pretrained):
+def test_random_start_is_left_to_the_method(method, pretrained):
     assert make_start(method, InitConfig("random"), pretrained, EXAMPLES, jax.random.key(0)) is None
     produced = initial(method, pretrained, start="random")
     assert_equal(produced, initial(method, pretrained, start="random"))
@@ -230,18 +230,18 @@ def test_random_is_left_to_the_method(method, pretrained):
 
 
 @pytest.mark.parametrize("start", ["text", "vocab", "zeros", "normal", "random"])
-def test_parameters_are_float32_whatever_they_start_as(start, pretrained):
+def test_parameters_are_float32_for_any_start(start, pretrained):
     for method in [*METHODS, PrefixTuning(P, mid_dim=8)]:
         params = init_prefix(method, InitConfig(start), pretrained, EXAMPLES, 0)
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
-# From a prefix that was stored.
+# Stored prefixes.
 
 
 @pytest.fixture
 def store(tmp_path: Path, pretrained: Pretrained) -> Callable[..., str]:
-    """Saves a prefix for the tiny model and says where."""
+    """Saves a prefix for the tiny model and returns its path."""
 
     def save(produced: Produced, fingerprint: str | None = None) -> str:
         backbone = BackboneCard(
@@ -258,12 +258,12 @@ def store(tmp_path: Path, pretrained: Pretrained) -> Callable[..., str]:
 
 
 @each_method
-def test_a_stored_prefix_is_taken_up_where_it_was_left(method, pretrained, store):
+def test_starts_from_a_stored_prefix(method, pretrained, store):
     produced = initial(method, pretrained, start="normal")
     assert_equal(initial(method, pretrained, start="prefix", path=store(produced)), produced)
 
 
-def test_keys_and_values_can_train_on_under_an_mlp(pretrained, store):
+def test_mlp_can_continue_stored_keys_and_values(pretrained, store):
     produced = initial(METHODS[0], pretrained, start="normal", std=1.0)
     again = initial(PrefixTuning(P, mid_dim=8), pretrained, start="prefix", path=store(produced))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), again, produced)
@@ -272,25 +272,23 @@ def test_keys_and_values_can_train_on_under_an_mlp(pretrained, store):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (PrefixTuning(P + 1), "text_position 4, sites decoder; the method trains one of kind 'kv', "
-         "length 5, text_position 5"),
-        (HiddenPrefixTuning(P), "text_position 4, sites decoder; the method trains one of kind "
+        (PrefixTuning(P + 1), "text_position 4, sites decoder, but the method trains one of kind "
+         "'kv', length 5, text_position 5"),
+        (HiddenPrefixTuning(P), "text_position 4, sites decoder, but the method trains one of kind "
          "'hidden', length 4"),
-        # What the text would see is not what the stored prefix was trained with.
-        (PrefixTuning(P, text_position=0), "sites decoder; the method .* 'kv', length 4, "
+        # The text would start at another position than in training.
+        (PrefixTuning(P, text_position=0), "sites decoder, but the method .* 'kv', length 4, "
          "text_position 0"),
         (PrefixTuning(P, pinned=True), "the method .* text_position 4, sites decoder, pinned"),
     ],
 )  # fmt: skip
-def test_a_stored_prefix_that_the_method_does_not_train_is_refused(
-    method, message, pretrained, store
-):
+def test_refuses_a_stored_prefix_that_the_method_does_not_train(method, message, pretrained, store):
     path = store(initial(METHODS[0], pretrained, start="normal"))
     with pytest.raises(PrefixError, match=message):
         initial(method, pretrained, start="prefix", path=path)
 
 
-def test_biases_of_a_stored_prefix_are_not_dropped_in_silence(pretrained, store):
+def test_never_drops_biases_of_a_stored_prefix_silently(pretrained, store):
     produced = initial(METHODS[0], pretrained, start="normal")
     inside = produced.decoder.inside.replace(bias_LPN=jnp.zeros((2, P, 4)))
     with pytest.raises(PrefixError, match="biases"):
@@ -302,7 +300,7 @@ def test_biases_of_a_stored_prefix_are_not_dropped_in_silence(pretrained, store)
         )
 
 
-def test_a_prefix_of_another_backbone_is_refused(pretrained, store, tmp_path):
+def test_refuses_a_prefix_of_another_backbone(pretrained, store, tmp_path):
     produced = initial(METHODS[0], pretrained, start="normal")
     path = store(produced, fingerprint="something else")
     with pytest.raises(PrefixError, match="something else"):

@@ -1,4 +1,4 @@
-"""Schedules at exact steps; optimizers that see the trained part alone."""
+"""Schedules at exact steps, and optimizers restricted to the trained part."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prefix_jax.train.partition import labels
 
 LABELS = {"backbone": {"w": "freeze", "n": "freeze"}, "prefix": {"k": "train", "v": "train"}}
 PARAMS = {
-    # The frozen part holds what cannot even be differentiated.
+    # The frozen part contains leaves that cannot be differentiated.
     "backbone": {"w": jnp.full((64, 64), 3.0, jnp.bfloat16), "n": jnp.arange(4, dtype=jnp.int8)},
     "prefix": {"k": jnp.array([1.0, -2.0]), "v": jnp.array([[0.5]])},
 }
@@ -42,27 +42,27 @@ def rates(steps: int, **fields) -> list[float]:
 # Schedules.
 
 
-def test_constant():
+def test_constant_schedule():
     assert rates(3, schedule="constant") == [2.0] * 4
 
 
-def test_linear_falls_to_zero_after_the_last_step():
+def test_linear_schedule_reaches_zero_after_the_last_step():
     np.testing.assert_allclose(rates(4, schedule="linear"), [2.0, 1.5, 1.0, 0.5, 0.0], atol=1e-6)
 
 
-def test_cosine_falls_to_zero_after_the_last_step():
+def test_cosine_schedule_reaches_zero_after_the_last_step():
     expected = [1 + np.cos(np.pi * step / 4) for step in range(5)]
     np.testing.assert_allclose(rates(4, schedule="cosine"), expected, atol=1e-6)
 
 
-def test_exponential_falls_in_steps_as_pytorchs_does_by_the_epoch():
+def test_exponential_schedule_equals_pytorchs_per_epoch():
     found = rates(7, schedule="exponential", decay=0.5, decay_every=3)
     np.testing.assert_allclose(found, [2.0] * 3 + [1.0] * 3 + [0.5] * 2)
     found = rates(5, schedule="exponential", decay=0.5, decay_every=2, warmup_steps=2)
     np.testing.assert_allclose(found, [1.0, 2.0, 2.0, 2.0, 1.0, 1.0])
 
 
-def test_what_an_exponential_schedule_lacks_is_named():
+def test_names_what_an_exponential_schedule_lacks():
     with pytest.raises(ConfigError, match="exponential needs decay_every"):
         OptimConfig(schedule="exponential")
     with pytest.raises(ConfigError, match="nothing else does"):
@@ -72,22 +72,22 @@ def test_what_an_exponential_schedule_lacks_is_named():
 
 
 @pytest.mark.parametrize("after", ["constant", "linear", "cosine"])
-def test_warmup_rises_to_the_peak_and_its_first_step_moves(after):
+def test_warmup_reaches_the_peak_and_starts_above_zero(after):
     found = rates(8, schedule=after, warmup_steps=4)
     np.testing.assert_allclose(found[:5], [0.5, 1.0, 1.5, 2.0, 2.0], atol=1e-6)
     assert found[8] == pytest.approx(2.0 if after == "constant" else 0.0, abs=1e-6)
 
 
-def test_a_warmup_of_one_step_is_the_peak_and_one_of_all_steps_never_falls():
+def test_warmup_of_one_step_and_of_all_steps():
     np.testing.assert_allclose(rates(2, schedule="constant", warmup_steps=1), [2.0] * 3)
     np.testing.assert_allclose(rates(2, schedule="linear", warmup_steps=2), [1.0, 2.0, 2.0])
 
 
-# The partition.
+# Partition.
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_a_frozen_leaf_gets_a_zero_update_and_has_no_state(name):
+def test_frozen_leaves_have_zero_updates_and_no_state(name):
     transform = optimizer(name=name, weight_decay=0.1)
     updates = update(transform)
     leaves = map(jax.tree.leaves, (updates["backbone"], PARAMS["backbone"]))
@@ -95,7 +95,7 @@ def test_a_frozen_leaf_gets_a_zero_update_and_has_no_state(name):
         assert (leaf == 0).all()
         assert leaf.dtype == like.dtype
     assert all((leaf != 0).any() for leaf in jax.tree.leaves(updates["prefix"]))
-    # Moments of the trained part, twice at most, and counters.
+    # At most two moments of the trained part, and counters.
     state = jax.tree.leaves(transform.init(PARAMS))
     trained = [leaf.shape for leaf in jax.tree.leaves(PARAMS["prefix"])]
     assert {leaf.shape for leaf in state} <= {*trained, (), (1,)}
@@ -103,8 +103,8 @@ def test_a_frozen_leaf_gets_a_zero_update_and_has_no_state(name):
     assert {leaf.dtype for leaf in state} <= {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
-def test_clipping_looks_at_the_trained_part_alone():
-    """Its norm is 5. That of the frozen part, in the millions, would leave nothing."""
+def test_clips_by_the_norm_of_the_trained_part():
+    """Its norm is 5. With the frozen part, in the millions, the update would vanish."""
     sgd = {"b1": 0.0, "b2": 0.0, "eps": 1e8}  # AdamW whose step is the gradient / eps
     whole, clipped = (
         update(optimizer(clip_norm=None, **sgd)),
@@ -127,7 +127,7 @@ def test_clipping_looks_at_the_trained_part_alone():
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_weight_decay_is_decoupled_and_times_the_learning_rate(name):
+def test_weight_decay_is_decoupled_and_scaled_by_the_learning_rate(name):
     plain = update(optimizer(name=name, clip_norm=None))
     decayed = update(optimizer(name=name, clip_norm=None, weight_decay=0.3))
     jax.tree.map(
@@ -138,7 +138,7 @@ def test_weight_decay_is_decoupled_and_times_the_learning_rate(name):
     )
 
 
-def test_adafactor_is_that_of_optax_without_scaling_and_factors():
+def test_adafactor_equals_optax_without_scaling_and_factoring():
     params, grads = PARAMS["prefix"], GRADS["prefix"]
     theirs = optax.adafactor(0.1, factored=False, multiply_by_parameter_scale=False)
     ours = optimizer(name="adafactor", clip_norm=None)
@@ -156,7 +156,7 @@ def test_adafactor_is_that_of_optax_without_scaling_and_factors():
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
-def test_a_head_has_a_rate_of_its_own_and_shares_the_norm(clip):
+def test_head_has_its_own_learning_rate_and_shares_the_norm(clip):
     params = {**PARAMS, "head": {"out_DY": jnp.ones((2, 3))}}
     grads = {**GRADS, "head": {"out_DY": jnp.full((2, 3), 0.7)}}
     partition = labels(params)

@@ -1,4 +1,4 @@
-"""What trains and what is frozen is said by one label a leaf."""
+"""One label per leaf determines what trains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PARAMS = {
 }
 
 
-def test_all_but_the_backbone_trains():
+def test_everything_but_the_backbone_trains():
     assert labels(PARAMS) == {
         "backbone": {
             "embed": {"tokens_VD": "freeze"},
@@ -24,7 +24,7 @@ def test_all_but_the_backbone_trains():
     }
 
 
-def test_what_a_method_calls_frozen_does_not_train():
+def test_leaves_below_frozen_do_not_train():
     params = {"backbone": 1, "prefix": {"decoder": {"frozen": {"k": 2}, "trained": {"k": 3}}}}
     found = labels(params)
     assert found["prefix"]["decoder"] == {"frozen": {"k": "freeze"}, "trained": {"k": "train"}}
@@ -32,17 +32,17 @@ def test_what_a_method_calls_frozen_does_not_train():
     assert (jax.tree.leaves(train), jax.tree.leaves(frozen)) == ([3], [1, 2])
 
 
-def test_in_full_fine_tuning_everything_trains():
+def test_everything_trains_in_full_fine_tuning():
     assert set(jax.tree.leaves(labels(PARAMS, full=True))) == {"train"}
 
 
-def test_abstract_parameters_have_labels_too():
+def test_labels_abstract_parameters():
     abstract = jax.eval_shape(lambda: jax.tree.map(jnp.float32, PARAMS))
     assert labels(abstract) == labels(PARAMS)
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_the_parts_are_disjoint_and_make_the_whole(full):
+def test_split_and_merge_are_inverse(full):
     train, frozen = split(PARAMS, labels(PARAMS, full))
     assert sorted(jax.tree.leaves(train) + jax.tree.leaves(frozen)) == [1, 2, 3, 4, 5]
     assert jax.tree.leaves(train) == ([1, 2, 3, 4, 5] if full else [4, 5])
@@ -50,7 +50,7 @@ def test_the_parts_are_disjoint_and_make_the_whole(full):
     assert merge(frozen, train) == PARAMS
 
 
-def test_gradients_can_be_taken_of_the_trained_part_alone():
+def test_differentiates_only_the_trained_part():
     params = jax.tree.map(jnp.float32, PARAMS) | {"backbone": {"ids": jnp.int32(3)}}
     train, frozen = split(params, labels(params))
     grads = jax.grad(lambda train: sum(jax.tree.leaves(merge(train, frozen))) * 1.0)(train)

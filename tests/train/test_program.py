@@ -1,10 +1,10 @@
-"""A run's program reuses the memory of its state, and only that."""
+"""The program reuses the memory of its state, and nothing else."""
 
 import jax
 import numpy as np
 from decoders import batch_of, decoder, examples, weights
 
-from prefix_jax import config
+from prefix_jax.config import OptimConfig
 from prefix_jax.mesh import make_mesh, place_rows
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.model import PrefixModel
@@ -12,14 +12,6 @@ from prefix_jax.train.program import Program, make_program
 
 BACKBONE, METHOD = decoder("llama"), PrefixTuning(4)
 MESH = make_mesh(1, 1, 1, jax.devices()[:1])
-RUN = config.parse(
-    {
-        "model": {"path": "tiny"},
-        "data": {"target": "{text}"},
-        "train": {"steps": 2},
-        "output_dir": "run",
-    }
-)
 
 
 def program() -> Program:
@@ -27,10 +19,12 @@ def program() -> Program:
         "backbone": weights(BACKBONE),
         "prefix": METHOD.init(jax.random.key(0), BACKBONE.geometry, None),
     }
-    return make_program(RUN, PrefixModel(BACKBONE, METHOD), jax.device_put(params), 2, MESH)
+    return make_program(
+        PrefixModel(BACKBONE, METHOD), jax.device_put(params), OptimConfig(), steps=2, mesh=MESH
+    )
 
 
-def test_a_step_writes_the_new_state_over_the_old_and_leaves_the_backbone_alone():
+def test_step_reuses_the_memory_of_the_state_but_not_of_the_backbone():
     made = program()
     frozen = jax.tree.map(np.array, made.frozen)
     with jax.set_mesh(MESH):

@@ -1,4 +1,4 @@
-"""The training step moves what trains by the right amount, and nothing else."""
+"""The training step updates exactly the trained parameters, by the right amount."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def initial(method: Method | None) -> dict[str, Any]:
 
 
 class Trainer:
-    """A jitted step and what it starts from."""
+    """Returns a jitted step and its inputs."""
 
     def __init__(self, method: Method | None, optimizer=None, mesh=None, **options):
         self.mesh = mesh or one_device()
@@ -61,10 +61,10 @@ class Trainer:
         )
         partition = labels(placed, full=method is None)
         self.train, self.frozen = split(placed, partition)
-        # Plain gradient descent: what it moves is the gradient itself.
+        # Plain gradient descent, so that the update is the gradient.
         transforms = {"train": optax.sgd(0.1), "freeze": optax.set_to_zero()}
         self.optimizer = optimizer or optax.multi_transform(transforms, partition)
-        # What comes out lies where it came from, as in `train.setup`.
+        # The same shardings as the input, as in `make_program`.
         lies = jax.tree.map(lambda leaf: leaf.sharding, self.start())
         self.step: Step = jax.jit(
             make_step(self.model, self.optimizer, **options),
@@ -99,7 +99,7 @@ def sgd_trainer() -> Trainer:
 
 @functools.cache
 def sgd_step():
-    """The state and the metrics after one step on all examples at once."""
+    """Returns the state and the metrics after one step on all examples."""
     return jax.tree.map(np.asarray, sgd_trainer().run(batch_of(EXAMPLES)))
 
 
@@ -109,7 +109,7 @@ def assert_close(tree, expected, rtol=1e-4, atol=1e-5):
     )
 
 
-# What moves, and by how much.
+# Updates.
 
 
 @pytest.mark.parametrize(
@@ -122,12 +122,12 @@ def assert_close(tree, expected, rtol=1e-4, atol=1e-5):
     ],
     ids=["ptuning", "adapter", "cartridge", "plus"],
 )
-def test_a_method_moves_all_that_it_trains_and_nothing_else(method):
+def test_updates_all_trained_parameters_of_a_method_and_nothing_else(method):
     trainer = Trainer(method, adamw(method))
     before = jax.tree.map(np.asarray, trainer.train)
     frozen = jax.tree.map(np.asarray, trainer.frozen)
     state = None
-    for _ in range(2):  # gates open at the first step, and what is behind them moves at the second
+    for _ in range(2):  # the first step opens gates, the second updates what they gate
         state, metrics = trainer.run(batch_of(EXAMPLES), state)
         assert metrics.finite
     moved = jax.tree.map(lambda old, new: bool((old != new).any()), before, state.train)
@@ -138,7 +138,7 @@ def test_a_method_moves_all_that_it_trains_and_nothing_else(method):
     assert len(sinks) == (2 if isinstance(method, Cartridge) else 0)
 
 
-def test_the_loss_falls_and_frozen_weights_keep_every_bit():
+def test_reduces_the_loss_and_keeps_frozen_weights():
     trainer, batch = adamw_trainer(), batch_of(EXAMPLES)
     before = jax.tree.map(np.asarray, trainer.frozen)
     state, losses = None, []
@@ -151,8 +151,8 @@ def test_the_loss_falls_and_frozen_weights_keep_every_bit():
     assert jax.tree.leaves(state.train["backbone"]) == []
 
 
-def test_a_step_is_that_of_adamw():
-    """Two steps by hand: clipped gradient, both moments with their corrections, decoupled decay."""
+def test_step_equals_adamw():
+    """Two steps in numpy: clipped gradient, bias-corrected moments, decoupled decay."""
     trainer, batch = adamw_trainer(), batch_of(EXAMPLES)
     micro = jax.tree.map(lambda leaf: leaf[0], batch)
 
@@ -182,7 +182,7 @@ def test_a_step_is_that_of_adamw():
             return x - 0.05 * (rise + 0.1 * x)
 
         x = jax.tree.map(moved, x, m, v)
-        # The sign of a gradient that is almost zero is anybody's guess in float32.
+        # The sign of a gradient near zero is arbitrary in float32.
         assert_close(state.train["prefix"], x, rtol=1e-3, atol=2e-3)
 
 
@@ -196,7 +196,7 @@ def test_metrics_count_targets_and_tokens():
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
-def test_a_step_does_not_depend_on_how_it_is_split(accumulate):
+def test_step_does_not_depend_on_the_number_of_micro_batches(accumulate):
     batch = batch_of(EXAMPLES, accumulate)
     counts = batch.weight_BM.sum((1, 2))
     assert len(set(counts.tolist())) > 1, "micro-batches of equal target counts prove nothing"
@@ -209,7 +209,7 @@ def test_a_step_does_not_depend_on_how_it_is_split(accumulate):
         )
 
 
-def test_the_loss_is_a_mean_over_tokens_or_a_sum_per_example():
+def test_loss_is_a_mean_over_tokens_or_a_sum_per_example():
     state, metrics = sgd_step()
     by_example, its_metrics = Trainer(PREFIX, reduction="example").run(batch_of(EXAMPLES))
     targets_each = float(metrics.targets) / len(EXAMPLES)
@@ -222,11 +222,11 @@ def test_the_loss_is_a_mean_over_tokens_or_a_sum_per_example():
     )
 
 
-# What must not happen.
+# Failures and donation.
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_loss_that_is_not_finite_changes_nothing(value):
+def test_nonfinite_loss_changes_nothing(value):
     trainer, batch = adamw_trainer(), batch_of(EXAMPLES)
     state, _ = trainer.run(batch)
     before = jax.tree.map(np.asarray, state)
@@ -239,7 +239,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(value):
     assert (float(metrics.finite), int(state.step)) == (1, 2)
 
 
-def test_a_step_consumes_its_state_and_nothing_that_the_state_came_from():
+def test_step_consumes_its_state_but_not_the_initial_parameters():
     trainer, batch = adamw_trainer(), batch_of(EXAMPLES)
     first = trainer.start()
     second, _ = trainer.run(batch, first)
@@ -249,7 +249,7 @@ def test_a_step_consumes_its_state_and_nothing_that_the_state_came_from():
     jax.tree.map(np.testing.assert_array_equal, again, second)
 
 
-def test_optimizer_state_is_that_of_the_trained_part():
+def test_optimizer_state_covers_only_the_trained_part():
     state = adamw_trainer().start()
     size = sum(leaf.size for leaf in jax.tree.leaves(state.train))
     assert sum(leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim) == 2 * size
@@ -258,7 +258,7 @@ def test_optimizer_state_is_that_of_the_trained_part():
 # Dropout.
 
 
-def test_dropout_follows_the_seed_and_the_step_and_is_off_outside_of_training():
+def test_dropout_depends_on_seed_and_step_and_is_off_outside_training():
     method, batch = PrefixTuning(4, dropout=0.5), batch_of(EXAMPLES)
     trainer, other = (Trainer(method, seed=seed) for seed in (0, 1))
 
@@ -276,10 +276,10 @@ def test_dropout_follows_the_seed_and_the_step_and_is_off_outside_of_training():
     )
 
 
-# The same step elsewhere.
+# Several devices.
 
 
-# Columns are shared by 4 devices, or by 2 of which each pair splits the layers.
+# 4 devices share the columns, or 2 do and each pair splits the layers.
 MESHES = [
     {"data": 2, "fsdp": 2, "tensor": 2},
     {"data": 1, "fsdp": 2, "sequence": 4},
@@ -289,18 +289,18 @@ MESHES = [
 
 @pytest.mark.parametrize("method", [PREFIX, PROMPT, None], ids=["prefix", "prompt", "full"])
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "-".join(sizes))
-def test_eight_devices_do_what_one_does(method, sizes, compiler_warnings):
+def test_eight_devices_equal_one(method, sizes, compiler_warnings):
     batch = batch_of(EXAMPLES, rows_multiple=4)
     alone = Trainer(method) if method is not PREFIX else sgd_trainer()
     meshed = Trainer(method, mesh=make_mesh(**sizes))
     (state, metrics), (expected, expected_metrics) = meshed.run(batch), alone.run(batch)
     assert_close(state, expected)
     assert_close(metrics, expected_metrics)
-    # XLA's complaint when it copies the activations of the whole batch to every device.
+    # XLA warns if it copies the activations of the whole batch to every device.
     assert "Involuntary full rematerialization" not in compiler_warnings()
 
 
-def test_moments_lie_where_their_parameters_lie():
+def test_moments_are_sharded_like_their_parameters():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     state = Trainer(None, adamw(None), mesh).start()
     (adam,) = (
@@ -316,7 +316,7 @@ def test_moments_lie_where_their_parameters_lie():
     assert not adam.mu["backbone"]["embed"]["tokens_VD"].sharding.is_fully_replicated
 
 
-def test_full_fine_tuning_trains_every_weight():
+def test_full_fine_tuning_updates_every_weight():
     trainer = Trainer(None)
     assert jax.tree.leaves(trainer.frozen) == []
     state, metrics = trainer.run(batch_of(EXAMPLES))

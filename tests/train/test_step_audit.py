@@ -1,4 +1,4 @@
-"""The compiled step does no work, and holds no memory, that a frozen backbone spares.
+"""The compiled step avoids the work and memory that a frozen backbone does not need.
 
 The steps are those of `benchmarks/step_audit.py`. Each check is shown to fail on a step that breaks
 its rule.
@@ -30,7 +30,7 @@ def _benchmark() -> ModuleType:
     script = Path(__file__).parents[2] / "benchmarks" / "step_audit.py"
     spec = importlib.util.spec_from_file_location("step_audit", script)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module here
     spec.loader.exec_module(module)
     return module
 
@@ -55,12 +55,14 @@ def ratio(case: Any, found: Audit) -> float:
         step_audit.TINY_T5,
         dataclasses.replace(step_audit.TINY_T5, method="prompt"),
         step_audit.SMOLLM2,
-        dataclasses.replace(step_audit.SMOLLM2, targets=300),  # not whole chunks of the loss
+        dataclasses.replace(
+            step_audit.SMOLLM2, targets=300
+        ),  # not a multiple of the chunks of the loss
         step_audit.LLAMA,
     ],
     ids=lambda case: f"{case.model}-{case.method}-{case.targets}",
 )
-def test_a_step_computes_and_stores_what_it_must(case: Any) -> None:
+def test_step_computes_and_stores_no_more_than_necessary(case: Any) -> None:
     found = audit(*compile_step(case))
     assert found.opaque == ()
     assert 1 <= ratio(case, found) <= LIMIT
@@ -70,14 +72,14 @@ def test_a_step_computes_and_stores_what_it_must(case: Any) -> None:
     assert found.train_elements < found.backbone_bytes / 100
 
 
-def test_what_a_step_needs_besides_the_backbone_goes_with_its_tokens() -> None:
+def test_memory_beyond_the_backbone_is_proportional_to_the_tokens() -> None:
     few = dataclasses.replace(step_audit.SMOLLM2, tokens=40, targets=24)
     found = audit(*compile_step(few))
     assert found.temp_bytes < found.backbone_bytes / 10
     assert ratio(few, found) <= LIMIT
 
 
-def test_a_norm_over_all_gradients_would_be_noticed() -> None:
+def test_detects_a_norm_over_all_gradients() -> None:
     def make(model: PrefixModel, optimizer: optax.GradientTransformation) -> Any:
         def step(state: TrainState, frozen: Any, micro: Batch) -> tuple[TrainState, jax.Array]:
             batch = jax.tree.map(lambda leaf: leaf[0], micro)
@@ -93,13 +95,13 @@ def test_a_norm_over_all_gradients_would_be_noticed() -> None:
 
     found = audit(*compile_step(step_audit.TINY, make))
     assert ratio(step_audit.TINY, found) > 1.3
-    # Seven matrices a layer, and the head.
+    # Seven matrices per layer, and the head.
     assert sum(product.count for product in found.weight_gradients) == 7 * 4 + 1
     assert found.weight_copies != ()
 
 
 def trained_head_loss(model: PrefixModel, params: Any, batch: Batch) -> jax.Array:
-    """The loss as one would write it: every parameter gets a gradient."""
+    """A naive loss, with a gradient for every parameter."""
     h_BTD, _ = model.backbone.hidden(
         params["backbone"], batch.ids_BT, batch.layout, model.prefix(params)
     )
@@ -109,7 +111,7 @@ def trained_head_loss(model: PrefixModel, params: Any, batch: Batch) -> jax.Arra
     return jnp.sum(losses_BM * batch.weight_BM)
 
 
-def test_a_copy_of_the_backbone_would_be_noticed() -> None:
+def test_detects_a_copy_of_the_backbone() -> None:
     def make(model: PrefixModel, optimizer: optax.GradientTransformation) -> Any:
         step = make_step(model, optimizer)
 
@@ -123,7 +125,7 @@ def test_a_copy_of_the_backbone_would_be_noticed() -> None:
     assert found.weight_copies != ()
 
 
-def test_an_optimizer_of_all_parameters_would_be_noticed() -> None:
+def test_detects_an_optimizer_of_all_parameters() -> None:
     compiled, backbone, state = compile_step(step_audit.TINY)
     whole = {"backbone": backbone, "prefix": state.train["prefix"]}
     state = dataclasses.replace(state, optimizer=jax.eval_shape(optax.adam(1e-3).init, whole))
