@@ -39,8 +39,10 @@ setup(
         "scikit-learn>=1.8.0,<2",
         "scipy>=1.17.1,<2",
         "seqeval>=1.2.2,<2",
-        # Configuration and reports; rich draws bars and tables alike and knows when it is piped
+        # Configuration and reports
         "pyyaml>=6.0.2,<7",
+        "pydantic>=2.12.0,<3",
+        "annotated-types>=0.7.0,<1",
         "rich>=13.9.4,<16",
         "matplotlib>=3.10.9,<4",
         "tensorboardX>=2.6.4,<3",

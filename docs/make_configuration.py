@@ -15,7 +15,7 @@ import yaml
 
 from prefix_jax import config
 from prefix_jax.methods import METHODS
-from prefix_jax.typed import described, range_of
+from prefix_jax.validation import describe
 
 PAGE = Path(__file__).parent / "configuration.md"
 
@@ -59,9 +59,8 @@ def _section(title: str, cls: Any, key: str) -> str:
 
 
 def _values(hint: Any) -> str:
-    """The type of a field in words, and the range of its numbers."""
-    limits = range_of(hint)
-    return described(hint) if limits is None else f"{described(hint)}, {limits}"
+    """The type of a field in words, without articles."""
+    return re.sub(r"\ban? (?!section)", "", describe(hint))
 
 
 def _default(field: dataclasses.Field) -> str:

@@ -11,7 +11,7 @@ class PrefixJaxError(Exception):
     """Base class of errors that are caused by the user's input."""
 
 
-class ConfigError(PrefixJaxError):
+class ConfigError(PrefixJaxError, ValueError):
     """A config has unknown keys, invalid values or contradictions."""
 
 

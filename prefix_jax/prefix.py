@@ -19,7 +19,7 @@ import flax.struct
 import jax
 
 from prefix_jax.errors import ConfigError
-from prefix_jax.untrusted.values import Size, require_fields
+from prefix_jax.validation import PositiveInt, check_fields
 
 # The attentions of a transformer that a prefix can reach. Encoder-only and decoder-only models have
 # one.
@@ -251,10 +251,13 @@ class SiteShape:
         head_dim: H.
     """
 
-    layers: Size
-    query_heads: Size
-    kv_heads: Size
-    head_dim: Size
+    layers: PositiveInt
+    query_heads: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,15 +272,15 @@ class Geometry:
         embed_dim: width of the input embeddings, if it is not D.
     """
 
-    d_model: Size
-    vocab: Size
+    d_model: PositiveInt
+    vocab: PositiveInt
     decoder: SiteShape | None = None
     encoder: SiteShape | None = None
     cross: SiteShape | None = None
-    embed_dim: Size | None = None
+    embed_dim: PositiveInt | None = None
 
     def __post_init__(self) -> None:
-        require_fields(self, ConfigError)
+        check_fields(self)
         if self.decoder is None and self.encoder is None:
             raise ConfigError("geometry: decoder and encoder are both missing; give at least one")
 

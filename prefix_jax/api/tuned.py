@@ -33,7 +33,7 @@ from prefix_jax.mesh import on_mesh_of
 from prefix_jax.model import PrefixModel, encoder_decoder
 from prefix_jax.prefix import Prefix, Produced
 from prefix_jax.runs.finish import RunResult
-from prefix_jax.typed import build
+from prefix_jax.validation import build
 
 Source = str | Path | Iterable[Mapping[str, Any]]
 

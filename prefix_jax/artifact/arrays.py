@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from prefix_jax.errors import ConfigError, PrefixError
+from prefix_jax.errors import PrefixError
 from prefix_jax.prefix import (
     SITES,
     Adapter,
@@ -26,7 +26,7 @@ from prefix_jax.prefix import (
     SiteName,
     SiteShape,
 )
-from prefix_jax.untrusted.values import Count, require_fields
+from prefix_jax.validation import Count, check_fields
 
 Kind = Literal["embeds", "hidden", "adapter", "kv"]
 Shape = tuple[int, ...]
@@ -56,7 +56,7 @@ class PrefixSpec:
 
     def __post_init__(self) -> None:
         """Raises ConfigError if a value is out of range."""
-        require_fields(self, ConfigError)
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)

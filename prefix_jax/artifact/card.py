@@ -18,8 +18,7 @@ from prefix_jax.errors import BackboneError, ConfigError, PrefixError
 from prefix_jax.nn.activations import activation
 from prefix_jax.nn.quantized import Quantize
 from prefix_jax.prefix import Adapter, Geometry, Prefix, Produced, SiteName
-from prefix_jax.typed import build
-from prefix_jax.untrusted.values import Count, Probability, Size, require
+from prefix_jax.validation import Count, PositiveInt, Probability, build, require
 
 # 3 added the digest of the card, 4 renamed fields: `upgrade` reads the older ones.
 FORMAT_VERSION = 4
@@ -28,7 +27,7 @@ TaskKind = Literal["classify", "regress", "tag", "span", "choice"]
 # The fields of a head, and how many numbers a head of each kind makes where labels do not say.
 HEAD_FIELDS: dict[str, Any] = {
     "kind": TaskKind,
-    "outputs": Size,
+    "outputs": PositiveInt,
     "activation": str | None,
     "pooled": bool,
     "bias": bool,
@@ -107,7 +106,7 @@ class TemplateCard:
     references: str | None = None
     task: str | None = None
     loss: Literal["target", "all"] = "target"
-    max_length: Size | None = None
+    max_length: PositiveInt | None = None
     truncate: Literal["left", "right"] = "left"
     on_overflow: Literal["error", "drop"] = "error"
 
@@ -124,7 +123,7 @@ class TaskCard:
 
     config: dict[str, Any]
     head: dict[str, Any]
-    shapes: dict[str, tuple[Size, ...]]
+    shapes: dict[str, tuple[PositiveInt, ...]]
 
     def check(self, d_model: int) -> None:
         """Checks that the task, the head and its arrays belong together.

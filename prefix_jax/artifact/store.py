@@ -24,10 +24,10 @@ from prefix_jax.artifact.card import FORMAT_VERSION, Card
 from prefix_jax.artifact.upgrade import upgrade
 from prefix_jax.errors import CheckpointError, ConfigError, PrefixError
 from prefix_jax.prefix import Produced
-from prefix_jax.typed import build
 from prefix_jax.untrusted.json import read_json
 from prefix_jax.untrusted.paths import expand
 from prefix_jax.untrusted.safetensors import read_header, read_tensors
+from prefix_jax.validation import build
 
 Container = Literal["orbax", "safetensors"]
 

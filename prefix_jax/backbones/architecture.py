@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from prefix_jax.errors import BackboneError
 from prefix_jax.nn.activations import activation
 from prefix_jax.nn.relative import Relative
 from prefix_jax.nn.rotary import Rotary
 from prefix_jax.prefix import Geometry, SiteShape
-from prefix_jax.untrusted.values import Count, Positive, Range, Size, require_fields
+from prefix_jax.validation import Count, PositiveFloat, PositiveInt, Probability, check_fields
 
 # The positions of a model whose table and training set no bound (T5).
 UNLIMITED = 2**31 - 1
 
-Epsilon = Annotated[float, Range(0, 1)]
 _LAYER_KINDS = ("full_attention", "sliding_attention")
 
 Norm = Literal["rms", "rms_plus_one", "layer"]
@@ -78,16 +77,16 @@ class Architecture:
     """
 
     model_type: str
-    layers: Size
-    d_model: Size
-    heads: Size
-    kv_heads: Size
-    head_dim: Size
-    d_ff: Size
-    vocab: Size
-    max_positions: Size
+    layers: PositiveInt
+    d_model: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+    d_ff: PositiveInt
+    vocab: PositiveInt
+    max_positions: PositiveInt
     norm: Norm
-    epsilon: Epsilon
+    epsilon: Probability
     activation: str
     gated: bool
     causal: bool = True
@@ -101,20 +100,20 @@ class Architecture:
     position_offset: Count = 0
     token_types: Count = 0
     own_tokens: bool = False
-    embed_dim: Size | None = None
-    embed_scale: Positive | None = None
+    embed_dim: PositiveInt | None = None
+    embed_scale: PositiveFloat | None = None
     embed_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    attention_scale: Positive | None = None
-    attention_softcap: Positive | None = None
-    logit_softcap: Positive | None = None
-    window: Size | None = None
+    attention_scale: PositiveFloat | None = None
+    attention_softcap: PositiveFloat | None = None
+    logit_softcap: PositiveFloat | None = None
+    window: PositiveInt | None = None
     sliding: tuple[bool, ...] = ()
     tied: bool = True
-    head_scale: Positive | None = None
+    head_scale: PositiveFloat | None = None
     head_bias: bool = False
     pooler: bool = False
     encoder: Architecture | None = None
@@ -125,7 +124,7 @@ class Architecture:
 
     def __post_init__(self) -> None:
         """Raises ValueError or BackboneError where no model could have these values."""
-        require_fields(self, ValueError)
+        check_fields(self, error=ValueError)
         activation(self.activation)
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.kv_heads} key/value heads do not share {self.heads} heads")

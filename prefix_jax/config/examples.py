@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
-from prefix_jax.config.checks import require
-from prefix_jax.typed import Fraction, Range, Size, check_fields
+from prefix_jax.validation import Fraction, Interval, Size, check_conditions, check_fields
 
 Preparing = Literal["e2e", "web_nlg", "dart", "copa", "sst2", "mrpc", "rte"]
 
@@ -64,18 +63,18 @@ class DataConfig:
     task: str | None = None
     loss: Literal["target", "all"] = "target"
     reduction: Literal["token", "example"] = "token"
-    max_length: Annotated[int, Range(2, 2**24)] | None = None
+    max_length: Annotated[int, Interval(ge=2, le=2**24)] | None = None
     truncate: Literal["left", "right"] = "left"
     on_overflow: Literal["error", "drop"] = "error"
     pack: bool = True
     group_by_source: bool = False
-    batch_size: Annotated[int, Range(1, 2**16)] = 8
+    batch_size: Annotated[int, Interval(ge=1, le=2**16)] = 8
     tfds_dir: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
         templates = self.input is not None or self.target is not None
-        require(
+        check_conditions(
             (
                 not (templates and self.messages is not None),
                 "messages excludes input and target: a chat has its own turns",
@@ -119,7 +118,7 @@ class TaskConfig:
     labels: tuple[str, ...] | None = None
     words: str = "tokens"
     choices: tuple[str, ...] | None = None
-    stride: Annotated[int, Range(0, 2**24)] = 128
+    stride: Annotated[int, Interval(ge=0, le=2**24)] = 128
     answer_tokens: Size = 30
     unanswerable: bool = False
     dropout: Fraction = 0.1
@@ -127,7 +126,7 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(
+        check_conditions(
             (
                 not self.reads_soft or self.name in ("classify", "regress"),
                 "reads_soft is for name: classify and name: regress, whose heads read one token; "

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from prefix_jax.config.checks import require
 from prefix_jax.config.examples import TaskName
-from prefix_jax.typed import (
+from prefix_jax.validation import (
     Fraction,
+    Interval,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    Range,
     Seed,
     Size,
+    check_conditions,
     check_fields,
+    renamed,
 )
 
 Metric = Literal[
@@ -38,15 +39,16 @@ Metric = Literal[
 
 
 # Beams x vocabulary are counted in 32 bits, and hardly any search gains from more than ten.
-_Beams = Annotated[int, Range(1, 1024)]
+_Beams = Annotated[int, Interval(ge=1, le=1024)]
 # Every sample of a prompt is a row of the batch.
-_Samples = Annotated[int, Range(1, 4096)]
+_Samples = Annotated[int, Interval(ge=1, le=4096)]
 # Lengths to a higher power leave float32.
-_LengthPenalty = Annotated[float, Range(-5, 5)]
+_LengthPenalty = Annotated[float, Interval(ge=-5, le=5)]
 # Defaults of what only beam search reads.
 _OF_BEAMS = {"length_penalty": 1.0, "early_stopping": False}
 
 
+@renamed(beams="num_beams", samples="num_samples", no_repeat_ngram="no_repeat_ngram_size")
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
     """How text is generated. A checkpoint's `generation_config.json` changes none of these
@@ -78,23 +80,17 @@ class DecodeConfig:
         seed: of the sampling. What is drawn for a record also depends on its place in the file.
     """
 
-    RENAMED: ClassVar[dict[str, str]] = {
-        "beams": "num_beams",
-        "samples": "num_samples",
-        "no_repeat_ngram": "no_repeat_ngram_size",
-    }
-
     max_new_tokens: Size = 64
-    min_new_tokens: Annotated[int, Range(0, 2**20)] = 0
+    min_new_tokens: Annotated[int, Interval(ge=0, le=2**20)] = 0
     num_beams: _Beams = 1
     length_penalty: _LengthPenalty = 1.0
     early_stopping: bool | Literal["never"] = False
     temperature: NonNegativeFloat = 0.0
     top_k: PositiveInt | None = None
-    top_p: Annotated[float, Range(0, 1, low_open=True)] | None = None
+    top_p: Annotated[float, Interval(gt=0, le=1)] | None = None
     min_p: Fraction | None = None
     repetition_penalty: PositiveFloat = 1.0
-    no_repeat_ngram_size: Annotated[int, Range(0, 1024)] = 0
+    no_repeat_ngram_size: Annotated[int, Interval(ge=0, le=1024)] = 0
     banned_words: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     num_samples: _Samples = 1
@@ -106,7 +102,7 @@ class DecodeConfig:
         searching = [name for name in _OF_BEAMS if getattr(self, name) != _OF_BEAMS[name]]
         defaults = ", ".join(f"{name}: {str(_OF_BEAMS[name]).lower()}" for name in searching)
         narrow = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
-        require(
+        check_conditions(
             (
                 self.min_new_tokens <= self.max_new_tokens,
                 f"min_new_tokens {self.min_new_tokens} exceeds "
@@ -139,6 +135,7 @@ class DecodeConfig:
         )
 
 
+@renamed(before="compare_baseline", limit="max_examples")
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
     """What is measured on held-out examples.
@@ -157,8 +154,6 @@ class EvaluateConfig:
         max_examples: examples at most, of each task where there are several; None takes all.
     """
 
-    RENAMED: ClassVar[dict[str, str]] = {"before": "compare_baseline", "limit": "max_examples"}
-
     metrics: tuple[Metric, ...] = ("loss",)
     labels: tuple[str, ...] | None = None
     compare_baseline: bool = False
@@ -167,7 +162,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require((bool(self.metrics), "metrics must name at least one"))
+        check_conditions((bool(self.metrics), "metrics must name at least one"))
 
 
 # The metrics of each task.
@@ -186,7 +181,7 @@ def check_metrics(task: TaskName, evaluate: EvaluateConfig) -> None:
     if task == "generate":
         wrong = [metric for metric in evaluate.metrics if metric in _OF_LABELS]
         of_text = [metric for metric in get_args(Metric) if metric not in _OF_LABELS]
-        require(
+        check_conditions(
             (
                 not wrong,
                 f"evaluate.metrics: {', '.join(wrong)} measures predicted labels, and task.name is "
@@ -202,7 +197,7 @@ def check_metrics(task: TaskName, evaluate: EvaluateConfig) -> None:
         return
     known = METRICS_OF[task]
     wrong = [metric for metric in evaluate.metrics if metric not in known]
-    require(
+    check_conditions(
         (
             not wrong,
             f"evaluate.metrics: {', '.join(wrong)} cannot measure task.name {task}; "

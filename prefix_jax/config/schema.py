@@ -7,22 +7,23 @@ stands for, and builds it.
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from prefix_jax.config.checks import require
 from prefix_jax.config.examples import DataConfig, TaskConfig
 from prefix_jax.config.results import DecodeConfig, EvaluateConfig, check_metrics
 from prefix_jax.nn.remat import Remat
-from prefix_jax.typed import (
+from prefix_jax.validation import (
     Count,
     Fraction,
+    Interval,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    Range,
     Seed,
     Size,
+    check_conditions,
     check_fields,
+    renamed,
 )
 
 
@@ -86,7 +87,7 @@ class InitConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(
+        check_conditions(
             (
                 self.text is None or (self.start in (None, "text") and self.text != ""),
                 "text is what start: text begins with; it is not empty",
@@ -110,6 +111,7 @@ class InitConfig:
         )
 
 
+@renamed(warmup="warmup_steps", clip="clip_norm", accumulate="grad_accum_steps")
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """How what trains is updated.
@@ -133,18 +135,12 @@ class OptimConfig:
         grad_accum_steps: micro-batches per optimizer step; divides `data.batch_size`.
     """
 
-    RENAMED: ClassVar[dict[str, str]] = {
-        "warmup": "warmup_steps",
-        "clip": "clip_norm",
-        "accumulate": "grad_accum_steps",
-    }
-
     name: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: PositiveFloat = 1e-2
     head_learning_rate: PositiveFloat | None = None
     schedule: Literal["constant", "linear", "cosine", "exponential"] = "linear"
     warmup_steps: Count = 0
-    decay: Annotated[float, Range(0, 1, low_open=True)] = 0.95
+    decay: Annotated[float, Interval(gt=0, le=1)] = 0.95
     decay_every: PositiveInt | None = None
     weight_decay: NonNegativeFloat = 0.0
     clip_norm: PositiveFloat | None = 1.0
@@ -155,7 +151,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(
+        check_conditions(
             (
                 (self.schedule == "exponential") == (self.decay_every is not None),
                 "schedule: exponential needs decay_every, the steps after which the rate falls; "
@@ -164,6 +160,7 @@ class OptimConfig:
         )
 
 
+@renamed(keep="keep_checkpoints", profile="profile_steps")
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How long training runs, and what it does on the way.
@@ -180,8 +177,6 @@ class TrainConfig:
         profile_steps: number of steps to trace for XProf, starting with the third; None is off.
     """
 
-    RENAMED: ClassVar[dict[str, str]] = {"keep": "keep_checkpoints", "profile": "profile_steps"}
-
     steps: PositiveInt | None = None
     epochs: PositiveFloat | None = None
     seed: Seed = 0
@@ -194,7 +189,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(
+        check_conditions(
             (
                 (self.steps is None) != (self.epochs is None),
                 "give exactly one of steps (optimizer steps) and epochs (passes over the data)"
@@ -208,7 +203,7 @@ class TrainConfig:
 
 
 # -1 for the devices that remain.
-_Devices = Annotated[int, Range(-1, 2**15)]
+_Devices = Annotated[int, Interval(ge=-1, le=2**15)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +240,7 @@ class MeshConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         sizes = self.sizes
-        require(
+        check_conditions(
             (
                 not self.auto or sizes == MeshConfig().sizes,
                 "auto chooses data, fsdp, sequence and tensor: leave them out",
@@ -266,6 +261,7 @@ def default_method() -> dict[str, Any]:
     return {"name": "prefix", "length": 16}
 
 
+@renamed(output="output_dir")
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One training run.
@@ -285,8 +281,6 @@ class Config:
         task: what is made of a text.
     """
 
-    RENAMED: ClassVar[dict[str, str]] = {"output": "output_dir"}
-
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
@@ -303,7 +297,7 @@ class Config:
         check_fields(self)
         check_metrics(self.task.name, self.evaluate)
         data, generates = self.data, self.task.name == "generate"
-        require(
+        check_conditions(
             (
                 not generates or data.target is not None or data.messages is not None,
                 "data: give target (a template such as '{text}') or messages (the field of a "

@@ -15,9 +15,9 @@ import yaml
 
 from prefix_jax.config.schema import Config, default_method
 from prefix_jax.errors import ConfigError, RenamedKeyError
-from prefix_jax.typed import Problem, construct, hint_at, plain, shown, takes_text
 from prefix_jax.untrusted.paths import read_text
 from prefix_jax.untrusted.yaml import add_core_schema, parse_yaml
+from prefix_jax.validation import Problem, accepts_text, construct, hint_at, plain, shown
 
 T = TypeVar("T")
 
@@ -168,7 +168,7 @@ def _spell_out(values: Any) -> Any:
 
 def _override_value(cls: type, key: str, text: str) -> Any:
     hint = hint_at(cls, key)
-    if not text and takes_text(hint) and type(None) not in get_args(hint):
+    if not text and accepts_text(hint) and type(None) not in get_args(hint):
         raise ConfigError(f"expected text after '='; write {key}=VALUE")
     try:
         value = parse_yaml(text, key, ConfigError)
@@ -176,7 +176,7 @@ def _override_value(cls: type, key: str, text: str) -> Any:
         _check_quotes(text, key)
         return text
     # model.path=7 and data.input=[{x}] mean the text itself, although YAML sees more in it.
-    as_it_is = takes_text(hint) and not isinstance(value, str | None)
+    as_it_is = accepts_text(hint) and not isinstance(value, str | None)
     return text if as_it_is else value
 
 

@@ -21,7 +21,7 @@ from prefix_jax.evaluate.run import Evaluator
 from prefix_jax.heads import Head
 from prefix_jax.model import PrefixModel
 from prefix_jax.prefix import Prefix
-from prefix_jax.typed import build
+from prefix_jax.validation import build
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from prefix_jax.methods.plus import PrefixTuningPlus
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.methods.prompt import PromptTuning
 from prefix_jax.methods.ptuning import PTuning
-from prefix_jax.typed import build
+from prefix_jax.validation import build
 
 __all__ = [
     "FULL",

@@ -20,7 +20,7 @@ from prefix_jax.prefix import (
     Produced,
     Site,
 )
-from prefix_jax.typed import Fraction, Size, check_fields
+from prefix_jax.validation import Fraction, Size, check_fields
 
 Params = Mapping[str, Any]
 

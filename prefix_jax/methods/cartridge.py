@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from prefix_jax.errors import ConfigError
 from prefix_jax.methods.base import Method, Params
 from prefix_jax.prefix import Geometry, KVPrefix, Prefix, Site, SiteName
-from prefix_jax.typed import Count
+from prefix_jax.validation import Count
 
 
 @dataclasses.dataclass(frozen=True)

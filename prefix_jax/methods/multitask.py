@@ -13,10 +13,10 @@ import numpy as np
 from prefix_jax.errors import ConfigError, PrefixError
 from prefix_jax.methods.base import Method, Params
 from prefix_jax.prefix import Embeds, Geometry
-from prefix_jax.typed import Count, Width
 from prefix_jax.untrusted.names import check_storable_names
 from prefix_jax.untrusted.paths import expand
 from prefix_jax.untrusted.safetensors import read_tensors
+from prefix_jax.validation import Count, Width
 
 # The arrays of a source, named as in PEFT's MULTITASK_PROMPT_TUNING: (P, D), (tasks, P, ranks) and
 # (tasks, ranks, D).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,10 @@ import jax.numpy as jnp
 from prefix_jax.methods.base import Params, torch_linear
 from prefix_jax.methods.sites import SiteMethod
 from prefix_jax.prefix import SITES, Geometry, KVPrefix, Prefix, Site, SiteName, SiteShape
-from prefix_jax.typed import Count, Width
+from prefix_jax.validation import Count, Width, renamed
 
 
+@renamed(mid="mid_dim", offset="text_position")
 @dataclasses.dataclass(frozen=True)
 class PrefixTuning(SiteMethod):
     """Trains the keys and values directly, or the paper's MLP that computes them.
@@ -29,8 +29,6 @@ class PrefixTuning(SiteMethod):
             positions unshifted, as in the paper's code for BART.
         pinned: keeps the prefix visible after a sliding window has moved past it.
     """
-
-    RENAMED: ClassVar[dict[str, str]] = {"mid": "mid_dim", "offset": "text_position"}
 
     mid_dim: Width | None = None
     text_position: Count | None = None

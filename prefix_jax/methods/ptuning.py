@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from prefix_jax.methods.base import Method, Params, torch_linear
 from prefix_jax.prefix import Embeds, Geometry
-from prefix_jax.typed import Fraction, Range, Width
+from prefix_jax.validation import Fraction, Interval, Width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PTuning(Method[Embeds]):
 
     encoder: Literal["mlp", "lstm"] = "mlp"
     hidden: Width | None = None
-    lstm_layers: Annotated[int, Range(1, 64)] = 2
+    lstm_layers: Annotated[int, Interval(ge=1, le=64)] = 2
     lstm_dropout: Fraction = 0.0
 
     produces = Embeds

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefix_jax.untrusted.values import Size, require_fields
+from prefix_jax.validation import PositiveInt, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Relative:
         both_ways: whether keys after the query have separate buckets (encoders).
     """
 
-    buckets: Size
-    farthest: Size
+    buckets: PositiveInt
+    farthest: PositiveInt
     both_ways: bool
 
     def __post_init__(self) -> None:
         """Raises ValueError if a value has the wrong type or is out of range."""
-        require_fields(self, ValueError)
+        check_fields(self, error=ValueError)
 
     def bucket(self, distance: np.ndarray) -> np.ndarray:
         """Buckets of distances (query position minus key position), in the same shape.

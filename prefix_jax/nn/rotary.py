@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefix_jax.untrusted.values import (
+from prefix_jax.validation import (
     Count,
-    NonNegative,
-    Positive,
-    Range,
+    NonNegativeFloat,
+    PositiveFloat,
     Share,
-    require_fields,
+    check_fields,
 )
-
-Theta = Annotated[float, Range(0, open=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +36,19 @@ class Rotary:
         share: the fraction of a head's dimensions that rotate (GPT-NeoX).
     """
 
-    theta: Theta
+    theta: PositiveFloat
     scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
-    factor: Positive = 1.0
+    factor: PositiveFloat = 1.0
     original_length: Count = 0
-    low: NonNegative = 1.0
-    high: NonNegative = 1.0
-    attention: NonNegative = 1.0
+    low: NonNegativeFloat = 1.0
+    high: NonNegativeFloat = 1.0
+    attention: NonNegativeFloat = 1.0
     truncate: bool = True
     share: Share = 1.0
 
     def __post_init__(self) -> None:
         """Raises ValueError if a value has the wrong type or is out of range."""
-        require_fields(self, ValueError)
+        check_fields(self, error=ValueError)
 
     def check(self, head_dim: int) -> None:
         """Raises ValueError if heads of this size cannot be rotated."""

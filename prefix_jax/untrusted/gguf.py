@@ -20,7 +20,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from prefix_jax.errors import PrefixJaxError
 from prefix_jax.untrusted.paths import open_binary
-from prefix_jax.untrusted.values import require
+from prefix_jax.validation import require
 
 # Bytes of metadata and tensor infos. A vocabulary of 256,000 tokens with merges has 20 MB.
 HEADER_LIMIT = 128 * 2**20
@@ -87,7 +87,7 @@ class Metadata:
 
         Args:
             key: the key, such as "llama.block_count".
-            hint: the expected type and range, such as `values.Size` or `list[str]`.
+            hint: the expected type and range, such as `PositiveInt` or `list[str]`.
             default: the value of a missing key; without a default, the key is required.
 
         Raises:

@@ -14,9 +14,9 @@ import numpy as np
 from prefix_jax.errors import PrefixJaxError
 from prefix_jax.untrusted.json import parse_json
 from prefix_jax.untrusted.paths import expand, explain, open_binary
-from prefix_jax.untrusted.values import Range, matches
+from prefix_jax.validation import Interval, matches
 
-_Index = Annotated[int, Range(0, 2**63 - 1)]
+_Index = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 # Headers have about 120 bytes per tensor.
 HEADER_LIMIT = 64 * 2**20
 MAX_RANK = 8

@@ -28,7 +28,7 @@ from prefix_jax.untrusted.tokenizer_json import (
     check_vocabulary,
     json_object,
 )
-from prefix_jax.untrusted.values import Range, matches
+from prefix_jax.validation import Interval, matches
 
 if TYPE_CHECKING:  # the import takes seconds
     from transformers import PreTrainedTokenizerFast
@@ -169,7 +169,7 @@ def _checked_config(
     for token in tokens.values():
         check_token(token, f"{where}: added_tokens_decoder", error)
     extra = checked.get("extra_ids")
-    if not matches(extra, Annotated[int, Range(0, _MAX_EXTRA_IDS)] | None):
+    if not matches(extra, Annotated[int, Interval(ge=0, le=_MAX_EXTRA_IDS)] | None):
         raise error(
             f"{where}: extra_ids must be an integer up to {_MAX_EXTRA_IDS}, got {extra!r:.40}"
         )

@@ -12,14 +12,14 @@ from typing import Annotated, Any
 
 from prefix_jax.errors import PrefixJaxError
 from prefix_jax.untrusted.json import describe_json
-from prefix_jax.untrusted.values import Range, matches
+from prefix_jax.validation import Interval, matches
 
 # The library allocates memory up to the largest id. The largest known vocabulary has 262,208.
 MAX_ID = 2**22
 # How many times longer a text may become before it is split into tokens.
 MAX_GROWTH = 64
 
-Id = Annotated[int, Range(0, MAX_ID)]
+Id = Annotated[int, Interval(ge=0, le=MAX_ID)]
 
 _TOKEN_FLAGS = {"lstrip", "normalized", "rstrip", "single_word", "special"}
 _MAX_MISSING_IDS = 10_000
@@ -51,7 +51,7 @@ def check_tokenizer_json(content: Any, where: str, error: type[PrefixJaxError]) 
     settings = {key: value for key, value in model.items() if key not in ("vocab", "merges")}
     check_numbers(settings, f"{where}: model", error)
     word = model.get("max_input_chars_per_word", 0)
-    if not matches(word, Annotated[int, Range(0, _MAX_WORD)]):
+    if not matches(word, Annotated[int, Interval(ge=0, le=_MAX_WORD)]):
         raise error(
             f"{where}: model.max_input_chars_per_word must be an integer up to {_MAX_WORD}, "
             f"got {word!r:.40}"

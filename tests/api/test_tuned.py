@@ -276,7 +276,7 @@ def test_argument_of_wrong_type_error_states_expected_type(model: pj.Pretrained)
         pj.fit(pj.Tuned(model, None, None), None, tiny_runs.RECORDS, **TEMPLATES, **SHORT)
     with pytest.raises(BackboneError, match=r"expected a directory.*, got a NoneType"):
         pj.load(None)
-    with pytest.raises(ConfigError, match="length: expected int; got '4'"):
+    with pytest.raises(ConfigError, match=r"length: must be an integer in .*, got '4'"):
         pj.PrefixTuning(length="4")
     with pytest.raises(ConfigError, match=r"task must be a Task such as Task\(.*got 'classify'"):
         pj.fit(

@@ -397,8 +397,8 @@ def test_reports_all_invalid_card_fields_at_once(stored: Path) -> None:
     with pytest.raises(PrefixError) as error:
         artifact.load(stored)
     for part in (
-        "kind: expected one of embeds",
-        "geometry.decoder.layers: expected int",
+        "kind: must be one of embeds",
+        "geometry.decoder.layers: must be a positive integer",
         "text_position: missing",
     ):
         assert part in str(error.value)
@@ -491,23 +491,23 @@ def test_metrics_may_be_text(stored: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"text_position": -50}, "text_position must be an integer from 0 to"),
-        ({"length": -1}, "length must be an integer from 0 to"),
-        ({"steps": -1}, "steps must be an integer from 0 to"),
-        ({"positions": [-1, 0, 1, 2, 3]}, "positions must be a list"),
+        ({"text_position": -50}, "text_position: must be a non-negative integer"),
+        ({"length": -1}, "length: must be a non-negative integer"),
+        ({"steps": -1}, "steps: must be a non-negative integer"),
+        ({"positions": [-1, 0, 1, 2, 3]}, "positions: must be a list"),
         ({"positions": [4, 3, 2, 1, 0]}, "positions must count from 0"),
         ({"layers": {"decoder": [0, 1, 9]}}, "layers.decoder must ascend from 0 to at most 2"),
         ({"layers": {"decoder": [2, 1, 0]}}, "layers.decoder must ascend"),
         ({"layers": {"cross": [0]}}, "there is no cross in the geometry"),
-        ({"geometry": {"d_model": 0, "vocab": 96}}, "d_model must be a positive integer"),
+        ({"geometry": {"d_model": 0, "vocab": 96}}, "d_model: must be a positive integer"),
         (
             {"geometry": {"d_model": 32, "vocab": 96, "decoder": {
                 "layers": 10**12, "query_heads": 4, "kv_heads": 2, "head_dim": 8}}},
-            "decoder.layers must be a positive integer",
+            "decoder.layers: must be a positive integer",
         ),
         (
             {"tokenizer": {"name": "x", "size": -1, "sha256": ""}},
-            "tokenizer.size must be an integer from 0",
+            "tokenizer.size: must be a non-negative integer",
         ),
         ({"length": 10**9}, r"instead of float32 \(3, 1000000000, 2, 8\)"),
     ],
@@ -729,7 +729,7 @@ def test_prefix_without_a_task_has_no_head(stored: Path) -> None:
         ({"config": {"name": "classify", "labels": ["a", "b", "c"]}}, "outputs is 2, expected 3"),
         ({"config": {"name": "tag", "labels": ["a", "b"]}}, "task.config.name is tag, and task.h"),
         ({"config": {"name": "generate"}}, "task.config.name is generate"),
-        ({"config": {"labels": [1, 2]}}, "task.config.labels: expected"),
+        ({"config": {"labels": [1, 2]}}, "task.config.labels: must be"),
         ({"config": {"name": "classify", "labels": ["a", "b"], "x": 1}}, "x: unknown key"),
         ({"head": {"kind": "regress", "outputs": 2}}, "task.config.name is classify"),
         ({"head": {"kind": "classify"}}, "task.head.outputs must be a positive integer"),

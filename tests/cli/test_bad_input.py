@@ -21,7 +21,10 @@ def error_of(ran):
     ("settings", "message"),
     [
         (["data.inptu={facts}"], "did you mean data.input?"),
-        (["train.steps=many"], "train.steps: expected int or null; got 'many'"),
+        (
+            ["train.steps=many"],
+            "train.steps: must be a positive integer below 2**31 or null, got 'many'",
+        ),
         (["trainsteps"], "expected key.path=value"),
         (["method.lenght=4"], "length"),
         (["method=prefxi"], "prefix"),

@@ -230,7 +230,7 @@ def test_rejects_other_weights_unless_allowed(run_in, trained, tmp_path):
         (["--prompt", ""], "is empty"),
         (["--prompt", "x", "decode.num_beems=5"], "did you mean decode.num_beams?"),
         (["--prompt", "x", "num_beams=5"], "did you mean decode.num_beams?"),
-        (["--prompt", "x", "decode.num_beams=some"], "expected int; got 'some'"),
+        (["--prompt", "x", "decode.num_beams=some"], "must be an integer in [1, 1024], got 'some'"),
         (["--prompt", "x", "evaluate.max_examples=5"], "unknown key"),
         (["--prompt", "x", "decode.max_new_tokens=999"], "exceed the model's 256 positions"),
         (["--prompt", "x", "--output", "p.jsonl"], "give both"),

@@ -32,9 +32,9 @@ def test_command_receives_arguments_and_returns_the_exit_code(probe):
 
 
 def test_user_error_is_one_line_on_stderr(probe, capsys):
-    probe.run = raising(ConfigError("optim.clip_norm: expected float"))
+    probe.run = raising(ConfigError("optim.clip_norm: must be a number"))
     assert cli.main(["probe"]) == 2
-    assert capsys.readouterr() == ("", "error: optim.clip_norm: expected float\n")
+    assert capsys.readouterr() == ("", "error: optim.clip_norm: must be a number\n")
 
 
 def test_error_text_is_escaped(probe, capsys):

@@ -308,7 +308,9 @@ BAD = {
         ContextError, ("position 256", "256 positions"), ("method.text_position=256",)
     ),
     "negative text position": Bad(
-        ConfigError, ("method.text_position: must be at least 0",), ("method.text_position=-1",)
+        ConfigError,
+        ("method.text_position: must be a non-negative integer",),
+        ("method.text_position=-1",),
     ),
     "unknown method": Bad(ConfigError, ("'prompts'", "'prompt'"), ("method=prompts",)),
     "no data": Bad(ConfigError, ("data.train",), train=None),

@@ -13,7 +13,7 @@ import pytest
 
 from prefix_jax.errors import BackboneError
 from prefix_jax.untrusted.gguf import GGUFTensor, read_header
-from prefix_jax.untrusted.values import Size
+from prefix_jax.validation import PositiveInt
 from tests.mutations import mutate_bytes, refusal
 
 F32, Q8_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
@@ -81,14 +81,14 @@ def test_reads_files_of_the_library(file: Path) -> None:
 
 def test_metadata_is_type_checked(file: Path) -> None:
     metadata, _ = read_header(file, BackboneError)
-    assert metadata.get("llama.block_count", Size) == 2
+    assert metadata.get("llama.block_count", PositiveInt) == 2
     assert metadata.get("absent", str, "default") == "default"
     with pytest.raises(BackboneError, match=r"model\.gguf: the metadata key absent is missing"):
         metadata.get("absent", str)
     with pytest.raises(
         BackboneError, match=r"metadata tokens must be a positive integer.*got \['a"
     ):
-        metadata.get("tokens", Size)
+        metadata.get("tokens", PositiveInt)
 
 
 @pytest.mark.parametrize(

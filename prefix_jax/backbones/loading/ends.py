@@ -8,7 +8,7 @@ from typing import Any
 
 from prefix_jax.backbones.loading.gguf import GGUF
 from prefix_jax.errors import BackboneError
-from prefix_jax.untrusted.values import Count, require
+from prefix_jax.validation import Count, require
 
 _KEY = "eos_token_id"
 # llama.cpp ends a text at any of these: end of text, of a turn, of a message.

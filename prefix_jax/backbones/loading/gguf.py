@@ -11,15 +11,14 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from prefix_jax.backbones.architecture import Epsilon
 from prefix_jax.backbones.families import gemma, gpt2, llama
 from prefix_jax.backbones.families.names import NameTable
 from prefix_jax.errors import BackboneError
-from prefix_jax.nn.rotary import Rotary, Theta
+from prefix_jax.nn.rotary import Rotary
 from prefix_jax.untrusted.gguf import Metadata, read_header
 from prefix_jax.untrusted.paths import explain
 from prefix_jax.untrusted.safetensors import map_array
-from prefix_jax.untrusted.values import Positive, Size
+from prefix_jax.validation import PositiveFloat, PositiveInt, Probability
 
 # By llama.cpp's names of architectures.
 TABLES: dict[str, NameTable] = {
@@ -126,28 +125,30 @@ class GGUF:
         }
         if self.architecture == "gpt2":
             return shared | {
-                "n_layer": get("block_count", Size),
-                "n_embd": get("embedding_length", Size),
-                "n_head": get("attention.head_count", Size),
-                "n_inner": get("feed_forward_length", Size),
-                "n_positions": get("context_length", Size),
-                "layer_norm_epsilon": get("attention.layer_norm_epsilon", Epsilon),
+                "n_layer": get("block_count", PositiveInt),
+                "n_embd": get("embedding_length", PositiveInt),
+                "n_head": get("attention.head_count", PositiveInt),
+                "n_inner": get("feed_forward_length", PositiveInt),
+                "n_positions": get("context_length", PositiveInt),
+                "layer_norm_epsilon": get("attention.layer_norm_epsilon", Probability),
                 "activation_function": "gelu_new",
             }
-        heads = get("attention.head_count", Size)
-        head_dim = get("attention.key_length", Size, get("embedding_length", Size) // heads)
+        heads = get("attention.head_count", PositiveInt)
+        head_dim = get(
+            "attention.key_length", PositiveInt, get("embedding_length", PositiveInt) // heads
+        )
         decoder = shared | {
-            "num_hidden_layers": get("block_count", Size),
-            "hidden_size": get("embedding_length", Size),
+            "num_hidden_layers": get("block_count", PositiveInt),
+            "hidden_size": get("embedding_length", PositiveInt),
             "num_attention_heads": heads,
-            "num_key_value_heads": get("attention.head_count_kv", Size, heads),
+            "num_key_value_heads": get("attention.head_count_kv", PositiveInt, heads),
             "head_dim": head_dim,
-            "intermediate_size": get("feed_forward_length", Size),
-            "max_position_embeddings": get("context_length", Size),
-            "rms_norm_eps": get("attention.layer_norm_rms_epsilon", Epsilon),
+            "intermediate_size": get("feed_forward_length", PositiveInt),
+            "max_position_embeddings": get("context_length", PositiveInt),
+            "rms_norm_eps": get("attention.layer_norm_rms_epsilon", Probability),
             "attention_bias": "blk.0.attn_q.bias" in self.shapes,
             "mlp_bias": "blk.0.ffn_gate.bias" in self.shapes,
-            "rope_theta": get("rope.freq_base", Theta, 10000.0),
+            "rope_theta": get("rope.freq_base", PositiveFloat, 10000.0),
             "rope_scaling": self._rope_scaling(get, head_dim),
         }
         if self.architecture in ("gemma2", "gemma3"):
@@ -156,18 +157,20 @@ class GGUF:
 
     def _gemma(self, get: _Keys, head_dim: int) -> dict[str, Any]:
         """What Gemma 2 and 3 have besides. llama.cpp has some of it in its code alone."""
-        layers, heads = get("block_count", Size), get("attention.head_count", Size)
+        layers, heads = get("block_count", PositiveInt), get("attention.head_count", PositiveInt)
         large = layers == _LAYERS_OF_27B[self.architecture]
         shared = {
-            "query_pre_attn_scalar": get("embedding_length", Size) // heads if large else head_dim,
-            "sliding_window": get("attention.sliding_window", Size),
+            "query_pre_attn_scalar": get("embedding_length", PositiveInt) // heads
+            if large
+            else head_dim,
+            "sliding_window": get("attention.sliding_window", PositiveInt),
         }
         if self.architecture == "gemma2":
             return shared | {
-                "attn_logit_softcapping": get("attn_logit_softcapping", Positive),
-                "final_logit_softcapping": get("final_logit_softcapping", Positive),
+                "attn_logit_softcapping": get("attn_logit_softcapping", PositiveFloat),
+                "final_logit_softcapping": get("final_logit_softcapping", PositiveFloat),
             }
-        pattern = get("attention.sliding_window_pattern", Size | list[bool], 6)
+        pattern = get("attention.sliding_window_pattern", PositiveInt | list[bool], 6)
         if isinstance(pattern, int):
             shared["sliding_window_pattern"] = pattern
         else:
@@ -175,21 +178,23 @@ class GGUF:
             shared["layer_types"] = [kinds[slides] for slides in pattern]
         return shared | {
             "model_type": "gemma3_text",
-            "rope_local_base_freq": get("rope.freq_base_swa", Theta, 10000.0),
-            "final_logit_softcapping": get("final_logit_softcapping", Positive, None),
+            "rope_local_base_freq": get("rope.freq_base_swa", PositiveFloat, 10000.0),
+            "final_logit_softcapping": get("final_logit_softcapping", PositiveFloat, None),
         }
 
     def _rope_scaling(self, get: _Keys, head_dim: int) -> dict[str, Any] | None:
         if "rope_freqs.weight" in self.shapes:
-            return self._llama3_scaling(get("rope.freq_base", Theta, 10000.0), head_dim)
+            return self._llama3_scaling(get("rope.freq_base", PositiveFloat, 10000.0), head_dim)
         kind = get("rope.scaling.type", str, "none")
         if kind == "none":
             return None
         return {
             "rope_type": kind,
-            "factor": get("rope.scaling.factor", Positive),
+            "factor": get("rope.scaling.factor", PositiveFloat),
             "original_max_position_embeddings": get(
-                "rope.scaling.original_context_length", Size, get("context_length", Size)
+                "rope.scaling.original_context_length",
+                PositiveInt,
+                get("context_length", PositiveInt),
             ),
         }
 

@@ -9,14 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from prefix_jax.backbones.architecture import Epsilon
 from prefix_jax.errors import BackboneError
-from prefix_jax.nn.rotary import Theta
-from prefix_jax.untrusted.values import Count, NonNegative, Positive, Range, Share, Size, require
+from prefix_jax.validation import (
+    Count,
+    Interval,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Share,
+    require,
+)
 
 # More than any checkpoint holds; lists with an entry per layer or token stay small.
-Depth = Annotated[int, Range(1, 10_000)]
-Width = Annotated[int, Range(1, 2**24)]
+Depth = Annotated[int, Interval(ge=1, le=10_000)]
+Width = Annotated[int, Interval(ge=1, le=2**24)]
 
 _KEYS: tuple[tuple[Any, str], ...] = (
     (Depth, "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers"),
@@ -28,14 +35,14 @@ _KEYS: tuple[tuple[Any, str], ...] = (
     (Width, "relative_attention_num_buckets relative_attention_max_distance"),
     (Width | None, "num_key_value_heads head_dim n_inner word_embed_proj_dim"),
     (Count, "type_vocab_size max_window_layers"),
-    (Size, "max_position_embeddings n_positions"),
-    (Size | None, "sliding_window sliding_window_pattern original_max_position_embeddings"),
-    (Epsilon, "rms_norm_eps layer_norm_eps layer_norm_epsilon"),
-    (Positive | None, "query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping"),
-    (Theta, "rope_theta rope_local_base_freq rotary_emb_base"),
+    (PositiveInt, "max_position_embeddings n_positions"),
+    (PositiveInt | None, "sliding_window sliding_window_pattern original_max_position_embeddings"),
+    (Probability, "rms_norm_eps layer_norm_eps layer_norm_epsilon"),
+    (PositiveFloat | None, "query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping"),
+    (PositiveFloat, "rope_theta rope_local_base_freq rotary_emb_base"),
     (Share | None, "partial_rotary_factor rotary_pct"),
-    (Positive, "low_freq_factor high_freq_factor"),
-    (NonNegative | None, "factor attention_factor beta_fast beta_slow mscale mscale_all_dim"),
+    (PositiveFloat, "low_freq_factor high_freq_factor"),
+    (NonNegativeFloat | None, "factor attention_factor beta_fast beta_slow mscale mscale_all_dim"),
     (str, "rope_type type feed_forward_proj position_embedding_type"),
     (str | None, "hidden_act hidden_activation activation_function activation dense_act_fn"),
     (list[str] | None, "layer_types"),

@@ -16,7 +16,7 @@ from prefix_jax.errors import BackboneError
 from prefix_jax.untrusted.tokenizer import failures, probe
 from prefix_jax.untrusted.tokenizer_files import read_tokenizer
 from prefix_jax.untrusted.tokenizer_json import MAX_ID
-from prefix_jax.untrusted.values import Range
+from prefix_jax.validation import Interval
 
 # gguf.TokenType
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -90,7 +90,7 @@ def _rebuild(get: _Metadata, tokens: list[str], types: list[int]) -> PreTrainedT
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
     tokenizer.add_tokens(added)
-    token_id = Annotated[int, Range(-1, len(tokens) - 1)]
+    token_id = Annotated[int, Interval(ge=-1, le=len(tokens) - 1)]
     special = {
         f"{role}_token": tokens[index]
         for role, key in (
@@ -99,7 +99,7 @@ def _rebuild(get: _Metadata, tokens: list[str], types: list[int]) -> PreTrainedT
         if (index := get(f"{key}_token_id", token_id, -1)) >= 0
     }  # fmt: skip
     if get("add_bos_token", bool, kind == "llama"):
-        bos = tokens[get("bos_token_id", Annotated[int, Range(0, len(tokens) - 1)])]
+        bos = tokens[get("bos_token_id", Annotated[int, Interval(ge=0, le=len(tokens) - 1)])]
         if bos not in vocab:
             raise BackboneError(f"{get.path}: the token {bos!r:.80} begins texts and is unused")
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -143,7 +143,7 @@ def _sentencepiece(get: _Metadata, vocab: dict[str, int], tokens: list[str]) -> 
             f"{get.path}: tokenizer.ggml.scores has {len(scores)} values for {len(tokens)} tokens"
         )
     merges = generate_merges(vocab, dict(zip(tokens, scores, strict=True)))
-    unknown = tokens[get("unknown_token_id", Annotated[int, Range(0, len(tokens) - 1)])]
+    unknown = tokens[get("unknown_token_id", Annotated[int, Interval(ge=0, le=len(tokens) - 1)])]
     tokenizer = Tokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     before: list[normalizers.Normalizer] = []
     after: list[decoders.Decoder] = []

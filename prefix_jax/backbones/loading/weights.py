@@ -23,7 +23,7 @@ from prefix_jax.nn.quantized import QTensor, quantize_like
 from prefix_jax.untrusted.json import read_json_object
 from prefix_jax.untrusted.paths import expand
 from prefix_jax.untrusted.safetensors import SafeTensor, read_header, read_tensor
-from prefix_jax.untrusted.values import require
+from prefix_jax.validation import require
 
 _NAMED = 5  # files in a message
 _PART = 1 << 22  # numbers that are quantised at a time

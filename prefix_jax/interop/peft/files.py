@@ -16,7 +16,7 @@ from prefix_jax.errors import CheckpointError, PrefixError
 from prefix_jax.untrusted.json import read_json_object
 from prefix_jax.untrusted.paths import expand
 from prefix_jax.untrusted.safetensors import read_tensors
-from prefix_jax.untrusted.values import Count, require
+from prefix_jax.validation import Count, require
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"

@@ -68,7 +68,7 @@ def test_an_end_that_is_no_token_id_is_an_error_that_names_file_and_key(
     both = {"config.json": (None, wrong), "generation_config.json": ({"eos_token_id": wrong}, 7)}
     generation, config = both[name]
     with pytest.raises(
-        BackboneError, match=rf"/{name}: eos_token_id must be an integer.* or a list"
+        BackboneError, match=rf"/{name}: eos_token_id must be an? .*integer.* or a list"
     ):
         architecture_of(stating(generation, eos_token_id=config))
 

@@ -269,6 +269,6 @@ def test_metadata_of_a_wrong_type_or_range_is_named(key: str, value: Any, tmp_pa
     file = tiny.write_gguf(
         tmp_path / "model.gguf", lambda name, usual: value if name == key else usual
     )
-    words = {"llama.block_count": "num_hidden_layers must be an integer from 1 to 10000"}
+    words = {"llama.block_count": "num_hidden_layers must be an integer in \\[1, 10000\\]"}
     with pytest.raises(BackboneError, match=rf"{key} must be|{words.get(key, key)}"):
         load(file)

@@ -88,9 +88,9 @@ def test_config_value_of_a_wrong_type_or_range_is_named(
     [
         ({"num_attention_heads": 5}, "2 key/value heads do not share 5 heads"),
         ({"num_key_value_heads": 3}, "3 key/value heads do not share 4 heads"),
-        ({"hidden_size": 2}, "head_dim must be a positive integer"),
+        ({"hidden_size": 2}, "head_dim: must be a positive integer"),
         ({"head_dim": 7}, "7 of 7 dimensions rotate, expected an even number"),
-        ({"rope_theta": 1e-300}, "frequencies that are not finite"),
+        ({"rope_theta": 1e-300}, "rope_theta must be a number in"),
     ],
 )
 def test_config_values_that_contradict_each_other_are_named(
@@ -121,7 +121,9 @@ def test_an_index_that_is_none_is_named(tmp_path: Path, index: str) -> None:
     directory = tiny.write_model(tmp_path / "model")
     (directory / "model.safetensors").unlink()
     (directory / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(BackboneError, match=r"index\.json: .*(JSON|must be an object)"):
+    with pytest.raises(
+        BackboneError, match=r"index\.json: .*(JSON|must be an object|must be a mapping)"
+    ):
         load(directory)
 
 

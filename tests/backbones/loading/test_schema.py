@@ -28,7 +28,7 @@ def test_every_key_that_is_read_has_a_type(source: Path) -> None:
         ({"text_config": {"hidden_size": 0}}, "here: text_config: hidden_size must be"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 0}}}, "full_attention: rope_theta"),
         ({"rope_scaling": {"truncate": "no"}}, "here: rope_scaling: truncate must be true or"),
-        ({"text_config": []}, "here: text_config must be an object or null, got"),
+        ({"text_config": []}, "here: text_config must be a mapping or null, got"),
     ],
 )
 def test_nested_values_are_named_by_their_path(config: dict, message: str) -> None:

@@ -1,0 +1,63 @@
+"""Types, ranges and checks of every value that a user or a file provides.
+
+An annotation declares what a field accepts: `Annotated[int, Interval(ge=1, le=1024)]`, or a type of
+`types`. pydantic validates (`check`), and messages name the key, what it must be, and what it is.
+"""
+
+from annotated_types import Interval
+
+from prefix_jax.validation.check import (
+    Problem,
+    build,
+    check_conditions,
+    check_fields,
+    construct,
+    matches,
+    renamed,
+    require,
+)
+from prefix_jax.validation.plain import plain, shown
+from prefix_jax.validation.types import (
+    MAX_INT32,
+    Count,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Seed,
+    Share,
+    Size,
+    Width,
+    accepts_text,
+    describe,
+    hint_at,
+)
+
+__all__ = [
+    "MAX_INT32",
+    "Count",
+    "Fraction",
+    "Interval",
+    "NonNegativeFloat",
+    "PositiveFloat",
+    "PositiveInt",
+    "Probability",
+    "Problem",
+    "Seed",
+    "Share",
+    "Size",
+    "Width",
+    "accepts_text",
+    "build",
+    "check_conditions",
+    "check_fields",
+    "construct",
+    "describe",
+    "hint_at",
+    "matches",
+    "plain",
+    "renamed",
+    "require",
+    "shown",
+]
