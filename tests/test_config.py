@@ -359,7 +359,7 @@ def test_an_override_below_a_plain_value_is_refused(minimal):
         (b"model: [", "not valid YAML"),
         (b"- a\n", "expected sections"),
         (b"data: {input: {{a}}}\n", "not valid YAML"),
-        (b"train:\n  seed: 1\n  seed: 2\n", "'seed' twice"),
+        (b"train:\n  seed: 1\n  seed: 2\n", "duplicate key 'seed'"),
         (b"\xff\xfe\x00", "not UTF-8 text"),
     ],
 )

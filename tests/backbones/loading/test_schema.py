@@ -28,6 +28,7 @@ def test_every_key_that_is_read_has_a_type(source: Path) -> None:
         ({"text_config": {"hidden_size": 0}}, "here: text_config: hidden_size must be"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 0}}}, "full_attention: rope_theta"),
         ({"rope_scaling": {"truncate": "no"}}, "here: rope_scaling: truncate must be true or"),
+        ({"rope_theta": 1e-300}, "here: rope_theta must be a number in"),
         ({"text_config": []}, "here: text_config must be a mapping or null, got"),
     ],
 )
