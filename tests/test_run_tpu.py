@@ -1,4 +1,4 @@
-"""`run_tpu.sh`, with a `gcloud` that records how it is called and answers as it is told."""
+"""`run_tpu.sh`, with a fake `gcloud` that records its calls and returns prepared answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = "configs/quickstart.yaml"
 WHERE = ("--zone", "us-west4-a", "--accelerator", "v5litepod-16")
 WHAT = ("--output-dir", "gs://bucket/run", CONFIG)
-# What `describe` and the workers answer; the last answer stays.
+# `describe` and the workers return prepared answers in turn, and repeat the last one.
 GCLOUD = r"""#!/usr/bin/env bash
 here=$(dirname "$0")
 printf '%s\x1f' "$@" >> "$here/calls"; printf '\x1e' >> "$here/calls"
@@ -42,7 +42,7 @@ esac
 
 
 class Cloud:
-    """A fake Google Cloud, and what was asked of it."""
+    """A fake Google Cloud that records its calls."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -53,15 +53,15 @@ class Cloud:
         self.outcomes("outcome=0")
 
     def states(self, *states: str) -> None:
-        """What `describe` says, one after the other."""
+        """Sets the states that `describe` returns, in order."""
         (self.folder / "states").write_text("\n".join(states) + "\n")
 
     def outcomes(self, *outcomes: str) -> None:
-        """What the workers say of their training, one after the other."""
+        """Sets the outcomes that the workers report, in order."""
         (self.folder / "outcomes").write_text("\n".join(outcomes) + "\n")
 
     def fails(self, verb: str, times: int) -> None:
-        """Lets a verb fail before it works."""
+        """Makes a verb fail this many times before it works."""
         (self.folder / f"{verb}.fail").write_text(str(times))
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -77,14 +77,14 @@ class Cloud:
 
     @property
     def calls(self) -> list[list[str]]:
-        """The words of every call."""
+        """The arguments of every call."""
         path = self.folder / "calls"
         text = path.read_text() if path.exists() else ""
         return [call.split("\x1f")[:-1] for call in text.split("\x1e")[:-1]]
 
     @property
     def verbs(self) -> list[str]:
-        """What was asked for, `describe` left out, and `ssh` by its purpose."""
+        """The verb of every call except `describe`, with the purpose of each `ssh`."""
         return [verb for call in self.calls if (verb := _verb(call)) != "describe"]
 
 
@@ -106,7 +106,7 @@ def cloud(tmp_path: Path) -> Cloud:
 WHOLE = ["create", "scp", "install", "start", "logs", "outcome", "rsync", "delete"]
 
 
-def test_one_command_leads_from_nothing_to_the_files_and_leaves_nothing_that_costs(cloud) -> None:
+def test_one_command_trains_fetches_and_deletes(cloud) -> None:
     cloud.states("absent", "CREATING", "READY")
     ended = cloud.run(*WHERE, *WHAT, "train.steps=5", "optim.learning_rate=1e-3")
     assert ended.returncode == 0, ended.stderr
@@ -146,7 +146,7 @@ def test_several_slices_are_one_queued_resource(cloud) -> None:
             assert "--force" in call
 
 
-def test_one_slice_may_wait_in_the_queue_too(cloud) -> None:
+def test_single_slice_may_be_queued(cloud) -> None:
     cloud.states("absent", "ACTIVE")
     ended = cloud.run("create", "--zone", "us-west4-a", "--accelerator", "v5litepod", "--queued",
                       "--reserved", "--topology", "4x4")  # fmt: skip
@@ -164,27 +164,27 @@ def test_one_slice_may_wait_in_the_queue_too(cloud) -> None:
         ("v4-8", "tpu-ubuntu2204-base"),
     ],
 )
-def test_the_software_goes_with_the_accelerator(cloud, accelerator: str, version: str) -> None:
+def test_software_version_matches_the_accelerator(cloud, accelerator: str, version: str) -> None:
     ended = cloud.run("create", "--dry-run", "--zone", "z", "--accelerator", accelerator)
     assert f"--version={version}" in ended.stderr
 
 
-def test_what_is_there_already_is_used(cloud) -> None:
+def test_uses_an_existing_tpu(cloud) -> None:
     cloud.states("READY")
     assert cloud.run("create", *WHERE).returncode == 0
     assert cloud.verbs == []
 
 
-def test_after_a_preemption_it_is_created_again_and_training_goes_on(cloud) -> None:
+def test_preempted_tpu_is_created_again_and_training_resumes(cloud) -> None:
     cloud.states("absent", "READY", "PREEMPTED", "PREEMPTED", "PREEMPTED", "absent", "READY")
     cloud.outcomes("outcome=0 outcome=134", "outcome=0 outcome=0")
     ended = cloud.run("--spot", *WHERE, *WHAT)
     assert ended.returncode == 0, ended.stderr
     assert cloud.verbs == [*WHOLE[:6], "delete", *WHOLE]
-    assert "taken away" in ended.stderr
+    assert "was preempted" in ended.stderr
 
 
-def test_a_slice_that_is_suspended_is_created_again(cloud) -> None:
+def test_suspended_slice_is_created_again(cloud) -> None:
     cloud.states(*("absent", "ACTIVE"), *["SUSPENDED"] * 3, *("absent", "ACTIVE"))
     cloud.outcomes("outcome=134", "outcome=0")
     ended = cloud.run("--queued", *WHERE, *WHAT)
@@ -193,14 +193,14 @@ def test_a_slice_that_is_suspended_is_created_again(cloud) -> None:
 
 
 @pytest.mark.parametrize("outcomes", ["outcome=none outcome=134", "outcome=143 outcome=143"])
-def test_where_a_worker_was_restarted_training_is_taken_up_again(cloud, outcomes: str) -> None:
+def test_training_resumes_after_a_worker_restarts(cloud, outcomes: str) -> None:
     cloud.outcomes(outcomes, "outcome=0 outcome=0")
     ended = cloud.run(*WHERE, *WHAT)
     assert ended.returncode == 0, ended.stderr
     assert cloud.verbs == [*WHOLE[:6], *WHOLE[1:]]
 
 
-def test_training_is_not_taken_up_for_ever(cloud) -> None:
+def test_limits_the_number_of_restarts(cloud) -> None:
     cloud.outcomes("outcome=none")
     ended = cloud.run(*WHERE, *WHAT, "--restarts", "2")
     assert ended.returncode == 1
@@ -208,7 +208,7 @@ def test_training_is_not_taken_up_for_ever(cloud) -> None:
     assert "2 times" in ended.stderr
 
 
-def test_a_run_that_goes_on_in_spite_of_a_broken_connection_is_followed_on(cloud) -> None:
+def test_follows_the_log_again_after_a_broken_connection(cloud) -> None:
     cloud.outcomes("outcome=running outcome=running", "outcome=0 outcome=0")
     ended = cloud.run(*WHERE, *WHAT)
     assert ended.returncode == 0, ended.stderr
@@ -216,7 +216,7 @@ def test_a_run_that_goes_on_in_spite_of_a_broken_connection_is_followed_on(cloud
     assert cloud.verbs.count("logs") == 2
 
 
-def test_a_training_that_fails_shows_its_log_and_keeps_the_tpu(cloud) -> None:
+def test_failed_training_shows_its_log_and_keeps_the_tpu(cloud) -> None:
     cloud.outcomes("error:_no_such_file outcome=2")
     ended = cloud.run(*WHERE, *WHAT)
     assert ended.returncode == 1
@@ -227,7 +227,7 @@ def test_a_training_that_fails_shows_its_log_and_keeps_the_tpu(cloud) -> None:
 
 
 @pytest.mark.parametrize("logged", ["running", "none", "143", "0"])
-def test_an_outcome_in_the_log_of_a_failed_training_is_not_its_outcome(cloud, logged) -> None:
+def test_log_lines_are_never_mistaken_for_outcomes(cloud, logged) -> None:
     cloud.outcomes(f"|_labels:_outcome={logged} |outcome={logged} outcome=2")
     ended = cloud.run(*WHERE, *WHAT)
     assert ended.returncode == 1
@@ -237,17 +237,17 @@ def test_an_outcome_in_the_log_of_a_failed_training_is_not_its_outcome(cloud, lo
 
 
 @pytest.mark.parametrize("code", ["1430", "1", "139"])
-def test_only_a_whole_exit_code_means_terminated(cloud, code) -> None:
+def test_matches_whole_exit_codes(cloud, code) -> None:
     cloud.outcomes(f"outcome={code} outcome=0")
     assert "training failed" in cloud.run(*WHERE, *WHAT).stderr
 
 
-def test_ssh_is_tried_again_while_a_tpu_starts(cloud) -> None:
+def test_retries_ssh_while_a_tpu_starts(cloud) -> None:
     cloud.fails("scp", 3)
     assert cloud.run(*WHERE, *WHAT).returncode == 0
 
 
-def test_ssh_that_never_answers_says_where_to_look(cloud) -> None:
+def test_unreachable_ssh_suggests_causes(cloud) -> None:
     cloud.fails("scp", 99)
     ended = cloud.run(*WHERE, *WHAT)
     assert ended.returncode == 1
@@ -255,7 +255,7 @@ def test_ssh_that_never_answers_says_where_to_look(cloud) -> None:
     assert "firewall" in ended.stderr
 
 
-def test_a_tpu_that_is_refused_says_what_else_there_is(cloud) -> None:
+def test_rejected_tpu_suggests_alternatives(cloud) -> None:
     cloud.fails("create", 1)
     ended = cloud.run(*WHERE, *WHAT)
     assert ended.returncode == 1
@@ -263,21 +263,21 @@ def test_a_tpu_that_is_refused_says_what_else_there_is(cloud) -> None:
     assert "--queued" in ended.stderr
 
 
-def test_a_failed_request_says_how_to_find_out_why(cloud) -> None:
+def test_failed_request_says_how_to_find_the_reason(cloud) -> None:
     cloud.states("absent", "WAITING_FOR_RESOURCES", "FAILED")
     ended = cloud.run(*WHERE, *WHAT, "--queued")
     assert ended.returncode == 1
     assert "queued-resources describe prefix-jax --zone=us-west4-a" in ended.stderr
 
 
-def test_an_earlier_request_that_failed_is_put_anew(cloud) -> None:
+def test_earlier_failed_request_is_repeated(cloud) -> None:
     cloud.states("FAILED", "FAILED", "absent", "ACTIVE")
     ended = cloud.run("create", *WHERE, "--queued")
     assert ended.returncode == 0, ended.stderr
     assert cloud.verbs == ["delete", "create"]
 
 
-def test_missing_rights_are_no_missing_tpu(cloud) -> None:
+def test_missing_permission_is_not_a_missing_tpu(cloud) -> None:
     cloud.fails("describe", 99)
     ended = cloud.run(*WHERE, *WHAT)
     assert ended.returncode == 1
@@ -285,7 +285,7 @@ def test_missing_rights_are_no_missing_tpu(cloud) -> None:
     assert cloud.verbs == []
 
 
-def test_delete_is_content_with_nothing(cloud) -> None:
+def test_delete_accepts_a_missing_tpu(cloud) -> None:
     cloud.states("absent")
     assert cloud.run("delete", "--zone", "us-west4-a").returncode == 0
     assert cloud.verbs == []
@@ -303,7 +303,7 @@ def test_status_shows_every_worker(cloud) -> None:
     ]
 
 
-def test_secrets_go_by_file_and_never_into_a_command(cloud, tmp_path) -> None:
+def test_secrets_are_copied_as_a_file_and_never_part_of_a_command(cloud, tmp_path) -> None:
     secret = tmp_path / "env"
     secret.write_text("HF_TOKEN=hf_secret\n")
     ended = cloud.run(*WHERE, *WHAT, "--env", str(secret))
@@ -326,12 +326,12 @@ def test_secrets_go_by_file_and_never_into_a_command(cloud, tmp_path) -> None:
         ("A-B=1\n", 1, "expected NAME=VALUE"),
         ("touch x; A=1\n", 1, "expected NAME=VALUE"),
         ("A=1\nrm -r x", 2, "expected NAME=VALUE"),
-        ("A=1\r\n", 1, "Unix line ends"),
+        ("A=1\r\n", 1, "Unix line endings"),
         ("A=1\0\n", 1, "carriage return"),
         ("UID=0\n", 1, "UID cannot be set"),
     ],
 )
-def test_a_malformed_line_of_env_is_refused_before_anything_starts(
+def test_rejects_malformed_env_lines_before_the_first_command(
     cloud, tmp_path, content, line, message
 ) -> None:
     env = tmp_path / "env"
@@ -344,13 +344,13 @@ def test_a_malformed_line_of_env_is_refused_before_anything_starts(
     assert cloud.calls == []
 
 
-def test_keep_leaves_the_tpu(cloud) -> None:
+def test_keep_does_not_delete_the_tpu(cloud) -> None:
     ended = cloud.run(*WHERE, *WHAT, "--keep")
     assert cloud.verbs == WHOLE[:-1]
     assert "delete --zone us-west4-a" in ended.stderr
 
 
-def test_what_deletes_a_kept_tpu_is_told_as_a_whole(cloud) -> None:
+def test_prints_the_full_command_that_deletes_a_kept_tpu(cloud) -> None:
     where = (*WHERE, "--project", "mine", "--name", "two")
     ended = cloud.run(*where, "--slices", "2", *WHAT, "--keep")
     shown = re.search(r"\./run_tpu\.sh (delete .*)", ended.stderr)
@@ -368,7 +368,7 @@ STEPS = ("all", "create", "install", "train", "logs", "status", "fetch", "delete
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_dry_run_prints_every_command_and_runs_none(cloud, step: str) -> None:
+def test_dry_run_prints_every_command_and_runs_none(cloud, step: str) -> None:
     dry = cloud.run("--dry-run", step, *WHERE, *WHAT)
     assert dry.returncode == 0, dry.stderr
     assert cloud.calls == []
@@ -390,32 +390,32 @@ def test_a_dry_run_prints_every_command_and_runs_none(cloud, step: str) -> None:
     [
         (WHERE, "--output-dir gs://BUCKET/RUN CONFIG"),
         ((*WHERE, "--output-dir", "runs/x", CONFIG), "gcloud storage buckets create"),
-        ((*WHERE, *WHAT, "second.yaml"), "two configs"),
+        ((*WHERE, *WHAT, "second.yaml"), "expected one config, got"),
         (
             (*WHERE, "--output-dir", "gs://b/r", "configs/none.yaml"),
-            "there is no configs/none.yaml",
+            "no config configs/none.yaml",
         ),
-        ((*WHERE, *WHAT, "--slices", "0"), "--slices 0"),
-        ((*WHERE, "--output-dir", "gs://", CONFIG), "--output-dir gs:// names no folder"),
+        ((*WHERE, *WHAT, "--slices", "0"), "--slices must be a positive integer, got 0"),
+        ((*WHERE, "--output-dir", "gs://", CONFIG), "got gs:// without a folder"),
         ((*WHERE, "--output-dir", "gs://bucket/", CONFIG), "gs://BUCKET/RUN"),
-        ((*WHERE, *WHAT, "--spot=yes"), "--spot takes no value"),
-        ((*WHERE, *WHAT, "--dry-run=yes"), "--dry-run takes no value"),
+        ((*WHERE, *WHAT, "--spot=yes"), "--spot does not accept a value"),
+        ((*WHERE, *WHAT, "--dry-run=yes"), "--dry-run does not accept a value"),
         (("--zone", "z", "--accelerator", "v5e-8", *WHAT), "--accelerator v5litepod-8"),
-        ((*WHERE, *WHAT, "--sport"), "no option --sport"),
+        ((*WHERE, *WHAT, "--sport"), "unknown option --sport"),
         ((*WHERE, *WHAT, "--name"), "--name needs a value"),
         ((*WHERE, *WHAT, "--env", "missing"), "no file missing"),
         (("--zone", "z", "--accelerator", "tpu7x-8", *WHAT), "Kubernetes"),
         (("--zone", "z", "--accelerator", "h100", *WHAT), "--version"),
         ((*WHAT,), "--zone ZONE --accelerator TYPE"),
-        (("creat", "--zone", "z"), "creat is neither a step nor a config"),
-        (("create", "delete", *WHERE), "two steps, create and delete"),
+        (("creat", "--zone", "z"), "creat is not a step or a config file"),
+        (("create", "delete", *WHERE), "expected one step, got create and delete"),
         ((*WHERE, *WHAT, "output_dir=runs/x"), "--output-dir"),
-        ((*WHERE, *WHAT, "--name", "../My TPU"), "--name ../My TPU"),
+        ((*WHERE, *WHAT, "--name", "../My TPU"), "got ../My TPU"),
         (("--zone", "z", "--accelerator", "v5p", *WHAT), "--accelerator v5p has no size"),
-        ((*WHERE, *WHAT, "--topology", "4x4"), "--topology takes a type without its size"),
+        ((*WHERE, *WHAT, "--topology", "4x4"), "--topology needs a type without its size"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_done(cloud, words, message: str) -> None:
+def test_reports_mistakes_before_the_first_command(cloud, words, message: str) -> None:
     ended = cloud.run(*words)
     assert ended.returncode == 2
     assert message in ended.stderr
@@ -430,12 +430,12 @@ def test_a_mistake_is_told_before_anything_is_done(cloud, words, message: str) -
         ("--dry-run", *WHERE, "--output-dir", "gs://bucket/run", str(ROOT / CONFIG)),
     ],
 )
-def test_options_and_paths_may_be_written_in_other_ways(cloud, words: tuple[str, ...]) -> None:
+def test_accepts_other_spellings_of_options_and_paths(cloud, words: tuple[str, ...]) -> None:
     other = re.sub(r"/tmp\.\w+", "", cloud.run(*words).stderr)
     assert other == re.sub(r"/tmp\.\w+", "", cloud.run("--dry-run", *WHERE, *WHAT).stderr)
 
 
-def test_a_step_may_stand_anywhere(cloud) -> None:
+def test_step_may_follow_the_options(cloud) -> None:
     assert cloud.run("--dry-run", "--zone", "z", "delete").stderr.count("\n") == 1
 
 
@@ -466,15 +466,15 @@ class Worker:
         ).stdout
 
     def train(self) -> str:
-        """Trains to the end, and returns the log."""
+        """Trains to the end; returns the log."""
         self.run("start")
         log = self.run("logs")
-        # The lock is let go a moment after the program has ended.
+        # The lock is released shortly after the program ends.
         subprocess.run(["flock", self.home / "prefix_jax" / "run.lock", "true"], timeout=20)
         return log
 
 
-def test_values_of_env_arrive_unchanged(cloud, tmp_path) -> None:
+def test_env_values_arrive_unchanged(cloud, tmp_path) -> None:
     values = {
         "TOKEN": "a b",
         "QUOTE": "a'b\"c",
@@ -500,7 +500,7 @@ def test_values_of_env_arrive_unchanged(cloud, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["\\n", ""])
-def test_a_worker_marks_what_its_training_logged(cloud, tmp_path, ending) -> None:
+def test_worker_prefixes_its_log_lines(cloud, tmp_path, ending) -> None:
     cloud.run(*WHERE, *WHAT)
     printed = f"outcome=running\\nlabels: outcome=none\\noutcome=0{ending}"
     worker = Worker(cloud, tmp_path / "home", f"printf '{printed}'; exit 2")
@@ -516,7 +516,7 @@ def test_a_worker_marks_what_its_training_logged(cloud, tmp_path, ending) -> Non
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_what_the_workers_run_trains_once_and_tells_how_it_ended(
+def test_worker_trains_once_and_reports_the_outcome(
     cloud, tmp_path, code: int
 ) -> None:
     cloud.run(*WHERE, *WHAT, "data.input={facts} and 'quotes'")
@@ -535,12 +535,12 @@ def test_what_the_workers_run_trains_once_and_tells_how_it_ended(
 def test_help_names_every_option(cloud) -> None:
     text = cloud.run("--help").stdout
     script = (ROOT / "run_tpu.sh").read_text()
-    parser = script.partition("parse() {")[2].partition("# What a step needs")[0]
+    parser = script.partition("parse() {")[2].partition("# Checks all arguments")[0]
     options = set(re.findall(r"--[a-z-]+", parser))
     assert options - {"--help"} <= set(re.findall(r"--[a-z-]+", text))
 
 
-def test_without_gcloud_it_says_where_to_get_it(tmp_path) -> None:
+def test_missing_gcloud_says_where_to_get_it(tmp_path) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("bash", "dirname", "env"):
