@@ -516,9 +516,7 @@ def test_worker_prefixes_its_log_lines(cloud, tmp_path, ending) -> None:
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_worker_trains_once_and_reports_the_outcome(
-    cloud, tmp_path, code: int
-) -> None:
+def test_worker_trains_once_and_reports_the_outcome(cloud, tmp_path, code: int) -> None:
     cloud.run(*WHERE, *WHAT, "data.input={facts} and 'quotes'")
     program = f'echo "got $*, $TOKEN"\nexit {code}'
     worker = Worker(cloud, tmp_path / "home", program, "TOKEN=secret\n")

@@ -29,6 +29,7 @@ from prefix_jax.untrusted.paths import expand
 TFDS = "tfds:"
 # "huggingface:NAME", but not "glue:2.0.0".
 _NAMESPACE = re.compile(r"\w+:(?![\d*])")
+_URL = re.compile(r"\w+://")
 # Number of names searched for the closest match.
 _MOST_NAMES = 1000
 
@@ -84,6 +85,11 @@ def read_records(
     """
     if isinstance(spec, str) and spec.startswith(TFDS):
         name, records = spec, _read_tfds(spec, tfds_dir)
+    elif isinstance(spec, str) and _URL.match(spec):
+        raise DataError(
+            f"{spec}: records are read from local files only; download the file (gcloud storage cp "
+            f"for gs://, curl -LO for http://) and give its path, or give {TFDS}NAME/SPLIT"
+        )
     elif isinstance(spec, str | os.PathLike):
         name, records = os.fspath(spec), _read_file(expand(spec, DataError))
     elif isinstance(spec, Iterable):

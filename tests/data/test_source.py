@@ -147,6 +147,14 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "url", ["gs://bucket/train.jsonl", "http://a.b/c.csv", "hf://datasets/a/b.parquet"]
+)
+def test_remote_file_is_an_error_with_advice(url):
+    with pytest.raises(DataError, match=rf"{url}: records are read from local files only; downl"):
+        read_records(url)
+
+
+@pytest.mark.parametrize(
     "line", ['{"x": 1, "y": "\\ud800"}', '{"x": 1, "\\uDFFF": 2}', '{"x": {"y": ["\\udabc"]}}']
 )
 def test_rejects_unpaired_surrogate_in_any_field(tmp_path, line):
