@@ -47,10 +47,13 @@ def prepare(exchange: Path) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from prefix_jax.backbones.loading.pretrained import load
+    from prefix_jax.backbones.starts import starts_from_text
 
     model = load(common.MODEL, dtype="float32")
     text = model.tokenizer(" ".join(prompts(4)))["input_ids"][:LENGTH]
-    _, _, prefix = jax.jit(model.backbone.read)(model.params, jnp.asarray(text))
+    _, _, prefix = jax.jit(starts_from_text, static_argnums=0)(
+        model.backbone, model.params, jnp.asarray(text)
+    )
     inside = prefix.decoder.inside
     np.savez(exchange / "prefix.npz", k_LPKH=inside.k_LPKH, v_LPKH=inside.v_LPKH)
     ids = model.tokenizer(prompts(16))["input_ids"]

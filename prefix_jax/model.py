@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.starts import adapter_from_states, starts_from_text
 from prefix_jax.data.batch import Batch
 from prefix_jax.data.tokens import EncoderDecoder
 from prefix_jax.errors import ContextError
@@ -157,7 +158,7 @@ class PrefixModel:
     def room(self) -> int:
         """The number of text tokens that fit the model's positions after the prefix. For an
         encoder-decoder, this is the encoder's."""
-        return self.backbone.room(self._abstract, self.backbone.reader)
+        return self.backbone.room(self._abstract, self.backbone.input_stack)
 
     def check_context(self, max_length: int | None) -> None:
         """Raises ContextError if prefix and text do not fit the model's positions.
@@ -165,7 +166,7 @@ class PrefixModel:
         Args:
             max_length: maximum number of text tokens; None for as many as fit.
         """
-        backbone, reader = self.backbone, self.backbone.reader
+        backbone, reader = self.backbone, self.backbone.input_stack
         stacks: tuple[StackName, ...] = (
             (reader,) if backbone.arch.encoder is None else (reader, "decoder")
         )
@@ -225,7 +226,9 @@ def start_from_ids(
     """
     ids_P = jnp.asarray(np.resize(np.asarray(ids, np.int32), length))
     with on_mesh_of(params):
-        embeds, hidden, prefix = jax.jit(backbone.read)(params, ids_P)
+        embeds, hidden, prefix = jax.jit(starts_from_text, static_argnums=0)(
+            backbone, params, ids_P
+        )
         if kind is Adapter:
-            return jax.jit(backbone.adapted)(params, hidden)
+            return jax.jit(adapter_from_states, static_argnums=0)(backbone, params, hidden)
     return {Embeds: embeds, Hidden: hidden, Prefix: prefix}[kind]

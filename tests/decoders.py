@@ -13,6 +13,7 @@ import numpy as np
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.families import gemma, gpt2, llama, neox, opt
 from prefix_jax.backbones.stacking import Params
+from prefix_jax.backbones.starts import starts_from_text
 from prefix_jax.data.batch import Batch, Example
 from prefix_jax.data.pack import Packing, arrange, materialise, measure
 from prefix_jax.nn.attention.mask import TokenLayout
@@ -104,7 +105,7 @@ def weights(backbone: Backbone, seed: int = 0, dtype: Any = jnp.float32) -> Para
 _init = jax.jit(Backbone.init, static_argnums=0)
 hidden = jax.jit(Backbone.hidden, static_argnums=0)
 lift = jax.jit(Backbone.lift, static_argnums=0)
-read = jax.jit(Backbone.read, static_argnums=0)
+read = jax.jit(starts_from_text, static_argnums=0)
 
 
 def token_ids(*shape: int, seed: int = 0) -> jax.Array:

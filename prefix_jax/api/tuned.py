@@ -326,7 +326,7 @@ class Tuned:
         if not references:
             how["references"] = None
         if template.max_length is None:
-            how["max_length"] = backbone.room(self.prefix, backbone.reader)
+            how["max_length"] = backbone.room(self.prefix, backbone.input_stack)
         return load_examples(
             records,
             self.pretrained.tokenizer,

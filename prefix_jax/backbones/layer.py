@@ -1,4 +1,4 @@
-"""The transformer block that all families share, in their variants."""
+"""The transformer layer of all families, with its variants."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ import jax
 
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.nn.activations import activation
-from prefix_jax.nn.layers import MLP, Attention, KeysValues, LayerInputs, LayerNorm, RMSNorm
+from prefix_jax.nn.layers import MLP, Attention, AttentionInputs, KeysValues, LayerNorm, RMSNorm
 from prefix_jax.prefix import Site
 
 
 def make_norm(arch: Architecture, axis: str = "D") -> RMSNorm | LayerNorm:
-    """A norm of the architecture's kind over the axis of that letter."""
+    """A norm of the architecture's kind.
+
+    Args:
+        arch: the architecture.
+        axis: the letter of the axis that is normalised.
+    """
     if arch.norm == "layer":
         return LayerNorm(arch.epsilon)
     return RMSNorm(arch.epsilon, axis, plus_one=arch.norm == "rms_plus_one")
 
 
 class Layer(nn.Module):
-    """A block: attention to the tokens, to what an encoder read where there is one, and a
-    feed-forward, each added to its input and normalised where `arch.norm_at` says."""
+    """A layer: self-attention, cross-attention if there is an encoder, and a feed-forward network,
+    each with a residual connection and a norm at the place that `arch.norm_at` names."""
 
     arch: Architecture
 
@@ -54,47 +59,47 @@ class Layer(nn.Module):
     def keys_values(
         self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array] | None
     ) -> KeysValues:
-        """The keys and values of hidden states at the layer's entry."""
-        return KeysValues.of(*self.attn.keys_values(self.entry(x_BTD), rotary))
+        """Keys and values of the layer's input."""
+        return KeysValues.of(*self.attn.keys_values(self.attention_input(x_BTD), rotary))
 
-    def entry(self, x_BTD: jax.Array) -> jax.Array:
-        """What attention reads of hidden states at the layer's entry."""
+    def attention_input(self, x_BTD: jax.Array) -> jax.Array:
+        """The input of self-attention, given the layer's input."""
         return x_BTD if self.arch.norm_at == "after" else self.attn_norm(x_BTD)
 
-    def adapter_keys_values(self, x_BTD: jax.Array) -> KeysValues:
-        """The keys and values of an adapter's states: bare projections."""
-        return KeysValues.of(*self.attn.projected(x_BTD))
+    def project_keys_values(self, x_BTD: jax.Array) -> KeysValues:
+        """Keys and values straight from the projections, without norm and rotation."""
+        return KeysValues.of(*self.attn.project(x_BTD))
 
-    def memory_keys_values(self, h_BSD: jax.Array) -> KeysValues:
-        """The keys and values of what the encoder read."""
+    def cross_keys_values(self, h_BSD: jax.Array) -> KeysValues:
+        """Keys and values of cross-attention to the encoder's output."""
         return KeysValues.of(*self.cross.keys_values(h_BSD, None))
 
     def __call__(
         self,
         x_BTD: jax.Array,
-        view: LayerInputs,
+        inputs: AttentionInputs,
         site: Site | None,
         cache: KeysValues | None,
-        cross_view: LayerInputs | None = None,
+        cross_inputs: AttentionInputs | None = None,
         cross_site: Site | None = None,
-        memory: KeysValues | None = None,
+        encoded: KeysValues | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
         a = self.arch
         around = a.norm_at == "around"
 
         def attend(x_BTD: jax.Array) -> jax.Array:
             nonlocal cache
-            y_BTD, cache = self.attn(x_BTD, view, site, cache)
+            y_BTD, cache = self.attn(x_BTD, inputs, site, cache)
             return y_BTD
 
         if a.parallel:
             y_BTD = attend(self.attn_norm(x_BTD)) + self.mlp(self.mlp_norm(x_BTD))
             return x_BTD + y_BTD, cache
         x_BTD = self._add(x_BTD, attend, self.attn_norm, self.attn_out_norm if around else None)
-        if memory is not None and cross_view is not None:
+        if encoded is not None and cross_inputs is not None:
             x_BTD = self._add(
                 x_BTD,
-                lambda x_BTD: self.cross(x_BTD, cross_view, cross_site, None, memory)[0],
+                lambda x_BTD: self.cross(x_BTD, cross_inputs, cross_site, None, encoded)[0],
                 self.cross_norm,
                 None,
             )

@@ -133,7 +133,7 @@ class Generator:
     ) -> None:
         positions, new = self.backbone.arch.max_positions, config.max_new_tokens
         vocab = self.backbone.arch.vocab
-        room = self.backbone.room(self.prefix, self.backbone.reader)
+        room = self.backbone.room(self.prefix, self.backbone.input_stack)
         two_sided = self.backbone.arch.encoder is not None
         if two_sided and new > self.backbone.room(self.prefix, "decoder"):
             raise ContextError(

@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from prefix_jax.backbones.stack import Cache, Encoded
+from prefix_jax.backbones.cache import Cache, Encoded
 
 
 @flax.struct.dataclass

@@ -101,7 +101,7 @@ class Answerer:
                 "adapter with data.pair=…"
             )
         backbone = self.pretrained.backbone
-        arch, room = backbone.arch, backbone.room(self.prefix, backbone.reader)
+        arch, room = backbone.arch, backbone.room(self.prefix, backbone.input_stack)
         reading = Reading(
             self.pretrained.tokenizer,
             self.task,

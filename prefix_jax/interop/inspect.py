@@ -172,7 +172,7 @@ def nearest_words(
         pretrained: the backbone with its tokenizer.
         count: the number of words per soft token.
     """
-    table_VD = pretrained.backbone.reader_table(pretrained.params)
+    table_VD = pretrained.backbone.input_table(pretrained.params)
     cosines_PC, ids_PC = jax.device_get(
         _nearest(table_VD, embeds.x_PD, min(count, table_VD.shape[0]))
     )

@@ -25,16 +25,16 @@ _ones, _zeros = nn.initializers.ones, nn.initializers.zeros
 
 
 @flax.struct.dataclass
-class LayerInputs:
+class AttentionInputs:
     """Position-dependent inputs of attention, shared by all layers of one kind.
 
     Attributes:
-        seen: mask and bias.
+        masking: mask and bias.
         rotary: cos_BTH and sin_BTH of the queries' angles; None without rotary embeddings.
         column: int32 scalar, the first cache column to write; None without a cache.
     """
 
-    seen: MaskAndBias
+    masking: MaskAndBias
     rotary: tuple[jax.Array, jax.Array] | None = None
     column: jax.Array | None = None
 
@@ -106,8 +106,8 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with a prefix inside its softmax: self-attention or, given a memory,
-    cross-attention to an encoder.
+    """Grouped-query attention with a prefix inside its softmax: self-attention or, given the keys
+    and values of an encoder, cross-attention.
 
     Attributes:
         d_model: D.
@@ -147,14 +147,14 @@ class Attention(nn.Module):
         self, x_BTD: jax.Array, rotary: tuple[jax.Array, jax.Array] | None
     ) -> tuple[jax.Array, jax.Array]:
         """k_BTKH after normalisation and rotation, and v_BTKH."""
-        k_BTKH, v_BTKH = self.projected(x_BTD)
+        k_BTKH, v_BTKH = self.project(x_BTD)
         if self.qk_norm is not None:
             k_BTKH = self.k_norm(k_BTKH)
         if rotary is not None:
             k_BTKH = rotate(k_BTKH, *rotary)
         return k_BTKH, v_BTKH
 
-    def projected(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """k_BTKH and v_BTKH straight from the projections."""
         k_BTKH = keep("k", matmul(x_BTD, self.k_DKH))
         v_BTKH = keep("v", matmul(x_BTD, self.v_DKH))
@@ -165,28 +165,28 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        view: LayerInputs,
+        inputs: AttentionInputs,
         site: Site | None,
         cache: KeysValues | None,
-        memory: KeysValues | None = None,
+        encoded: KeysValues | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
         q_BTNH = keep("q", matmul(x_BTD, self.q_DNH))
         if self.qkv_bias:
             q_BTNH = q_BTNH + self.q_bias_NH
         if self.qk_norm is not None:
             q_BTNH = self.q_norm(q_BTNH)
-        if view.rotary is not None:
-            q_BTNH = rotate(q_BTNH, *view.rotary)
-        if memory is not None:
-            k_BSKH, v_BSKH = memory.k_BKSH.swapaxes(1, 2), memory.v_BKSH.swapaxes(1, 2)
+        if inputs.rotary is not None:
+            q_BTNH = rotate(q_BTNH, *inputs.rotary)
+        if encoded is not None:
+            k_BSKH, v_BSKH = encoded.k_BKSH.swapaxes(1, 2), encoded.v_BKSH.swapaxes(1, 2)
         else:
-            k_BSKH, v_BSKH = self.keys_values(x_BTD, view.rotary)
+            k_BSKH, v_BSKH = self.keys_values(x_BTD, inputs.rotary)
         if cache is not None:
-            assert view.column is not None, "a cache requires view.column"
-            cache = cache.write(KeysValues.of(k_BSKH, v_BSKH), view.column)
+            assert inputs.column is not None, "a cache requires inputs.column"
+            cache = cache.write(KeysValues.of(k_BSKH, v_BSKH), inputs.column)
             k_BSKH, v_BSKH = cache.k_BKSH.swapaxes(1, 2), cache.v_BKSH.swapaxes(1, 2)
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, view.seen, site, scale, self.softcap)
+        y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, inputs.masking, site, scale, self.softcap)
         y_BTD = keep("o", matmul(y_BTNH, self.o_NHD, inputs=2))
         if self.out_bias:
             y_BTD = y_BTD + self.o_bias_D

@@ -160,7 +160,7 @@ def test_tokens_behind_a_bank_must_say_whose_they_are() -> None:
     backbone = decoder("gpt2")
     params = weights(backbone)
     lifted = lift(backbone, params, TOGETHER(prompts(backbone)))
-    with pytest.raises(PrefixError, match="take the prefix of one task"):
+    with pytest.raises(PrefixError, match="use the prefix of one task"):
         hidden(backbone, params, token_ids(1, 4), present(1, 4), lifted)
 
 

@@ -19,7 +19,7 @@ from prefix_jax.backbones.layer import Layer
 from prefix_jax.errors import BackboneError
 from prefix_jax.methods.prompt import PromptTuning
 from prefix_jax.nn.attention.mask import MaskAndBias, TokenLayout
-from prefix_jax.nn.layers import LayerInputs
+from prefix_jax.nn.layers import AttentionInputs
 from prefix_jax.prefix import Adapter, Embeds, Hidden, KVPrefix, Prefix, Produced, Site
 
 B, P, T, L = 2, 5, 6, 3
@@ -160,15 +160,15 @@ def test_hidden_states_stand_before_the_tokens_of_every_layer(name: str) -> None
 
     @jax.jit
     def by_hand(params: Any) -> jax.Array:
-        stack = backbone._stack
+        stack = backbone.stack
         tokens = present(B, T, name)
-        x_BTD = stack.place(params, params["embed"]["tokens_VD"][texts()], tokens, P)
+        x_BTD = stack.embed_positions(params, params["embed"]["tokens_VD"][texts()], tokens, P)
         for index in range(L):
             layer = jax.tree.map(operator.itemgetter(index), params["layers"])
             states_BPD = jnp.tile(random_states()[index], (B, 1, 1))
             x_BSD = jnp.concatenate([states_BPD, x_BTD], axis=1)
             y_BSD, _ = Layer(backbone.arch).apply(
-                {"params": layer}, x_BSD, LayerInputs(MaskAndBias(None)), None, None
+                {"params": layer}, x_BSD, AttentionInputs(MaskAndBias(None)), None, None
             )
             x_BTD = y_BSD[:, P:]
         return x_BTD

@@ -205,7 +205,7 @@ def test_mistakes_are_named(name):
     gpt2 = decoder("gpt2")
     with pytest.raises(BackboneError, match="gpt2 is a single stack"):
         gpt2.encode(params, source_BS, present(B, S))
-    with pytest.raises(PrefixError, match="for an encoder-decoder take keys and values"):
+    with pytest.raises(PrefixError, match=r"in an encoder-decoder.*use keys and values"):
         backbone.lift(params, Hidden(jnp.zeros((2, P, 32))))
 
 

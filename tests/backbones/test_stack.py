@@ -183,7 +183,7 @@ def test_devices_exchange_what_they_looked_up_of_positions_and_gather_none():
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh_sharding)
 
     def place(params, x_BTD, tokens):
-        return constrain_tokens(Stack(backbone.arch).place(params, x_BTD, tokens, 3))
+        return constrain_tokens(Stack(backbone.arch).embed_positions(params, x_BTD, tokens, 3))
 
     params = jax.eval_shape(lambda: weights(backbone))
     params = jax.tree.map(on, weight_shardings(params, mesh), params)

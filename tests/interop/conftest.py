@@ -12,6 +12,7 @@ import pytest
 from prefix_jax import artifact
 from prefix_jax.artifact import BackboneCard
 from prefix_jax.backbones.loading.pretrained import Pretrained, load
+from prefix_jax.backbones.starts import starts_from_text
 from prefix_jax.prefix import Embeds, Hidden, Prefix, Produced
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "backbones"
@@ -28,7 +29,9 @@ def pretrained() -> Pretrained:
 def forms(pretrained: Pretrained) -> dict[str, Produced]:
     """The same prefix in three forms that produce equal keys and values."""
     ids_P = jnp.arange(3, 9, dtype=jnp.int32)
-    embeds, hidden, prefix = jax.jit(pretrained.backbone.read)(pretrained.params, ids_P)
+    embeds, hidden, prefix = jax.jit(starts_from_text, static_argnums=0)(
+        pretrained.backbone, pretrained.params, ids_P
+    )
     assert (type(embeds), type(hidden), type(prefix)) == (Embeds, Hidden, Prefix)
     return {"embeds": embeds, "hidden": hidden, "kv": prefix}
 

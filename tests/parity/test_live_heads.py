@@ -166,7 +166,7 @@ def _batch(examples: Sequence[Example], pack: bool) -> Batch:
 
 def _prefix(flat: np.ndarray, pretrained: Pretrained) -> dict[str, Any]:
     """The parameters of our method, from PEFT's one array, [P, L * 2 * K * H]."""
-    site, shape = pretrained.backbone.reader, pretrained.backbone.geometry.main
+    site, shape = pretrained.backbone.input_stack, pretrained.backbone.geometry.main
     parts = flat.reshape(P, shape.layers, 2, shape.kv_heads, shape.head_dim)
     k_LPKH, v_LPKH = parts.transpose(2, 1, 0, 3, 4)
     return {site: {"k_LPKH": k_LPKH, "v_LPKH": v_LPKH}}

@@ -98,7 +98,7 @@ def test_refuses_the_whole_run_as_a_prefix(run, pretrained) -> None:
     with pytest.raises(PrefixError, match=r"one prefix per task; .*prefixes/first, .*prefixes/sum"):
         api.load_prefix(run.directory, pretrained)
     whole = api.Tuned(pretrained, run.produced, None, run)
-    with pytest.raises(PrefixError, match="take the prefix of one task"):
+    with pytest.raises(PrefixError, match="use the prefix of one task"):
         whole.generate("1+1=")
     with pytest.raises(PrefixError, match=r"no single prefix to save; .* of 'first', 'sum'"):
         whole.save(run.directory / "whole")

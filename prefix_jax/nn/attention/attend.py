@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from prefix_jax.nn.attention import dense, splash
-from prefix_jax.nn.attention.dense import MASKED, dbias, dot, finish, through_softmax
+from prefix_jax.nn.attention.dense import MASKED, cap_bias_mask, dbias, dot, softmax_vjp
 from prefix_jax.nn.attention.mask import MaskAndBias
 from prefix_jax.nn.attention.splash_run import interpreting
 from prefix_jax.nn.remat import keep
@@ -30,7 +30,7 @@ def attend(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    seen: MaskAndBias,
+    masking: MaskAndBias,
     site: Site | None,
     scale: float,
     softcap: float | None = None,
@@ -44,7 +44,7 @@ def attend(
         q_BTNH: queries.
         k_BSKH: token keys; each key head serves N/K query heads.
         v_BSKH: token values.
-        seen: the keys and prefix slots that each query sees.
+        masking: the keys and prefix slots that each query sees.
         site: one layer of a prefix site (k_PKH, v_PKH, …), or None for the bare model.
         scale: multiplies the logits, usually H ** -0.5.
         softcap: bounds the logits smoothly, to softcap * tanh(logits / softcap) (Gemma 2).
@@ -56,7 +56,7 @@ def attend(
     K = k_BSKH.shape[2]
     q_BKGTH = (q_BTNH * scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     inside = None if site is None else jax.tree.map(lambda x: x.astype(q_BTNH.dtype), site.inside)
-    out_BKGTH = _attend(softcap, q_BKGTH, k_BSKH, v_BSKH, seen, inside)
+    out_BKGTH = _attend(softcap, q_BKGTH, k_BSKH, v_BSKH, masking, inside)
     out_BTNH = out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
     if site is not None and site.outside is not None:
         out_BTNH = out_BTNH + outside(q_BTNH, site.outside, scale)
@@ -85,7 +85,7 @@ def outside(q_BTNH: jax.Array, added: Outside, scale: float) -> jax.Array:
 
 
 def _by_platform(
-    seen: MaskAndBias,
+    masking: MaskAndBias,
     q_BKGTH: jax.Array,
     k_BSKH: jax.Array,
     kernel: Callable[..., Any],
@@ -96,7 +96,7 @@ def _by_platform(
     The choice is made inside each pass: differentiating through it would keep the residuals of
     both paths.
     """
-    if not splash.fits(q_BKGTH, k_BSKH, seen):
+    if not splash.fits(q_BKGTH, k_BSKH, masking):
         return plain
     if interpreting():
         return kernel
@@ -104,12 +104,12 @@ def _by_platform(
 
 
 def _prefix_logits(
-    softcap: float | None, q_BKGTH: jax.Array, seen: MaskAndBias, inside: KVPrefix
+    softcap: float | None, q_BKGTH: jax.Array, masking: MaskAndBias, inside: KVPrefix
 ) -> jax.Array:
     """Masked float32 logits of the prefix, [B, K, G, T, P]."""
     K, G = q_BKGTH.shape[1:3]
     products_BKGTP = dot("BKGTH,PKH->BKGTP", q_BKGTH, inside.k_LPKH)
-    logits_BKGTP = finish(softcap, products_BKGTP, seen.bias_BNTP, seen.mask_BTP)
+    logits_BKGTP = cap_bias_mask(softcap, products_BKGTP, masking.bias_BNTP, masking.mask_BTP)
     if inside.bias_LPN is not None:
         logits_BKGTP = logits_BKGTP + inside.bias_LPN.T.reshape(K, G, 1, -1)
         logits_BKGTP = jnp.maximum(logits_BKGTP, MASKED)
@@ -121,30 +121,32 @@ def _forward(
     q_BKGTH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    seen: MaskAndBias,
+    masking: MaskAndBias,
     inside: KVPrefix | None,
 ) -> tuple[jax.Array, Any]:
-    prefix_BKGTP = floor_BKGT1 = None
+    prefix_BKGTP = prefix_max_BKGT1 = None
     if inside is not None:
-        prefix_BKGTP = _prefix_logits(softcap, q_BKGTH, seen, inside)
-        floor_BKGT1 = prefix_BKGTP.max(axis=-1, keepdims=True)
+        prefix_BKGTP = _prefix_logits(softcap, q_BKGTH, masking, inside)
+        prefix_max_BKGT1 = prefix_BKGTP.max(axis=-1, keepdims=True)
 
     tokens = _by_platform(
-        seen,
+        masking,
         q_BKGTH,
         k_BSKH,
         functools.partial(splash.forward, softcap),
         functools.partial(dense.forward, softcap),
     )
-    out_BKGTH, total_BKGT1, peak_BKGT1 = tokens(q_BKGTH, k_BSKH, v_BSKH, seen, floor_BKGT1)
+    out_BKGTH, denominator_BKGT1, max_BKGT1 = tokens(
+        q_BKGTH, k_BSKH, v_BSKH, masking, prefix_max_BKGT1
+    )
     if inside is not None and prefix_BKGTP is not None:
-        prefix_BKGTP = jnp.exp(prefix_BKGTP - peak_BKGT1)
-        total_BKGT1 += prefix_BKGTP.sum(axis=-1, keepdims=True)
+        prefix_BKGTP = jnp.exp(prefix_BKGTP - max_BKGT1)
+        denominator_BKGT1 += prefix_BKGTP.sum(axis=-1, keepdims=True)
         out_BKGTH += dot("BKGTP,PKH->BKGTH", prefix_BKGTP.astype(v_BSKH.dtype), inside.v_LPKH)
 
-    out_BKGTH = keep("mixed", (out_BKGTH / total_BKGT1).astype(q_BKGTH.dtype))
-    log_total_BKGT1 = keep("mixed", peak_BKGT1 + jnp.log(total_BKGT1))
-    return out_BKGTH, (q_BKGTH, k_BSKH, v_BSKH, seen, inside, out_BKGTH, log_total_BKGT1)
+    out_BKGTH = keep("mixed", (out_BKGTH / denominator_BKGT1).astype(q_BKGTH.dtype))
+    log_denominator_BKGT1 = keep("mixed", max_BKGT1 + jnp.log(denominator_BKGT1))
+    return out_BKGTH, (q_BKGTH, k_BSKH, v_BSKH, masking, inside, out_BKGTH, log_denominator_BKGT1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -153,48 +155,48 @@ def _attend(
     q_BKGTH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    seen: MaskAndBias,
+    masking: MaskAndBias,
     inside: KVPrefix | None,
 ) -> jax.Array:
-    return _forward(softcap, q_BKGTH, k_BSKH, v_BSKH, seen, inside)[0]
+    return _forward(softcap, q_BKGTH, k_BSKH, v_BSKH, masking, inside)[0]
 
 
 def _backward(softcap: float | None, saved: Any, dout_BKGTH: jax.Array) -> tuple[Any, ...]:
-    q_BKGTH, k_BSKH, v_BSKH, seen, inside, out_BKGTH, log_total_BKGT1 = saved
+    q_BKGTH, k_BSKH, v_BSKH, masking, inside, out_BKGTH, log_denominator_BKGT1 = saved
     dtype = q_BKGTH.dtype
     tokens = _by_platform(
-        seen,
+        masking,
         q_BKGTH,
         k_BSKH,
         functools.partial(splash.backward, softcap),
         functools.partial(dense.backward, softcap),
     )
     dq_BKGTH, dk_BSKH, dv_BSKH, dbias_BNTS = tokens(
-        q_BKGTH, k_BSKH, v_BSKH, seen, out_BKGTH, log_total_BKGT1, dout_BKGTH
+        q_BKGTH, k_BSKH, v_BSKH, masking, out_BKGTH, log_denominator_BKGT1, dout_BKGTH
     )
-    dseen = MaskAndBias(None, bias_BNTS=dbias_BNTS)
+    dmasking = MaskAndBias(None, bias_BNTS=dbias_BNTS)
 
-    djoin = None
+    dinside = None
     if inside is not None:
-        weights_BKGTP, dproducts_BKGTP, dlogits_BKGTP = through_softmax(
-            softcap, out_BKGTH, log_total_BKGT1, dout_BKGTH
+        weights_BKGTP, dproducts_BKGTP, dlogits_BKGTP = softmax_vjp(
+            softcap, out_BKGTH, log_denominator_BKGT1, dout_BKGTH
         )(
-            _prefix_logits(softcap, q_BKGTH, seen, inside),
+            _prefix_logits(softcap, q_BKGTH, masking, inside),
             dot("BKGTH,PKH->BKGTP", dout_BKGTH, inside.v_LPKH),
             lambda: dot("BKGTH,PKH->BKGTP", q_BKGTH, inside.k_LPKH),
         )
         dq_BKGTH += dot("BKGTP,PKH->BKGTH", dproducts_BKGTP, inside.k_LPKH)
-        dseen = dataclasses.replace(dseen, bias_BNTP=dbias(dlogits_BKGTP, seen.bias_BNTP))
+        dmasking = dataclasses.replace(dmasking, bias_BNTP=dbias(dlogits_BKGTP, masking.bias_BNTP))
         dbias_PN = None
         if inside.bias_LPN is not None:
             dbias_PN = dlogits_BKGTP.sum(axis=(0, 3)).reshape(inside.bias_LPN.shape[::-1]).T
             dbias_PN = dbias_PN.astype(inside.bias_LPN.dtype)
-        djoin = KVPrefix(
+        dinside = KVPrefix(
             dot("BKGTP,BKGTH->PKH", dproducts_BKGTP, q_BKGTH).astype(dtype),
             dot("BKGTP,BKGTH->PKH", weights_BKGTP, dout_BKGTH).astype(dtype),
             dbias_PN,
         )
-    return dq_BKGTH.astype(dtype), dk_BSKH, dv_BSKH, dseen, djoin
+    return dq_BKGTH.astype(dtype), dk_BSKH, dv_BSKH, dmasking, dinside
 
 
 _attend.defvjp(_forward, _backward)

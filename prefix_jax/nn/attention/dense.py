@@ -22,8 +22,8 @@ def forward(
     q_BKGTH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    seen: MaskAndBias,
-    floor_BKGT1: jax.Array | None,
+    masking: MaskAndBias,
+    prefix_max_BKGT1: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attention over the tokens, before division by the softmax denominator.
 
@@ -32,21 +32,21 @@ def forward(
         q_BKGTH: scaled queries, grouped by key head (G queries per key head).
         k_BSKH: keys.
         v_BSKH: values.
-        seen: the keys that each query sees.
-        floor_BKGT1: the largest logit of each query over the prefix, or None without a prefix.
+        masking: the keys that each query sees.
+        prefix_max_BKGT1: the largest logit of each query over the prefix, or None without a prefix.
 
     Returns:
-        sum_BKGTH, the weighted sum of values; total_BKGT1, the sum of weights; and peak_BKGT1, the
-        largest logit, which is subtracted before exponentiation. All float32.
+        sum_BKGTH, the weighted sum of values; denominator_BKGT1, the sum of weights; and max_BKGT1,
+        the largest logit, which is subtracted before exponentiation. All float32.
     """
-    logits_BKGTS = _logits(softcap, q_BKGTH, k_BSKH, seen)
-    peak_BKGT1 = logits_BKGTS.max(axis=-1, keepdims=True)
-    if floor_BKGT1 is not None:
-        peak_BKGT1 = jnp.maximum(peak_BKGT1, floor_BKGT1)
-    weights_BKGTS = jnp.exp(logits_BKGTS - peak_BKGT1)
-    total_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
+    logits_BKGTS = _logits(softcap, q_BKGTH, k_BSKH, masking)
+    max_BKGT1 = logits_BKGTS.max(axis=-1, keepdims=True)
+    if prefix_max_BKGT1 is not None:
+        max_BKGT1 = jnp.maximum(max_BKGT1, prefix_max_BKGT1)
+    weights_BKGTS = jnp.exp(logits_BKGTS - max_BKGT1)
+    denominator_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
     sum_BKGTH = dot("BKGTS,BSKH->BKGTH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
-    return sum_BKGTH, total_BKGT1, peak_BKGT1
+    return sum_BKGTH, denominator_BKGT1, max_BKGT1
 
 
 def backward(
@@ -54,25 +54,25 @@ def backward(
     q_BKGTH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    seen: MaskAndBias,
+    masking: MaskAndBias,
     out_BKGTH: jax.Array,
-    log_total_BKGT1: jax.Array,
+    log_denominator_BKGT1: jax.Array,
     dout_BKGTH: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Gradients of the token part of a softmax that may also cover a prefix.
 
     Args:
-        softcap, q_BKGTH, k_BSKH, v_BSKH, seen: as in `forward`.
+        softcap, q_BKGTH, k_BSKH, v_BSKH, masking: as in `forward`.
         out_BKGTH: the output of the whole softmax.
-        log_total_BKGT1: the logarithm of its denominator.
+        log_denominator_BKGT1: the logarithm of its denominator.
         dout_BKGTH: the gradient of `out_BKGTH`.
 
     Returns:
-        dq_BKGTH in float32, dk_BSKH, dv_BSKH, and the gradient of `seen.bias_BNTS` if there is one.
+        dq_BKGTH in float32, dk_BSKH, dv_BSKH, and the gradient of `masking.bias_BNTS` or None.
     """
-    dlogits_of = through_softmax(softcap, out_BKGTH, log_total_BKGT1, dout_BKGTH)
+    dlogits_of = softmax_vjp(softcap, out_BKGTH, log_denominator_BKGT1, dout_BKGTH)
     weights_BKGTS, dproducts_BKGTS, dlogits_BKGTS = dlogits_of(
-        _logits(softcap, q_BKGTH, k_BSKH, seen),
+        _logits(softcap, q_BKGTH, k_BSKH, masking),
         dot("BKGTH,BSKH->BKGTS", dout_BKGTH, v_BSKH),
         lambda: dot("BKGTH,BSKH->BKGTS", q_BKGTH, k_BSKH),
     )
@@ -80,16 +80,16 @@ def backward(
         dot("BKGTS,BSKH->BKGTH", dproducts_BKGTS, k_BSKH),
         dot("BKGTS,BKGTH->BSKH", dproducts_BKGTS, q_BKGTH).astype(k_BSKH.dtype),
         dot("BKGTS,BKGTH->BSKH", weights_BKGTS, dout_BKGTH).astype(v_BSKH.dtype),
-        dbias(dlogits_BKGTS, seen.bias_BNTS),
+        dbias(dlogits_BKGTS, masking.bias_BNTS),
     )
 
 
 def _logits(
-    softcap: float | None, q_BKGTH: jax.Array, k_BSKH: jax.Array, seen: MaskAndBias
+    softcap: float | None, q_BKGTH: jax.Array, k_BSKH: jax.Array, masking: MaskAndBias
 ) -> jax.Array:
     """Masked logits_BKGTS."""
     products_BKGTS = dot("BKGTH,BSKH->BKGTS", q_BKGTH, k_BSKH)
-    return finish(softcap, products_BKGTS, seen.bias_BNTS, seen.mask_BTS)
+    return cap_bias_mask(softcap, products_BKGTS, masking.bias_BNTS, masking.mask_BTS)
 
 
 # Shared with the prefix part in `attend`.
@@ -100,7 +100,7 @@ def dot(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
 
 
-def finish(
+def cap_bias_mask(
     softcap: float | None,
     products_BKGTS: jax.Array,
     bias_BNTS: jax.Array | None,
@@ -116,10 +116,10 @@ def finish(
     return logits if mask_BTS is None else jnp.where(mask_BTS[:, None, None], logits, MASKED)
 
 
-def through_softmax(
+def softmax_vjp(
     softcap: float | None,
     out_BKGTH: jax.Array,
-    log_total_BKGT1: jax.Array,
+    log_denominator_BKGT1: jax.Array,
     dout_BKGTH: jax.Array,
 ) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
     """Backward pass through one part of a softmax.
@@ -137,7 +137,7 @@ def through_softmax(
     def part(
         logits: jax.Array, dweights: jax.Array, products: Callable[[], jax.Array]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        weights = jnp.exp(logits - log_total_BKGT1)
+        weights = jnp.exp(logits - log_denominator_BKGT1)
         dlogits = weights * (dweights - mean_BKGT1)
         dproducts = dlogits
         if softcap is not None:

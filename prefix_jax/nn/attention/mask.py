@@ -12,18 +12,20 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from prefix_jax.errors import PrefixError
+
 
 @flax.struct.dataclass
 class TokenLayout:
-    """Token layout: the packing, branching and position of each token, which define the mask.
+    """The segment, branch and position of each token, from which masks are derived.
 
-    In a decoder, a token sees the whole prefix, and the keys of its own group up to its own
-    position whose branch is 0 or its own. Groups let several examples be packed into a row;
+    In a decoder, a token sees the whole prefix, and the keys of its own segment up to its own
+    position whose branch is 0 or its own. Segments let several examples be packed into a row;
     branches let several targets share one source (branch 0 is the source, branches 1, 2, … are its
-    targets). In an encoder and in cross-attention, a token sees its whole group.
+    targets). In an encoder and in cross-attention, a token sees its whole segment.
 
-    Within a row, the positions of each group and branch increase by one, and a source precedes its
-    targets: kernels compare columns where the mask compares positions.
+    Within a row, the positions of each segment and branch increase by one, and a source precedes
+    its targets: kernels compare columns where the mask compares positions.
 
     Attributes:
         segment_BT: int32, the packed example, from 1; 0 marks padding.
@@ -59,16 +61,29 @@ class TokenLayout:
             dataclasses.replace(new, branch_BT=branch_BT),
         )
 
+    def require_tasks(self) -> jax.Array:
+        """Returns `task_BT`, which a bank of prefixes needs.
+
+        Raises:
+            PrefixError: it is None.
+        """
+        if self.task_BT is None:
+            raise PrefixError(
+                "the prefix is a bank of several tasks, but the tokens have no task; pass "
+                "TokenLayout.task_BT, or use the prefix of one task"
+            )
+        return self.task_BT
+
 
 @flax.struct.dataclass
 class AttentionMask:
-    """The attention mask between tokens in symbolic form, which each attention implementation
-    converts to the form that it needs.
+    """Symbolic attention mask between tokens, which each implementation of attention converts to
+    the form that it needs.
 
     Attributes:
         queries: layout of the queries, [B, T].
         keys: layout of the keys, [B, S].
-        causal: whether queries see no later keys; otherwise they see their whole group.
+        causal: whether queries see no later keys; otherwise they see their whole segment.
         window: sliding-window size in positions, including the query's own; None for unlimited.
         narrow: bool scalar, whether the window applies, if the layers of a scan differ; None if it
             applies in all of them.

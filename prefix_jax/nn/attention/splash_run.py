@@ -79,51 +79,53 @@ class Run:
 
     @classmethod
     def over_mesh(
-        cls, softcap: float | None, sight: AttentionMask, window: int | None, columns: int
+        cls, softcap: float | None, mask: AttentionMask, window: int | None, columns: int
     ) -> Run:
         """A run on the mesh of `jax.set_mesh`, which repeats the work if it does not divide the
         columns."""
         shards = 1 if columns % column_shards() else column_shards()
-        return cls(softcap, sight.causal, window, shards, sight.zigzag)
+        return cls(softcap, mask.causal, window, shards, mask.zigzag)
 
     def forward(
         self, queries: Arrays, keys: Arrays, ids: list[SegmentIds]
     ) -> tuple[Arrays, Arrays]:
-        """(q,), (k, v) → (out, log_total) and (), in float32, merged over all `ids`."""
-        parts = [self._forward(queries, keys, one) for one in ids]
-        out, log_total = parts[0]
-        for out_more, log_total_more in parts[1:]:
-            both = jnp.logaddexp(log_total, log_total_more)
-            out = out * jnp.exp(log_total - both) + out_more * jnp.exp(log_total_more - both)
-            log_total = both
-        return (out.astype(jnp.float32), log_total), ()
+        """(q,), (k, v) → (out, log_denominator) and (), in float32, merged over all `ids`."""
+        parts = [self._forward(queries, keys, run_ids) for run_ids in ids]
+        out, log_denominator = parts[0]
+        for out_more, log_denominator_more in parts[1:]:
+            both = jnp.logaddexp(log_denominator, log_denominator_more)
+            out = out * jnp.exp(log_denominator - both) + out_more * jnp.exp(
+                log_denominator_more - both
+            )
+            log_denominator = both
+        return (out.astype(jnp.float32), log_denominator), ()
 
     def backward(
         self, queries: Arrays, keys: Arrays, ids: list[SegmentIds]
     ) -> tuple[Arrays, Arrays]:
-        """(q, out, log_total, dout), (k, v) → (dq,) and (dk, dv), in float32."""
-        parts = [self._backward(queries, keys, one) for one in ids]
-        dq, dk, dv = (functools.reduce(jnp.add, same) for same in zip(*parts, strict=True))
+        """(q, out, log_denominator, dout), (k, v) → (dq,) and (dk, dv), in float32."""
+        parts = [self._backward(queries, keys, run_ids) for run_ids in ids]
+        dq, dk, dv = (functools.reduce(jnp.add, grads) for grads in zip(*parts, strict=True))
         return (dq,), (dk, dv)
 
     def _forward(
         self, queries: Arrays, keys: Arrays, ids: SegmentIds
     ) -> tuple[jax.Array, jax.Array]:
         G, T = queries[0].shape[2:4]
-        queries, keys, ids = _laid(queries, keys, ids)
+        queries, keys, ids = _to_kernel_layout(queries, keys, ids)
         kernel = self._kernel(G, T, queries[0].shape[3], keys[0].shape[2])
-        out, (log_total,) = _each_head(kernel, queries, keys, ids)
-        return out[:, :, :, :T], log_total[:, :, :, :T, None]
+        out, (log_denominator,) = _map_heads(kernel, queries, keys, ids)
+        return out[:, :, :, :T], log_denominator[:, :, :, :T, None]
 
     def _backward(self, queries: Arrays, keys: Arrays, ids: SegmentIds) -> tuple[jax.Array, ...]:
         (G, T), S = queries[0].shape[2:4], keys[0].shape[1]
-        queries, keys, ids = _laid(queries, keys, ids)
+        queries, keys, ids = _to_kernel_layout(queries, keys, ids)
         kernel = self._kernel(G, T, queries[0].shape[3], keys[0].shape[2])
 
         def head(
             q: jax.Array,
             out: jax.Array,
-            log_total: jax.Array,
+            log_denominator: jax.Array,
             dout: jax.Array,
             k: jax.Array,
             v: jax.Array,
@@ -139,11 +141,11 @@ class Run:
                 mask_function=kernel.kwargs["mask_function"],
                 attn_logits_soft_cap=self.softcap,
                 interpret=interpreting(),
-                res=(q, k, v, ids, None, out, log_total[..., 0], *infos),
+                res=(q, k, v, ids, None, out, log_denominator[..., 0], *infos),
                 do=dout,
             )[3:6]
 
-        dq, dk, dv = _each_head(head, queries, keys, ids)
+        dq, dk, dv = _map_heads(head, queries, keys, ids)
         as_keys = (x[:, :, :S].swapaxes(1, 2).astype(jnp.float32) for x in (dk, dv))
         return (dq[:, :, :, :T].astype(jnp.float32), *as_keys)
 
@@ -159,10 +161,10 @@ class Run:
         shards = self.shards if self.causal else 1
         mask: masks.Mask = masks.FullMask((T, S))
         if self.causal:
-            every = shards * columns
-            queries: np.ndarray = np.arange(every, dtype=np.int32)
+            total = shards * columns
+            queries: np.ndarray = np.arange(total, dtype=np.int32)
             if self.zigzag:
-                queries = original_columns(every, shards)
+                queries = original_columns(total, shards)
             padding = [(0, 0), (0, T - columns)]
             queries = np.pad(queries.reshape(shards, columns), padding, mode="edge")
             mask = tiles.Causal(queries.reshape(-1), S, self.window)
@@ -183,20 +185,22 @@ class Run:
             head_shards=1,
             q_seq_shards=shards,
         )
-        return kernel if shards == 1 else _own(kernel, shards)
+        return kernel if shards == 1 else _device_part(kernel, shards)
 
 
-def _own(kernel: kernels.SplashAttentionKernel, shards: int) -> kernels.SplashAttentionKernel:
+def _device_part(
+    kernel: kernels.SplashAttentionKernel, shards: int
+) -> kernels.SplashAttentionKernel:
     """The part of a kernel for the queries of this device."""
-    place = jax.lax.axis_index(COLUMN_AXIS)
+    device = jax.lax.axis_index(COLUMN_AXIS)
 
     def part(x: Any, axis: int) -> Any:
         if x is None:
             return None
         size = x.shape[axis] // shards
-        return jax.lax.dynamic_slice_in_dim(x, place * size, size, axis)
+        return jax.lax.dynamic_slice_in_dim(x, device * size, size, axis)
 
-    def own(info: Any) -> Any:
+    def select(info: Any) -> Any:
         return info._replace(
             data_next=part(info.data_next, 1),
             mask_next=part(info.mask_next, 1),
@@ -204,7 +208,7 @@ def _own(kernel: kernels.SplashAttentionKernel, shards: int) -> kernels.SplashAt
             q_sequence=part(info.q_sequence, 0),
         )
 
-    infos = map(own, (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info))
+    infos = map(select, (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info))
     return kernels.SplashAttentionKernel(*infos, **kernel.kwargs)
 
 
@@ -214,7 +218,9 @@ def _block(columns: int) -> int:
     return -(-columns // (count * LANES)) * LANES
 
 
-def _laid(queries: Arrays, keys: Arrays, ids: SegmentIds) -> tuple[Arrays, Arrays, SegmentIds]:
+def _to_kernel_layout(
+    queries: Arrays, keys: Arrays, ids: SegmentIds
+) -> tuple[Arrays, Arrays, SegmentIds]:
     """Converts to the layout of the kernels: key heads before columns, whole blocks of columns."""
 
     def pad(x: jax.Array, axis: int, value: int = 0) -> jax.Array:
@@ -230,7 +236,7 @@ def _laid(queries: Arrays, keys: Arrays, ids: SegmentIds) -> tuple[Arrays, Array
     )
 
 
-def _each_head(function: Callable[..., Any], queries: Arrays, keys: Arrays, ids: SegmentIds) -> Any:
+def _map_heads(function: Callable[..., Any], queries: Arrays, keys: Arrays, ids: SegmentIds) -> Any:
     """Maps a function (*queries, *keys, ids) of one key head over all rows and key heads."""
 
     def row(queries: Arrays, keys: Arrays, ids: SegmentIds) -> Any:

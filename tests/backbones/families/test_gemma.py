@@ -12,6 +12,7 @@ import pytest
 
 from prefix_jax.backbones.loading.config import architecture, read_config
 from prefix_jax.backbones.loading.pretrained import load
+from prefix_jax.backbones.starts import starts_from_text
 from prefix_jax.errors import BackboneError
 from prefix_jax.nn.rotary import Rotary
 
@@ -65,7 +66,7 @@ def test_the_scale_of_embeddings_is_rounded_as_the_model_is() -> None:
     """sqrt(32) = 5.657 is 5.656 in bfloat16."""
     model = load(FIXTURES / "gemma", dtype="bfloat16")
     ids_P = jnp.arange(5)
-    embeds, _, _ = model.backbone.read(model.params, ids_P)
+    embeds, _, _ = starts_from_text(model.backbone, model.params, ids_P)
     table = model.params["embed"]["tokens_VD"]
     scaled = table[ids_P] * jnp.asarray(5.65625, jnp.bfloat16)
     np.testing.assert_array_equal(embeds.x_PD, scaled.astype(jnp.float32))

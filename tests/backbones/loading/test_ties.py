@@ -134,7 +134,7 @@ def test_encoder_and_decoder_embed_with_their_own_tables_where_those_are_stored(
     np.testing.assert_array_equal(params["encoder"]["embed"]["tokens_VD"], own["encoder"])
     np.testing.assert_array_equal(params["embed"]["tokens_VD"], own["decoder"])
     np.testing.assert_array_equal(params["head"]["unembed_DV"], head.T)
-    assert model.backbone.reader_table(params) is params["encoder"]["embed"]["tokens_VD"]
+    assert model.backbone.input_table(params) is params["encoder"]["embed"]["tokens_VD"]
     # What a stack reads is what it computes with.
     usual = _logits(path)
     for stack in own:

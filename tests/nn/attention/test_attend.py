@@ -107,8 +107,8 @@ def reference(case: Case, scale: float, softcap: float | None = None) -> jax.Arr
 @functools.partial(jax.jit, static_argnums=1)
 def ours(case: Case, softcap: float | None = None) -> jax.Array:
     q, k, v, inside, mask_BTS, mask_BTP, bias_BNTS, bias_BNTP = case
-    seen = MaskAndBias(mask_BTS, mask_BTP, bias_BNTS, bias_BNTP)
-    return attend(q, k, v, seen, Site(inside), 0.7, softcap)
+    masking = MaskAndBias(mask_BTS, mask_BTP, bias_BNTS, bias_BNTP)
+    return attend(q, k, v, masking, Site(inside), 0.7, softcap)
 
 
 def _value_and_gradients(function: object, case: Case, weight_BTNH: jax.Array) -> tuple:
@@ -269,8 +269,8 @@ def test_soft_cap_bounds_the_logits():
 
 
 def _add(case: Case, added: Outside | None) -> jax.Array:
-    seen = MaskAndBias(case.mask_BTS)
-    return attend(case.q_BTNH, case.k_BSKH, case.v_BSKH, seen, Site(outside=added), 0.7)
+    masking = MaskAndBias(case.mask_BTS)
+    return attend(case.q_BTNH, case.k_BSKH, case.v_BSKH, masking, Site(outside=added), 0.7)
 
 
 def _gated(case: Case, added: Gated) -> jax.Array:

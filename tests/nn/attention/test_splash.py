@@ -80,18 +80,18 @@ def weights(case: Case) -> jax.Array:
 
 def found(
     case: Case,
-    seen: MaskAndBias,
+    masking: MaskAndBias,
     softcap: float | None = None,
     fused: bool = True,
     weight_BTNH: jax.Array | None = None,
 ) -> tuple[jax.Array, Case]:
     """Outputs of queries that are not padding, and the gradients of their weighted sum."""
     weight_BTNH = weights(case) if weight_BTNH is None else weight_BTNH
-    assert isinstance(seen.mask, AttentionMask)
-    real_BT11 = (seen.mask.queries.segment_BT > 0)[..., None, None]
+    assert isinstance(masking.mask, AttentionMask)
+    real_BT11 = (masking.mask.queries.segment_BT > 0)[..., None, None]
 
     def scalar(case: Case) -> tuple[jax.Array, jax.Array]:
-        out = attend(*case[:3], seen, Site(case.inside), 0.5, softcap)
+        out = attend(*case[:3], masking, Site(case.inside), 0.5, softcap)
         out = jnp.where(real_BT11, out, 0)
         return jnp.sum(out * weight_BTNH), out
 
@@ -108,11 +108,11 @@ def found(
     return program.lower().compile()(case)
 
 
-def compare(case: Case, seen: MaskAndBias, softcap: float | None = None) -> None:
+def compare(case: Case, masking: MaskAndBias, softcap: float | None = None) -> None:
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
-        found(case, seen, softcap),
-        found(case, seen, softcap, fused=False),
+        found(case, masking, softcap),
+        found(case, masking, softcap, fused=False),
     )
 
 
@@ -135,9 +135,9 @@ def test_branched_targets():
 def test_windows_that_differ_between_layers(narrow: bool):
     """A prefix also leaves the window."""
     tokens = packed(T)
-    sight = AttentionMask(tokens, tokens, window=9, narrow=jnp.asarray(narrow))
+    mask = AttentionMask(tokens, tokens, window=9, narrow=jnp.asarray(narrow))
     mask_BTP = jnp.broadcast_to((tokens.position_BT < 9)[..., None], (B, T, 3))
-    compare(case(), MaskAndBias(sight, mask_BTP))
+    compare(case(), MaskAndBias(mask, mask_BTP))
 
 
 def test_encoder_and_cross_attention():
@@ -149,10 +149,10 @@ def test_devices_share_rows_and_heads(sizes: tuple[int, int, int], rows: int):
     """With 2 key heads on 4 devices, two devices hold each key head, with one of its query heads.
     2 rows on 4 devices are replicated."""
     inputs, tokens = case(S=128, columns=128, rows=rows), packed(128, rows=rows)
-    seen = MaskAndBias(AttentionMask(tokens, tokens))
-    plain = found(inputs, seen, fused=False)
+    masking = MaskAndBias(AttentionMask(tokens, tokens))
+    plain = found(inputs, masking, fused=False)
     with jax.set_mesh(make_mesh(*sizes)):
-        split = found(inputs, seen)
+        split = found(inputs, masking)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), split, plain)
 
 
@@ -176,18 +176,18 @@ def packed_with(kind: str, columns: int) -> AttentionMask:
 )
 def test_devices_share_columns(kind: str, columns: int, sequence: int, tensor: int, zigzag: bool):
     """In order, or each with columns from both ends of a row."""
-    sight, inputs = packed_with(kind, columns), case(S=columns, columns=columns)
-    plain = found(inputs, MaskAndBias(sight), fused=False)
+    mask, inputs = packed_with(kind, columns), case(S=columns, columns=columns)
+    plain = found(inputs, MaskAndBias(mask), fused=False)
     order = original_columns(columns, sequence) if zigzag else np.arange(columns)
 
     def laid(tree: Any, order: np.ndarray = order) -> Any:
         return jax.tree.map(lambda x: x[:, order], tree)
 
     split_inputs = inputs._replace(**laid({name: getattr(inputs, name) for name in TOKENS}))
-    split_sight = dataclasses.replace(laid(sight), zigzag=zigzag)
+    split_symbolic = dataclasses.replace(laid(mask), zigzag=zigzag)
     weight_BTNH = laid(weights(inputs))
     with jax.set_mesh(make_mesh(-1, 1, tensor, sequence=sequence)):
-        out, gradients = found(split_inputs, MaskAndBias(split_sight), weight_BTNH=weight_BTNH)
+        out, gradients = found(split_inputs, MaskAndBias(split_symbolic), weight_BTNH=weight_BTNH)
     there = laid({name: getattr(gradients, name) for name in TOKENS}, np.argsort(order))
     again = laid(out, np.argsort(order)), gradients._replace(**there)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), again, plain)
@@ -196,20 +196,20 @@ def test_devices_share_columns(kind: str, columns: int, sequence: int, tensor: i
 @pytest.mark.parametrize("S", [384, 129])
 def test_devices_share_columns_in_cross_attention(S: int):
     """They also share the keys, if their number divides them."""
-    inputs, seen = case(S=S), MaskAndBias(AttentionMask(packed(T), packed(S), causal=False))
-    plain = found(inputs, seen, fused=False)
+    inputs, masking = case(S=S), MaskAndBias(AttentionMask(packed(T), packed(S), causal=False))
+    plain = found(inputs, masking, fused=False)
     with jax.set_mesh(make_mesh(2, sequence=4)):
-        split = found(inputs, seen)
+        split = found(inputs, masking)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), split, plain)
 
 
 def test_fully_masked_query_is_finite_and_has_no_gradient():
     nobody = TokenLayout.plain(jnp.zeros((1, 128), bool))
-    seen = MaskAndBias(AttentionMask(nobody, nobody))
+    masking = MaskAndBias(AttentionMask(nobody, nobody))
 
     @jax.jit
     def pulled(case: Case) -> tuple[jax.Array, Case]:
-        out, pull = jax.vjp(lambda case: attend(*case[:3], seen, None, 0.5), case)
+        out, pull = jax.vjp(lambda case: attend(*case[:3], masking, None, 0.5), case)
         return out, *pull(jnp.ones_like(out))
 
     with interpreted():
@@ -224,9 +224,9 @@ def test_unsupported_cases_use_xla():
     short = packed(100)
     q, k = jnp.zeros((B, K, G, T, H)), jnp.zeros((B, T, K, H))
 
-    def fits(seen: MaskAndBias, q: jax.Array = q, k: jax.Array = k) -> bool:
+    def fits(masking: MaskAndBias, q: jax.Array = q, k: jax.Array = k) -> bool:
         with jax.set_mesh(make_mesh()):
-            return splash.fits(q, k, seen)
+            return splash.fits(q, k, masking)
 
     rule = MaskAndBias(AttentionMask(tokens, tokens))
     # 8 devices without a mesh: the program may span any number of them.
