@@ -1,4 +1,4 @@
-"""A bucket for tests: `gs://` paths that lie in a folder, and can do no more than a bucket can."""
+"""A fake bucket for tests: `gs://` paths in a local folder, with the limits of a real bucket."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from etils.epath import backend, gpath
 
 
 class FakeBackend(backend.Backend):
-    """What `etils.epath` and `fsspec` ask of Google Cloud Storage, answered by a folder.
+    """The interfaces of `etils.epath` and `fsspec` to Google Cloud Storage, in a local folder.
 
-    As there, nothing can be renamed, there are no empty directories, and `walk` forgets "gs://".
+    As in a real bucket, renaming is not possible, there are no empty directories, and `walk`
+    returns paths without "gs://".
 
     Attributes:
-        failure: is raised instead of writing, if it is set.
+        failure: an exception to raise on writes, if set.
     """
 
     failure: Exception | None = None
@@ -83,7 +84,7 @@ class FakeBackend(backend.Backend):
 
 
 def install(root: Path, patch: Any) -> FakeBackend:
-    """Lets `gs://` paths lie in a folder, for as long as a monkeypatch holds."""
+    """Redirects `gs://` paths to a folder, until the monkeypatch is undone."""
     root.mkdir(exist_ok=True)
     fake = FakeBackend(root)
     patch.setitem(gpath._PREFIX_TO_BACKEND, "gs", fake)

@@ -1,4 +1,4 @@
-"""What every test shares; it must run before JAX is imported, for it sets JAX's environment."""
+"""Shared fixtures, and JAX's environment, which must be set before JAX is imported."""
 
 import os
 import sys
@@ -10,37 +10,36 @@ import pytest
 from hypothesis import settings
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Several devices, so that meshes are real. A computation on one of them is no slower for it.
+# Eight devices, for real meshes. Computations on a single device are not slower.
 _FLAGS = ["--xla_force_host_platform_device_count=8"]
-if version("jaxlib").startswith("0.10."):  # later ones refuse to start with a flag they dropped
-    # MLIR's emitters of fusions take half of the time that the whole suite compiles, and threads
-    # for the halves of a small program gain nothing.
+if version("jaxlib").startswith("0.10."):  # later versions reject removed flags
+    # The MLIR fusion emitters need half of the suite's compilation time, and splitting small
+    # programs over threads saves none.
     _FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
-# Devices that wait for each other do so in threads of one pool, by default one a device: too few
-# where several exchanges are under way, and all would wait for ever.
+# Devices wait for each other in threads of one pool. The default, one thread per device, deadlocks
+# if several collectives run at once.
 os.environ["NPROC"] = "32"
-# Compiling a small program takes longer than running it once: quickly, here and in processes that
-# tests start. What looks at what the compiler makes of a program asks for `full_compilation`.
+# Small programs take longer to compile than to run. Tests of compiled programs use the fixture
+# `full_compilation`.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-# Tests compile the same small programs again and again, in several processes. They share a cache:
-# whoever reads a program that another is about to write compiles it as if it were not there.
+# Many tests, in several processes, compile the same programs, so they share a cache.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".jax_cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# Compilation makes the first example slow. The same examples on every run: CI never surprises.
+# No deadline, because the first example includes compilation. Deterministic, for CI.
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 
-# Helpers of the tests, such as `tiny`, are modules of this folder.
+# Test helpers, such as `tiny`, are modules of this folder.
 sys.path.append(str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model of random weights in Hugging Face layout, with its tokenizer: see `tiny`."""
+    """A tiny model with random weights in Hugging Face layout, with a tokenizer (see `tiny`)."""
     import tiny
 
     return tiny.write_model(tmp_path_factory.mktemp("tiny") / "model")
@@ -48,7 +47,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", params=["bert", "roberta"])
 def tiny_encoder_dir(request: pytest.FixtureRequest, tmp_path_factory) -> Path:
-    """A tiny encoder in Hugging Face layout, with its pooler and tokenizer: see `tiny`."""
+    """A tiny encoder in Hugging Face layout, with a pooler and a tokenizer (see `tiny`)."""
     import tiny
 
     return tiny.write_encoder(tmp_path_factory.mktemp("tiny") / request.param, request.param)
@@ -56,7 +55,7 @@ def tiny_encoder_dir(request: pytest.FixtureRequest, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def full_compilation() -> Iterator[None]:
-    """Compiles as users do; programs of one kind round otherwise than those of the other."""
+    """Compiles with all optimizations, like for users; these programs round differently."""
     import jax
 
     jax.config.update("jax_disable_most_optimizations", False)
@@ -68,7 +67,7 @@ def full_compilation() -> Iterator[None]:
 
 @pytest.fixture
 def compiler_warnings(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
-    """What the compiler has written so far. It is silent of programs that come from the cache."""
+    """Returns the compiler's messages so far. Disables the cache, which would suppress them."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 

@@ -1,12 +1,12 @@
-"""Runs many cases of every attack in watched processes and reports how each one ended.
+"""Runs many cases of every attack in watched processes and reports their outcomes.
 
     python tests/fuzz.py                              # every target, 300 cases each
     python tests/fuzz.py gguf jsonl --cases 5000      # some targets
     python tests/fuzz.py gguf --seed 3 --only 17      # one case again, with its traceback
 
-A case may end well or with a `PrefixJaxError`. Anything else counts as a failure: another
-exception, more than `--seconds` without an end, more than `--gigabytes` of memory, or the death of
-the process. The exit code is 1 if there was a failure.
+A case must succeed or raise a `PrefixJaxError`. Failures are another exception, more than
+`--seconds` of time or `--gigabytes` of memory, or the death of the process. The exit code is 1 if
+there was a failure.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from rich.table import Table
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"
 }  # fmt: skip
-_OUTCOMES = ("accepted", "refused", "traceback", "hang", "memory", "death")
+_OUTCOMES = ("accepted", "rejected", "traceback", "hang", "memory", "death")
 
 
 def main() -> int:
-    """Attacks the targets of the command line and prints a table of outcomes."""
+    """Attacks the given targets and prints a table of outcomes."""
     args = _arguments()
     os.environ.update(_ENVIRONMENT)
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -42,7 +42,7 @@ def main() -> int:
         return _repeat(args.targets[0], args.seed, args.only)
     if args.worker:
         return _work(args.targets[0], args.seed, args.first, args.cases, int(args.gigabytes * 2e9))
-    from attack import TARGETS
+    from attacks import TARGETS
 
     console, table = Console(), Table("target", *_OUTCOMES, "slowest")
     failures: list[str] = []
@@ -70,8 +70,8 @@ def _arguments() -> argparse.Namespace:
 
 
 def _repeat(name: str, seed: int, case: int) -> int:
-    """Runs one case in this process and lets its exception show."""
-    from attack import TARGETS, case_rng
+    """Runs one case in this process, without catching its exception."""
+    from attacks import TARGETS, case_rng
 
     with tempfile.TemporaryDirectory() as folder:
         TARGETS[name](Path(folder))(case_rng(name, seed, case))
@@ -79,16 +79,16 @@ def _repeat(name: str, seed: int, case: int) -> int:
 
 
 def _work(name: str, seed: int, first: int, end: int, limit: int) -> int:
-    """Runs cases `first` to `end` and writes a line at the start and at the end of each."""
-    from attack import TARGETS, case_rng
+    """Runs cases `first` to `end`; prints a line at the start and the end of each."""
+    from attacks import TARGETS, case_rng
 
     from prefix_jax.errors import PrefixJaxError
 
-    # The protocol has a descriptor of its own: what libraries print must not mix with it.
+    # Use a separate descriptor, so that output of libraries does not mix with the protocol.
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
-    # Above the limit that the parent watches: a single huge allocation must not starve the machine.
+    # Higher than the limit that the parent watches; stops single huge allocations.
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     with tempfile.TemporaryDirectory() as folder:
         attempt = TARGETS[name](Path(folder))
@@ -97,7 +97,7 @@ def _work(name: str, seed: int, first: int, end: int, limit: int) -> int:
             try:
                 attempt(case_rng(name, seed, case))
             except PrefixJaxError:
-                print("refused", case, file=out)
+                print("rejected", case, file=out)
             except MemoryError:
                 print("memory", case, file=out)
             except BaseException as error:
@@ -112,7 +112,7 @@ def _work(name: str, seed: int, first: int, end: int, limit: int) -> int:
 
 
 def _attack(name: str, args: argparse.Namespace) -> tuple[collections.Counter, float, list[str]]:
-    """All cases of a target: counts by outcome, the longest time of one, and the failures."""
+    """Runs all cases of a target; returns counts by outcome, the longest time, and failures."""
     counts: collections.Counter[str] = collections.Counter()
     failures: list[str] = []
     slowest, first = 0.0, 0
@@ -134,7 +134,7 @@ def _watch(
     counts: collections.Counter[str],
     failures: list[str],
 ) -> tuple[int, float]:
-    """Follows a process until it ends or is killed; returns the next case and the longest time."""
+    """Watches a process until it ends or is killed; returns the next case and the longest time."""
     assert process.stdout is not None
     selector = selectors.DefaultSelector()
     selector.register(process.stdout, selectors.EVENT_READ)

@@ -1,6 +1,6 @@
-"""Seeded mutations of well-formed inputs, for tests that attack a reader.
+"""Seeded mutations of well-formed inputs, for tests that attack readers.
 
-Every function is deterministic in its `random.Random`.
+All functions are deterministic, given their `random.Random`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Values that JSON can hold and that code rarely expects.
+# JSON values that code rarely expects.
 HOSTILE_VALUES: tuple[Any, ...] = (
     None, True, False, "", "x", "false", "\u001b[31m", "\ud800", "é" * 300, "../../up", "a\0b",
     0, -1, 1, 2, 7, 2**31, 2**31 - 1, 2**63, 10**9, 10**30, -(10**9),
@@ -25,9 +25,9 @@ HOSTILE_TEXT = (
 
 
 def refusal(read: Callable[[], object], error: type[Exception]) -> str | None:
-    """The message of the error with which a reader refuses its input; None if it accepts it.
+    """Returns the message of a reader's error; None if it accepts its input.
 
-    Any other error propagates and fails the test.
+    Any other exception propagates and fails the test.
     """
     try:
         read()
@@ -37,12 +37,12 @@ def refusal(read: Callable[[], object], error: type[Exception]) -> str | None:
 
 
 def mutate_json(value: Any, rng: random.Random, edits: int | None = None) -> Any:
-    """A copy of a JSON value with one to three edits: a value replaced, removed or moved.
+    """Returns a copy of a JSON value in which parts are replaced, removed, wrapped or renamed.
 
     Args:
-        value: of lists, mappings and scalars; not changed.
-        rng: the source of randomness.
-        edits: how many; None draws one to three.
+        value: lists, dicts and scalars; not modified.
+        rng: the random generator.
+        edits: the number of edits; None draws one to three.
     """
     value = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 1, 2, 3)) if edits is None else edits):
@@ -55,7 +55,7 @@ def mutate_json(value: Any, rng: random.Random, edits: int | None = None) -> Any
 
 
 def mutate_text(text: str, rng: random.Random) -> str:
-    """A text with a piece removed, doubled, moved, or replaced by something hostile."""
+    """Returns a text with pieces removed, doubled, or replaced by hostile text."""
     for _ in range(rng.choice((1, 1, 2, 4))):
         start, end = sorted(rng.randint(0, len(text)) for _ in range(2))
         end = min(end, start + rng.choice((1, 1, 3, 20)))
@@ -66,12 +66,12 @@ def mutate_text(text: str, rng: random.Random) -> str:
 
 
 def mutate_bytes(data: bytes, rng: random.Random, span: int | None = None) -> bytes:
-    """Bytes with bits flipped, values overwritten, pieces removed or the end cut off.
+    """Returns bytes with flipped bits, overwritten values, removed pieces, or a truncated end.
 
     Args:
-        data: well-formed.
-        rng: the source of randomness.
-        span: mutate the first `span` bytes only, such as a header; None mutates everywhere.
+        data: well-formed bytes.
+        rng: the random generator.
+        span: mutate only the first `span` bytes, such as a header; None mutates everywhere.
     """
     content = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5))):
@@ -96,12 +96,12 @@ def mutate_bytes(data: bytes, rng: random.Random, span: int | None = None) -> by
 
 
 def dump_json(value: Any) -> bytes:
-    """JSON of any mutated value: half surrogate pairs are escaped, NaN and infinity written out."""
+    """Writes any mutated value as JSON, with escaped surrogates, NaN and Infinity."""
     return json.dumps(value).encode()
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every (container, key) of a JSON value."""
+    """Yields every (container, key) of a JSON value."""
     items: Any = ()
     if isinstance(value, dict):
         items = value.items()

@@ -1,4 +1,4 @@
-"""What tests of plans share: a small model, and a formula in place of the compiler."""
+"""Helpers for tests of plans: a small model, and a formula that replaces the compiler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TINY = {
     "intermediate_size": 64,
     "vocab_size": 128,
 }
-ALONE = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
+SINGLE = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
 
 
 def config_of(path: Path | str, *overrides: str) -> configs.Config:
@@ -38,7 +38,7 @@ def config_of(path: Path | str, *overrides: str) -> configs.Config:
 def formula(
     needs: Callable[[BatchShape, Any], float], seconds: Callable[[Any], float] = lambda _: 1.0
 ):
-    """A stand-in for `compile_step`."""
+    """Returns a replacement for `compile_step`, and the list of plans that it makes."""
     seen: list[Plan] = []
 
     def compile_step(run: AbstractRun, shape: BatchShape, topology: Topology, mesh: Any) -> Plan:
@@ -46,7 +46,7 @@ def formula(
         fits = total <= limit
         times = seconds(mesh.shape)
         exchanges = {"all-reduce": Exchange(1, 1, 0.0)}
-        made = Plan(
+        plan = Plan(
             model="model",
             method="prefix",
             quantize="none",
@@ -63,7 +63,7 @@ def formula(
             roofline=Roofline(1, 1, exchanges, times, 0.0, 0.0, times) if fits else None,
             compile_seconds=0.0,
         )
-        seen.append(made)
-        return made
+        seen.append(plan)
+        return plan
 
     return compile_step, seen

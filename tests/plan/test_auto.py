@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import pytest
 import tiny
-from plans import ALONE, config_of, formula
+from plans import SINGLE, config_of, formula
 
 from prefix_jax.errors import ConfigError, MeshError
 from prefix_jax.plan import auto
@@ -48,7 +48,7 @@ def test_guess_is_a_lower_bound_of_the_compute_time(tmp_path: Path) -> None:
     least = floor(
         run.model.backbone.arch, rows=64, tokens=16, targets=16, source=256, produced=None
     )
-    guessed = auto.guess(run, shape, topology, ALONE)
+    guessed = auto.guess(run, shape, topology, SINGLE)
     assert 0.5 * least.total < guessed.seconds * topology.chip.bf16 < least.total
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plans import ALONE, config_of, formula
+from plans import SINGLE, config_of, formula
 
 from prefix_jax.plan import batch, report
 from prefix_jax.plan.abstract import AbstractRun, BatchShape
@@ -52,7 +52,7 @@ def test_reports_a_smaller_batch_with_higher_throughput(
 
     monkeypatch.setattr(batch, "compile_step", timed)
     topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
-    found = batch.largest_batch(run, BatchShape(8, 16, 16), topology, topology.mesh(ALONE))
+    found = batch.largest_batch(run, BatchShape(8, 16, 16), topology, topology.mesh(SINGLE))
     assert found.rows == 13
     said = report.largest_line(found)
     assert ("tokens per second" in said) == (again > 1)
@@ -85,7 +85,7 @@ def test_reports_the_smallest_batch_if_none_fits(
     compile_step, seen = formula(lambda shape, _: 20.0)
     monkeypatch.setattr(batch, "compile_step", compile_step)
     topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
-    mesh = topology.mesh(ALONE)
+    mesh = topology.mesh(SINGLE)
     found = batch.largest_batch(run, BatchShape(8, 16, 16), topology, mesh)
     assert (found.rows, found.compiled, found.plan.over) == (0, 1, 4 * GIB)
     assert len(seen) == 1
@@ -96,7 +96,7 @@ def test_tiny_memory_shortage_is_not_reported_as_zero(
 ) -> None:
     compile_step, _ = formula(lambda shape, _: 16.0)
     topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
-    fits = compile_step(run, BatchShape(8, 16, 16), topology, topology.mesh(ALONE))
+    fits = compile_step(run, BatchShape(8, 16, 16), topology, topology.mesh(SINGLE))
     failed = dataclasses.replace(fits, memory=None, roofline=None)
     found = batch.Largest(8, fits, fits, failed, compiled=2)
     assert "; 8 would be less than 0.01 GiB over the limit" in report.largest_line(found)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plans import ALONE, config_of, formula
+from plans import SINGLE, config_of, formula
 
 from prefix_jax.errors import ConfigError, MeshError
 from prefix_jax.plan import report
@@ -136,7 +136,7 @@ def test_targets_are_limited_by_decoder_positions(tmp_path: Path) -> None:
 def test_figures_of_a_small_step_are_not_rounded_to_zero(folder: Path) -> None:
     compile_step, _ = formula(lambda shape, _: 1.0, lambda _: 0.000661)
     topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
-    made = compile_step(run, BatchShape(8, 16, 16), topology, topology.mesh(ALONE))
+    made = compile_step(run, BatchShape(8, 16, 16), topology, topology.mesh(SINGLE))
     assert made.roofline is not None
     made = dataclasses.replace(made, roofline=dataclasses.replace(made.roofline, flops=2_100_000))
     assert "at least 0.661 ms" in report.line(made)
@@ -148,7 +148,7 @@ def test_quantised_weights_are_counted_in_bits(folder: Path) -> None:
     from prefix_jax.plan.plan import bytes_on_one
 
     run = AbstractRun.of(config_of("preset:llama-3-8b"))
-    mesh = Topology.parse("v5e:1x1").mesh(ALONE)
+    mesh = Topology.parse("v5e:1x1").mesh(SINGLE)
     sizes = [
         bytes_on_one(run.with_model(quantize=how).params(mesh)) / 2**30
         for how in ("none", "int8", "int4")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from plans import ALONE, config_of, formula
+from plans import SINGLE, config_of, formula
 
 from prefix_jax.plan import remedies
 from prefix_jax.plan.abstract import AbstractRun, BatchShape
@@ -17,7 +17,7 @@ def test_tries_changes_until_a_step_fits(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(remedies, "compile_step", compile_step)
     run = AbstractRun.of(config_of(folder, "data.batch_size=16"))
     shape, topology = run.batch_shape(), Topology.parse("v5e:1x1")
-    failed = compile_step(run, shape, topology, topology.mesh(ALONE))
+    failed = compile_step(run, shape, topology, topology.mesh(SINGLE))
     found = remedies.remedies(failed, run, shape, topology)
     assert [(one.settings, one.plan.fits) for one in found] == [
         ("model.remat=full", False),
