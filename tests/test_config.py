@@ -226,7 +226,7 @@ def test_an_ill_typed_value_names_key_value_and_type(minimal, override, expected
 def test_a_lost_quote_is_told_with_what_to_write(minimal, value):
     message = refused(minimal, f"data.input={value}")
     assert f"override data.input={value}: the quote at the " in message
-    assert "has no partner; write data.input=" in message
+    assert "is unmatched; write data.input=" in message
 
 
 def test_an_override_may_hold_any_text(minimal):
@@ -258,26 +258,29 @@ _TASK = ["task.name=classify", "data.target=null", "data.input='{a}'"]
     [
         (["train.epochs=1"], "epochs (passes over the data); set the other to null"),
         (["train.steps=null"], "exactly one of steps"),
-        (["train.patience=2"], "patience counts evaluations: it needs eval_every"),
+        (["train.patience=2"], "patience counts evaluations; set eval_every"),
         (["train.steps=0"], "train.steps: must be a positive integer below 2**31 or null, got 0"),
         (["data.messages=chat"], "messages excludes input and target"),
         (["data.target=null"], "give target"),
-        (["data.group_by_source=true", "data.pack=false"], "needs pack: true"),
+        (["data.group_by_source=true", "data.pack=false"], "within packed rows; set pack: true"),
         (["optim.learning_rate=.nan"], "learning_rate: must be a number in [1e-30, 1e30], got nan"),
         (["optim.b2=1"], "b2: must be a number in [0, 1), got 1"),
         (["optim.clip_norm=0"], "clip_norm: must be a number in [1e-30, 1e30] or null, got 0"),
-        (["optim.grad_accum_steps=3"], "data.batch_size 8 does not divide"),
+        (
+            ["optim.grad_accum_steps=3"],
+            "data.batch_size 8 is not divisible by optim.grad_accum_steps 3",
+        ),
         (["mesh.fsdp=-1"], "only one of data, fsdp, sequence and tensor"),
         (["mesh.tensor=0"], "tensor must be -1 or at least 1"),
         (["decode.num_beams=5000"], "num_beams: must be an integer in [1, 1024], got 5000"),
         (["decode.num_beams=2", "decode.temperature=1"], "beam search does not sample"),
-        (["decode.num_samples=2"], "num_samples 2 would be equal"),
+        (["decode.num_samples=2"], "num_samples 2 would be identical without sampling"),
         (
             ["decode.num_beams=0"],
             "override decode.num_beams=0: decode.num_beams: must be an integer in [1, 1024], got 0",
         ),
         (["decode.min_new_tokens=65"], "exceeds max_new_tokens 64"),
-        (["decode.stop=['']"], "no empty text"),
+        (["decode.stop=['']"], "must not contain an empty text"),
         (["decode.temperature=1e-40"], "temperature: must be 0 or at least 1e-30, got 1e-40"),
         (["decode.temperature=.inf"], "temperature: must be a number in [0, 1e30], got inf"),
         (["decode.repetition_penalty=1e39"], "must be a number in [1e-30, 1e30], got 1e+39"),
@@ -285,12 +288,12 @@ _TASK = ["task.name=classify", "data.target=null", "data.input='{a}'"]
         (["decode.length_penalty=1000"], "length_penalty: must be a number in [-5, 5], got 1000"),
         (
             ["decode.length_penalty=2", "decode.early_stopping=never"],
-            "length_penalty, early_stopping without beam search (num_beams is 1) would do nothing; "
-            "set num_beams above 1, or use the default length_penalty: 1.0, early_stopping: false",
+            "set num_beams above 1 to use length_penalty, early_stopping, got 1; or keep the "
+            "default length_penalty: 1.0, early_stopping: false",
         ),
         (["decode.early_stopping=soon"], "must be true or false or never, got 'soon'"),
-        (["decode.top_p=0.9"], "top_p narrows what is drawn: it needs a temperature above 0"),
-        (["decode.top_k=5", "decode.min_p=0.1"], "top_k, min_p narrow"),
+        (["decode.top_p=0.9"], "set a temperature above 0 to use top_p"),
+        (["decode.top_k=5", "decode.min_p=0.1"], "set a temperature above 0 to use top_k, min_p"),
         (["decode.seed=4294967296"], "seed: must be an integer in [0, 4294967295], got 4294967296"),
         (["train.seed=-1"], "seed: must be an integer in [0, 4294967295], got -1"),
         (["optim.learning_rate=.inf"], "learning_rate: must be a number in [1e-30, 1e30], got inf"),
@@ -310,21 +313,33 @@ _TASK = ["task.name=classify", "data.target=null", "data.input='{a}'"]
         ),
         (['decode.banned_words=["\\ud800"]'], "decode.banned_words: not valid Unicode text"),
         (['data.input="\\ud800{a}"'], "data.input: not valid Unicode text"),
-        (["evaluate.metrics=[accuracy]"], "name at least two as evaluate.labels"),
-        (["evaluate.metrics=[]"], "metrics must name at least one"),
-        (["method.name=null"], "method.name must name a method"),
-        (["evaluate.metrics=[f1]"], "f1 measures predicted labels, and task.name is generate; set"),
-        (["data.pair='{b}'"], "data.pair is the second text of a task with labels"),
-        (["task.name=classify"], "learns task.label, not a target"),
-        ([*_TASK, "data.input=null"], "give input, a template of the text to read"),
-        ([*_TASK, "evaluate.metrics=[bleu]"], "bleu cannot measure task.name classify; there are"),
-        ([*_TASK, "evaluate.compare_baseline=true"], "a task has no head before training"),
-        ([*_TASK, "evaluate.labels=[a,b]"], "the labels of a task are task.labels"),
-        ([*_TASK, "task.labels=[a,a]"], "labels names each label once"),
-        ([*_TASK, "task.choices=['{a}']"], "choices are the templates of the texts"),
-        ([*_TASK, "task.name=choice"], "choices are the templates of the texts"),
-        ([*_TASK, "task.name=tag"], "tag reads the list of words in the field task.words"),
-        ([*_TASK, "task.name=span"], "span looks for the answer to input in pair"),
+        (["evaluate.metrics=[accuracy]"], "at least two texts to choose from; set evaluate.labels"),
+        (["evaluate.metrics=[]"], "metrics is empty; name at least one"),
+        (["method.name=null"], "method.name is missing; name a method"),
+        (["evaluate.metrics=[f1]"], "f1 requires predicted labels, and task.name is generate; set"),
+        (["data.pair='{b}'"], "data.pair requires a task with labels"),
+        (
+            ["task.name=classify"],
+            "references require task.name generate",
+        ),
+        ([*_TASK, "data.input=null"], "input is missing; give a template such as"),
+        (
+            [*_TASK, "evaluate.metrics=[bleu]"],
+            "bleu cannot measure task.name classify; use loss, accuracy",
+        ),
+        ([*_TASK, "evaluate.compare_baseline=true"], "other tasks have no head before training"),
+        (
+            [*_TASK, "evaluate.labels=[a,b]"],
+            "requires task.name generate, got classify; set task.labels",
+        ),
+        (
+            [*_TASK, "task.labels=[a,a]"],
+            "labels must be at least two different names, got ['a', 'a']",
+        ),
+        ([*_TASK, "task.choices=['{a}']"], "choices and name: choice require each other"),
+        ([*_TASK, "task.name=choice"], "choices and name: choice require each other"),
+        ([*_TASK, "task.name=tag"], "tag reads the words in the field task.words"),
+        ([*_TASK, "task.name=span"], "span searches pair for the answer to input"),
         ([*_TASK, "task.dropout=1"], "dropout: must be a number in [0, 1), got 1"),
         (
             [*_TASK, "optim.head_learning_rate=0"],

@@ -1,8 +1,8 @@
-"""Typed configuration: what there is to set (`schema`, `examples`, `results`), and how it is read
-and written (`text`)."""
+"""Typed configuration: one dataclass per section (`schema`), read and written as YAML (`yaml`)."""
 
-from prefix_jax.config.examples import DataConfig, TaskConfig, TaskName
-from prefix_jax.config.results import METRICS_OF, DecodeConfig, EvaluateConfig, check_metrics
+from prefix_jax.config.data import DataConfig
+from prefix_jax.config.decode import DecodeConfig
+from prefix_jax.config.evaluate import METRICS_OF, EvaluateConfig, check_metrics
 from prefix_jax.config.schema import (
     Config,
     GenerateConfig,
@@ -13,7 +13,8 @@ from prefix_jax.config.schema import (
     OptimConfig,
     TrainConfig,
 )
-from prefix_jax.config.text import dump, load, parse, sections
+from prefix_jax.config.task import TaskConfig, TaskName
+from prefix_jax.config.yaml import dump, load, parse, sections
 
 __all__ = [
     "METRICS_OF",

@@ -1,7 +1,6 @@
-"""The sections of a configuration, as frozen dataclasses that check themselves.
+"""The sections of a run's configuration, as frozen dataclasses that check themselves.
 
-The `method` section stays a plain mapping: the methods registry knows which dataclass its name
-stands for, and builds it.
+The `method` section stays a mapping, because `methods` builds it: every method has its own fields.
 """
 
 from __future__ import annotations
@@ -9,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from prefix_jax.config.examples import DataConfig, TaskConfig
-from prefix_jax.config.results import DecodeConfig, EvaluateConfig, check_metrics
+from prefix_jax.config.data import DataConfig
+from prefix_jax.config.decode import DecodeConfig
+from prefix_jax.config.evaluate import EvaluateConfig, check_metrics
+from prefix_jax.config.task import TaskConfig
 from prefix_jax.nn.remat import Remat
 from prefix_jax.validation import (
     Count,
@@ -20,6 +21,7 @@ from prefix_jax.validation import (
     PositiveFloat,
     PositiveInt,
     Seed,
+    Share,
     Size,
     check_conditions,
     check_fields,
@@ -32,18 +34,18 @@ class ModelConfig:
     """The frozen backbone.
 
     Attributes:
-        path: a directory in Hugging Face layout, a GGUF file, `package:NAME` for the first of
-            either inside an installed Python package, or a hub id.
-        dtype: the backbone's weights and activations; "auto" is bfloat16 on TPU and GPU and
-            float32 on CPU. What trains is float32 whatever stands here.
-        quantize: in how many bits the weights' matrices are held while they stay frozen: those of
-            `dtype` ("none"); "int8", one scale an output; or "int4", a scale and a zero for every
-            32 inputs of an output, the token tables in int8. They are quantised as they load.
-        remat: what the backward pass keeps of each layer instead of computing it again, from the
-            most memory to the least: all that it needs ("none"), the products of all weight
-            matrices and what attention mixes ("dots"), those of the feed-forward ("mlp"), of
-            attention's matrices and the feed-forward's first ("projections"), those of
-            attention ("attention"), or the layer's input alone ("full").
+        path: a directory in Hugging Face layout, a GGUF file, `package:NAME` for either of these
+            inside an installed Python package, or a hub id.
+        dtype: type of the weights and activations; "auto" is bfloat16 on TPU and GPU, and float32
+            on CPU. Trainable parameters are always float32.
+        quantize: storage of the frozen weight matrices, which are quantized as they load: "none"
+            keeps `dtype`; "int8" has one scale per output; "int4" has a scale and a zero point per
+            32 inputs of an output, and int8 token tables.
+        remat: activations that each layer saves for the backward pass, from the most memory to the
+            least: "none" saves all; "dots" the products of all weight matrices and the output of
+            attention; "mlp" the products of the feed-forward network; "projections" those of
+            attention and the first of the feed-forward network; "attention" those of attention;
+            "full" only the layer's input.
     """
 
     path: str
@@ -57,24 +59,23 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """What the prefix is before the first step.
+    """Initialization of the prefix.
 
     Attributes:
-        start: "text", what a text leaves under the frozen model (the best start on modern models);
-            "vocab", the same of tokens drawn at random; "labels", the embeddings of `labels` (soft
-            tokens alone); "zeros"; "normal"; "random", the random initialisation of the method's
-            own paper; or "prefix", one that was stored before. None takes "text", and "random"
-            for the methods adapter, multitask and plus.
-        text: for "text", the text, repeated or cut to the prefix's length; None takes the first
-            training examples as they are rendered.
-        text_file: for "text", a file that holds it: the corpus of a cartridge.
-        labels: for "labels", the classes; each takes one slot, with the mean of its tokens'
-            embeddings, and the slots that remain are drawn as for "vocab" (Lester et al. 2021).
-        top: tokens for "vocab" and "labels" are drawn from so many first ones of the vocabulary,
-            which are the most frequent as a rule (5,000 in prompt tuning's paper); None, or more
-            than there are, draws from all.
-        std: for "normal".
-        path: for "prefix", the directory of a stored prefix or of a run.
+        start: "text", the frozen model's cache after reading a text (the best start for modern
+            models); "vocab", the same for random tokens; "labels", the embeddings of `labels` (soft
+            tokens only); "zeros"; "normal"; "random", the initialization of the method's paper; or
+            "prefix", a stored prefix. None is "text", or "random" for the methods adapter,
+            multitask and plus.
+        text: for "text", the text, repeated or cut to the prefix's length; None for the first
+            rendered training examples.
+        text_file: for "text", a file with the text, such as the corpus of a cartridge.
+        labels: for "labels", the names of the classes. Each fills one slot with the mean of its
+            token embeddings; the other slots are drawn as for "vocab" (Lester et al. 2021).
+        top: for "vocab" and "labels", draw from this many tokens at the start of the vocabulary,
+            usually the most frequent ones (5,000 in prompt tuning's paper); None for all.
+        std: for "normal", the standard deviation.
+        path: for "prefix", the directory of a stored prefix or a run.
     """
 
     start: Literal["text", "vocab", "labels", "zeros", "normal", "random", "prefix"] | None = None
@@ -90,23 +91,23 @@ class InitConfig:
         check_conditions(
             (
                 self.text is None or (self.start in (None, "text") and self.text != ""),
-                "text is what start: text begins with; it is not empty",
+                "text must not be empty, and requires start: text",
             ),
             (
                 self.text_file is None or (self.start in (None, "text") and self.text is None),
-                "text_file is what start: text begins with, in place of text",
+                "text_file requires start: text and excludes text",
             ),
             (
                 bool(self.labels) == (self.start == "labels"),
-                "start: labels needs labels, the names of the classes; nothing else does",
+                "labels and start: labels require each other; give both or neither",
             ),
             (
                 self.top is None or self.start in ("vocab", "labels"),
-                "top is where start: vocab and start: labels draw tokens from",
+                "top requires start: vocab or start: labels",
             ),
             (
                 (self.path is not None) == (self.start == "prefix"),
-                "start: prefix needs path, the directory of a stored prefix; nothing else does",
+                "path and start: prefix require each other; give both or neither",
             ),
         )
 
@@ -114,25 +115,26 @@ class InitConfig:
 @renamed(warmup="warmup_steps", clip="clip_norm", accumulate="grad_accum_steps")
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """How what trains is updated.
+    """Optimizer and learning rate schedule.
 
     Attributes:
         name: "adamw" (Loshchilov & Hutter 2019) or "adafactor" (Shazeer & Stern 2018, without
-            parameter scaling, as prompt tuning uses it).
-        head_learning_rate: the peak of a task's head; None is that of the prefix.
-        learning_rate: the peak. What works follows the parameterisation: about 1e-2 for raw keys
-            and values, 5e-5 under the paper's MLP, 0.3 for soft prompts with Adafactor.
-        schedule: after the warmup, "constant", or "linear" or "cosine" down to 0 at the last step,
-            or "exponential", which multiplies the rate by `decay` after every `decay_every` steps.
-        warmup_steps: optimizer steps of linear growth from 0.
-        decay: of the schedule "exponential".
-        decay_every: steps; those of an epoch, as P-tuning v2 has it for tags and spans.
-        weight_decay: decoupled, times the learning rate.
-        clip_norm: the global norm at which gradients of the trained part are clipped; None is off.
-        b1: decay of the first moment, AdamW only.
-        b2: decay of the second moment, AdamW only.
-        eps: added to the root of the second moment, AdamW only.
-        grad_accum_steps: micro-batches per optimizer step; divides `data.batch_size`.
+            parameter scaling, as in prompt tuning).
+        learning_rate: peak learning rate. It depends on the parameterization: about 1e-2 for keys
+            and values, 5e-5 for the paper's MLP, 0.3 for soft prompts with Adafactor.
+        head_learning_rate: peak learning rate of the task's head; None for `learning_rate`.
+        schedule: after the warmup, "constant"; "linear" or "cosine" decay to 0 at the last step; or
+            "exponential", which multiplies the rate by `decay` every `decay_every` steps.
+        warmup_steps: optimizer steps of linear warmup from 0.
+        decay: factor of the exponential schedule.
+        decay_every: steps between decays of the exponential schedule; P-tuning v2 uses the steps
+            of an epoch for tags and spans.
+        weight_decay: decoupled weight decay, multiplied by the learning rate.
+        clip_norm: maximum global norm of the trainable parameters' gradients; None is off.
+        b1: decay of the first moment (AdamW).
+        b2: decay of the second moment (AdamW).
+        eps: added to the root of the second moment (AdamW).
+        grad_accum_steps: micro-batches per optimizer step; must divide `data.batch_size`.
     """
 
     name: Literal["adamw", "adafactor"] = "adamw"
@@ -140,7 +142,7 @@ class OptimConfig:
     head_learning_rate: PositiveFloat | None = None
     schedule: Literal["constant", "linear", "cosine", "exponential"] = "linear"
     warmup_steps: Count = 0
-    decay: Annotated[float, Interval(gt=0, le=1)] = 0.95
+    decay: Share = 0.95
     decay_every: PositiveInt | None = None
     weight_decay: NonNegativeFloat = 0.0
     clip_norm: PositiveFloat | None = 1.0
@@ -154,8 +156,7 @@ class OptimConfig:
         check_conditions(
             (
                 (self.schedule == "exponential") == (self.decay_every is not None),
-                "schedule: exponential needs decay_every, the steps after which the rate falls; "
-                "nothing else does",
+                "decay_every and schedule: exponential require each other; give both or neither",
             ),
         )
 
@@ -163,16 +164,17 @@ class OptimConfig:
 @renamed(keep="keep_checkpoints", profile="profile_steps")
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long training runs, and what it does on the way.
+    """Length of training, evaluation, checkpoints and logging.
 
     Attributes:
-        steps: optimizer steps; exactly one of this and `epochs`.
-        epochs: passes over the training data, fractions allowed.
-        seed: of the initial values, the order of the data and dropout.
-        eval_every: optimizer steps between evaluations on `data.dev`; None evaluates at the end.
+        steps: optimizer steps; give exactly one of `steps` and `epochs`.
+        epochs: passes over the training data; may be a fraction.
+        seed: seed for initialization, data order and dropout.
+        eval_every: optimizer steps between evaluations on `data.dev`; None for one at the end.
         checkpoint_every: optimizer steps between checkpoints.
         keep_checkpoints: number of latest checkpoints to keep, in addition to the best one.
-        patience: evaluations without improvement after which training stops; None never does.
+        patience: number of evaluations without improvement after which training stops; None never
+            stops early.
         log_every: optimizer steps between lines of metrics.
         profile_steps: number of steps to trace for XProf, starting with the third; None is off.
     """
@@ -197,28 +199,27 @@ class TrainConfig:
             ),
             (
                 self.patience is None or self.eval_every is not None,
-                "patience counts evaluations: it needs eval_every",
+                "patience counts evaluations; set eval_every",
             ),
         )
 
 
-# -1 for the devices that remain.
+# -1 stands for the remaining devices.
 _Devices = Annotated[int, Interval(ge=-1, le=2**15)]
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How devices are laid out, as `data × fsdp × sequence × tensor`; -1 takes the devices that
-    remain.
+    """Layout of the devices, `data × fsdp × sequence × tensor`; -1 uses the remaining devices.
 
     Attributes:
-        data: copies of the backbone, each with its share of the batch.
-        fsdp: shares of every weight, gathered for use; the batch is split here too.
-        tensor: shares of every layer's heads and features.
-        sequence: shares of the columns of every row, and of weights as with fsdp: for rows that
-            are too long for a device, or fewer than devices.
-        auto: choose the sizes, by compiling the step for a few (see docs/plan.md); TPUs only. A
-            bare word in YAML, `mesh: auto`, stands for `{auto: true}`.
+        data: replicas of the backbone, which divide the batch.
+        fsdp: shards of every weight, gathered for use; they divide the batch, too.
+        tensor: shards of every layer's heads and features.
+        sequence: shards of the columns of every row, and of the weights as in `fsdp`; for rows that
+            are too long for one device, or batches with fewer rows than devices.
+        auto: choose the sizes by compiling the step for several candidates (see docs/plan.md); TPUs
+            only. `mesh: auto` in YAML stands for `{auto: true}`.
     """
 
     data: _Devices = -1
@@ -229,7 +230,7 @@ class MeshConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Of the axes, by name."""
+        """The sizes of the axes, by name."""
         return {
             "data": self.data,
             "fsdp": self.fsdp,
@@ -243,7 +244,7 @@ class MeshConfig:
         check_conditions(
             (
                 not self.auto or sizes == MeshConfig().sizes,
-                "auto chooses data, fsdp, sequence and tensor: leave them out",
+                "auto chooses data, fsdp, sequence and tensor; leave them out",
             ),
             *(
                 (size != 0, f"{axis} must be -1 or at least 1, got 0")
@@ -257,28 +258,28 @@ class MeshConfig:
 
 
 def default_method() -> dict[str, Any]:
-    """What `method` is where a configuration says nothing of it."""
+    """Returns the default of the `method` section."""
     return {"name": "prefix", "length": 16}
 
 
 @renamed(output="output_dir")
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One training run.
+    """Configuration of a training run.
 
     Attributes:
         model: the frozen backbone.
-        data: examples.
+        data: training and evaluation data.
         train: length of the run, evaluation and checkpoints.
-        output_dir: the run directory.
-        method: what trains, by `name`, with the fields of that method; a bare name in YAML
-            (`method: full`) stands for `{name: full}`.
-        init: what the prefix is at first.
+        output_dir: the run directory, local or `gs://BUCKET/PATH`.
+        method: the tuning method by `name`, with its fields; `method: full` in YAML stands for
+            `{name: full}`.
+        init: initialization of the prefix.
         optim: optimizer and schedule.
         mesh: layout of the devices.
-        decode: generation, for evaluation and for the use of the prefix afterwards.
+        decode: generation settings, in evaluation and as defaults of the stored prefix.
         evaluate: metrics.
-        task: what is made of a text.
+        task: what the model is asked to do.
     """
 
     model: ModelConfig
@@ -296,7 +297,8 @@ class Config:
     def __post_init__(self) -> None:
         check_fields(self)
         check_metrics(self.task.name, self.evaluate)
-        data, generates = self.data, self.task.name == "generate"
+        data, task = self.data, self.task.name
+        generates = task == "generate"
         check_conditions(
             (
                 not generates or data.target is not None or data.messages is not None,
@@ -305,42 +307,42 @@ class Config:
             ),
             (
                 not generates or data.pair is None,
-                "data.pair is the second text of a task with labels: give task.name",
+                "data.pair requires a task with labels; set task.name or leave it out",
             ),
             (
                 generates or (data.target is data.messages is data.references is None),
-                f"data: task.name {self.task.name} learns task.label, not a target, messages or "
-                "references: leave them out",
+                f"data: target, messages and references require task.name generate, got {task}; "
+                "leave them out and set task.label",
             ),
             (
-                generates or self.task.name == "tag" or data.input is not None,
-                "data: give input, a template of the text to read, such as '{text}'",
+                generates or task == "tag" or data.input is not None,
+                "data: input is missing; give a template such as '{text}'",
             ),
             (
-                self.task.name != "tag" or (data.input is data.pair is None),
-                "data: task.name tag reads the list of words in the field task.words: leave input "
-                "and pair out",
+                task != "tag" or (data.input is data.pair is None),
+                "data: task.name tag reads the words in the field task.words; leave input and pair "
+                "out",
             ),
             (
-                self.task.name != "span" or data.pair is not None,
-                "data: task.name span looks for the answer to input in pair: give both templates",
+                task != "span" or data.pair is not None,
+                "data: task.name span searches pair for the answer to input; give both templates",
             ),
             (
-                self.task.name != "choice" or data.pair is None,
-                "data: task.name choice pairs the input with each of task.choices: leave pair out",
+                task != "choice" or data.pair is None,
+                "data: task.name choice pairs the input with each of task.choices; leave pair out",
             ),
-            (isinstance(self.method.get("name"), str), "method.name must name a method"),
+            (isinstance(self.method.get("name"), str), "method.name is missing; name a method"),
             (
-                self.data.batch_size % self.optim.grad_accum_steps == 0,
-                f"data.batch_size {self.data.batch_size} does not divide into "
-                f"optim.grad_accum_steps {self.optim.grad_accum_steps} micro-batches",
+                data.batch_size % self.optim.grad_accum_steps == 0,
+                f"data.batch_size {data.batch_size} is not divisible by optim.grad_accum_steps "
+                f"{self.optim.grad_accum_steps}",
             ),
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """What can be set when a stored prefix generates.
+    """Settings for generating with a stored prefix.
 
     Attributes:
         decode: as in `Config`.
@@ -351,7 +353,7 @@ class GenerateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeasureConfig(GenerateConfig):
-    """What can be set when a stored prefix is measured.
+    """Settings for evaluating a stored prefix.
 
     Attributes:
         evaluate: as in `Config`.

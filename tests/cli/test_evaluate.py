@@ -49,7 +49,7 @@ def test_accuracy_compares_the_given_labels(run_in, trained):
     ("words", "message"),
     [
         (["--data", "test.jsonl", "--metrics", "blue"], "evaluate.metrics"),
-        (["--data", "test.jsonl", "--metrics", "accuracy"], "name at least two as evaluate.labels"),
+        (["--data", "test.jsonl", "--metrics", "accuracy"], "at least two texts to choose from"),
         (["--data", "test.jsonl", "--official", "there"], "add a generation metric"),
         (["--data", "test.jsonl", "evaluate.max_example=3"], "did you mean evaluate.max_examples?"),
         (["--data", "tset.jsonl"], "did you mean 'test.jsonl'?"),

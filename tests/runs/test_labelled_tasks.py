@@ -283,7 +283,7 @@ def test_head_cannot_read_soft_tokens_that_do_not_exist(
     task = {"name": "classify", "reads_soft": True}
     with pytest.raises(ConfigError, match="no soft tokens stand before an encoder here"):
         run(encoder, tmp_path / method, *options, task=task, train=TRAIN[:8])
-    with pytest.raises(ConfigError, match="reads_soft is for name: classify and name: regress"):
+    with pytest.raises(ConfigError, match="reads_soft requires name: classify or regress"):
         run(encoder, tmp_path / method, task={"name": "tag", "reads_soft": True}, train=TRAIN)
 
 

@@ -65,7 +65,7 @@ def test_exponential_schedule_equals_pytorchs_per_epoch():
 def test_names_what_an_exponential_schedule_lacks():
     with pytest.raises(ConfigError, match="exponential needs decay_every"):
         OptimConfig(schedule="exponential")
-    with pytest.raises(ConfigError, match="nothing else does"):
+    with pytest.raises(ConfigError, match="require each other"):
         OptimConfig(decay_every=3)
     with pytest.raises(ConfigError, match=r"decay: must be in \(0, 1\], got 0"):
         OptimConfig(schedule="exponential", decay_every=3, decay=0)

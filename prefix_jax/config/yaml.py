@@ -1,6 +1,7 @@
-"""Configurations as text: a YAML file plus `key.path=value` overrides.
+"""Reads and writes configurations: YAML with `key.path=value` overrides.
 
-`load` reads, `dump` writes the resolved form, and `load(dump(c)) == c`.
+`load` reads, `dump` writes the resolved form with all defaults, and reading that gives the same
+configuration.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from prefix_jax.validation import Problem, accepts_text, construct, hint_at, pla
 
 T = TypeVar("T")
 
-_LIMIT = 2**20  # bytes of a config file
-_LONG = 200  # characters of an override that a message repeats
+_MAX_BYTES = 2**20  # of a config file
+_MAX_SHOWN = 200  # characters of an override in a message
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Reads a configuration.
 
     Args:
-        path: a YAML file; None starts from nothing.
+        path: a YAML file; None for overrides only.
         overrides: `key.path=value`, applied in order; values are YAML.
 
     Raises:
-        ConfigError: every problem found, one a line.
+        ConfigError: every problem, one per line.
     """
     if path is None:
         return parse({}, overrides, source="")
@@ -41,15 +42,15 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse(values: dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> Config:
-    """Makes a configuration from nested mappings, as `load` does from a file.
+    """Builds a configuration from nested mappings.
 
     Args:
-        values: by section.
-        overrides: as for `load`.
-        source: of the values, for messages; "" if there are only overrides.
+        values: sections by name.
+        overrides: see `load`.
+        source: where the values come from, for messages; "" if there are only overrides.
 
     Raises:
-        ConfigError: every problem found, one a line.
+        ConfigError: every problem, one per line.
     """
     return sections(Config, values, overrides, source)
 
@@ -57,16 +58,16 @@ def parse(values: dict[str, Any], overrides: Sequence[str] = (), source: str = "
 def sections(
     cls: type[T], values: dict[str, Any], overrides: Sequence[str] = (), source: str = "config"
 ) -> T:
-    """Makes some sections of a configuration, as `parse` makes all of them.
+    """Builds some sections of a configuration; see `parse`.
 
     Args:
-        cls: a dataclass of sections: `Config`, or one with some of its fields.
-        values: by section.
-        overrides: as for `load`.
-        source: of the values, for messages; "" if there are only overrides.
+        cls: `Config`, or a dataclass with some of its fields.
+        values: sections by name.
+        overrides: see `load`.
+        source: where the values come from, for messages; "" if there are only overrides.
 
     Raises:
-        ConfigError: every problem found, one a line.
+        ConfigError: every problem, one per line.
     """
     try:
         values = _spell_out(plain(values))
@@ -95,8 +96,8 @@ def sections(
 
 
 def _origin(problem: Problem, given: Mapping[str, str], source: str) -> str:
-    """Names what set the values of a problem: an override, or the source with the overrides of
-    the fields that the message mentions."""
+    """Names the source of a problem: an override, or the file with the overrides of the fields that
+    the message mentions."""
     key = problem.key
     while key:
         if key in given:
@@ -120,24 +121,24 @@ def _origin(problem: Problem, given: Mapping[str, str], source: str) -> str:
 
 
 def _shorten(override: object) -> str:
-    """An override in a message, printable and of bounded length."""
+    """Formats an override for a message, printable and of bounded length."""
     text = str(override)
     text = text if text.isprintable() else repr(text)
-    return text if len(text) <= _LONG else f"{text[:_LONG]}…"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML, defaults included; `load` gives it back."""
+    """Formats the resolved configuration as YAML, including defaults."""
     return yaml.dump(
         dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True
     )
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper, which quotes what `parse_yaml` would otherwise read differently."""
+    """PyYAML's safe dumper, which quotes text that `parse_yaml` would read as another type."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        # Line breaks written out: folded ones lose what kind of break they were (U+0085, U+2028).
+        # Escapes line breaks: YAML folds U+0085 and U+2028 into plain ones.
         style = '"' if text.splitlines() not in ([text], []) else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -147,7 +148,7 @@ add_core_schema(_Dumper)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    values = parse_yaml(read_text(path, ConfigError, limit=_LIMIT), str(path), ConfigError)
+    values = parse_yaml(read_text(path, ConfigError, limit=_MAX_BYTES), str(path), ConfigError)
     if not isinstance(values, dict | None):
         raise ConfigError(
             f"{path}: expected sections such as model: and data:, got {shown(values)}"
@@ -156,8 +157,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _spell_out(values: Any) -> Any:
-    """Spells out `method: full` as `method: {name: full}`, and `mesh: auto` as
-    `mesh: {auto: true}`."""
+    """Expands `method: NAME` to `method: {name: NAME}`, `mesh: auto` to `mesh: {auto: true}`."""
     if isinstance(values, dict):
         if isinstance(values.get("method"), str):
             values["method"] = {"name": values["method"]}
@@ -175,31 +175,31 @@ def _override_value(cls: type, key: str, text: str) -> Any:
     except ConfigError:
         _check_quotes(text, key)
         return text
-    # model.path=7 and data.input=[{x}] mean the text itself, although YAML sees more in it.
-    as_it_is = accepts_text(hint) and not isinstance(value, str | None)
-    return text if as_it_is else value
+    # model.path=7 and data.input=[{x}] are texts, although they are other types in YAML.
+    literal = accepts_text(hint) and not isinstance(value, str | None)
+    return text if literal else value
 
 
 def _check_quotes(text: str, key: str) -> None:
-    """Raises ConfigError if text that is not YAML has lost one of the quotes around it."""
+    """Raises ConfigError if text that is not YAML has a quote at only one end."""
     for quote, other in (("'", '"'), ('"', "'")):
         starts, ends = text.startswith(quote), text.endswith(quote)
         if starts or (ends and text.count(quote) % 2):
             bare = text.strip(quote)
             raise ConfigError(
-                f"the quote at the {'start' if starts else 'end'} has no partner; write "
-                f"{key}={quote}{bare}{quote}, or to keep it as text {key}={other}{text}{other}; "
-                "a shell removes one pair of quotes, so put another around the whole"
+                f"the quote at the {'start' if starts else 'end'} is unmatched; write "
+                f"{key}={quote}{bare}{quote}, or to keep the quote {key}={other}{text}{other}; a "
+                "shell removes one pair of quotes, so put another pair around the override"
             )
 
 
 def _put(values: Any, key: str, value: Any) -> None:
-    """Sets a dotted key, making sections on the way."""
+    """Sets a dotted key and creates missing sections."""
     *sections, name = key.split(".")
     if not isinstance(values, dict):
-        raise ConfigError(f"there are no sections to change, but {shown(values)}")
+        raise ConfigError(f"expected sections to override, got {shown(values)}")
     if sections and sections[0] == "method":
-        # By name alone: the override may name another, which need not have the same fields.
+        # Without the default's fields: the override may select a method with other fields.
         values.setdefault("method", {"name": default_method()["name"]})
     for depth, section in enumerate(sections, 1):
         if values.get(section) is None:
