@@ -63,7 +63,7 @@ def test_exponential_schedule_equals_pytorchs_per_epoch():
 
 
 def test_names_what_an_exponential_schedule_lacks():
-    with pytest.raises(ConfigError, match="exponential needs decay_every"):
+    with pytest.raises(ConfigError, match="exponential require each other"):
         OptimConfig(schedule="exponential")
     with pytest.raises(ConfigError, match="require each other"):
         OptimConfig(decay_every=3)
