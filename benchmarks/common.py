@@ -112,9 +112,11 @@ def write_table(
     print(f"\n{text}\n{path}")
 
 
-def read_rows(path: Path) -> dict[str, list[str]]:
-    """Reads the rows of such a table by their first cell; empty if there is no file."""
+def read_rows(path: Path, title: str) -> dict[str, list[str]]:
+    """Reads the rows of such a table by their first cell; empty if there is no such table."""
     lines = path.read_text().splitlines() if path.exists() else []
+    if lines[:1] != [f"# {title}"]:
+        return {}
     cells = [[c.strip() for c in line[1:-1].split("|")] for line in lines if line.startswith("|")]
     return {row[0]: row for row in cells[2:]}
 

@@ -277,7 +277,8 @@ def main() -> None:
 
     part = "goals" if args.goals else args.part
     output = args.output or common.RESULTS / f"tpu_plan_{part}.md"
-    rows = common.read_rows(output)
+    title = f"TPU plans, per chip: {part}"
+    rows = common.read_rows(output, title)
     for name, measure in work(args.part, args.goals):
         if name in rows or (args.only is not None and args.only not in name):
             continue
@@ -285,7 +286,6 @@ def main() -> None:
         result = measure()
         row = {"step": name} | cells(result.pop("plan")) | result
         rows[name] = ["" if cell is None else str(cell) for cell in row.values()]
-        title = f"TPU plans, per chip: {part}"
         common.write_table(output, title, list(row), list(rows.values()))
 
 

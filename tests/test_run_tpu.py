@@ -372,9 +372,9 @@ def test_dry_run_prints_every_command_and_runs_none(cloud, step: str) -> None:
     dry = cloud.run("--dry-run", step, *WHERE, *WHAT)
     assert dry.returncode == 0, dry.stderr
     assert cloud.calls == []
-    # What it says besides is not taken for true.
-    said = [line for line in dry.stderr.splitlines() if line.startswith("run_tpu")]
-    assert all(line.startswith("run_tpu (dry run): ") for line in said)
+    # Other messages are marked too.
+    messages = [line for line in dry.stderr.splitlines() if line.startswith("run_tpu")]
+    assert all(line.startswith("run_tpu (dry run): ") for line in messages)
     if step not in ("all", "create"):
         cloud.states("READY")
     assert cloud.run(step, *WHERE, *WHAT).returncode == 0

@@ -1,4 +1,4 @@
-"""The page of config keys says what the code says."""
+"""The page of config keys matches the code."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from prefix_jax.config import Config
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_page_is_what_its_script_writes() -> None:
+def test_page_matches_its_script() -> None:
     spec = importlib.util.spec_from_file_location("script", DOCS / "make_configuration.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.PAGE.read_text("utf-8") == script.page(), "run: python docs/make_configuration.py"
 
 
-def test_the_page_has_every_key() -> None:
+def test_page_has_every_key() -> None:
     text = (DOCS / "configuration.md").read_text("utf-8")
     for key in typed.keys(Config):
         if "." in key:

@@ -1,4 +1,4 @@
-"""The method that CONTRIBUTING.md adds works as it stands there."""
+"""The example method in CONTRIBUTING.md works."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prefix_jax.methods.base import normal_like
 from prefix_jax.prefix import Geometry, Prefix, SiteShape
 
 PAGE = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
-# What a file of methods imports.
+# The imports of a file of methods.
 IMPORTS = """
 import dataclasses
 import jax
@@ -24,7 +24,7 @@ from prefix_jax.prefix import SITES, Geometry, KVPrefix, Prefix, Site, SiteName
 """
 
 
-def test_the_toy_produces_one_pair_for_all_layers_and_drops_out() -> None:
+def test_example_method_shares_one_pair_and_drops_out() -> None:
     (code,) = re.findall(r"```python\n( +@dataclasses.*?)```", PAGE, re.DOTALL)
     namespace: dict = {}
     exec(IMPORTS + textwrap.dedent(code), namespace)

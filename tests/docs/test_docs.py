@@ -1,8 +1,7 @@
-"""Every Python block of README.md and docs/*.md runs, file by file, top to bottom.
+"""Every Python block in README.md and docs/*.md runs, page by page, from top to bottom.
 
-A model that the text names is replaced by a tiny one, `pj.fit` takes three steps at most, and the
-directory is one where the project's `examples/` and `configs/` lie. A block that cannot run says
-why in the line before it:
+All models are replaced by a tiny one, `pj.fit` runs at most three steps, and the working directory
+contains the project's `examples/` and `configs/`. A block that cannot run has a line before it:
 
     <!-- not run: reason -->
 """
@@ -26,7 +25,7 @@ BLOCK = re.compile(
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
-    """The first line and the code of every block that is to run."""
+    """Returns the first line number and the code of every block to run."""
     text = page.read_text(encoding="utf-8")
     return [
         (text.count("\n", 0, match.start("code")) + 1, match["code"])
@@ -36,7 +35,7 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_blocks_of_a_page_run_in_order(
+def test_blocks_of_a_page_run_in_order(
     page: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = pretrained.find
@@ -54,11 +53,11 @@ def test_the_blocks_of_a_page_run_in_order(
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": page.stem}
     for line, code in blocks(page):
-        # Blank lines before it make tracebacks point into the page.
+        # Leading blank lines make tracebacks point to the right line of the page.
         exec(compile("\n" * (line - 1) + code, page, "exec"), namespace)
 
 
-def test_marked_blocks_and_other_languages_are_left_out(tmp_path: Path) -> None:
+def test_skips_marked_blocks_and_other_languages(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
         "```\nplain\n```\n\n```python\nfirst\n```\n\n<!-- not run: needs a TPU -->\n"

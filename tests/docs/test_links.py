@@ -1,4 +1,4 @@
-"""What the pages point at exists, and the commands that they show can be given."""
+"""Links in the documentation lead somewhere, and the commands in it are valid."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHELL = re.compile(r"```(?:bash|console)\n(.*?)```", re.DOTALL)
 
 
 def commands(name: str = "prefix-jax") -> list[tuple[str, list[str]]]:
-    """The page and the words of every command of this name."""
+    """Returns the page and the words of every command with this name."""
     return [
         (page.name, shlex.split(line, comments=True))
         for page in PAGES
@@ -33,7 +33,7 @@ def commands(name: str = "prefix-jax") -> list[tuple[str, list[str]]]:
 
 
 def headings(page: Path) -> set[str]:
-    """The anchors of a page, as GitHub makes them."""
+    """Returns the anchors of a page, in GitHub's form."""
     titles = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
 
@@ -52,7 +52,7 @@ def test_readme_shows_every_command() -> None:
 
 
 @pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: str(value)[:60])
-def test_commands_can_be_given(page: str, words: list[str], monkeypatch) -> None:
+def test_commands_are_valid(page: str, words: list[str], monkeypatch) -> None:
     args = _parse(words[1:])
     if words[1] == "plan":
         monkeypatch.chdir(ROOT)
@@ -68,9 +68,9 @@ def test_commands_can_be_given(page: str, words: list[str], monkeypatch) -> None
 
 
 @pytest.mark.parametrize("words", [words for _, words in commands("./run_tpu.sh")], ids=" ".join)
-def test_what_is_shown_on_a_tpu_divides_over_its_chips(words: list[str]) -> None:
+def test_batches_of_tpu_commands_divide_over_the_chips(words: list[str]) -> None:
     kind, chips = words[words.index("--accelerator") + 1].split("-")
-    assert kind == "v5litepod"  # of others the number is that of cores
+    assert kind == "v5litepod"  # other types are numbered by cores
     (path,) = (word for word in words if word.endswith(".yaml"))
     shown = config.load(ROOT / path, [word for word in words[1:] if "=" in word])
     assert shown.data.batch_size % int(chips) == 0

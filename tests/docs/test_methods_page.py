@@ -1,4 +1,4 @@
-"""The table of `docs/methods.md` is what its code prints, and every method has a section."""
+"""The table in `docs/methods.md` matches its code, and every method has a section."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prefix_jax.methods import FULL, METHODS
 PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
 
 
-def test_the_counts_are_those_that_the_code_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_matches_the_output_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (table,) = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
     exec(code, {})

@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, on a tiny model and for a few steps."""
+"""The notebook runs from top to bottom, with a tiny model and a few steps."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def notebook() -> nbformat.NotebookNode:
     return nbformat.read(ROOT / "docs" / "quickstart.ipynb", as_version=4)
 
 
-def test_the_notebook_runs(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_notebook_runs(tiny_model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     client = NotebookClient(
         notebook(), timeout=300, resources={"metadata": {"path": str(tmp_path)}}
     )
-    # One device, as a newcomer has it, and not the several of the tests.
+    # One device, as for users, instead of the tests' eight.
     env = os.environ | {"MODEL": str(tiny_model_dir), "STEPS": "3", "XLA_FLAGS": ""}
     executed = client.execute(env=env)
     (image,) = [
@@ -33,7 +33,7 @@ def test_the_notebook_runs(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert "keys   (2, 8, 2, 8) float32" in _printed(executed)
 
 
-def test_the_notebook_is_stored_without_outputs() -> None:
+def test_notebook_is_stored_without_outputs() -> None:
     cells = [cell for cell in notebook().cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in cells)
 

@@ -1,4 +1,4 @@
-"""The stations texts say what their facts say, and the files are what make.py writes."""
+"""The stations data: texts match their facts, and files match their generator."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ NUMBER = {"a single": 1, "its single": 1, "two": 2, "both": 2} | {
 def make():
     spec = importlib.util.spec_from_file_location("stations_make", FOLDER / "make.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # needed by dataclasses
     spec.loader.exec_module(module)
     return module
 
@@ -34,16 +34,16 @@ def fields(facts: str) -> dict[str, str]:
     return dict(re.findall(r"([\w-]+)\[([^]]+)\]", facts))
 
 
-def understood(text: str) -> dict[str, str]:
-    """What a reader learns from the text, found without a look at the generator."""
+def extract_facts(text: str) -> dict[str, str]:
+    """Extracts the facts from a text, independently of the generator."""
     name = r"(?:Opened in \d+, )?([A-Z]\w+ [A-Z]\w+) (?:serves|has|is|lies|dates)\b"
     town = r"(?:serve[sd] (?:the town of )?|station for )([A-Z]\w+)|is (\w+)'s stop"
-    found: dict[str, str] = {}
+    facts: dict[str, str] = {}
 
     def note(field: str, value: str | None) -> None:
         if value is not None:
-            assert field not in found, f"{field} is stated twice: {text}"
-            found[field] = value
+            assert field not in facts, f"{field} is stated twice: {text}"
+            facts[field] = value
 
     for match in re.finditer(name, text):
         note("name", match[1])
@@ -61,21 +61,21 @@ def understood(text: str) -> dict[str, str]:
         note("café", "yes" if match[1] == "a" else "no")
     for match in re.finditer(r"parking for (\d+) cars|(no|nor) parking", text):
         note("parking", match[1] or "none")
-    return found
+    return facts
 
 
-def test_the_committed_files_are_what_the_generator_writes(make):
+def test_committed_files_match_the_generator(make):
     assert set(make.records()) == set(SPLITS)
     for split, records in make.records().items():
         written = (FOLDER / f"{split}.jsonl").read_text(encoding="utf-8")
         assert make.render(records) == written
 
 
-def test_a_reader_of_each_text_learns_its_facts_once_and_nothing_else():
+def test_texts_state_each_fact_once_and_nothing_else():
     for split in SPLITS:
         for record in read(split):
             for text in record["text"]:
-                assert understood(text) == fields(record["facts"])
+                assert extract_facts(text) == fields(record["facts"])
 
 
 def test_every_station_states_four_to_six_facts():
@@ -83,7 +83,7 @@ def test_every_station_states_four_to_six_facts():
     assert counts == {4, 5, 6}
 
 
-def test_no_station_and_no_text_is_in_two_splits():
+def test_splits_share_no_station_or_text():
     names = {split: {fields(r["facts"])["name"] for r in read(split)} for split in SPLITS}
     texts = {split: {text for r in read(split) for text in r["text"]} for split in SPLITS}
     for group in (names, texts):
@@ -92,7 +92,7 @@ def test_no_station_and_no_text_is_in_two_splits():
         assert not group["dev"] & group["test"]
 
 
-def test_the_splits_have_the_sizes_that_the_readme_states():
+def test_splits_have_the_documented_sizes():
     texts = {split: [len(record["text"]) for record in read(split)] for split in SPLITS}
     assert {split: len(counts) for split, counts in texts.items()} == {
         "train": 240,
@@ -103,7 +103,7 @@ def test_the_splits_have_the_sizes_that_the_readme_states():
     assert set(texts["dev"]) == set(texts["test"]) == {2}
 
 
-def test_every_record_is_another_station_and_its_texts_differ():
+def test_stations_and_texts_are_unique():
     for split in SPLITS:
         assert len({record["facts"] for record in read(split)}) == len(read(split))
         assert all(len(set(record["text"])) == len(record["text"]) for record in read(split))

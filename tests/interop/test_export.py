@@ -35,7 +35,7 @@ def leaves(produced: Produced) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("to", CONTAINERS)
 @pytest.mark.parametrize("kind", ["embeds", "hidden", "kv"])
-def test_a_copy_holds_the_same_numbers_and_the_same_card(
+def test_copy_has_the_same_arrays_and_card(
     kind: str, to: Container, forms: Forms, save, tmp_path: Path
 ) -> None:
     source = save(forms[kind])
@@ -117,7 +117,7 @@ def run_without_the_package(code: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("to", CONTAINERS)
-def test_the_documented_five_lines_read_an_export_without_this_package(
+def test_documented_lines_read_an_export_without_this_package(
     to: Container, forms: Forms, save, tmp_path: Path
 ) -> None:
     export(save(forms["kv"]), tmp_path / "my-prefix", to)

@@ -112,7 +112,7 @@ def test_imported_adapter_computes_the_same_as_in_peft(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - REWRITTEN - {"adaption"}))
-def test_what_was_imported_exports_to_the_same_bytes(name: str, tmp_path: Path) -> None:
+def test_exporting_an_import_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
     tuned = imported(ADAPTERS / name)
     tuned.save(tmp_path / "ours")
     export_peft(tmp_path / "ours", tmp_path / "theirs")
@@ -327,7 +327,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Pa
         ({"task_type": "SEQ_2_SEQ_LM"}, "task_type is SEQ_2_SEQ_LM.*supports CAUSAL_LM,"),
     ],
 )
-def test_a_configuration_that_does_not_fit_is_an_error(
+def test_config_that_does_not_fit_is_an_error(
     changes: dict[str, Any], message: str, copy: Callable[..., Path]
 ) -> None:
     with pytest.raises(PrefixError, match=message):
@@ -365,7 +365,7 @@ def test_soft_tokens_of_another_width_are_an_error(copy: Callable[..., Path]) ->
     ("name", "task"),
     [("classify_bert", "classify"), ("tag_bert", "tag"), ("span_bert", "span")],
 )
-def test_a_head_comes_with_its_task(name: str, task: str, tmp_path: Path) -> None:
+def test_imports_a_head_with_its_task(name: str, task: str, tmp_path: Path) -> None:
     tuned = imported(ADAPTERS / name)
     tuned.save(tmp_path / "ours")
     again = pj.load_prefix(tmp_path / "ours", tuned.pretrained)
