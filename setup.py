@@ -1,5 +1,5 @@
-"""Packaging. The ranges below are tested at both ends: `requirements/` pins what `make` installs,
-Python 3.11 with the lower end of JAX and Python 3.13 with the upper end.
+"""Packaging. Both ends of the version ranges are tested: `requirements/` pins the lowest versions
+for Python 3.11 and the highest for Python 3.13.
 """
 
 from setuptools import find_packages, setup
@@ -21,13 +21,13 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "numpy>=2.2.6,<3",
         "etils[epath]>=1.13.0,<2",
-        # Models and tokenizers; chat templates are Jinja
+        # Models, tokenizers and chat templates
         "transformers>=5.10.4,<6",
         "huggingface_hub>=1.33.0,<3",
         "safetensors>=0.6.2,<1",
         "gguf>=0.17.1,<1",
         "jinja2>=3.1.6,<4",
-        # Data; without h5py many text sets of TFDS are missing
+        # Data; many text data sets of TFDS need h5py
         "grain>=0.2.15,<0.3",
         "tensorflow-datasets>=4.9.10,<5",
         "array_record>=0.8.6,<0.9",
@@ -54,12 +54,12 @@ setup(
         "cuda": ["jax[cuda13]"],
         "gcs": ["gcsfs"],
         "dev": [
-            # The compiler for TPUs, which compiles on any machine.
+            # The TPU compiler, which works on any machine
             "jax[tpu]",
             "pytest",
             "pytest-xdist",
             "hypothesis",
-            # Trains the tokenizer that a test rebuilds from GGUF.
+            # Trains a tokenizer for a test of GGUF
             "sentencepiece",
             "nbclient",
             "nbformat",
