@@ -24,11 +24,12 @@ _INTRODUCTION = """\
 
 <!-- Written by docs/make_configuration.py; a test compares. -->
 
-A run is a YAML file of the sections below, changed by `section.key=value` on the command line or in
-`pj.fit(…, overrides=[…])`. The resolved form is stored with the run as `config.yaml`. Required keys
-have no default. [configs/quickstart.yaml](../configs/quickstart.yaml) is an example.
+A YAML file with the sections below configures a run. Override keys by `section.key=value` on the
+command line or in `pj.fit(…, overrides=[…])`. The run directory stores the resolved form as
+`config.yaml`. [configs/quickstart.yaml](../configs/quickstart.yaml) is an example.
 
-`output_dir`, the run directory, stands by itself.
+The key `output_dir` (required, outside the sections) is the run directory, local or
+`gs://BUCKET/PATH`.
 """
 
 

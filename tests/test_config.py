@@ -45,7 +45,7 @@ def refused(path, *overrides):
     return str(caught.value)
 
 
-def test_a_file_becomes_typed_sections_with_defaults_for_what_it_leaves_out(minimal):
+def test_file_is_read_into_typed_sections_with_defaults(minimal):
     config = load(minimal)
     assert config.model == ModelConfig(path="models/tiny")
     assert config.data.input == "{meaning} ->"
@@ -77,14 +77,14 @@ def test_a_file_becomes_typed_sections_with_defaults_for_what_it_leaves_out(mini
         ("data.input=", None),
     ],
 )
-def test_an_override_replaces_one_value(minimal, override, value):
+def test_override_replaces_one_value(minimal, override, value):
     node = dataclasses.asdict(load(minimal, [override]))
     for name in override.partition("=")[0].split("."):
         node = node[name]
     assert node == value
 
 
-def test_yes_and_no_are_labels_and_true_is_a_truth_value(minimal):
+def test_yes_and_no_are_strings_except_for_booleans(minimal):
     config = load(minimal, ["task.labels=[no, yes, off]", "data.pack=false"])
     assert config.task.labels == ("no", "yes", "off")
     assert config.data.pack is False
@@ -92,52 +92,52 @@ def test_yes_and_no_are_labels_and_true_is_a_truth_value(minimal):
     assert load(minimal) == config
 
 
-def test_the_last_of_two_overrides_wins(minimal):
+def test_last_override_wins(minimal):
     assert load(minimal, ["train.seed=1", "train.seed=2"]).train.seed == 2
 
 
-def test_overrides_alone_make_a_config():
+def test_overrides_without_a_file_build_a_config():
     config = load(
         None, ["model.path=m", "data.target={text}", "train.epochs=1.5", "output_dir=runs/a"]
     )
     assert config.train.epochs == 1.5
 
 
-def test_an_override_of_one_method_field_keeps_the_default_method(minimal):
+def test_override_of_a_method_field_keeps_the_default_method(minimal):
     assert load(minimal, ["method.length=4"]).method == {"name": "prefix", "length": 4}
 
 
 @pytest.mark.parametrize("name", ["plus", "full"])
-def test_an_override_that_names_the_method_brings_no_field_of_the_default_one(minimal, name):
+def test_override_of_the_method_name_drops_the_default_fields(minimal, name):
     # Neither of them has a length.
     method = load(minimal, [f"method.name={name}"]).method
     assert method == {"name": name}
 
 
-def test_a_bare_method_name_stands_for_its_defaults(minimal):
+def test_bare_method_name_uses_the_defaults_of_the_method(minimal):
     assert load(minimal, ["method=full"]).method == {"name": "full"}
 
 
-def test_an_override_reaches_into_a_bare_method_name(minimal):
+def test_override_adds_a_field_to_a_bare_method_name(minimal):
     assert load(minimal, ["method=prompt", "method.length=3"]).method == {
         "name": "prompt",
         "length": 3,
     }
 
 
-def test_an_empty_section_is_its_defaults(minimal):
+def test_empty_section_has_its_defaults(minimal):
     minimal.write_text(MINIMAL + "optim:\n")
     assert load(minimal).optim == OptimConfig()
 
 
-def test_an_unknown_key_names_the_nearest_key_of_any_section(minimal):
+def test_unknown_key_suggests_the_nearest_key_of_any_section(minimal):
     message = refused(minimal, "train.learning_rat=1")
     assert "train.learning_rat: unknown key" in message
     assert "did you mean optim.learning_rate?" in message
     assert "known keys here: steps, epochs" in message
 
 
-def test_a_misspelt_key_prefers_the_nearest_in_its_own_section(minimal):
+def test_misspelt_key_prefers_suggestions_of_its_own_section(minimal):
     assert "did you mean evaluate.batch_size?" in refused(minimal, "evaluate.batchsize=1")
 
 
@@ -157,7 +157,7 @@ def test_a_misspelt_key_prefers_the_nearest_in_its_own_section(minimal):
         ("output", "output_dir"),
     ],
 )
-def test_former_keys_name_the_current_one(tmp_path, minimal, old, new):
+def test_former_key_is_an_error_that_names_the_current_one(tmp_path, minimal, old, new):
     assert refused(minimal, f"{old}=1") == f"override {old}=1: {old}: renamed to {new}"
     section, _, name = old.rpartition(".")
     line = f"{section}: {{{name}: 1}}" if section else f"{name}: 1"
@@ -166,11 +166,11 @@ def test_former_keys_name_the_current_one(tmp_path, minimal, old, new):
     assert f"{path}: {old}: renamed to {new}" in refused(path)
 
 
-def test_a_misspelt_section_is_recognised(minimal):
+def test_misspelt_section_gets_a_suggestion(minimal):
     assert "optm: unknown key; did you mean optim?" in refused(minimal, "optm.clip_norm=1")
 
 
-def test_an_unknown_key_that_resembles_nothing_gets_no_guess(minimal):
+def test_unknown_key_unlike_any_other_gets_no_suggestion(minimal):
     assert "did you mean" not in refused(minimal, "train.zzz=1")
 
 
@@ -195,10 +195,10 @@ def test_an_unknown_key_that_resembles_nothing_gets_no_guess(minimal):
         ("model.path=null", "model.path: must be a string, got null"),
         ("decode.stop=a", "decode.stop: must be a list of strings, got 'a'; write [a]"),
         ("evaluate.metrics=bleu", "got 'bleu'; write [bleu]"),
-        ("task.choices=[{a}, b]", "and around the whole in a shell: ['{a}', 'b']"),
+        ("task.choices=[{a}, b]", "and in a shell the whole override: ['{a}', 'b']"),
         ("evaluate.metrics=[blue]", "evaluate.metrics: must be a list of any of loss, "),
         ("optim=5", "optim: must be a section with keys name, learning_rate"),
-        ("task.labels=[0, 1]", "got [0, 1]; put quotes around what is text: ['0', '1']"),
+        ("task.labels=[0, 1]", "got [0, 1]; quote the strings: ['0', '1']"),
         ("data.pack=on", "data.pack: must be true or false, got 'on'; write true or false"),
         ("output_dir=", "override output_dir=: expected text after '='; write output_dir=VALUE"),
         (
@@ -216,35 +216,35 @@ def test_an_unknown_key_that_resembles_nothing_gets_no_guess(minimal):
         ),
     ],
 )
-def test_an_ill_typed_value_names_key_value_and_type(minimal, override, expected):
+def test_invalid_value_is_reported_with_key_value_and_type(minimal, override, expected):
     message = refused(minimal, override)
     assert expected in message
     assert f"override {override}" in message or ".clip" in message or override == "optim=5"
 
 
 @pytest.mark.parametrize("value", ["'{facts}", "{facts}'", '"{facts} ->', "{a}: 'b'{c}'"])
-def test_a_lost_quote_is_told_with_what_to_write(minimal, value):
+def test_unmatched_quote_is_reported_with_a_fix(minimal, value):
     message = refused(minimal, f"data.input={value}")
     assert f"override data.input={value}: the quote at the " in message
     assert "is unmatched; write data.input=" in message
 
 
-def test_an_override_may_hold_any_text(minimal):
+def test_override_may_contain_any_text(minimal):
     assert load(minimal, ["""data.input="'{facts}\""""]).data.input == "'{facts}"
     assert load(minimal, ["data.input='it''s {a}'"]).data.input == "it's {a}"
 
 
-def test_a_problem_of_the_file_names_the_file(minimal):
+def test_problem_of_the_file_names_the_file(minimal):
     minimal.write_text(MINIMAL.replace("steps: 10", "steps: many"))
     assert refused(minimal).startswith(f"{minimal}: train.steps: must be a positive integer")
 
 
-def test_all_problems_are_told_at_once(minimal):
+def test_reports_every_problem(minimal):
     lines = refused(minimal, "train.sed=1", "optim.b1=x", "modle.path=1").splitlines()
     assert [line.split(": ")[1] for line in lines] == ["train.sed", "optim.b1", "modle"]
 
 
-def test_missing_values_are_named_with_their_type():
+def test_missing_values_are_reported_with_their_type():
     message = refused(None, "train.steps=1")
     assert "model: missing; it must be a section with keys path" in message
     assert "output_dir: missing; it must be a string" in message
@@ -347,24 +347,24 @@ _TASK = ["task.name=classify", "data.target=null", "data.input='{a}'"]
         ),
     ],
 )
-def test_a_contradiction_is_refused_with_the_override_that_caused_it(minimal, overrides, part):
+def test_contradiction_names_the_override_that_caused_it(minimal, overrides, part):
     message = refused(minimal, *overrides)
     assert part in message
     assert any(f"override {override}" in message or f", {override}" in message
                for override in overrides)  # fmt: skip
 
 
-def test_a_contradiction_within_a_section_names_the_section(minimal):
+def test_contradiction_within_a_section_names_the_section(minimal):
     minimal.write_text(MINIMAL + "mesh: {tensor: 0}")
     assert refused(minimal).startswith(f"{minimal}: mesh: tensor must be")
 
 
 @pytest.mark.parametrize("override", ["train.seed", "=3", "train.=3", "train..seed=3"])
-def test_an_override_without_key_or_value_is_refused(minimal, override):
+def test_rejects_overrides_without_key_or_value(minimal, override):
     assert "expected key.path=value" in refused(minimal, override)
 
 
-def test_an_override_below_a_plain_value_is_refused(minimal):
+def test_rejects_overrides_below_a_plain_value(minimal):
     assert "model.path is 'models/tiny', not a section" in refused(minimal, "model.path.x=1")
 
 
@@ -378,28 +378,28 @@ def test_an_override_below_a_plain_value_is_refused(minimal):
         (b"\xff\xfe\x00", "not UTF-8 text"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused(minimal, content, part):
+def test_rejects_files_that_are_not_configurations(minimal, content, part):
     minimal.write_bytes(content)
     message = refused(minimal)
     assert str(minimal) in message
     assert part in message
 
 
-def test_an_unknown_section_of_an_override_names_the_override(minimal):
+def test_unknown_section_of_an_override_names_the_override(minimal):
     with pytest.raises(ConfigError, match=r"^override trian\.steps=3: trian: unknown key"):
         load(minimal, ["trian.steps=3"])
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_missing_file_is_named(tmp_path):
     assert "nowhere.yaml: no such file" in refused(tmp_path / "nowhere.yaml")
 
 
-def test_an_empty_file_lacks_what_is_required(minimal):
+def test_empty_file_lacks_required_keys(minimal):
     minimal.write_text("")
     assert "model: missing" in refused(minimal)
 
 
-def test_invalid_sections_built_in_python_are_refused_too():
+def test_rejects_invalid_sections_built_in_python():
     with pytest.raises(ConfigError, match="exactly one of steps"):
         TrainConfig(steps=1, epochs=1.0)
 
@@ -431,13 +431,13 @@ configs = st.builds(
 
 @settings(max_examples=50)
 @given(config=configs)
-def test_a_dumped_config_loads_as_itself(config, tmp_path_factory):
+def test_dumped_config_loads_as_itself(config, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
     path.write_text(dump(config), encoding="utf-8")
     assert load(path) == config
 
 
-def test_a_dumped_config_says_everything(minimal):
+def test_dumped_config_contains_every_key(minimal):
     assert set(yaml.safe_load(dump(load(minimal)))["decode"]) == {
         field.name for field in dataclasses.fields(DecodeConfig)
     }

@@ -1,4 +1,4 @@
-"""Mutated configurations are read as a Config, or refused in one helpful error."""
+"""Mutated configurations are read, or rejected with one helpful error."""
 
 import dataclasses
 import random
@@ -101,7 +101,7 @@ def pretrained(tmp_path_factory):
     return tiny_runs.on_one_device(tiny.write_model(tmp_path_factory.mktemp("mutations") / "model"))
 
 
-def test_mutated_configs_that_are_read_are_prepared_or_refused(pretrained):
+def test_mutated_configs_are_prepared_or_rejected(pretrained):
     rng = random.Random(3)
     values = dataclasses.asdict(CONFIG)
     prepared = {"prepared": 0, "refused": 0}

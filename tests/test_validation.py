@@ -35,7 +35,7 @@ class Method:
     extra: Init | None = None
 
 
-def test_build_makes_any_dataclass_from_a_mapping():
+def test_build_makes_a_dataclass_from_a_mapping():
     assert build(Method, {"length": 3, "init": {"scale": "1e-3"}, "extra": {"kind": "k"}}) == (
         Method(length=3, init=Init(scale=0.001), extra=Init(kind="k"))
     )
@@ -45,7 +45,7 @@ def test_build_leaves_an_optional_section_absent():
     assert build(Method, {"length": 3, "extra": None}).extra is None
 
 
-def test_build_names_keys_from_where_the_mapping_stands():
+def test_build_reports_keys_with_their_path():
     with pytest.raises(ConfigError) as caught:
         build(Method, {"lenght": 3, "init": {"scal": 1, "kind": 2}}, "method")
     assert str(caught.value).splitlines() == [
@@ -92,7 +92,7 @@ def problem_of(field: str, value: Any) -> str:
         ("free", {"a": (1, [None])}, {"a": [1, [None]]}),
     ],
 )
-def test_converts_what_is_unambiguous(field: str, value: Any, expected: Any):
+def test_converts_unambiguous_values(field: str, value: Any, expected: Any):
     found = getattr(build(Checked, {field: value}), field)
     assert (found, type(found)) == (expected, type(expected))
 
@@ -116,7 +116,7 @@ def test_converts_what_is_unambiguous(field: str, value: Any, expected: Any):
         ("flag", 1, "flag: must be true or false, got 1; write true or false"),
         ("flag", "on", "flag: must be true or false, got 'on'; write true or false"),
         ("kind", "c", "kind: must be one of a, b, got 'c'"),
-        ("names", [1, True], "got [1, True]; put quotes around what is text: ['1', 'true']"),
+        ("names", [1, True], "got [1, True]; quote the strings: ['1', 'true']"),
         ("names", {"a", "b"}, "names: must consist of strings, numbers, lists and mappings, got {"),
         ("names", ["\ud800"], "names: not valid Unicode text: surrogates not allowed"),
         (
@@ -128,11 +128,11 @@ def test_converts_what_is_unambiguous(field: str, value: Any, expected: Any):
         ("\x1b[2J", 1, "'\\x1b[2J': unknown key"),
     ],
 )
-def test_names_what_a_value_must_be(field: str, value: Any, message: str):
+def test_reports_the_expected_and_the_actual_value(field: str, value: Any, message: str):
     assert message in problem_of(field, value)
 
 
-def test_shared_and_cyclic_values_take_no_time():
+def test_shared_and_cyclic_values_are_rejected_quickly():
     cyclic: list[Any] = []
     cyclic.append(cyclic)
     shared: Any = "x"
@@ -144,7 +144,7 @@ def test_shared_and_cyclic_values_take_no_time():
     assert time.process_time() - start < 5
 
 
-def test_a_value_that_cannot_be_printed_is_still_named():
+def test_unprintable_value_is_still_reported():
     class Unprintable:
         def __repr__(self) -> str:
             raise RuntimeError
@@ -152,7 +152,7 @@ def test_a_value_that_cannot_be_printed_is_still_named():
     assert "got <Unprintable instance" in problem_of("free", {"x": Unprintable()})
 
 
-def test_a_dataclass_made_in_python_is_checked_and_normalised():
+def test_dataclass_constructed_in_python_is_checked_and_normalised():
     assert Checked(count=np.int32(3), names=["a"]) == Checked(count=3, names=("a",))
     with pytest.raises(ConfigError) as caught:
         Checked(count="3", rate=-1.0, names="a")

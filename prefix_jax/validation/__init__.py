@@ -1,7 +1,8 @@
 """Types, ranges and checks of every value that a user or a file provides.
 
-An annotation declares what a field accepts: `Annotated[int, Interval(ge=1, le=1024)]`, or a type of
-`types`. pydantic validates (`check`), and messages name the key, what it must be, and what it is.
+An annotation declares the accepted values of a field: `Annotated[int, Interval(ge=1, le=1024)]` or
+one of `types`. pydantic validates them (`check`); messages give the key, the expected and the
+actual value.
 """
 
 from annotated_types import Interval

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def renamed(**names: str) -> Callable[[type[T]], type[T]]:
-    """Marks former names of a dataclass's fields, whose use is an error that names the new ones."""
+    """Declares former names of a dataclass's fields, whose use is an error with the new name."""
 
     def decorate(cls: type[T]) -> type[T]:
         init: Any = cls.__init__
@@ -75,7 +75,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 def construct(cls: type[T], values: Any, where: str, problems: list[Problem]) -> T | None:
-    """Like `build`, but appends to `problems` and returns None where `build` raises."""
+    """Like `build`, but appends to `problems` and returns None instead of raising."""
     try:
         values = plain(values, where)
         return cast(T, _parse(cls, values))
@@ -92,7 +92,7 @@ def check_fields(
     """Checks every field of a dataclass against its annotation; for `__post_init__`.
 
     Values are normalised as `build` does (lists become tuples, NumPy's numbers Python's), but
-    strings that spell a number are refused: only files and command lines have reason for it.
+    strings that spell a number are refused: only files and command lines need them.
 
     Args:
         instance: a dataclass, which may be frozen.
@@ -163,12 +163,12 @@ def matches(value: Any, hint: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is wrong at one key ("" if it concerns several).
+    """An error message for one key.
 
     Attributes:
-        key: with dots for nesting.
+        key: dotted key; "" for problems of several keys.
         text: the message.
-        renamed: whether the key is the former name of another one.
+        renamed: whether the key is a former name.
     """
 
     key: str
@@ -186,10 +186,10 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 
 def _parse(hint: Any, value: Any, text: bool = True) -> Any:
-    """Validates a plain value, which must not be used afterwards.
+    """Validates a plain value, and modifies it.
 
-    It is read as JSON, because only there strict validation turns lists into tuples and mappings
-    into dataclasses.
+    The value is validated as JSON: for Python objects, strict validation would accept neither lists
+    as tuples nor mappings as dataclasses.
 
     Args:
         hint: the type.
@@ -210,7 +210,7 @@ def _validate(hint: Any, box: list[Any]) -> Any:
 
 
 def _convert(box: list[Any], error: ValidationError, text: bool) -> bool:
-    """Replaces, in place, what is of another type than expected and unambiguous."""
+    """Replaces values of another type that are unambiguous; returns whether there were any."""
     converted = False
     for detail in error.errors(include_url=False):
         value = detail["input"]
@@ -222,7 +222,7 @@ def _convert(box: list[Any], error: ValidationError, text: bool) -> bool:
             path: Any = 0
             for part in detail["loc"]:
                 if not _contains(inner[path], part):
-                    break  # the name of a union's member
+                    break  # pydantic's name of a union's member
                 inner, path = inner[path], part
             inner[path] = new
             converted = True
@@ -263,7 +263,7 @@ _CONVERSIONS: Mapping[str, Callable[[Any], Any]] = {
 
 
 def _problems(cls: type, values: Any, where: str, error: ValidationError) -> list[Problem]:
-    """One problem per key, in our words."""
+    """Converts pydantic's errors to one problem per key."""
     found: dict[str, Problem] = {}
     known = tuple(keys(cls, where))
     for detail in error.errors(include_url=False):
@@ -293,7 +293,7 @@ def _text(detail: Any, hint: Any, value: Any) -> str:
 
 
 def _remedy(hint: Any, value: Any) -> str:
-    """What to write instead of a value, for the usual mistakes."""
+    """Suggests a fix for common mistakes."""
     if bool in members(hint) and value in (0, 1, "on", "off", "On", "Off"):
         return "; write true or false"
     if not isinstance(value, list):
@@ -301,18 +301,18 @@ def _remedy(hint: Any, value: Any) -> str:
             return f"; write [{value}]"
         quotable = accepts_text(hint) and isinstance(value, bool | int | float)
         return "; put quotes around it" if quotable else ""
-    # A shell takes the quotes off "{a}", and YAML then reads a mapping.
+    # A shell removes the quotes of "{a}", which is a mapping in YAML.
     texts = [f"{{{next(iter(v))}}}" if _braces(v) else v for v in value]
     if texts != value and _accepts(hint, texts):
-        return f"; put quotes around braces, and around the whole in a shell: {shown(texts)}"
+        return f"; quote the braces, and in a shell the whole override: {shown(texts)}"
     texts = [v if isinstance(v, str) else shown(v) for v in value]
     if texts != value and _accepts(hint, texts):
-        return f"; put quotes around what is text: {shown(texts)}"
+        return f"; quote the strings: {shown(texts)}"
     return ""
 
 
 def _braces(value: Any) -> bool:
-    """Whether YAML made this of "{a}"."""
+    """Checks for the mapping that YAML reads from `{a}`."""
     return isinstance(value, dict) and list(value.values()) == [None]
 
 

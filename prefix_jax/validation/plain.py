@@ -18,8 +18,8 @@ class NotPlainError(ConfigError):
     """A value that no configuration can hold.
 
     Attributes:
-        key: where it is.
-        text: what it is.
+        key: its key.
+        text: the message.
     """
 
     def __init__(self, key: str, text: str) -> None:

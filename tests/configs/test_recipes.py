@@ -1,4 +1,4 @@
-"""Every recipe runs: as it stands, but for a tiny model, a few local records and a few steps."""
+"""Runs every recipe with a tiny model, a few local records and a few steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from prefix_jax.runs.run import run
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "quickstart")
 
-# A few records of each data set, with the fields that it has on disk or in TFDS.
+# A few records per dataset, with the fields of its files or of TFDS.
 RECORDS: dict[str, list[dict[str, Any]]] = {
     "e2e": [
         {"mr": f"name[The {name}], eatType[pub], familyFriendly[no]", "ref": f"{name} is a pub."}
@@ -97,7 +97,7 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
     ],
 }  # fmt: skip
 
-# Which tiny model stands for the one that a recipe names. What decodes unrolls its layers.
+# Tiny models by a part of the model's name. Decoders have one layer: decoding unrolls them.
 _decoder = functools.partial(write_model, num_hidden_layers=1)
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "roberta": functools.partial(write_encoder, kind="roberta"),
@@ -112,7 +112,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pretrained]:
-    """The tiny model in the place of a large one, by the latter's name."""
+    """Returns the tiny model that replaces a recipe's model."""
 
     @functools.cache
     def model(write: Callable[[Path], Path]) -> Pretrained:
@@ -126,12 +126,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pretrain
 
 
 def small(config: Config, recipe: Path, folder: Path) -> Config:
-    """The recipe with local data and few steps; what it is about stays."""
-    data_set = max((name for name in RECORDS if recipe.stem.startswith(name)), key=len, default="")
-    if data_set == "rte" and config.task.name == "classify":
-        data_set = "superglue rte"
+    """Shrinks a recipe to local data and a few steps."""
+    dataset = max((name for name in RECORDS if recipe.stem.startswith(name)), key=len, default="")
+    if dataset == "rte" and config.task.name == "classify":
+        dataset = "superglue rte"
     records = folder / "records.jsonl"
-    records.write_text("".join(json.dumps(record) + "\n" for record in RECORDS[data_set]))
+    records.write_text("".join(json.dumps(record) + "\n" for record in RECORDS[dataset]))
     splits = {name: str(records) for name in ("train", "dev", "test") if getattr(config.data, name)}
     accumulate = config.optim.grad_accum_steps
     return dataclasses.replace(
@@ -146,7 +146,7 @@ def small(config: Config, recipe: Path, folder: Path) -> Config:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_runs(recipe, models, tmp_path):
+def test_recipe_runs(recipe, models, tmp_path):
     config = configs.load(recipe)
     model = models(config.model.path)
     result = run(small(config, recipe, tmp_path), pretrained=model, quiet=True)
@@ -155,13 +155,13 @@ def test_a_recipe_runs(recipe, models, tmp_path):
     assert result.card.method["name"] == config.method["name"]
 
 
-def test_the_list_of_recipes_names_each():
+def test_readme_lists_every_recipe():
     listed = re.findall(r"^\| `([\w.]+)` \|", (ROOT / "configs/README.md").read_text(), re.M)
     assert listed == [path.name for path in RECIPES]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_says_how_it_is_run_and_what_it_is_to_reach(recipe):
+def test_recipe_header_states_command_data_and_published_figure(recipe):
     header = recipe.read_text().partition("model:")[0]
     assert f"prefix-jax train configs/{recipe.name}" in header
     assert "Data: " in header

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from prefix_jax import typed
 from prefix_jax.config import Config
+from prefix_jax.validation.types import keys
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -20,6 +20,6 @@ def test_page_matches_its_script() -> None:
 
 def test_page_has_every_key() -> None:
     text = (DOCS / "configuration.md").read_text("utf-8")
-    for key in typed.keys(Config):
+    for key in keys(Config):
         if "." in key:
             assert f"| `{key}` |" in text, key

@@ -67,7 +67,7 @@ def test_names_what_an_exponential_schedule_lacks():
         OptimConfig(schedule="exponential")
     with pytest.raises(ConfigError, match="require each other"):
         OptimConfig(decay_every=3)
-    with pytest.raises(ConfigError, match=r"decay: must be in \(0, 1\], got 0"):
+    with pytest.raises(ConfigError, match=r"decay: must be a number in \(0, 1\], got 0"):
         OptimConfig(schedule="exponential", decay_every=3, decay=0)
 
 
