@@ -21,7 +21,7 @@ from prefix_jax.data.template import Template
 from prefix_jax.data.tokens import Examples
 from prefix_jax.errors import ConfigError
 from prefix_jax.evaluate.run import Evaluator, needs_references
-from prefix_jax.mesh import batch_shards, make_mesh, replicated
+from prefix_jax.mesh import batch_shards, make_mesh
 from prefix_jax.methods import make_method, name_of
 from prefix_jax.model import PrefixModel
 from prefix_jax.nn.quantized import QTensor
@@ -29,7 +29,7 @@ from prefix_jax.runs.card import CardMaker
 from prefix_jax.runs.config_warnings import config_warnings
 from prefix_jax.runs.memory import check_memory
 from prefix_jax.runs.multitask import assign_tasks
-from prefix_jax.train.init import init_prefix
+from prefix_jax.train.init import init_params
 from prefix_jax.train.partition import check_trainable
 from prefix_jax.train.program import Program, make_program
 from prefix_jax.train.task import check_task, head_of, load_labelled_splits
@@ -86,7 +86,7 @@ def build_run(
         PrefixJaxError: the config, the data and the backbone do not fit together.
     """
     data, seed = config.data, config.train.seed
-    # A mistake in the data is found before the backbone is loaded, which takes longer.
+    # Reading the data is faster than loading the backbone, so its mistakes should surface first.
     sources = _read(data, records)
     method, sources = assign_tasks(data, make_method(config.method), sources)
     full = method is None
@@ -126,15 +126,7 @@ def build_run(
     )
     steps = _steps(config.train.steps, config.train.epochs, pipeline.steps_per_epoch)
 
-    params: dict[str, Any] = {"backbone": pretrained.stacked()}
-    if method is not None:
-        prefix = init_prefix(method, config.init, pretrained, splits["train"], seed)
-        params["prefix"] = jax.device_put(prefix, replicated(mesh))
-    if model.head is not None:
-        # Independent of the prefix's random numbers.
-        head_rng = jax.random.fold_in(jax.random.key(seed), 1)
-        head = model.head.init(head_rng, arch.d_model)
-        params["head"] = jax.device_put(head, replicated(mesh))
+    params = init_params(model, pretrained, config.init, splits["train"], seed)
     program = make_program(
         model,
         params,

@@ -106,7 +106,7 @@ def train_session(session: Session, config: TrainConfig, metric: str) -> signal.
         sync = ProcessSync(stop, busy=lambda: batches.seconds)
         watchdog = Watchdog(warn, host_names(), jax.process_index(), busy=sync.busy)
         profiler = Profiler(session.output.directory / "profile", start, config.profile_steps)
-        # In this order: a step is recorded before it is judged, and saved after all else.
+        # In this order: record a step before anything can stop the run, and save it last.
         hooks: list[Hook] = [*session.writers, sync, watchdog, profiler]
         if "dev" in run.splits:
             hooks.append(

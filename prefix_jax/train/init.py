@@ -1,4 +1,4 @@
-"""Initial values of a prefix."""
+"""Initial values of what trains: the prefix and the head."""
 
 from __future__ import annotations
 
@@ -15,11 +15,47 @@ from prefix_jax.backbones.stacking import Params
 from prefix_jax.config import InitConfig
 from prefix_jax.data.batch import Example
 from prefix_jax.errors import ConfigError, PrefixError
+from prefix_jax.mesh import replicated
 from prefix_jax.methods.base import Method, normal_like
-from prefix_jax.model import start_from_ids
+from prefix_jax.model import PrefixModel, start_from_ids
 from prefix_jax.prefix import Adapter, Embeds, Prefix, Produced
 from prefix_jax.untrusted.paths import read_text
 from prefix_jax.untrusted.tokenizer import token_ids
+
+
+def init_params(
+    model: PrefixModel,
+    pretrained: Pretrained,
+    config: InitConfig,
+    examples: Sequence[Example],
+    seed: int,
+) -> Params:
+    """Makes all parameters before the first step, {"backbone": …, "prefix": …, "head": …}.
+
+    The backbone is stacked. Prefix and head are float32, and replicated over its mesh.
+
+    Args:
+        model: backbone, method and head.
+        pretrained: the weights of the backbone.
+        config: the `init` section of the config.
+        examples: training examples, whose first tokens are the default text.
+        seed: the seed of random values.
+
+    Raises:
+        ConfigError: the method does not support this start.
+        PrefixError: the stored prefix to start from has another kind, length or backbone.
+    """
+    everywhere = replicated(pretrained.mesh)
+    params: dict[str, Any] = {"backbone": pretrained.stacked()}
+    if model.method is not None:
+        prefix = init_prefix(model.method, config, pretrained, examples, seed)
+        params["prefix"] = jax.device_put(prefix, everywhere)
+    if model.head is not None:
+        # Independent of the random numbers of the prefix.
+        rng = jax.random.fold_in(jax.random.key(seed), 1)
+        head = model.head.init(rng, model.backbone.arch.d_model)
+        params["head"] = jax.device_put(head, everywhere)
+    return params
 
 
 def init_prefix(
