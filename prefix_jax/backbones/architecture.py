@@ -1,4 +1,4 @@
-"""What a transformer looks like, whatever its family: the numbers that shape it."""
+"""Architecture: the numbers and variants that define a transformer of any family."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prefix_jax.nn.rotary import Rotary
 from prefix_jax.prefix import Geometry, SiteShape
 from prefix_jax.validation import Count, PositiveFloat, PositiveInt, Probability, check_fields
 
-# The positions of a model whose table and training set no bound (T5).
+# The positions of a model without a maximum length (T5).
 UNLIMITED = 2**31 - 1
 
 _LAYER_KINDS = ("full_attention", "sliding_attention")
@@ -25,55 +25,54 @@ Norm = Literal["rms", "rms_plus_one", "layer"]
 class Architecture:
     """The shape and the variant of a stack of transformer layers, and of the model around it.
 
-    A decoder and an encoder are one such stack. An encoder-decoder is the decoder's, with the
-    encoder's in `encoder`.
+    A decoder-only or encoder-only model is one stack. An encoder-decoder is the architecture of its
+    decoder, with that of its encoder in `encoder`.
 
     Attributes:
-        model_type: the name that its checkpoint gives itself ("mistral", "qwen3", …).
+        model_type: `model_type` in the checkpoint's configuration ("mistral", "qwen3", …).
         layers: L.
         d_model: D.
         heads, kv_heads, head_dim: N, K and H.
         d_ff: F.
         vocab: V.
         max_positions: the length of the position table, or the longest context that the model
-            was trained for; prefix included. Of a decoder and its encoder, each has its own.
-        norm: "rms", "rms_plus_one" (its stored scale counts from 1, as Gemma's) or "layer".
-        epsilon: of the norms.
-        activation: of the feed-forward, by its Hugging Face name.
-        gated: whether the feed-forward has a gate.
-        causal: whether a token sees earlier ones alone; False is an encoder.
+            was trained for, including the prefix. A decoder and its encoder each have their own.
+        norm: "rms", "rms_plus_one" (its scale is stored as the difference from 1, as in Gemma) or
+            "layer".
+        epsilon: epsilon of the norms.
+        activation: activation of the feed-forward network, by its Hugging Face name.
+        gated: whether the feed-forward network has a gate.
+        causal: whether tokens attend to earlier tokens only; False is an encoder.
         norm_at: where a sublayer f is normalised: "before" x + f(norm(x)), "after"
             norm(x + f(x)), or "around" x + norm(f(norm(x))).
         final_norm: whether a norm follows the last layer.
-        parallel: attention and feed-forward read the same input and are added up (GPT-NeoX).
-        rotary: rotary frequencies; None where positions are learned or relative.
-        sliding_rotary: those of sliding layers; None for `rotary` (Gemma 3 has two).
-        relative: buckets of relative positions (T5); None for none.
-        positions: rows of the table of learned positions; 0 for none.
-        position_offset: the row of position 0 (BART and OPT have 2, RoBERTa one behind padding).
+        parallel: whether attention and feed-forward network have the same input (GPT-NeoX).
+        rotary: rotary frequencies; None for learned or relative positions.
+        sliding_rotary: rotary frequencies of sliding layers, if they differ (Gemma 3).
+        relative: buckets of relative positions (T5), or None.
+        positions: rows of the table of learned positions; 0 if there is none.
+        position_offset: the row of position 0: 2 in BART and OPT, after the padding's in RoBERTa.
         token_types: rows of the table of token types (BERT); 0 if there is none.
-        own_tokens: whether an encoder embeds tokens with a table of its own and not the decoder's
-            (an untied BART or T5).
-        embed_dim: width of the embeddings, which a projection brings to D (ELECTRA); None for D.
+        own_tokens: whether the encoder has its own token embeddings (an untied BART or T5).
+        embed_dim: width of the embeddings, which a projection maps to D (ELECTRA); None for D.
         embed_scale: multiplies the token embeddings.
         embed_norm: whether a norm follows the embeddings.
-        qkv_bias, out_bias, mlp_bias: which projections add biases.
-        qk_norm: whether queries and keys are normalised per head (Qwen 3).
-        attention_scale: multiplies attention's logits; None for H ** -0.5.
+        qkv_bias, out_bias, mlp_bias: whether these projections have biases.
+        qk_norm: whether queries and keys are normalised per head (Qwen 3, Gemma 3).
+        attention_scale: multiplies the logits of attention; None for H ** -0.5.
         attention_softcap, logit_softcap: bounds of attention's and of the head's logits (Gemma 2).
-        window: how many positions back a sliding layer sees, its own included.
-        sliding: for every layer, whether it uses `window`.
+        window: sliding-window size in positions, including the query's own.
+        sliding: for every layer, whether it has the window; empty if no layer has.
         tied: whether the head is the token embedding.
-        head_scale: multiplies what a tied head reads (T5).
-        head_bias: whether the head adds a bias.
-        pooler: whether the checkpoint has the layer through which a pretrained encoder gave its
-            first token to a head (BERT).
-        encoder: the stack whose output this one attends to; None for a single stack.
-        start_id: the token that a decoder with an encoder begins with.
-        first_id: the token that it has to write first; None for any (BART, for summaries).
-        last_id: the token that it has to write at the greatest length; None for any (BART).
-        end_ids: tokens that end a text according to the checkpoint's files; those of the tokenizer
-            are added where text is generated (`data.ends`).
+        head_scale: multiplies the input of a tied head (T5).
+        head_bias: whether the head has a bias.
+        pooler: whether the checkpoint has a pretrained pooler of the first token (BERT).
+        encoder: the encoder that this decoder attends to; None for a single stack.
+        start_id: the first input token of an encoder-decoder's decoder.
+        first_id: the forced first output token, or None (BART, for summaries).
+        last_id: the forced output token at the maximum length, or None (BART).
+        end_ids: tokens that end a text according to the checkpoint's files. Generation adds those
+            of the tokenizer (`data.ends`).
     """
 
     model_type: str
@@ -123,25 +122,29 @@ class Architecture:
     end_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises ValueError or BackboneError where no model could have these values."""
+        """Raises ValueError or BackboneError if no model can have these values."""
         check_fields(self, error=ValueError)
         activation(self.activation)
         if self.heads % self.kv_heads:
-            raise ValueError(f"{self.kv_heads} key/value heads do not share {self.heads} heads")
+            raise ValueError(
+                f"{self.heads} query heads are not a multiple of {self.kv_heads} key/value heads"
+            )
         if self.sliding and len(self.sliding) != self.layers:
-            raise ValueError(f"{len(self.sliding)} layers have a kind, expected {self.layers}")
+            raise ValueError(
+                f"sliding has {len(self.sliding)} entries, expected {self.layers}, one per layer"
+            )
         for rotary in (self.rotary, self.sliding_rotary):
             if rotary is not None:
                 rotary.check(self.head_dim)
 
     @property
     def geometry(self) -> Geometry:
-        """The part of the shape that a prefix has to match."""
-        own = self._site
+        """The dimensions that a prefix depends on."""
+        shape = self._site
         if self.encoder is not None:
-            sites = {"decoder": own, "cross": own, "encoder": self.encoder._site}
+            sites = {"decoder": shape, "cross": shape, "encoder": self.encoder._site}
         else:
-            sites = {"decoder" if self.causal else "encoder": own}
+            sites = {"decoder" if self.causal else "encoder": shape}
         return Geometry(self.d_model, self.vocab, **sites, embed_dim=self.embed_dim)
 
     @property
@@ -150,10 +153,10 @@ class Architecture:
 
 
 def layer_kinds(config: Mapping[str, Any], layers: int) -> Sequence[str] | None:
-    """The `layer_types` of a configuration; None where it has none.
+    """The `layer_types` of a configuration, or None.
 
     Raises:
-        BackboneError: they are not one of the two kinds that are supported for every layer.
+        BackboneError: it does not list one of the two supported kinds for every layer.
     """
     kinds: Sequence[str] | None = config.get("layer_types")
     if kinds is None:
@@ -168,29 +171,29 @@ def layer_kinds(config: Mapping[str, Any], layers: int) -> Sequence[str] | None:
 def encoder_decoder(
     encoder: Architecture, decoder: Architecture, config: Mapping[str, Any], start: str
 ) -> Architecture:
-    """The decoder's architecture with its encoder, and with the tokens that frame what it writes.
+    """The architecture of an encoder-decoder, with the forced tokens of its outputs.
 
     Args:
         encoder, decoder: the two stacks.
         config: a Hugging Face configuration.
-        start: the key of the token that it begins with where the configuration does not say.
+        start: the key of the decoder's first input token if `decoder_start_token_id` is absent.
 
     Raises:
-        BackboneError: one of these is not one token.
+        BackboneError: one of these keys is not a single token id.
     """
 
     def token(key: str) -> int | None:
-        found = config.get(key)
-        if found is None:
+        token_id = config.get(key)
+        if token_id is None:
             return None
-        if not isinstance(found, int) or isinstance(found, bool):
-            raise BackboneError(f"{key} is {found!r}; only a single token is supported")
-        if not 0 <= found < decoder.vocab:
+        if not isinstance(token_id, int) or isinstance(token_id, bool):
+            raise BackboneError(f"{key} is {token_id!r}; only a single token is supported")
+        if not 0 <= token_id < decoder.vocab:
             raise BackboneError(
-                f"{key} is {found}, outside the vocabulary (size {decoder.vocab}); "
+                f"{key} is {token_id}, outside the vocabulary (size {decoder.vocab}); "
                 "copy the value from the original checkpoint"
             )
-        return found
+        return token_id
 
     start_id = token("decoder_start_token_id")
     if start_id is None and config[start] is not None:

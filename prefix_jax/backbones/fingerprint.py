@@ -1,4 +1,4 @@
-"""A name for a backbone's weights, by which a stored prefix knows its own."""
+"""Fingerprints of weights, by which a stored prefix identifies its backbone."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _fields(leaf: Any) -> Any:
 
 @functools.cache
 def _compiled(sharding: jax.sharding.Sharding, in_turn: bool) -> Any:
-    """The checksums, replicated on a mesh so that each of its processes can read them."""
+    """The compiled checksums, replicated on a mesh so that every process can read them."""
     checksums = functools.partial(_checksums, in_turn=in_turn)
     if isinstance(sharding, NamedSharding):
         return jax.jit(checksums, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
@@ -70,13 +70,14 @@ def _compiled(sharding: jax.sharding.Sharding, in_turn: bool) -> Any:
 
 
 def _checksums(x: jax.Array, in_turn: bool) -> jax.Array:
-    """A uint16 for every entry of the first axis, which depends on each value and its place.
+    """A uint16 per entry of the first axis, which depends on each value and its position.
 
     Args:
         x: a parameter.
-        in_turn: take the entries part by part. XLA on CPU writes out what it sums, and all at once
-            that would be half the size of a float32 parameter. Not where the first axis is split,
-            nor for bfloat16, of which a loop makes XLA on CPU keep a float32 copy.
+        in_turn: whether to process the entries in parts. XLA on CPU materialises the summands,
+            which for a whole float32 parameter would be half its size. Not possible if the first
+            axis is sharded, and not useful for bfloat16, for which XLA on CPU would keep a float32
+            copy during the loop.
     """
     count = len(x)
     size = min(count, max(1, _PART // (x.size // count))) if in_turn else count
@@ -84,8 +85,8 @@ def _checksums(x: jax.Array, in_turn: bool) -> jax.Array:
     def part(turn: jax.Array, sums: jax.Array) -> jax.Array:
         start = jnp.minimum(turn * size, count - size)  # the last part overlaps the one before
         entries = jax.lax.dynamic_slice_in_dim(x, start, size)
-        found = jax.vmap(_checksum)(entries, (start + jnp.arange(size)).astype(jnp.uint16))
-        return jax.lax.dynamic_update_slice_in_dim(sums, found, start, axis=0)
+        checksums = jax.vmap(_checksum)(entries, (start + jnp.arange(size)).astype(jnp.uint16))
+        return jax.lax.dynamic_update_slice_in_dim(sums, checksums, start, axis=0)
 
     return jax.lax.fori_loop(0, -(-count // size), part, jnp.zeros(count, jnp.uint16))
 

@@ -432,7 +432,10 @@ def test_rebuilds_a_small_gguf_tokenizer(kind: str, tmp_path: Path) -> None:
         ({"eos_token_id": "x"}, "tokenizer.ggml.eos_token_id must be an integer"),
         ({"bos_token_id": -5}, "tokenizer.ggml.bos_token_id must be"),
         ({"bos_token_id": 2**40}, "tokenizer.ggml.bos_token_id must be"),
-        ({"token_type": [1] * 11 + [5, 3, 2]}, "the token '<s>' begins texts and is unused"),
+        (
+            {"token_type": [1] * 11 + [5, 3, 2]},
+            "the token '<s>' begins texts but is marked as unused",
+        ),
         ({"add_bos_token": "yes"}, "tokenizer.ggml.add_bos_token must be"),
         ({"chat_template": 5}, "tokenizer.chat_template must be"),
         ({"model": 5}, "tokenizer.ggml.model must be"),

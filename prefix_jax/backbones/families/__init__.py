@@ -2,7 +2,8 @@
 
 A module describes its family by three names:
 
-    MODEL_TYPES            the values of `model_type` in a `config.json` that it covers
+    DEFAULTS               for every `model_type` that it covers, values of keys that a
+                           `config.json` may omit
     architecture(config)   reads a `config.json` into an `Architecture`
     hf_names(arch)         the tensor names of a checkpoint in Hugging Face layout
 
@@ -18,5 +19,5 @@ from prefix_jax.backbones.families import bart, bert, gemma, gpt2, llama, neox, 
 FAMILIES: dict[str, ModuleType] = {
     model_type: family
     for family in (gpt2, llama, gemma, opt, neox, bert, t5, bart)
-    for model_type in family.MODEL_TYPES
+    for model_type in family.DEFAULTS
 }

@@ -1,4 +1,4 @@
-"""BART (Lewis et al. 2020): an encoder-decoder with learned positions and norms after the sum."""
+"""BART (Lewis et al. 2020): an encoder-decoder with learned positions and post-layer norms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from prefix_jax.backbones.architecture import Architecture, encoder_decoder
-from prefix_jax.backbones.families.defaults import complete
+from prefix_jax.backbones.families.config import complete
 from prefix_jax.backbones.families.names import (
     LINEAR,
     STORED,
@@ -18,9 +18,35 @@ from prefix_jax.backbones.families.names import (
     TokenTables,
 )
 
-MODEL_TYPES = ("bart",)
+# The defaults of transformers' configuration class, by `model_type`.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "bart": {
+        "vocab_size": 50_265,
+        "max_position_embeddings": 1024,
+        "encoder_layers": 12,
+        "encoder_ffn_dim": 4096,
+        "encoder_attention_heads": 16,
+        "decoder_layers": 12,
+        "decoder_ffn_dim": 4096,
+        "decoder_attention_heads": 16,
+        "activation_function": "gelu",
+        "d_model": 1024,
+        "scale_embedding": False,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": 2,
+        "tie_word_embeddings": True,
+    },
+}
+SPELLINGS: dict[str, dict[str, str]] = {
+    "bart": {
+        "num_attention_heads": "encoder_attention_heads",
+        "hidden_size": "d_model",
+        "num_hidden_layers": "encoder_layers",
+    },
+}
 
-# Rows of the position table before that of position 0.
+# The row of position 0 in the position table.
 _OFFSET = 2
 
 _SHARED = "shared.weight"
@@ -30,7 +56,7 @@ _HEAD, _BIAS = "lm_head.weight", "final_logits_bias"
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
     """Reads a Hugging Face `config.json` of BART."""
-    config = complete(config, "bart")
+    config = complete(config, DEFAULTS["bart"], SPELLINGS["bart"])
     D, positions = config["d_model"], config["max_position_embeddings"]
 
     def stack(name: str) -> Architecture:
@@ -68,13 +94,12 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def as_stored(arch: Architecture, stored: Collection[str]) -> Architecture:
-    """The architecture with the head that a checkpoint of tensors of these names has: that of a
-    pretrained BART, without a task, has no bias."""
+    """Adds the head's bias if the checkpoint has one. A pretrained BART without a task has none."""
     return dataclasses.replace(arch, head_bias=_BIAS in stored)
 
 
 def hf_names(arch: Architecture) -> NameTable:
-    """The names of the weights in a checkpoint of Hugging Face layout."""
+    """The tensor names of a checkpoint in Hugging Face layout."""
     return NameTable(
         prefix="model.",
         rows=(

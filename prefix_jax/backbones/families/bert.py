@@ -1,9 +1,10 @@
-"""Encoders after BERT (Devlin et al. 2019): learned positions, norms behind each sublayer, biases.
+"""The BERT family of encoders: learned positions, norms after each sublayer, biases.
 
-BERT, RoBERTa (Liu et al. 2019: positions behind the padding's, one segment), XLM-R (Conneau et al.
-2020: RoBERTa's layout), ELECTRA (Clark et al. 2020: narrower embeddings, projected) and DistilBERT
-(Sanh et al. 2019: no segments, other names). What stands on an encoder for pretraining or for a
-task is no part of it; BERT's pooler is, as every task's head begins with it.
+It covers BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019: one token type, positions that start
+after the padding's), XLM-R (Conneau et al. 2020: as RoBERTa), ELECTRA (Clark et al. 2020: narrower
+embeddings with a projection) and DistilBERT (Sanh et al. 2019: no token types, other names). Heads
+for pretraining and for tasks are ignored, except for BERT's pooler, with which its task heads
+begin.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from prefix_jax.backbones.architecture import Architecture
-from prefix_jax.backbones.families.defaults import complete
+from prefix_jax.backbones.families.config import complete
 from prefix_jax.backbones.families.names import (
     LINEAR,
     STORED,
@@ -26,17 +27,74 @@ from prefix_jax.backbones.families.names import (
 from prefix_jax.errors import BackboneError
 
 _ROBERTA = ("roberta", "xlm-roberta")
-MODEL_TYPES = ("bert", *_ROBERTA, "electra", "distilbert")
+
+# The defaults of transformers' configuration class, by `model_type`.
+_COMMON: dict[str, Any] = {
+    "num_hidden_layers": 12,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "bert": {
+        **_COMMON,
+        "vocab_size": 30_522,
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+    },
+    "roberta": {
+        **_COMMON,
+        "vocab_size": 50_265,
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "pad_token_id": 1,
+    },
+    "xlm-roberta": {
+        **_COMMON,
+        "vocab_size": 30_522,
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "pad_token_id": 1,
+    },
+    "electra": {
+        **_COMMON,
+        "vocab_size": 30_522,
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "intermediate_size": 1024,
+        "embedding_size": 128,
+    },
+    "distilbert": {
+        "vocab_size": 30_522,
+        "max_position_embeddings": 512,
+        "n_layers": 6,
+        "n_heads": 12,
+        "dim": 768,
+        "hidden_dim": 3072,
+        "activation": "gelu",
+    },
+}
+SPELLINGS: dict[str, dict[str, str]] = {
+    "distilbert": {
+        "hidden_size": "dim",
+        "num_attention_heads": "n_heads",
+        "num_hidden_layers": "n_layers",
+    },
+}
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
     """Reads a Hugging Face `config.json` of an encoder.
 
     Raises:
-        BackboneError: the config asks for a variant that is not computed here.
+        BackboneError: the configuration has an unsupported variant.
     """
     model_type = config["model_type"]
-    config = complete(config, model_type)
+    config = complete(config, DEFAULTS[model_type], SPELLINGS.get(model_type, {}))
     for flag, usual in (
         ("is_decoder", False),
         ("add_cross_attention", False),
@@ -44,14 +102,14 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     ):
         if config.get(flag, usual) != usual:
             raise BackboneError(
-                f"{model_type} with {flag}={config[flag]} is not supported: it is read as an "
-                "encoder with absolute positions"
+                f"{model_type} with {flag}={config[flag]} is not supported; expected an encoder "
+                "with absolute positions"
             )
     distilled = model_type == "distilbert"
     D = config["dim" if distilled else "hidden_size"]
     N = config["n_heads" if distilled else "num_attention_heads"]
     E = config["embedding_size"] if model_type == "electra" else D
-    # RoBERTa counts positions from behind the padding's, whose row is never read.
+    # RoBERTa's positions start after the padding's row, which is never read.
     offset = config["pad_token_id"] + 1 if model_type in _ROBERTA else 0
     return Architecture(
         model_type=model_type,
@@ -82,26 +140,25 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def as_stored(arch: Architecture, stored: Collection[str]) -> Architecture:
-    """The architecture with a pooler if a checkpoint of tensors of these names has one: the
-    configuration does not tell."""
+    """Adds a pooler if the checkpoint has one, which the configuration does not say."""
     plain = hf_names(arch).plain
     pooler = any(plain(name) == "pooler.dense.weight" for name in stored)
     return dataclasses.replace(arch, pooler=pooler)
 
 
 def hf_names(arch: Architecture) -> NameTable:
-    """The names of the weights in a checkpoint of Hugging Face layout."""
+    """The tensor names of a checkpoint in Hugging Face layout."""
     return NameTable(
         prefix="roberta." if arch.model_type in _ROBERTA else f"{arch.model_type}.",
         rows=_AROUND + _layer(arch.model_type == "distilbert"),
-        # Buffers, and the heads of pretraining and of tasks.
+        # Buffers, and heads for pretraining and for tasks.
         ignored=(
             r"embeddings\.(position|token_type)_ids",
             r"(cls|lm_head|discriminator_predictions|generator_predictions|generator_lm_head"
             r"|vocab_transform|vocab_layer_norm|vocab_projector"
             r"|classifier|pre_classifier|qa_outputs|score|sequence_summary)\..*",
         ),
-        # As the first checkpoints of BERT spell them.
+        # Names in the first checkpoints of BERT.
         spellings={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
     )
 
@@ -118,7 +175,7 @@ _AROUND = (
     *_pair("embeddings_project", "embed/project_ED", "embed/project_bias_D"),
     *_pair("pooler.dense", "pooler/weight_DD", "pooler/bias_D"),
 )
-# The parts of a layer: as BERT calls them, as DistilBERT does, and as we do.
+# The parts of a layer: BERT's name, DistilBERT's name, our weight, our bias, and the storage.
 _PARTS = (
     ("attention.self.query", "attention.q_lin", "attn/q_DNH", "attn/q_bias_NH", LINEAR),
     ("attention.self.key", "attention.k_lin", "attn/k_DKH", "attn/k_bias_KH", LINEAR),
@@ -138,7 +195,7 @@ _PARTS = (
 
 
 def _layer(distilled: bool) -> tuple[Row, ...]:
-    """The rows of a layer."""
+    """The rows of one layer."""
     stem = "transformer.layer.{l}" if distilled else "encoder.layer.{l}"
     return tuple(
         row

@@ -1,9 +1,9 @@
-"""Gemma 1, 2 and 3, text (Gemma Team 2024, 2024 and 2025).
+"""The text models of Gemma 1, 2 and 3 (Gemma Team 2024, 2024 and 2025).
 
-As Llama, with embeddings that are scaled and norm scales that count from 1. Gemma 2 adds norms
-behind attention and feed-forward, soft caps and a sliding window in every other layer; Gemma 3
-norms of queries and keys, and other rotary frequencies in its sliding layers, five of six. Of a
-`gemma3` checkpoint, which sees images too, the text part is read.
+Gemma 1 is Llama with scaled embeddings, and with norm scales stored as their difference from 1.
+Gemma 2 adds norms after attention and feed-forward, soft caps, and a sliding window in every second
+layer. Gemma 3 adds norms of queries and keys, and has a sliding window with other rotary
+frequencies in five of six layers. Only the text part of a multimodal `gemma3` checkpoint is read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefix_jax.backbones.architecture import Architecture, layer_kinds
-from prefix_jax.backbones.families.defaults import complete
+from prefix_jax.backbones.families.config import complete
 from prefix_jax.backbones.families.names import (
     LINEAR,
     STORED,
@@ -27,7 +27,59 @@ from prefix_jax.backbones.families.rope import read_rotary, read_rotary_of_layer
 from prefix_jax.errors import BackboneError
 from prefix_jax.nn.rotary import Rotary
 
-MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3")
+# The defaults of transformers' configuration class, by `model_type`.
+_COMMON: dict[str, Any] = {
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma": {
+        **_COMMON,
+        "vocab_size": 256_000,
+        "hidden_size": 3072,
+        "intermediate_size": 24_576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+    },
+    "gemma2": {
+        **_COMMON,
+        "vocab_size": 256_000,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    },
+    "gemma3_text": {
+        **_COMMON,
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 131_072,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "final_logit_softcapping": None,
+        "attn_logit_softcapping": None,
+    },
+    "gemma3": {
+        "tie_word_embeddings": True,
+    },
+}
 
 _THETAS = {
     "full_attention": ("rope_theta", 1_000_000.0),
@@ -39,12 +91,12 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     """Reads a Hugging Face `config.json` of the Gemma family.
 
     Raises:
-        BackboneError: the config asks for a variant that is not computed here.
+        BackboneError: the configuration has an unsupported variant.
     """
     model_type = config["model_type"]
     kind = "gemma3_text" if model_type == "gemma3" else model_type
-    tied = complete(config, model_type)["tie_word_embeddings"]
-    config = complete(config["text_config"] if model_type == "gemma3" else config, kind)
+    tied = complete(config, DEFAULTS[model_type])["tie_word_embeddings"]
+    config = complete(config["text_config"] if model_type == "gemma3" else config, DEFAULTS[kind])
     if config.get("use_bidirectional_attention"):
         raise BackboneError(f"{model_type} with use_bidirectional_attention is not supported")
     if kind == "gemma3_text" and config["attn_logit_softcapping"] is not None:
@@ -52,8 +104,8 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     L, D = config["num_hidden_layers"], config["hidden_size"]
     window, sliding = _windows(config, kind, L)
     rotary, sliding_rotary = _rotaries(config, kind)
-    # What Gemma 1 does not have stays unused where a configuration of it has the key. The model
-    # that sees images does not cap its logits, although the text model alone does.
+    # A configuration of Gemma 1 may have keys of Gemma 2, which transformers ignores. The
+    # multimodal model does not cap its logits, unlike the text model.
     newer = kind != "gemma"
     caps_logits = newer and model_type != "gemma3"
     attention_bias = config["attention_bias"]
@@ -88,7 +140,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def _activation(config: Mapping[str, Any]) -> str:
-    # The first releases of Gemma 1 say "gelu" where they mean its approximation.
+    # The first releases of Gemma 1 say "gelu" but use its tanh approximation.
     name = str(config["hidden_act"])
     return "gelu_pytorch_tanh" if name == "gelu" else name
 
@@ -96,19 +148,19 @@ def _activation(config: Mapping[str, Any]) -> str:
 def _windows(
     config: Mapping[str, Any], kind: str, layers: int
 ) -> tuple[int | None, tuple[bool, ...]]:
-    """The width of the sliding window, and which layers slide."""
+    """The size of the sliding window, and for every layer whether it has one."""
     if kind == "gemma":
         return None, ()
     kinds = layer_kinds(config, layers)
     if kinds is not None:
         return config["sliding_window"], tuple(kind == "sliding_attention" for kind in kinds)
-    # One layer in every period sees everything. Gemma 2's period is fixed.
+    # The last layer of every period has no window. Gemma 2's period is fixed.
     period = config.get("sliding_window_pattern", 6) if kind == "gemma3_text" else 2
     return config["sliding_window"], tuple((layer + 1) % period != 0 for layer in range(layers))
 
 
 def _rotaries(config: Mapping[str, Any], kind: str) -> tuple[Rotary, Rotary | None]:
-    """The rotary frequencies of full and of sliding layers; None for the same."""
+    """The rotary frequencies of full and of sliding layers; None if they are the same."""
     if kind != "gemma3_text":
         return read_rotary(config), None
     rotaries = read_rotary_of_layers(config, _THETAS)
@@ -116,9 +168,9 @@ def _rotaries(config: Mapping[str, Any], kind: str) -> tuple[Rotary, Rotary | No
 
 
 def hf_names(arch: Architecture) -> NameTable:
-    """The names of the weights in a checkpoint of Hugging Face layout."""
+    """The tensor names of a checkpoint in Hugging Face layout."""
     attention, mlp = "layers.{l}.self_attn", "layers.{l}.mlp"
-    # Gemma 1 has no norms behind attention and feed-forward, and another name for the second.
+    # Gemma 1 has no norms after attention and feed-forward, and another name for the second norm.
     names = {"mlp_norm": "post_attention_layernorm"}
     if arch.norm_at == "around":
         names = {
@@ -153,7 +205,7 @@ def hf_names(arch: Architecture) -> NameTable:
             Row(f"{head}.weight", "head/unembed_DV", LINEAR),
         ),
         tokens=TokenTables("embed_tokens.weight", f"{head}.weight", stand_ins=(f"{head}.weight",)),
-        # Frequencies follow from the configuration, and images are not read.
+        # Frequencies are computed from the configuration, and images are not supported.
         ignored=(
             r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
             r"(vision_tower|multi_modal_projector)\..*",

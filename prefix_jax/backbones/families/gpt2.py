@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): learned positions, layer norms, biases everywhere."""
+"""GPT-2 (Radford et al. 2019): learned positions, layer norms, biases in all projections."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefix_jax.backbones.architecture import Architecture
-from prefix_jax.backbones.families.defaults import complete
+from prefix_jax.backbones.families.config import complete
 from prefix_jax.backbones.families.names import (
     LINEAR,
     STORED,
@@ -19,16 +19,39 @@ from prefix_jax.backbones.families.names import (
 )
 from prefix_jax.errors import BackboneError
 
-MODEL_TYPES = ("gpt2",)
+# The defaults of transformers' configuration class, by `model_type`.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "vocab_size": 50_257,
+        "n_positions": 1024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+    },
+}
+SPELLINGS: dict[str, dict[str, str]] = {
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
+}
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
     """Reads a Hugging Face `config.json` of GPT-2.
 
     Raises:
-        BackboneError: the config asks for a variant that is not computed here.
+        BackboneError: the configuration has an unsupported variant.
     """
-    config = complete(config, "gpt2")
+    config = complete(config, DEFAULTS["gpt2"], SPELLINGS["gpt2"])
     for flag, usual in (
         ("scale_attn_weights", True),
         ("scale_attn_by_inverse_layer_idx", False),
@@ -60,11 +83,12 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def _conv(part: int) -> Matrix:
+    """Queries (0), keys (1) or values (2) of a fused `Conv1D`, stored [in, out]."""
     return Matrix(transposed=False, part=part, parts=3)
 
 
 def hf_names(arch: Architecture) -> NameTable:
-    """The names of the weights in a checkpoint of Hugging Face layout."""
+    """The tensor names of a checkpoint in Hugging Face layout."""
     return _HF_NAMES
 
 
@@ -94,7 +118,7 @@ _HF_NAMES = NameTable(
         Row("lm_head.weight", "head/unembed_DV", LINEAR),
     ),
     tokens=TokenTables("wte.weight", "lm_head.weight", stand_ins=("lm_head.weight",)),
-    # The causal mask was once saved as a buffer.
+    # Old checkpoints contain the causal mask, a buffer.
     ignored=(r"h\.\d+\.attn\.(masked_)?bias",),
 )
 

@@ -1,7 +1,8 @@
-"""The Llama family: rotary positions, RMS norms, gated feed-forward, grouped queries.
+"""The Llama family: rotary positions, RMS norms, gated feed-forward networks, grouped queries.
 
-Llama 1 to 3 (Touvron et al. 2023) and SmolLM, Mistral (sliding window), Qwen 2 (biases) and Qwen 3
-(normalised queries and keys).
+It covers Llama 1 to 3 (Touvron et al. 2023), SmolLM, Mistral (which adds a sliding window), Qwen 2
+(biases of queries, keys and values) and Qwen 3 (norms of queries and keys). The axis letters of
+parameter names are explained in the docstring of `prefix_jax`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefix_jax.backbones.architecture import Architecture, layer_kinds
-from prefix_jax.backbones.families.defaults import complete
+from prefix_jax.backbones.families.config import complete
 from prefix_jax.backbones.families.names import (
     LINEAR,
     STORED,
@@ -23,19 +24,67 @@ from prefix_jax.backbones.families.names import (
 )
 from prefix_jax.backbones.families.rope import read_rotary
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+# The defaults of transformers' configuration class, by `model_type`.
+_COMMON: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        **_COMMON,
+        "vocab_size": 32_000,
+        "intermediate_size": 11_008,
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "mistral": {
+        **_COMMON,
+        "vocab_size": 32_000,
+        "intermediate_size": 14_336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        **_COMMON,
+        "vocab_size": 151_936,
+        "intermediate_size": 22_016,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32_768,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "qwen3": {
+        **_COMMON,
+        "vocab_size": 151_936,
+        "intermediate_size": 22_016,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32_768,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+}
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
     """Reads a Hugging Face `config.json` of the Llama family.
 
     Raises:
-        BackboneError: the config asks for a variant that is not computed here.
+        BackboneError: the configuration has an unsupported variant.
     """
     model_type = config["model_type"]
-    config = complete(config, model_type)
+    config = complete(config, DEFAULTS[model_type])
     L, D, N = config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"]
-    # Mistral has no biases whatever its configuration says, and Qwen 2 has its own.
+    # transformers ignores the key for Mistral, which has no biases, and for Qwen 2, which has some.
     attention_bias = model_type == "qwen2" or bool(config.get("attention_bias"))
     attention_bias = attention_bias and model_type != "mistral"
     window, sliding = _windows(config, L)
@@ -65,12 +114,12 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """The width of the sliding window, and which layers use it."""
+    """The size of the sliding window, and for every layer whether it has one."""
     window, model_type = config.get("sliding_window"), config["model_type"]
-    # Llama has no window, whatever a model that was converted to it says.
+    # Llama has no window, even if a model that was converted to Llama has the key.
     if window is None or model_type == "llama":
         return None, ()
-    # Qwen's window has to be asked for.
+    # Qwen's window is off by default.
     if model_type != "mistral" and not config["use_sliding_window"]:
         return None, ()
     kinds = layer_kinds(config, layers)
@@ -81,7 +130,7 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[
 
 
 def hf_names(arch: Architecture) -> NameTable:
-    """The names of the weights in a checkpoint of Hugging Face layout."""
+    """The tensor names of a checkpoint in Hugging Face layout."""
     return _HF_NAMES
 
 
@@ -111,12 +160,17 @@ _HF_NAMES = NameTable(
         Row("lm_head.weight", "head/unembed_DV", LINEAR),
     ),
     tokens=TokenTables("embed_tokens.weight", "lm_head.weight", stand_ins=("lm_head.weight",)),
-    # Frequencies follow from the configuration.
+    # Frequencies are computed from the configuration.
     ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )
 
 
 def _gguf_names(interleaved: bool) -> NameTable:
+    """The tensor names of a GGUF file.
+
+    Args:
+        interleaved: whether llama.cpp interleaves the halves of each head's rotary dimensions.
+    """
     rotary, rotary_bias = Matrix(interleaved=interleaved), Vector(interleaved=interleaved)
     return NameTable(
         rows=(
@@ -142,11 +196,11 @@ def _gguf_names(interleaved: bool) -> NameTable:
             Row("output_norm.weight", "final_norm/scale_D", VECTOR),
             Row("output.weight", "head/unembed_DV", LINEAR),
         ),
-        # Read with the configuration, as rotary scaling.
+        # `GGUF.config` reads it as rotary scaling.
         ignored=(r"rope_freqs\.weight",),
     )
 
 
 GGUF_NAMES = _gguf_names(interleaved=True)
-# llama.cpp rotates the halves of Qwen as they are.
+# llama.cpp stores Qwen's rotary dimensions as Hugging Face does.
 QWEN_GGUF_NAMES = _gguf_names(interleaved=False)

@@ -1,7 +1,7 @@
 """GPT-NeoX and Pythia (Black et al. 2022, Biderman et al. 2023).
 
-Layer norms and biases as in GPT-2; rotary positions in a part of each head, and attention and
-feed-forward side by side.
+Layer norms and biases as in GPT-2; rotary positions in part of each head; attention and
+feed-forward network in parallel.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefix_jax.backbones.architecture import Architecture
-from prefix_jax.backbones.families.defaults import complete
+from prefix_jax.backbones.families.config import complete
 from prefix_jax.backbones.families.names import (
     LINEAR,
     STORED,
@@ -23,16 +23,31 @@ from prefix_jax.backbones.families.names import (
 )
 from prefix_jax.backbones.families.rope import read_rotary
 
-MODEL_TYPES = ("gpt_neox",)
+# The defaults of transformers' configuration class, by `model_type`.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt_neox": {
+        "vocab_size": 50_432,
+        "hidden_size": 6144,
+        "num_hidden_layers": 44,
+        "num_attention_heads": 64,
+        "intermediate_size": 24_576,
+        "hidden_act": "gelu",
+        "max_position_embeddings": 2048,
+        "layer_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "use_parallel_residual": True,
+        "attention_bias": True,
+    },
+}
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
     """Reads a Hugging Face `config.json` of GPT-NeoX.
 
     Raises:
-        BackboneError: the config asks for a variant that is not computed here.
+        BackboneError: the configuration has an unsupported variant.
     """
-    config = complete(config, "gpt_neox")
+    config = complete(config, DEFAULTS["gpt_neox"])
     D, N = config["hidden_size"], config["num_attention_heads"]
     attention_bias = config["attention_bias"]
     return Architecture(
@@ -59,12 +74,12 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def hf_names(arch: Architecture) -> NameTable:
-    """The names of the weights in a checkpoint of Hugging Face layout."""
+    """The tensor names of a checkpoint in Hugging Face layout."""
     return _HF_NAMES
 
 
 def _fused(name: str, part: int) -> tuple[Row, Row]:
-    """The weight and the bias of queries, keys or values."""
+    """The weight and the bias of queries, keys or values, which are fused head by head."""
     head = "NH" if name == "q" else "KH"
     stored = "layers.{l}.attention.query_key_value"
     return (
@@ -95,6 +110,6 @@ _HF_NAMES = NameTable(
         Row("embed_out.weight", "head/unembed_DV", LINEAR),
     ),
     tokens=TokenTables("embed_in.weight", "embed_out.weight", stand_ins=("embed_out.weight",)),
-    # Frequencies follow from the configuration, and the causal mask was once saved as a buffer.
+    # Frequencies are computed from the configuration; old checkpoints contain the causal mask.
     ignored=(r"layers\.\d+\.attention\.(rotary_emb\.inv_freq|(masked_)?bias)",),
 )

@@ -1,4 +1,4 @@
-"""OPT (Zhang et al. 2022): as GPT-2, with ReLU and two rows of positions before the first."""
+"""OPT (Zhang et al. 2022): like GPT-2, with ReLU; position 0 is row 2 of its table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefix_jax.backbones.architecture import Architecture
-from prefix_jax.backbones.families.defaults import complete
+from prefix_jax.backbones.families.config import complete
 from prefix_jax.backbones.families.names import (
     LINEAR,
     STORED,
@@ -18,7 +18,22 @@ from prefix_jax.backbones.families.names import (
 )
 from prefix_jax.errors import BackboneError
 
-MODEL_TYPES = ("opt",)
+# The defaults of transformers' configuration class, by `model_type`.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "opt": {
+        "vocab_size": 50_272,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "ffn_dim": 3072,
+        "max_position_embeddings": 2048,
+        "do_layer_norm_before": True,
+        "num_attention_heads": 12,
+        "activation_function": "relu",
+        "enable_bias": True,
+        "layer_norm_elementwise_affine": True,
+        "tie_word_embeddings": True,
+    },
+}
 _POSITION_OFFSET = 2
 
 
@@ -26,9 +41,9 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     """Reads a Hugging Face `config.json` of OPT.
 
     Raises:
-        BackboneError: the config asks for a variant that is not computed here.
+        BackboneError: the configuration has an unsupported variant.
     """
-    config = complete(config, "opt")
+    config = complete(config, DEFAULTS["opt"])
     D, N = config["hidden_size"], config["num_attention_heads"]
     for field, usual in (
         ("do_layer_norm_before", True),
@@ -37,8 +52,8 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     ):
         if config.get(field) not in (usual, None):
             raise BackboneError(
-                f"OPT with {field}={config[field]} is not supported (of the published sizes, "
-                "350M alone is of this kind)"
+                f"OPT with {field}={config[field]} is not supported (350M is the only published "
+                "size of this kind)"
             )
     bias, positions = config["enable_bias"], config["max_position_embeddings"]
     return Architecture(
@@ -66,7 +81,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def hf_names(arch: Architecture) -> NameTable:
-    """The names of the weights in a checkpoint of Hugging Face layout."""
+    """The tensor names of a checkpoint in Hugging Face layout."""
     return _HF_NAMES
 
 

@@ -1,6 +1,6 @@
-"""Reads what a configuration says about rotary positions, in its newer and its older spelling.
+"""Reads rotary positions from a configuration, in its newer and its older spelling.
 
-The precedence is that of `convert_rope_params_to_dict` and `standardize_rope_params` in
+Precedence follows `convert_rope_params_to_dict` and `standardize_rope_params` in
 transformers 5.10 to 5.23.
 """
 
@@ -23,16 +23,17 @@ def read_rotary(
     share_key: str | None = None,
     share: float = 1.0,
 ) -> Rotary:
-    """Reads the rotary positions of a model whose layers all rotate alike.
+    """Reads the rotary positions of a model whose layers have the same ones.
 
-    `rope_scaling`, where it is not empty, replaces `rope_parameters`. Their own values come before
-    those next to them, except for `original_max_position_embeddings`, which is the other way round.
+    `rope_scaling`, unless empty, replaces `rope_parameters`. Their values take precedence over
+    top-level ones, except for `original_max_position_embeddings`, where the top level wins.
 
     Args:
         config: the content of a `config.json`.
-        theta_key: the key of theta next to `rope_parameters`.
-        share_key: that of the part of each head that rotates; None where all of it does.
-        share: that part where the configuration does not say.
+        theta_key: the top-level key of theta.
+        share_key: the top-level key of the share of each head that rotates; None if heads rotate
+            as a whole.
+        share: the default share.
 
     Raises:
         BackboneError: the scaling is not supported, or transformers would not accept these keys.
@@ -44,17 +45,17 @@ def read_rotary(
             "Gemma 3; expected one set of parameters for all layers"
         )
     rope.setdefault("rope_theta", config.get(theta_key, 10000.0))
-    next_to_it = config.get("partial_rotary_factor")
+    top_level = config.get("partial_rotary_factor")
     if share_key is None:
-        if next_to_it is not None:
-            rope.setdefault("partial_rotary_factor", next_to_it)
+        if top_level is not None:
+            rope.setdefault("partial_rotary_factor", top_level)
         share = 1.0
         _refuse_partial(rope)
     else:
         share = rope.get("partial_rotary_factor", config.get(share_key, share))
-        if next_to_it is not None and next_to_it != share:
+        if top_level is not None and top_level != share:
             raise BackboneError(
-                f"partial_rotary_factor is {next_to_it}, but rope_parameters or {share_key} gives "
+                f"partial_rotary_factor is {top_level}, but rope_parameters or {share_key} gives "
                 f"{share}, and versions of transformers differ in which they use; remove one"
             )
     if "original_max_position_embeddings" in config:
@@ -71,8 +72,7 @@ def read_rotary_of_layers(
 
     Args:
         config: the content of a `config.json`.
-        thetas: for every kind of layer, the key of its theta next to `rope_parameters`, and the
-            default.
+        thetas: the top-level key of theta and the default, for every kind of layer.
 
     Raises:
         BackboneError: the scaling is not supported, or transformers would not accept these keys.
@@ -84,7 +84,7 @@ def read_rotary_of_layers(
             "rope_scaling is given next to rope_parameters without full_attention, which "
             "transformers does not accept; put it into rope_parameters.full_attention"
         )
-    found = {}
+    rotaries = {}
     for kind, (key, default) in thetas.items():
         rope = dict(by_kind.get(kind) or {})
         if scaling is not None and kind == "full_attention":
@@ -96,8 +96,8 @@ def read_rotary_of_layers(
                 )
         rope.setdefault("rope_theta", config.get(key, default))
         _refuse_partial({"partial_rotary_factor": config.get("partial_rotary_factor"), **rope})
-        found[kind] = _rotary(rope, config, 1.0)
-    return found
+        rotaries[kind] = _rotary(rope, config, 1.0)
+    return rotaries
 
 
 def _kind(rope: Mapping[str, Any]) -> Any:
@@ -105,8 +105,8 @@ def _kind(rope: Mapping[str, Any]) -> Any:
 
 
 def _refuse_partial(rope: Mapping[str, Any]) -> None:
-    """Refuses a scaling of a part of each head in models that rotate all of it: transformers fails
-    there. Without a scaling it ignores the key."""
+    """Rejects partial rotation combined with scaling in models that rotate whole heads, on which
+    transformers fails. Without scaling, transformers ignores the key."""
     factor = rope.get("partial_rotary_factor")
     if _kind(rope) != "default" and factor is not None and factor != 1:
         raise BackboneError(
@@ -116,7 +116,7 @@ def _refuse_partial(rope: Mapping[str, Any]) -> None:
 
 
 def _rotary(rope: Mapping[str, Any], config: Mapping[str, Any], share: float) -> Rotary:
-    """The rotary positions of one set of parameters, in which theta is given."""
+    """The rotary positions of one set of parameters, which includes theta."""
     kind, theta = _kind(rope), rope["rope_theta"]
     if kind == "default":
         return Rotary(theta, share=share)

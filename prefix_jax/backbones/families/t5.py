@@ -1,4 +1,4 @@
-"""T5 (Raffel et al. 2020), T5 1.1, Flan-T5 and mT5: relative positions, attention without scale."""
+"""T5 (Raffel et al. 2020), T5 1.1, Flan-T5 and mT5: relative positions, unscaled attention."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from prefix_jax.backbones.architecture import UNLIMITED, Architecture, encoder_decoder
-from prefix_jax.backbones.families.defaults import DEFAULTS, complete
+from prefix_jax.backbones.families.config import complete
 from prefix_jax.backbones.families.names import (
     LINEAR,
     STORED,
@@ -20,8 +20,49 @@ from prefix_jax.backbones.families.names import (
 from prefix_jax.errors import BackboneError
 from prefix_jax.nn.relative import Relative
 
-# umT5 has relative positions of its own in every layer, and is not among them.
-MODEL_TYPES = ("t5", "mt5")
+# umT5 is not supported: each of its layers has its own relative positions.
+# The defaults of transformers' configuration class, by `model_type`.
+_COMMON: dict[str, Any] = {
+    "d_model": 512,
+    "d_kv": 64,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+    "pad_token_id": 0,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "t5": {
+        **_COMMON,
+        "vocab_size": 32_128,
+        "d_ff": 2048,
+        "num_layers": 6,
+        "num_heads": 8,
+        "feed_forward_proj": "relu",
+    },
+    "mt5": {
+        **_COMMON,
+        "vocab_size": 250_112,
+        "d_ff": 1024,
+        "num_layers": 8,
+        "num_heads": 6,
+        "feed_forward_proj": "gated-gelu",
+        "decoder_start_token_id": 0,
+    },
+}
+SPELLINGS: dict[str, dict[str, str]] = {
+    "t5": {
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+        "head_dim": "d_kv",
+    },
+    "mt5": {
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+        "head_dim": "d_kv",
+    },
+}
 
 _SHARED, _HEAD = "shared.weight", "lm_head.weight"
 _ENCODER, _DECODER = "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"
@@ -31,18 +72,19 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     """Reads a Hugging Face `config.json` of T5 or mT5.
 
     Raises:
-        BackboneError: its buckets of relative positions are not computed as transformers does.
+        BackboneError: transformers has no formula for its buckets of relative positions.
     """
     model_type = config["model_type"]
-    # The decoder is as deep as the encoder by its usual name, whatever another spelling says.
+    # By default the decoder has `num_layers` layers, even if another spelling gives the encoder's.
     usual_layers = config.get("num_layers", DEFAULTS[model_type]["num_layers"])
-    config = complete(config, model_type)
+    config = complete(config, DEFAULTS[model_type], SPELLINGS[model_type])
     D, projection = config["d_model"], config["feed_forward_proj"]
-    # "gated-gelu" came first and means the approximate one. transformers writes down what it made
-    # of the projection's name, and that wins.
+    # "gated-gelu" is the older name and means the approximation. transformers also stores how it
+    # parsed the projection's name (dense_act_fn, is_gated_act), which takes precedence.
     usual = "gelu_new" if projection == "gated-gelu" else projection.split("-")[-1]
-    # The original T5 scales what its tied head reads; mT5 never does. transformers 5 writes that
-    # down, and ties every T5 whose checkpoint has no head; before it, one stood for the other.
+    # The original T5 scales the input of its tied head; mT5 never does. transformers 5 stores this
+    # (scale_decoder_outputs) and ties every T5 whose checkpoint has no head. Older versions scale
+    # exactly if the head is tied.
     tied = config.get("tie_word_embeddings") is not False
     scaled = model_type == "t5" and config.get("scale_decoder_outputs", tied)
     encoder = Architecture(
@@ -81,8 +123,8 @@ def _relative(config: Mapping[str, Any]) -> Relative:
     farthest = config["relative_attention_max_distance"]
     if buckets < 4:
         raise BackboneError(f"relative_attention_num_buckets must be at least 4, got {buckets}")
-    # Up to half of a decoder's buckets hold exact distances; the rest share a logarithmic range
-    # that ends at the greatest distance, and for which transformers has no formula if it is empty.
+    # Half of a decoder's buckets hold exact distances. The rest share a logarithmic range up to
+    # the maximum distance, for which transformers has no formula if it is empty.
     if farthest <= buckets // 2:
         raise BackboneError(
             f"relative_attention_max_distance is {farthest}; with "
@@ -92,13 +134,13 @@ def _relative(config: Mapping[str, Any]) -> Relative:
 
 
 def as_stored(arch: Architecture, stored: Collection[str]) -> Architecture:
-    """The architecture of a checkpoint: a head that is not stored is tied, whatever the
-    configuration says."""
+    """Ties the head; `resolve_ties` unties it if the checkpoint stores another one. transformers
+    ties a head that is not stored, whatever the configuration says."""
     return dataclasses.replace(arch, tied=True)
 
 
 def hf_names(arch: Architecture) -> NameTable:
-    """The names of the weights in a checkpoint of Hugging Face layout."""
+    """The tensor names of a checkpoint in Hugging Face layout."""
     encoder = _stack("encoder", "encoder/", arch.gated, ("SelfAttention", "DenseReluDense"))
     decoder = _stack(
         "decoder", "", arch.gated, ("SelfAttention", "EncDecAttention", "DenseReluDense")
@@ -112,7 +154,7 @@ def hf_names(arch: Architecture) -> NameTable:
             Row(_HEAD, "head/unembed_DV", LINEAR),
         ),
         tokens=TokenTables(_SHARED, _HEAD, _ENCODER, _DECODER, (_ENCODER, _DECODER, _HEAD)),
-        # Older checkpoints have one that was never used.
+        # Unused, in older checkpoints.
         ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
     )
 

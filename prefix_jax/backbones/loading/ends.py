@@ -1,4 +1,4 @@
-"""End-of-text tokens that a checkpoint states, next to those of its tokenizer."""
+"""End-of-text tokens in the files of a checkpoint, in addition to those of its tokenizer."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def ends_of_directory(
 ) -> tuple[int, ...]:
     """End tokens of a model in Hugging Face layout, read from the file that transformers reads.
 
-    That is `generation_config.json`; only without this file, `config.json` (of a multimodal model
-    with nothing at the top level, its `text_config`).
+    That is `generation_config.json` or, without this file, `config.json` (for a multimodal model
+    without a top-level key, its `text_config`).
 
     Args:
         path: the directory, for messages.

@@ -1,4 +1,4 @@
-"""Finds weights that are NaN or infinite, where they are."""
+"""Finds weights that are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from prefix_jax.nn.quantized import QTensor
 def find_non_finite(params: Mapping[str, Any]) -> dict[tuple[str, ...], int]:
     """Finds the parameters with values that are NaN or infinite.
 
-    Each parameter is read once where it is, at the speed of its memory. With several processes,
-    every process calls this and gets the same result.
+    Each parameter is read once on the devices that hold it. With several processes, every process
+    must call this, and all get the same result.
 
     Args:
-        params: the backbone's parameters; arrays may be sharded. Of a quantised one, the scales
-            are read: they are not finite where the weights were not.
+        params: the backbone's parameters; arrays may be sharded. For quantised parameters, the
+            scales are checked: they are not finite if the weights were not.
 
     Returns:
-        By the path of each such parameter, the first entry of its first axis that has one.
+        For the path of each such parameter, the first index of its first axis with such a value.
     """
-    found = {}
+    first_index = {}
     for path, leaf in flatten_dict(dict(params)).items():
         x = leaf.scale if isinstance(leaf, QTensor) else leaf
         finite = np.asarray(_compiled(x.sharding)(x))
         if not finite.all():
-            found[path] = int(finite.argmin())
-    return found
+            first_index[path] = int(finite.argmin())
+    return first_index
 
 
 @functools.cache
 def _compiled(sharding: jax.sharding.Sharding) -> Any:
-    """Whether each entry of the first axis is finite, replicated on a mesh."""
+    """A compiled function that checks each index of the first axis; replicated on a mesh."""
     if isinstance(sharding, NamedSharding):
         return jax.jit(_finite, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
     return jax.jit(_finite)

@@ -1,4 +1,4 @@
-"""Reads GGUF, the file format of llama.cpp: metadata, and tensors in any of its quantisations."""
+"""Reads GGUF, the file format of llama.cpp: metadata, and tensors in any quantisation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prefix_jax.untrusted.paths import explain
 from prefix_jax.untrusted.safetensors import map_array
 from prefix_jax.validation import PositiveFloat, PositiveInt, Probability
 
-# By llama.cpp's names of architectures.
+# By llama.cpp's name of the architecture.
 TABLES: dict[str, NameTable] = {
     "gpt2": gpt2.GGUF_NAMES,
     "llama": llama.GGUF_NAMES,
@@ -30,7 +30,7 @@ TABLES: dict[str, NameTable] = {
     "gemma2": gemma.GGUF_NAMES,
     "gemma3": gemma.GGUF_NAMES,
 }
-# llama.cpp knows by the number of layers which Gemma divides by what at its queries.
+# llama.cpp identifies the 27B models, which scale queries differently, by their number of layers.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 _PLAIN = {
     GGMLQuantizationType.F64: np.dtype(np.float64),
@@ -42,7 +42,7 @@ _CHUNK = 1 << 22  # values dequantised at a time
 
 
 def open_gguf(path: Path) -> GGUF:
-    """Reads a file's header. The last one is cached: configuration, weights and tokenizer need it.
+    """Reads the header of a file. The last one is cached, for configuration, weights and tokenizer.
 
     Raises:
         BackboneError: see `GGUF`.
@@ -60,16 +60,16 @@ def _open(path: Path, modified: int) -> GGUF:
 
 
 class GGUF:
-    """One GGUF file.
+    """A GGUF file.
 
     Attributes:
-        path: the file.
+        path: the path of the file.
         metadata: its keys and values.
-        architecture: "llama", "qwen2", …: llama.cpp's name of the model type.
-        shapes: of every tensor, outermost axis first.
+        architecture: llama.cpp's name of the model type: "llama", "qwen2", ….
+        shapes: the shape of every tensor, outermost axis first.
 
     Raises:
-        BackboneError: the file is no GGUF, truncated, or of another byte order.
+        BackboneError: the file is not GGUF, truncated, or of another byte order.
     """
 
     def __init__(self, path: Path):
@@ -79,7 +79,7 @@ class GGUF:
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, dequantised to float32 if it is stored in blocks."""
+        """Reads one tensor, dequantised to float32 if it is stored in blocks."""
         tensor = self._tensors[name]
         if tensor.kind in _PLAIN:
             return self._map(_PLAIN[tensor.kind], tensor.offset, tensor.shape)
@@ -91,8 +91,8 @@ class GGUF:
                 out[row : row + step] = dequantize(stored[row : row + step], tensor.kind)
         except NotImplementedError:
             raise BackboneError(
-                f"{self.path}: {name} is stored as {tensor.kind.name}, which cannot be dequantised "
-                "here"
+                f"{self.path}: {name} is stored as {tensor.kind.name}, which this "
+                "version cannot dequantise"
             ) from None
         return out
 
@@ -100,23 +100,23 @@ class GGUF:
         return map_array(self.path, dtype, offset, shape, BackboneError)
 
     def config(self) -> dict[str, Any]:
-        """The metadata as a Hugging Face `config.json` would say it.
+        """Converts the metadata to the keys of a Hugging Face `config.json`.
 
         Raises:
-            BackboneError: the architecture has no table, a key is missing, or the rotary
-                frequencies follow no known scaling.
+            BackboneError: the architecture is not supported, a key is missing, or the rotary
+                frequencies have an unknown scaling.
         """
         if self.architecture not in TABLES:
             raise BackboneError(
                 f"{self.path} is a GGUF file of the unsupported architecture "
-                f"{self.architecture!r}; supported: {', '.join(TABLES)} (of others, take the "
-                "checkpoint in Hugging Face layout)"
+                f"{self.architecture!r}; supported: {', '.join(TABLES)}; for others, use a "
+                "checkpoint in Hugging Face layout"
             )
         get = _Keys(self.metadata, self.architecture)
         tokens = self.shapes.get("token_embd.weight", ())
         if len(tokens) != 2:
             raise BackboneError(
-                f"{self.path} has no table token_embd.weight: it holds no language model"
+                f"{self.path} has no token_embd.weight, so it is not a language model"
             )
         shared = {
             "model_type": self.architecture,
@@ -156,7 +156,7 @@ class GGUF:
         return decoder
 
     def _gemma(self, get: _Keys, head_dim: int) -> dict[str, Any]:
-        """What Gemma 2 and 3 have besides. llama.cpp has some of it in its code alone."""
+        """Keys of Gemma 2 and 3, some of which llama.cpp only has in its code."""
         layers, heads = get("block_count", PositiveInt), get("attention.head_count", PositiveInt)
         large = layers == _LAYERS_OF_27B[self.architecture]
         shared = {
@@ -199,8 +199,9 @@ class GGUF:
         }
 
     def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
-        """llama.cpp stores what each frequency is divided by; every Llama 3.1 to 3.3 differs in
-        the largest divisor alone, and the other constants are checked against the rest.
+        """Recovers Llama 3's scaling from the divisors of the frequencies that llama.cpp stores.
+
+        Llama 3.1 to 3.3 differ only in the largest divisor; the other constants are checked.
         """
         divisors = self.read("rope_freqs.weight")
         factor = float(divisors.max())
@@ -214,12 +215,12 @@ class GGUF:
         llama3 = Rotary(theta, "llama3", factor, 8192, low=1.0, high=4.0)
         expected = Rotary(theta).frequencies(head_dim) / llama3.frequencies(head_dim)
         if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
-            raise BackboneError(f"{self.path}: rope_freqs.weight is not the scaling of Llama 3")
+            raise BackboneError(f"{self.path}: rope_freqs.weight is not a scaling of Llama 3")
         return scaling
 
 
 class _Keys:
-    """Metadata keys of one architecture, without their first part. See `Metadata.get`."""
+    """Reads metadata keys below the architecture's name. See `Metadata.get`."""
 
     def __init__(self, metadata: Metadata, architecture: str):
         self._metadata, self._architecture = metadata, architecture

@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerFast
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.families import FAMILIES
-from prefix_jax.backbones.families.names import NameTable, Parameter, match
+from prefix_jax.backbones.families.names import NameTable
 from prefix_jax.backbones.fingerprint import fingerprint
 from prefix_jax.backbones.loading import gguf
 from prefix_jax.backbones.loading.config import read_architecture
 from prefix_jax.backbones.loading.find import find
 from prefix_jax.backbones.loading.finite import find_non_finite
+from prefix_jax.backbones.loading.match import Parameter, match
 from prefix_jax.backbones.loading.quantized import abstract_params
 from prefix_jax.backbones.loading.ties import resolve_ties
 from prefix_jax.backbones.loading.tokenizer import load_tokenizer

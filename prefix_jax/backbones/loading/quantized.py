@@ -1,4 +1,4 @@
-"""Which weights of a backbone are quantised, and how."""
+"""Quantises the weights of a backbone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.stacking import Params
 from prefix_jax.nn.quantized import Quantize, quantize
 
-# The axes that a product sums over, of every weight that is quantised: counted from the end, so
-# that they hold for one layer and for a stack of them. What is missing here, norms, biases and
-# small tables, stays as it is.
+# The weights that are quantised, with the axes that their product sums over. Axes count from the
+# end, so that they hold for stacked layers too. Norms, biases and small tables stay unquantised.
 _INPUTS: Mapping[str, tuple[int, ...]] = {
     "q_DNH": (-3,),
     "k_DKH": (-3,),
@@ -28,22 +27,22 @@ _INPUTS: Mapping[str, tuple[int, ...]] = {
     "tokens_VD": (-1,),
     "unembed_DV": (-2,),
 }
-# Stay in int8.
+# Quantised to int8 only.
 _TABLES = ("tokens_VD", "unembed_DV")
-# Inputs that share a scale in int4: as many as in a GGUF's blocks of 4 bits.
+# Inputs that share a scale in int4, as in GGUF's 4-bit blocks.
 GROUP = 32
 
 
 def quantize_params(params: Params, how: Quantize) -> Params:
-    """A backbone's weights with their matrices quantised, each a `QTensor` in its place.
+    """Replaces the matrices of a backbone by `QTensor`s.
 
-    Whoever loads a checkpoint wants `load(…, quantize=…)`, which quantises tensor by tensor.
+    To quantise a checkpoint while it is loaded, use `load(…, quantize=…)`.
 
     Args:
-        params: plain weights, stacked.
-        how: "int8" is one scale for every output, of the tables for every token. "int4" is a scale
-            and a zero for every `GROUP` inputs of an output, and leaves the tables in int8. "none"
-            changes nothing.
+        params: unquantised stacked weights.
+        how: "int8" has one scale per output or, in token tables, per token. "int4" has a scale and
+            a zero per `GROUP` inputs of an output, with token tables in int8. "none" changes
+            nothing.
     """
 
     def convert(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -55,7 +54,7 @@ def quantize_params(params: Params, how: Quantize) -> Params:
             blocks[axis] = 1
         if how == "int8" or path[-1] in _TABLES:
             return quantize(leaf, 8, blocks, leaf.dtype)
-        # Groups lie along the last of them, within one index of the others.
+        # Groups are consecutive along the last input axis, at one index of the others.
         for axis in inputs:
             blocks[axis] = leaf.shape[axis]
         blocks[inputs[-1]] //= math.gcd(GROUP, leaf.shape[inputs[-1]])
@@ -70,12 +69,12 @@ def quantize_params(params: Params, how: Quantize) -> Params:
 def abstract_params(
     backbone: Backbone, dtype: jax.typing.DTypeLike = jnp.float32, how: Quantize = "none"
 ) -> Params:
-    """The weights' shapes and dtypes, stacked, without any weights.
+    """The shapes and dtypes of stacked weights.
 
     Args:
         backbone: the computation.
-        dtype: of the weights, and of the scales of what is quantised.
-        how: how they are quantised.
+        dtype: the dtype of weights and scales.
+        how: the quantisation; see `quantize_params`.
     """
 
     def make(rng: jax.Array) -> Params:

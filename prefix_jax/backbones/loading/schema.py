@@ -1,4 +1,4 @@
-"""Types and ranges of the configuration keys that are read here, for every family.
+"""Types and ranges of the configuration keys that any family reads.
 
 A configuration is checked before a family computes with it, so that a wrong value is reported by
 its key, and no family needs checks of its own.
@@ -21,7 +21,7 @@ from prefix_jax.validation import (
     require,
 )
 
-# More than any checkpoint holds; lists with an entry per layer or token stay small.
+# Larger than any checkpoint, and small enough for lists with an entry per layer or token.
 Depth = Annotated[int, Interval(ge=1, le=10_000)]
 Width = Annotated[int, Interval(ge=1, le=2**24)]
 
@@ -53,7 +53,7 @@ _KEYS: tuple[tuple[Any, str], ...] = (
     (bool, "do_layer_norm_before layer_norm_elementwise_affine use_parallel_residual"),
     (bool, "is_decoder add_cross_attention"),
     (bool | None, "use_bidirectional_attention"),
-    # Only some of these may name several tokens; the families refuse the others.
+    # Only some of these may be lists of tokens; the families reject the others.
     (int | list[int] | None, "bos_token_id eos_token_id pad_token_id decoder_start_token_id"),
     (int | list[int] | None, "forced_bos_token_id forced_eos_token_id"),
 )
@@ -64,11 +64,11 @@ _BY_LAYER = ("full_attention", "sliding_attention")
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Checks the keys of a configuration that are read here.
+    """Checks the keys that any family reads.
 
     Args:
-        config: of Hugging Face's `config.json` or `generation_config.json`.
-        where: its source, for messages.
+        config: content of a Hugging Face `config.json` or `generation_config.json`.
+        where: its origin, for messages.
 
     Raises:
         BackboneError: a value has the wrong type, is not finite, or is out of range.

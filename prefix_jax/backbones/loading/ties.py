@@ -1,9 +1,9 @@
-"""Decides which of a checkpoint's token tables are one.
+"""Ties the token tables of a checkpoint.
 
-Most models use one table to embed tokens and, transposed, as their head; T5 and BART share it
-between encoder and decoder too. A checkpoint may store it once, under any of its names, or several
-times. As in transformers 5, tables that the configuration ties but that are stored with different
-values are not tied.
+Most models use one table for the token embeddings and, transposed, for the head; T5 and BART also
+share it between encoder and decoder. A checkpoint may store it once, under any of its names, or
+several times. As in transformers 5, tables that the configuration ties are not tied if they are
+stored with different values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CHUNK = 1 << 22  # values compared at a time
 
 
 class _Source(Protocol):
-    """A checkpoint of named tensors: see `weights.TensorSource`."""
+    """A checkpoint of named tensors; see `weights.TensorSource`."""
 
     @property
     def shapes(self) -> dict[str, Shape]: ...
@@ -32,19 +32,18 @@ class _Source(Protocol):
 def resolve_ties(
     arch: Architecture, table: NameTable, checkpoint: _Source
 ) -> tuple[Architecture, NameTable]:
-    """Compares the token tables that a checkpoint stores.
+    """Compares the stored token tables and decides which of them are one.
 
     Args:
-        arch: the architecture as the configuration describes it.
-        table: the names of its family.
-        checkpoint: the stored tensors, of which only the token tables are read, in chunks.
+        arch: the architecture according to the configuration.
+        table: the tensor names of its family.
+        checkpoint: the stored tensors. Only the token tables are read, in chunks.
 
     Returns:
-        The architecture with a head or an encoder's table of its own where it is stored, and the
-        names with the tensor that each table is read from.
+        The architecture with its actual ties, and the tensor names that each table is read from.
 
     Raises:
-        BackboneError: a table is stored in a dtype that is not supported.
+        BackboneError: a table has an unsupported dtype.
     """
     if table.tokens is None:
         return arch, table
@@ -63,7 +62,7 @@ def resolve_ties(
         )
 
     def source(name: str | None, *others: str) -> str:
-        """The tensor to read a table from, one of `others` if it has the same values."""
+        """The tensor to read a table from: one of `others` if its values are the same."""
         if name is None or (name in tied and name not in actual):
             return shared
         return next((other for other in others if same(name, other)), name)
@@ -71,8 +70,8 @@ def resolve_ties(
     decoder = source(tokens.decoder, shared)
     if arch.encoder is not None:
         encoder = source(tokens.encoder, shared, decoder)
-        own = dataclasses.replace(arch.encoder, own_tokens=encoder != decoder)
-        arch = dataclasses.replace(arch, encoder=own)
+        stack = dataclasses.replace(arch.encoder, own_tokens=encoder != decoder)
+        arch = dataclasses.replace(arch, encoder=stack)
     else:
         encoder = decoder
     head = source(tokens.head, shared, decoder) if arch.tied else tokens.head
@@ -89,14 +88,14 @@ def resolve_ties(
 
 
 def _equal(checkpoint: _Source, name: str, other: str) -> bool:
-    """Whether two tensors hold the same values. Both are mapped, and read until they differ."""
+    """Compares two tensors, reading them only up to the first difference."""
     if checkpoint.shapes[name] != checkpoint.shapes[other]:
         return False
     x, y = checkpoint.read(name).reshape(-1), checkpoint.read(other).reshape(-1)
-    alike = x.dtype == y.dtype
+    same_dtype = x.dtype == y.dtype
     for start in range(0, len(x), _CHUNK):
         a, b = x[start : start + _CHUNK], y[start : start + _CHUNK]
-        if not alike:
+        if not same_dtype:
             a, b = a.astype(np.float64), b.astype(np.float64)
         if not np.array_equal(a, b):
             return False

@@ -1,4 +1,4 @@
-"""Tokenizers: read from a directory in Hugging Face layout, or rebuilt from GGUF."""
+"""Reads a tokenizer from a directory in Hugging Face layout, or rebuilds it from GGUF."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _split(pattern: str) -> list[pre.PreTokenizer]:
     return [pre.Split(Regex(pattern), "isolated"), pre.ByteLevel(False, use_regex=False)]
 
 
-# What the `tokenizer.ggml.pre` of each byte-level tokenizer stands for in its `tokenizer.json`.
+# The pre-tokenizers of byte-level tokenizers, by their `tokenizer.ggml.pre`.
 _PRE_TOKENIZERS: dict[str, list[pre.PreTokenizer]] = {
     "gpt-2": [pre.ByteLevel(add_prefix_space=False)],
     "smollm": [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)],
@@ -42,11 +42,11 @@ def load_tokenizer(path: Path, rows: int | None = None) -> PreTrainedTokenizerFa
     """The tokenizer of a model directory or of a GGUF file.
 
     Args:
-        path: of the model.
-        rows: of its embedding table, which no text may have a token beyond; None for any.
+        path: the model.
+        rows: rows of the embedding table, which every token id must be below; None for no limit.
 
     Raises:
-        BackboneError: there is none, it is malformed, or it is of a kind that cannot be rebuilt.
+        BackboneError: there is no tokenizer, it is malformed, or its kind cannot be rebuilt.
     """
     where, error = str(path), BackboneError
     tokenizer = read_tokenizer(path, error) if path.is_dir() else from_gguf(open_gguf(path))
@@ -55,10 +55,10 @@ def load_tokenizer(path: Path, rows: int | None = None) -> PreTrainedTokenizerFa
 
 
 def from_gguf(file: GGUF) -> PreTrainedTokenizerFast:
-    """Rebuilds the tokenizer that llama.cpp's converter took apart.
+    """Rebuilds the tokenizer that llama.cpp's converter stored in a GGUF file.
 
     Raises:
-        BackboneError: the file holds none, or one that is malformed or of an unsupported kind.
+        BackboneError: the tokenizer is absent, malformed or of an unsupported kind.
     """
     get = _Metadata(file)
     tokens, types = get("tokens", list[str]), get("token_type", list[int])
@@ -72,7 +72,7 @@ def from_gguf(file: GGUF) -> PreTrainedTokenizerFast:
 
 
 def _rebuild(get: _Metadata, tokens: list[str], types: list[int]) -> PreTrainedTokenizerFast:
-    # The converter fills the vocabulary up to the embedding table with unused tokens.
+    # The converter pads the vocabulary to the size of the embedding table with unused tokens.
     vocab = {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED}
     kind = get("model", str)
     if kind == "gpt2":
@@ -101,7 +101,9 @@ def _rebuild(get: _Metadata, tokens: list[str], types: list[int]) -> PreTrainedT
     if get("add_bos_token", bool, kind == "llama"):
         bos = tokens[get("bos_token_id", Annotated[int, Interval(ge=0, le=len(tokens) - 1)])]
         if bos not in vocab:
-            raise BackboneError(f"{get.path}: the token {bos!r:.80} begins texts and is unused")
+            raise BackboneError(
+                f"{get.path}: the token {bos!r:.80} begins texts but is marked as unused"
+            )
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
         )
@@ -124,7 +126,7 @@ def _byte_level(get: _Metadata, vocab: dict[str, int]) -> Tokenizer:
     wrong = next((merge for merge in merges if len(merge) != 2), None)
     if wrong is not None:
         raise BackboneError(
-            f"{get.path}: tokenizer.ggml.merges holds {' '.join(wrong)!r:.80}; "
+            f"{get.path}: tokenizer.ggml.merges contains {' '.join(wrong)!r:.80}; "
             "expected two tokens with a space between them"
         )
     tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=name == "llama-bpe"))
@@ -136,7 +138,7 @@ def _byte_level(get: _Metadata, vocab: dict[str, int]) -> Tokenizer:
 
 
 def _sentencepiece(get: _Metadata, vocab: dict[str, int], tokens: list[str]) -> Tokenizer:
-    """The conversion that transformers gives Llama's and Mistral's SentencePiece models."""
+    """Converts a SentencePiece model as transformers does for Llama and Mistral."""
     scores = get("scores", list[float])
     if len(scores) != len(tokens):
         raise BackboneError(
@@ -157,7 +159,7 @@ def _sentencepiece(get: _Metadata, vocab: dict[str, int], tokens: list[str]) -> 
 
 
 class _Metadata:
-    """The keys under `tokenizer.ggml`, checked as they are read. See `Metadata.get`."""
+    """Reads and checks metadata keys below `tokenizer.ggml`. See `Metadata.get`."""
 
     def __init__(self, file: GGUF):
         self.file, self.path = file, file.path

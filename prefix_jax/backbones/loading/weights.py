@@ -1,9 +1,9 @@
 """Streams a checkpoint's tensors into sharded parameters, one parameter at a time.
 
-Host memory never holds more than the parameters that are placed already, the one that is being
-stacked, and one tensor of the checkpoint; of quantised parameters, no more than what they become
-and that tensor. Files are mapped tensor by tensor, so that their pages leave memory with the
-tensor, and only the slices that this host's devices hold are read.
+At any time, host memory holds at most the parameters that are already placed, the one that is being
+stacked, and one tensor of the checkpoint; quantised parameters are held only in quantised form.
+Files are mapped tensor by tensor, so their pages leave memory with the tensor, and only the slices
+that this host's devices hold are read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from prefix_jax.backbones.families.names import Parameter, Shape
+from prefix_jax.backbones.families.names import Shape
+from prefix_jax.backbones.loading.match import Parameter
 from prefix_jax.errors import BackboneError
 from prefix_jax.nn.quantized import QTensor, quantize_like
 from prefix_jax.untrusted.json import read_json_object
@@ -25,8 +26,8 @@ from prefix_jax.untrusted.paths import expand
 from prefix_jax.untrusted.safetensors import SafeTensor, read_header, read_tensor
 from prefix_jax.validation import require
 
-_NAMED = 5  # files in a message
-_PART = 1 << 22  # numbers that are quantised at a time
+_NAMES_IN_MESSAGE = 5
+_PART = 1 << 22  # values quantised at a time
 
 
 class TensorSource(Protocol):
@@ -38,12 +39,12 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, of any floating dtype; the caller does not write to it."""
+        """Reads one tensor of any floating dtype. The caller must not write to it."""
         ...
 
 
 class Safetensors:
-    """The `model.safetensors` of a directory, in one file or in shards with an index.
+    """The safetensors checkpoint of a directory: one file, or shards with an index.
 
     Raises:
         BackboneError: a file is absent, truncated or corrupt, or the weights are a pickle.
@@ -56,17 +57,17 @@ class Safetensors:
             for name, tensor in read_header(file, BackboneError).items():
                 if name in self._tensors:
                     raise BackboneError(
-                        f"{file}: {name} is in {self._tensors[name][0].name} too; keep one of them"
+                        f"{file}: {name} is also in {self._tensors[name][0].name}; keep one of them"
                     )
                 self.shapes[name] = tensor.shape
                 self._tensors[name] = file, tensor
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, mapped from its file.
+        """Maps one tensor from its file.
 
         Raises:
-            BackboneError: it does not hold floating-point numbers. Files may: some encoders' hold
-                their positions, counted out.
+            BackboneError: it is not of a floating dtype. Files may contain such tensors: some
+                encoders store their position ids.
         """
         file, tensor = self._tensors[name]
         return read_tensor(file, name, tensor, BackboneError)
@@ -86,15 +87,17 @@ def _safetensors_files(directory: Path) -> list[Path]:
         )
         files = [directory / name for name in sorted(set(weight_map.values()))]
         if outside := [file for file in files if file.parent != directory or file.name == ".."]:
-            raise BackboneError(f"{index} names {outside[0]}, which is not a file beside it")
+            raise BackboneError(f"{index} names {outside[0]}, which is not a file in its directory")
         if absent := [file.name for file in files if not expand(file, BackboneError).is_file()]:
-            names = ", ".join(absent[:_NAMED]) + (", …" if len(absent) > _NAMED else "")
-            raise BackboneError(f"{index} names files that are not there: {names}")
+            names = ", ".join(absent[:_NAMES_IN_MESSAGE]) + (
+                ", …" if len(absent) > _NAMES_IN_MESSAGE else ""
+            )
+            raise BackboneError(f"{index} names missing files: {names}")
         return files
     if pickles := sorted(directory.glob("*.bin")):
         raise BackboneError(
-            f"{directory} has its weights in {pickles[0].name}, a pickle, which is never read: "
-            "loading one can run any code. Convert it where you trust it, with transformers: "
+            f"{directory} has its weights in {pickles[0].name}, a pickle, which is never read "
+            "because loading it can run any code; if you trust it, convert it with transformers: "
             "AutoModelForCausalLM.from_pretrained(directory).save_pretrained(directory)"
         )
     raise BackboneError(f"{directory} has no model.safetensors and no {index.name}")
@@ -106,21 +109,20 @@ def stream(
     abstract: Mapping[str, Any],
     shardings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Reads parameters into the devices' memory.
+    """Reads parameters into device memory.
 
     Args:
-        parameters: where each comes from, of `names.match`.
+        parameters: the parameters and their tensors, from `match`.
         source: the checkpoint.
-        abstract: the parameter tree: the dtype of each, and how it is quantised where a `QTensor`
-            stands.
+        abstract: the abstract parameter tree; a `QTensor` is quantised while it is read.
         shardings: a tree of shardings of the same structure.
 
     Returns:
-        The parameter tree, of committed arrays.
+        The parameter tree of committed arrays.
     """
     like, sharding_of = flatten_dict(dict(abstract)), flatten_dict(dict(shardings))
     leaves = {}
-    # Large ones first: the peak is then early, while little else is in memory.
+    # Large parameters come first, so that the peak is early, with little else in memory.
     for parameter in sorted(parameters, key=lambda p: math.prod(p.shape), reverse=True):
         path = parameter.path
         leaves[path] = _place(parameter, source, like[path], sharding_of[path])
@@ -144,22 +146,22 @@ def _place(parameter: Parameter, source: TensorSource, like: Any, shardings: Any
 
 
 def _quantised(tensor: np.ndarray, like: QTensor) -> QTensor:
-    """A tensor in few bits, some of its outputs at a time: in float32, as it is rounded, the whole
-    of a large one would be several times the memory of what it becomes."""
+    """Quantises a tensor part by part. Rounding works in float32, in which the whole tensor would
+    need several times the memory of the result."""
     blocks = like.scale.shape[-tensor.ndim :]
-    # An axis of which every index has scales of its own.
+    # An axis along which every index has its own scales.
     axis = max(
         (axis for axis in range(tensor.ndim) if blocks[axis] == tensor.shape[axis]),
         key=lambda axis: tensor.shape[axis],
     )
     count = min(tensor.shape[axis], -(-tensor.size // _PART))
     parts = [quantize_like(part, like) for part in np.array_split(tensor, count, axis)]
-    whole: QTensor = jax.tree.map(lambda *found: np.concatenate(found, axis), *parts)
+    whole: QTensor = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis), *parts)
     return whole
 
 
 class _Shards:
-    """What this host's devices hold of one array, filled layer by layer."""
+    """The shards of one array on this host's devices, filled layer by layer."""
 
     def __init__(self, shape: Shape, dtype: np.dtype, sharding: jax.sharding.Sharding) -> None:
         self._shape, self._sharding = shape, sharding
@@ -172,7 +174,7 @@ class _Shards:
         return tuple(s.indices(n)[:2] for s, n in zip(index or (), self._shape, strict=True))
 
     def fill(self, layer: int | None, values: np.ndarray) -> None:
-        """Takes what it needs of one layer's values; of those of the whole array, for None."""
+        """Copies the values of one layer, or of the whole array for None, into the shards."""
         for key, part in self._parts.items():
             if layer is None:
                 part[...] = values[tuple(slice(*b) for b in key)]
@@ -182,7 +184,7 @@ class _Shards:
                 part[layer - first] = values[tuple(slice(*b) for b in rest)]
 
     def place(self) -> jax.Array:
-        """The array in the devices' memory."""
+        """Returns the array in device memory."""
         return jax.make_array_from_callback(
             self._shape, self._sharding, lambda index: self._parts[self._bounds(index)]
         )

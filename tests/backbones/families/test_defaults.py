@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 import transformers
 
-from prefix_jax.backbones.families.defaults import DEFAULTS, SPELLINGS, complete
+from prefix_jax.backbones.families import FAMILIES, gpt2
+from prefix_jax.backbones.families.config import complete
 from prefix_jax.backbones.loading.config import architecture
+
+DEFAULTS = {model_type: family.DEFAULTS[model_type] for model_type, family in FAMILIES.items()}
+SPELLINGS = {
+    model_type: spellings
+    for family in dict.fromkeys(FAMILIES.values())
+    for model_type, spellings in getattr(family, "SPELLINGS", {}).items()
+}
 
 
 @pytest.mark.parametrize("model_type", DEFAULTS)
@@ -27,7 +35,8 @@ def test_spellings_equal_those_of_transformers(model_type: str) -> None:
 
 
 def test_another_spelling_wins_over_the_usual_one() -> None:
-    assert complete({"n_layer": 2, "num_hidden_layers": 3}, "gpt2")["n_layer"] == 3
+    config = {"n_layer": 2, "num_hidden_layers": 3}
+    assert complete(config, {}, gpt2.SPELLINGS["gpt2"])["n_layer"] == 3
 
 
 @pytest.mark.parametrize("model_type", DEFAULTS)

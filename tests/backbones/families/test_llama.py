@@ -20,7 +20,7 @@ _SAID: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("model_type", llama.MODEL_TYPES)
+@pytest.mark.parametrize("model_type", llama.DEFAULTS)
 @pytest.mark.parametrize("windows", [{}, {"use_sliding_window": True}], ids=["", "windows"])
 def test_what_is_not_said_is_as_in_transformers(model_type: str, windows: dict[str, bool]) -> None:
     said = _SAID | windows

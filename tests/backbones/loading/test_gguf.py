@@ -176,7 +176,7 @@ def test_llama_3_s_rotary_scaling_is_recovered(factor: float, tmp_path: Path) ->
 
 def test_an_unknown_rotary_scaling_is_an_error(tmp_path: Path) -> None:
     _write_divisors(tmp_path / "model.gguf", np.linspace(1, 9, 32))
-    with pytest.raises(BackboneError, match="not the scaling of Llama 3"):
+    with pytest.raises(BackboneError, match="not a scaling of Llama 3"):
         GGUF(tmp_path / "model.gguf").config()
 
 

@@ -86,8 +86,8 @@ def test_config_value_of_a_wrong_type_or_range_is_named(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_attention_heads": 5}, "2 key/value heads do not share 5 heads"),
-        ({"num_key_value_heads": 3}, "3 key/value heads do not share 4 heads"),
+        ({"num_attention_heads": 5}, "5 query heads are not a multiple of 2 key/value heads"),
+        ({"num_key_value_heads": 3}, "4 query heads are not a multiple of 3 key/value heads"),
         ({"hidden_size": 2}, "head_dim: must be a positive integer"),
         ({"head_dim": 7}, "7 of 7 dimensions rotate, expected an even number"),
         (
@@ -135,7 +135,7 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     (directory / "model.safetensors").rename(tmp_path / "model.safetensors")
     index = json.dumps({"weight_map": {"x": "../model.safetensors"}})
     (directory / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(BackboneError, match="which is not a file beside it"):
+    with pytest.raises(BackboneError, match="which is not a file in its directory"):
         load(directory)
 
 
@@ -144,7 +144,7 @@ def test_a_tensor_in_two_shards_is_refused(model: Path) -> None:
     (model / "model.safetensors").rename(model / "model-1.safetensors")
     shards = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    with pytest.raises(BackboneError, match=r"is in model-1\.safetensors too; keep one of them"):
+    with pytest.raises(BackboneError, match=r"is also in model-1\.safetensors; keep one of them"):
         load(model)
 
 
@@ -354,6 +354,6 @@ def test_a_directory_in_an_installed_package_is_found_too(
 
 def test_a_package_without_a_model_is_an_error() -> None:
     with pytest.raises(
-        BackboneError, match=r"holds neither a \.gguf file nor a model\.safetensors"
+        BackboneError, match=r"contains neither a \.gguf file nor a model\.safetensors"
     ):
         find("package:json")

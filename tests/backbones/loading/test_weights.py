@@ -65,7 +65,7 @@ def test_sharded_files_load_like_a_single_one(model: Path) -> None:
     assert sharded.fingerprint == whole.fingerprint
 
     (model / "model-1.safetensors").unlink()
-    with pytest.raises(BackboneError, match=r"names files that are not there: model-1\.safet"):
+    with pytest.raises(BackboneError, match=r"names missing files: model-1\.safet"):
         load(model)
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefix_jax.backbones.families.names import Matrix, NameTable, Row, Vector, match
+from prefix_jax.backbones.families.names import Matrix, NameTable, Row, Vector
+from prefix_jax.backbones.loading.match import match
 from prefix_jax.errors import BackboneError
 
 TABLE = NameTable(
