@@ -402,6 +402,8 @@ def test_empty_file_lacks_required_keys(minimal):
 def test_rejects_invalid_sections_built_in_python():
     with pytest.raises(ConfigError, match="exactly one of steps"):
         TrainConfig(steps=1, epochs=1.0)
+    with pytest.raises(ConfigError, match=r"^beams: renamed to num_beams$"):
+        DecodeConfig(beams=5)
 
 
 text = st.text(max_size=12) | st.sampled_from(
