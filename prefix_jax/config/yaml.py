@@ -35,6 +35,12 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         ConfigError: every problem, one per line.
+
+    Examples:
+        >>> import prefix_jax as pj
+        >>> config = pj.load_config("configs/quickstart.yaml", ["train.steps=500"])
+        >>> config.train.steps
+        500
     """
     if path is None:
         return parse({}, overrides, source="")

