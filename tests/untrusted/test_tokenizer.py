@@ -452,7 +452,7 @@ def test_malformed_gguf_tokenizer_is_one_error(
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("gpt2", {"merges": ["a b", "ab"]}, "merges holds 'ab'; expected two tokens"),
+        ("gpt2", {"merges": ["a b", "ab"]}, "merges contains 'ab'; expected two tokens"),
         ("gpt2", {"merges": ["x y"]}, "the tokenizer cannot be rebuilt: .*out of vocabulary"),
         ("gpt2", {"merges": None}, "the metadata key tokenizer.ggml.merges is missing"),
         ("gpt2", {"pre": 5}, "tokenizer.ggml.pre must be"),
