@@ -65,9 +65,11 @@ class PrefixModel:
         if self.head is not None:
             prefix_rng, head_rng = (None, None) if rng is None else jax.random.split(rng)
             prefix = self.prefix(params, prefix_rng)
-            out_BMY = self._answers(params["backbone"], params["head"], prefix, batch, head_rng)
+            out_BMY = self._head_outputs(
+                params["backbone"], params["head"], prefix, batch, head_rng
+            )
             return self.head.losses(out_BMY, batch).sum()
-        h_BMD = self._predicting(params["backbone"], self.prefix(params, rng), batch)
+        h_BMD = self._target_states(params["backbone"], self.prefix(params, rng), batch)
         head_loss = training_head_loss if self.method is None else frozen_head_loss
         weights = self.backbone.unembedding(params["backbone"])
         return head_loss(self.backbone.unembed, weights, h_BMD, batch.label_BM, batch.weight_BM)
@@ -80,11 +82,11 @@ class PrefixModel:
             prefix: a lifted prefix; None scores the bare model.
             batch: packed rows.
         """
-        h_BMD = self._predicting(backbone, prefix, batch)
+        h_BMD = self._target_states(backbone, prefix, batch)
         weights = self.backbone.unembedding(backbone)
         return row_losses(self.backbone.unembed, weights, h_BMD, batch.label_BM, batch.weight_BM)
 
-    def answer(
+    def head_outputs(
         self, backbone: Any, head: Any, prefix: Prefix | None, batch: Batch
     ) -> tuple[jax.Array, jax.Array]:
         """The outputs and losses of the head.
@@ -98,10 +100,10 @@ class PrefixModel:
             out_BMY, and the summed loss of each row's targets, [B].
         """
         assert self.head is not None, "this model has no task head"
-        out_BMY = self._answers(backbone, head, prefix, batch)
+        out_BMY = self._head_outputs(backbone, head, prefix, batch)
         return out_BMY, self.head.losses(out_BMY, batch)
 
-    def _answers(
+    def _head_outputs(
         self,
         backbone: Any,
         head: Any,
@@ -110,12 +112,12 @@ class PrefixModel:
         rng: jax.Array | None = None,
     ) -> jax.Array:
         assert self.head is not None
-        h_BMD = self._predicting(backbone, prefix, batch)
+        h_BMD = self._target_states(backbone, prefix, batch)
         if self.head.pooled:
             h_BMD = self.backbone.pool(backbone, h_BMD)
         return self.head(head, h_BMD, rng)
 
-    def _predicting(self, backbone: Any, prefix: Prefix | None, batch: Batch) -> jax.Array:
+    def _target_states(self, backbone: Any, prefix: Prefix | None, batch: Batch) -> jax.Array:
         """The hidden states that predict the targets, h_BMD."""
         encoded = None
         if batch.source is not None:
@@ -146,12 +148,12 @@ class PrefixModel:
 
     @property
     def packs(self) -> bool:
-        """Whether several examples may be packed into a row: see `packs`."""
+        """True if several examples can be packed into a row; see `packs`."""
         return packs(self._abstract)
 
     @property
     def encoder_decoder(self) -> EncoderDecoder | None:
-        """Tokenisation settings of an encoder-decoder: see `encoder_decoder`."""
+        """Tokenisation settings of an encoder-decoder; see `encoder_decoder`."""
         return encoder_decoder(self.backbone, self._abstract)
 
     @property
@@ -170,7 +172,7 @@ class PrefixModel:
         stacks: tuple[StackName, ...] = (
             (reader,) if backbone.arch.encoder is None else (reader, "decoder")
         )
-        # Checked before tracing the states through all layers: a million states take minutes.
+        # Checked before tracing all layers, which would last minutes for a million states.
         most, method = backbone.room(None, reader), self.method
         if (
             method
@@ -199,8 +201,8 @@ def _no_room(start: int, positions: int, stack: StackName) -> ContextError:
 
 
 def packs(prefix: Prefix | None) -> bool:
-    """Whether several examples may be packed into a row after a prefix. They may not after soft
-    tokens before an encoder, whose hidden states depend on the text."""
+    """True if several examples can be packed into a row after a prefix. Soft tokens before an
+    encoder exclude packing, because their hidden states depend on the text."""
     return prefix is None or prefix.embeds_PD is None
 
 

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from prefix_jax.nn.quantized import QTensor
 
 _SCHEME = b"prefix_jax fingerprint 1"
-_TINY = 2.0**-126  # the smallest normal number; some backends flush what is smaller to zero
+_TINY = 2.0**-126  # the smallest normal number; some backends flush smaller numbers to zero
 _FACTORS = (40503, 31337, 52711, 60493)
 _PART = 1 << 20  # values at a time
 

@@ -42,7 +42,7 @@ class Draw:
 
     def running(self, state: State) -> jax.Array:
         """Returns whether any continuation has not ended."""
-        return ~state.found.done_BM.all()
+        return ~state.search_state.done_BM.all()
 
     def lineage(self, state: State) -> None:
         """Returns None: continuations are branches of their prompt and use the ordinary mask."""
@@ -50,7 +50,7 @@ class Draw:
 
     def choose(self, state: State, logits_BMV: jax.Array, end: jax.Array) -> State:
         """Appends one token to every continuation."""
-        found: Draws = state.found
+        draws: Draws = state.search_state
         B, M, V = logits_BMV.shape
         logits_RV = logits_BMV.reshape(B * M, V)
         length_R = jnp.repeat(state.prompt_B + state.step, M)
@@ -62,10 +62,10 @@ class Draw:
             key_R = jax.vmap(jax.random.fold_in, (0, None))(self.key_BM.reshape(-1), state.step)
             token_R = jax.vmap(jax.random.categorical)(key_R, warp(scores_RV, self.sampling))
         logprob_R = jnp.take_along_axis(logits_RV, token_R[:, None], axis=1)[:, 0]
-        total_R = jax.nn.logsumexp(logits_RV, axis=-1)
-        logprob_R -= total_R
+        log_total_R = jax.nn.logsumexp(logits_RV, axis=-1)
+        logprob_R -= log_total_R
         # A single NaN or positive infinity among the logits makes the sum non-finite.
-        invalid_BM = ~jnp.isfinite(total_R).reshape(B, M) & ~found.done_BM
+        invalid_BM = ~jnp.isfinite(log_total_R).reshape(B, M) & ~draws.done_BM
 
         token_BM = token_R.reshape(B, M).astype(jnp.int32)
         ended_BM = jnp.isin(token_BM, self.constraints.eos_E)
@@ -74,9 +74,9 @@ class Draw:
             ids_BMW=state.append(state.ids_BMW, token_BM),
             step=state.step + 1,
             invalid_B=state.invalid_B | invalid_BM.any(axis=1),
-            found=Draws(
-                logprob_BMU=found.logprob_BMU.at[:, :, state.step].set(logprob_R.reshape(B, M)),
-                count_BM=found.count_BM + ~found.done_BM,
-                done_BM=found.done_BM | ended_BM | invalid_BM | (state.step + 1 >= end),
+            search_state=Draws(
+                logprob_BMU=draws.logprob_BMU.at[:, :, state.step].set(logprob_R.reshape(B, M)),
+                count_BM=draws.count_BM + ~draws.done_BM,
+                done_BM=draws.done_BM | ended_BM | invalid_BM | (state.step + 1 >= end),
             ),
         )

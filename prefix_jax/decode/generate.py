@@ -18,7 +18,7 @@ from prefix_jax.config import DecodeConfig
 from prefix_jax.data.ends import end_tokens
 from prefix_jax.data.tokens import missing_start, special_around
 from prefix_jax.decode.continuation import Continuation, Generation, Writer
-from prefix_jax.decode.loop import Search, advance, read
+from prefix_jax.decode.loop import Search, advance, prefill
 from prefix_jax.decode.options import make_search
 from prefix_jax.decode.state import Beams, State
 from prefix_jax.decode.text import TextStream
@@ -134,8 +134,8 @@ class Generator:
         positions, new = self.backbone.arch.max_positions, config.max_new_tokens
         vocab = self.backbone.arch.vocab
         room = self.backbone.room(self.prefix, self.backbone.input_stack)
-        two_sided = self.backbone.arch.encoder is not None
-        if two_sided and new > self.backbone.room(self.prefix, "decoder"):
+        has_encoder = self.backbone.arch.encoder is not None
+        if has_encoder and new > self.backbone.room(self.prefix, "decoder"):
             raise ContextError(
                 f"max_new_tokens {new} exceeds the "
                 f"{self.backbone.room(self.prefix, 'decoder')} positions that the prefix leaves to "
@@ -149,12 +149,12 @@ class Generator:
                 raise DataError(
                     f"{name} contains token id {outside}, outside the vocabulary (size {vocab})"
                 )
-            if len(ids) + (0 if two_sided else new) > room:
+            if len(ids) + (0 if has_encoder else new) > room:
                 raise ContextError(
                     f"{name}: {len(ids)} tokens after a prefix of {positions - room}"
-                    + ("" if two_sided else f", and {new} new ones,")
+                    + ("" if has_encoder else f", and {new} new ones,")
                     + f" exceed the model's {positions} positions; shorten the prompt"
-                    + ("" if two_sided else " or max_new_tokens")
+                    + ("" if has_encoder else " or max_new_tokens")
                 )
 
     def _continue(
@@ -183,7 +183,7 @@ class Generator:
         search = make_search(
             config, self.tokenizer, eos, [*prompts, *[0] * filling], arch.first_id, arch.last_id
         )
-        state = read(
+        state = prefill(
             self.backbone,
             self.params,
             self.prefix,
@@ -221,19 +221,19 @@ class Generator:
             # Fetch everything except the cache, which stays on the device.
             now = _fetch(_without_cache(state))
             _check_finite(now, rows)
-            done_BM = now.found.done_BM.copy()
+            done_BM = now.search_state.done_BM.copy()
             for row, samples in enumerate(writers):
                 ids_MU = now.ids_BMW[row, :, now.prompt_B[row] :]
                 for m, writer in enumerate(samples):
-                    new = slice(len(writer), now.found.count_BM[row, m])
+                    new = slice(len(writer), now.search_state.count_BM[row, m])
                     writer.extend(
-                        ids_MU[m, new].tolist(), now.found.logprob_BMU[row, m, new].tolist()
+                        ids_MU[m, new].tolist(), now.search_state.logprob_BMU[row, m, new].tolist()
                     )
                     done_BM[row, m] |= writer.finish is not None
             if done_BM.all():
                 return [tuple(writer.close() for writer in samples) for samples in writers]
-            found = dataclasses.replace(state.found, done_BM=jax.device_put(done_BM))
-            state = dataclasses.replace(state, found=found)
+            draws = dataclasses.replace(state.search_state, done_BM=jax.device_put(done_BM))
+            state = dataclasses.replace(state, search_state=draws)
             state = self._advance(search, state, int(now.step) + interval, config)
 
     def _finish_beams(
@@ -247,16 +247,16 @@ class Generator:
         state = self._advance(search, state, config.max_new_tokens, config)
         now = _fetch(_without_cache(state))
         _check_finite(now, rows)
-        found: Beams = now.found
+        beams: Beams = now.search_state
         continuations = []
         for row, samples in enumerate(writers):
-            ids_MU = found.final_ids_BMW[row, :, now.prompt_B[row] :]
+            ids_MU = beams.final_ids_BMW[row, :, now.prompt_B[row] :]
             for m, writer in enumerate(samples):
-                count = found.final_count_BM[row, m]
+                count = beams.final_count_BM[row, m]
                 writer.extend(
-                    ids_MU[m, :count].tolist(), found.final_logprob_BMU[row, m, :count].tolist()
+                    ids_MU[m, :count].tolist(), beams.final_logprob_BMU[row, m, :count].tolist()
                 )
-            scores = found.final_score_BM[row]
+            scores = beams.final_score_BM[row]
             continuations.append(
                 tuple(w.close(score) for w, score in zip(samples, scores, strict=False))
             )

@@ -20,7 +20,7 @@ Search = Draw | Beam
 
 
 @functools.partial(jax.jit, static_argnames=("backbone", "capacity"))
-def read(
+def prefill(
     backbone: Backbone,
     params: Params,
     prefix: Prefix | None,
@@ -49,17 +49,17 @@ def read(
         capacity: the number of columns U allocated for new tokens, at least `end`.
     """
     M = search.width
-    tokens = TokenLayout.plain(jnp.arange(ids_BS.shape[1]) < prompt_B[:, None])
+    layout = TokenLayout.plain(jnp.arange(ids_BS.shape[1]) < prompt_B[:, None])
     encoded = None
     if backbone.arch.encoder is not None:
-        encoded = backbone.encode(params, ids_BS, tokens, prefix)
+        encoded = backbone.encode(params, ids_BS, layout, prefix)
         assert backbone.arch.start_id is not None  # as every encoder-decoder has one
         ids_BS = jnp.full((len(ids_BS), 1), backbone.arch.start_id, jnp.int32)
         prompt_B = jnp.ones_like(prompt_B)
-        tokens = TokenLayout.plain(jnp.ones_like(ids_BS, bool))
+        layout = TokenLayout.plain(jnp.ones_like(ids_BS, bool))
     B, S = ids_BS.shape
     cache = backbone.empty_cache(params, B, S)
-    h_BSD, cache = backbone.hidden(params, ids_BS, tokens, prefix, cache, encoded=encoded)
+    h_BSD, cache = backbone.hidden(params, ids_BS, layout, prefix, cache, encoded=encoded)
     h_B1D = jnp.take_along_axis(h_BSD, prompt_B[:, None, None] - 1, axis=1)
     logits_B1V = backbone.unembed(params, h_B1D)
     ids_BMW = jnp.pad(jnp.repeat(ids_BS[:, None], M, axis=1), ((0, 0), (0, 0), (0, capacity)))
@@ -68,7 +68,7 @@ def read(
         ids_BMW=ids_BMW,
         prompt_B=prompt_B,
         step=jnp.zeros((), jnp.int32),
-        found=search.start(ids_BMW, real_B, capacity),
+        search_state=search.start(ids_BMW, real_B, capacity),
         invalid_B=jnp.zeros_like(real_B),
         encoded=encoded,
     )
@@ -104,7 +104,7 @@ def step(
     """Generates one token for every continuation."""
     B, M, _ = state.ids_BMW.shape
     position_B = state.prompt_B + state.step - 1
-    tokens = TokenLayout(
+    layout = TokenLayout(
         segment_BT=jnp.ones((B, M), jnp.int32),
         branch_BT=jnp.broadcast_to(jnp.arange(1, M + 1), (B, M)),
         position_BT=jnp.broadcast_to(position_B[:, None], (B, M)),
@@ -112,7 +112,7 @@ def step(
     h_BMD, cache = backbone.hidden(
         params,
         state.last_BM,
-        tokens,
+        layout,
         prefix,
         state.cache,
         search.lineage(state),

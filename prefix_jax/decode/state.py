@@ -71,7 +71,7 @@ class State:
         ids_BMW: prompt and continuation without a gap, from column 0.
         prompt_B: the lengths of the prompts.
         step: the number of tokens generated so far.
-        found: the state of the search: `Draws` or `Beams`.
+        search_state: the state of the search: `Draws` or `Beams`.
         invalid_B: whether the model gave NaN or infinite logits for a continuation that had not
             ended. Such a row ends at that step.
         encoded: in an encoder-decoder, the encoder output of each row, shared by all its
@@ -82,7 +82,7 @@ class State:
     ids_BMW: jax.Array
     prompt_B: jax.Array
     step: jax.Array
-    found: Any
+    search_state: Any
     invalid_B: jax.Array
     encoded: Encoded | None = None
 

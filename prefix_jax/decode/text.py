@@ -39,10 +39,10 @@ class TextStream:
         """Adds the next token and returns the text that is now final, often empty."""
         with failures("the generated tokens cannot be decoded", DataError):
             self._held += self._stream.step(self._tokenizer, token) or ""
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
-        if found:
+        positions = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if positions:
             self.stopped = True
-            return self._let_through(min(found))
+            return self._let_through(min(positions))
         return self._let_through(len(self._held) - self._doubtful())
 
     def finish(self) -> str:

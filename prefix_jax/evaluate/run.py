@@ -85,7 +85,7 @@ class Evaluator:
         self._ends = end_tokens(tokenizer, model.backbone.arch.end_ids) if ends is None else ends
         # Every host needs the scores of all rows.
         self._score = jax.jit(model.score, out_shardings=replicated(mesh))
-        self._answer = jax.jit(model.answer, out_shardings=replicated(mesh))
+        self._answer = jax.jit(model.head_outputs, out_shardings=replicated(mesh))
 
     def compare(
         self,

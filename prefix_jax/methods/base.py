@@ -51,7 +51,7 @@ class Method(abc.ABC, Generic[ProducedT]):
 
     @property
     def draws(self) -> bool:
-        """Whether training draws random numbers."""
+        """True if training draws random numbers."""
         return self.dropout > 0
 
     @property

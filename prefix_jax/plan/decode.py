@@ -42,7 +42,7 @@ def lower_step(run: AbstractRun, rows: int, context: int, mesh: Mesh) -> tuple[A
     def read(weights: Params, prefix: Any, search: Draw) -> State:
         two_sided = backbone.arch.encoder is not None
         ids_BS = jnp.zeros((rows, context if two_sided else 1), jnp.int32)
-        return loop.read(
+        return loop.prefill(
             backbone,
             weights,
             prefix,

@@ -22,7 +22,7 @@ from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.config import DecodeConfig
 from prefix_jax.data.pipeline import load_examples
 from prefix_jax.decode import Generator
-from prefix_jax.decode.loop import advance, read
+from prefix_jax.decode.loop import advance, prefill
 from prefix_jax.decode.options import make_search
 from prefix_jax.errors import (
     BackboneError,
@@ -376,17 +376,17 @@ class TestPrograms:
     def test_batches_of_similar_size_share_two_programs(self, generator: Generator) -> None:
         config = DecodeConfig(max_new_tokens=20, repetition_penalty=1.1)
         generator.generate([[1, 2, 3]] * 3, config)
-        compiled = read._cache_size(), advance._cache_size()
+        compiled = prefill._cache_size(), advance._cache_size()
         other = dataclasses.replace(config, max_new_tokens=30, repetition_penalty=1.5)
         generator.generate([[5] * 14, [6], [7], [8]], other)
-        assert (read._cache_size(), advance._cache_size()) == compiled
+        assert (prefill._cache_size(), advance._cache_size()) == compiled
 
     def test_the_cache_is_written_in_place(self, generator: Generator) -> None:
         one = np.ones(1, np.int32)
         search = make_search(DecodeConfig(num_beams=3), generator.tokenizer, (256,), [0])
         args = generator.backbone, generator.params, generator.prefix, search
         prompt = np.ones((1, 16), np.int32)
-        state = read(*args, prompt, one, one > 0, one[0], capacity=1024)
+        state = prefill(*args, prompt, one, one > 0, one[0], capacity=1024)
         cache = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache.layers))
         memory = advance.lower(*args, state, one[0], one[0]).compile().memory_analysis()
         assert memory.alias_size_in_bytes >= cache

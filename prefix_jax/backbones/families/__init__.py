@@ -7,7 +7,7 @@ A module describes its family by three names:
     architecture(config)   reads a `config.json` into an `Architecture`
     hf_names(arch)         the tensor names of a checkpoint in Hugging Face layout
 
-Where only the checkpoint shows a feature, `as_stored(arch, names)` adds it to the architecture.
+An optional `as_stored(arch, names)` adds features that only the checkpoint shows.
 """
 
 from __future__ import annotations

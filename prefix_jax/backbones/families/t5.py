@@ -135,7 +135,7 @@ def _relative(config: Mapping[str, Any]) -> Relative:
 
 def as_stored(arch: Architecture, stored: Collection[str]) -> Architecture:
     """Ties the head; `resolve_ties` unties it if the checkpoint stores another one. transformers
-    ties a head that is not stored, whatever the configuration says."""
+    ties a head that is not stored even if the configuration does not."""
     return dataclasses.replace(arch, tied=True)
 
 

@@ -29,7 +29,7 @@ _BRANCHES = 2**15
 
 
 def fits(q_BKGTH: jax.Array, k_BSKH: jax.Array, masking: MaskAndBias) -> bool:
-    """Whether the kernels support this attention, judged by shapes and static values.
+    """True if the kernels support this attention, judging by shapes and static values.
 
     They support no bias on logits (T5), no arbitrary mask (beam search), and no mask in which
     columns and positions differ: a cache whose columns are not those of the queries, or a window

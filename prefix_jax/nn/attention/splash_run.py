@@ -51,7 +51,7 @@ def interpreted() -> Iterator[None]:
 
 
 def interpreting() -> bool:
-    """Whether the caller runs inside `interpreted`."""
+    """True inside `interpreted`."""
     return _interpreting.get()
 
 

@@ -1,7 +1,7 @@
 """Static masks of splash attention for long rows.
 
 JAX inspects every tile of a mask before it compiles a kernel: 65,000 tiles of 512 x 512 for a row
-of 128k tokens, which takes two minutes. Most tiles are fully visible or fully masked, which can be
+of 128k tokens, for two minutes. Most tiles are fully visible or fully masked, which can be
 decided from their corners.
 """
 
