@@ -34,7 +34,7 @@ def mesh():
 # The mesh.
 
 
-def test_one_size_may_be_left_open():
+def test_one_size_can_be_inferred():
     def sizes(mesh: Mesh) -> tuple[int, ...]:
         assert mesh.axis_names == ("data", "fsdp", "sequence", "tensor")
         return mesh.devices.shape
@@ -55,7 +55,7 @@ def test_one_size_may_be_left_open():
         ((-2, 1, 1), "sizes must be positive"),
     ],
 )
-def test_a_mesh_that_the_devices_do_not_make_is_refused(sizes, message):
+def test_rejects_a_mesh_that_does_not_fit_the_devices(sizes, message):
     with pytest.raises(MeshError, match=message):
         make_mesh(*sizes)
 
@@ -67,7 +67,7 @@ def test_rows_divide_over_data_and_fsdp(mesh):
         check_rows(mesh, 6, "batch")
 
 
-def test_a_mesh_is_described_by_its_axes(mesh):
+def test_describes_a_mesh_by_its_axes(mesh):
     assert describe(mesh) == describe(dict(mesh.shape)) == "data=2 x fsdp=2 x tensor=2"
     assert describe(make_mesh(2, sequence=4)) == "data=2 x fsdp=1 x sequence=4 x tensor=1"
 
@@ -96,13 +96,13 @@ def test_a_mesh_is_described_by_its_axes(mesh):
         ("up_bias_F", (3, 8), ()),
     ],
 )
-def test_the_letters_of_a_name_shard_a_weight(mesh, name, shape, expected):
+def test_letters_of_a_name_shard_a_weight(mesh, name, shape, expected):
     path = (jax.tree_util.DictKey("layers"), jax.tree_util.DictKey(name))
     assert weight_spec(path, shape, mesh) == PartitionSpec(*expected)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma3"])
-def test_every_large_weight_of_a_backbone_is_split(mesh, name):
+def test_every_large_weight_is_sharded(mesh, name):
     abstract = jax.eval_shape(decoder(name).init, jax.random.key(0))
     shardings = weight_shardings(abstract, mesh)
     for leaf, sharding in zip(*map(jax.tree.leaves, (abstract, shardings)), strict=True):
@@ -110,7 +110,7 @@ def test_every_large_weight_of_a_backbone_is_split(mesh, name):
         assert parts >= 2 or leaf.size <= 3 * 128
 
 
-def test_listed_layers_lie_as_stacked_ones_do(mesh):
+def test_unstacked_layers_are_sharded_like_stacked_ones(mesh):
     """Conversion moves nothing between devices: each layer keeps the shards of the stack."""
     backbone = decoder("llama")
     params = weights(backbone)
@@ -135,7 +135,7 @@ def test_listed_layers_lie_as_stacked_ones_do(mesh):
 # Rows.
 
 
-def test_rows_lie_over_data_and_fsdp_and_scalars_everywhere(mesh):
+def test_rows_are_sharded_over_data_and_fsdp_and_scalars_replicated(mesh):
     batch = {"ids": np.arange(24, dtype=np.int32).reshape(8, 3), "examples": np.float32(7)}
     placed = place_rows(batch, mesh)
     assert placed["ids"].sharding.shard_shape((8, 3)) == (2, 3)
@@ -143,7 +143,7 @@ def test_rows_lie_over_data_and_fsdp_and_scalars_everywhere(mesh):
     jax.tree.map(np.testing.assert_array_equal, placed, batch)
 
 
-def test_micro_batches_stand_before_the_rows(mesh):
+def test_micro_batch_axis_precedes_the_rows(mesh):
     batch = {"ids": np.zeros((5, 8, 3), np.int32), "examples": np.ones(5, np.float32)}
     placed = place_rows(batch, mesh, leading=1)
     assert placed["ids"].sharding.shard_shape((5, 8, 3)) == (5, 2, 3)
@@ -151,7 +151,7 @@ def test_micro_batches_stand_before_the_rows(mesh):
     assert rows_sharding(mesh, 3, 1).spec == PartitionSpec(None, ("data", "fsdp"), None)
 
 
-def test_rows_are_kept_over_the_batch_axes_under_a_mesh_and_left_alone_without(mesh):
+def test_constrains_rows_only_under_a_mesh(mesh):
     x = jnp.zeros((8, 2))
     assert constrain_tokens(x) is x
     with jax.set_mesh(mesh):
@@ -159,7 +159,7 @@ def test_rows_are_kept_over_the_batch_axes_under_a_mesh_and_left_alone_without(m
     assert out.sharding.shard_shape((8, 2)) == (2, 2)
 
 
-def test_a_single_row_lies_on_all_devices_and_its_columns_on_those_that_share_them():
+def test_single_row_is_replicated_and_its_columns_sharded():
     with jax.set_mesh(make_mesh(4, sequence=2)):
         out = jax.jit(lambda x: constrain_tokens(x + 1))(token_ids(1, 6))
     assert out.sharding.shard_shape((1, 6)) == (1, 3)
@@ -171,7 +171,7 @@ def test_a_single_row_lies_on_all_devices_and_its_columns_on_those_that_share_th
     [{"data": 1, "fsdp": 2, "sequence": 4}, {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2}],
     ids=lambda sizes: "-".join(sizes),
 )
-def test_rows_of_a_table_are_exchanged_and_never_copied_to_all(sizes, shape, compiler_warnings):
+def test_table_lookup_exchanges_rows_without_gathering(sizes, shape, compiler_warnings):
     ids_BT, table_VD = token_ids(*shape), jnp.arange(50.0 * 8).reshape(50, 8)
 
     def found(table_VD, ids_BT):
@@ -186,7 +186,7 @@ def test_rows_of_a_table_are_exchanged_and_never_copied_to_all(sizes, shape, com
     assert "Involuntary full rematerialization" not in compiler_warnings()
 
 
-def test_programs_run_on_the_mesh_where_their_arrays_lie(mesh):
+def test_programs_run_on_the_mesh_of_their_arrays(mesh):
     placed = place_rows({"ids": np.zeros((8, 3), np.int32)}, mesh)
     with on_mesh_of(placed):
         assert jax.sharding.get_abstract_mesh() == mesh.abstract_mesh

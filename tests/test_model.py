@@ -63,7 +63,7 @@ def example_losses(weights_, text) -> np.ndarray:
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_a_packed_loss_is_the_sum_of_each_example_alone(method, weights_, text, example_losses):
+def test_packed_loss_is_the_sum_of_single_losses(method, weights_, text, example_losses):
     model = PrefixModel(BACKBONE, method)
     start = start_from_ids(BACKBONE, weights_, method.produces, text, P)
     prefix = method.init(jax.random.key(0), BACKBONE.geometry, start)
@@ -73,7 +73,7 @@ def test_a_packed_loss_is_the_sum_of_each_example_alone(method, weights_, text, 
 
 
 @pytest.mark.parametrize("name", ["mlp", "hidden", "lstm", "multitask", *BESIDE])
-def test_a_baked_prefix_scores_as_what_it_was_made_of(name, weights_):
+def test_baked_prefix_scores_like_its_method(name, weights_):
     method = (METHODS | BESIDE)[name]
     model = PrefixModel(BACKBONE, method)
     start = normal_like(method.blank(BACKBONE.geometry), jax.random.key(1), 0.5)
@@ -91,7 +91,7 @@ def test_a_baked_prefix_scores_as_what_it_was_made_of(name, weights_):
     assert abs(float(scores.sum() - bare.sum())) > 0.01
 
 
-def test_scores_are_those_of_each_row(weights_, text, example_losses):
+def test_scores_are_per_row(weights_, text, example_losses):
     model = PrefixModel(BACKBONE, METHODS["prefix"])
     prefix = start_from_ids(BACKBONE, weights_, Prefix, text, P)
     batch = jax.tree.map(lambda leaf: leaf[0], batch_of(examples(6), rows_multiple=3))
@@ -100,14 +100,14 @@ def test_scores_are_those_of_each_row(weights_, text, example_losses):
     np.testing.assert_allclose(score_B.sum(), example_losses.sum(), rtol=1e-4)
 
 
-def test_the_bare_model_has_no_prefix(weights_):
+def test_bare_model_has_no_prefix(weights_):
     model = PrefixModel(BACKBONE, None)
     assert model.produced({"backbone": weights_}) is None
     assert model.prefix({"backbone": weights_}) is None
 
 
 @pytest.mark.parametrize("size", [P - 1, P, P + 3])
-def test_a_text_is_repeated_or_cut_to_the_length_of_the_prefix(size, weights_):
+def test_start_text_is_repeated_or_truncated_to_the_prefix_length(size, weights_):
     text = np.arange(size, dtype=np.int32)
     expected = np.array([(*range(size), 0)[:P]] if size < P else [range(P)])[0]
     start = start_from_ids(BACKBONE, weights_, Embeds, text, P)
@@ -115,14 +115,14 @@ def test_a_text_is_repeated_or_cut_to_the_length_of_the_prefix(size, weights_):
 
 
 @pytest.mark.parametrize(("index", "kind"), [(0, Embeds), (1, Hidden), (2, Prefix)])
-def test_a_start_is_of_the_kind_that_the_method_produces(index, kind, weights_, text):
+def test_start_has_the_type_that_the_method_produces(index, kind, weights_, text):
     start = start_from_ids(BACKBONE, weights_, kind, text, P)
     assert isinstance(start, kind)
     expected = read(BACKBONE, weights_, jnp.asarray(text))[index]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), start, expected)
 
 
-def test_what_fits_beside_a_prefix_follows_from_where_text_starts():
+def test_room_depends_on_the_text_position():
     def room(method) -> int:
         return PrefixModel(BACKBONE, method).room
 
@@ -138,13 +138,13 @@ def test_what_fits_beside_a_prefix_follows_from_where_text_starts():
 
 
 @pytest.mark.parametrize("method", [PromptTuning(2**20), HiddenPrefixTuning(2**20)])
-def test_a_million_soft_tokens_are_refused_before_they_are_traced(method) -> None:
+def test_rejects_a_million_soft_tokens_before_tracing(method) -> None:
     message = "position 1048576, after the prefix, which leaves no room"
     with pytest.raises(ContextError, match=message):
         PrefixModel(BACKBONE, method).check_context(None)
 
 
-def test_text_that_does_not_fit_beside_the_prefix_is_refused():
+def test_rejects_text_that_does_not_fit_after_the_prefix():
     model = PrefixModel(BACKBONE, PrefixTuning(P))
     model.check_context(60)
     model.check_context(None)

@@ -51,7 +51,7 @@ def weights_() -> Any:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_loss_is_the_sum_of_each_example_alone(name: str, weights_: Any) -> None:
+def test_loss_is_the_sum_of_single_losses(name: str, weights_: Any) -> None:
     model = PrefixModel(BACKBONE, METHODS[name])
     prefix = METHODS[name].init(jax.random.key(1), BACKBONE.geometry, None)
     params = {"backbone": weights_, "prefix": prefix}
@@ -81,9 +81,7 @@ def test_a_loss_is_the_sum_of_each_example_alone(name: str, weights_: Any) -> No
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_devices_that_share_columns_change_neither_a_loss_nor_its_gradient(
-    name: str, weights_: Any
-) -> None:
+def test_sharded_columns_give_equal_losses_and_gradients(name: str, weights_: Any) -> None:
     model = PrefixModel(BACKBONE, METHODS[name])
     prefix = METHODS[name].init(jax.random.key(1), BACKBONE.geometry, None)
     found = examples()
@@ -103,13 +101,13 @@ def test_devices_that_share_columns_change_neither_a_loss_nor_its_gradient(
         np.testing.assert_allclose(ours, theirs, atol=2e-4 * float(abs(theirs).max()))
 
 
-def test_examples_pack_unless_soft_tokens_stand_before_the_encoder() -> None:
+def test_examples_pack_unless_the_encoder_has_soft_tokens() -> None:
     packs = [PrefixModel(BACKBONE, method).packs for method in METHODS.values()]
     assert packs == [True, True, False]
     assert PrefixModel(decoder("llama"), PromptTuning(P)).packs
 
 
-def test_each_side_has_room_beside_what_stands_there() -> None:
+def test_each_stack_has_room_after_its_prefix() -> None:
     encoder = dataclasses.replace(BACKBONE.arch.encoder, max_positions=30)
     backbone = Backbone(dataclasses.replace(BACKBONE.arch, max_positions=20, encoder=encoder))
 
@@ -128,6 +126,6 @@ def test_each_side_has_room_beside_what_stands_there() -> None:
         PrefixModel(backbone, PromptTuning(P)).check_context(27)
 
 
-def test_hidden_states_are_refused_with_what_to_take() -> None:
+def test_rejects_hidden_states_with_advice() -> None:
     with pytest.raises(PrefixError, match=r"method\.name: prefix"):
         PrefixModel(BACKBONE, HiddenPrefixTuning(P)).check_context(None)

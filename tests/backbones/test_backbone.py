@@ -70,7 +70,7 @@ def test_starting_from_a_text_equals_prepending_it(name, form):
     assert float(jnp.abs(behind(name, None) - prepended(name)).max()) > 0.01
 
 
-def test_read_gives_the_embeddings_the_layers_inputs_and_the_keys_and_values():
+def test_starts_from_text_are_embeddings_layer_inputs_and_keys_values():
     backbone, params = decoder("gpt2"), params_of("gpt2")
     embeds, states, prefix = three_forms("gpt2")
     g = backbone.geometry.main
@@ -86,13 +86,13 @@ def test_read_gives_the_embeddings_the_layers_inputs_and_the_keys_and_values():
     }
 
 
-def test_read_is_float32_from_a_bfloat16_model_too():
+def test_starts_are_float32_for_a_bfloat16_model():
     backbone = decoder("llama")
     forms = read(backbone, weights(backbone, dtype=jnp.bfloat16), texts()[0])
     assert {leaf.dtype for leaf in jax.tree.leaves(forms)} == {jnp.dtype("float32")}
 
 
-def test_lift_leaves_a_prefix_and_nothing_at_all_as_they_are():
+def test_lift_returns_a_prefix_and_none_unchanged():
     backbone, prefix = decoder("llama"), random_prefix("llama")
     assert backbone.lift(params_of("llama"), prefix) is prefix
     assert backbone.lift(params_of("llama"), None) is None
@@ -152,7 +152,7 @@ def test_absent_slots_leave_the_bare_model():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_packed_examples_are_what_they_are_alone(name):
+def test_packing_does_not_change_results(name):
     ids_BT = texts()[1]
     prefix = random_prefix(name)
     alone = behind(name, prefix)
@@ -170,7 +170,7 @@ def test_packed_examples_are_what_they_are_alone(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_targets_that_share_a_source_are_what_they_are_alone(name):
+def test_sharing_a_source_does_not_change_results(name):
     source, first, second = (token_ids(n, seed=n) for n in (5, 3, 4))
     prefix = random_prefix(name)
     ids = jnp.concatenate([source, first, second])[None]
@@ -187,7 +187,7 @@ def test_targets_that_share_a_source_are_what_they_are_alone(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_padding_changes_nothing_on_real_tokens(name):
+def test_padding_does_not_change_real_tokens(name):
     ids_BT, prefix = texts()[1], random_prefix(name)
     expected = behind(name, prefix)
     for left, right in ((3, 0), (0, 3), (1, 2)):
@@ -206,7 +206,7 @@ def test_padding_changes_nothing_on_real_tokens(name):
 
 @pytest.mark.parametrize("unstacked", [False, True], ids=["stacked", "unstacked"])
 @pytest.mark.parametrize("name", NAMES)
-def test_reading_step_by_step_equals_reading_at_once(name, unstacked):
+def test_step_by_step_equals_one_pass(name, unstacked):
     backbone, ids_BT, prefix = decoder(name), texts()[1], random_prefix(name)
     params = weights(backbone)
     if unstacked:
@@ -225,7 +225,7 @@ def test_reading_step_by_step_equals_reading_at_once(name, unstacked):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_listed_layers_compute_what_stacked_ones_do(name):
+def test_unstacked_layers_equal_stacked_ones(name):
     backbone, ids_BT = decoder(name), texts()[1]
     params = backbone.unstacked(weights(backbone))
     for produced in three_forms(name):
@@ -235,7 +235,7 @@ def test_listed_layers_compute_what_stacked_ones_do(name):
         jax.tree.map(close, ours, theirs)
 
 
-def test_conversion_keeps_every_bit_and_frees_what_it_converted():
+def test_conversion_keeps_every_bit_and_frees_its_input():
     backbone = decoder("llama")
     params = weights(backbone)
     before = jax.tree.map(np.asarray, params)
@@ -249,7 +249,7 @@ def test_conversion_keeps_every_bit_and_frees_what_it_converted():
 
 
 @pytest.mark.parametrize("mode", ["dots", "mlp", "projections", "attention", "full"])
-def test_recomputing_gives_equal_gradients(mode):
+def test_remat_gives_equal_gradients(mode):
     ids_BT = texts()[1]
 
     def grad(remat):
@@ -273,7 +273,7 @@ def test_recomputing_gives_equal_gradients(mode):
 # Positions and windows.
 
 
-def test_the_offset_is_the_position_of_the_first_token_of_text():
+def test_text_position_shifts_positions_of_text():
     """Without a prefix's slots, the text position only shifts positions."""
     backbone, params, ids_BT = decoder("gpt2"), params_of("gpt2"), texts()[1]
     prefix = random_prefix("gpt2", text_position=9)
@@ -286,7 +286,7 @@ def test_the_offset_is_the_position_of_the_first_token_of_text():
     )
 
 
-def test_rotary_attention_to_a_prefix_depends_on_the_offset():
+def test_rotary_attention_to_a_prefix_depends_on_the_text_position():
     near, far = (behind("llama", random_prefix("llama", text_position=n)) for n in (P, P + 20))
     assert float(jnp.abs(near - far).max()) > 1e-3
 
@@ -299,7 +299,7 @@ def _moved_by(name: str, prefix: Prefix, slots: slice) -> jax.Array:
 
 
 @pytest.mark.parametrize("name", WINDOWED)
-def test_a_sliding_window_lets_a_prefix_fall_out(name):
+def test_sliding_window_drops_a_prefix(name):
     """Window 4: token 0 stands at position 5 and sees slots 2 to 4, token 3 none. What slots 0
     and 1 hold reaches nobody."""
     prefix = random_prefix(name)
@@ -308,7 +308,7 @@ def test_a_sliding_window_lets_a_prefix_fall_out(name):
 
 
 @pytest.mark.parametrize("name", WINDOWED)
-def test_a_pinned_prefix_stays_in_sight(name):
+def test_pinned_prefix_stays_visible(name):
     prefix = random_prefix(name, pinned=True)
     # In the last layer, which slides, nothing but the prefix itself can carry the change to the
     # last token.
@@ -317,7 +317,7 @@ def test_a_pinned_prefix_stays_in_sight(name):
     assert float(moved[:, -1].max()) > 1e-3
 
 
-def test_pinning_means_nothing_without_a_window():
+def test_pinning_has_no_effect_without_a_window():
     np.testing.assert_array_equal(
         behind("llama", random_prefix("llama")),
         behind("llama", random_prefix("llama", pinned=True)),
@@ -327,7 +327,7 @@ def test_pinning_means_nothing_without_a_window():
 # Heads and types.
 
 
-def test_an_untied_head_is_used_and_a_tied_one_is_the_embedding():
+def test_untied_head_is_used_and_tied_head_is_the_embedding():
     h_BTD = jax.random.normal(jax.random.key(0), (1, 2, 32))
     tied, untied = params_of("llama"), params_of("qwen3")
     assert "head" not in tied
@@ -355,6 +355,6 @@ def test_abstract_weights_have_the_shapes_of_real_ones():
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract) == shapes
 
 
-def test_a_backbone_may_be_a_static_argument():
+def test_backbone_can_be_a_static_argument():
     assert hash(decoder("llama")) == hash(dataclasses.replace(decoder("llama")))
     assert isinstance(decoder("llama"), Backbone)

@@ -66,7 +66,7 @@ def of_task(params: Any, task: int) -> Any:
 
 
 @pytest.mark.parametrize("name", ["gemma3", "t5"])
-def test_a_batch_of_several_tasks_is_what_each_is_alone(name: str) -> None:
+def test_batch_of_several_tasks_equals_each_task_separately(name: str) -> None:
     two_sided = name == "t5"
     backbone = encoder_decoders.encoder_decoder(name) if two_sided else decoder(name)
     weights_ = encoder_decoders.params_of(name) if two_sided else weights(backbone)
@@ -103,7 +103,7 @@ def test_a_batch_of_several_tasks_is_what_each_is_alone(name: str) -> None:
         np.testing.assert_allclose(grad, expected[key], rtol=0, atol=1e-4 * scale)
 
 
-def test_columns_that_devices_share_see_the_prefix_of_their_task() -> None:
+def test_sharded_columns_see_the_prefix_of_their_task() -> None:
     """Lifted there too, in rows that the devices do not divide."""
     backbone = decoder("gemma3")
     params, bank, ids = weights(backbone), TOGETHER(prompts(backbone)), token_ids(2, 13)
@@ -118,7 +118,7 @@ def test_columns_that_devices_share_see_the_prefix_of_their_task() -> None:
     np.testing.assert_allclose(shared, alone, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_before_an_encoder_hold_the_soft_tokens_of_their_task() -> None:
+def test_encoder_rows_get_the_soft_tokens_of_their_task() -> None:
     backbone, ids = ENCODER, token_ids(3, 6, seed=1)
     params, bank = weights(backbone), TOGETHER(prompts(backbone))
     # Padding, here on the left, is of no task.
@@ -148,7 +148,7 @@ def test_bank_splits_into_one_prefix_per_task() -> None:
     np.testing.assert_array_equal(soft.split_tasks()[1].embeds_PD, bank.x_PD[P : 2 * P])
 
 
-def test_equal_texts_of_different_tasks_do_not_share_their_tokens() -> None:
+def test_equal_texts_of_different_tasks_do_not_share_tokens() -> None:
     (one, *_) = examples(1)
     twice = [dataclasses.replace(one, task=task) for task in (0, 1)]
     assert len({item.source for item in measure(twice)}) == 2
@@ -156,7 +156,7 @@ def test_equal_texts_of_different_tasks_do_not_share_their_tokens() -> None:
     assert {0, 1} <= set(np.unique(batch.layout.task_BT[batch.layout.segment_BT > 0]))
 
 
-def test_tokens_behind_a_bank_must_say_whose_they_are() -> None:
+def test_bank_requires_the_task_of_every_token() -> None:
     backbone = decoder("gpt2")
     params = weights(backbone)
     lifted = lift(backbone, params, TOGETHER(prompts(backbone)))
@@ -164,6 +164,6 @@ def test_tokens_behind_a_bank_must_say_whose_they_are() -> None:
         hidden(backbone, params, token_ids(1, 4), present(1, 4), lifted)
 
 
-def test_a_bank_is_not_stored_as_one_prefix() -> None:
+def test_bank_cannot_be_stored_as_one_prefix() -> None:
     with pytest.raises(PrefixError, match="bank of prefixes for 2 tasks; store the prefix of each"):
         prefix_spec(Embeds(jnp.ones((6, 4)), tasks=2))

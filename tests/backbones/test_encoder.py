@@ -118,7 +118,7 @@ def test_every_token_sees_the_whole_text() -> None:
 
 @pytest.mark.parametrize("prefixed", [False, True], ids=["bare", "prefix"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_side_and_the_amount_of_padding_change_nothing(name: str, prefixed: bool) -> None:
+def test_padding_on_either_side_does_not_change_results(name: str, prefixed: bool) -> None:
     prefix = random_prefix(name) if prefixed else None
     token_type_BT = present(B, T, name).token_type_BT
     for left, right in ((3, 0), (0, 3), (1, 2)):
@@ -132,7 +132,7 @@ def test_the_side_and_the_amount_of_padding_change_nothing(name: str, prefixed: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_packed_examples_are_what_they_are_alone(name: str) -> None:
+def test_packing_does_not_change_results(name: str) -> None:
     """Row 1 comes first and then row 0, each a group, with padding at the end."""
     token_type_T = present(1, T, name).token_type_BT[0]
     ids = jnp.concatenate([texts()[1], texts()[0], jnp.zeros(2, jnp.int32)])[None]
@@ -152,7 +152,7 @@ def test_packed_examples_are_what_they_are_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_hidden_states_stand_before_the_tokens_of_every_layer(name: str) -> None:
+def test_hidden_states_precede_the_tokens_of_every_layer(name: str) -> None:
     """By hand: each layer reads the states and the tokens, and what it makes of the states goes."""
     backbone, params = encoder(name), params_of(name)
     prefix = lift(backbone, params, Hidden(random_states()))
@@ -192,7 +192,7 @@ def test_soft_tokens_are_embeddings_before_the_text(name: str) -> None:
     close(found, expected)
 
 
-def test_soft_tokens_are_as_wide_as_the_embeddings() -> None:
+def test_soft_tokens_have_the_width_of_embeddings() -> None:
     geometry = encoder("electra").geometry
     assert (geometry.input_dim, geometry.d_model) == (16, 32)
     params = PromptTuning(length=P).init(jax.random.key(0), geometry, None)
@@ -201,7 +201,7 @@ def test_soft_tokens_are_as_wide_as_the_embeddings() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_read_gives_three_forms_of_a_text_of_which_two_become_the_same_prefix(name: str) -> None:
+def test_hidden_and_keys_values_of_a_text_lift_to_the_same_prefix(name: str) -> None:
     backbone, params = encoder(name), params_of(name)
     embeds, states, prefix = read(backbone, params, token_ids(P, seed=1))
     close(embeds.x_PD, params["embed"]["tokens_VD"][token_ids(P, seed=1)])
@@ -227,7 +227,7 @@ KINDS = ("embeds", "hidden", "adapter", "prefix")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gradient_reaches_all_that_trains(kind: str) -> None:
+def test_every_trained_parameter_receives_a_gradient(kind: str) -> None:
     backbone, params = encoder("bert"), params_of("bert")
 
     @jax.jit
@@ -243,7 +243,7 @@ def test_a_gradient_reaches_all_that_trains(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_listed_layers_compute_what_stacked_ones_do(kind: str) -> None:
+def test_unstacked_layers_equal_stacked_ones(kind: str) -> None:
     backbone, stacked = encoder("bert"), params_of("bert")
     unstacked = backbone.unstacked(weights(backbone))
     found, expected = (
@@ -258,7 +258,7 @@ def test_listed_layers_compute_what_stacked_ones_do(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])
-def test_the_offset_is_the_position_of_the_first_token_of_text(name: str) -> None:
+def test_text_position_shifts_positions_of_text(name: str) -> None:
     prefix = random_prefix(name, text_position=9)
     off = Site(prefix.encoder.inside.replace(bias_LPN=jnp.full((L, P, 4), -jnp.inf)))
     tokens = present(B, T, name)
@@ -269,7 +269,7 @@ def test_the_offset_is_the_position_of_the_first_token_of_text(name: str) -> Non
     close(found, hidden(encoder(name), params_of(name), texts(), shifted)[0])
 
 
-def test_roberta_counts_positions_from_behind_the_paddings_row() -> None:
+def test_roberta_positions_start_after_the_padding_row() -> None:
     backbone, params = encoder("roberta"), params_of("roberta")
     assert backbone.arch.max_positions == 38
     table = params["embed"]["positions_TD"].at[:2].set(jnp.nan)
@@ -282,7 +282,7 @@ def test_roberta_counts_positions_from_behind_the_paddings_row() -> None:
     np.testing.assert_array_equal(found, behind("roberta", False))
 
 
-def test_segments_tell_two_texts_apart_and_are_the_first_unless_given() -> None:
+def test_token_types_distinguish_two_texts_and_default_to_the_first() -> None:
     backbone, params = encoder("bert"), params_of("bert")
     plain = TokenLayout.plain(jnp.ones((B, T), bool))
     first = plain.replace(token_type_BT=jnp.zeros((B, T), jnp.int32))
@@ -291,7 +291,7 @@ def test_segments_tell_two_texts_apart_and_are_the_first_unless_given() -> None:
     assert float(jnp.abs(found - behind("bert", False)).max()) > 0.1
 
 
-def test_the_pooler_reads_one_state_of_each_example() -> None:
+def test_pooler_reads_one_state_per_example() -> None:
     params, h_BD = params_of("bert"), behind("bert", False)[:, 0]
     pooler = params["pooler"]
     close(
@@ -301,7 +301,7 @@ def test_the_pooler_reads_one_state_of_each_example() -> None:
     assert "pooler" not in params_of("roberta")
 
 
-def test_an_encoder_writes_no_text_and_says_what_to_do_instead() -> None:
+def test_encoder_rejects_generation_with_advice() -> None:
     backbone, params = encoder("bert"), params_of("bert")
     with pytest.raises(BackboneError, match=r"bert is an encoder.* task with labels"):
         backbone.unembed(params, behind("bert", False))

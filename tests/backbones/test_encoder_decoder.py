@@ -67,7 +67,7 @@ def padded(ids_BT: jax.Array, before: int, after: int) -> tuple[jax.Array, Token
 
 
 @pytest.mark.parametrize("sides", [(0, 3, 0, 2), (3, 0, 2, 0), (1, 2, 1, 1)])
-def test_padding_of_sources_and_targets_changes_nothing(name, sides):
+def test_padding_of_sources_and_targets_does_not_change_results(name, sides):
     source, target = padded(texts()[0], *sides[:2]), padded(texts()[1], *sides[2:])
     found = run(name, random_prefix(name, P, text_position=P), source, target)
     close(found[:, sides[2] : sides[2] + T], alone(name))
@@ -81,7 +81,7 @@ def joined(ids_BT: jax.Array) -> tuple[jax.Array, TokenLayout]:
     return ids_BT.reshape(1, -1), tokens
 
 
-def test_examples_that_share_a_row_are_what_they_are_alone(name):
+def test_packing_does_not_change_results(name):
     source, target = map(joined, texts())
     found = run(name, random_prefix(name, P, text_position=P), source, target)
     close(found.reshape(B, T, -1), alone(name))
@@ -100,7 +100,7 @@ def test_several_targets_share_one_source(name):
 # What a prefix is.
 
 
-def test_slots_whose_bias_is_minus_infinity_are_no_prefix(name):
+def test_slots_with_bias_minus_infinity_have_no_effect(name):
     sites = random_prefix(name, P, text_position=0).sites
     nothing = {site: biased(name, site, sites[site], -jnp.inf) for site in SITES}
     bare = run(name)
@@ -112,7 +112,7 @@ def test_slots_whose_bias_is_minus_infinity_are_no_prefix(name):
         assert float(jnp.abs(only - bare).max()) > 0.01
 
 
-def test_a_site_of_some_layers_has_absent_slots_in_the_others(name):
+def test_site_of_some_layers_has_masked_slots_in_the_others(name):
     backbone, params = encoder_decoder(name), params_of(name)
     sites = random_prefix(name, P, text_position=P).sites
     some, full = {}, {}
@@ -158,7 +158,7 @@ def test_gradients_reach_every_layer_of_every_site(name):
 # What a text leaves behind.
 
 
-def test_keys_and_values_of_a_text_that_are_there_twice_change_nothing(name):
+def test_duplicated_keys_and_values_of_a_text_change_nothing(name):
     text_S = texts()[0][0]
     sites = read(encoder_decoder(name), params_of(name), text_S)[2].sites
     source = (jnp.tile(text_S, (B, 1)), present(B, S))
@@ -166,7 +166,7 @@ def test_keys_and_values_of_a_text_that_are_there_twice_change_nothing(name):
         close(run(name, Prefix.of({site: sites[site]}), source), run(name, None, source))
 
 
-def test_a_decoder_that_starts_from_a_text_equals_prepending_it(name):
+def test_decoder_start_from_a_text_equals_prepending_it(name):
     text_P, (_, ids_BT) = token_ids(P, seed=3), texts()
     prefix = read(encoder_decoder(name), params_of(name), text_P)[2]
     source = (jnp.tile(text_P, (B, 1)), present(B, P))
@@ -180,7 +180,7 @@ def test_a_decoder_that_starts_from_a_text_equals_prepending_it(name):
 # Decoding.
 
 
-def test_decoding_listed_and_step_by_step_equals_all_at_once(name):
+def test_unstacked_step_by_step_decoding_equals_one_pass(name):
     backbone, prefix = encoder_decoder(name), random_prefix(name, P, text_position=P)
     params = backbone.unstacked(weights(backbone))
     source_BS, ids_BT = texts()
@@ -197,7 +197,7 @@ def test_decoding_listed_and_step_by_step_equals_all_at_once(name):
 # Mistakes.
 
 
-def test_mistakes_are_named(name):
+def test_errors_name_the_mistake(name):
     backbone, params = encoder_decoder(name), params_of(name)
     source_BS, ids_BT = texts()
     with pytest.raises(BackboneError, match=f"{name} has an encoder"):
@@ -212,7 +212,7 @@ def test_mistakes_are_named(name):
 # Weights.
 
 
-def test_weights_lie_in_shards_and_change_their_form_and_stay_what_they_are(name, tmp_path: Path):
+def test_sharded_weights_survive_conversion(name, tmp_path: Path):
     path = {"t5": tiny.write_t5, "bart": tiny.write_bart}[name](tmp_path / name)
     whole, split = load(path), load(path, mesh=make_mesh(data=2, fsdp=2, tensor=2))
     assert whole.fingerprint == split.fingerprint

@@ -18,7 +18,7 @@ VARIANTS = sorted(path.name for path in FIXTURES.iterdir())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_equal_those_of_transformers(variant: str) -> None:
+def test_logits_match_transformers(variant: str) -> None:
     model = load(FIXTURES / variant, dtype="float32")
     expected = np.load(FIXTURES / variant / "expected.npz")
     backbone, ids = model.backbone, jnp.asarray(expected["ids"])

@@ -23,7 +23,7 @@ MESHES += [("bert", {"data": 2, "sequence": 4})]
 
 
 @pytest.mark.parametrize(("variant", "mesh"), MESHES)
-def test_states_equal_those_of_transformers(variant: str, mesh: dict[str, int]) -> None:
+def test_states_match_transformers(variant: str, mesh: dict[str, int]) -> None:
     model = load(FIXTURES / variant, dtype="float32", mesh=make_mesh(**mesh))
     expected = np.load(FIXTURES / variant / "expected.npz")
     tokens = TokenLayout.plain(jnp.asarray(expected["present"]))

@@ -20,7 +20,7 @@ PARAMS = {
 }
 
 
-def test_it_does_not_depend_on_mesh_or_dtype() -> None:
+def test_fingerprint_does_not_depend_on_mesh_or_dtype() -> None:
     marks = {
         load(FIXTURES / "llama_biases", dtype=dtype, mesh=mesh).fingerprint
         for dtype in ("float32", "bfloat16")
@@ -29,14 +29,14 @@ def test_it_does_not_depend_on_mesh_or_dtype() -> None:
     assert len(marks) == 1
 
 
-def test_it_is_stable_across_versions() -> None:
+def test_fingerprint_is_stable_across_versions() -> None:
     """Stored prefixes carry it: a change here orphans them."""
     params = {"embed": {"tokens_VD": jnp.arange(12.0).reshape(3, 4) / 8}}
     assert fingerprint(params) == "68b80ab8db75988f3759f7931a770feb"
 
 
 @pytest.mark.parametrize("path", [("embed", "tokens_VD"), ("layers", "mlp", "up_DF")])
-def test_a_single_changed_value_changes_it(path: tuple[str, ...]) -> None:
+def test_one_changed_value_changes_the_fingerprint(path: tuple[str, ...]) -> None:
     def change(at, x: jax.Array) -> jax.Array:
         here = tuple(key.key for key in at) == path
         return x.at[(-1,) * x.ndim].multiply(1.01) if here else x
@@ -45,7 +45,7 @@ def test_a_single_changed_value_changes_it(path: tuple[str, ...]) -> None:
     assert fingerprint(changed) != fingerprint(PARAMS)
 
 
-def test_moved_values_change_it() -> None:
+def test_moved_values_change_the_fingerprint() -> None:
     tokens_VD, up_LDF = PARAMS["embed"]["tokens_VD"], PARAMS["layers"]["mlp"]["up_DF"]
     marks = {
         fingerprint({"embed": {"tokens_VD": tokens_VD}, "layers": {"mlp": {"up_DF": moved}}})
@@ -54,7 +54,7 @@ def test_moved_values_change_it() -> None:
     assert len(marks) == 4
 
 
-def test_values_below_the_normal_range_count_as_zero() -> None:
+def test_subnormal_values_count_as_zero() -> None:
     """Some devices flush them, and the sign of zero may get lost on the way."""
     zeros, tiny = jnp.zeros((4, 4)), jnp.full((4, 4), -1e-40)
     assert (
@@ -62,7 +62,7 @@ def test_values_below_the_normal_range_count_as_zero() -> None:
     )
 
 
-def test_it_reads_what_other_devices_hold() -> None:
+def test_fingerprint_covers_values_on_other_devices() -> None:
     mesh = make_mesh(1, 8, 1)
     split = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
     spread = jax.device_put({"x_VD": PARAMS["embed"]["tokens_VD"]}, split)

@@ -20,7 +20,7 @@ VARIANTS = sorted(path.name for path in FIXTURES.iterdir())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_equal_those_of_transformers(variant: str) -> None:
+def test_logits_match_transformers(variant: str) -> None:
     model = load(FIXTURES / variant, dtype="float32")
     expected = np.load(FIXTURES / variant / "expected.npz")
     tokens = TokenLayout.plain(jnp.ones(expected["ids"].shape, bool))
@@ -30,7 +30,7 @@ def test_logits_equal_those_of_transformers(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["llama_linear", "llama_llama3", "llama_yarn"])
-def test_rope_settings_of_older_configs_mean_the_same(variant: str) -> None:
+def test_older_rope_settings_mean_the_same(variant: str) -> None:
     config = read_config(FIXTURES / variant)
     older = json.loads(json.dumps(config))
     rope = older.pop("rope_parameters")

@@ -68,7 +68,7 @@ def read(
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "roberta", "bart"])
-def test_a_text_beyond_the_table_is_an_error(name: str) -> None:
+def test_text_beyond_the_position_table_is_an_error(name: str) -> None:
     backbone = backbone_of(name)
     stack = "encoder" if name == "roberta" else "decoder"
     most = backbone.arch.max_positions
@@ -82,7 +82,7 @@ def test_a_text_beyond_the_table_is_an_error(name: str) -> None:
         read(name, most - P + 1, prefix_of(name))
 
 
-def test_a_source_beyond_the_table_of_the_encoder_is_an_error() -> None:
+def test_source_beyond_the_encoder_position_table_is_an_error() -> None:
     backbone, params = backbone_of("bart"), params_of("bart")
     with pytest.raises(
         ContextError, match=r"position 32 exceeds the 32 learned .* encoder of bart"
@@ -90,7 +90,7 @@ def test_a_source_beyond_the_table_of_the_encoder_is_an_error() -> None:
         backbone.encode(params, jnp.ones((1, 33), jnp.int32), decoders.present(1, 33))
 
 
-def test_padding_and_packed_rows_may_be_longer() -> None:
+def test_padded_and_packed_rows_may_exceed_the_position_table() -> None:
     most = backbone_of("gpt2").arch.max_positions
     present_BT = jnp.arange(most + 8)[None] < most
     assert np.isfinite(read("gpt2", most + 8, tokens=TokenLayout.plain(present_BT))).all()
@@ -101,7 +101,7 @@ def test_padding_and_packed_rows_may_be_longer() -> None:
     assert np.isfinite(read("gpt2", 2 * most, tokens=padded)[:, :most]).all()
 
 
-def test_a_jitted_function_gives_nan_beyond_the_table() -> None:
+def test_jitted_function_gives_nan_beyond_the_position_table() -> None:
     """Positions are not known while it is traced."""
     most = backbone_of("gpt2").arch.max_positions
     args = backbone_of("gpt2"), params_of("gpt2"), jnp.ones((1, most + 1), jnp.int32)
@@ -111,12 +111,12 @@ def test_a_jitted_function_gives_nan_beyond_the_table() -> None:
     assert np.isfinite(h_BTD).all()
 
 
-def test_rotary_positions_have_no_table() -> None:
+def test_rotary_positions_are_not_limited() -> None:
     most = backbone_of("llama").arch.max_positions
     assert np.isfinite(read("llama", most + 8)).all()
 
 
-def test_a_prefix_cannot_start_as_a_text_beyond_the_table() -> None:
+def test_prefix_cannot_start_from_a_text_beyond_the_position_table() -> None:
     backbone, params = backbone_of("gpt2"), params_of("gpt2")
     most = backbone.arch.max_positions
     for kind in (Prefix, Embeds):

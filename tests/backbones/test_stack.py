@@ -59,7 +59,7 @@ def loss(prefix, params, ids_BT, tokens):
     return jnp.sum(jnp.where((tokens.segment_BT > 0)[..., None], h_BTD, 0) ** 3)
 
 
-def test_kernels_change_neither_a_loss_nor_its_gradients():
+def test_kernels_give_equal_losses_and_gradients():
     step = jax.value_and_grad(loss)
     args = prefix(), weights(BACKBONE), *texts(2, 128)
     plain = jax.jit(step)(*args)
@@ -77,7 +77,7 @@ def test_kernels_change_neither_a_loss_nor_its_gradients():
 
 
 @pytest.mark.parametrize("columns", [256, 196])
-def test_devices_that_share_columns_change_neither_a_loss_nor_its_gradients(columns: int):
+def test_sharded_columns_give_equal_losses_and_gradients(columns: int):
     step = jax.value_and_grad(loss)
     args = prefix(), weights(BACKBONE), *texts(2, columns)
     plain = jax.jit(step)(*args)
@@ -94,7 +94,7 @@ def test_devices_that_share_columns_change_neither_a_loss_nor_its_gradients(colu
     )
 
 
-def test_a_lineage_says_of_columns_in_order_which_see_which():
+def test_lineage_applies_to_columns_in_original_order():
     backbone, T = decoder("llama"), 16
     args = weights(backbone), token_ids(2, T), present(2, T)
     some_BTS = jax.random.bernoulli(jax.random.key(1), 0.5, (2, T, T))
@@ -106,7 +106,7 @@ def test_a_lineage_says_of_columns_in_order_which_see_which():
 
 
 @pytest.mark.parametrize("soft", [0, P])
-def test_devices_share_the_columns_of_an_encoder_however_many_there_are(soft: int):
+def test_devices_share_any_number_of_encoder_columns(soft: int):
     """13 or 18 columns, over 4 devices."""
     backbone, T = Backbone(bert.architecture(BERT)), 13
     D, F = backbone.arch.d_model, backbone.arch.d_ff
@@ -126,7 +126,7 @@ def test_devices_share_the_columns_of_an_encoder_however_many_there_are(soft: in
     assert max(array.elements for array in widest) <= 6 * F
 
 
-def test_prompts_are_read_by_kernels_and_continued_without():
+def test_kernels_prefill_prompts_and_xla_continues_them():
     params = jax.eval_shape(lambda: weights(BACKBONE))
 
     def read(params, ids_BT, tokens):
@@ -150,7 +150,7 @@ def test_prompts_are_read_by_kernels_and_continued_without():
     [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "sequence": 2, "tensor": 2}],
     ids=lambda sizes: "-".join(sizes),
 )
-def test_no_array_of_a_TPU_program_holds_weights_of_queries_on_keys(sizes: dict[str, int]):
+def test_tpu_program_has_no_attention_weights_array(sizes: dict[str, int]):
     """Compiled for 8 chips, of which each holds parts of the rows, of D and of the heads."""
     pytest.importorskip("libtpu")
     from jax.experimental import topologies
@@ -176,7 +176,7 @@ def test_no_array_of_a_TPU_program_holds_weights_of_queries_on_keys(sizes: dict[
     assert not [array for array in temporaries(parse(program)) if array.dims.count(T) > 1]
 
 
-def test_devices_exchange_what_they_looked_up_of_positions_and_gather_none():
+def test_position_lookup_exchanges_rows_without_gathering_the_table():
     mesh, backbone = make_mesh(2, 2, 2), decoder("gpt2")
 
     def on(mesh_sharding: NamedSharding, leaf: jax.Array) -> jax.ShapeDtypeStruct:

@@ -126,7 +126,7 @@ def test_prefix_changes_generated_text(generator: Generator) -> None:
     assert ids_of(bare.generate(prompts, config)) != ids_of(generator.generate(prompts, config))
 
 
-def test_the_score_of_a_text_is_the_sum_of_its_logprobs(generator: Generator) -> None:
+def test_score_is_the_sum_of_logprobs(generator: Generator) -> None:
     (generation,) = generator.generate([[1, 2]], DecodeConfig(max_new_tokens=NEW))
     assert generation.samples[0].score == pytest.approx(sum(generation.samples[0].logprobs))
 
@@ -185,9 +185,7 @@ class TestConstraints:
 
 
 class TestEnds:
-    def test_an_end_of_text_token_ends_a_text_and_is_its_last_token(
-        self, generator: Generator
-    ) -> None:
+    def test_end_token_ends_a_text_and_is_its_last_token(self, generator: Generator) -> None:
         prompts = [[i] for i in range(4)]
         config = DecodeConfig(max_new_tokens=NEW)
         free = ids_of(generator.generate(prompts, config))
@@ -381,7 +379,7 @@ class TestPrograms:
         generator.generate([[5] * 14, [6], [7], [8]], other)
         assert (prefill._cache_size(), advance._cache_size()) == compiled
 
-    def test_the_cache_is_written_in_place(self, generator: Generator) -> None:
+    def test_cache_is_written_in_place(self, generator: Generator) -> None:
         one = np.ones(1, np.int32)
         search = make_search(DecodeConfig(num_beams=3), generator.tokenizer, (256,), [0])
         args = generator.backbone, generator.params, generator.prefix, search

@@ -94,7 +94,7 @@ def test_min_p() -> None:
     equal(keep_min_p(SCORES, 0.1), "min_p")
 
 
-def test_a_text_does_not_end_before_its_minimum_length() -> None:
+def test_text_does_not_end_before_its_minimum_length() -> None:
     constraints = Constraints(eos_E=jnp.array([2, 5]), min_new=jnp.int32(4))
     for step in range(6):
         scores = constrain(SCORES, IDS, LENGTH, jnp.int32(step), END, constraints)

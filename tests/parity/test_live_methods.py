@@ -99,7 +99,9 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("variant", ["llama", "llama_grouped", "mistral"])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_adaption_prompts(variant: str | Path, layers: int, mistral: Path, close: Close) -> None:
+def test_adaption_prompts_match_peft(
+    variant: str | Path, layers: int, mistral: Path, close: Close
+) -> None:
     variant = mistral if variant == "mistral" else variant
     config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=P, adapter_layers=layers)
     model = peft.get_peft_model(reference(variant), config).eval()
@@ -134,7 +136,7 @@ def test_adaption_prompts(variant: str | Path, layers: int, mistral: Path, close
 
 @pytest.mark.parametrize("variant", ["gpt2", "llama_grouped"])
 @pytest.mark.parametrize("frozen", [0, 1, 2])
-def test_cartridges(variant: str, frozen: int, close: Close) -> None:
+def test_cartridges_match_peft(variant: str, frozen: int, close: Close) -> None:
     config = peft.CartridgeConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=P, num_frozen_tokens=frozen
     )
@@ -192,7 +194,7 @@ def from_torch(state: Mapping[str, Any], encoder: str, layers: int) -> dict[str,
 @pytest.mark.parametrize(
     ("encoder", "hidden", "layers"), [("mlp", 24, 2), ("lstm", 12, 2), ("lstm", 7, 3)]
 )
-def test_prompt_encoders(encoder: str, hidden: int, layers: int, close: Close) -> None:
+def test_prompt_encoders_match_peft(encoder: str, hidden: int, layers: int, close: Close) -> None:
     config = peft.PromptEncoderConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=P,
@@ -227,7 +229,9 @@ def test_prompt_encoders(encoder: str, hidden: int, layers: int, close: Close) -
 
 
 @pytest.mark.parametrize("init", ["average", "exact", "shared"])
-def test_multitask_prompts_start_from_a_source(init: str, tmp_path: Path, close: Close) -> None:
+def test_multitask_prompts_from_a_source_match_peft(
+    init: str, tmp_path: Path, close: Close
+) -> None:
     config = peft.MultitaskPromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=P, num_tasks=3, num_ranks=2
     )

@@ -47,7 +47,7 @@ OURS = {
         "encoder_decoders/t5",
     ],
 )
-def test_loss_and_gradients(name: str, difference: Callable[..., None]) -> None:
+def test_loss_and_gradients_match_peft(name: str, difference: Callable[..., None]) -> None:
     two_sided = name.startswith("encoder_decoders")
     auto = transformers.AutoModelForSeq2SeqLM if two_sided else transformers.AutoModelForCausalLM
     reference = auto.from_pretrained(

@@ -118,7 +118,7 @@ def ours(of: Tuned, text: dict[str, np.ndarray]) -> np.ndarray:
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
 @pytest.mark.parametrize("name", MODELS)
-def test_an_export_computes_the_same_in_peft(
+def test_export_computes_the_same_in_peft(
     name: str, method: str, tmp_path: Path, difference: Any
 ) -> None:
     mine, text = tuned(name, method), given(name)
@@ -135,7 +135,7 @@ def test_an_export_computes_the_same_in_peft(
 
 
 @pytest.mark.parametrize("method", ["cartridge", "ptuning"])
-def test_an_export_keeps_its_type(method: str, tmp_path: Path, difference: Any) -> None:
+def test_export_keeps_its_type(method: str, tmp_path: Path, difference: Any) -> None:
     name = "backbones/llama_grouped"
     mine, text = tuned(name, method), given(name)
     mine.export_peft(tmp_path / "ours")
@@ -151,7 +151,7 @@ def test_an_export_keeps_its_type(method: str, tmp_path: Path, difference: Any) 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
 @pytest.mark.parametrize("name", [CAUSAL[0], CAUSAL[1], SEQ2SEQ[0], SEQ2SEQ[3]])
-def test_an_export_writes_the_same_in_peft(
+def test_export_generates_the_same_in_peft(
     name: str, method: str, tmp_path: Path, difference: Any
 ) -> None:
     mine = tuned(name, method)
@@ -212,7 +212,7 @@ HEADS += [(f"backbones/{name}", "TOKEN_CLS", "tag", "prefix") for name in ("gpt2
 
 
 @pytest.mark.parametrize(("name", "task", "kind", "method"), HEADS)
-def test_a_head_goes_out_and_comes_back_with_its_prefix(
+def test_head_survives_export_and_import(
     name: str, task: str, kind: str, method: str, tmp_path: Path, difference: Any
 ) -> None:
     mine, text = tuned(name, method), given(name)
@@ -278,9 +278,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("name", [CAUSAL[1], SEQ2SEQ[1], ENCODERS[0]])
-def test_an_import_computes_the_same_here(
-    name: str, method: str, tmp_path: Path, difference: Any
-) -> None:
+def test_import_computes_the_same(name: str, method: str, tmp_path: Path, difference: Any) -> None:
     kind, options = CONFIGS[method]
     config = kind(task_type=task_of(name), num_virtual_tokens=P, **options)
     if name in SEQ2SEQ and kind in (peft.PrefixTuningConfig, peft.CartridgeConfig):
@@ -309,7 +307,7 @@ IMPORTED_HEADS = [
 
 
 @pytest.mark.parametrize(("name", "task", "method"), IMPORTED_HEADS)
-def test_an_imported_head_answers_as_pefts(
+def test_imported_head_matches_peft(
     name: str, task: str, method: str, tmp_path: Path, difference: Any
 ) -> None:
     several = (peft.MultitaskPromptTuningConfig, {"num_tasks": 3, "num_ranks": 2})
@@ -327,7 +325,7 @@ def test_an_imported_head_answers_as_pefts(
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
 @pytest.mark.parametrize("name", [CAUSAL[0], CAUSAL[1], SEQ2SEQ[0], SEQ2SEQ[3], ENCODERS[0]])
-def test_gradients_and_a_step_of_adamw_agree(
+def test_gradients_and_an_adamw_step_match_peft(
     name: str, method: str, tmp_path: Path, difference: Any
 ) -> None:
     mine, text = tuned(name, method), given(name)

@@ -80,7 +80,7 @@ def _load(reference: Any, directory: Path) -> Pretrained:
 
 
 @pytest.mark.parametrize("name", MAKER.CONFIGS)
-def test_the_packed_loss_is_that_of_labels(name: str, tmp_path: Path, difference: Any) -> None:
+def test_packed_loss_matches_transformers(name: str, tmp_path: Path, difference: Any) -> None:
     reference = MAKER.random_model(MAKER.CONFIGS[name], seed=3)
     pretrained = _load(reference, tmp_path)
     backbone, pairs = pretrained.backbone, _pairs()
@@ -104,7 +104,7 @@ def test_the_packed_loss_is_that_of_labels(name: str, tmp_path: Path, difference
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_a_step_of_soft_tokens_before_the_encoder_is_that_of_peft(
+def test_training_step_of_encoder_soft_tokens_matches_peft(
     name: str, tmp_path: Path, difference: Any
 ) -> None:
     P, pairs = 4, _pairs()

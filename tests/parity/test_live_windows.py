@@ -53,13 +53,15 @@ def _difference(variant: str, reference: Any, length: int, tokens: int, pinned: 
 
 @pytest.mark.parametrize("length", [WINDOW - 2, WINDOW + 2])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_window_drops_a_prefix_as_pefts_does(variant: str, length: int, difference: Any) -> None:
+def test_sliding_window_drops_a_prefix_as_in_peft(
+    variant: str, length: int, difference: Any
+) -> None:
     value = _difference(variant, _reference(variant, length), length, tokens=12, pinned=False)
     difference("prefix behind a window", value, limit=1e-4, model=variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_pinned_prefix_is_one_that_a_wide_window_keeps(variant: str, difference: Any) -> None:
+def test_pinned_prefix_equals_a_wide_window(variant: str, difference: Any) -> None:
     """PEFT cannot pin. While the text itself fits into the window, a window as wide as everything
     shows each token what a narrow one with a pinned prefix does."""
     wide = _reference(variant, WINDOW + 2, sliding_window=64)

@@ -15,7 +15,7 @@ from prefix_jax.errors import BackboneError
 CONFIG = tiny.BART_CONFIG
 
 
-def test_the_position_table_bounds_source_and_target_apart():
+def test_position_table_limits_source_and_target_separately():
     arch = architecture(CONFIG, "bart")
     assert arch.max_positions == arch.encoder.max_positions == 256
     assert arch.positions == arch.encoder.positions == 258
@@ -26,7 +26,7 @@ def test_embeddings_are_scaled_on_request():
     assert architecture(CONFIG | {"scale_embedding": True}, "bart").embed_scale == 32**0.5
 
 
-def test_a_checkpoint_of_the_bare_model_has_no_bias_of_the_head(tmp_path):
+def test_bare_checkpoint_has_no_head_bias(tmp_path):
     path = tiny.write_bart(tmp_path / "bart")
     assert load(path).backbone.arch.head_bias
     tensors = safetensors.numpy.load_file(path / "model.safetensors")
@@ -35,7 +35,7 @@ def test_a_checkpoint_of_the_bare_model_has_no_bias_of_the_head(tmp_path):
     assert not load(path).backbone.arch.head_bias
 
 
-def test_names_may_have_the_task_models_prefix_and_shared_embeddings_any_of_theirs(tmp_path):
+def test_names_may_have_a_prefix_and_shared_embeddings_any_name(tmp_path):
     path = tiny.write_bart(tmp_path / "bart")
     usual = load(path).fingerprint
     tensors = safetensors.numpy.load_file(path / "model.safetensors")
@@ -70,7 +70,7 @@ def test_reads_start_and_forced_tokens_from_generation_config(tmp_path):
     [(None, None, None), (None, 9, 9), (None, 2, 2), ({}, 9, None), ({}, None, None)]
     + [({"forced_eos_token_id": 7}, config, 7) for config in (None, 9)],
 )
-def test_generation_config_alone_decides_the_forced_end(of_its_own, in_config, last, tmp_path):
+def test_only_generation_config_decides_the_forced_end(of_its_own, in_config, last, tmp_path):
     """`tests/parity` holds these to transformers."""
     path = tiny.write_bart(tmp_path / "bart", forced_eos_token_id=in_config)
     if of_its_own is not None:
@@ -79,6 +79,6 @@ def test_generation_config_alone_decides_the_forced_end(of_its_own, in_config, l
     assert architecture(read_config(path), "bart").last_id == last
 
 
-def test_more_than_one_forced_token_is_refused():
+def test_rejects_several_forced_tokens():
     with pytest.raises(BackboneError, match=r"forced_eos_token_id is \[1, 2\]; only a single"):
         architecture(CONFIG | {"forced_eos_token_id": [1, 2]}, "bart")

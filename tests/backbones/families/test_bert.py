@@ -29,20 +29,20 @@ def model(tmp_path: Path) -> Path:
         ("position_embedding_type", "relative_key_query"),
     ],
 )
-def test_what_is_no_plain_encoder_is_refused(field: str, value: object) -> None:
+def test_rejects_encoders_with_unsupported_features(field: str, value: object) -> None:
     config = read_config(FIXTURES / "bert")
     with pytest.raises(BackboneError, match=f"bert with {field}={value} is not supported"):
         architecture(config | {field: value}, "here")
 
 
-def test_numbers_that_older_configs_leave_out_are_the_usual_ones() -> None:
+def test_omitted_numbers_get_defaults() -> None:
     config = read_config(FIXTURES / "xlm_roberta")
     usual = ("pad_token_id", "is_decoder", "hidden_act", "add_cross_attention")
     older = {key: value for key, value in config.items() if key not in usual}
     assert architecture(older, "older") == architecture(config, "newer")
 
 
-def test_distilbert_has_no_segments_and_roberta_one() -> None:
+def test_distilbert_has_no_token_types_and_roberta_one() -> None:
     segments = {
         name: architecture(read_config(FIXTURES / name), name).token_types
         for name in ("bert", "roberta", "distilbert")
@@ -50,7 +50,7 @@ def test_distilbert_has_no_segments_and_roberta_one() -> None:
     assert segments == {"bert": 2, "roberta": 1, "distilbert": 0}
 
 
-def test_the_first_spelling_of_norms_is_read(model: Path) -> None:
+def test_reads_the_first_spelling_of_norms(model: Path) -> None:
     """Google's checkpoints call a norm's scale and bias gamma and beta, below a prefix."""
     modern = load(model).fingerprint
     tensors = {
@@ -65,7 +65,7 @@ def test_the_first_spelling_of_norms_is_read(model: Path) -> None:
     assert load(model).fingerprint == modern
 
 
-def test_a_head_and_counted_positions_may_lie_beside_the_encoder(model: Path) -> None:
+def test_ignores_heads_and_position_ids(model: Path) -> None:
     alone = load(model).fingerprint
     tensors = {f"bert.{name}": x for name, x in load_file(model / "model.safetensors").items()}
     tensors |= {
@@ -77,7 +77,7 @@ def test_a_head_and_counted_positions_may_lie_beside_the_encoder(model: Path) ->
     assert load(model).fingerprint == alone
 
 
-def test_what_belongs_to_no_encoder_is_told(model: Path) -> None:
+def test_reports_tensors_that_are_not_part_of_the_encoder(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     tensors["encoder.layer.0.crossattention.self.query.weight"] = np.zeros((32, 32), np.float16)
     save_file(tensors, model / "model.safetensors")
@@ -85,7 +85,7 @@ def test_what_belongs_to_no_encoder_is_told(model: Path) -> None:
         load(model)
 
 
-def test_a_pooler_is_there_if_the_checkpoint_has_it(model: Path) -> None:
+def test_pooler_exists_if_the_checkpoint_has_it(model: Path) -> None:
     assert load(model).backbone.arch.pooler
     tensors = load_file(model / "model.safetensors")
     save_file({k: x for k, x in tensors.items() if "pooler" not in k}, model / "model.safetensors")
@@ -94,7 +94,7 @@ def test_a_pooler_is_there_if_the_checkpoint_has_it(model: Path) -> None:
     assert "pooler" not in without.params
 
 
-def test_half_a_pooler_is_an_error(model: Path) -> None:
+def test_rejects_half_a_pooler(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     del tensors["pooler.dense.bias"]
     save_file(tensors, model / "model.safetensors")

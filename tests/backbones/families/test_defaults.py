@@ -22,19 +22,19 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("model_type", DEFAULTS)
-def test_defaults_equal_those_of_transformers(model_type: str) -> None:
+def test_defaults_match_transformers(model_type: str) -> None:
     config_class: Any = type(transformers.AutoConfig.for_model(model_type))
     theirs = {field.name: field.default for field in dataclasses.fields(config_class)}
     assert {key: theirs[key] for key in DEFAULTS[model_type]} == DEFAULTS[model_type]
 
 
 @pytest.mark.parametrize("model_type", SPELLINGS)
-def test_spellings_equal_those_of_transformers(model_type: str) -> None:
+def test_spellings_match_transformers(model_type: str) -> None:
     config_class: Any = type(transformers.AutoConfig.for_model(model_type))
     assert config_class.attribute_map == SPELLINGS[model_type]
 
 
-def test_another_spelling_wins_over_the_usual_one() -> None:
+def test_alternative_spelling_wins_over_the_usual_one() -> None:
     config = {"n_layer": 2, "num_hidden_layers": 3}
     assert complete(config, {}, gpt2.SPELLINGS["gpt2"])["n_layer"] == 3
 

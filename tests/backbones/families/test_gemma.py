@@ -31,7 +31,7 @@ GEMMA_3_4B: dict[str, Any] = {
 }
 
 
-def test_what_a_published_gemma_3_leaves_out_is_a_default() -> None:
+def test_omitted_keys_of_published_gemma_3_get_defaults() -> None:
     arch = architecture(GEMMA_3_4B, "here")
     assert (arch.heads, arch.kv_heads, arch.head_dim, arch.vocab) == (8, 4, 256, 262208)
     assert arch.rotary == Rotary(1_000_000.0, "linear", 8.0)
@@ -57,12 +57,12 @@ def test_older_configs_mean_the_same(variant: str) -> None:
     assert architecture(older, "older") == architecture(config, "newer")
 
 
-def test_the_first_gemma_means_the_approximate_gelu_by_its_name() -> None:
+def test_gelu_of_gemma_1_is_the_tanh_approximation() -> None:
     config = read_config(FIXTURES / "gemma")
     assert architecture(config | {"hidden_act": "gelu"}, "") == architecture(config, "")
 
 
-def test_the_scale_of_embeddings_is_rounded_as_the_model_is() -> None:
+def test_embedding_scale_is_rounded_to_the_dtype() -> None:
     """sqrt(32) = 5.657 is 5.656 in bfloat16."""
     model = load(FIXTURES / "gemma", dtype="bfloat16")
     ids_P = jnp.arange(5)
@@ -72,7 +72,7 @@ def test_the_scale_of_embeddings_is_rounded_as_the_model_is() -> None:
     np.testing.assert_array_equal(embeds.x_PD, scaled.astype(jnp.float32))
 
 
-def test_variants_that_are_not_computed_are_refused() -> None:
+def test_rejects_unsupported_variants() -> None:
     config = read_config(FIXTURES / "gemma3_text")
     with pytest.raises(BackboneError, match="use_bidirectional_attention is not supported"):
         architecture(config | {"use_bidirectional_attention": True}, "here")
@@ -80,7 +80,7 @@ def test_variants_that_are_not_computed_are_refused() -> None:
         architecture(config | {"attn_logit_softcapping": 50.0}, "here")
 
 
-def test_only_gemma_3_reads_the_period_of_its_windows() -> None:
+def test_only_gemma_3_reads_the_window_period() -> None:
     config = {"num_hidden_layers": 6, "sliding_window_pattern": 3}
     gemma2 = architecture({"model_type": "gemma2", **config}, "here")
     assert gemma2.sliding == (True, False) * 3
@@ -90,9 +90,7 @@ def test_only_gemma_3_reads_the_period_of_its_windows() -> None:
 
 @pytest.mark.parametrize("above", [None, True, False])
 @pytest.mark.parametrize("inside", [None, True, False])
-def test_the_tie_of_the_model_that_sees_images_is_the_one_above_its_text(
-    above: bool | None, inside: bool | None
-) -> None:
+def test_multimodal_gemma_reads_the_top_level_tie(above: bool | None, inside: bool | None) -> None:
     text = GEMMA_3_4B["text_config"]
     if inside is not None:
         text = text | {"tie_word_embeddings": inside}
@@ -102,13 +100,13 @@ def test_the_tie_of_the_model_that_sees_images_is_the_one_above_its_text(
     assert architecture(config, "here").tied == (above is not False)
 
 
-def test_the_model_that_sees_images_does_not_cap_its_logits() -> None:
+def test_multimodal_gemma_does_not_cap_logits() -> None:
     text = GEMMA_3_4B["text_config"] | {"final_logit_softcapping": 3.0}
     assert architecture(text, "here").logit_softcap == 3.0
     assert architecture(GEMMA_3_4B | {"text_config": text}, "here").logit_softcap is None
 
 
-def test_the_first_gemma_ignores_what_came_with_the_second() -> None:
+def test_gemma_1_ignores_keys_of_gemma_2() -> None:
     config = read_config(FIXTURES / "gemma")
     later = {
         "query_pre_attn_scalar": 7,

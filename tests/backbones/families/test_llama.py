@@ -22,21 +22,23 @@ _SAID: dict[str, Any] = {
 
 @pytest.mark.parametrize("model_type", llama.DEFAULTS)
 @pytest.mark.parametrize("windows", [{}, {"use_sliding_window": True}], ids=["", "windows"])
-def test_what_is_not_said_is_as_in_transformers(model_type: str, windows: dict[str, bool]) -> None:
+def test_omitted_keys_mean_the_same_as_in_transformers(
+    model_type: str, windows: dict[str, bool]
+) -> None:
     said = _SAID | windows
     whole = transformers.AutoConfig.for_model(model_type, **said).to_dict()
     assert whole.keys() > said.keys()
     assert llama.architecture({"model_type": model_type, **said}) == llama.architecture(whole)
 
 
-def test_llama_itself_has_no_window() -> None:
+def test_llama_has_no_window() -> None:
     # Models that were converted to it keep the keys of what they came from.
     arch = llama.architecture({"model_type": "llama", **_SAID, "sliding_window": 4096})
     assert (arch.window, arch.sliding) == (None, ())
 
 
 @pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
-def test_a_scaling_that_does_not_say_by_how_much_is_refused(kind: str) -> None:
+def test_rejects_rope_scaling_without_a_factor(kind: str) -> None:
     scaling = {"rope_type": kind, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     with pytest.raises(BackboneError, match="configuration of here lacks 'factor'"):
         architecture({"model_type": "llama", **_SAID, "rope_scaling": scaling}, "here")

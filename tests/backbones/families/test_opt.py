@@ -15,18 +15,18 @@ FIXTURES = Path(__file__).parents[2] / "fixtures" / "backbones"
 @pytest.mark.parametrize(
     ("field", "value"), [("do_layer_norm_before", False), ("word_embed_proj_dim", 16)]
 )
-def test_the_kind_of_opt_350m_is_refused(field: str, value: object) -> None:
+def test_rejects_opt_350m(field: str, value: object) -> None:
     config = read_config(FIXTURES / "opt")
     with pytest.raises(BackboneError, match=f"OPT with {field}={value} is not supported"):
         architecture(config | {field: value}, "here")
 
 
-def test_projection_width_that_is_null_is_the_hidden_size() -> None:
+def test_null_projection_width_means_the_hidden_size() -> None:
     config = read_config(FIXTURES / "opt")
     null = architecture(config | {"word_embed_proj_dim": None}, "here")
     assert null == architecture(config, "here")
 
 
-def test_two_rows_of_positions_stand_before_the_first() -> None:
+def test_position_0_is_row_2() -> None:
     arch = architecture(read_config(FIXTURES / "opt"), "here")
     assert (arch.positions, arch.position_offset, arch.max_positions) == (66, 2, 64)

@@ -21,7 +21,7 @@ THETAS = {"full_attention": ("rope_theta", 1e6), "sliding_attention": ("rope_loc
 
 @pytest.mark.parametrize("scaling", [YARN, LLAMA3], ids=["yarn", "llama3"])
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
-def test_original_length_next_to_the_scaling_wins(scaling: dict[str, Any], key: str) -> None:
+def test_top_level_original_length_wins(scaling: dict[str, Any], key: str) -> None:
     longest = {"max_position_embeddings": 64}
     inside = read_rotary(longest | {key: scaling | {"original_max_position_embeddings": 16}})
     assert inside.original_length == 16
@@ -44,12 +44,12 @@ def test_rope_scaling_replaces_rope_parameters() -> None:
         assert read_rotary(config | {"rope_scaling": empty}) == Rotary(500.0, "linear", 2.0)
 
 
-def test_theta_of_the_parameters_wins_over_the_one_next_to_them() -> None:
+def test_theta_of_rope_parameters_wins_over_the_top_level() -> None:
     assert read_rotary({"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 7.0}) == Rotary(5.0)
 
 
 @pytest.mark.parametrize("place", ["inside", "beside"])
-def test_models_that_rotate_whole_heads_ignore_a_part_without_scaling(place: str) -> None:
+def test_whole_head_rotation_ignores_a_partial_factor_without_scaling(place: str) -> None:
     rope: dict[str, Any] = {"rope_theta": 100.0}
     config: dict[str, Any] = {"rope_parameters": rope, "max_position_embeddings": 64}
     (rope if place == "inside" else config)["partial_rotary_factor"] = 0.5
@@ -59,7 +59,7 @@ def test_models_that_rotate_whole_heads_ignore_a_part_without_scaling(place: str
         read_rotary(config)
 
 
-def test_parameters_by_kind_of_layer_are_refused_where_layers_rotate_alike() -> None:
+def test_rejects_rope_parameters_per_layer_kind() -> None:
     with pytest.raises(BackboneError, match=r"by kind of layer \(full_attention\)"):
         read_rotary({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}})
 
@@ -75,7 +75,7 @@ def test_neox_reads_its_own_keys() -> None:
         read_rotary(newer | {"partial_rotary_factor": 0.3}, **neox)
 
 
-def test_rope_scaling_of_gemma_3_is_added_to_full_attention() -> None:
+def test_gemma_3_adds_rope_scaling_to_full_attention() -> None:
     config = {
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         "rope_parameters": {"full_attention": {"rope_theta": 500.0}},
@@ -93,7 +93,7 @@ def test_rope_scaling_of_gemma_3_is_added_to_full_attention() -> None:
         read_rotary_of_layers(config | {"rope_parameters": nested}, THETAS)
 
 
-def test_the_original_length_of_gemma_3_is_read_in_its_parameters_only() -> None:
+def test_gemma_3_reads_the_original_length_only_in_rope_parameters() -> None:
     config = {
         "rope_parameters": {"full_attention": YARN},
         "original_max_position_embeddings": 16,
@@ -102,7 +102,7 @@ def test_the_original_length_of_gemma_3_is_read_in_its_parameters_only() -> None
     assert read_rotary_of_layers(config, THETAS)["full_attention"].original_length == 64
 
 
-def test_kinds_of_layers_that_are_not_computed_are_refused() -> None:
+def test_rejects_unsupported_layer_kinds() -> None:
     config = {
         "model_type": "gemma2",
         "num_hidden_layers": 2,

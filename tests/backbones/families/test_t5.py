@@ -15,7 +15,7 @@ from prefix_jax.errors import BackboneError
 CONFIG = tiny.T5_CONFIG
 
 
-def test_configs_before_transformers_5_say_by_tying_whether_to_scale():
+def test_tying_decides_scaling_before_transformers_5():
     for tied in (True, False):
         older = architecture(CONFIG | {"tie_word_embeddings": tied}, "older")
         newer = architecture(
@@ -25,7 +25,7 @@ def test_configs_before_transformers_5_say_by_tying_whether_to_scale():
     assert architecture(CONFIG | {"model_type": "mt5"}, "mt5").head_scale is None
 
 
-def test_the_first_t5_is_tied_scaled_and_without_gate():
+def test_original_t5_is_tied_scaled_and_ungated():
     first = {k: v for k, v in CONFIG.items() if k not in ("feed_forward_proj",)}
     arch = architecture(first | {"tie_word_embeddings": True}, "t5-small")
     assert (arch.activation, arch.gated, arch.tied) == ("relu", False, True)
@@ -33,7 +33,7 @@ def test_the_first_t5_is_tied_scaled_and_without_gate():
     assert (gated.activation, gated.gated, gated.tied) == ("gelu_new", True, False)
 
 
-def test_a_head_in_the_checkpoint_is_used_even_if_the_config_calls_it_tied(tmp_path):
+def test_stored_head_is_used_even_if_the_config_ties_it(tmp_path):
     path = tiny.write_t5(tmp_path / "t5")
     untied = load(path)
     config = CONFIG | {"tie_word_embeddings": True, "scale_decoder_outputs": False}
@@ -42,7 +42,7 @@ def test_a_head_in_the_checkpoint_is_used_even_if_the_config_calls_it_tied(tmp_p
     assert not load(path).backbone.arch.tied
 
 
-def test_shared_embeddings_may_be_stored_under_any_of_their_names(tmp_path):
+def test_shared_embeddings_may_have_any_of_their_names(tmp_path):
     import safetensors.numpy
 
     path = tiny.write_t5(tmp_path / "t5", tie_word_embeddings=True)
@@ -56,13 +56,13 @@ def test_shared_embeddings_may_be_stored_under_any_of_their_names(tmp_path):
         assert load(path).fingerprint == usual.fingerprint
 
 
-def test_texts_start_with_padding_unless_the_config_says_otherwise():
+def test_start_token_defaults_to_padding():
     bare = {k: v for k, v in CONFIG.items() if k != "decoder_start_token_id"}
     assert architecture(bare | {"pad_token_id": 0}, "t5").start_id == 0
     assert architecture(bare | {"decoder_start_token_id": 7}, "t5").start_id == 7
 
 
-def test_a_stack_may_be_deeper_than_the_other():
+def test_stacks_may_have_different_depths():
     arch = architecture(CONFIG, "t5")
     assert (arch.encoder.layers, arch.layers) == (3, 2)
     even = architecture({k: v for k, v in CONFIG.items() if k != "num_decoder_layers"}, "t5")
@@ -75,7 +75,7 @@ def test_a_stack_may_be_deeper_than_the_other():
     assert (spelled.encoder.layers, spelled.layers) == (1, 3)
 
 
-def test_umt5_is_refused(tmp_path):
+def test_rejects_umt5(tmp_path):
     path = tiny.write_t5(tmp_path / "umt5")
     (path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "umt5"}))
     with pytest.raises(BackboneError, match="unsupported architecture 'umt5'"):
@@ -86,7 +86,7 @@ def test_umt5_is_refused(tmp_path):
     ("buckets", "distance", "fits"),
     [(32, 17, True), (32, 16, False), (32, 9, False), (2, 9, False)],
 )
-def test_relative_positions_without_a_logarithmic_range_are_refused(
+def test_rejects_relative_positions_without_a_logarithmic_range(
     buckets: int, distance: int, fits: bool
 ) -> None:
     config = CONFIG | {
@@ -100,6 +100,6 @@ def test_relative_positions_without_a_logarithmic_range_are_refused(
         architecture(config, "t5")
 
 
-def test_the_activation_that_transformers_wrote_down_wins() -> None:
+def test_stored_activation_wins_over_the_projection_name() -> None:
     arch = architecture(CONFIG | {"dense_act_fn": "relu", "is_gated_act": False}, "t5")
     assert (arch.activation, arch.gated) == ("relu", False)

@@ -54,7 +54,7 @@ def stating(written: Path, tmp_path: Path):
         (None, {"eos_token_id": [50256, 3]}, (3,)),
     ],
 )
-def test_ends_are_read_from_generation_config_or_else_config(
+def test_end_tokens_come_from_generation_config_or_else_config(
     stating, generation, config, ends
 ) -> None:
     assert architecture_of(stating(generation, **config)).end_ids == ends
@@ -62,9 +62,7 @@ def test_ends_are_read_from_generation_config_or_else_config(
 
 @pytest.mark.parametrize("wrong", ["x", True, -1, 2.0, [2, "x"], [2, False], {"a": 1}, [[2]]])
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_an_end_that_is_no_token_id_is_an_error_that_names_file_and_key(
-    stating, name: str, wrong: Any
-) -> None:
+def test_invalid_end_token_is_reported_with_file_and_key(stating, name: str, wrong: Any) -> None:
     both = {"config.json": (None, wrong), "generation_config.json": ({"eos_token_id": wrong}, 7)}
     generation, config = both[name]
     with pytest.raises(
@@ -73,18 +71,18 @@ def test_an_end_that_is_no_token_id_is_an_error_that_names_file_and_key(
         architecture_of(stating(generation, eos_token_id=config))
 
 
-def test_the_tokenizers_own_end_is_among_the_ends(stating) -> None:
+def test_end_tokens_include_the_tokenizers(stating) -> None:
     model = load(stating({"eos_token_id": [5, 6]}))
     assert model.ends() == (256, 5, 6)
     assert model.tokenizer.eos_token_id == 256
 
 
-def test_an_encoder_has_no_ends(tmp_path: Path) -> None:
+def test_encoder_has_no_end_tokens(tmp_path: Path) -> None:
     path = tiny.write_encoder(tmp_path / "roberta", "roberta", eos_token_id=-1)
     assert architecture_of(path).end_ids == ()
 
 
-def test_an_encoder_decoder_starts_with_one_token_of_its_vocabulary(tmp_path: Path) -> None:
+def test_encoder_decoder_start_must_be_one_token_of_the_vocabulary(tmp_path: Path) -> None:
     for number, wrong in enumerate((True, 259, -1, [256, 3])):
         path = tiny.write_t5(tmp_path / str(number), vocab_size=259)
         config = json.loads((path / "config.json").read_text()) | {"decoder_start_token_id": wrong}
@@ -93,7 +91,7 @@ def test_an_encoder_decoder_starts_with_one_token_of_its_vocabulary(tmp_path: Pa
             architecture_of(path)
 
 
-def test_a_gguf_file_ends_texts_with_its_eos_eot_and_eom(tmp_path: Path) -> None:
+def test_gguf_end_tokens_are_eos_eot_and_eom(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_eos_token_id(9)
     writer.add_uint32("tokenizer.ggml.eot_token_id", 4)

@@ -121,7 +121,7 @@ def close(writer: gguf.GGUFWriter) -> None:
         "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text",
     ],
 )  # fmt: skip
-def test_weights_and_architecture_equal_the_original_s(variant: str, tmp_path: Path) -> None:
+def test_weights_and_architecture_match_the_original(variant: str, tmp_path: Path) -> None:
     convert(variant, tmp_path / "model.gguf")
     original, converted = load(FIXTURES / variant), load(tmp_path / "model.gguf")
     assert converted.fingerprint == original.fingerprint
@@ -142,9 +142,7 @@ def test_weights_and_architecture_equal_the_original_s(variant: str, tmp_path: P
 
 
 @pytest.mark.parametrize(("variant", "layers"), [("gemma2", 46), ("gemma3_text", 62)])
-def test_the_largest_gemma_divides_queries_by_another_number(
-    variant: str, layers: int, tmp_path: Path
-) -> None:
+def test_largest_gemma_has_another_query_scale(variant: str, layers: int, tmp_path: Path) -> None:
     """144 and 168 at 27 billion, which is D / N; else the dimensions of a head."""
     config = read_config(FIXTURES / variant) | {"num_hidden_layers": layers, "layer_types": []}
     writer = gguf.GGUFWriter(
@@ -167,14 +165,14 @@ def _write_divisors(path: Path, divisors: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama_3_s_rotary_scaling_is_recovered(factor: float, tmp_path: Path) -> None:
+def test_recovers_rotary_scaling_of_llama_3(factor: float, tmp_path: Path) -> None:
     rotary = Rotary(500000.0, "llama3", factor, 8192, low=1.0, high=4.0)
     divisors = Rotary(500000.0).frequencies(64) / rotary.frequencies(64)
     _write_divisors(tmp_path / "model.gguf", divisors)
     assert architecture(read_config(tmp_path / "model.gguf"), "gguf").rotary == rotary
 
 
-def test_an_unknown_rotary_scaling_is_an_error(tmp_path: Path) -> None:
+def test_rejects_unknown_rotary_scaling(tmp_path: Path) -> None:
     _write_divisors(tmp_path / "model.gguf", np.linspace(1, 9, 32))
     with pytest.raises(BackboneError, match="not a scaling of Llama 3"):
         GGUF(tmp_path / "model.gguf").config()
@@ -190,7 +188,7 @@ def _dequantised_kinds() -> list[gguf.GGMLQuantizationType]:
 
 
 @pytest.mark.parametrize("kind", _dequantised_kinds(), ids=lambda kind: kind.name)
-def test_every_kind_of_tensor_reads_as_the_gguf_package_dequantises_it(
+def test_every_tensor_type_matches_the_gguf_package(
     kind: gguf.GGMLQuantizationType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -206,7 +204,7 @@ def test_every_kind_of_tensor_reads_as_the_gguf_package_dequantises_it(
         np.testing.assert_array_equal(read, gguf.dequantize(stored, kind))
 
 
-def test_a_quantised_model_loads_and_has_another_fingerprint(tmp_path: Path) -> None:
+def test_quantised_gguf_loads_with_another_fingerprint(tmp_path: Path) -> None:
     convert("smollm", tmp_path / "model.gguf", Q8_0)
     original, quantised = load(FIXTURES / "smollm"), load(tmp_path / "model.gguf")
     assert quantised.fingerprint != original.fingerprint
@@ -215,7 +213,7 @@ def test_a_quantised_model_loads_and_has_another_fingerprint(tmp_path: Path) -> 
     np.testing.assert_allclose(a, b, atol=0.01)
 
 
-def test_a_tensor_type_without_dequantisation_is_named(tmp_path: Path) -> None:
+def test_names_tensor_types_without_dequantisation(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_tensor("blk.0.x", np.zeros((2, 4), np.int32))
     close(writer)
@@ -223,7 +221,7 @@ def test_a_tensor_type_without_dequantisation_is_named(tmp_path: Path) -> None:
         GGUF(tmp_path / "model.gguf").read("blk.0.x")
 
 
-def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path: Path) -> None:
+def test_unsupported_architecture_lists_the_supported_ones(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "mamba")
     writer.add_block_count(1)
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
@@ -232,7 +230,7 @@ def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path: Path) ->
         load(tmp_path / "model.gguf")
 
 
-def test_a_missing_metadata_key_is_named(tmp_path: Path) -> None:
+def test_names_a_missing_metadata_key(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
     close(writer)
@@ -243,7 +241,7 @@ def test_a_missing_metadata_key_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 3, 40, 400, -200])
-def test_a_truncated_file_is_named(tmp_path: Path, keep: int) -> None:
+def test_names_a_truncated_file(tmp_path: Path, keep: int) -> None:
     file = tmp_path / "model.gguf"
     convert("smollm", file)
     file.write_bytes(file.read_bytes()[:keep])
@@ -265,7 +263,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, keep: int) -> None:
         ("llama.context_length", True),
     ],
 )
-def test_metadata_of_a_wrong_type_or_range_is_named(key: str, value: Any, tmp_path: Path) -> None:
+def test_names_metadata_of_a_wrong_type_or_range(key: str, value: Any, tmp_path: Path) -> None:
     file = tiny.write_gguf(
         tmp_path / "model.gguf", lambda name, usual: value if name == key else usual
     )

@@ -35,7 +35,7 @@ def _edit_config(model: Path, **values: object) -> None:
     (model / "config.json").write_text(json.dumps(config | values))
 
 
-def test_an_unsupported_architecture_lists_the_supported_ones(model: Path) -> None:
+def test_unsupported_architecture_lists_the_supported_ones(model: Path) -> None:
     _edit_config(model, model_type="mamba")
     with pytest.raises(BackboneError, match="'mamba'; supported: gpt2, llama, mistral, qwen2"):
         load(model)
@@ -71,7 +71,7 @@ def test_an_unsupported_architecture_lists_the_supported_ones(model: Path) -> No
         ("layer_types", "full_attention"),
     ],
 )
-def test_config_value_of_a_wrong_type_or_range_is_named(
+def test_names_config_values_of_a_wrong_type_or_range(
     tmp_path: Path, key: str, value: object
 ) -> None:
     directory = tiny.write_model(tmp_path / "model")
@@ -96,7 +96,7 @@ def test_config_value_of_a_wrong_type_or_range_is_named(
         ),
     ],
 )
-def test_config_values_that_contradict_each_other_are_named(
+def test_names_contradictory_config_values(
     tmp_path: Path, values: dict[str, Any], message: str
 ) -> None:
     directory = tiny.write_model(tmp_path / "model")
@@ -105,14 +105,14 @@ def test_config_values_that_contradict_each_other_are_named(
         architecture_of(directory)
 
 
-def test_relative_positions_without_a_distance_are_refused(tmp_path: Path) -> None:
+def test_rejects_relative_positions_without_a_distance(tmp_path: Path) -> None:
     directory = tiny.write_t5(tmp_path / "t5")
     _edit_config(directory, relative_attention_max_distance=0)
     with pytest.raises(BackboneError, match="relative_attention_max_distance must be an integer"):
         architecture_of(directory)
 
 
-def test_unknown_activation_is_refused_at_load(tmp_path: Path) -> None:
+def test_rejects_an_unknown_activation_at_load(tmp_path: Path) -> None:
     directory = tiny.write_model(tmp_path / "model")
     _edit_config(directory, hidden_act="swoosh")
     with pytest.raises(BackboneError, match="unknown activation 'swoosh'; known: "):
@@ -120,7 +120,7 @@ def test_unknown_activation_is_refused_at_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {"x": 1}}', "[" * 10_000])
-def test_an_index_that_is_none_is_named(tmp_path: Path, index: str) -> None:
+def test_names_an_invalid_index(tmp_path: Path, index: str) -> None:
     directory = tiny.write_model(tmp_path / "model")
     (directory / "model.safetensors").unlink()
     (directory / "model.safetensors.index.json").write_text(index)
@@ -130,7 +130,7 @@ def test_an_index_that_is_none_is_named(tmp_path: Path, index: str) -> None:
         load(directory)
 
 
-def test_an_index_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+def test_index_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     directory = tiny.write_model(tmp_path / "model")
     (directory / "model.safetensors").rename(tmp_path / "model.safetensors")
     index = json.dumps({"weight_map": {"x": "../model.safetensors"}})
@@ -139,7 +139,7 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path: Path) -> None:
         load(directory)
 
 
-def test_a_tensor_in_two_shards_is_refused(model: Path) -> None:
+def test_rejects_a_tensor_in_two_shards(model: Path) -> None:
     shutil.copy(model / "model.safetensors", model / "model-2.safetensors")
     (model / "model.safetensors").rename(model / "model-1.safetensors")
     shards = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
@@ -148,19 +148,19 @@ def test_a_tensor_in_two_shards_is_refused(model: Path) -> None:
         load(model)
 
 
-def test_config_that_lacks_a_number_gets_the_default_of_transformers(model: Path) -> None:
+def test_omitted_number_gets_the_default_of_transformers(model: Path) -> None:
     config = read_config(model)
     del config["num_hidden_layers"]
     assert architecture(config, "here").layers == 32
 
 
-def test_config_that_lacks_a_key_without_default_names_it(model: Path) -> None:
+def test_names_a_missing_key_without_default(model: Path) -> None:
     config = read_config(model) | {"rope_scaling": {"rope_type": "linear"}}
     with pytest.raises(BackboneError, match="configuration of here lacks 'factor'"):
         architecture(config, "here")
 
 
-def test_layers_with_configurations_of_their_own_are_refused(model: Path) -> None:
+def test_rejects_per_layer_config(model: Path) -> None:
     config = read_config(model) | {"per_layer_config": {"0": {"intermediate_size": 24}}}
     with pytest.raises(BackboneError, match="per_layer_config is not supported"):
         architecture(config, "here")
@@ -168,7 +168,7 @@ def test_layers_with_configurations_of_their_own_are_refused(model: Path) -> Non
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_weights_that_are_not_finite_are_named(
+def test_names_weights_that_are_not_finite(
     tmp_path: Path, value: float, quantize: Quantize
 ) -> None:
     directory = tiny.write_model(tmp_path / "model")
@@ -187,7 +187,7 @@ def test_weights_that_are_not_finite_are_named(
         load(directory, quantize=quantize)
 
 
-def test_missing_unexpected_and_misshapen_tensors_are_told_at_once(model: Path) -> None:
+def test_reports_all_missing_unexpected_and_misshapen_tensors(model: Path) -> None:
     file = model / "model.safetensors"
     tensors = load_file(file)
     del tensors["model.norm.weight"]
@@ -204,7 +204,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_told_at_once(model: Path) 
         assert line in str(error.value).splitlines()
 
 
-def test_a_checkpoint_of_the_bare_model_loads_like_the_whole_one(model: Path) -> None:
+def test_bare_checkpoint_loads_like_the_whole_one(model: Path) -> None:
     whole = load(model)
     file = model / "model.safetensors"
     tensors = {name.removeprefix("model."): x for name, x in load_file(file).items()}
@@ -212,7 +212,7 @@ def test_a_checkpoint_of_the_bare_model_loads_like_the_whole_one(model: Path) ->
     assert load(model).fingerprint == whole.fingerprint
 
 
-def test_tensors_that_hold_nothing_may_be_there(model: Path) -> None:
+def test_ignored_tensors_are_allowed(model: Path) -> None:
     whole = load(model)
     file = model / "model.safetensors"
     tensors = load_file(file)
@@ -222,7 +222,7 @@ def test_tensors_that_hold_nothing_may_be_there(model: Path) -> None:
     assert load(model).fingerprint == whole.fingerprint
 
 
-def test_an_untied_head_must_be_there(model: Path) -> None:
+def test_untied_head_is_required(model: Path) -> None:
     _edit_config(model, tie_word_embeddings=False)
     with pytest.raises(BackboneError, match=r"1 missing:\n    lm_head\.weight"):
         load(model)
@@ -237,7 +237,7 @@ def test_an_untied_head_must_be_there(model: Path) -> None:
         (None, r"has no config\.json"),
     ],
 )
-def test_an_unreadable_config_is_named(model: Path, content: str | None, message: str) -> None:
+def test_names_an_unreadable_config(model: Path, content: str | None, message: str) -> None:
     (model / "config.json").unlink()
     if content is not None:
         (model / "config.json").write_text(content)
@@ -246,24 +246,24 @@ def test_an_unreadable_config_is_named(model: Path, content: str | None, message
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/no/such/model", "a/b/c", "nowhere.gguf"])
-def test_a_missing_path_is_an_error(path: str) -> None:
+def test_reports_a_missing_path(path: str) -> None:
     with pytest.raises(BackboneError, match="no such file or directory"):
         find(path)
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "~nosuchuser/model", "a\0b"])
-def test_a_path_that_cannot_exist_is_an_error(path: str) -> None:
+def test_reports_an_impossible_path(path: str) -> None:
     with pytest.raises(BackboneError, match=r"cannot be used as a path|cannot expand"):
         find(path)
 
 
-def test_a_module_without_a_spec_is_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_module_without_a_spec_is_not_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     with pytest.raises(BackboneError, match="no Python package '__main__' is installed"):
         find("package:__main__")
 
 
-def test_weights_are_held_in_no_other_form_than_those_there_are(model: Path) -> None:
+def test_rejects_unknown_dtypes_and_quantisations(model: Path) -> None:
     form: Any = "int3"
     with pytest.raises(ConfigError, match="quantize: 'int3' is not one of none, int8, int4"):
         load(model, quantize=form)
@@ -271,23 +271,25 @@ def test_weights_are_held_in_no_other_form_than_those_there_are(model: Path) -> 
         load(model, dtype=form)
 
 
-def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_file_that_is_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"")
     with pytest.raises(BackboneError, match=r"neither a directory .* nor a \.gguf file"):
         find(tmp_path / "weights.bin")
 
 
-def test_a_preset_has_no_weights_to_load() -> None:
+def test_rejects_a_preset() -> None:
     with pytest.raises(BackboneError, match="preset:gpt2 is the shape of a model without weights"):
         load("preset:gpt2")
 
 
-def test_a_hub_model_that_cannot_be_fetched_says_why() -> None:
+def test_failed_download_reports_the_reason() -> None:
     with pytest.raises(BackboneError, match="'nobody/nothing' could not be downloaded"):
         find("nobody/nothing")
 
 
-def test_a_failure_of_the_hub_that_says_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_without_a_message_names_the_exception(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise TimeoutError
 
@@ -306,9 +308,7 @@ def lost(kind: str) -> Exception:
 
 
 @pytest.mark.parametrize("kind", ["http", "xet"])
-def test_a_connection_that_is_lost_half_way_is_an_error_of_the_user(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lost_connection_is_a_backbone_error(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise lost(kind)
 
@@ -317,7 +317,7 @@ def test_a_connection_that_is_lost_half_way_is_an_error_of_the_user(
         find("nobody/nothing")
 
 
-def test_a_gguf_in_an_installed_package_is_found_without_importing_it(
+def test_finds_a_gguf_in_a_package_without_importing_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "llm_tiny"
@@ -330,15 +330,13 @@ def test_a_gguf_in_an_installed_package_is_found_without_importing_it(
     assert "llm_tiny" not in sys.modules
 
 
-def test_an_absent_package_is_not_advised_to_be_installed_under_any_name() -> None:
+def test_recommends_only_known_packages() -> None:
     with pytest.raises(BackboneError, match="no Python package 'llm_absent'") as raised:
         find("package:llm_absent")
     assert "pip install" not in str(raised.value)
 
 
-def test_a_directory_in_an_installed_package_is_found_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finds_a_directory_in_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "tiny_encoder" / "model"
     (folder / "1_Pooling").mkdir(parents=True)
     (folder / "2_Dense").mkdir()
@@ -352,7 +350,7 @@ def test_a_directory_in_an_installed_package_is_found_too(
     assert find("package:tiny_encoder") == folder
 
 
-def test_a_package_without_a_model_is_an_error() -> None:
+def test_rejects_a_package_without_a_model() -> None:
     with pytest.raises(
         BackboneError, match=r"contains neither a \.gguf file nor a model\.safetensors"
     ):

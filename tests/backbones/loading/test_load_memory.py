@@ -23,7 +23,7 @@ def _benchmark() -> ModuleType:
 
 
 @pytest.mark.parametrize(("dtype", "devices"), [("float32", 1), ("bfloat16", 4)])
-def test_peak_memory_stays_under_the_model_and_one_parameter(
+def test_peak_memory_stays_below_the_model_and_one_parameter(
     dtype: str, devices: int, tmp_path: Path
 ) -> None:
     benchmark = _benchmark()

@@ -39,7 +39,7 @@ STORED = {
 }
 
 
-def test_every_parameter_finds_its_tensors_in_the_order_of_layers() -> None:
+def test_parameters_get_their_tensors_in_layer_order() -> None:
     found = {p.path: p for p in match(TABLE, PARAMS, STORED, "here")}
     q = found["layers", "attn", "q_DNH"]
     assert q.names == tuple(f"layers.{layer}.q.weight" for layer in range(L))
@@ -48,17 +48,17 @@ def test_every_parameter_finds_its_tensors_in_the_order_of_layers() -> None:
     assert not found["embed", "tokens_VD"].stacked
 
 
-def test_a_prefix_before_all_names_makes_no_difference() -> None:
+def test_common_prefix_of_names_is_optional() -> None:
     prefixed = {f"model.{name}": shape for name, shape in STORED.items()}
     found = {p.path: p for p in match(TABLE, PARAMS, prefixed, "here")}
     assert found["embed", "tokens_VD"].names == ("model.embed.weight",)
 
 
-def test_ignored_tensors_may_be_there() -> None:
+def test_ignored_tensors_are_allowed() -> None:
     match(TABLE, PARAMS, {**STORED, "model.layers.0.freq": (3,)}, "here")
 
 
-def test_all_that_does_not_fit_is_told_at_once() -> None:
+def test_reports_all_mismatches_at_once() -> None:
     stored = {**STORED, "layers.3.q.weight": (D, N * H), "layers.0.q.bias": (N * H,), "x.y": (1,)}
     del stored["embed.weight"], stored["layers.2.o.weight"], stored["layers.10.o.weight"]
     with pytest.raises(BackboneError) as error:
@@ -71,7 +71,7 @@ def test_all_that_does_not_fit_is_told_at_once() -> None:
     )
 
 
-def test_long_lists_are_cut_and_counted() -> None:
+def test_long_lists_are_truncated_and_counted() -> None:
     with pytest.raises(BackboneError) as error:
         match(TABLE, PARAMS, {"embed.weight": (V, D)}, "here")
     assert "  24 missing:" in str(error.value)
@@ -82,7 +82,7 @@ small = st.integers(1, 5)
 
 
 @given(D=small, N=small, half=small, parts=st.integers(1, 3), transposed=st.booleans())
-def test_a_stored_matrix_computes_the_same_product(
+def test_stored_matrix_computes_the_same_product(
     D: int, N: int, half: int, parts: int, transposed: bool
 ) -> None:
     rng, H = np.random.default_rng(0), 2 * half
@@ -96,7 +96,7 @@ def test_a_stored_matrix_computes_the_same_product(
 
 
 @given(D=small, N=small, H=small, parts=st.integers(1, 3), transposed=st.booleans())
-def test_parts_that_are_fused_head_by_head_are_put_apart(
+def test_splits_parts_that_are_fused_head_by_head(
     D: int, N: int, H: int, parts: int, transposed: bool
 ) -> None:
     rng = np.random.default_rng(0)
@@ -113,7 +113,7 @@ def test_parts_that_are_fused_head_by_head_are_put_apart(
 
 
 @given(D=small, N=small, half=small)
-def test_interleaved_rotary_halves_are_put_apart(D: int, N: int, half: int) -> None:
+def test_splits_interleaved_rotary_halves(D: int, N: int, half: int) -> None:
     w_DNH = np.arange(D * N * 2 * half).reshape(D, N, 2 * half)
     # What llama.cpp's converter does to q_proj.weight, [N * H, D].
     stored = w_DNH.reshape(D, -1).T.reshape(N, 2, half, D).swapaxes(1, 2).reshape(-1, D)

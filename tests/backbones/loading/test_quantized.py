@@ -53,7 +53,7 @@ def _equal(ours: Any, theirs: Any) -> None:
 
 @pytest.mark.parametrize("how", ["int8", "int4"])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 4, 2)])
-def test_loading_quantises_as_one_would_afterwards(
+def test_quantising_while_loading_equals_quantising_afterwards(
     how: Any, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights, "_PART", 500)  # large tensors go part by part
@@ -73,7 +73,7 @@ def test_loading_quantises_as_one_would_afterwards(
         *(f"encoder_decoders/{name}" for name in ("t5_gated", "bart")),
     ],
 )
-def test_matrices_of_layers_and_tables_are_quantised_and_nothing_else(name: str) -> None:
+def test_only_layer_matrices_and_tables_are_quantised(name: str) -> None:
     arch = architecture(read_config(FIXTURES / name), name)
     for key, leaf in flatten_dict(dict(abstract_params(Backbone(arch), how="int4"))).items():
         axes = key[-1].rsplit("_", 1)[-1]
@@ -84,7 +84,7 @@ def test_matrices_of_layers_and_tables_are_quantised_and_nothing_else(name: str)
             assert leaf.dtype == jnp.float32, key
 
 
-def test_a_checkpoint_has_one_fingerprint_for_each_way_in_either_dtype() -> None:
+def test_fingerprint_depends_on_quantisation_but_not_on_dtype() -> None:
     marks = {
         (how, load(LLAMA, dtype=dtype, quantize=how).fingerprint)
         for how in ("none", "int8", "int4")
@@ -94,7 +94,7 @@ def test_a_checkpoint_has_one_fingerprint_for_each_way_in_either_dtype() -> None
     assert len({mark for _, mark in marks}) == 3
 
 
-def test_abstract_weights_are_those_that_load() -> None:
+def test_abstract_weights_match_loaded_ones() -> None:
     pretrained = load(LLAMA, dtype="bfloat16", quantize="int4")
     abstract = abstract_params(pretrained.backbone, jnp.bfloat16, "int4")
     shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), pretrained.params)
@@ -105,7 +105,7 @@ def test_abstract_weights_are_those_that_load() -> None:
 
 
 @pytest.mark.parametrize(("name", "how"), [("qwen3", "int8"), ("gpt2", "int4")])
-def test_logits_are_those_of_what_the_integers_stand_for(name: str, how: Any) -> None:
+def test_logits_equal_those_of_dequantised_weights(name: str, how: Any) -> None:
     """Tied and not, in both forms of weights, and through `lift`."""
     backbone = decoders.decoder(name)
     params = _quantised(decoders.weights(backbone), how)
@@ -126,7 +126,7 @@ def test_logits_are_those_of_what_the_integers_stand_for(name: str, how: Any) ->
     np.testing.assert_allclose(logits(unstacked), expected, atol=1e-4 * scale)
 
 
-def test_an_encoder_decoder_computes_with_them_too() -> None:
+def test_encoder_decoder_computes_with_quantised_weights() -> None:
     backbone = encoder_decoders.encoder_decoder("t5")
     params = _quantised(encoder_decoders.weights(backbone), "int4")
     ids_BT, tokens = decoders.token_ids(2, 5), decoders.present(2, 5)
@@ -140,7 +140,7 @@ def test_an_encoder_decoder_computes_with_them_too() -> None:
 
 
 @pytest.mark.parametrize("how", ["int8", "int4"])
-def test_a_mesh_computes_the_same(how: Any) -> None:
+def test_mesh_gives_equal_results(how: Any) -> None:
     backbone = decoders.decoder("qwen3")
     params = _quantised(decoders.weights(backbone), how)
     ids_BT, tokens = decoders.token_ids(8, 7), decoders.present(8, 7)

@@ -37,5 +37,5 @@ def test_nested_values_are_named_by_their_path(config: dict, message: str) -> No
         check_config(config, "here")
 
 
-def test_keys_that_are_not_read_may_hold_anything() -> None:
+def test_unread_keys_are_not_checked() -> None:
     check_config({"vision_config": {"hidden_size": "x"}, "torch_dtype": 3, "x": None}, "here")

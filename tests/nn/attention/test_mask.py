@@ -24,7 +24,7 @@ def as_tokens(places: np.ndarray) -> TokenLayout:
 
 @settings(max_examples=50)
 @given(places(), places(), st.sampled_from([None, 1, 2, 5]))
-def test_token_sees_its_group_its_branch_and_the_source_up_to_its_position(q, k, window):
+def test_token_sees_its_segment_its_branch_and_the_source_up_to_its_position(q, k, window):
     mask_BTS = np.asarray(causal_mask(as_tokens(q), as_tokens(k), window))
     for b, t, s in np.ndindex(*mask_BTS.shape):
         group, branch, position = q[6 * b + t]
