@@ -46,7 +46,7 @@ _CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
         | _LLAMA,
     ),
     "mistral": (llama, {"model_type": "mistral", "sliding_window": 4} | _LLAMA),
-    # Soft caps that bend, and a window in the first and the last layer.
+    # Soft caps that take effect, and a window in the first and the last layer.
     "gemma2": (
         gemma,
         {
@@ -59,7 +59,7 @@ _CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
         }
         | _LLAMA,
     ),
-    # Two rotaries: the last layer sees everything, at other frequencies than the two before.
+    # Two rotaries: the last layer has no window and other frequencies than the first two.
     "gemma3": (
         gemma,
         {
@@ -84,7 +84,7 @@ _CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
             "max_position_embeddings": 64,
         },
     ),
-    # Attention beside the feed-forward, and half of each head turns.
+    # Parallel attention and feed-forward network; half of each head rotates.
     "neox": (neox, {"rotary_pct": 0.5} | _LLAMA),
 }
 
@@ -122,17 +122,17 @@ def examples(count: int, seed: int = 0) -> list[Example]:
     """Random examples of 5 to 9 tokens, of which 1 to 4 are targets. Some share their source."""
     rng = np.random.default_rng(seed)
     sources = [rng.integers(0, V, size) for size in rng.integers(4, 6, max(1, count // 2))]
-    found = []
+    examples = []
     for number in range(count):
         source, target = sources[number % len(sources)], rng.integers(0, V, rng.integers(1, 5))
         ids = np.concatenate([source, target]).astype(np.int32)
         learnt = np.arange(len(ids)) >= len(source)
-        found.append(Example.of_text(ids, learnt, f"example {number}"))
-    return found
+        examples.append(Example.of_text(ids, learnt, f"example {number}"))
+    return examples
 
 
-def batch_of(found: Sequence[Example], accumulate: int = 1, rows_multiple: int = 1) -> Batch:
-    """Packs examples; of micro-batches, with their axis in front."""
+def batch_of(examples: Sequence[Example], accumulate: int = 1, rows_multiple: int = 1) -> Batch:
+    """Packs examples into micro-batches."""
     packing = Packing(rows_multiple=rows_multiple, grad_accum_steps=accumulate)
-    batch = materialise(arrange(measure(found), packing), found)
+    batch = materialise(arrange(measure(examples), packing), examples)
     return batch if accumulate > 1 else jax.tree.map(lambda leaf: leaf[None], batch)

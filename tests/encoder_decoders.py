@@ -17,7 +17,7 @@ from prefix_jax.backbones.stacking import Params
 from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.prefix import SITES, KVPrefix, Prefix, Site, SiteName
 
-# Of each, one stack is deeper than the other, and heads are not what D would suggest.
+# The stacks have different depths, and the head dimension is not D / N.
 _CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "t5": (
         t5,
@@ -69,7 +69,7 @@ def weights(backbone: Backbone) -> Params:
     params = any_weights(backbone)
     if backbone.arch.attention_scale is None:
         return params
-    # T5 has the scale of attention's logits in the weights of its queries.
+    # T5's query weights include the scale of the logits.
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x * x.shape[-1] ** -0.5 if "q_DNH" in str(path[-1]) else x, params
     )
@@ -77,7 +77,7 @@ def weights(backbone: Backbone) -> Params:
 
 @functools.cache
 def params_of(name: str) -> Params:
-    """Its random weights, stacked."""
+    """Random stacked weights."""
     return weights(encoder_decoder(name))
 
 
@@ -91,7 +91,7 @@ def states(
     target: TokenLayout,
     prefix: Prefix | None,
 ) -> jax.Array:
-    """The decoder's last states, h_BTD, of targets after their sources."""
+    """The decoder's last hidden states, h_BTD, for targets and their sources."""
     encoded = backbone.encode(params, source_BS, source, prefix)
     return backbone.hidden(params, ids_BT, target, prefix, encoded=encoded)[0]
 
@@ -102,19 +102,19 @@ encode = jax.jit(Backbone.encode, static_argnums=0)
 def random_prefix(
     name: str, length: int, text_position: int, sites: Iterable[SiteName] = SITES
 ) -> Prefix:
-    """Random keys and values at every attention, or at some."""
-    made: dict[SiteName, Site] = {}
+    """Random keys and values at the given sites."""
+    prefix: dict[SiteName, Site] = {}
     for number, (site, shape) in enumerate(encoder_decoder(name).geometry.sites.items()):
         size = (2, shape.layers, length, shape.kv_heads, shape.head_dim)
         k_LPKH, v_LPKH = jax.random.normal(jax.random.key(number), size)
         if site in sites:
-            made[site] = Site(KVPrefix(k_LPKH, v_LPKH))
-    return Prefix.of(made, text_position=text_position)
+            prefix[site] = Site(KVPrefix(k_LPKH, v_LPKH))
+    return Prefix.of(prefix, text_position=text_position)
 
 
-def biased(name: str, site: SiteName, given: Site, bias: float) -> Site:
-    """The same slots with a bias: at minus infinity, they are absent."""
+def biased(name: str, site: SiteName, kept: Site, bias: float) -> Site:
+    """The same slots with a bias; minus infinity masks them."""
     shape = encoder_decoder(name).geometry.sites[site]
-    assert given.inside is not None
-    size = (shape.layers, given.inside.length, shape.query_heads)
-    return Site(given.inside.replace(bias_LPN=jnp.full(size, bias)))
+    assert kept.inside is not None
+    size = (shape.layers, kept.inside.length, shape.query_heads)
+    return Site(kept.inside.replace(bias_LPN=jnp.full(size, bias)))

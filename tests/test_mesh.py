@@ -1,4 +1,4 @@
-"""Meshes, and how the letters of a name shard an array. `conftest.py` makes 8 CPU devices."""
+"""Meshes, and sharding by the letters of a name. `conftest.py` makes 8 CPU devices."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ def test_describes_a_mesh_by_its_axes(mesh):
         ("tokens_VD", (50, 8), ("tensor", SHARE_AXES)),
         ("positions_TD", (64, 8), (None, SHARE_AXES)),
         ("unembed_DV", (8, 50), (SHARE_AXES, "tensor")),
-        # Biases with two letters are matrices as far as memory is concerned.
+        # Biases with two letters are sharded like matrices.
         ("q_bias_NH", (3, 4, 2), (None, "tensor", None)),
-        # 3 heads over 2 devices, an odd vocabulary: that axis stays whole.
+        # 3 heads over 2 devices, or an odd vocabulary: the axis is not split.
         ("k_DKH", (8, 3, 2), (SHARE_AXES, None, None)),
         ("tokens_VD", (51, 8), (None, SHARE_AXES)),
-        # Vectors are whole, stacked or not.
+        # Vectors are replicated, stacked or not.
         ("scale_D", (8,), ()),
         ("scale_D", (3, 8), ()),
         ("up_bias_F", (3, 8), ()),

@@ -1,4 +1,4 @@
-"""A backbone and a method meet: losses are those of each example alone behind its prefix."""
+"""Losses, scores and starts of a backbone with a method."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ METHODS = {
     "multitask": MultitaskPromptTuning(P),
     "cartridge": Cartridge(P),
 }
-# What stands beside the softmax is no text before the tokens.
+# Terms outside the softmax, which do not precede the text.
 BESIDE = {"adapter": LlamaAdapter(P, layers=2), "plus": PrefixTuningPlus(layers=(0, 2))}
 
 
@@ -48,11 +48,11 @@ def text() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def example_losses(weights_, text) -> np.ndarray:
-    """The loss of each of 6 examples, the text of the prefix truly before it, one at a time."""
+    """The loss of each of 6 examples separately, with the prefix's actual text before it."""
 
     def alone(example) -> float:
         ids = jnp.asarray(np.concatenate([text, example.ids_T]))
-        # All of one width, so that there is one program.
+        # Equal widths, so that one program is compiled.
         ids = jnp.pad(ids, (0, 16 - len(ids)))[None]
         h_BTD, _ = hidden(BACKBONE, weights_, ids, present(1, 16))
         logp_TV = jax.nn.log_softmax(BACKBONE.unembed(weights_, h_BTD)[0])

@@ -1,5 +1,4 @@
-"""An encoder-decoder and a method meet: rows have two sides, what the encoder reads and the targets
-that attend to it."""
+"""Losses and packing of an encoder-decoder with a method."""
 
 from __future__ import annotations
 
@@ -92,12 +91,12 @@ def test_sharded_columns_give_equal_losses_and_gradients(name: str, weights_: An
 
     alone = jax.jit(jax.value_and_grad(loss))(prefix)
     with jax.set_mesh(make_mesh(2, sequence=4)):
-        # Another function, or the first program would answer.
+        # A new function, so that the first program is not reused.
         shared = jax.jit(jax.value_and_grad(lambda prefix: loss(prefix)))(prefix)
     np.testing.assert_allclose(shared[0], alone[0], rtol=1e-5)
     for ours, theirs in zip(*(jax.tree.leaves(found[1]) for found in (shared, alone)), strict=True):
-        # T5's logits are not scaled: a prompt that is off by its last bit moves gradients by 5e-5
-        # of the largest.
+        # T5's logits are not scaled: the last bit of a prompt changes gradients by 5e-5 of the
+        # largest.
         np.testing.assert_allclose(ours, theirs, atol=2e-4 * float(abs(theirs).max()))
 
 

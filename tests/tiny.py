@@ -165,7 +165,7 @@ def _add_metadata(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
         writer.add_string(name, value)
 
 
-# Encoders, of BERT's and of RoBERTa's kind.
+# Encoders of the kinds of BERT and RoBERTa.
 
 ENCODER_CONFIG = {
     "hidden_size": 32,
@@ -265,7 +265,7 @@ def _roberta_tokenizer() -> tuple[Tokenizer, dict[str, str]]:
 
 # Encoder-decoders.
 
-# The encoder is deeper than the decoder, and heads are wider than they need to be.
+# The encoder is deeper than the decoder, and the head dimension is larger than D / N.
 T5_CONFIG = {
     "model_type": "t5",
     "vocab_size": 258,
@@ -320,7 +320,7 @@ def write_t5(directory: Path, *, seed: int = 0, **config: Any) -> Path:
 
 
 def write_bart(directory: Path, *, seed: int = 0, **config: Any) -> Path:
-    """Writes a BART into a new directory; its tokenizer puts texts into `<s>` and `</s>`.
+    """Writes a BART into a new directory; its tokenizer frames texts with `<s>` and `</s>`.
 
     Args:
         directory: where to.

@@ -1,4 +1,4 @@
-"""What holds for every decoder, whatever its family."""
+"""Properties of all decoders."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Site
 
-# Together all that `decoders` has: Gemma 3 windows, q/k norms and two rotaries, Gemma 2 soft caps,
-# GPT-NeoX parallel layers that turn in part.
+# Together these cover all variants: windows, q/k norms and two rotaries in Gemma 3, soft caps in
+# Gemma 2, parallel layers with partial rotation in GPT-NeoX.
 NAMES = ("gpt2", "llama", "gemma2", "gemma3", "neox")
 WINDOWED = ("mistral", "gemma2")
 B, P, T = 2, 5, 6
@@ -41,7 +41,7 @@ def three_forms(name: str) -> tuple[Embeds, Hidden, Prefix]:
 
 @functools.cache
 def prepended(name: str) -> jax.Array:
-    """Hidden states of the rows with the text truly before them."""
+    """Hidden states of the rows after the actual text."""
     text_P, ids_BT = texts()
     ids = jnp.concatenate([jnp.tile(text_P, (B, 1)), ids_BT], axis=1)
     return hidden(decoder(name), params_of(name), ids, present(B, P + T))[0][:, P:]
@@ -59,7 +59,7 @@ def behind(name: str, prefix: Prefix | None, ids_BT: jax.Array | None = None) ->
     return hidden(decoder(name), params_of(name), ids_BT, present(*ids_BT.shape), prefix)[0]
 
 
-# A prefix is a text that was read before.
+# Prefixes from a text.
 
 
 @pytest.mark.parametrize("form", [0, 1, 2], ids=["embeds", "hidden", "prefix"])
@@ -76,7 +76,7 @@ def test_starts_from_text_are_embeddings_layer_inputs_and_keys_values():
     g = backbone.geometry.main
     table = params["embed"]
     close(embeds.x_PD, table["tokens_VD"][texts()[0]])
-    # What enters the first layer stands at its position already; soft tokens get theirs in lift.
+    # The input of the first layer includes positions; soft tokens get theirs in `lift`.
     close(states.h_LPD[0], embeds.x_PD + table["positions_TD"][:P])
     assert states.h_LPD.shape == (g.layers, P, backbone.geometry.d_model)
     assert prefix.decoder.inside.k_LPKH.shape == (g.layers, P, g.kv_heads, g.head_dim)
@@ -99,7 +99,7 @@ def test_lift_returns_a_prefix_and_none_unchanged():
 
 
 def test_gradients_through_lift_equal_those_of_prepended_soft_tokens():
-    """One read of P soft tokens stands for prepending them to every row: same loss, same slope."""
+    """Running P soft tokens once gives the loss and gradients of prepending them to every row."""
     backbone, params = decoder("llama"), params_of("llama")
     ids_BT = texts()[1]
     weight_BTD = jax.random.normal(jax.random.key(4), (B, T, 32))
@@ -141,7 +141,7 @@ def test_no_prefix_is_the_bare_model_bit_for_bit():
 
 
 def test_absent_slots_leave_the_bare_model():
-    """Every slot switched off and text position 0: nothing remains of a prefix."""
+    """A prefix without visible slots and with text position 0 has no effect."""
     prefix = random_prefix("llama", text_position=0)
     bias = jnp.full((3, P, 4), -jnp.inf)
     off = dataclasses.replace(prefix, decoder=Site(prefix.decoder.inside.replace(bias_LPN=bias)))
@@ -156,7 +156,7 @@ def test_packing_does_not_change_results(name):
     ids_BT = texts()[1]
     prefix = random_prefix(name)
     alone = behind(name, prefix)
-    # Row 1 comes first and is cut to 4 tokens; padding at the end.
+    # Row 1 first, truncated to 4 tokens; padding at the end.
     ids = jnp.concatenate([ids_BT[1, :4], ids_BT[0], jnp.zeros(2, jnp.int32)])[None]
     tokens = TokenLayout(
         jnp.array([[1] * 4 + [2] * T + [0] * 2]),
@@ -264,8 +264,8 @@ def test_remat_gives_equal_gradients(mode):
 
         return scalar(three_forms("qwen3")[1].h_LPD)
 
-    # Rounding shows on the scale of a layer's largest gradients; the first layer's are a thousand
-    # times the others', as its norm divides by the small values of embeddings.
+    # Rounding errors scale with a layer's largest gradients. Those of the first layer are a
+    # thousand times larger, because its norm divides by the small values of embeddings.
     for found_PD, expected_PD in zip(grad(mode), grad("none"), strict=True):
         close(found_PD, expected_PD, rtol=0, atol=3e-5 * jnp.abs(expected_PD).max())
 
@@ -292,7 +292,7 @@ def test_rotary_attention_to_a_prefix_depends_on_the_text_position():
 
 
 def _moved_by(name: str, prefix: Prefix, slots: slice) -> jax.Array:
-    """How far hidden states move with some slots of the sliding layers, [B, T]."""
+    """The effect of some slots of the sliding layers on hidden states, [B, T]."""
     sliding = jnp.flatnonzero(jnp.array(decoder(name).arch.sliding))
     changed = jax.tree.map(lambda leaf: leaf.at[sliding, slots].add(3.0), prefix)
     return jnp.abs(behind(name, prefix) - behind(name, changed)).max(-1)
@@ -300,8 +300,8 @@ def _moved_by(name: str, prefix: Prefix, slots: slice) -> jax.Array:
 
 @pytest.mark.parametrize("name", WINDOWED)
 def test_sliding_window_drops_a_prefix(name):
-    """Window 4: token 0 stands at position 5 and sees slots 2 to 4, token 3 none. What slots 0
-    and 1 hold reaches nobody."""
+    """With window 4, token 0 at position 5 sees slots 2 to 4, and token 3 sees no slot. Slots 0
+    and 1 have no effect."""
     prefix = random_prefix(name)
     np.testing.assert_array_equal(_moved_by(name, prefix, slice(0, 2)), 0)
     assert float(_moved_by(name, prefix, slice(2, 3))[:, 0].max()) > 1e-3
@@ -310,8 +310,7 @@ def test_sliding_window_drops_a_prefix(name):
 @pytest.mark.parametrize("name", WINDOWED)
 def test_pinned_prefix_stays_visible(name):
     prefix = random_prefix(name, pinned=True)
-    # In the last layer, which slides, nothing but the prefix itself can carry the change to the
-    # last token.
+    # In the last layer, which has a window, only the prefix itself can affect the last token.
     changed = jax.tree.map(lambda leaf: leaf.at[2, :2].add(3.0), prefix)
     moved = jnp.abs(behind(name, prefix) - behind(name, changed))
     assert float(moved[:, -1].max()) > 1e-3

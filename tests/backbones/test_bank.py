@@ -1,4 +1,4 @@
-"""A bank of prefixes: rows hold several tasks, and each token sees the prefix of its own."""
+"""A bank of prefixes: rows contain several tasks, and each token sees its task's prefix."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def prompts(backbone: Backbone) -> dict[str, jax.Array]:
 
 
 def mixed(two_sided: bool = False) -> list[Example]:
-    """Examples of all tasks; texts that some of them share are read behind each one's prompt."""
+    """Examples of all tasks, some with equal texts."""
     found = []
     for number, example in enumerate(examples(9)):
         made = dataclasses.replace(example, task=number % A)
@@ -86,7 +86,7 @@ def test_batch_of_several_tasks_equals_each_task_separately(name: str) -> None:
 
     loss, grads = losses(together)(params, batch_of(found))
     one = losses(alone)
-    # Without its number an example is one of any text.
+    # Without a task, an example may have any prefix.
     texts = [
         [dataclasses.replace(e, task=None) for e in found if e.task == task] for task in range(A)
     ]
@@ -104,7 +104,7 @@ def test_batch_of_several_tasks_equals_each_task_separately(name: str) -> None:
 
 
 def test_sharded_columns_see_the_prefix_of_their_task() -> None:
-    """Lifted there too, in rows that the devices do not divide."""
+    """The prefix is lifted on the mesh too, with rows that the devices do not divide."""
     backbone = decoder("gemma3")
     params, bank, ids = weights(backbone), TOGETHER(prompts(backbone)), token_ids(2, 13)
     segment_BT = jnp.broadcast_to(1 + jnp.arange(13) // 5, (2, 13))
@@ -121,7 +121,7 @@ def test_sharded_columns_see_the_prefix_of_their_task() -> None:
 def test_encoder_rows_get_the_soft_tokens_of_their_task() -> None:
     backbone, ids = ENCODER, token_ids(3, 6, seed=1)
     params, bank = weights(backbone), TOGETHER(prompts(backbone))
-    # Padding, here on the left, is of no task.
+    # Padding, here on the left, has no task.
     present_BT = jnp.ones((3, 6), bool).at[1, :2].set(False)
     tokens = TokenLayout.plain(present_BT)
     task_BT = jnp.array([2, 1, 0])[:, None] * present_BT

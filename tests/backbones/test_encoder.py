@@ -1,4 +1,4 @@
-"""What holds for every encoder, whatever its family."""
+"""Properties of all encoders."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def texts() -> jax.Array:
 
 
 def present(rows: int, columns: int, name: str = "bert") -> TokenLayout:
-    """Rows of two texts without padding, where the encoder tells texts apart."""
+    """Rows of two texts without padding; with token types if the encoder has them."""
     tokens = TokenLayout.plain(jnp.ones((rows, columns), bool))
     second = (jnp.arange(columns) >= columns // 2) & (encoder(name).arch.token_types > 1)
     return tokens.replace(token_type_BT=jnp.tile(second.astype(jnp.int32), (rows, 1)))
@@ -106,11 +106,11 @@ def test_absent_slots_leave_the_bare_model() -> None:
     assert float(jnp.abs(behind(name, True) - behind(name, False)).max()) > 0.1
 
 
-# Rows: who sees whom.
+# Attention within rows.
 
 
 def test_every_token_sees_the_whole_text() -> None:
-    """The last token changes what the first becomes."""
+    """The last token affects the first one."""
     changed = texts().at[:, -1].add(1) % V
     found, _ = hidden(encoder("bert"), params_of("bert"), changed, present(B, T))
     assert float(jnp.abs(found - behind("bert", False))[:, 0].max()) > 1e-3
@@ -133,7 +133,7 @@ def test_padding_on_either_side_does_not_change_results(name: str, prefixed: boo
 
 @pytest.mark.parametrize("name", NAMES)
 def test_packing_does_not_change_results(name: str) -> None:
-    """Row 1 comes first and then row 0, each a group, with padding at the end."""
+    """One row with row 1, then row 0, then padding."""
     token_type_T = present(1, T, name).token_type_BT[0]
     ids = jnp.concatenate([texts()[1], texts()[0], jnp.zeros(2, jnp.int32)])[None]
     tokens = TokenLayout(
@@ -153,7 +153,7 @@ def test_packing_does_not_change_results(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hidden_states_precede_the_tokens_of_every_layer(name: str) -> None:
-    """By hand: each layer reads the states and the tokens, and what it makes of the states goes."""
+    """Reference: each layer reads states and tokens, and its output at the states is dropped."""
     backbone, params = encoder(name), params_of(name)
     prefix = lift(backbone, params, Hidden(random_states()))
     found, _ = hidden(backbone, params, texts(), present(B, T, name), prefix)
@@ -210,7 +210,7 @@ def test_hidden_and_keys_values_of_a_text_lift_to_the_same_prefix(name: str) -> 
     jax.tree.map(close, lift(backbone, params, states), prefix)
 
 
-# What trains, and in which form weights are.
+# Gradients, and forms of weights.
 
 
 def _produced(kind: str) -> Produced:
@@ -254,7 +254,7 @@ def test_unstacked_layers_equal_stacked_ones(kind: str) -> None:
     assert float(jnp.abs(expected[:, -T:] - behind("bert", False)).max()) > 0.01
 
 
-# Positions, segments, the pooler.
+# Positions, token types, the pooler.
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])

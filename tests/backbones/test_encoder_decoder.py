@@ -1,4 +1,4 @@
-"""What holds for every encoder-decoder, whatever its family."""
+"""Properties of all encoder-decoders."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def run(
 
 @functools.cache
 def alone(name: str) -> jax.Array:
-    """The states of the texts behind a prefix at every site."""
+    """Hidden states of the texts with a prefix at every site."""
     return run(name, random_prefix(name, P, text_position=P))
 
 
-# Where tokens stand.
+# Token layouts.
 
 
 def padded(ids_BT: jax.Array, before: int, after: int) -> tuple[jax.Array, TokenLayout]:
@@ -74,7 +74,7 @@ def test_padding_of_sources_and_targets_does_not_change_results(name, sides):
 
 
 def joined(ids_BT: jax.Array) -> tuple[jax.Array, TokenLayout]:
-    """Two rows as two examples of one."""
+    """Packs two rows into one."""
     _, length = ids_BT.shape
     group = jnp.repeat(jnp.arange(1, B + 1), length)[None]
     tokens = TokenLayout(group, 0 * group, jnp.tile(jnp.arange(length), B)[None])
@@ -97,7 +97,7 @@ def test_several_targets_share_one_source(name):
     close(found.reshape(B, T, -1), apart)
 
 
-# What a prefix is.
+# Prefixes.
 
 
 def test_slots_with_bias_minus_infinity_have_no_effect(name):
@@ -155,7 +155,7 @@ def test_gradients_reach_every_layer_of_every_site(name):
     np.testing.assert_allclose((ahead - behind) / 2, expected, rtol=0.02)
 
 
-# What a text leaves behind.
+# Prefixes from a text.
 
 
 def test_duplicated_keys_and_values_of_a_text_change_nothing(name):
@@ -194,7 +194,7 @@ def test_unstacked_step_by_step_decoding_equals_one_pass(name):
     close(jnp.concatenate(found, axis=1), alone(name))
 
 
-# Mistakes.
+# Errors.
 
 
 def test_errors_name_the_mistake(name):

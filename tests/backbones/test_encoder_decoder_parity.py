@@ -1,5 +1,5 @@
-"""Logits of encoder-decoders equal those of transformers, for stored random models of every
-variant: bare, and with keys and values before those of every attention."""
+"""Compares logits of encoder-decoders with transformers, for stored random models of every variant,
+without a prefix and with a prefix at every attention."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""States of encoders equal those of transformers, for stored random models of every variant:
-padded, of two segments, stored alone or below the head of a task."""
+"""Compares hidden states of encoders with transformers, for stored random models of every variant,
+with padding, two token types, and with or without a task head in the checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Equal weights have equal fingerprints, other weights have others."""
+"""Equal weights have equal fingerprints; different weights have different ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_fingerprint_does_not_depend_on_mesh_or_dtype() -> None:
 
 
 def test_fingerprint_is_stable_across_versions() -> None:
-    """Stored prefixes carry it: a change here orphans them."""
+    """Stored prefixes contain fingerprints: changing the scheme orphans them."""
     params = {"embed": {"tokens_VD": jnp.arange(12.0).reshape(3, 4) / 8}}
     assert fingerprint(params) == "68b80ab8db75988f3759f7931a770feb"
 
@@ -55,7 +55,7 @@ def test_moved_values_change_the_fingerprint() -> None:
 
 
 def test_subnormal_values_count_as_zero() -> None:
-    """Some devices flush them, and the sign of zero may get lost on the way."""
+    """Some devices flush subnormal values, and the sign of zero may be lost."""
     zeros, tiny = jnp.zeros((4, 4)), jnp.full((4, 4), -1e-40)
     assert (
         fingerprint({"a_DF": zeros}) == fingerprint({"a_DF": tiny}) == fingerprint({"a_DF": -zeros})

@@ -1,4 +1,4 @@
-"""Logits equal those of transformers, for stored random models of every supported variant."""
+"""Compares logits with transformers, for stored random models of every supported variant."""
 
 from __future__ import annotations
 

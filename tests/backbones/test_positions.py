@@ -1,4 +1,4 @@
-"""A text that exceeds a table of learned positions is never read with wrong ones."""
+"""Texts beyond the learned positions are errors or NaN, never wrong positions."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def prefix_of(name: str) -> Prefix:
 def read(
     name: str, length: int, prefix: Prefix | None = None, tokens: TokenLayout | None = None
 ) -> Any:
-    """The last states of a text, outside of `jax.jit`."""
+    """The last hidden states of a text, outside `jax.jit`."""
     backbone, params = backbone_of(name), params_of(name)
     encoded = None
     if name == "bart":
@@ -102,7 +102,7 @@ def test_padded_and_packed_rows_may_exceed_the_position_table() -> None:
 
 
 def test_jitted_function_gives_nan_beyond_the_position_table() -> None:
-    """Positions are not known while it is traced."""
+    """Positions are not known during tracing."""
     most = backbone_of("gpt2").arch.max_positions
     args = backbone_of("gpt2"), params_of("gpt2"), jnp.ones((1, most + 1), jnp.int32)
     h_BTD, _ = decoders.hidden(*args, decoders.present(1, most + 1))

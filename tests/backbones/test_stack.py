@@ -1,4 +1,4 @@
-"""A stack on devices: what its kernels compute, and what its programs hold and exchange."""
+"""Kernels, sharding and communication of a stack."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from prefix_jax.nn.attention.splash_run import interpreted
 from prefix_jax.plan.hlo import parse, temporaries
 from prefix_jax.prefix import KVPrefix, Prefix, Site
 
-# Gemma 2: the layers of one scan alternate between a window and none, and soft caps bend.
+# Gemma 2: the layers of one scan differ in their window, and soft caps take effect.
 BACKBONE = decoder("gemma2")
 P = 5
 BERT = {
@@ -47,7 +47,7 @@ def prefix() -> Prefix:
 
 
 def texts(rows: int, columns: int) -> tuple[jax.Array, TokenLayout]:
-    """Rows of two groups and padding."""
+    """Rows of two segments and padding."""
     group_T = jnp.asarray([1] * (columns // 2) + [2] * (columns // 4) + [0] * (columns // 4))
     position_T = jnp.where(group_T == 2, jnp.arange(columns) - columns // 2, jnp.arange(columns))
     segment_BT, position_BT = (jnp.tile(x, (rows, 1)) for x in (group_T, position_T))
@@ -120,7 +120,7 @@ def test_devices_share_any_number_of_encoder_columns(soft: int):
     found, _ = program(*args)
     there = np.asarray(tokens.segment_BT > 0)
     np.testing.assert_allclose(found[:, soft:][there], alone[:, soft:][there], rtol=1e-4, atol=1e-5)
-    # A row of each, and at most 6 of its columns.
+    # One row each, and at most 6 of its columns.
     widest = [a for a in temporaries(parse(program.as_text())) if a.dims[-1:] == (F,)]
     assert widest
     assert max(array.elements for array in widest) <= 6 * F
@@ -151,7 +151,7 @@ def test_kernels_prefill_prompts_and_xla_continues_them():
     ids=lambda sizes: "-".join(sizes),
 )
 def test_tpu_program_has_no_attention_weights_array(sizes: dict[str, int]):
-    """Compiled for 8 chips, of which each holds parts of the rows, of D and of the heads."""
+    """Compiles for 8 chips that shard rows, D and heads."""
     pytest.importorskip("libtpu")
     from jax.experimental import topologies
 

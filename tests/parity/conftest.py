@@ -1,6 +1,6 @@
-"""Collects how far we are from the reference, and prints one table of it at the end.
+"""Collects differences from the references and prints them as a table at the end.
 
-A test states each comparison through the fixture `difference`:
+A test reports each comparison through the fixture `difference`:
 
     def test_logits(name, difference):
         difference("logits", ours - theirs, limit=1e-4, model=name)
@@ -22,11 +22,11 @@ _KEY = "difference"
 
 @pytest.fixture
 def difference(request: pytest.FixtureRequest) -> Difference:
-    """Notes a difference for the table, and fails if it exceeds its limit or is not a number.
+    """Records a difference for the table, and fails if it exceeds its limit or is NaN.
 
-    Its arguments are what was compared; the difference, a number or an array of them; the limit of
-    its absolute value; and the model (by default, the parameters of the test). Of several with one
-    name and model, the table shows the largest.
+    Its arguments are the compared quantity, the difference (a number or an array), the limit of its
+    absolute value, and the model (by default, the parameters of the test). The table shows the
+    largest difference per quantity and model.
     """
 
     def note(what: str, value: ArrayLike, limit: float, model: str | None = None) -> None:
@@ -43,7 +43,7 @@ def difference(request: pytest.FixtureRequest) -> Difference:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints the table: what was compared, of which model, the largest difference, the limit."""
+    """Prints the table: quantity, model, largest difference, limit."""
     rows: dict[tuple[str, str], tuple[float, float]] = {}
     for outcome in ("passed", "failed"):
         for report in terminalreporter.getreports(outcome):

@@ -1,6 +1,6 @@
-"""Logits equal those of transformers, computed live on random models, shapes and seeds.
+"""Compares logits with transformers on random models, shapes and seeds.
 
-Collected by `make parity` alone, whose environment has torch and transformers.
+Runs only under `make parity`, whose environment has torch and transformers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Checkpoints and configurations in unusual spellings compute what transformers computes.
+"""Compares checkpoints and configurations in unusual spellings with transformers.
 
-Named variants once differed in silence. Random draws mix every family's ties, stored tables, rotary
-keys, soft caps, windows, activations and omitted keys; each is equal or refused by name.
+Named variants are regression tests. Random draws mix every family's ties, stored tables, rotary
+keys, soft caps, windows, activations and omitted keys; each one is equal or refused.
 
-Collected by `make parity` alone, whose environment has torch and transformers. More draws, or
+Runs only under `make parity`, whose environment has torch and transformers. More draws, or
 others: PREFIX_JAX_DRAWS=300 PREFIX_JAX_SEED=1000 .venv-parity/bin/python -m pytest
 tests/parity/test_live_configs.py
 """
@@ -33,7 +33,7 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 
 DRAWS = int(os.environ.get("PREFIX_JAX_DRAWS", "40"))
 FIRST_SEED = int(os.environ.get("PREFIX_JAX_SEED", "0"))
-LIMIT = 1e-4  # of the largest value that transformers computes
+LIMIT = 1e-4  # relative to transformers' largest value
 
 ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
 ENCODER_DECODERS = ("t5", "mt5", "bart")
@@ -42,7 +42,7 @@ DECODERS = ("gpt2", "opt", "gpt_neox", *ROTARY_DECODERS, "gemma", "gemma2", "gem
 FAMILIES = (*DECODERS, *ENCODERS, *ENCODER_DECODERS)
 
 Config = dict[str, Any]
-# What is done to a stored table: "equal" and "unequal" add it, "moved" leaves it as the only one.
+# Edits of a stored table: "equal" and "unequal" add a copy, "moved" renames it.
 Edits = dict[str, str]
 
 _SMALL: Config = {
@@ -139,7 +139,7 @@ def _auto(family: str) -> Any:
 
 
 def _write(directory: Path, config: Config, edits: Edits, seed: int) -> None:
-    """Saves a random model of a configuration, which stays as it is, and edits its tables."""
+    """Saves a random model and edits its stored tables."""
     family = config["model_type"]
     (directory / "config.json").write_text(json.dumps(config))
     torch.manual_seed(seed)
@@ -203,13 +203,13 @@ def _ours(directory: Path, family: str, ids: np.ndarray, targets: np.ndarray) ->
 
 
 def _inputs(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids for whatever reads, and for a decoder with an encoder."""
+    """Token ids for the input and, with an encoder, for the decoder."""
     rng = np.random.default_rng(seed)
     return rng.integers(4, 90, (2, 21)), rng.integers(4, 90, (2, 19))
 
 
 def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest difference, as a part of the largest value."""
+    """The largest difference, relative to the largest value."""
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
@@ -224,7 +224,7 @@ def _gemma3(above: Config | None = None, **text: Any) -> Config:
 
 _YARN = {"rope_type": "yarn", "factor": 4.0}
 _LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_BESIDE = {"original_max_position_embeddings": 16}
+_TOP_LEVEL = {"original_max_position_embeddings": 16}
 _LINEAR = {"rope_type": "linear", "factor": 4.0}
 VARIANTS: dict[str, tuple[Config, Edits]] = {
     **{
@@ -252,8 +252,8 @@ VARIANTS: dict[str, tuple[Config, Edits]] = {
         _model("gemma", query_pre_attn_scalar=7, final_logit_softcapping=2.0),
         {},
     ),
-    "yarn, length beside": (_model("llama", rope_scaling=_YARN, **_BESIDE), {}),
-    "llama3, length beside": (_model("llama", rope_scaling=_LLAMA3, **_BESIDE), {}),
+    "yarn, top-level length": (_model("llama", rope_scaling=_YARN, **_TOP_LEVEL), {}),
+    "llama3, top-level length": (_model("llama", rope_scaling=_LLAMA3, **_TOP_LEVEL), {}),
     "rope_scaling replaces": (
         _model("llama", rope_parameters={"rope_theta": 100.0}, rope_scaling=_LINEAR),
         {},
@@ -301,7 +301,7 @@ def test_variant_equals_transformers(name: str, tmp_path: Path, difference: Any)
 
 
 class _Draw:
-    """Random choices of one seed."""
+    """Random choices from one seed."""
 
     def __init__(self, seed: int):
         self.random = random.Random(seed)
@@ -407,7 +407,7 @@ def test_random_configuration_equals_transformers_or_is_refused(
         _write(tmp_path, config, edits, seed)
         theirs = _theirs(tmp_path, family, *inputs)
     except Exception as error:
-        # Whatever it is that transformers does not build, load or compute.
+        # Configurations that transformers cannot build, load or compute.
         failure = repr(error)
     if not (tmp_path / "model.safetensors").exists():
         pytest.skip(f"transformers does not build it: {failure}")

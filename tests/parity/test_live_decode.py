@@ -1,6 +1,6 @@
-"""Decoding equals that of transformers and PEFT, live, on more models and other seeds.
+"""Compares decoding with transformers and PEFT on random models and seeds.
 
-Collected by `make parity` alone, whose environment has torch, transformers and peft.
+Runs only under `make parity`, whose environment has torch, transformers and peft.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def test_encoder_decoder_decoding_matches_transformers(name: str, behind: bool) 
             STORED.check(run, STORED.model(name))
 
 
-# Which file states the ends of texts; the others state one that never comes up.
+# The file with the actual end tokens; the others have one that is never generated.
 STATED = {
     "generation_config": lambda ends: ({"eos_token_id": ends}, {"eos_token_id": 95}),
     "config": lambda ends: (None, {"eos_token_id": ends}),
@@ -84,7 +84,7 @@ STATED = {
 def test_end_tokens_match_transformers(
     name: str, stated: str, tmp_path: Path, difference: Any
 ) -> None:
-    """Several end tokens, read from the files of the checkpoint on both sides."""
+    """Both sides read several end tokens from the checkpoint's files."""
     two_sided = name in ("t5", "bart")
     folder = TESTS / "fixtures" / ("encoder_decoders" if two_sided else "backbones") / name
     family = AutoModelForSeq2SeqLM if two_sided else AutoModelForCausalLM
@@ -115,7 +115,7 @@ def test_end_tokens_match_transformers(
         expected = [MAKER.generate(theirs, prompt, case, None, 12) for prompt in prompts]
         found = generator.generate(prompts, DecodeConfig(max_new_tokens=12, **case))
         for generation, (ids, scores) in zip(found, expected, strict=True):
-            # transformers pads what ended before the longest of the beams.
+            # transformers pads shorter beams.
             cut = [MAKER._until(text, ends) if stated != "neither" else text for text in ids]
             assert [list(sample.ids) for sample in generation.samples] == cut
             finishes |= {sample.finish for sample in generation.samples}
@@ -125,7 +125,7 @@ def test_end_tokens_match_transformers(
                 difference("scores of decoding, several ends", delta, 1e-5, name)
     assert ("eos" in finishes) == (stated != "neither")
 
-    # Draws differ; where they end does not.
+    # Samples differ, but their ends do not.
     sampled = generator.generate(
         prompts, DecodeConfig(max_new_tokens=12, temperature=1.0, num_samples=8)
     )
@@ -147,7 +147,7 @@ def test_end_tokens_match_transformers(
 
 def test_stored_processors_match_transformers(difference: Any) -> None:
     for name, made in MAKER.processed(seed=0).items():
-        # What a processor forbids is minus infinity on both sides.
+        # Forbidden tokens are minus infinity on both sides.
         np.testing.assert_array_equal(np.isfinite(made), np.isfinite(PROCESSORS.EXPECTED[name]))
         expected = PROCESSORS.EXPECTED[name]
         delta = np.subtract(made, expected, where=np.isfinite(made), out=np.zeros_like(expected))

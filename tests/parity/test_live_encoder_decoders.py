@@ -1,6 +1,6 @@
-"""Encoder-decoders equal those of transformers and PEFT, computed live on random models.
+"""Compares encoder-decoders with transformers and PEFT on random models.
 
-Collected by `make parity` alone, whose environment has torch, transformers and peft.
+Runs only under `make parity`, whose environment has torch, transformers and peft.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MAKER = _maker()
 def _pair(
     name: str, seed: int, tmp_path: Path, shard: str = "10GB", **config: Any
 ) -> tuple[Any, Pretrained]:
-    """A random model of theirs, and the same of ours."""
+    """A random model in transformers, and the same model here."""
     settings = MAKER.CONFIGS[name].to_dict() | config
     if name == "t5_gated":
         settings["tie_word_embeddings"] = False
@@ -118,7 +118,7 @@ def test_decoder_prefix_matches_peft_in_every_second_layer(name, layers, tmp_pat
     config = peft.PrefixTuningConfig(
         task_type="SEQ_2_SEQ_LM",
         num_virtual_tokens=5,
-        token_dim=shape.kv_heads * shape.head_dim,  # PEFT takes d_model, which may be another
+        token_dim=shape.kv_heads * shape.head_dim,  # PEFT uses d_model, which may differ
     )
     theirs = peft.get_peft_model(reference, config).eval()
     flat = theirs.prompt_encoder["default"].embedding.weight.detach().numpy()
@@ -143,7 +143,7 @@ def test_soft_tokens_precede_the_source_embeddings(name, tmp_path, difference):
     given = MAKER.inputs(11)
     soft_PD = np.random.default_rng(11).normal(size=(4, 32)).astype(np.float32)
     with torch.no_grad():
-        # BART's own module scales, T5's has nothing to scale.
+        # BART's module scales embeddings; T5 has no scale.
         tokens_BSD = reference.get_encoder().embed_tokens(torch.from_numpy(given["source"]).long())
     soft_BPD = torch.from_numpy(soft_PD).expand(2, -1, -1)
     expected = MAKER.logits(
@@ -162,7 +162,7 @@ def test_soft_tokens_precede_the_source_embeddings(name, tmp_path, difference):
 @pytest.mark.parametrize("of_its_own", [None, {}, {"forced_eos_token_id": 7}], ids=str)
 @pytest.mark.parametrize("in_config", [{}, {"forced_eos_token_id": 2}, {"forced_eos_token_id": 9}])
 def test_forced_tokens_match_transformers(in_config, of_its_own, tmp_path):
-    """Its configuration of BART says 2 where the file says nothing; what it writes does not."""
+    """transformers' BART configuration defaults to 2, but generation does not use it."""
     _pair("bart", 700, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config = {key: x for key, x in config.items() if key != "forced_eos_token_id"} | in_config

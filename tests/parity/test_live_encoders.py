@@ -1,6 +1,6 @@
-"""Encoders' states equal those of transformers and PEFT, computed live.
+"""Compares hidden states of encoders with transformers and PEFT.
 
-Collected by `make parity` alone, whose environment has torch, transformers and peft.
+Runs only under `make parity`, whose environment has torch, transformers and peft.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _tuned(reference: Any, task: str) -> Any:
 
 
 def _prefix(model: Pretrained, flat: jax.Array) -> Prefix:
-    """The prefix that PEFT keeps as one array, [P, L * 2 * K * H]."""
+    """PEFT's prefix, stored as one array, [P, L * 2 * K * H]."""
     shape = model.backbone.geometry.main
     parts = flat.reshape(P, shape.layers, 2, shape.kv_heads, shape.head_dim)
     k_LPKH, v_LPKH = parts.transpose(2, 1, 0, 3, 4)
@@ -106,7 +106,7 @@ def _called(given: dict[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-# PEFT drops segments where no head follows, and keeps them below one.
+# PEFT drops token types without a head, and keeps them with one.
 @pytest.mark.parametrize(
     ("name", "task"),
     [
@@ -119,7 +119,7 @@ def _called(given: dict[str, np.ndarray]) -> dict[str, Any]:
     ],
 )
 def test_prefix_matches_peft(name: str, task: str, tmp_path: Path, difference: Any) -> None:
-    """Positions start at P, behind the padding's row where the model counts from there."""
+    """Positions start at P, or P rows after the padding's row."""
     reference = MAKER.random_model(name, 7)
     given = MAKER.inputs(reference, 7)
     if task == "FEATURE_EXTRACTION":
@@ -132,7 +132,7 @@ def test_prefix_matches_peft(name: str, task: str, tmp_path: Path, difference: A
     flat = tuned.prompt_encoder["default"].embedding.weight.detach().numpy()
     found_BTD = _states(model, given, _prefix(model, jnp.asarray(flat)))
     off_BTD = (found_BTD - expected_BTD)[given["present"]]
-    difference("encoder's states behind a prefix of PEFT", off_BTD, limit=1e-5, model=name)
+    difference("encoder states with a PEFT prefix", off_BTD, limit=1e-5, model=name)
     assert np.abs(found_BTD - _states(model, given, None)).max() > 0.1
 
 
@@ -179,4 +179,4 @@ def test_soft_tokens_are_embeddings_before_the_text(
     prefix = model.backbone.lift(model.params, Embeds(jnp.asarray(soft_PD.numpy())))
     given = given | {"segments": 0 * given["segments"]}
     off_BTD = (_states(model, given, prefix) - out.last_hidden_state.numpy())[present > 0]
-    difference("encoder's states behind soft tokens", off_BTD, limit=1e-5, model=name)
+    difference("encoder states after soft tokens", off_BTD, limit=1e-5, model=name)

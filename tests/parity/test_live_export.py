@@ -1,6 +1,6 @@
-"""The PyTorch snippet of `docs/export.md` gives the logits of our model behind the same prefix.
+"""The PyTorch snippet of `docs/export.md` gives the logits of our model with the same prefix.
 
-Collected by `make parity` alone, whose environment has torch and transformers.
+Runs only under `make parity`, whose environment has torch and transformers.
 """
 
 from __future__ import annotations

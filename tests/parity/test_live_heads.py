@@ -1,6 +1,6 @@
-"""Heads trained beside a prefix compute what PEFT's `modules_to_save` do, and move as they do.
+"""Heads trained with a prefix have the outputs and updates of PEFT's `modules_to_save`.
 
-Collected by `make parity` alone, whose environment has torch, transformers and peft.
+Runs only under `make parity`, whose environment has torch, transformers and peft.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ transformers = pytest.importorskip("transformers")
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "backbones"
 P, V, LABELS = 4, 60, 3
-# A large epsilon: the sign of a gradient that is almost zero is anybody's guess in float32.
+# A large epsilon, because the sign of an almost zero gradient is random in float32.
 OPTIM = OptimConfig(
     learning_rate=0.01, schedule="constant", weight_decay=0.1, eps=1e-3, clip_norm=None
 )
@@ -116,8 +116,8 @@ def _ids(lengths: Sequence[int]) -> list[np.ndarray]:
 
 
 def _given(task: str, causal: bool, even: bool = False) -> tuple[list[Example], dict[str, Any]]:
-    """Examples of ours, and the same as transformers takes them: of one length, if `even`."""
-    # transformers' loss of spans runs over padding as well.
+    """Examples for us and for transformers, of one length if `even`."""
+    # transformers' span loss includes padding.
     rows = _ids([7, 7, 7] if even or task == "QUESTION_ANS" else [7, 5, 9])
     width = max(map(len, rows))
     padded = np.array([np.pad(row, (0, width - len(row))) for row in rows])
@@ -158,14 +158,13 @@ def _given(task: str, causal: bool, even: bool = False) -> tuple[list[Example], 
 
 
 def _batch(examples: Sequence[Example], pack: bool) -> Batch:
-    """Several in a row, where that costs less: they do not see each other. Behind soft tokens,
-    which do, each has its own."""
+    """Packs examples, except after soft tokens, where every example needs its own row."""
     rows = arrange(measure(examples), Packing(pack=pack))
     return jax.tree.map(lambda leaf: leaf[None], materialise(rows, examples))
 
 
 def _prefix(flat: np.ndarray, pretrained: Pretrained) -> dict[str, Any]:
-    """The parameters of our method, from PEFT's one array, [P, L * 2 * K * H]."""
+    """Our parameters from PEFT's array, [P, L * 2 * K * H]."""
     site, shape = pretrained.backbone.input_stack, pretrained.backbone.geometry.main
     parts = flat.reshape(P, shape.layers, 2, shape.kv_heads, shape.head_dim)
     k_LPKH, v_LPKH = parts.transpose(2, 1, 0, 3, 4)
@@ -173,7 +172,7 @@ def _prefix(flat: np.ndarray, pretrained: Pretrained) -> dict[str, Any]:
 
 
 def _head_params(named: dict[str, Any]) -> dict[str, Any]:
-    """Ours from torch's parameters of a head; "dense" names the layer that may come first."""
+    """Our parameters of a head from torch's; "dense" is the optional first layer."""
     found = {}
     for name, x in named.items():
         first = any(part in name for part in ("dense", "pre_classifier", "summary"))
@@ -200,7 +199,7 @@ def _as_ours(values: dict[str, Any], pretrained: Pretrained) -> dict[str, Any]:
 
 _STEPS = [(name, task) for name in ("bert", "roberta", "electra") for task in list(TASKS)[:4]]
 _STEPS += [("llama_grouped", "SEQ_CLS"), ("gpt2", "SEQ_CLS"), ("llama_grouped", "REGRESSION")]
-# PEFT makes no loss of tags behind soft tokens, and counts them in that of spans.
+# After soft tokens, PEFT has no tagging loss, and its span loss includes them.
 _SOFT_STEPS = [
     (name, task)
     for name in ("bert", "roberta", "llama_grouped")
@@ -262,7 +261,7 @@ def test_training_step_of_prefix_and_head_matches_peft(
     found = flatten_dict({key: state.train[key] for key in ("prefix", "head")}, sep="/")
     for key, value in expected_after.items():
         part = key.partition("/")[0]
-        part = kind if part == "prefix" else f"head beside a {kind}"
+        part = kind if part == "prefix" else f"head with a {kind}"
         difference(f"{task} {part} after a step", found[key] - value, limit=1e-5, model=name)
 
 
@@ -279,13 +278,13 @@ def _found(example: Example, batch: Batch) -> tuple[int, slice]:
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_multiple_choice_matches_transformers(name: str, tmp_path: Path, difference: Any) -> None:
-    """PEFT has no task for it: this is the model without a prefix."""
+    """Without a prefix, because PEFT has no task type for it."""
     reference = _reference(name, "CHOICE")
     pretrained = _pretrained(name, reference, tmp_path)
     rows = _ids([6, 6, 6, 6])
     head = _head("CHOICE", pretrained)
     model = PrefixModel(pretrained.backbone, None, head)
-    # The pooler, or ELECTRA's and DistilBERT's layer of the head.
+    # The pooler, or the first head layer of ELECTRA and DistilBERT.
     own = {
         key: x
         for key, x in reference.named_parameters()

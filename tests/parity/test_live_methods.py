@@ -1,6 +1,6 @@
-"""Methods compute what PEFT's do from the same parameters, and their gradients agree.
+"""Compares outputs and gradients of methods with PEFT, from the same parameters.
 
-Collected by `make parity` alone, whose environment has torch, transformers and peft.
+Runs only under `make parity`, whose environment has torch, transformers and peft.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ transformers = pytest.importorskip("transformers")
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "backbones"
 P = 5
 IDS = np.random.default_rng(0).integers(0, 96, (2, 9), dtype=np.int32)
-# A loss that no symmetry of the logits makes flat.
+# A loss without symmetries that would make it flat.
 WEIGHT = np.random.default_rng(1).normal(size=(2, 9, 96)).astype(np.float32)
 
 
@@ -48,7 +48,7 @@ def reference(variant: str | Path) -> Any:
 
 
 def theirs(model: Any) -> np.ndarray:
-    """PEFT's logits; the gradient of the loss is left in its parameters."""
+    """PEFT's logits. Leaves the gradient of the loss in its parameters."""
     logits = model(torch.from_numpy(IDS).long()).logits
     (logits * torch.from_numpy(WEIGHT)).sum().backward()
     return logits.detach().numpy()
@@ -74,7 +74,7 @@ Close = Callable[..., None]
 
 @pytest.fixture
 def close(difference: Callable[..., None]) -> Close:
-    """Notes a difference, in terms of the largest number where that is above 1."""
+    """Records a difference, relative to the largest value if that is above 1."""
 
     def close(what: str, a: Any, b: Any, limit: float = 1e-5) -> None:
         a, b = np.asarray(a), np.asarray(b)
@@ -89,7 +89,7 @@ def close(difference: Callable[..., None]) -> Close:
 
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With heads as wide as D / N, the only ones that PEFT's adapter computes."""
+    """Uses head dimension D / N, the only one that PEFT's adapter supports."""
     path = tmp_path_factory.mktemp("mistral")
     config = transformers.AutoConfig.from_pretrained(FIXTURES / "mistral", head_dim=8)
     torch.manual_seed(0)
@@ -255,7 +255,7 @@ def test_multitask_prompts_from_a_source_match_peft(
     )
     params = dict(method.init(jax.random.key(0), pretrained.backbone.geometry, None))
     if init == "shared":
-        # The task's part is drawn, by either of a generator of its own.
+        # Both sides draw the task's part with their own generators.
         params["cols_PR"] = jnp.asarray(encoder.prefix_task_cols.detach().numpy()[0])
         params["rows_RD"] = jnp.asarray(encoder.prefix_task_rows.detach().numpy()[0])
     task = torch.zeros(1, dtype=torch.long)

@@ -1,6 +1,6 @@
-"""A batch of several tasks has the loss and the gradients that PEFT's multitask prompts have.
+"""Compares losses and gradients of multitask batches with PEFT's multitask prompts.
 
-Collected by `make parity` alone, whose environment has torch, transformers and peft.
+Runs only under `make parity`, whose environment has torch, transformers and peft.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ transformers = pytest.importorskip("transformers")
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 P, R, V = 5, 2, 90
 TASKS = ("a", "b", "c")
-# Rows of both lengths, and tasks in no order.
+# Rows of two lengths, with tasks in random order.
 OF_ROW, LENGTHS = (2, 0, 1, 0), (9, 7, 8, 9)
 IDS = [np.random.default_rng(n).integers(3, V, size, np.int32) for n, size in enumerate(LENGTHS)]
 SOURCES = [np.random.default_rng(9 + n).integers(3, V, 6, np.int32) for n in range(len(LENGTHS))]
@@ -80,14 +80,14 @@ def test_loss_and_gradients_match_peft(name: str, difference: Callable[..., None
 
 
 def theirs(model: Any, two_sided: bool) -> float:
-    """PEFT's loss; its gradient is left in the parameters."""
+    """PEFT's loss. Leaves the gradient in the parameters."""
     present = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
     ids = np.stack([np.pad(row, (0, max(LENGTHS) - len(row))) for row in IDS])
     labels = np.where(present, ids, -100)
     if two_sided:
         given = {"input_ids": np.stack(SOURCES), "labels": labels}
     else:
-        # Nothing of ours predicts the first token of a text.
+        # We do not predict the first token of a text.
         labels[:, 0] = -100
         given = {"input_ids": ids, "attention_mask": present, "labels": labels}
     tensors = {key: torch.from_numpy(np.asarray(x, np.int64)) for key, x in given.items()}
@@ -99,7 +99,7 @@ def theirs(model: Any, two_sided: bool) -> float:
 def ours(
     name: str, method: MultitaskPromptTuning, params: Any, two_sided: bool
 ) -> tuple[float, Any]:
-    """Our mean loss over targets and its gradient, of two rows where examples may share one."""
+    """Our mean loss over targets and its gradient, in two rows if examples can be packed."""
     pretrained = load(FIXTURES / name, dtype="float32")
     model = PrefixModel(pretrained.backbone, method)
     examples = []

@@ -1,7 +1,7 @@
-"""What is exported computes in PEFT what it computes here, and what PEFT trained is imported.
+"""Compares exports and imports of PEFT adapters with PEFT.
 
-Logits, greedy and beam search, files, the gradient and a step of AdamW, method by family. Collected
-by `make parity` alone, whose environment has torch, transformers and peft.
+Logits, greedy and beam search, files, the gradient and a step of AdamW, method by family. Runs
+only under `make parity`, whose environment has torch, transformers and peft.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ LETTERS = _import(FIXTURES.parent / "decode" / "test_transformers.py")
 CAUSAL = [f"backbones/{name}" for name in ("gpt2", "llama_grouped", "qwen3", "mistral_window")]
 CAUSAL += [f"backbones/{name}" for name in ("gemma", "gemma2", "gemma3_text", "opt", "neox")]
 SEQ2SEQ = [f"encoder_decoders/{name}" for name in ("t5", "t5_gated", "mt5", "bart", "bart_scaled")]
-# Of these, what stands below their heads.
+# Only the part below their heads.
 ENCODERS = [f"encoders/{name}" for name in ("bert", "roberta", "xlm_roberta", "electra")]
 MODELS = CAUSAL + SEQ2SEQ + ENCODERS
 
@@ -101,7 +101,7 @@ def tuned(name: str, method: str) -> Tuned:
 
 @functools.partial(jax.jit, static_argnums=0)
 def outputs(model: Any, params: Any, produced: Produced | None, text: Any) -> jax.Array:
-    """Logits, or states of an encoder, of the text alone: [2, T, …]."""
+    """Logits, or hidden states of an encoder, for the text only: [2, T, …]."""
     prefix = model.lift(params, produced)
     tokens, ids, encoded = TokenLayout.plain(jnp.ones(text["ids"].shape, bool)), text["ids"], None
     if "decoder_ids" in text:
@@ -176,7 +176,7 @@ def test_export_generates_the_same_in_peft(
 def generated(
     model: Any, prompt: list[int], beams: int, end: int, seq2seq: bool
 ) -> tuple[list[int], float]:
-    """The tokens that PEFT writes, and the score of its beam."""
+    """The tokens that PEFT generates, and the score of its beam."""
     ids = torch.tensor([prompt])
     with torch.no_grad():
         out = model.generate(
@@ -200,7 +200,7 @@ HEADS = [
     for name in ("encoders/bert", "encoders/roberta", "encoders/electra", "encoders/distilbert")
     for task, kind in (("SEQ_CLS", "classify"), ("TOKEN_CLS", "tag"), ("QUESTION_ANS", "span"))
     for method in ("prefix", "prompt")
-    # PEFT gives DistilBERT no keys and values, and ELECTRA's narrower embeddings no soft tokens.
+    # PEFT supports neither keys and values for DistilBERT nor soft tokens for ELECTRA's embeddings.
     if (name, method) not in {("encoders/distilbert", "prefix"), ("encoders/electra", "prompt")}
 ]
 HEADS += [
@@ -253,7 +253,7 @@ def test_head_survives_export_and_import(
 def answered(
     model: Pretrained, produced: Produced, head: Head, params: Any, text: dict[str, np.ndarray]
 ) -> np.ndarray:
-    """What a head makes of a text behind a prefix."""
+    """The output of a head for a text with a prefix."""
     backbone, ids = model.backbone, jnp.asarray(text["ids"])
     prefix = jax.jit(backbone.lift)(model.stacked(), produced)
     h_BTD, _ = backbone.hidden(
@@ -301,7 +301,7 @@ IMPORTED_HEADS = [
         ("backbones/llama_grouped", "SEQ_CLS"),
     )
     for method in (*CONFIGS, "multitask")
-    # PEFT's own forward pass takes no task_ids there.
+    # PEFT's own forward pass does not accept task_ids there.
     if (task, method) != ("QUESTION_ANS", "multitask")
 ]
 
@@ -355,7 +355,7 @@ def test_gradients_and_an_adamw_step_match_peft(
     updates, _ = optimizer.update(grads, optimizer.init(mine.produced), mine.produced)
     stepped = jax.tree.map(jnp.add, mine.produced, updates)
 
-    # PEFT's gradient, and its parameters after the step, as we would import them.
+    # PEFT's gradient and updated parameters, imported.
     for what, flat, found in (
         ("gradient, relative", weight.grad, grads),
         ("AdamW step", weight, stepped),
@@ -380,7 +380,7 @@ def _what(name: str) -> str:
 
 
 def relative(x: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """The difference, in terms of the largest number where that is above 1.
+    """The difference, relative to the largest value if that is above 1.
 
     Logits of these models are up to 10, and PyTorch's own float32 ones up to 1e-5 from its float64
     ones.

@@ -1,7 +1,7 @@
-"""What an encoder-decoder learns from equals transformers' loss of labels, and one step of soft
-tokens before its encoder equals PEFT's.
+"""Compares losses of encoder-decoders with transformers, and one training step of soft tokens
+before the encoder with PEFT.
 
-Collected by `make parity` alone, whose environment has torch, transformers and peft.
+Runs only under `make parity`, whose environment has torch, transformers and peft.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MAKER = _maker()
 
 
 def _pairs() -> list[tuple[list[int], list[int]]]:
-    """Sources and targets, some of one source."""
+    """Sources and targets; some share a source."""
     rng = np.random.default_rng(0)
     sources = [rng.integers(3, 96, size).tolist() for size in (4, 11, 7)]
     return [(sources[i % 3], [*rng.integers(3, 96, size).tolist(), 1])
@@ -62,7 +62,7 @@ def _batch(pairs: list[tuple[list[int], list[int]]], start_id: int, pack: bool) 
 
 
 def _summed_loss(model: Any, pairs: list[tuple[list[int], list[int]]]) -> Any:
-    """transformers' loss of labels, as the sum over tokens."""
+    """transformers' loss of labels, summed over tokens."""
     return sum(
         len(target)
         * model(
@@ -100,7 +100,7 @@ def test_packed_loss_matches_transformers(name: str, tmp_path: Path, difference:
     ours = float(jax.jit(model.loss)(params, batch))
     score = float(jax.jit(model.score)(pretrained.params, None, batch).sum())
     difference("loss of labels, relative", score / bare - 1, limit=1e-5)
-    difference("loss of labels behind a prefix, relative", ours / prefixed - 1, limit=1e-5)
+    difference("loss of labels with a prefix, relative", ours / prefixed - 1, limit=1e-5)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -140,7 +140,7 @@ def test_training_step_of_encoder_soft_tokens_matches_peft(
     updates, _ = optimizer.update(whole, optimizer.init(params), params)
     moved = x_PD + np.asarray(updates["prefix"]["x_PD"])
 
-    difference("loss behind soft tokens, relative", float(ours) / loss.item() - 1, limit=1e-5)
+    difference("loss after soft tokens, relative", float(ours) / loss.item() - 1, limit=1e-5)
     g_PD = np.asarray(grads["prefix"]["x_PD"])
     difference("gradient of soft tokens", (g_PD - gradient) / abs(gradient).max(), limit=1e-5)
     difference("soft tokens after a step of AdamW", moved - weight.detach().numpy(), limit=1e-5)

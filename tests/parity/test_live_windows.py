@@ -1,6 +1,6 @@
-"""A sliding window drops a prefix as PEFT's does, and a pinned prefix is one that it keeps.
+"""Compares prefixes under sliding windows with PEFT.
 
-Collected by `make parity` alone, whose environment has torch, transformers and peft.
+Runs only under `make parity`, whose environment has torch, transformers and peft.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "backbones"
 VARIANTS = ("mistral_window", "gemma2", "gemma3_text")
-WINDOW = 7  # of all of them
+WINDOW = 7  # in all layers
 
 
 def _reference(variant: str, length: int, **config: Any) -> Any:
@@ -57,13 +57,13 @@ def test_sliding_window_drops_a_prefix_as_in_peft(
     variant: str, length: int, difference: Any
 ) -> None:
     value = _difference(variant, _reference(variant, length), length, tokens=12, pinned=False)
-    difference("prefix behind a window", value, limit=1e-4, model=variant)
+    difference("prefix with a sliding window", value, limit=1e-4, model=variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_pinned_prefix_equals_a_wide_window(variant: str, difference: Any) -> None:
-    """PEFT cannot pin. While the text itself fits into the window, a window as wide as everything
-    shows each token what a narrow one with a pinned prefix does."""
+    """PEFT cannot pin. As long as the text fits the window, a window wider than text and prefix is
+    equivalent to a narrow one with a pinned prefix."""
     wide = _reference(variant, WINDOW + 2, sliding_window=64)
     value = _difference(variant, wide, WINDOW + 2, tokens=WINDOW, pinned=True)
     difference("pinned prefix", value, limit=1e-4, model=variant)

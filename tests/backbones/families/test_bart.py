@@ -1,4 +1,4 @@
-"""What the configurations and checkpoints of BART mean."""
+"""Configurations and checkpoints of BART."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_reads_start_and_forced_tokens_from_generation_config(tmp_path):
     bare = {key: value for key, value in CONFIG.items() if key not in frame}
     (path / "config.json").write_text(json.dumps(bare))
     arch = architecture(read_config(path), "bart")
-    # transformers' defaults, which config.json leaves out.
+    # Defaults of transformers, which config.json omits.
     assert (arch.start_id, arch.first_id, arch.last_id) == (2, None, 2)
     generation = {key: CONFIG[key] for key in frame} | {"min_length": 56}
     (path / "generation_config.json").write_text(json.dumps(generation))
@@ -71,7 +71,7 @@ def test_reads_start_and_forced_tokens_from_generation_config(tmp_path):
     + [({"forced_eos_token_id": 7}, config, 7) for config in (None, 9)],
 )
 def test_only_generation_config_decides_the_forced_end(of_its_own, in_config, last, tmp_path):
-    """`tests/parity` holds these to transformers."""
+    """`tests/parity` compares these with transformers."""
     path = tiny.write_bart(tmp_path / "bart", forced_eos_token_id=in_config)
     if of_its_own is not None:
         start = {"decoder_start_token_id": 256}

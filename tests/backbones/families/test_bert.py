@@ -1,4 +1,4 @@
-"""Which configurations and checkpoints of encoders are read."""
+"""Configurations and checkpoints of encoders."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_distilbert_has_no_token_types_and_roberta_one() -> None:
 
 
 def test_reads_the_first_spelling_of_norms(model: Path) -> None:
-    """Google's checkpoints call a norm's scale and bias gamma and beta, below a prefix."""
+    """Google's checkpoints name a norm's scale and bias gamma and beta, after a prefix."""
     modern = load(model).fingerprint
     tensors = {
         "bert."

@@ -1,4 +1,4 @@
-"""Defaults and spellings of configuration keys are those of the installed transformers."""
+"""Compares defaults and spellings of configuration keys with the installed transformers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_config_without_any_value_describes_the_default_model(model_type: str) -
     whole = json.loads(written)
     if model_type == "xlm-roberta":
         whole["model_type"] = model_type
-    # The tokens that frame a text are read from generation_config.json as well.
+    # Forced tokens are also read from generation_config.json.
     frame = {"start_id": None, "first_id": None, "last_id": None}
     ours, theirs = (
         dataclasses.replace(architecture(config, "here"), **frame) for config in (bare, whole)

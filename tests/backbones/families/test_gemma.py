@@ -1,4 +1,4 @@
-"""What configurations of Gemma mean, as they are published and as transformers writes them."""
+"""Configurations of Gemma, as published and as written by transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prefix_jax.errors import BackboneError
 from prefix_jax.nn.rotary import Rotary
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "backbones"
-# text_config of google/gemma-3-4b-it, word for word: what it leaves out is a default.
+# text_config of google/gemma-3-4b-it, verbatim, with omitted keys.
 GEMMA_3_4B: dict[str, Any] = {
     "model_type": "gemma3",
     "text_config": {

@@ -1,4 +1,4 @@
-"""What a configuration of the Llama family leaves out is what transformers takes for it."""
+"""Configurations of the Llama family: omitted keys mean the same as in transformers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_omitted_keys_mean_the_same_as_in_transformers(
 
 
 def test_llama_has_no_window() -> None:
-    # Models that were converted to it keep the keys of what they came from.
+    # Models that were converted to Llama keep keys of their original family.
     arch = llama.architecture({"model_type": "llama", **_SAID, "sliding_window": 4096})
     assert (arch.window, arch.sliding) == (None, ())
 

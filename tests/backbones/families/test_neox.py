@@ -1,4 +1,4 @@
-"""What configurations of GPT-NeoX mean, older and newer."""
+"""Older and newer configurations of GPT-NeoX."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def test_older_configs_mean_the_same() -> None:
     older = {name: value for name, value in config.items() if name != "rope_parameters"}
     older |= {"rotary_pct": 0.5, "rotary_emb_base": 10000}
     assert architecture(older, "older") == architecture(config, "newer")
-    # A quarter of each head turns where nothing is said.
+    # By default, a quarter of each head rotates.
     del older["rotary_pct"]
     assert architecture(older, "older").rotary.share == 0.25

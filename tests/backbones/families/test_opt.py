@@ -1,4 +1,4 @@
-"""Which configurations of OPT are computed."""
+"""Configurations of OPT."""
 
 from __future__ import annotations
 

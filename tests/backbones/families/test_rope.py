@@ -1,4 +1,4 @@
-"""Rotary keys mean what transformers makes of them, in every place where a config may have them.
+"""Rotary keys mean the same as in transformers, at every place in a configuration.
 
 `tests/parity/test_live_configs.py` compares the logits.
 """

@@ -1,4 +1,4 @@
-"""What the configurations of T5 and mT5 mean."""
+"""Configurations of T5 and mT5."""
 
 from __future__ import annotations
 

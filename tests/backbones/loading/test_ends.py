@@ -1,4 +1,4 @@
-"""End tokens come from the file that transformers reads them from; `tests/parity` compares."""
+"""End tokens are read from the same file as in transformers; `tests/parity` compares."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def stating(written: Path, tmp_path: Path):
         ({"eos_token_id": 0}, {"eos_token_id": 7}, (0,)),
         ({"do_sample": True}, {"eos_token_id": 7}, ()),
         ({"eos_token_id": []}, {"eos_token_id": 7}, ()),
-        # The default of transformers' GPT2Config, whatever the vocabulary.
+        # The default of transformers' GPT2Config, for any vocabulary.
         (None, {"eos_token_id": [50256, 3]}, (3,)),
     ],
 )

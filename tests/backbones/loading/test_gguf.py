@@ -36,7 +36,7 @@ ARCHES = {
 
 
 def convert(variant: str, path: Path, kind: gguf.GGMLQuantizationType = F16) -> None:
-    """What llama.cpp's converter writes for a model of the fixtures."""
+    """Writes a model of the fixtures as llama.cpp's converter does."""
     config = read_config(FIXTURES / variant)
     arch = ARCHES[config["model_type"]]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
@@ -131,7 +131,7 @@ def test_weights_and_architecture_match_the_original(variant: str, tmp_path: Pat
 
     arch = original.backbone.arch
     if arch.attention_scale is not None:
-        # No file says what llama.cpp divides queries by.
+        # No file contains the query scale of llama.cpp.
         arch = dataclasses.replace(arch, attention_scale=arch.head_dim**-0.5)
     expected = dataclasses.replace(
         arch,
@@ -143,7 +143,7 @@ def test_weights_and_architecture_match_the_original(variant: str, tmp_path: Pat
 
 @pytest.mark.parametrize(("variant", "layers"), [("gemma2", 46), ("gemma3_text", 62)])
 def test_largest_gemma_has_another_query_scale(variant: str, layers: int, tmp_path: Path) -> None:
-    """144 and 168 at 27 billion, which is D / N; else the dimensions of a head."""
+    """The query scale is D / N for 27B models (144 and 168), else the head dimension."""
     config = read_config(FIXTURES / variant) | {"num_hidden_layers": layers, "layer_types": []}
     writer = gguf.GGUFWriter(
         tmp_path / "model.gguf", gguf.MODEL_ARCH_NAMES[ARCHES[config["model_type"]]]

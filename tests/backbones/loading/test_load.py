@@ -1,4 +1,4 @@
-"""Where models are found, and what is refused."""
+"""Finding and loading models, and errors of invalid ones."""
 
 from __future__ import annotations
 
@@ -299,10 +299,10 @@ def test_failed_download_without_a_message_names_the_exception(
 
 
 def lost(kind: str) -> Exception:
-    """What huggingface_hub raises where a connection breaks in the middle of a file."""
+    """The exceptions of huggingface_hub when a connection breaks within a file."""
     if kind == "xet":
         return RuntimeError("Data processing error: the connection was reset")
-    # Of the HTTP client that it runs on: httpx, later httpx2.
+    # Exceptions of its HTTP client: httpx, later httpx2.
     client = importlib.import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
     return client.RemoteProtocolError("peer closed connection without sending complete message")
 
@@ -340,7 +340,7 @@ def test_finds_a_directory_in_a_package(tmp_path: Path, monkeypatch: pytest.Monk
     folder = tmp_path / "tiny_encoder" / "model"
     (folder / "1_Pooling").mkdir(parents=True)
     (folder / "2_Dense").mkdir()
-    # A folder with a configuration alone is none; of several, the outermost is the model's.
+    # A folder with only a configuration is not a model; the outermost model is used.
     for where in (".", "1_Pooling", "2_Dense"):
         (folder / where / "config.json").touch()
     for where in (".", "2_Dense"):

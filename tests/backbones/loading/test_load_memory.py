@@ -1,4 +1,4 @@
-"""Loading needs the model's size, one parameter more, and what the compiler takes."""
+"""Loading needs memory for the model, one more parameter, and the compiler."""
 
 from __future__ import annotations
 

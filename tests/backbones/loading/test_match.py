@@ -1,4 +1,4 @@
-"""How names and shapes of a checkpoint are matched with parameters."""
+"""Matches names and shapes of a checkpoint with parameters."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_splits_parts_that_are_fused_head_by_head(
 @given(D=small, N=small, half=small)
 def test_splits_interleaved_rotary_halves(D: int, N: int, half: int) -> None:
     w_DNH = np.arange(D * N * 2 * half).reshape(D, N, 2 * half)
-    # What llama.cpp's converter does to q_proj.weight, [N * H, D].
+    # The reordering of q_proj.weight, [N * H, D], by llama.cpp's converter.
     stored = w_DNH.reshape(D, -1).T.reshape(N, 2, half, D).swapaxes(1, 2).reshape(-1, D)
     np.testing.assert_array_equal(Matrix(interleaved=True)(stored, w_DNH.shape), w_DNH)
     bias_NH = stored[:, 0]

@@ -1,4 +1,4 @@
-"""A quantised backbone computes with what its integers stand for, wherever they lie."""
+"""A quantised backbone computes with its dequantised weights, on any mesh."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _is_quantised(node: Any) -> bool:
 
 @jax.jit
 def _plain(params: Any) -> Any:
-    """What the integers stand for."""
+    """Dequantises all weights."""
     return jax.tree.map(
         lambda x: dequantize(x) if _is_quantised(x) else x, params, is_leaf=_is_quantised
     )
@@ -56,7 +56,7 @@ def _equal(ours: Any, theirs: Any) -> None:
 def test_quantising_while_loading_equals_quantising_afterwards(
     how: Any, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "_PART", 500)  # large tensors go part by part
+    monkeypatch.setattr(weights, "_PART", 500)  # quantises large tensors in parts
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     pretrained = load(LLAMA, mesh=mesh, quantize=how)
     _equal(pretrained.params, _quantised(load(LLAMA).params, how))
@@ -106,7 +106,7 @@ def test_abstract_weights_match_loaded_ones() -> None:
 
 @pytest.mark.parametrize(("name", "how"), [("qwen3", "int8"), ("gpt2", "int4")])
 def test_logits_equal_those_of_dequantised_weights(name: str, how: Any) -> None:
-    """Tied and not, in both forms of weights, and through `lift`."""
+    """Covers tied and untied heads, both forms of weights, and `lift`."""
     backbone = decoders.decoder(name)
     params = _quantised(decoders.weights(backbone), how)
     ids_BT, tokens = decoders.token_ids(2, 7), decoders.present(2, 7)

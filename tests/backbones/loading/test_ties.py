@@ -1,4 +1,4 @@
-"""Token tables that a checkpoint stores more than once, or under another of their names."""
+"""Token tables that a checkpoint stores several times or under alternative names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prefix_jax.errors import BackboneError
 from prefix_jax.nn.attention.mask import TokenLayout
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "backbones"
-# A tied decoder of every family: its table and its head.
+# The embedding and the head of a tied decoder of every family.
 DECODERS = {
     "gpt2": ("transformer.wte.weight", "lm_head.weight"),
     "smollm": ("model.embed_tokens.weight", "lm_head.weight"),
@@ -40,7 +40,7 @@ def _write(directory: Path, variant: str, tensors: dict[str, np.ndarray], **conf
 
 
 def _logits(path: Path) -> np.ndarray:
-    """Logits of a decoder, or of an encoder-decoder that reads and writes the same tokens."""
+    """Logits of a decoder, or of an encoder-decoder with equal inputs in both stacks."""
     model = load(path, dtype="float32")
     ids = jnp.arange(5, 29).reshape(2, 12)
     tokens = TokenLayout.plain(jnp.ones(ids.shape, bool))
@@ -133,7 +133,7 @@ def test_stored_tables_of_encoder_and_decoder_are_used(
     np.testing.assert_array_equal(params["embed"]["tokens_VD"], own["decoder"])
     np.testing.assert_array_equal(params["head"]["unembed_DV"], head.T)
     assert model.backbone.input_table(params) is params["encoder"]["embed"]["tokens_VD"]
-    # What a stack reads is what it computes with.
+    # Each stack uses its own table.
     usual = _logits(path)
     for stack in own:
         save_file(tensors | {f"{stack}.embed_tokens.weight": shared}, file)

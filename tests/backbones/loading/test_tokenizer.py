@@ -1,5 +1,4 @@
-"""Tokenizers that were taken apart into GGUF and rebuilt equal their originals; encoders' keep
-their special tokens."""
+"""Tokenizers rebuilt from GGUF equal their originals; encoders' tokenizers keep special tokens."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ CORPUS = [
     "'s 'S 't 'RE ''ve \u2019s",
     "\x00\x01\x7f\u2028 \U0001f9ff\ud7ff",
 ]
-# The regular expression that Llama 3 and Qwen 2 publish; they differ in how many digits join.
+# The published regular expression of Llama 3 and Qwen 2; they differ in how they group digits.
 TIKTOKEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -58,7 +57,7 @@ def _regex(digits: str) -> pre.PreTokenizer:
     return pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-# As the tokenizer.json of each of these says it.
+# The pre-tokenizers in the tokenizer.json of these models.
 ORIGINALS = {
     "gpt-2": pre.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
     "smollm": pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(False)]),
@@ -68,7 +67,7 @@ ORIGINALS = {
 
 
 def _train(name: str) -> Tokenizer:
-    """A small byte-level BPE. Llama's and Qwen's special tokens stand after the vocabulary."""
+    """A small byte-level BPE. Llama's and Qwen's special tokens follow the vocabulary."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=name == "llama-bpe"))
     tokenizer.pre_tokenizer = ORIGINALS[name]
     tokenizer.decoder = decoders.ByteLevel()
@@ -88,7 +87,7 @@ def _train(name: str) -> Tokenizer:
 
 
 def _write(path: Path, tokenizer: Tokenizer, name: str, *, add_bos: bool, bos: bool = True) -> None:
-    """What llama.cpp's converter does with a byte-level BPE."""
+    """Converts a byte-level BPE as llama.cpp's converter does."""
     size = tokenizer.get_vocab_size()
     tokens = [tokenizer.id_to_token(i) for i in range(size)]
     kinds = {
@@ -259,7 +258,7 @@ def test_rejects_a_directory_without_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-# Encoders'.
+# Encoders.
 
 
 def _pieces(tokenizer: PreTrainedTokenizerFast, *texts: str) -> list[str]:
@@ -285,7 +284,7 @@ def test_pair_is_framed_by_the_encoders_special_tokens(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_vocabulary_file_gives_the_same_tokenizer(kind: str, tmp_path: Path) -> None:
-    """As the first checkpoints have it: `vocab.txt`, or `vocab.json` with its merges."""
+    """The format of the first checkpoints: `vocab.txt`, or `vocab.json` with its merges."""
     directory = tiny.write_encoder(tmp_path / kind, kind)
     whole = load_tokenizer(directory)
     vocab = whole.get_vocab()
@@ -305,7 +304,7 @@ def test_vocabulary_file_gives_the_same_tokenizer(kind: str, tmp_path: Path) -> 
 
 
 def test_reads_a_unigram_tokenizer(tmp_path: Path) -> None:
-    """As XLM-R's tokenizer.json has it."""
+    """The kind of tokenizer of XLM-R."""
     pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0)]
     pieces += [("▁film", -2.0), ("▁", -3.0), ("s", -3.0)]
     original = Tokenizer(models.Unigram(pieces, unk_id=3))

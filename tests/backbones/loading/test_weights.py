@@ -1,4 +1,4 @@
-"""Weights reach their shards, in their dtype, whatever the files look like."""
+"""Streams weights from files of any layout into their shards and dtypes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIXTURES = Path(__file__).parents[2] / "fixtures" / "backbones"
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A copy of a small Llama."""
+    """Copies a small Llama."""
     return Path(shutil.copytree(FIXTURES / "llama_grouped", tmp_path / "model"))
 
 
