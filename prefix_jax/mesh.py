@@ -80,12 +80,12 @@ def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     return shards(mesh, BATCH_AXES)
 
 
-def check_rows(mesh: Mesh, rows: int, what: str) -> None:
+def check_rows(mesh: Mesh, rows: int, name: str) -> None:
     """Raises MeshError if `rows` rows do not divide over the mesh."""
     parts = batch_shards(mesh)
     if rows % parts:
         raise MeshError(
-            f"{what} {rows} does not divide over {parts} batch shards "
+            f"{name} {rows} does not divide over {parts} batch shards "
             f"(data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}); "
             f"choose a multiple of {parts}"
         )

@@ -115,16 +115,16 @@ class MultitaskPromptTuning(Method[Embeds]):
     def _from_source(self, length: int, d_model: int) -> dict[str, jax.Array]:
         path = expand(str(self.source), PrefixError)
         if path.is_dir():
-            own = path / PARTS
-            path = own if own.is_file() else path / "adapter_model.safetensors"
+            parts = path / PARTS
+            path = parts if parts.is_file() else path / "adapter_model.safetensors"
         arrays = read_parts(path)
-        found = tuple(arrays[name].shape for name in (_SHARED, _COLS, _ROWS))
-        tasks = found[1][0]
+        shapes = tuple(arrays[name].shape for name in (_SHARED, _COLS, _ROWS))
+        tasks = shapes[1][0]
         P, D, R = length, d_model, self.ranks
         expected = ((P, D), (tasks, P, R), (tasks, R, D))
-        if found != expected:
+        if shapes != expected:
             raise PrefixError(
-                f"method.source {path} has arrays of shapes {found}; expected {expected} for {P} "
+                f"method.source {path} has arrays of shapes {shapes}; expected {expected} for {P} "
                 f"slots of width {D} and {R} ranks"
             )
         shared_PD, cols_APR, rows_ARD = (jnp.float32(arrays[n]) for n in (_SHARED, _COLS, _ROWS))

@@ -43,7 +43,7 @@ class SiteMethod(Method[Prefix]):
         Raises:
             ConfigError: the backbone lacks a chosen site or layer.
         """
-        found: dict[SiteName, SiteShape] = {}
+        shapes: dict[SiteName, SiteShape] = {}
         for name in geometry.sites if self.sites is None else self.sites:
             if name not in geometry.sites:
                 raise ConfigError(
@@ -52,8 +52,8 @@ class SiteMethod(Method[Prefix]):
             shape = geometry.sites[name]
             check_layers(self.layers, shape.layers, f"at the site {name!r} ")
             count = shape.layers if self.layers is None else len(self.layers)
-            found[name] = dataclasses.replace(shape, layers=count)
-        return found
+            shapes[name] = dataclasses.replace(shape, layers=count)
+        return shapes
 
     def chosen(self, site: Site) -> Site:
         """Selects the chosen layers of a site that has all layers, or exactly these."""
@@ -83,11 +83,11 @@ def check_layers(layers: Layers, count: int | None = None, where: str = "") -> N
         )
 
 
-def pick_layers(arrays: Any, of: Layers, wanted: Layers) -> Any:
-    """Selects the `wanted` layers of arrays whose leading axis is the layers `of` (None: all)."""
-    if of == wanted or wanted is None:
+def pick_layers(arrays: Any, present: Layers, chosen: Layers) -> Any:
+    """Selects the layers `chosen` of arrays whose leading axis is the layers `present`."""
+    if present == chosen or chosen is None:
         return arrays
-    index = jnp.array(wanted)
+    index = jnp.array(chosen)
 
     def pick(leaf: jax.Array) -> jax.Array:
         return leaf[index]

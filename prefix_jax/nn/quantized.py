@@ -109,7 +109,7 @@ def quantize_like(weight: Any, like: QTensor) -> QTensor:
     bits: Literal[4, 8] = 8 if like.q.dtype == jnp.int8 else 4
     sizes, counts = like.shape[-weight.ndim :], like.scale.shape[-weight.ndim :]
     axes = zip(weight.shape, sizes, counts, strict=True)
-    blocks = [own if count == size else count for own, size, count in axes]
+    blocks = [length if count == size else count for length, size, count in axes]
     return quantize(weight, bits, blocks, like.dtype)
 
 
