@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
         "settings",
         metavar="key.path=value",
         nargs="*",
+        default=[],
         help=f"overrides settings of the training run: {example}",
     )
     parser.add_argument(

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "settings",
         metavar="key.path=value",
         nargs="*",
+        default=[],
         help="templates and label names: data.input={text}, task.labels=[…]",
     )
     parser.add_argument(

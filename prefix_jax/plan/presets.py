@@ -24,7 +24,7 @@ def preset(name: str) -> dict[str, Any]:
     if key not in PRESETS:
         near = difflib.get_close_matches(key, PRESETS, n=1)
         hint = f" did you mean {near[0]!r}?" if near else ""
-        raise BackboneError(f"there is no preset {key!r};{hint} use one of {', '.join(PRESETS)}")
+        raise BackboneError(f"unknown preset {key!r};{hint} use one of {', '.join(PRESETS)}")
     return dict(PRESETS[key])
 
 

@@ -63,7 +63,10 @@ def test_reports_the_excess_of_a_step_that_does_not_fit(run_in, folder: Path) ->
     [
         (("--topology", "v5e:1x1"), "no model given; give a config, --model"),
         (("--model", "llama-9", "--topology", "v5e:1x1"), f"use one of {next(iter(PRESETS))}"),
-        (("--model", "gpt-2", "--topology", "v5e:1x1"), "no preset 'gpt-2'; did you mean 'gpt2'?"),
+        (
+            ("--model", "gpt-2", "--topology", "v5e:1x1"),
+            "unknown preset 'gpt-2'; did you mean 'gpt2'?",
+        ),
         (("--model", "gpt2", "--topology", "v5e:1x1", "model.path=model"), "model.path=model"),
         (("model", "--topology", "v5e:1x1"), "model.path=model"),
         (("config.yaml", "--topology", "v5e"), "write it as one of"),

@@ -55,6 +55,7 @@ def test_unknown_command_is_escaped(capsys):
         (["train", "--profile", "c.yaml"], "argument --profile: expected an integer, got"),
         (["train", "c.yaml", "--profile", "x"], "write --profile=5, or put the option last"),
         (["train"], "required: CONFIG"),
+        (["generate", "--prompt", "x"], "required: PREFIX;"),
     ],
 )
 def test_wrong_argument_is_one_line_with_its_fix(capsys, words, message):

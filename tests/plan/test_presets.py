@@ -46,6 +46,6 @@ def test_parameter_count_matches_the_checkpoint(name: str) -> None:
 
 def test_unknown_preset_lists_the_known_ones() -> None:
     with pytest.raises(
-        BackboneError, match=r"no preset 'llama-9'; did you .* use one of llama-3-8b, "
+        BackboneError, match=r"unknown preset 'llama-9'; did you .* use one of llama-3-8b, "
     ):
         preset("llama-9")
