@@ -41,7 +41,7 @@ def error_of(ran):
         (["data.batch_size=3"], "batch_size 3 is not divisible by 8 batch shards"),
         (["mesh.data=3"], "does not fit 8 devices"),
         (["method.length=255"], "positions"),
-        (["train.steps=null", "train.epochs=1e29"], "train.epochs 1e+29 are"),
+        (["train.steps=null", "train.epochs=1e29"], "train.epochs: 1e+29 epochs are"),
         (["data.max_length=256"], "exceed the model's 256 positions"),
         (["data.max_length=12"], "train.jsonl:1: "),
         (["init.start=prefix", "init.path=nowhere"], "no directory nowhere"),

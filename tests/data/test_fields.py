@@ -48,7 +48,7 @@ def test_rejects_empty_label(label: str) -> None:
         collect("a", label)
     with pytest.raises(DataError, match=r"record 1: field 'label' is '.*', expected a label"):
         collect(["a", label], name="tag")
-    with pytest.raises(ConfigError, match="labels holds an empty tag"):
+    with pytest.raises(ConfigError, match="labels contains an empty tag"):
         TaskConfig("tag", labels=("O", label))
 
 

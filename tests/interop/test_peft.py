@@ -322,7 +322,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Pa
         ({"peft_type": "LORA"}, "peft_type 'LORA'.*PREFIX_TUNING"),
         ({"peft_type": None}, "peft_type None"),
         ({"num_virtual_tokens": 4}, "num_virtual_tokens 4.*has 3 rows"),
-        ({"num_virtual_tokens": None}, "num_virtual_tokens must be .*got None"),
+        ({"num_virtual_tokens": None}, "num_virtual_tokens must be .*got null"),
         ({"num_virtual_tokens": "3"}, "num_virtual_tokens must be .*got '3'"),
         ({"task_type": "SEQ_2_SEQ_LM"}, "task_type is SEQ_2_SEQ_LM.*supports CAUSAL_LM,"),
     ],
