@@ -134,15 +134,15 @@ def state(directory: Path, step: int) -> dict[str, Any]:
 def outcome(directory: Path) -> dict[str, Any]:
     """Returns all outputs of a finished run, without times and paths."""
     steps = [int(path.name) for path in (directory / "checkpoints").iterdir()]
-    found = {
+    outputs = {
         "metrics": metrics(directory),
         "checkpoints": sorted(steps),
         "state": state(directory, max(steps)),
     }
     if (directory / "prefix").exists():
         produced, card = artifact.load(directory)
-        found |= {"prefix": bits(produced), "steps": card.steps, "results": card.metrics}
+        outputs |= {"prefix": bits(produced), "steps": card.steps, "results": card.metrics}
     for name in ("results.json", "predictions.jsonl", "predictions-before.jsonl"):
         if (directory / name).exists():
-            found[name] = (directory / name).read_text()
-    return found
+            outputs[name] = (directory / name).read_text()
+    return outputs

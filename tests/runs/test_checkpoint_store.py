@@ -175,11 +175,11 @@ def test_ignores_and_keeps_foreign_entries(tmp_path: Path) -> None:
 def test_taken_name_is_an_error_and_not_replaced(tmp_path: Path, name: str) -> None:
     disk = make_store(tmp_path / "checkpoints")
     disk.open()
-    own = tmp_path / "checkpoints" / name / "thesis.tex"
-    own.parent.mkdir()
-    own.write_text("mine")
+    file = tmp_path / "checkpoints" / name / "thesis.tex"
+    file.parent.mkdir()
+    file.write_text("mine")
     with pytest.raises(
         CheckpointError, match=rf"checkpoints/{name} exists and is not a checkpoint"
     ):
         write(disk, 5)
-    assert own.read_text() == "mine"
+    assert file.read_text() == "mine"

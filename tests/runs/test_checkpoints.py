@@ -548,8 +548,8 @@ def save_until_killed(directory: Path) -> None:
     """The process of the test above."""
     checkpoints = Checkpoints(directory, keep=2, warn=sys.exit)
     step = 0
-    if found := checkpoints.restore_latest(state_of(0)):
-        state, metadata = found
+    if restored := checkpoints.restore_latest(state_of(0)):
+        state, metadata = restored
         step = metadata["step"]
         assert bits(state) == bits(content(step))
     while True:

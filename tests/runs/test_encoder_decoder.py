@@ -55,16 +55,16 @@ def test_learns_to_copy(tuned: pj.Tuned) -> None:
 
 
 def test_beam_search_ends_with_the_target(tuned: pj.Tuned) -> None:
-    (found,) = tuned.generations(
+    (generation,) = tuned.generations(
         [RECORDS[0]], tuned.decode.__class__(max_new_tokens=6, num_beams=2)
     )
-    assert found.text == "oak"
-    assert found.samples[0].finish == "eos"
+    assert generation.text == "oak"
+    assert generation.samples[0].finish == "eos"
 
 
 def test_most_likely_label_is_the_trained_one(tuned: pj.Tuned) -> None:
-    found = tuned.evaluate(RECORDS, ("accuracy",), labels=WORDS)
-    assert found.report.metrics["accuracy"] == 100
+    evaluation = tuned.evaluate(RECORDS, ("accuracy",), labels=WORDS)
+    assert evaluation.report.metrics["accuracy"] == 100
 
 
 def test_stores_every_attention_and_generates_the_same(
@@ -75,7 +75,7 @@ def test_stores_every_attention_and_generates_the_same(
     assert list(loaded.prefix.sites) == ["encoder", "decoder", "cross"]
     assert loaded.card.geometry.encoder.layers == 3
     assert loaded.card.geometry.decoder.layers == 2
-    assert [made.prediction for made in loaded.predict(RECORDS)] == list(WORDS)
+    assert [prediction.prediction for prediction in loaded.predict(RECORDS)] == list(WORDS)
     assert main(["generate", str(directory), "--record", json.dumps(RECORDS[1])]) == 0
     assert capsys.readouterr().out == "elm\n"
 

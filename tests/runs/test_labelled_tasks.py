@@ -70,10 +70,10 @@ def run(
 
 
 @pytest.fixture(scope="module")
-def learnt(encoder: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+def trained(encoder: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     return run(
         encoder,
-        tmp_path_factory.mktemp("learnt") / "run",
+        tmp_path_factory.mktemp("trained") / "run",
         "data.input={text}",
         "train.steps=80",
         "train.eval_every=40",
@@ -85,18 +85,18 @@ def learnt(encoder: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Run
     )
 
 
-def test_prefix_and_head_learn_a_rule(learnt: RunResult) -> None:
-    assert learnt.evaluations["after"].report.metrics["accuracy"] == 100
-    assert learnt.card.task.config["labels"] == ("no", "yes")
-    made = read_predictions(learnt.directory / "predictions.jsonl")
+def test_prefix_and_head_learn_a_rule(trained: RunResult) -> None:
+    assert trained.evaluations["after"].report.metrics["accuracy"] == 100
+    assert trained.card.task.config["labels"] == ("no", "yes")
+    made = read_predictions(trained.directory / "predictions.jsonl")
     assert [one.prediction for one in made] == [record["label"] for record in TEST]
     assert all(sum(one.scores.values()) == pytest.approx(1) for one in made)
 
 
 def test_stored_prefix_predicts_the_same(
-    learnt: RunResult, encoder: Pretrained, tmp_path: Path
+    trained: RunResult, encoder: Pretrained, tmp_path: Path
 ) -> None:
-    tuned = pj.load_prefix(learnt.directory, encoder)
+    tuned = pj.load_prefix(trained.directory, encoder)
     assert tuned.classify("a good film") == "yes"
     assert tuned.classify([record["text"] for record in TEST]) == [r["label"] for r in TEST]
     assert tuned.classify(TEST[0]) == TEST[0]["label"]
@@ -105,7 +105,7 @@ def test_stored_prefix_predicts_the_same(
     assert [one.scores for one in stored] == [one.scores for one in made]
     assert tuned.predict(TEST) == tuned.answers(TEST)
     metrics = tuned.evaluate(TEST, ["loss", "accuracy", "f1"]).report.metrics
-    assert metrics["loss"] == pytest.approx(learnt.evaluations["after"].report.metrics["loss"])
+    assert metrics["loss"] == pytest.approx(trained.evaluations["after"].report.metrics["loss"])
     assert (metrics["accuracy"], metrics["f1"]) == (100, 100)
     with pytest.raises(PrefixError, match="cannot generate text; use classify"):
         tuned.generate("a good film")
@@ -114,10 +114,10 @@ def test_stored_prefix_predicts_the_same(
 
 
 def test_without_templates_accepts_texts_but_refuses_records(
-    learnt: RunResult, encoder: Pretrained
+    trained: RunResult, encoder: Pretrained
 ) -> None:
     """As after an import from PEFT without templates."""
-    tuned = pj.load_prefix(learnt.directory, encoder)
+    tuned = pj.load_prefix(trained.directory, encoder)
     bare = dataclasses.replace(tuned, card=dataclasses.replace(tuned.card, template=None))
     assert bare.classify("a good film") == "yes"
     with pytest.raises(PrefixError, match=r"stored without templates.* data\.input"):
@@ -125,28 +125,28 @@ def test_without_templates_accepts_texts_but_refuses_records(
 
 
 def test_container_includes_the_head(
-    learnt: RunResult, encoder: Pretrained, tmp_path: Path
+    trained: RunResult, encoder: Pretrained, tmp_path: Path
 ) -> None:
-    tuned = pj.load_prefix(learnt.directory, encoder)
+    tuned = pj.load_prefix(trained.directory, encoder)
     tuned.save(tmp_path / "again", "safetensors")
     head = artifact.load_head(tmp_path / "again")
     assert sorted(head) == ["out_DY", "out_bias_Y"]
-    jax.tree.map(np.testing.assert_array_equal, head, dict(learnt.head))
+    jax.tree.map(np.testing.assert_array_equal, head, dict(trained.head))
 
 
 def test_command_line_predicts_and_evaluates(
-    learnt: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in TEST[:4]))
-    assert main(["predict", str(learnt.directory), "--input", str(data)]) == 0
+    assert main(["predict", str(trained.directory), "--input", str(data)]) == 0
     assert capsys.readouterr().out.split() == [record["label"] for record in TEST[:4]]
     arguments = ["--data", str(data), "--metrics", "accuracy"]
-    assert main(["evaluate", str(learnt.directory), *arguments]) == 0
+    assert main(["evaluate", str(trained.directory), *arguments]) == 0
     assert "100.00" in capsys.readouterr().out
-    assert main(["inspect", str(learnt.directory)]) == 0
+    assert main(["inspect", str(trained.directory)]) == 0
     assert "classify (no, yes), with a head of 66 parameters" in capsys.readouterr().out
-    assert main(["generate", str(learnt.directory), "--prompt", "a"]) == 2
+    assert main(["generate", str(trained.directory), "--prompt", "a"]) == 2
     assert "prefix-jax predict" in capsys.readouterr().err
 
 
@@ -182,18 +182,18 @@ def test_trains_evaluates_and_predicts_every_task(
     options, fields, records, metrics = TASKS[name]
     names = f"evaluate.metrics=[{','.join(metrics)}]"
     task = {"name": name, **fields}
-    found = run(encoder, tmp_path, names, *options, task=task, train=records, test=records)
-    assert set(metrics) <= set(found.evaluations["after"].report.metrics)
+    result = run(encoder, tmp_path, names, *options, task=task, train=records, test=records)
+    assert set(metrics) <= set(result.evaluations["after"].report.metrics)
     tuned = pj.load_prefix(tmp_path, encoder)
     unlabelled = [{k: v for k, v in record.items() if k != "label"} for record in records]
     made = [one.prediction for one in tuned.answers(unlabelled)]
-    assert made == [one.prediction for one in found.evaluations["after"].predictions]
+    assert made == [one.prediction for one in result.evaluations["after"].predictions]
     assert len(made) == len(records)
 
 
 def test_decoder_classifies_by_its_last_token(decoder: Pretrained, tmp_path: Path) -> None:
     console = tiny_runs.console()
-    found = run(
+    result = run(
         decoder,
         tmp_path,
         "data.input={text}",
@@ -203,10 +203,10 @@ def test_decoder_classifies_by_its_last_token(decoder: Pretrained, tmp_path: Pat
         train=TRAIN[:8],
         test=TEST[:4],
     )
-    assert sorted(found.head) == ["out_DY"]
+    assert sorted(result.head) == ["out_DY"]
     assert "(prefix and head); 8 training examples" in tiny_runs.shown(console)
     assert "labels: 'no', 'yes'" in tiny_runs.shown(console)
-    assert len(found.evaluations["after"].predictions) == 4
+    assert len(result.evaluations["after"].predictions) == 4
 
 
 def test_soft_tokens_in_an_encoder_use_one_row_per_text(
@@ -214,7 +214,7 @@ def test_soft_tokens_in_an_encoder_use_one_row_per_text(
 ) -> None:
     """The head reads [CLS], not the first soft token."""
     options = ("method={name: prompt, length: 3}", "optim.learning_rate=0.3")
-    found = run(
+    result = run(
         encoder,
         tmp_path / "prompt",
         "data.input={text}",
@@ -224,7 +224,7 @@ def test_soft_tokens_in_an_encoder_use_one_row_per_text(
         train=TRAIN[:8],
         test=TEST[:4],
     )
-    assert np.isfinite(found.evaluations["after"].report.metrics["loss"])
+    assert np.isfinite(result.evaluations["after"].report.metrics["loss"])
     with pytest.raises(ConfigError, match="soft tokens before an encoder take one"):
         run(
             encoder,
@@ -253,7 +253,7 @@ def test_learning_rate_of_a_head_requires_a_head(decoder: Pretrained, tmp_path: 
 
 
 def test_head_can_read_the_first_soft_token_like_peft(encoder: Pretrained, tmp_path: Path) -> None:
-    found = run(
+    result = run(
         encoder,
         tmp_path / "soft",
         "data.input={text}",
@@ -262,7 +262,7 @@ def test_head_can_read_the_first_soft_token_like_peft(encoder: Pretrained, tmp_p
         task={"name": "classify", "reads_soft": True},
         train=TRAIN,
     )
-    tuned = pj.load_prefix(found.directory, encoder)
+    tuned = pj.load_prefix(result.directory, encoder)
     tuned.export_peft(tmp_path / "theirs")
     again = pj.import_peft(
         tmp_path / "theirs", encoder, overrides=["data.input={text}", "task.labels=[no, yes]"]
@@ -288,7 +288,7 @@ def test_head_cannot_read_soft_tokens_that_do_not_exist(
 
 
 def test_full_fine_tuning_also_trains_a_head(encoder: Pretrained, tmp_path: Path) -> None:
-    found = run(
+    result = run(
         encoder,
         tmp_path,
         "data.input={text}",
@@ -298,6 +298,6 @@ def test_full_fine_tuning_also_trains_a_head(encoder: Pretrained, tmp_path: Path
         train=TRAIN[:8],
         test=TEST[:4],
     )
-    assert found.produced is None
-    assert found.head["out_bias_Y"].any()
-    assert found.pretrained.fingerprint != encoder.fingerprint
+    assert result.produced is None
+    assert result.head["out_bias_Y"].any()
+    assert result.pretrained.fingerprint != encoder.fingerprint

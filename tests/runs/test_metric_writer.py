@@ -24,14 +24,14 @@ def write(directory, start, end):
 
 def events(directory):
     """Returns all events, in the order in which TensorBoard reads the files."""
-    found = []
+    events = []
     for path in sorted((directory / "tensorboard").iterdir()):
         content = path.read_bytes()
         while content:
             (length,) = struct.unpack("<Q", content[:8])
-            found.append(Event.FromString(content[12 : 12 + length]))
+            events.append(Event.FromString(content[12 : 12 + length]))
             content = content[16 + length :]
-    return found
+    return events
 
 
 def test_writes_each_step_and_evaluation_as_line_and_event(tmp_path):

@@ -86,10 +86,10 @@ def test_stores_one_prefix_per_task_with_its_own_metrics(run) -> None:
 def test_stored_prefix_evaluates_the_records_of_its_task(run, pretrained) -> None:
     for name in ("first", "sum"):
         tuned = api.load_prefix(run.directory / "prefixes" / name, pretrained)
-        found = tuned.evaluate(RECORDS).report
+        report = tuned.evaluate(RECORDS).report
         expected = run.evaluations["after"].report.metrics[f"{name}.loss"]
-        assert found.examples == len(RECORDS) / 2
-        assert found.metrics["loss"] == pytest.approx(expected, rel=1e-5)
+        assert report.examples == len(RECORDS) / 2
+        assert report.metrics["loss"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(DataError, match="no record has the task 'sum'"):
         tuned.evaluate([record for record in RECORDS if record["kind"] == "first"])
 
@@ -195,7 +195,7 @@ def test_tasks_of_an_encoder_share_a_head(tmp_path) -> None:
     metrics = run.evaluations["after"].report.metrics
     for name in labels:
         tuned = api.load_prefix(run.directory / "prefixes" / name, encoder)
-        found = tuned.evaluate(records, ["loss"]).report
-        assert (found.examples, set(tuned.classify(["good"])) <= {"yes", "no"}) == (2, True)
-        assert found.metrics["loss"] == pytest.approx(metrics[f"{name}.loss"], rel=1e-5)
+        report = tuned.evaluate(records, ["loss"]).report
+        assert (report.examples, set(tuned.classify(["good"])) <= {"yes", "no"}) == (2, True)
+        assert report.metrics["loss"] == pytest.approx(metrics[f"{name}.loss"], rel=1e-5)
     assert metrics["praise.loss"] != metrics["blame.loss"]

@@ -169,10 +169,10 @@ def test_signal_saves_the_state_and_the_next_start_resumes(
 def test_signal_during_an_evaluation_saves_the_state(
     pretrained: Pretrained, tmp_path: Path, monkeypatch
 ) -> None:
-    found = iter([3.0, 4.0])  # an improvement would be saved anyway
+    values = iter([3.0, 4.0])  # an improvement would be saved anyway
 
     def loss(*_: object) -> float:
-        value = next(found)
+        value = next(values)
         if value == 4:
             signal.raise_signal(signal.SIGTERM)
         return value

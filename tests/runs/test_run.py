@@ -72,17 +72,18 @@ def test_writes_prefix_metrics_and_predictions(pretrained: Pretrained, tmp_path:
 
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["step"] == run.step == 12
-    for name, found in run.evaluations.items():
-        assert results["test"][name]["metrics"] == pytest.approx(dict(found.report.metrics))
-        assert set(found.report.metrics) == {"loss", "perplexity", "chrf"}
+    for name, evaluation in run.evaluations.items():
+        metrics = evaluation.report.metrics
+        assert results["test"][name]["metrics"] == pytest.approx(dict(metrics))
+        assert set(metrics) == {"loss", "perplexity", "chrf"}
     before, after = (results["test"][name]["metrics"] for name in ("before", "after"))
     assert after["loss"] < before["loss"]
 
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
     predictions = [json.loads(line) for line in lines]
-    assert [made["prompt"] for made in predictions] == [r["sum"] + "=" for r in tiny_runs.SOME]
-    assert [made["references"] for made in predictions] == [[r["total"]] for r in tiny_runs.SOME]
-    assert [made["source"] for made in predictions] == [f"record {i}" for i in range(1, 5)]
+    assert [p["prompt"] for p in predictions] == [r["sum"] + "=" for r in tiny_runs.SOME]
+    assert [p["references"] for p in predictions] == [[r["total"]] for r in tiny_runs.SOME]
+    assert [p["source"] for p in predictions] == [f"record {i}" for i in range(1, 5)]
 
     produced, card = artifact.load(tmp_path)
     assert tiny_runs.bits(produced) == tiny_runs.bits(run.produced)
@@ -102,8 +103,8 @@ def test_only_records_with_measured_text_need_references(
     referenced = [{**record, "refs": [record["total"], "7"]} for record in tiny_runs.SOME]
     options = ("data.references=refs", "evaluate.metrics=[loss,exact_match]", "train.steps=1")
     run = tiny_runs.run(pretrained, tmp_path / "a", *options, dev=tiny_runs.SOME, test=referenced)
-    made = run.evaluations["after"].predictions
-    assert [list(prediction.references) for prediction in made] == [r["refs"] for r in referenced]
+    predictions = run.evaluations["after"].predictions
+    assert [list(p.references) for p in predictions] == [r["refs"] for r in referenced]
     with pytest.raises(DataError, match="record 1: no field 'refs'"):
         tiny_runs.run(pretrained, tmp_path / "b", *options, test=tiny_runs.SOME)
     options = (*options, "evaluate.metrics=[exact_match]")
@@ -175,7 +176,7 @@ def test_full_fine_tuning_trains_a_copy_of_the_backbone(
     before = tiny_runs.bits(pretrained.stacked())
     options = ("method=full", "optim.learning_rate=1e-3", "evaluate.compare_baseline=true")
     run = tiny_runs.run(pretrained, tmp_path, *options, test=tiny_runs.SOME)
-    losses = {name: found.report.metrics["loss"] for name, found in run.evaluations.items()}
+    losses = {name: e.report.metrics["loss"] for name, e in run.evaluations.items()}
     assert losses["after"] < losses["before"]
     assert (run.produced, run.card) == (None, None)
     assert not (tmp_path / "prefix").exists()
@@ -204,9 +205,9 @@ def test_nonfinite_loss_stops_in_the_state_before_it_and_names_the_batch(
     batch = Pipeline.batch
 
     def poisoned(self: Pipeline, step: int) -> Any:
-        made = batch(self, step)
-        weight_BM = np.where(made.weight_BM > 0, np.float32(np.inf), np.float32(0))
-        return made.replace(weight_BM=weight_BM) if step == 7 else made
+        original = batch(self, step)
+        weight_BM = np.where(original.weight_BM > 0, np.float32(np.inf), np.float32(0))
+        return original.replace(weight_BM=weight_BM) if step == 7 else original
 
     with monkeypatch.context() as patch:
         patch.setattr(Pipeline, "batch", poisoned)
@@ -219,9 +220,9 @@ def test_nonfinite_loss_stops_in_the_state_before_it_and_names_the_batch(
     # The next step was already running, and changed nothing.
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 6, 7]
     tiny_runs.run(pretrained, tmp_path, "train.keep_checkpoints=9")
-    found, expected = tiny_runs.outcome(tmp_path), tiny_runs.outcome(whole)
-    found["checkpoints"].remove(7)
-    assert found == expected
+    outcome, expected = tiny_runs.outcome(tmp_path), tiny_runs.outcome(whole)
+    outcome["checkpoints"].remove(7)
+    assert outcome == expected
 
 
 def test_nonfinite_loss_at_the_first_step_is_not_blamed_on_the_learning_rate(
@@ -417,19 +418,19 @@ def test_full_fine_tuning_requires_float32_weights(tiny_model_dir: Path, tmp_pat
 
 
 def test_never_replaces_files_that_no_run_wrote(pretrained: Pretrained, tmp_path: Path) -> None:
-    own = tmp_path / "config.yaml"
-    own.write_text("# mine\nmodel: {path: m}\n")
+    file = tmp_path / "config.yaml"
+    file.write_text("# mine\nmodel: {path: m}\n")
     with pytest.raises(ConfigError, match=r"config\.yaml was not written by a run"):
         tiny_runs.run(pretrained, tmp_path)
-    assert own.read_text().startswith("# mine")
+    assert file.read_text().startswith("# mine")
     with pytest.raises(ConfigError, match=r"config\.yaml is a file"):
-        tiny_runs.run(pretrained, own)
+        tiny_runs.run(pretrained, file)
     # Files of another program, or of another run from which a second stage may start.
     for name in ("metrics.jsonl", "predictions-before.jsonl", "multitask.safetensors"):
-        own = own.rename(tmp_path / name)
+        file = file.rename(tmp_path / name)
         with pytest.raises(ConfigError, match=f"not written by a run, and {name} in it would"):
             tiny_runs.run(pretrained, tmp_path)
-        assert own.read_text().startswith("# mine")
+        assert file.read_text().startswith("# mine")
 
 
 # --- One run in a directory ------------------------------------------------------------------

@@ -122,26 +122,26 @@ def test_refuses_names_with_a_special_meaning(output: str) -> None:
 
 
 def test_refuses_a_local_directory_as_working_copy(cloud, tmp_path: Path) -> None:
-    own = tmp_path / "runs" / "bucket" / "some" / "run"
-    (own / "prefix").mkdir(parents=True)
-    (own / "metrics.jsonl").write_text("local")
+    copy = tmp_path / "runs" / "bucket" / "some" / "run"
+    (copy / "prefix").mkdir(parents=True)
+    (copy / "metrics.jsonl").write_text("local")
     with pytest.raises(ConfigError, match=r"is not a working copy, .* would replace its files"):
         RunDirectory(OUTPUT).fetch()
-    (own / ".prefix-jax.bucket").write_text("gs://other/run\n")
+    (copy / ".prefix-jax.bucket").write_text("gs://other/run\n")
     with pytest.raises(ConfigError, match=r"is the working copy of gs://other/run"):
         RunDirectory(OUTPUT).fetch()
-    assert (own / "metrics.jsonl").read_text() == "local"
+    assert (copy / "metrics.jsonl").read_text() == "local"
 
 
 def test_refuses_a_bucket_with_checkpoints_of_another_program(
     cloud, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    theirs = tmp_path / "cloud/bucket/some/run/checkpoints/100/state"
-    theirs.parent.mkdir(parents=True)
-    theirs.write_text("arrays")
+    foreign = tmp_path / "cloud/bucket/some/run/checkpoints/100/state"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("arrays")
     with pytest.raises(ConfigError, match=r"checkpoints in it would be replaced"):
         tiny_runs.run(tiny_runs.on_one_device(tiny_model_dir), OUTPUT)
-    assert theirs.read_text() == "arrays"
+    assert foreign.read_text() == "arrays"
 
 
 def test_publishes_results_last(cloud, tmp_path: Path, monkeypatch) -> None:

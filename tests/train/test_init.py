@@ -59,13 +59,13 @@ def after_reading(method: Method, pretrained: Pretrained, ids: list[int]) -> Pro
     return start_from_ids(pretrained.backbone, pretrained.params, method.produces, ids_P, P)
 
 
-def assert_equal(ours: Produced, theirs: Produced) -> None:
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+def assert_equal(a: Produced, b: Produced) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def assert_differ(ours: Produced, theirs: Produced) -> None:
-    pairs = zip(*map(jax.tree.leaves, (ours, theirs)), strict=True)
+def assert_differ(a: Produced, b: Produced) -> None:
+    pairs = zip(*map(jax.tree.leaves, (a, b)), strict=True)
     assert all((a != b).any() for a, b in pairs)
 
 
@@ -95,8 +95,8 @@ def test_reads_a_text_from_a_file(pretrained, tmp_path):
     (tmp_path / "corpus.txt").write_text("abcabcabc", encoding="utf-8")
     ids = pretrained.tokenizer("abca")["input_ids"]
     expected = after_reading(METHODS[3], pretrained, ids)
-    found = initial(METHODS[3], pretrained, text_file=str(tmp_path / "corpus.txt"))
-    assert_equal(found, expected)
+    prefix = initial(METHODS[3], pretrained, text_file=str(tmp_path / "corpus.txt"))
+    assert_equal(prefix, expected)
     with pytest.raises(ConfigError, match=r"init\.text_file nowhere\.txt: no such file"):
         initial(METHODS[3], pretrained, text_file="nowhere.txt")
     (tmp_path / "empty.txt").write_text("")
@@ -128,8 +128,8 @@ def test_draws_from_the_most_frequent_tokens(pretrained):
     method = PromptTuning(64)
     table = np.asarray(pretrained.params["embed"]["tokens_VD"])[:3]
     drawn = np.asarray(initial(method, pretrained, start="vocab", top=3).x_PD)
-    found = {int(i) for row in drawn for i in np.flatnonzero((table == row).all(1))}
-    assert found == {0, 1, 2}
+    drawn_ids = {int(i) for row in drawn for i in np.flatnonzero((table == row).all(1))}
+    assert drawn_ids == {0, 1, 2}
     assert all((table == row).all(1).any() for row in drawn)
     whole = initial(method, pretrained, start="vocab")
     assert_equal(initial(method, pretrained, start="vocab", top=9999), whole)

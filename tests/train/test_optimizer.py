@@ -56,10 +56,10 @@ def test_cosine_schedule_reaches_zero_after_the_last_step():
 
 
 def test_exponential_schedule_equals_pytorchs_per_epoch():
-    found = rates(7, schedule="exponential", decay=0.5, decay_every=3)
-    np.testing.assert_allclose(found, [2.0] * 3 + [1.0] * 3 + [0.5] * 2)
-    found = rates(5, schedule="exponential", decay=0.5, decay_every=2, warmup_steps=2)
-    np.testing.assert_allclose(found, [1.0, 2.0, 2.0, 2.0, 1.0, 1.0])
+    learning_rates = rates(7, schedule="exponential", decay=0.5, decay_every=3)
+    np.testing.assert_allclose(learning_rates, [2.0] * 3 + [1.0] * 3 + [0.5] * 2)
+    learning_rates = rates(5, schedule="exponential", decay=0.5, decay_every=2, warmup_steps=2)
+    np.testing.assert_allclose(learning_rates, [1.0, 2.0, 2.0, 2.0, 1.0, 1.0])
 
 
 def test_names_what_an_exponential_schedule_lacks():
@@ -73,9 +73,9 @@ def test_names_what_an_exponential_schedule_lacks():
 
 @pytest.mark.parametrize("after", ["constant", "linear", "cosine"])
 def test_warmup_reaches_the_peak_and_starts_above_zero(after):
-    found = rates(8, schedule=after, warmup_steps=4)
-    np.testing.assert_allclose(found[:5], [0.5, 1.0, 1.5, 2.0, 2.0], atol=1e-6)
-    assert found[8] == pytest.approx(2.0 if after == "constant" else 0.0, abs=1e-6)
+    learning_rates = rates(8, schedule=after, warmup_steps=4)
+    np.testing.assert_allclose(learning_rates[:5], [0.5, 1.0, 1.5, 2.0, 2.0], atol=1e-6)
+    assert learning_rates[8] == pytest.approx(2.0 if after == "constant" else 0.0, abs=1e-6)
 
 
 def test_warmup_of_one_step_and_of_all_steps():
@@ -140,15 +140,15 @@ def test_weight_decay_is_decoupled_and_scaled_by_the_learning_rate(name):
 
 def test_adafactor_equals_optax_without_scaling_and_factoring():
     params, grads = PARAMS["prefix"], GRADS["prefix"]
-    theirs = optax.adafactor(0.1, factored=False, multiply_by_parameter_scale=False)
+    reference = optax.adafactor(0.1, factored=False, multiply_by_parameter_scale=False)
     ours = optimizer(name="adafactor", clip_norm=None)
-    state, whole_state = theirs.init(params), ours.init(PARAMS)
+    state, whole_state = reference.init(params), ours.init(PARAMS)
     for scale in (1.0, 0.1, 7.0):
         scaled = jax.tree.map(lambda leaf, s=scale: s * leaf, grads)
-        expected, state = theirs.update(scaled, state, params)
-        found, whole_state = ours.update({**GRADS, "prefix": scaled}, whole_state, PARAMS)
+        expected, state = reference.update(scaled, state, params)
+        updates, whole_state = ours.update({**GRADS, "prefix": scaled}, whole_state, PARAMS)
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found["prefix"], expected
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates["prefix"], expected
         )
 
 
@@ -161,9 +161,11 @@ def test_head_has_its_own_learning_rate_and_shares_the_norm(clip):
     grads = {**GRADS, "head": {"out_DY": jnp.full((2, 3), 0.7)}}
     partition = labels(params)
     config = OptimConfig(clip_norm=clip, schedule="constant", learning_rate=0.1, eps=1e-2)
-    alike = make_optimizer(config, lambda _: 0.1, partition)
-    apart = make_optimizer(config, lambda _: 0.1, partition, lambda _: 0.002)
-    (same, _), (own, _) = (one.update(grads, one.init(params), params) for one in (alike, apart))
-    jax.tree.map(np.testing.assert_array_equal, own["prefix"], same["prefix"])
-    np.testing.assert_allclose(own["head"]["out_DY"], same["head"]["out_DY"] / 50, rtol=1e-5)
-    assert not any(leaf.any() for leaf in jax.tree.leaves(own["backbone"]))
+    optimizers = (
+        make_optimizer(config, lambda _: 0.1, partition),
+        make_optimizer(config, lambda _: 0.1, partition, lambda _: 0.002),
+    )
+    (same, _), (separate, _) = (o.update(grads, o.init(params), params) for o in optimizers)
+    jax.tree.map(np.testing.assert_array_equal, separate["prefix"], same["prefix"])
+    np.testing.assert_allclose(separate["head"]["out_DY"], same["head"]["out_DY"] / 50, rtol=1e-5)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(separate["backbone"]))

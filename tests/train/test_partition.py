@@ -26,9 +26,9 @@ def test_everything_but_the_backbone_trains():
 
 def test_leaves_below_frozen_do_not_train():
     params = {"backbone": 1, "prefix": {"decoder": {"frozen": {"k": 2}, "trained": {"k": 3}}}}
-    found = labels(params)
-    assert found["prefix"]["decoder"] == {"frozen": {"k": "freeze"}, "trained": {"k": "train"}}
-    train, frozen = split(params, found)
+    partition = labels(params)
+    assert partition["prefix"]["decoder"] == {"frozen": {"k": "freeze"}, "trained": {"k": "train"}}
+    train, frozen = split(params, partition)
     assert (jax.tree.leaves(train), jax.tree.leaves(frozen)) == ([3], [1, 2])
 
 

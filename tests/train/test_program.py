@@ -25,14 +25,14 @@ def program() -> Program:
 
 
 def test_step_reuses_the_memory_of_the_state_but_not_of_the_backbone():
-    made = program()
-    frozen = jax.tree.map(np.array, made.frozen)
+    built = program()
+    frozen = jax.tree.map(np.array, built.frozen)
     with jax.set_mesh(MESH):
         batch = place_rows(batch_of(examples(4)), MESH, leading=1)
-        compiled = made.step.lower(made.state, made.frozen, batch).compile()
-        after, _ = made.step(made.state, made.frozen, batch)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(made.state))
+        compiled = built.step.lower(built.state, built.frozen, batch).compile()
+        after, _ = built.step(built.state, built.frozen, batch)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(built.state))
     assert compiled.memory_analysis().alias_size_in_bytes == held
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(made.state))
-    jax.tree.map(np.testing.assert_array_equal, frozen, made.frozen)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(built.state))
+    jax.tree.map(np.testing.assert_array_equal, frozen, built.frozen)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))

@@ -291,9 +291,9 @@ MESHES = [
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "-".join(sizes))
 def test_eight_devices_equal_one(method, sizes, compiler_warnings):
     batch = batch_of(EXAMPLES, rows_multiple=4)
-    alone = Trainer(method) if method is not PREFIX else sgd_trainer()
+    single = Trainer(method) if method is not PREFIX else sgd_trainer()
     meshed = Trainer(method, mesh=make_mesh(**sizes))
-    (state, metrics), (expected, expected_metrics) = meshed.run(batch), alone.run(batch)
+    (state, metrics), (expected, expected_metrics) = meshed.run(batch), single.run(batch)
     assert_close(state, expected)
     assert_close(metrics, expected_metrics)
     # XLA warns if it copies the activations of the whole batch to every device.
@@ -311,8 +311,8 @@ def test_moments_are_sharded_like_their_parameters():
         if isinstance(part, optax.ScaleByAdamState)
     )
     for moment in (adam.mu, adam.nu):
-        for ours, theirs in zip(*map(jax.tree.leaves, (moment, state.train)), strict=True):
-            assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+        for moment_leaf, leaf in zip(*map(jax.tree.leaves, (moment, state.train)), strict=True):
+            assert moment_leaf.sharding.is_equivalent_to(leaf.sharding, moment_leaf.ndim)
     assert not adam.mu["backbone"]["embed"]["tokens_VD"].sharding.is_fully_replicated
 
 

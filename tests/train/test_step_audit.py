@@ -40,8 +40,8 @@ compile_step = functools.cache(step_audit.compile_step)
 LIMIT = 1.05
 
 
-def ratio(case: Any, found: Audit) -> float:
-    return found.flops / step_audit.floor_of(case)
+def ratio(case: Any, result: Audit) -> float:
+    return result.flops / step_audit.floor_of(case)
 
 
 @pytest.mark.parametrize(
@@ -63,20 +63,20 @@ def ratio(case: Any, found: Audit) -> float:
     ids=lambda case: f"{case.model}-{case.method}-{case.targets}",
 )
 def test_step_computes_and_stores_no_more_than_necessary(case: Any) -> None:
-    found = audit(*compile_step(case))
-    assert found.opaque == ()
-    assert 1 <= ratio(case, found) <= LIMIT
-    assert found.weight_gradients == ()
-    assert found.weight_copies == ()
-    assert found.optimizer_elements == 2 * found.train_elements
-    assert found.train_elements < found.backbone_bytes / 100
+    result = audit(*compile_step(case))
+    assert result.opaque == ()
+    assert 1 <= ratio(case, result) <= LIMIT
+    assert result.weight_gradients == ()
+    assert result.weight_copies == ()
+    assert result.optimizer_elements == 2 * result.train_elements
+    assert result.train_elements < result.backbone_bytes / 100
 
 
 def test_memory_beyond_the_backbone_is_proportional_to_the_tokens() -> None:
     few = dataclasses.replace(step_audit.SMOLLM2, tokens=40, targets=24)
-    found = audit(*compile_step(few))
-    assert found.temp_bytes < found.backbone_bytes / 10
-    assert ratio(few, found) <= LIMIT
+    result = audit(*compile_step(few))
+    assert result.temp_bytes < result.backbone_bytes / 10
+    assert ratio(few, result) <= LIMIT
 
 
 def test_detects_a_norm_over_all_gradients() -> None:
@@ -93,11 +93,11 @@ def test_detects_a_norm_over_all_gradients() -> None:
 
         return step
 
-    found = audit(*compile_step(step_audit.TINY, make))
-    assert ratio(step_audit.TINY, found) > 1.3
+    result = audit(*compile_step(step_audit.TINY, make))
+    assert ratio(step_audit.TINY, result) > 1.3
     # Seven matrices per layer, and the head.
-    assert sum(product.count for product in found.weight_gradients) == 7 * 4 + 1
-    assert found.weight_copies != ()
+    assert sum(product.count for product in result.weight_gradients) == 7 * 4 + 1
+    assert result.weight_copies != ()
 
 
 def trained_head_loss(model: PrefixModel, params: Any, batch: Batch) -> jax.Array:
@@ -120,14 +120,14 @@ def test_detects_a_copy_of_the_backbone() -> None:
 
         return noisy
 
-    found = audit(*compile_step(step_audit.TINY, make))
-    assert found.weight_gradients == ()
-    assert found.weight_copies != ()
+    result = audit(*compile_step(step_audit.TINY, make))
+    assert result.weight_gradients == ()
+    assert result.weight_copies != ()
 
 
 def test_detects_an_optimizer_of_all_parameters() -> None:
     compiled, backbone, state = compile_step(step_audit.TINY)
     whole = {"backbone": backbone, "prefix": state.train["prefix"]}
     state = dataclasses.replace(state, optimizer=jax.eval_shape(optax.adam(1e-3).init, whole))
-    found = audit(compiled, backbone, state)
-    assert found.optimizer_elements > 2 * found.train_elements
+    result = audit(compiled, backbone, state)
+    assert result.optimizer_elements > 2 * result.train_elements
