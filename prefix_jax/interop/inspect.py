@@ -141,7 +141,7 @@ def norms(produced: Produced) -> tuple[Norms, ...]:
             for of, x in parts.items()
             for i, layer in zip(layers, x, strict=True)
         )
-    found = []
+    result = []
     for where, site in produced.sites.items():
         parts = {
             of: x
@@ -156,8 +156,8 @@ def norms(produced: Produced) -> tuple[Norms, ...]:
         for of, x in parts.items():
             layers = site.layers or range(len(x))
             name = of if len(produced.sites) == 1 else f"{where} {of}"
-            found += [_norms(name, i, layer) for i, layer in zip(layers, x, strict=True)]
-    return tuple(found)
+            result += [_norms(name, i, layer) for i, layer in zip(layers, x, strict=True)]
+    return tuple(result)
 
 
 def nearest_words(

@@ -150,14 +150,14 @@ class AbstractRun:
         """Abstract {"backbone": …, "prefix": …, "head": …}, sharded as in training."""
         model, backbone = self.model, self.model.backbone
         weights = abstract_params(backbone, self.dtype, self.config.model.quantize)
-        made: dict[str, Any] = {"backbone": placed(weights, weight_shardings(weights, mesh))}
+        params: dict[str, Any] = {"backbone": placed(weights, weight_shardings(weights, mesh))}
         if (method := model.method) is not None:
             init = jax.eval_shape(lambda: method.init(jax.random.key(0), backbone.geometry, None))
-            made["prefix"] = everywhere(init, mesh)
+            params["prefix"] = everywhere(init, mesh)
         if (head := model.head) is not None:
             init = jax.eval_shape(lambda: head.init(jax.random.key(0), backbone.arch.d_model))
-            made["head"] = everywhere(init, mesh)
-        return made
+            params["head"] = everywhere(init, mesh)
+        return params
 
     def batch(self, shape: BatchShape, mesh: Mesh) -> Batch:
         """The abstract batch of a step, with rows over the batch axes.

@@ -59,13 +59,13 @@ def audit(compiled: jax.stages.Compiled, backbone: Mapping[str, Any], state: Any
     if text is None or memory is None:
         raise ValueError("this backend provides no compiled text or memory statistics")
     module = parse(text)
-    found, arrays = products(module), temporaries(module)
+    counted, arrays = products(module), temporaries(module)
     layer, stored = _matrices(backbone)
     return Audit(
-        flops=sum(product.flops for product in found),
+        flops=sum(product.flops for product in counted),
         opaque=opaque(module),
         largest=arrays[0],
-        weight_gradients=tuple(p for p in found if p.out.elements in layer | stored),
+        weight_gradients=tuple(p for p in counted if p.out.elements in layer | stored),
         weight_copies=tuple(array for array in arrays if array.elements in stored),
         temp_bytes=memory.temp_size_in_bytes,
         backbone_bytes=sum(

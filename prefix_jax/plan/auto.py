@@ -78,7 +78,7 @@ def choose_mesh(
     """
     guesses = sorted(
         (guess(run, shape, topology, sizes) for sizes in meshes(run, shape, topology)),
-        key=lambda made: (made.seconds, -made.weights),
+        key=lambda estimate: (estimate.seconds, -estimate.weights),
     )
     if not guesses:
         hosts = "" if topology.hosts == 1 else f" on {topology.hosts} hosts"
@@ -87,16 +87,16 @@ def choose_mesh(
             f"{len(topology.devices)} devices{hosts}; choose another data.batch_size"
         )
     limit = topology.hbm_limit
-    hopeful = [made for made in guesses if made.weights < limit] or guesses[-1:]
+    hopeful = [estimate for estimate in guesses if estimate.weights < limit] or guesses[-1:]
     plans: list[Plan] = []
     best: Plan | None = None
-    for made in hopeful:
+    for estimate in hopeful:
         if best is not None and best.roofline is not None:
             fitting = sum(plan.fits for plan in plans)
             # A guess is a lower bound: no program on this mesh is faster.
-            if fitting >= _FEW or made.seconds > best.roofline.seconds:
+            if fitting >= _FEW or estimate.seconds > best.roofline.seconds:
                 break
-        plan = compile_step(run, shape, topology, topology.mesh(made.sizes))
+        plan = compile_step(run, shape, topology, topology.mesh(estimate.sizes))
         plans.append(plan)
         tried(plan)
         best = better(best, plan)

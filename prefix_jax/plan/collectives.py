@@ -68,7 +68,7 @@ class Collective:
         return self.nbytes * (n - 1) / n * (2 if self.kind == "all-reduce" else 1)
 
 
-def collectives(found: Sequence[Visit]) -> list[Collective]:
+def collectives(visits: Sequence[Visit]) -> list[Collective]:
     """Finds all collectives among the visited instructions.
 
     The TPU compiler spreads an asynchronous collective over several fusions, some of them in loops
@@ -76,20 +76,20 @@ def collectives(found: Sequence[Visit]) -> list[Collective]:
     """
     starting = {
         (visit.run, visit.kernel.name)
-        for visit in found
+        for visit in visits
         if visit.instruction.word("custom_call_target") == "AsyncCollectiveStart"
     }
     started = {
         visit.instruction.word("channel_id")
-        for visit in found
+        for visit in visits
         if (visit.run, visit.kernel.name) in starting
     }
-    pairs = {(visit.run, _pairs(visit.instruction)) for visit in found}
-    made, seen = [], set()
-    for visit in found:
+    pairs = {(visit.run, _pairs(visit.instruction)) for visit in visits}
+    collected, seen = [], set()
+    for visit in visits:
         instruction = visit.instruction
         if instruction.opcode == "send":
-            made.append(_between_slices(visit))
+            collected.append(_between_slices(visit))
             continue
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
@@ -103,7 +103,7 @@ def collectives(found: Sequence[Visit]) -> list[Collective]:
         groups = _groups(instruction)
         if groups.shape[1] < 2:
             continue
-        made.append(
+        collected.append(
             Collective(
                 kind,
                 instruction.op_name,
@@ -116,7 +116,7 @@ def collectives(found: Sequence[Visit]) -> list[Collective]:
                 visit.fused * sum(a.nbytes for a in instruction.results if a.space == 0),
             )
         )
-    return made
+    return collected
 
 
 def _between_slices(visit: Visit) -> Collective:
@@ -148,8 +148,8 @@ def _whole(visit: Visit, kind: Kind, size: int) -> int:
 
 def _pairs(instruction: Instruction) -> tuple[tuple[int, int], ...]:
     """(source, target) pairs of a permutation, without pairs of a device with itself."""
-    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.attributes)
-    pairs = re.findall(r"(\d+),(\d+)", found[1]) if found else ()
+    match = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", instruction.attributes)
+    pairs = re.findall(r"(\d+),(\d+)", match[1]) if match else ()
     return tuple(sorted((int(a), int(b)) for a, b in pairs if a != b))
 
 
@@ -184,7 +184,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _iota(text: str) -> np.ndarray:
     """Evaluates an iota such as "[2,4]T(1,0)": numbers from 0, reshaped and transposed."""
-    found: Any = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    dims = _numbers(found[1])
+    match: Any = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    dims = _numbers(match[1])
     numbers = np.arange(math.prod(dims)).reshape(dims)
-    return numbers.transpose(_numbers(found[2])) if found[2] else numbers
+    return numbers.transpose(_numbers(match[2])) if match[2] else numbers

@@ -63,19 +63,19 @@ class Instruction:
 
     def word(self, key: str) -> str | None:
         """The value of `key=value`, without quotes; None if the attribute is missing."""
-        found = re.search(rf'\b{key}="?%?([^\s,"]+)', self.attributes)
-        return found[1] if found else None
+        match = re.search(rf'\b{key}="?%?([^\s,"]+)', self.attributes)
+        return match[1] if match else None
 
     def listed(self, key: str) -> tuple[str, ...]:
         """The values of `key={a,b}`; empty if the attribute is missing."""
-        found = re.search(rf"\b{key}={{([^}}]*)}}", self.attributes)
-        return tuple(re.findall(r"[^\s,%]+", found[1])) if found else ()
+        match = re.search(rf"\b{key}={{([^}}]*)}}", self.attributes)
+        return tuple(re.findall(r"[^\s,%]+", match[1])) if match else ()
 
     @property
     def op_name(self) -> str:
         """Its origin in the traced Python program; empty if the compiler added it."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
 
 
 Computation = Mapping[str, Instruction]
@@ -126,9 +126,9 @@ def parse(text: str) -> Module:
         elif inside is not None:
             instruction = _instruction(line)
             inside[instruction.name] = instruction
-        elif found := _COMPUTATION.match(line):
-            inside = computations.setdefault(found[2], {})
-            entry = found[2] if found[1] else entry
+        elif match := _COMPUTATION.match(line):
+            inside = computations.setdefault(match[2], {})
+            entry = match[2] if match[1] else entry
     if entry is None:
         raise ValueError("not the text of an HLO module: it has no ENTRY computation")
     return Module(computations, entry)
@@ -158,10 +158,10 @@ def temporaries(module: Module) -> list[Array]:
 
 
 def _instruction(line: str) -> Instruction:
-    found = _INSTRUCTION.match(line)
-    if not found:
+    match = _INSTRUCTION.match(line)
+    if not match:
         raise ValueError(f"not an HLO instruction: {line!r:.200}")
-    root, name, rest = found.groups()
+    root, name, rest = match.groups()
     # A tuple of results is in parentheses; a single result contains no space.
     cut = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
     start = rest.index("(", cut)
@@ -179,10 +179,10 @@ def _instruction(line: str) -> Instruction:
 def _closing(text: str, start: int) -> int:
     """The index after the parenthesis that closes the one at `start`; quotes are skipped."""
     depth = 0
-    for found in re.compile(r'"(?:[^"\\]|\\.)*"|[()]').finditer(text, start):
-        depth += {"(": 1, ")": -1}.get(found[0], 0)
+    for match in re.compile(r'"(?:[^"\\]|\\.)*"|[()]').finditer(text, start):
+        depth += {"(": 1, ")": -1}.get(match[0], 0)
         if depth == 0:
-            return found.end()
+            return match.end()
     raise ValueError(f"unbalanced parentheses: {text!r:.200}")
 
 

@@ -148,13 +148,13 @@ def compile_step(run: AbstractRun, shape: BatchShape, topology: Topology, mesh: 
             raise
     took = time.perf_counter() - begin
     limit = topology.hbm_limit
-    memory, found, needs = None, None, 0
+    memory, minimum, needs = None, None, 0
     if compiled is not None:
         memory = _memory(compiled, params, limit)
         needs = memory.total
         text = compiled.as_text()
         assert text is not None  # always available from the TPU compiler
-        found = roofline(
+        minimum = roofline(
             parse(text),
             topology,
             list(mesh.devices.flat),
@@ -177,7 +177,7 @@ def compile_step(run: AbstractRun, shape: BatchShape, topology: Topology, mesh: 
         limit=limit,
         memory=memory,
         floor=_floor(run, shape),
-        roofline=found,
+        roofline=minimum,
         compile_seconds=took,
     )
 

@@ -49,13 +49,13 @@ def products(module: Module) -> list[Product]:
     Raises:
         ValueError: a loop contains products, but its trip count is unknown.
     """
-    found = []
+    counted = []
     for visit in visits(module, cost):
         if each := cost(visit.computation, visit.instruction):
             inputs = _inputs(visit.computation, visit.instruction)
             name, out = visit.instruction.op_name, visit.instruction.results[0]
-            found.append(Product(name, out, inputs, visit.times, each * visit.times))
-    return sorted(found, key=lambda product: -product.flops)
+            counted.append(Product(name, out, inputs, visit.times, each * visit.times))
+    return sorted(counted, key=lambda product: -product.flops)
 
 
 def flops(module: Module) -> int:

@@ -23,11 +23,11 @@ _QUICKER = 1.02
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """All figures of a plan: bytes, seconds and operations, per device unless noted otherwise."""
-    found = dataclasses.asdict(plan)
-    found |= {"fits": plan.fits, "over": plan.over, "tokens_per_second": plan.tokens_per_second}
+    content = dataclasses.asdict(plan)
+    content |= {"fits": plan.fits, "over": plan.over, "tokens_per_second": plan.tokens_per_second}
     if plan.roofline is not None:
-        found["roofline"] |= {"bound": plan.roofline.bound, "sent": plan.roofline.sent}
-    return found
+        content["roofline"] |= {"bound": plan.roofline.bound, "sent": plan.roofline.sent}
+    return content
 
 
 def largest_as_json(largest: Largest) -> dict[str, Any]:
@@ -43,15 +43,15 @@ def largest_as_json(largest: Largest) -> dict[str, Any]:
 
 def table(plan: Plan) -> Table:
     """Formats a plan as a table."""
-    made = Table(
+    grid = Table(
         title=text(_title(plan)), title_justify="left", box=box.SIMPLE_HEAD, show_header=False
     )
-    made.add_column("what", no_wrap=True)
-    made.add_column("time", justify="right", no_wrap=True)
-    made.add_column("figures")
+    grid.add_column("what", no_wrap=True)
+    grid.add_column("time", justify="right", no_wrap=True)
+    grid.add_column("figures")
     for line_of in _lines(plan):
-        made.add_row(*line_of)
-    return made
+        grid.add_row(*line_of)
+    return grid
 
 
 def line(plan: Plan) -> str:
@@ -65,24 +65,24 @@ def line(plan: Plan) -> str:
 def compared(choice: Choice) -> Table:
     """Formats the compiled meshes as a table."""
     compiled, possible = len(choice.compiled), choice.possible
-    made = Table(
+    grid = Table(
         title=f"Compiled {compiled} of {possible} meshes",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
     for name in ("mesh", "memory", "step", "sent", "bound by"):
-        made.add_column(name, justify="left" if name in ("mesh", "bound by") else "right")
+        grid.add_column(name, justify="left" if name in ("mesh", "bound by") else "right")
     for plan in choice.compiled:
-        found = plan.roofline
+        minimum = plan.roofline
         mark = " (chosen)" if plan is choice.best else ""
-        made.add_row(
+        grid.add_row(
             describe(plan.mesh) + mark,
             gib(plan.needs) if plan.fits else f"[red]{lacking(plan)} over the limit[/]",
-            "" if found is None else _ms(found.seconds),
-            "" if found is None else gib(found.sent),
-            "" if found is None else found.bound,
+            "" if minimum is None else _ms(minimum.seconds),
+            "" if minimum is None else gib(minimum.sent),
+            "" if minimum is None else minimum.bound,
         )
-    return made
+    return grid
 
 
 def advice(tried: Sequence[Remedy]) -> str:
@@ -111,20 +111,20 @@ def largest_line(largest: Largest) -> str:
     if not largest.rows:
         return f"No batch fits{where}: {count} would be {lacking(plan)} over the limit."
     if largest.above is None:
-        said = f"{count} fit{where} ({gib(plan.needs)} per device); more were not tried"
+        text = f"{count} fit{where} ({gib(plan.needs)} per device); more were not tried"
     else:
-        said = (
+        text = (
             f"The largest batch that fits{where} has {count} ({gib(plan.needs)} per device); "
             f"{largest.above.batch.rows} would be {lacking(largest.above)} over the limit"
         )
-    said += f". Compiled {largest.compiled} program{'s' if largest.compiled > 1 else ''}."
+    text += f". Compiled {largest.compiled} program{'s' if largest.compiled > 1 else ''}."
     rate, best = largest.plan.tokens_per_second, largest.quickest.tokens_per_second
     if rate and best and best > _QUICKER * rate:
-        said += (
+        text += (
             f" At most {rate:,.0f} tokens per second with {count}, {best:,.0f} with "
             f"{largest.quickest.batch.rows}."
         )
-    return said
+    return text
 
 
 def _title(plan: Plan) -> str:
@@ -139,37 +139,37 @@ def _title(plan: Plan) -> str:
 def _lines(plan: Plan) -> list[tuple[str, str, str]]:
     lines = [("step", "", _shape(plan))]
     if plan.memory is None:
-        said = (
+        text = (
             f"[red]does not fit[/]: needs {gib(plan.needs)} of {gib(plan.limit)} per device, "
             f"{lacking(plan)} over the limit"
         )
     else:
         memory = plan.memory
-        said = (
+        text = (
             f"[green]fits[/]: {gib(memory.total)} of {gib(memory.limit)} per device "
             f"({100 * memory.total / memory.limit:.0f} %): weights {gib(memory.weights)}, other "
             f"arguments {gib(max(memory.arguments - memory.weights, 0))}, temporaries "
             f"{gib(memory.temporaries)}"
         )
-    lines.append(("memory", "", said))
-    found = plan.roofline
-    if found is not None:
-        flops = f"{_flop(found.flops)} per device"
+    lines.append(("memory", "", text))
+    minimum = plan.roofline
+    if minimum is not None:
+        flops = f"{_flop(minimum.flops)} per device"
         if plan.floor is not None:
-            ratio = found.flops * plan.devices / plan.floor
+            ratio = minimum.flops * plan.devices / plan.floor
             flops += f", {ratio:.2f} x the minimum with dense attention"
         lines += [
-            ("compute", _ms(found.compute), flops),
-            ("memory traffic", _ms(found.memory), f"{gib(found.bytes_accessed)} per device"),
-            ("network", _ms(found.network), f"{gib(found.sent)} sent by each device"),
+            ("compute", _ms(minimum.compute), flops),
+            ("memory traffic", _ms(minimum.memory), f"{gib(minimum.bytes_accessed)} per device"),
+            ("network", _ms(minimum.network), f"{gib(minimum.sent)} sent by each device"),
             *(
-                (f"  {kind}", _ms(one.seconds), f"{one.count:,}, {gib(one.sent)} in total")
-                for kind, one in found.exchanges.items()
+                (f"  {kind}", _ms(x.seconds), f"{x.count:,}, {gib(x.sent)} in total")
+                for kind, x in minimum.exchanges.items()
             ),
             (
                 "step, at least",
-                _ms(found.seconds),
-                f"bound by {found.bound}; at most {plan.tokens_per_second or 0:,.0f} tokens per "
+                _ms(minimum.seconds),
+                f"bound by {minimum.bound}; at most {plan.tokens_per_second or 0:,.0f} tokens per "
                 "second",
             ),
         ]

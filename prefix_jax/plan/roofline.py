@@ -97,7 +97,7 @@ def roofline(
     Raises:
         ValueError: a loop contains products, but its trip count is unknown.
     """
-    found = list(visits(module, cost))
+    visited = list(visits(module, cost))
     peak = topology.chip.bf16 / topology.chip.devices
     fast = topology.chip.int8 / topology.chip.devices
     bandwidth = topology.chip.bandwidth / topology.chip.devices
@@ -108,7 +108,7 @@ def roofline(
     products: dict[tuple[int, str], float] = collections.defaultdict(float)
     memory: dict[tuple[int, str], float] = collections.defaultdict(float)
     ahead = 0.0
-    for visit in found:
+    for visit in visited:
         key = visit.run, visit.kernel.name
         if each := cost(visit.computation, visit.instruction):
             operands = visit.instruction.operands[:2]
@@ -130,7 +130,7 @@ def roofline(
             else:
                 memory[key] += seconds
     kernels = sum(max(products[key], memory[key]) for key in products.keys() | memory.keys())
-    exchanges = collectives(found)
+    exchanges = collectives(visited)
     traffic += sum(one.count * one.written for one in exchanges)
     times = [(one, one.count * seconds_of(one, topology, devices)) for one in exchanges]
     # The two networks work in parallel.

@@ -125,12 +125,12 @@ class Topology:
         Raises:
             MeshError: the text is not a valid topology.
         """
-        found = _NAME.fullmatch(text.strip().lower())
-        if not found:
+        match = _NAME.fullmatch(text.strip().lower())
+        if not match:
             if written := _written(text.strip().lower()):
                 raise MeshError(f"topology {text!r}: write its chips, {written}")
             raise MeshError(f"topology {text!r}: write it as one of {_EXAMPLES}")
-        count, name, shape = found.groups()
+        count, name, shape = match.groups()
         if name not in CHIPS:
             raise MeshError(f"topology {text}: the chip {name!r} is not one of {', '.join(CHIPS)}")
         sizes = tuple(map(int, shape.split("x")))
@@ -217,14 +217,14 @@ class Topology:
             asked["num_slices"] = self.slices
         try:
             with _ready_to_load():
-                found = topologies.get_topology_desc(
+                description = topologies.get_topology_desc(
                     f"{self.name}:{'x'.join(map(str, self.shape))}", "tpu", **asked
                 )
         except (RuntimeError, ValueError, NotImplementedError) as error:
             raise MeshError(
                 f"the TPU compiler does not support topology {self}: {reason(error)}"
             ) from None
-        return found.devices
+        return description.devices
 
     def mesh(self, sizes: Mapping[str, int]) -> Mesh:
         """The devices as a `data` × `fsdp` × `sequence` × `tensor` mesh.
@@ -247,9 +247,9 @@ class Topology:
         try:
             jax.jit(lambda x: x + 1).lower(too_much).compile()
         except jax.errors.JaxRuntimeError as error:
-            found = OutOfMemory.parse(str(error))
-            if found is not None:
-                return found.limit
+            out_of_memory = OutOfMemory.parse(str(error))
+            if out_of_memory is not None:
+                return out_of_memory.limit
             raise
         raise AssertionError("no chip has 4 TiB of memory")
 
@@ -276,8 +276,8 @@ class OutOfMemory:
             return None
         size = r"([\d.]+)([BKMGT]?)"
         for form in (rf"Used {size} of {size}", rf"\({size}\) exceeds available HBM \({size}\)"):
-            if found := re.search(form, message):
-                used, unit, limit, limit_unit = found.groups()
+            if match := re.search(form, message):
+                used, unit, limit, limit_unit = match.groups()
                 return cls(_bytes(used, unit), _bytes(limit, limit_unit))
         return None
 
@@ -287,10 +287,10 @@ def _written(cloud: str) -> str | None:
 
     The chips form a square or cube, or several adjacent ones.
     """
-    found = _CLOUD.fullmatch(cloud)
-    if found is None:
+    match = _CLOUD.fullmatch(cloud)
+    if match is None:
         return None
-    slices, by_chips, by_cores, count = found.groups()
+    slices, by_chips, by_cores, count = match.groups()
     chips = int(count) if by_chips else int(count) // 2
     name = (by_chips or by_cores).replace("litepod", "e")
     axes, doublings = CHIPS[name].axes, chips.bit_length() - 1

@@ -44,12 +44,12 @@ _CLASSIFIER = {"gpt2", "gpt_neox"}
 def names(head: Head, model_type: str, causal: bool) -> dict[str, str]:
     """Maps each array of a head to its name in an adapter."""
     dense, out = _layers(head, model_type, causal)
-    found = {"out_DY": f"{_BASE}{out}.weight"}
+    table = {"out_DY": f"{_BASE}{out}.weight"}
     if head.bias:
-        found["out_bias_Y"] = f"{_BASE}{out}.bias"
+        table["out_bias_Y"] = f"{_BASE}{out}.bias"
     if head.activation is not None:
-        found |= {"dense_DE": f"{_BASE}{dense}.weight", "dense_bias_E": f"{_BASE}{dense}.bias"}
-    return found
+        table |= {"dense_DE": f"{_BASE}{dense}.weight", "dense_bias_E": f"{_BASE}{dense}.bias"}
+    return table
 
 
 def _layers(head: Head, model_type: str, causal: bool) -> tuple[str, str]:

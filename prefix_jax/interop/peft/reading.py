@@ -147,12 +147,12 @@ def _type_of(files: Files) -> str:
 
 
 def _source(files: Files, model: str | Path | None) -> str | Path:
-    found = files.config.get("base_model_name_or_path") if model is None else model
-    if not found:
+    source = files.config.get("base_model_name_or_path") if model is None else model
+    if not source:
         raise BackboneError(
             f"{files.where / CONFIG} does not name its backbone; give its path (--model)"
         )
-    return found
+    return source
 
 
 def task_type(geometry: Geometry) -> str:
@@ -163,11 +163,11 @@ def task_type(geometry: Geometry) -> str:
 
 
 def _check_task_type(files: Files, arch: Architecture) -> None:
-    found, bare = files.config.get("task_type"), task_type(arch.geometry)
+    stored, bare = files.config.get("task_type"), task_type(arch.geometry)
     of_heads = [] if arch.encoder is not None else sorted({*heads.TASK_TYPES.values()})
-    if found is not None and found not in (bare, *of_heads):
+    if stored is not None and stored not in (bare, *of_heads):
         raise PrefixError(
-            f"{files.where / CONFIG}: task_type is {found}, but the backbone, a "
+            f"{files.where / CONFIG}: task_type is {stored}, but the backbone, a "
             f"{arch.model_type}, supports {', '.join([bare, *of_heads])}; give the "
             "backbone that the adapter was trained for"
         )
@@ -176,10 +176,10 @@ def _check_task_type(files: Files, arch: Architecture) -> None:
         for name in files.arrays
         if name.startswith("base_model.") and not _ADAPTION.fullmatch(name)
     )
-    if unread and found not in of_heads:
+    if unread and stored not in of_heads:
         raise PrefixError(
             f"{files.where / WEIGHTS} contains more than a prefix, {', '.join(unread)}, which is "
-            f"not supported for {found}; train the adapter again without modules_to_save"
+            f"not supported for {stored}; train the adapter again without modules_to_save"
         )
 
 
@@ -243,21 +243,23 @@ def _adapter(files: Files, arch: Architecture) -> Adapter:
             f"biases; with a {arch.model_type}, PEFT adds the adapter's output after another "
             "projection, or adds that projection's bias twice. Train method.name=adapter here"
         )
-    found: dict[str, dict[int, np.ndarray]] = {"prompt": {}, "gate": {}}
+    arrays: dict[str, dict[int, np.ndarray]] = {"prompt": {}, "gate": {}}
     for name in files.arrays:
         matched = _ADAPTION.fullmatch(name)
-        if matched is None or matched[2] not in found:
+        if matched is None or matched[2] not in arrays:
             raise PrefixError(f"{files.where / WEIGHTS}: {name} is not part of ADAPTION_PROMPT")
         of = matched[2]
-        found[of][int(matched[1])] = files.array(name, 3 if of == "prompt" else 1)
-    layers, P, D = sorted(found["prompt"]), files.number("adapter_len"), arch.d_model
+        arrays[of][int(matched[1])] = files.array(name, 3 if of == "prompt" else 1)
+    layers, P, D = sorted(arrays["prompt"]), files.number("adapter_len"), arch.d_model
     count = files.number("adapter_layers")
     expected = list(range(arch.layers))[-count:]
-    shapes = {x.shape for x in found["prompt"].values()} | {x.shape for x in found["gate"].values()}
-    if not layers or len(layers) != count or layers != expected or layers != sorted(found["gate"]):
+    shapes = {x.shape for x in arrays["prompt"].values()} | {
+        x.shape for x in arrays["gate"].values()
+    }
+    if not layers or len(layers) != count or layers != expected or layers != sorted(arrays["gate"]):
         raise PrefixError(
             f"{files.where / WEIGHTS}: there are prompts for the layers {layers} and gates for "
-            f"{sorted(found['gate'])}; {CONFIG} has adapter_layers {count}, which are the top "
+            f"{sorted(arrays['gate'])}; {CONFIG} has adapter_layers {count}, which are the top "
             f"layers of this backbone's {arch.layers}"
         )
     if shapes != {(1, P, D), (1,)}:
@@ -265,9 +267,9 @@ def _adapter(files: Files, arch: Architecture) -> Adapter:
             f"{files.where / WEIGHTS}: the arrays have shapes {sorted(shapes)}; {CONFIG} and the "
             f"backbone require {(1, P, D)} and {(1,)}"
         )
-    h_LPD = np.concatenate([found["prompt"][layer] for layer in layers])
+    h_LPD = np.concatenate([arrays["prompt"][layer] for layer in layers])
     # One gate per layer, shared by its heads.
-    gate_LN = np.stack([found["gate"][layer] for layer in layers])
+    gate_LN = np.stack([arrays["gate"][layer] for layer in layers])
     every = len(layers) == arch.layers
     return Adapter(jnp.asarray(h_LPD), jnp.asarray(gate_LN), None if every else tuple(layers))
 

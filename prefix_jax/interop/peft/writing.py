@@ -165,10 +165,10 @@ def _join(prefix: Prefix, card: Card) -> KVPrefix:
         and site.inside.bias_LPN is not None
         and bool(np.any(np.asarray(site.inside.bias_LPN) != 0)),
     }
-    if found := [part for part, there in parts.items() if there]:
+    if unsupported := [part for part, there in parts.items() if there]:
         raise PrefixError(
-            f"PEFT cannot express {', '.join(found)}; train method.name=prefix for all layers, "
-            f"{_OURS}"
+            f"PEFT cannot express {', '.join(unsupported)}; train method.name=prefix for all "
+            f"layers, {_OURS}"
         )
     if site is None or site.inside is None:
         raise PrefixError(f"the prefix has no keys and values for PEFT; {_OURS[3:]}")
