@@ -76,8 +76,8 @@ def test_padding_of_sources_and_targets_does_not_change_results(name, sides):
 def joined(ids_BT: jax.Array) -> tuple[jax.Array, TokenLayout]:
     """Packs two rows into one."""
     _, length = ids_BT.shape
-    group = jnp.repeat(jnp.arange(1, B + 1), length)[None]
-    tokens = TokenLayout(group, 0 * group, jnp.tile(jnp.arange(length), B)[None])
+    segment = jnp.repeat(jnp.arange(1, B + 1), length)[None]
+    tokens = TokenLayout(segment, 0 * segment, jnp.tile(jnp.arange(length), B)[None])
     return ids_BT.reshape(1, -1), tokens
 
 

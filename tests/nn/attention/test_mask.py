@@ -1,4 +1,4 @@
-"""Masks follow from (group, branch, position)."""
+"""Masks follow from (segment, branch, position)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ small = st.integers(0, 3)
 
 @st.composite
 def places(draw: st.DrawFn) -> np.ndarray:
-    """(group, branch, position) of 6 tokens in each of 2 rows."""
+    """(segment, branch, position) of 6 tokens in each of 2 rows."""
     return np.array(draw(st.lists(st.tuples(small, small, small), min_size=12, max_size=12)))
 
 
@@ -27,11 +27,11 @@ def as_tokens(places: np.ndarray) -> TokenLayout:
 def test_token_sees_its_segment_its_branch_and_the_source_up_to_its_position(q, k, window):
     mask_BTS = np.asarray(causal_mask(as_tokens(q), as_tokens(k), window))
     for b, t, s in np.ndindex(*mask_BTS.shape):
-        group, branch, position = q[6 * b + t]
-        key_group, key_branch, key_position = k[6 * b + s]
+        segment, branch, position = q[6 * b + t]
+        key_segment, key_branch, key_position = k[6 * b + s]
         expected = (
-            group == key_group
-            and key_group != 0
+            segment == key_segment
+            and key_segment != 0
             and key_branch in (0, branch)
             and key_position <= position
             and (window is None or position - key_position < window)

@@ -53,9 +53,9 @@ def case(S: int = T, P: int = 3, columns: int = T, rows: int = B) -> Case:
 
 
 def packed(columns: int, branches: int = 0, rows: int = B) -> TokenLayout:
-    """Rows of groups of various lengths, each a source with `branches` targets, then padding."""
+    """Rows of segments of various lengths, each a source with `branches` targets, then padding."""
     rng = np.random.default_rng(columns)
-    group, branch, position = np.zeros((3, rows, columns), np.int32)
+    segment, branch, position = np.zeros((3, rows, columns), np.int32)
     for row in range(rows):
         start, number = 0, 1
         while start < columns - 40:
@@ -65,10 +65,10 @@ def packed(columns: int, branches: int = 0, rows: int = B) -> TokenLayout:
                 target, end = end, end + int(rng.integers(1, 12))
                 branch[row, target:end] = b
                 position[row, target:end] = source - start + np.arange(end - target)
-            group[row, start:end] = number
+            segment[row, start:end] = number
             # Columns beyond the end of the row were cut off.
             start, number = end, number + 1
-    arrays = map(jnp.asarray, (group, branch, position))
+    arrays = map(jnp.asarray, (segment, branch, position))
     tokens = TokenLayout(*arrays)
     return tokens if branches else dataclasses.replace(tokens, branch_BT=None)
 
