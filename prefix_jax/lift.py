@@ -51,7 +51,8 @@ class FrozenModel(Protocol):
         """The shapes of the attentions."""
 
     def prompt_keys_values(self, weights: Weights, x_APD: jax.Array) -> Slots:
-        """Runs A prompts through the decoder; the axis P is A prompts of P slots."""
+        """Runs A prompts of P soft tokens through the decoder. Returns [L, A * P, K, H], one prompt
+        after the other."""
 
     def state_keys_values(self, weights: Weights, h_LPD: jax.Array) -> Slots:
         """Applies each layer's norm, projections and rotation to its states."""
@@ -89,6 +90,7 @@ def lift(backbone: FrozenModel, weights: Weights, produced: Produced | None) -> 
 
     if isinstance(produced, Embeds):
         if geometry.encoder is not None:
+            # The encoder reads the text, and its attention is bidirectional.
             return Prefix(embeds_PD=produced.x_PD, tasks=produced.tasks)
         # The prompts of a bank are rows of one batch, so they do not see each other.
         x_APD = jnp.stack([prompt.x_PD for prompt in produced.split_tasks()])

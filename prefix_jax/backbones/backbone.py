@@ -128,7 +128,10 @@ class Backbone:
         return lift(self, params, produced)
 
     def prompt_keys_values(self, params: Params, x_APD: jax.Array) -> Slots:
-        """Runs A prompts through the decoder; the axis P of the result is A prompts of P slots.
+        """Runs A prompts of P soft tokens through the decoder, each without the others.
+
+        Returns:
+            k_LPKH and v_LPKH, [L, A * P, K, H], one prompt after the other.
 
         Raises:
             ContextError: a prompt is longer than the table of learned positions.
