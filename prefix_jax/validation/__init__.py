@@ -1,14 +1,13 @@
 """Types, ranges and checks of every value that a user or a file provides.
 
 An annotation declares the accepted values of a field: `Annotated[int, Interval(ge=1, le=1024)]` or
-one of `types`. pydantic validates them (`check`); messages give the key, the expected and the
+one of `types`. pydantic validates them (`parse`); messages give the key, the expected and the
 actual value.
 """
 
 from annotated_types import Interval
 
 from prefix_jax.validation.check import (
-    Problem,
     build,
     check_conditions,
     check_fields,
@@ -17,6 +16,7 @@ from prefix_jax.validation.check import (
     renamed,
     require,
 )
+from prefix_jax.validation.messages import Problem
 from prefix_jax.validation.plain import plain, shown
 from prefix_jax.validation.types import (
     MAX_INT32,
