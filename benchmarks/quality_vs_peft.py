@@ -91,7 +91,7 @@ def peft(init: str, steps: int, exchange: Path) -> dict[str, Any]:
 
     from prefix_jax.backbones.loading.find import find
     from prefix_jax.backbones.loading.tokenizer import load_tokenizer
-    from prefix_jax.evaluate.metrics import score
+    from prefix_jax.tasks.metrics import score
 
     data = json.loads((exchange / "data.json").read_text())
     model = common.peft_model(np.load(exchange / "prefix.npz") if init == "text" else None, LENGTH)

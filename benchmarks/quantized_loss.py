@@ -66,7 +66,7 @@ def measure(task: str, limit: int, steps: int | None) -> dict[str, dict[str, flo
     from prefix_jax.backbones.loading.pretrained import load
     from prefix_jax.config import parse
     from prefix_jax.data.source import read_records
-    from prefix_jax.evaluate.run import Evaluator
+    from prefix_jax.evaluate.evaluator import Evaluator
     from prefix_jax.runs.build import build_run
 
     found = {}

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from prefix_jax.api import Tuned, bake, fit, import_peft, load_prefix
     from prefix_jax.backbones.loading.pretrained import Pretrained, load
     from prefix_jax.config import Config, DecodeConfig
-    from prefix_jax.config import TaskConfig as Task
     from prefix_jax.config import load as load_config
     from prefix_jax.methods import (
         Cartridge,
@@ -38,23 +37,38 @@ if TYPE_CHECKING:
         PromptTuning,
         PTuning,
     )
+    from prefix_jax.tasks import (
+        ChatTask,
+        Classify,
+        ExtractSpan,
+        MultipleChoice,
+        Regress,
+        Tag,
+        TextTask,
+    )
 
 # transformers lends its tokenizers, which need no PyTorch; it warns of the lack all the same.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __all__ = [
     "Cartridge",
+    "ChatTask",
+    "Classify",
     "Config",
     "DecodeConfig",
+    "ExtractSpan",
     "HiddenPrefixTuning",
     "LlamaAdapter",
+    "MultipleChoice",
     "MultitaskPromptTuning",
     "PTuning",
     "PrefixTuning",
     "PrefixTuningPlus",
     "Pretrained",
     "PromptTuning",
-    "Task",
+    "Regress",
+    "Tag",
+    "TextTask",
     "Tuned",
     "bake",
     "fit",
@@ -70,7 +84,6 @@ _HOMES = {
     **dict.fromkeys(("Tuned", "bake", "fit", "import_peft", "load_prefix"), "prefix_jax.api"),
     **dict.fromkeys(("Pretrained", "load"), "prefix_jax.backbones.loading.pretrained"),
     **dict.fromkeys(("Config", "DecodeConfig"), "prefix_jax.config"),
-    "Task": "prefix_jax.config:TaskConfig",
     "load_config": "prefix_jax.config:load",
     **dict.fromkeys(
         (
@@ -84,6 +97,18 @@ _HOMES = {
             "PromptTuning",
         ),
         "prefix_jax.methods",
+    ),
+    **dict.fromkeys(
+        (
+            "ChatTask",
+            "Classify",
+            "ExtractSpan",
+            "MultipleChoice",
+            "Regress",
+            "Tag",
+            "TextTask",
+        ),
+        "prefix_jax.tasks",
     ),
 }
 

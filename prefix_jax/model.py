@@ -1,11 +1,11 @@
-"""Combines a backbone and a method: method → lift → hidden → head."""
+"""Combines a backbone, a method and a task: method → lift → hidden → head."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,10 @@ import numpy as np
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.starts import adapter_from_states, starts_from_text
 from prefix_jax.data.batch import Batch
-from prefix_jax.data.tokens import EncoderDecoder
 from prefix_jax.errors import ContextError
-from prefix_jax.heads import Head
 from prefix_jax.mesh import on_mesh_of
 from prefix_jax.methods.base import Method
+from prefix_jax.nn.head import Head
 from prefix_jax.nn.loss import (
     frozen_head_loss,
     gather_targets,
@@ -26,6 +25,10 @@ from prefix_jax.nn.loss import (
     training_head_loss,
 )
 from prefix_jax.prefix import Adapter, Embeds, Hidden, Prefix, Produced, StackName
+from prefix_jax.tasks import EncoderDecoder, Reader, Task, TextTask
+
+if TYPE_CHECKING:  # its import takes seconds
+    from transformers import PreTrainedTokenizerFast
 
 # {"backbone": …, "prefix": …, "head": …}: a single tree, so that one label function partitions it.
 Params = Mapping[str, Any]
@@ -38,12 +41,17 @@ class PrefixModel:
     Attributes:
         backbone: the pretrained model.
         method: the tuning method; None for full fine-tuning without a prefix, the baseline.
-        head: a trainable head on the last hidden states; None for the language model's own.
+        task: what the model is asked to do.
     """
 
     backbone: Backbone
     method: Method[Any] | None
-    head: Head | None = None
+    task: Task = dataclasses.field(default_factory=TextTask)
+
+    @functools.cached_property
+    def head(self) -> Head | None:
+        """A trainable head on the last hidden states; None for the language model's own."""
+        return self.task.head(self.backbone.arch)
 
     def produced(self, params: Params, rng: jax.Array | None = None) -> Produced | None:
         """The output of the method, with dropout if `rng` is given."""
@@ -68,7 +76,7 @@ class PrefixModel:
             out_BMY = self._head_outputs(
                 params["backbone"], params["head"], prefix, batch, head_rng
             )
-            return self.head.losses(out_BMY, batch).sum()
+            return self.task.losses(out_BMY, batch).sum()
         h_BMD = self._target_states(params["backbone"], self.prefix(params, rng), batch)
         head_loss = training_head_loss if self.method is None else frozen_head_loss
         weights = self.backbone.unembedding(params["backbone"])
@@ -99,9 +107,8 @@ class PrefixModel:
         Returns:
             out_BMY, and the summed loss of each row's targets, [B].
         """
-        assert self.head is not None, "this model has no task head"
         out_BMY = self._head_outputs(backbone, head, prefix, batch)
-        return out_BMY, self.head.losses(out_BMY, batch)
+        return out_BMY, self.task.losses(out_BMY, batch)
 
     def _head_outputs(
         self,
@@ -150,6 +157,10 @@ class PrefixModel:
     def packs(self) -> bool:
         """True if several examples can be packed into a row; see `packs`."""
         return packs(self._abstract)
+
+    def reader(self, tokenizer: PreTrainedTokenizerFast) -> Reader:
+        """How the model reads text after its prefix: see `reader_of`."""
+        return reader_of(self.backbone, self._abstract, tokenizer)
 
     @property
     def encoder_decoder(self) -> EncoderDecoder | None:
@@ -204,6 +215,20 @@ def packs(prefix: Prefix | None) -> bool:
     """True if several examples can be packed into a row after a prefix. Soft tokens before an
     encoder exclude packing, because their hidden states depend on the text."""
     return prefix is None or prefix.embeds_PD is None
+
+
+def reader_of(
+    backbone: Backbone, prefix: Prefix | None, tokenizer: PreTrainedTokenizerFast
+) -> Reader:
+    """How a backbone with a prefix reads text."""
+    return Reader(
+        tokenizer,
+        room=backbone.room(prefix, backbone.input_stack),
+        causal=backbone.arch.causal,
+        token_types=backbone.arch.token_types > 0,
+        end_ids=backbone.arch.end_ids,
+        encoder_decoder=encoder_decoder(backbone, prefix),
+    )
 
 
 def encoder_decoder(backbone: Backbone, prefix: Prefix | None) -> EncoderDecoder | None:

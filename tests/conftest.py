@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -76,3 +77,23 @@ def compiler_warnings(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[]
     yield lambda: capfd.readouterr().err
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[[str], Any]:
+    """Makes a tokenizer with a template for special tokens, such as "<s> $A <|im_end|>"."""
+    import bpe
+
+    return bpe.make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer(make_tokenizer: Callable[[str], Any]) -> Any:
+    """A byte-level tokenizer without special tokens around texts: see `bpe`."""
+    return make_tokenizer("$A")
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer(make_tokenizer: Callable[[str], Any]) -> Any:
+    """The same with "<s>" before every text."""
+    return make_tokenizer("<s> $A")

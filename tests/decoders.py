@@ -15,7 +15,7 @@ from prefix_jax.backbones.families import gemma, gpt2, llama, neox, opt
 from prefix_jax.backbones.stacking import Params
 from prefix_jax.backbones.starts import starts_from_text
 from prefix_jax.data.batch import Batch, Example
-from prefix_jax.data.pack import Packing, arrange, materialise, measure
+from prefix_jax.data.pack import Packing, arrange, collate, measure
 from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.nn.remat import Remat
 
@@ -134,5 +134,5 @@ def examples(count: int, seed: int = 0) -> list[Example]:
 def batch_of(examples: Sequence[Example], accumulate: int = 1, rows_multiple: int = 1) -> Batch:
     """Packs examples into micro-batches."""
     packing = Packing(rows_multiple=rows_multiple, grad_accum_steps=accumulate)
-    batch = materialise(arrange(measure(examples), packing), examples)
+    batch = collate(arrange(measure(examples), packing), examples)
     return batch if accumulate > 1 else jax.tree.map(lambda leaf: leaf[None], batch)

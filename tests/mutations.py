@@ -11,6 +11,8 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from prefix_jax.errors import DataError
+
 # JSON values that code rarely expects.
 HOSTILE_VALUES: tuple[Any, ...] = (
     None, True, False, "", "x", "false", "\u001b[31m", "\ud800", "é" * 300, "../../up", "a\0b",
@@ -131,3 +133,14 @@ def _edit(container: Any, key: Any, rng: random.Random) -> None:
             container[key] = mutate_text(container[key], rng)
         case _:
             container[key] = copy.deepcopy(rng.choice(HOSTILE_VALUES))
+
+
+def attempt(read: Callable[..., Any], *args: Any) -> tuple[Any, str | None]:
+    """Returns (result, None), or (None, message) if the function raises an error."""
+    try:
+        return read(*args), None
+    except DataError as error:
+        message = str(error)
+    assert "\n" not in message
+    assert len(message) < 5000
+    return None, message

@@ -15,7 +15,7 @@ from decoders import decoder, present, weights
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.families import t5
 from prefix_jax.data.batch import Example
-from prefix_jax.data.pack import Packing, arrange, materialise, measure
+from prefix_jax.data.pack import Packing, arrange, collate, measure
 from prefix_jax.errors import ContextError, PrefixError
 from prefix_jax.mesh import make_mesh
 from prefix_jax.methods.hidden import HiddenPrefixTuning
@@ -56,7 +56,7 @@ def test_loss_is_the_sum_of_single_losses(name: str, weights_: Any) -> None:
     params = {"backbone": weights_, "prefix": prefix}
     lifted = jax.jit(model.prefix)(params)
     found = examples()
-    batch = materialise(arrange(measure(found), Packing(pack=model.packs)), found)
+    batch = collate(arrange(measure(found), Packing(pack=model.packs)), found)
     assert (len(batch.ids_BT) < 3) if model.packs else (len(batch.ids_BT) == len(found))
 
     @jax.jit
@@ -84,7 +84,7 @@ def test_sharded_columns_give_equal_losses_and_gradients(name: str, weights_: An
     model = PrefixModel(BACKBONE, METHODS[name])
     prefix = METHODS[name].init(jax.random.key(1), BACKBONE.geometry, None)
     found = examples()
-    batch = materialise(arrange(measure(found), Packing(pack=model.packs)), found)
+    batch = collate(arrange(measure(found), Packing(pack=model.packs)), found)
 
     def loss(prefix: Any) -> jax.Array:
         return model.loss({"backbone": weights_, "prefix": prefix}, batch)

@@ -41,9 +41,11 @@ def load_prefix(
         8
     """
     produced, card = artifact.load(path)
-    head = None if card.task is None else artifact.load_head(path)
+    head = None if card.head is None else artifact.load_head(path)
     pretrained = backbone_of(card, model, allow_other_weights=allow_other_weights)
-    return Tuned(pretrained, produced, card, head=head)
+    tuned = Tuned(pretrained, produced, card, head=head)
+    _ = tuned.task  # raises an error for a damaged card
+    return tuned
 
 
 def import_peft(

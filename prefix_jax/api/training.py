@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +12,11 @@ from rich.console import Console
 from prefix_jax import config
 from prefix_jax.api.tuned import Source, Tuned
 from prefix_jax.backbones.loading.pretrained import Pretrained
-from prefix_jax.config import TaskConfig
 from prefix_jax.errors import ConfigError
 from prefix_jax.methods import section_of
 from prefix_jax.methods.base import Method
 from prefix_jax.runs.run import run
+from prefix_jax.tasks import ChatTask, Task, TextTask, sections_of
 
 
 def fit(
@@ -30,8 +29,7 @@ def fit(
     input: str | None = None,
     target: str | None = None,
     messages: str | None = None,
-    pair: str | None = None,
-    task: TaskConfig | None = None,
+    task: Task | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     batch_size: int = 8,
@@ -53,9 +51,8 @@ def fit(
         input: the input template: "{facts} =>".
         target: the target template: " {text}".
         messages: the field with a chat, instead of both templates.
-        pair: the template of a second text, for a task with labels.
-        task: the task: `Task("classify", label="label")`, for example, trains a head together with
-            the prefix; None generates the target.
+        task: what to learn, instead of the templates: `Classify("{text}")`, for example, trains a
+            head together with the prefix.
         steps: the length of training in optimizer steps; give this or `epochs`.
         epochs: the length of training in passes over the data.
         batch_size: examples per step.
@@ -86,10 +83,11 @@ def fit(
             "pretrained must be a path or the result of prefix_jax.load, got "
             f"{type(pretrained).__name__}"
         )
-    if task is not None and not isinstance(task, TaskConfig):
-        raise ConfigError(
-            f"task must be a Task such as Task('classify', label='label'), got {task!r}"
-        )
+    if task is not None and not isinstance(task, Task):
+        raise ConfigError(f"task must be a task such as Classify('{{text}}'), got {task!r}")
+    sections = sections_of(task or _generation_task(input, target, messages))
+    if task is not None and (input, target, messages) != (None, None, None):
+        raise ConfigError("give either a task, or the templates of one: input, target or messages")
     if isinstance(overrides, str):
         raise ConfigError(f"overrides must be a list such as [{overrides!r}], got {overrides!r}")
     loaded = pretrained if isinstance(pretrained, Pretrained) else None
@@ -103,19 +101,20 @@ def fit(
         if loaded is None
         else {"path": loaded.source, "quantize": loaded.quantize},
         "method": section_of(method),
-        "data": {
-            "input": input,
-            "target": target,
-            "messages": messages,
-            "pair": pair,
-            "batch_size": batch_size,
-            **named,
-        },
+        "data": {**sections["data"], "batch_size": batch_size, **named},
+        "task": sections["task"],
         "optim": {"learning_rate": learning_rate},
         "train": {"steps": steps, "epochs": epochs},
-        "task": dataclasses.asdict(task or TaskConfig()),
         "output_dir": str(output_dir or tempfile.mkdtemp(prefix="prefix_jax-")),
     }
     run_config = config.parse(values, overrides)
     result = run(run_config, pretrained=loaded, records=records, console=console, quiet=quiet)
     return Tuned(result.pretrained, result.produced, result.card, result, result.head)
+
+
+def _generation_task(input: str | None, target: str | None, messages: str | None) -> Task:
+    if messages is None:
+        return TextTask(input, target)
+    if (input, target) != (None, None):
+        raise ConfigError("messages excludes input and target: a chat has its own turns")
+    return ChatTask(messages)

@@ -1,4 +1,4 @@
-"""What is known of a stored prefix, and which backbones it fits."""
+"""The card of a stored prefix: its metadata, and the backbones that it fits."""
 
 from __future__ import annotations
 
@@ -8,34 +8,20 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from flax.traverse_util import flatten_dict
 
 from prefix_jax.artifact.arrays import PrefixSpec, prefix_spec
-from prefix_jax.config import TaskConfig
 from prefix_jax.errors import BackboneError, ConfigError, PrefixError
 from prefix_jax.nn.activations import activation
+from prefix_jax.nn.head import Head
 from prefix_jax.nn.quantized import Quantize
 from prefix_jax.prefix import Adapter, Geometry, Prefix, Produced, SiteName
-from prefix_jax.validation import Count, PositiveInt, Probability, build, require
+from prefix_jax.validation import Count
 
-# 3 added the digest of the card, 4 renamed fields: `upgrade` reads the older ones.
+# Earlier formats are upgraded as they are read: see `upgrade.py`.
 FORMAT_VERSION = 4
-
-TaskKind = Literal["classify", "regress", "tag", "span", "choice"]
-# The fields of a head, and how many numbers a head of each kind makes where labels do not say.
-HEAD_FIELDS: dict[str, Any] = {
-    "kind": TaskKind,
-    "outputs": PositiveInt,
-    "activation": str | None,
-    "pooled": bool,
-    "bias": bool,
-    "dropout": Probability,
-    "drop_input": bool,
-    "soft": bool,
-}
-_OUTPUTS = {"regress": 1, "span": 2, "choice": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,107 +65,39 @@ class TokenizerCard:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TemplateCard:
-    """How records became the tokens that the prefix was trained on.
-
-    The fields are `DataConfig`'s as they were when it was stored: a file format, which keeps its
-    names and defaults while those of the configuration may change.
+class DatasetCard:
+    """The dataset of a prefix that was trained on a mixture.
 
     Attributes:
-        prepare: what added fields to records of a published set.
-        input, target: templates with `{field}`.
-        pair: template of a second text, for a task with labels.
-        messages: the field that held a chat.
-        references: the field that held every acceptable target.
-        task: the field that named a record's task, where several were trained together.
-        loss: which tokens were learnt: "target" or "all".
-        max_length: tokens of an example at most; None allowed what the backbone allows.
-        truncate: the side on which longer inputs were cut: "left" or "right".
-        on_overflow: what happened to longer targets: "error" or "drop".
+        field: the field of a record that names its dataset.
+        name: the name of this prefix's dataset.
     """
 
-    prepare: str | None = None
-    input: str | None = None
-    pair: str | None = None
-    target: str | None = None
-    messages: str | None = None
-    references: str | None = None
-    task: str | None = None
-    loss: Literal["target", "all"] = "target"
-    max_length: PositiveInt | None = None
-    truncate: Literal["left", "right"] = "left"
-    on_overflow: Literal["error", "drop"] = "error"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskCard:
-    """The task of a prefix that was trained together with a head.
-
-    Attributes:
-        config: the fields of `TaskConfig`, with the labels that were collected.
-        head: the fields of the head.
-        shapes: of its arrays, by name.
-    """
-
-    config: dict[str, Any]
-    head: dict[str, Any]
-    shapes: dict[str, tuple[PositiveInt, ...]]
-
-    def check(self, d_model: int) -> None:
-        """Checks that the task, the head and its arrays belong together.
-
-        Args:
-            d_model: D, the width of the backbone.
-
-        Raises:
-            ConfigError: they do not.
-        """
-        config = build(TaskConfig, self.config, "task.config")
-        if unknown := sorted(self.head.keys() - HEAD_FIELDS.keys()):
-            raise ConfigError(f"task.head has the unknown fields {', '.join(unknown)}")
-        for name in self.head.keys() | {"kind", "outputs"}:
-            require(self.head.get(name), HEAD_FIELDS[name], f"task.head.{name}", ConfigError)
-        kind, outputs, D = self.head["kind"], self.head["outputs"], d_model
-        if config.name != kind:
-            raise ConfigError(f"task.config.name is {config.name}, and task.head.kind is {kind}")
-        expected = _OUTPUTS.get(kind, len(config.labels or ()))
-        if outputs != expected:
-            raise ConfigError(
-                f"task.head.outputs is {outputs}, expected {expected}, as task.config has it"
-            )
-        shapes: dict[str, tuple[int, ...]] = {"out_DY": (D, outputs)}
-        if self.head.get("bias", True):
-            shapes["out_bias_Y"] = (outputs,)
-        if (function := self.head.get("activation")) is not None:
-            try:
-                activation(function)
-            except BackboneError as error:
-                raise ConfigError(f"task.head.activation: {error}") from None
-            shapes |= {"dense_DE": (D, D), "dense_bias_E": (D,)}
-        if {name: tuple(shape) for name, shape in self.shapes.items()} != shapes:
-            raise ConfigError(f"task.shapes is {self.shapes}, expected {shapes}")
+    field: str
+    name: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card(PrefixSpec):
-    """What is known of a stored prefix. `make_card` fills in what follows from the prefix itself.
+    """The metadata of a stored prefix. `make_card` derives what follows from the prefix itself.
 
     Attributes:
-        format_version: of the directory's layout.
-        positions: where the prefix's slots stand; none for what stands beside the softmax.
-        geometry: of the backbone.
+        format_version: the version of the directory's layout.
+        positions: the positions of the prefix's slots; empty if its output is outside the softmax.
+        geometry: the shape of the backbone.
         backbone: the model that it was made for.
-        method: the name and the fields of the method that made it; of one of several tasks, its
-            name, "task", too.
-        init: what it was before training.
+        method: the name and the fields of the method that made it.
+        init: the prefix before training, in words.
         steps: optimizer steps of training.
-        template: of the training data.
-        decode: how text is generated unless one says otherwise: fields of `DecodeConfig`.
-        tokenizer: of the training data.
-        task: what the head beside it answers; None where text is generated.
-        metrics: results on held-out data; what is not finite is stored as None.
+        task: what it was trained to do: the name of the task and its fields, templates included.
+            None if that is unknown, as in an imported adapter.
+        head: the head that was trained with it; None if the language model's own answers.
+        dataset: its dataset, if it was trained on a mixture.
+        decode: the default decoding options: fields of `DecodeConfig`.
+        tokenizer: the tokenizer of the training data.
+        metrics: results on held-out data; None for values that are not finite.
         package: the version of prefix_jax that made it.
-        created: when, ISO 8601, UTC.
+        created: the time of creation, ISO 8601, UTC.
     """
 
     format_version: int = FORMAT_VERSION
@@ -189,10 +107,11 @@ class Card(PrefixSpec):
     method: dict[str, Any]
     init: str | None
     steps: Count | None
-    template: TemplateCard | None
+    task: dict[str, Any] | None
+    head: Head | None = None
+    dataset: DatasetCard | None = None
     decode: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: TokenizerCard | None
-    task: TaskCard | None = None
     metrics: dict[str, Any]
     package: str
     created: str
@@ -211,13 +130,25 @@ class Card(PrefixSpec):
                 raise ConfigError(
                     f"layers.{name} must ascend from 0 to at most {site.layers - 1}, got {layers}"
                 )
-        if self.task is not None:
-            self.task.check(self.geometry.d_model)
+        if self.task is not None and not isinstance(self.task.get("name"), str):
+            raise ConfigError("task must have a name")
+        if self.head is not None and self.task is None:
+            raise ConfigError("head: a head needs a task")
+        if self.head is not None and self.head.activation is not None:
+            try:
+                activation(self.head.activation)
+            except BackboneError as error:
+                raise ConfigError(f"head.activation: {error}") from None
 
     @property
     def spec(self) -> PrefixSpec:
         """What has to agree with the prefix itself."""
         return PrefixSpec(**{f.name: getattr(self, f.name) for f in dataclasses.fields(PrefixSpec)})
+
+    @property
+    def head_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the head's arrays by name; empty without a head."""
+        return {} if self.head is None else self.head.shapes(self.geometry.d_model)
 
 
 def make_card(
@@ -228,34 +159,36 @@ def make_card(
     method: Mapping[str, Any] | None = None,
     init: str | None = None,
     steps: int | None = None,
-    template: TemplateCard | None = None,
+    task: Mapping[str, Any] | None = None,
+    head: Head | None = None,
+    dataset: DatasetCard | None = None,
     decode: Mapping[str, Any] | None = None,
     tokenizer: TokenizerCard | None = None,
-    task: TaskCard | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Card:
-    """The card of a prefix that was made just now. The arguments are the fields of `Card`.
+    """Makes the card of a new prefix. The arguments are the fields of `Card`.
 
     Raises:
         PrefixError: the prefix has no slots.
     """
-    known = prefix_spec(produced)
-    # What stands beside the softmax has no place among the tokens.
-    slots = 0 if isinstance(produced, Adapter) else known.length
+    spec = prefix_spec(produced)
+    # Slots outside the softmax have no position among the tokens.
+    slots = 0 if isinstance(produced, Adapter) else spec.length
     if isinstance(produced, Prefix) and produced.embeds_PD is None:
         slots = max((site.length for site in produced.sites.values()), default=0)
     return Card(
-        **dataclasses.asdict(known),
+        **dataclasses.asdict(spec),
         positions=tuple(range(slots)),
         geometry=geometry,
         backbone=backbone,
         method=dict(method or {}),
         init=init,
         steps=steps,
-        template=template,
+        task=None if task is None else dict(task),
+        head=head,
+        dataset=dataset,
         decode=dict(decode or {}),
         tokenizer=tokenizer,
-        task=task,
         metrics=dict(metrics or {}),
         package=_package_version(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

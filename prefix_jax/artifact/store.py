@@ -66,7 +66,7 @@ def save(
         card: the card, made with `make_card`.
         arrays: the storage format. The default is "orbax", or "safetensors" with several
             processes: those can use Orbax only on a shared disk.
-        head: the arrays of the task's head, if the card has a task.
+        head: the arrays of the head, if the card has one.
 
     Raises:
         PrefixError: the prefix does not match its card or contains NaN, the card contains invalid
@@ -199,8 +199,7 @@ def _problems(content: Mapping[str, np.ndarray | ArraySpec], card: Card) -> list
     """Like `problems`, for the arrays of a prefix and its head."""
     prefix = {name: x for name, x in content.items() if not _of_head(name)}
     messages = problems(prefix, card.spec, card.geometry)
-    shapes = {} if card.task is None else card.task.shapes
-    expected = {_HEAD + name: tuple(shape) for name, shape in shapes.items()}
+    expected = {_HEAD + name: shape for name, shape in card.head_shapes.items()}
     for name in expected | {name: None for name in content if _of_head(name)}:
         x, shape = content.get(name), expected.get(name)
         if x is None or shape is None:

@@ -19,7 +19,7 @@ from prefix_jax.cli import _processes, _stored
 from prefix_jax.errors import ConfigError
 
 if TYPE_CHECKING:
-    from prefix_jax.evaluate.run import Evaluation
+    from prefix_jax.evaluate.evaluator import Evaluation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,10 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints a table of metrics and writes the requested files."""
     from prefix_jax.config import MeasureConfig
-    from prefix_jax.evaluate.official import write_official
+    from prefix_jax.evaluate.challenge_files import write_challenge_files
+    from prefix_jax.evaluate.evaluator import needs_references
     from prefix_jax.evaluate.report import make_directory
-    from prefix_jax.evaluate.run import LIKELIHOOD_METRICS, needs_references
     from prefix_jax.runs.final_report import comparison
+    from prefix_jax.tasks import check_metrics
     from prefix_jax.terminal.console import make_console
 
     for key in ("metrics", "labels"):
@@ -79,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
     progress = make_console(stderr=True, highlight=False, quiet=not is_first)
     with progress.status("loading"):
         tuned, settings = _stored.load(args, MeasureConfig)
-        if args.official is not None and set(settings.evaluate.metrics) <= {*LIKELIHOOD_METRICS}:
+        check_metrics(tuned.task, settings.evaluate)
+        reads = {tuned.task.metrics[name].reads for name in settings.evaluate.metrics}
+        if args.official is not None and "text" not in reads:
             raise ConfigError(
                 "--official needs generated text; add a generation metric, such as --metrics bleu"
             )
@@ -90,17 +93,20 @@ def run(args: argparse.Namespace) -> int:
                 f"warning: {len(sources)} examples were {effect} (first: {sources[0]})",
                 markup=False,
             )
-    evaluations = tuned.compare(examples, settings.evaluate, settings.decode, progress.status)
+    after = tuned.evaluate(
+        examples, settings=settings.evaluate, decode=settings.decode, phase=progress.status
+    )
     if not is_first:
         return 0
-    before, after = evaluations.get("before"), evaluations["after"]
+    before = after.baseline
     make_console(highlight=False).print(
         comparison({} if before is None else before.report.metrics, after.report.metrics)
     )
     if args.output is not None:
+        evaluations = {"after": after} if before is None else {"before": before, "after": after}
         _write(Path(args.output), args, evaluations)
     if args.official is not None:
-        write_official(args.official, after.predictions)
+        write_challenge_files(args.official, after.predictions)
     return 0
 
 
@@ -134,7 +140,7 @@ def _check_output(directory: Path) -> None:
 def _write(
     directory: Path, args: argparse.Namespace, evaluations: Mapping[str, Evaluation]
 ) -> None:
-    from prefix_jax.evaluate.report import save_predictions
+    from prefix_jax.evaluate.predictions import save_predictions
     from prefix_jax.runs.results import write_atomically
 
     content = {"prefix": args.prefix, "data": args.data, "settings": args.settings}

@@ -92,7 +92,7 @@ def _answer(
     """Prints the continuation of a prompt while it is generated."""
     if decode.num_samples > 1:
         with progress.status("generating"):
-            (generation,) = tuned.generations([prompt], decode)
+            generation = tuned.generate(prompt, decode=decode, details=True)
         for sample in generation.samples:
             print(printable(sample.text.strip()))
         return
@@ -105,7 +105,7 @@ def _answer(
         print(printable(piece), end="", flush=True)
 
     try:
-        tuned.generations([prompt], decode, on_text=on_text)
+        tuned.generate(prompt, decode=decode, on_text=on_text)
     except PrefixJaxError:
         failed = True
         raise
@@ -122,7 +122,7 @@ def _file(
     from rich.progress import Progress
 
     from prefix_jax.data.source import read_records
-    from prefix_jax.evaluate.report import Prediction
+    from prefix_jax.tasks import Prediction
 
     total = len(read_records(source)) * decode.num_samples
     bar = Progress(console=progress, transient=True)
@@ -160,29 +160,26 @@ def _dialogue(tuned: Tuned, decode: DecodeConfig, progress: Console) -> None:
 
 def _read_prompts(tuned: Tuned) -> Iterator[str | Mapping[str, Any]]:
     """Reads records from standard input, or prompts if the prefix has no template."""
-    template = None if tuned.card is None else tuned.card.template
-    chat = None if template is None else template.messages
+    form = tuned.task.form
     while True:
-        fields: dict[str, str] = {}
+        values: list[str] = []
         try:
-            if chat is not None:
-                yield {chat: [{"role": "user", "content": _read_line("user")}]}
-            elif tuned.fields is None:
+            if form is None:
                 yield _read_line("prompt")
             else:
-                for name in tuned.fields:
-                    fields[name] = _read_line(name)
-                yield fields
+                for name in form:
+                    values.append(_read_line(name))
+                yield tuned.task.filled(values)
         except KeyboardInterrupt:
             print(file=sys.stderr)
         except EOFError:
             if sys.stdin.isatty():
                 print(file=sys.stderr)
-            elif fields:
-                missing = ", ".join(name for name in tuned.fields or () if name not in fields)
+            elif values and form is not None:
+                missing = ", ".join(form[len(values) :])
                 raise DataError(
                     f"standard input ends inside a record, before {missing}; each record needs "
-                    f"one line for each of {', '.join(tuned.fields or ())}"
+                    f"one line for each of {', '.join(form)}"
                 ) from None
             return
 

@@ -14,7 +14,7 @@ from prefix_jax.terminal import printable
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from prefix_jax.artifact import TaskCard
+    from prefix_jax.artifact import Card
     from prefix_jax.interop.inspect import Inspection, Norms
 
 
@@ -90,7 +90,7 @@ def _overview(inspection: Inspection) -> Table:
         "initialized from": card.init,
         "trained": None if card.steps is None else f"{card.steps:,} steps",
         "prefix": f"{card.length} slots of kind {card.kind}",
-        "task": None if card.task is None else _task(card.task),
+        "task": _task(card),
         "positions": None
         if not card.positions
         else f"{card.positions[0]} to {card.positions[-1]}, text from {card.text_position}"
@@ -112,16 +112,19 @@ def _overview(inspection: Inspection) -> Table:
         "metrics": _fields(card.metrics),
         "created": f"{card.created} by prefix_jax {card.package}",
     }
-    for name, value in dataclasses.asdict(card.template).items() if card.template else ():
-        rows[f"template: {name}"] = None if value is None else repr(value)
+    for name, value in (card.task or {}).items():
+        if name not in ("name", "labels"):
+            rows[f"task: {name}"] = None if value is None else repr(value)
     return _grid(f"{inspection.path}", rows)
 
 
-def _task(task: TaskCard) -> str:
-    labels = task.config.get("labels") or ()
-    size = sum(math.prod(shape) for shape in task.shapes.values())
-    named = f" ({', '.join(labels)})" if labels else ""
-    return f"{task.config['name']}{named}, with a head of {size:,} parameters"
+def _task(card: Card) -> str | None:
+    if card.task is None:
+        return None
+    labels = ", ".join(card.task.get("labels") or ())
+    named = f"{card.task['name']}{f' ({labels})' if labels else ''}"
+    size = sum(math.prod(shape) for shape in card.head_shapes.values())
+    return f"{named}, with a head of {size:,} parameters" if size else named
 
 
 def _fields(values: dict[str, object]) -> str:

@@ -12,7 +12,7 @@ import argparse
 import os
 
 from prefix_jax.cli import _stored
-from prefix_jax.errors import DataError
+from prefix_jax.errors import DataError, PrefixError
 from prefix_jax.terminal import printable
 
 
@@ -42,8 +42,10 @@ def run(args: argparse.Namespace) -> int:
     progress = make_console(stderr=True, highlight=False)
     with progress.status("loading"):
         tuned, settings = _stored.load(args, MeasureConfig)
+    if tuned.head is None:
+        raise PrefixError("this prefix has no head and generates text; use prefix-jax generate")
     with progress.status("predicting"):
-        predictions = tuned.answers(
+        predictions = tuned.predict(
             args.input, batch_size=settings.evaluate.batch_size, output=args.output
         )
     if args.output is None:

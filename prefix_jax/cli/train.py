@@ -15,6 +15,7 @@ import shlex
 import shutil
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from prefix_jax.cli import _processes, _usage
 
 if TYPE_CHECKING:
     from prefix_jax.config import Config
-    from prefix_jax.evaluate.run import Evaluation
+    from prefix_jax.evaluate.evaluator import Evaluation
     from prefix_jax.runs.final_report import Sample
     from prefix_jax.runs.results import Results
 
@@ -132,20 +133,21 @@ def _dev(directory: Path, step: int) -> dict[str, float]:
 def _samples(before: Evaluation | None, after: Evaluation | None, config: Config) -> list[Sample]:
     """Returns a few held-out examples with their predictions."""
     from prefix_jax.runs.final_report import Sample
+    from prefix_jax.tasks import make_task
 
     if after is None:
         return []
-    without = {} if before is None else {p.source: p.prediction for p in before.predictions}
-    how = "generated" if config.task.name == "generate" else "answered"
+    without = {} if before is None else {p.origin: p.prediction for p in before.predictions}
+    how = "generated" if make_task(config.data, config.task).generates else "answered"
     return [
         Sample(
-            made.prompt,
-            next(iter(made.references), ""),
-            without.get(made.source),
-            made.prediction,
+            prediction.prompt,
+            next(iter(prediction.references), ""),
+            without.get(prediction.origin),
+            prediction.prediction,
             how,
         )
-        for made in after.predictions[:_SAMPLES]
+        for prediction in after.predictions[:_SAMPLES]
     ]
 
 
@@ -176,15 +178,16 @@ def _command(directory: Path, config: Config) -> str | None:
     """Returns a command that uses the prefix on held-out data; None after full fine-tuning."""
     from prefix_jax import artifact
     from prefix_jax.errors import PrefixJaxError
+    from prefix_jax.tasks import make_task
 
     prefix = directory / "prefix"
     if not prefix.exists():
-        # A multitask run: use the first task.
+        # A mixture: use the first dataset.
         prefix = next(iter(sorted((directory / artifact.PREFIXES).glob("*"))), prefix)
     if not prefix.exists():
         return None
     source = config.data.test or config.data.dev or config.data.train
-    if config.task.name != "generate":
+    if not make_task(config.data, config.task).generates:
         return shlex.join([_executable(), "predict", str(prefix), "--input", source or "FILE"])
     words = [_executable(), "generate", str(prefix)]
     try:
@@ -198,26 +201,18 @@ def _command(directory: Path, config: Config) -> str | None:
     return shlex.join(words)
 
 
-def _held_out(config: Config, task: str) -> dict[str, Any] | None:
-    """Returns the prompt fields of the first held-out record, in a multitask run of this task."""
-    from prefix_jax.data.prepare import fields_needed
+def _held_out(config: Config, dataset: str) -> Mapping[str, Any] | None:
+    """Returns the prompt fields of the first held-out record, in a mixture of this dataset."""
     from prefix_jax.data.source import read_records
-    from prefix_jax.data.template import Template
+    from prefix_jax.tasks import make_task
 
-    data = config.data
+    data, task = config.data, make_task(config.data, config.task)
     source = data.test or data.dev or data.train
-    if source is None or (data.input is None and data.messages is None):
+    if source is None or task.form is None:
         return None
     records = read_records(source, tfds_dir=data.tfds_dir)
-    of_task = (r for r in records if data.task is None or str(r.fields.get(data.task)) == task)
-    record = next(of_task, records[0])
-    if data.messages is not None:
-        turns = list(record.fields[data.messages])
-        while turns[-1]["role"] == "assistant":
-            turns.pop()
-        return {data.messages: turns}
-    names = fields_needed(Template(data.input or "").fields, data.prepare)
-    return {name: record.fields[name] for name in names}
+    own = (r for r in records if data.task is None or str(r.fields.get(data.task)) == dataset)
+    return task.prompt_fields(next(own, records[0]))
 
 
 def _executable() -> str:

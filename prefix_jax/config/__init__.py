@@ -2,7 +2,7 @@
 
 from prefix_jax.config.data import DataConfig
 from prefix_jax.config.decode import DecodeConfig
-from prefix_jax.config.evaluate import METRICS_OF, EvaluateConfig, check_metrics
+from prefix_jax.config.evaluate import EvaluateConfig
 from prefix_jax.config.schema import (
     Config,
     GenerateConfig,
@@ -13,11 +13,10 @@ from prefix_jax.config.schema import (
     OptimConfig,
     TrainConfig,
 )
-from prefix_jax.config.task import TaskConfig, TaskName
+from prefix_jax.config.task import TaskConfig
 from prefix_jax.config.yaml import dump, load, parse, sections
 
 __all__ = [
-    "METRICS_OF",
     "Config",
     "DataConfig",
     "DecodeConfig",
@@ -29,9 +28,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "TaskConfig",
-    "TaskName",
     "TrainConfig",
-    "check_metrics",
     "dump",
     "load",
     "parse",

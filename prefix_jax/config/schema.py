@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from prefix_jax.config.data import DataConfig
 from prefix_jax.config.decode import DecodeConfig
-from prefix_jax.config.evaluate import EvaluateConfig, check_metrics
+from prefix_jax.config.evaluate import EvaluateConfig
 from prefix_jax.config.task import TaskConfig
 from prefix_jax.nn.remat import Remat
 from prefix_jax.validation import (
@@ -296,41 +296,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_metrics(self.task.name, self.evaluate)
-        data, task = self.data, self.task.name
-        generates = task == "generate"
+        data = self.data
         check_conditions(
-            (
-                not generates or data.target is not None or data.messages is not None,
-                "data: give target (a template such as '{text}') or messages (the field of a "
-                "chat), or a task.name that learns labels",
-            ),
-            (
-                not generates or data.pair is None,
-                "data.pair requires a task with labels; set task.name or leave it out",
-            ),
-            (
-                generates or (data.target is data.messages is data.references is None),
-                f"data: target, messages and references require task.name generate, got {task}; "
-                "leave them out and set task.label",
-            ),
-            (
-                generates or task == "tag" or data.input is not None,
-                "data: input is missing; give a template such as '{text}'",
-            ),
-            (
-                task != "tag" or (data.input is data.pair is None),
-                "data: task.name tag reads the words in the field task.words; leave input and pair "
-                "out",
-            ),
-            (
-                task != "span" or data.pair is not None,
-                "data: task.name span searches pair for the answer to input; give both templates",
-            ),
-            (
-                task != "choice" or data.pair is None,
-                "data: task.name choice pairs the input with each of task.choices; leave pair out",
-            ),
             (isinstance(self.method.get("name"), str), "method.name is missing; name a method"),
             (
                 data.batch_size % self.optim.grad_accum_steps == 0,

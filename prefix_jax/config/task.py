@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated
 
-from prefix_jax.validation import Fraction, Interval, Size, check_conditions, check_fields
-
-TaskName = Literal["generate", "classify", "regress", "tag", "span", "choice"]
+from prefix_jax.validation import Fraction, Interval, Size, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
     """Text generation, or a task whose head trains together with the prefix.
+
+    `prefix_jax.tasks.make_task` builds the task from this section and the templates in `data`, and
+    refuses fields that the task does not have.
 
     Attributes:
         name: "generate" text; "classify" a text or a pair; "regress" a number; "tag" every word;
@@ -34,7 +35,7 @@ class TaskConfig:
             reads the first soft token instead of the first token of the text, as in PEFT.
     """
 
-    name: TaskName = "generate"
+    name: str = "generate"
     label: str = "label"
     labels: tuple[str, ...] | None = None
     words: str = "tokens"
@@ -47,21 +48,3 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_conditions(
-            (
-                not self.reads_soft or self.name in ("classify", "regress"),
-                f"reads_soft requires name: classify or regress, got {self.name}; leave it out",
-            ),
-            (
-                (self.choices is not None) == (self.name == "choice"),
-                "choices and name: choice require each other; give both or neither",
-            ),
-            (
-                self.labels is None or len(set(self.labels)) == len(self.labels) >= 2,
-                f"labels must be at least two different names, got {list(self.labels or ())}",
-            ),
-            (
-                self.name != "tag" or all(label.strip() for label in self.labels or ()),
-                "labels contains an empty tag, which F1 cannot count; give it a name",
-            ),
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import flax.struct
@@ -39,7 +39,7 @@ class Example:
             token.
         index_M: int32, ascending; for each target, the column whose hidden state predicts it.
         label_M: the targets: int32 tokens or classes, or float32 values.
-        source: the origin of the example, for messages: "train.jsonl:17".
+        origin: where the example comes from, for messages: "train.jsonl:17".
         references: every acceptable target text, for evaluation.
         prompt: the rendered text before the target (in a chat, before the last answer).
         prompt_length: the number of tokens in `ids_T` before the target (in a chat, before the last
@@ -57,13 +57,13 @@ class Example:
             answers for which its candidate is correct (bit 0 the first answer, bit 1 the second).
         window: character offsets of the tokens, for extracting an answer span.
         choices: the texts of the candidates, if they are texts.
-        task: the task index in multitask training, from 0; None with a single task.
+        dataset: the index of its dataset in a mixture, from 0; None without a mixture.
     """
 
     ids_T: np.ndarray
     index_M: np.ndarray
     label_M: np.ndarray
-    source: str
+    origin: str
     references: Sequence[str] = ()
     prompt: str = ""
     prompt_length: int = 0
@@ -74,11 +74,11 @@ class Example:
     candidates: bool = False
     window: Window | None = None
     choices: tuple[str, ...] = ()
-    task: int | None = None
+    dataset: int | None = None
 
     @classmethod
     def of_text(
-        cls, ids_T: np.ndarray, target_T: np.ndarray, source: str, **fields: Any
+        cls, ids_T: np.ndarray, target_T: np.ndarray, origin: str, **fields: Any
     ) -> Example:
         """Builds an example from text whose targets are the tokens where `target_T` is True.
 
@@ -86,7 +86,7 @@ class Example:
         further attributes.
         """
         index_M = np.flatnonzero(target_T).astype(np.int32) - 1
-        return cls(ids_T, index_M, ids_T[index_M + 1], source, **fields)
+        return cls(ids_T, index_M, ids_T[index_M + 1], origin, **fields)
 
     @property
     def target_T(self) -> np.ndarray:
@@ -111,6 +111,25 @@ class Example:
         if self.source_ids_S is not None:
             return [int(token) for token in self.source_ids_S]
         return [int(token) for token in self.ids_T[: self.prompt_length]]
+
+
+class Examples(list[Example]):
+    """Tokenised examples, with the origins of those that the length limit affected.
+
+    Attributes:
+        truncated: origins of the examples whose input was cut.
+        dropped: origins of the examples that were left out.
+    """
+
+    def __init__(
+        self,
+        examples: Iterable[Example] = (),
+        truncated: Sequence[str] = (),
+        dropped: Sequence[str] = (),
+    ):
+        super().__init__(examples)
+        self.truncated = tuple(truncated)
+        self.dropped = tuple(dropped)
 
 
 @flax.struct.dataclass

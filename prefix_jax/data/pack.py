@@ -149,7 +149,7 @@ def measure(examples: Sequence[Example]) -> list[Item]:
         index_M = example.index_M
         if not len(index_M) or index_M[0] < 0:
             raise DataError(
-                f"{example.source}: {'a target at' if len(index_M) else 'no target after'} its "
+                f"{example.origin}: {'a target at' if len(index_M) else 'no target after'} its "
                 "first token; every target needs a token before it"
             )
         shared = example.source_length
@@ -158,8 +158,8 @@ def measure(examples: Sequence[Example]) -> list[Item]:
         read = none if example.source_ids_S is None else example.source_ids_S
         what = read, example.ids_T[:shared], example.token_type_T, example.part_T
         text = ((none if array is None else array).tobytes() for array in what)
-        # Tasks do not share equal texts, because each task has its own prefix.
-        key = (example.task, *text)
+        # Datasets do not share equal texts, because each has its own prefix.
+        key = (example.dataset, *text)
         source = sources.setdefault(key, len(sources))
         items.append(Item(source, shared, laid - shared, len(index_M), len(read)))
     return items
@@ -239,7 +239,7 @@ def choose_shapes(
     return tuple(options[i][1] for i in chosen)
 
 
-def materialise(
+def collate(
     layout: Layout,
     examples: Sequence[Example],
     *,
@@ -263,7 +263,7 @@ def materialise(
     )
     ids, segment, branch, position = (_zeros(*of_tokens) for _ in range(4))
     token_type = None if examples[0].token_type_T is None else _zeros(*of_tokens)
-    task = None if examples[0].task is None else _zeros(*of_tokens)
+    task = None if examples[0].dataset is None else _zeros(*of_tokens)
     column, label = _zeros(*of_targets), _zeros(*of_targets, dtype=examples[0].label_M.dtype)
     weight = _zeros(*of_targets, dtype=np.float32)
     question = _zeros(*of_targets) if examples[0].candidates else None
@@ -287,7 +287,7 @@ def materialise(
                 read_ids[stretch], read_segment[stretch] = first.source_ids_S, g
                 read_position[stretch] = np.arange(block.sources)
                 if read_task is not None:
-                    read_task[stretch] = first.task
+                    read_task[stretch] = first.dataset
                 read_start += block.sources
             end = start + shared
             stretch = micro, row, slice(start, end)
@@ -312,7 +312,7 @@ def materialise(
                     weight[slots], question[slots] = np.arange(len(at)) == 0, asked
                 end, slot = end + own, slot + len(at)
             if task is not None:
-                task[micro, row, start:end] = first.task
+                task[micro, row, start:end] = first.dataset
             start, g = end, g + 1 + int(parts.max(initial=0))
     batch: Batch = Batch(
         ids_BT=ids,

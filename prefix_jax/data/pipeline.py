@@ -1,112 +1,28 @@
-"""Loads examples from records, and produces the batches of training and evaluation."""
+"""Produces the batches of training and evaluation."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence
 
 import grain
 
 from prefix_jax.data.batch import Batch, Example
-from prefix_jax.data.order import Order
 from prefix_jax.data.pack import (
     Packing,
     arrange,
     branching,
     choose_shapes,
-    materialise,
+    collate,
     measure,
 )
-from prefix_jax.data.prepare import prepare as prepare_records
-from prefix_jax.data.source import Record, read_records
-from prefix_jax.data.template import Template, render, render_chat
-from prefix_jax.data.tokens import EncoderDecoder, Examples, tokenize
-from prefix_jax.errors import ConfigError, MeshError
-
-if TYPE_CHECKING:  # its import takes seconds
-    from transformers import PreTrainedTokenizerBase
+from prefix_jax.data.sampler import EpochSampler
+from prefix_jax.errors import MeshError
 
 # Number of examples from the first steps (16 to 512 steps) that shapes are chosen from: enough to
 # show how batches vary, and few enough to lay out in a second.
 _SAMPLE = 16_384
-
-
-def load_examples(
-    records: str | os.PathLike[str] | Iterable[Mapping[str, Any] | Record],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    prepare: str | None = None,
-    input: str | None = None,
-    target: str | None = None,
-    messages: str | None = None,
-    references: str | None = None,
-    loss: Literal["target", "all"] = "target",
-    max_length: int | None = None,
-    truncate: Literal["left", "right"] = "left",
-    on_overflow: Literal["error", "drop"] = "error",
-    tfds_dir: str | os.PathLike[str] | None = None,
-    encoder_decoder: EncoderDecoder | None = None,
-    end_ids: Sequence[int] = (),
-) -> Examples:
-    """Reads, renders and tokenises examples.
-
-    Args:
-        records: a .jsonl, .csv or .parquet file, `tfds:NAME/SPLIT`, or an iterable of mappings.
-        tokenizer: a tokenizer from Hugging Face transformers.
-        prepare: the preparation for records of a published dataset: a key of `PREPARE`.
-        input: the input template, with fields in braces; None for no input.
-        target: the target template. If one of its fields is a list, each item becomes an example.
-        messages: the field with a chat, instead of `input` and `target`.
-        references: the field with the acceptable targets, for evaluation; None uses the rendered
-            targets.
-        loss: the tokens to train on: "target" (in a chat, the assistant turns) or "all".
-        max_length: maximum tokens of an example, or of the encoder input; None for no limit.
-        truncate: the side on which inputs that are too long are cut. Targets are never cut.
-        on_overflow: "error", or "drop" for examples whose target is too long by itself.
-        tfds_dir: the data directory of TensorFlow Datasets; None uses its default.
-        encoder_decoder: tokenisation options of an encoder-decoder; None for a single stack.
-        end_ids: end tokens from the checkpoint (`Architecture.end_ids`), for chats.
-
-    Returns:
-        The examples, with the origins of those that were truncated or dropped.
-
-    Raises:
-        DataError: a record, a file or a template is invalid.
-        ConfigError: neither or both of `target` and `messages` are given, or `messages` is given
-            for an encoder-decoder.
-    """
-    if encoder_decoder is not None and messages is not None:
-        raise ConfigError(
-            "data.messages: an encoder-decoder cannot train on chats; use templates (data.input, "
-            "data.target), or a decoder-only model"
-        )
-    if (target is None) == (messages is None) or (messages is not None and input is not None):
-        raise ConfigError("give either target (and optionally input), or messages")
-    read = prepare_records(read_records(records, tfds_dir=tfds_dir), prepare)
-    if messages is not None:
-        rendered = [render_chat(record, messages, tokenizer) for record in read]
-    else:
-        assert target is not None  # as checked above
-        given = None if input is None else Template(input)
-        learnt = Template(target)
-        rendered = [
-            one
-            for record in read
-            for one in render(record, input=given, target=learnt, references=references)
-        ]
-    return tokenize(
-        rendered,
-        tokenizer,
-        loss=loss,
-        max_length=max_length,
-        truncate=truncate,
-        on_overflow=on_overflow,
-        encoder_decoder=encoder_decoder,
-        end_ids=end_ids,
-    )
 
 
 class Pipeline:
@@ -158,7 +74,7 @@ class Pipeline:
         self._items = measure(examples)
         self._part = part
         groups = [item.source for item in self._items] if group_by_source else None
-        self.order = Order(len(examples), batch_size, seed=seed, groups=groups)
+        self.sampler = EpochSampler(len(examples), batch_size, seed=seed, groups=groups)
         packing = Packing(
             pack=pack,
             rows_multiple=rows_multiple,
@@ -166,23 +82,23 @@ class Pipeline:
             branches=branching(self._items, pack),
         )
         sample = range(min(max(_SAMPLE // batch_size, 16), 512))
-        batches = [[self._items[i] for i in self.order.step(step)] for step in sample]
+        batches = [[self._items[i] for i in self.sampler.step(step)] for step in sample]
         self.packing = dataclasses.replace(packing, shapes=choose_shapes(batches, packing))
 
     @property
     def steps_per_epoch(self) -> int:
         """The number of steps until every example has been seen."""
-        return self.order.steps_per_epoch
+        return self.sampler.steps_per_epoch
 
     def batch(self, step: int) -> Batch:
         """Returns a step's batch as numpy arrays; with several hosts, only this host's rows."""
-        indices = self.order.step(step)
+        indices = self.sampler.step(step)
         layout = arrange([self._items[i] for i in indices], self.packing)
-        return materialise(layout, [self._examples[i] for i in indices], part=self._part)
+        return collate(layout, [self._examples[i] for i in indices], part=self._part)
 
-    def batch_sources(self, step: int) -> list[str]:
+    def batch_origins(self, step: int) -> list[str]:
         """Returns the origins of a step's examples, for messages."""
-        return [self._examples[i].source for i in self.order.step(step)]
+        return [self._examples[i].origin for i in self.sampler.step(step)]
 
     def iterate(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Yields the batches of steps `start` to `stop` (None: endless), prefetched in a thread."""
@@ -227,7 +143,7 @@ def evaluation_batches(
         shapes = choose_shapes(measured, packing, gain=1 / len(measured))
         packing = dataclasses.replace(packing, shapes=shapes)
     return (
-        materialise(arrange(batch, packing), [examples[i] for i in chunk], part=part)
+        collate(arrange(batch, packing), [examples[i] for i in chunk], part=part)
         for chunk, batch in zip(chunks, measured, strict=True)
     )
 

@@ -40,13 +40,14 @@ class Record:
 
     Attributes:
         fields: name → value.
-        source: the origin of the record, for messages: "train.jsonl:17".
-        task: the task index in multitask training, from 0; None with a single task. See `tasks`.
+        origin: where the record comes from, for messages: "train.jsonl:17".
+        dataset: the index of its dataset in a mixture, from 0; None without a mixture. See
+            `mixture`.
     """
 
     fields: Mapping[str, Any]
-    source: str
-    task: int | None = None
+    origin: str
+    dataset: int | None = None
 
     def value(self, name: str) -> Any:
         """Returns the value of a field.
@@ -56,13 +57,13 @@ class Record:
         """
         if name not in self.fields:
             raise DataError(
-                f"{self.source}: no field {name!r}{_nearest(name, self.fields)}; "
+                f"{self.origin}: no field {name!r}{_nearest(name, self.fields)}; "
                 f"the fields are {listed(self.fields)}"
             )
         value = self.fields[name]
         if value is None or (isinstance(value, float) and value != value):
             raise DataError(
-                f"{self.source}: field {name!r} is {'missing' if value is None else 'NaN'}; "
+                f"{self.origin}: field {name!r} is {'missing' if value is None else 'NaN'}; "
                 "fill it in or remove the record"
             )
         return value
@@ -113,14 +114,14 @@ def _read_mappings(mappings: Iterable[Mapping[str, Any] | Record]) -> list[Recor
     return records
 
 
-def _record(fields: Mapping[Any, Any], source: str) -> Record:
+def _record(fields: Mapping[Any, Any], origin: str) -> Record:
     """Converts a library's values to a record like one from a file."""
     try:
         plain = _plain(fields)
     except RecursionError:
-        raise DataError(f"{source}: values are nested too deeply; flatten them") from None
-    check_text(plain, source, DataError)
-    return Record(plain, source)
+        raise DataError(f"{origin}: values are nested too deeply; flatten them") from None
+    check_text(plain, origin, DataError)
+    return Record(plain, origin)
 
 
 def _read_file(path: Path) -> list[Record]:

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.stacking import Params
 from prefix_jax.config import DecodeConfig
-from prefix_jax.data.ends import end_tokens
-from prefix_jax.data.tokens import missing_start, special_around
+from prefix_jax.data.special import end_tokens, missing_start, special_around
 from prefix_jax.decode.continuation import Continuation, Generation, Writer
 from prefix_jax.decode.loop import Search, advance, prefill
 from prefix_jax.decode.options import make_search
@@ -49,7 +48,7 @@ class Generator:
         tokenizer: a fast tokenizer from Hugging Face transformers.
         prefix: precedes every prompt; None runs the bare model.
         eos: the tokens that end a text; None uses those of the tokenizer and the checkpoint. A
-            prefix trained on chats needs more: see `Pretrained.ends`.
+            prefix trained on chats needs more: see `ChatTask.ends`.
     """
 
     backbone: Backbone
@@ -122,7 +121,7 @@ class Generator:
         """Tokenises a prompt; a text also gets the special tokens before and after it."""
         if not isinstance(prompt, str):
             return list(prompt)
-        # The same tokens as in training: see `data.tokens.tokenize`.
+        # The same tokens as in training: see `tasks.text`.
         (ids,) = token_ids(self.tokenizer, [prompt], name)
         if self.backbone.arch.encoder is not None:
             return [*before, *ids, *after]

@@ -54,7 +54,7 @@ def export(
     if bake and not isinstance(produced, Prefix):
         pretrained = backbone_of(card, model, allow_other_weights=allow_other_weights)
         produced, card = baked(produced, card, pretrained)
-    head = None if card.task is None else artifact.load_head(source)
+    head = None if card.head is None else artifact.load_head(source)
     artifact.save(output, produced, card, to, head)
     return card
 

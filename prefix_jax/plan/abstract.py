@@ -22,8 +22,8 @@ from prefix_jax.methods import make_method
 from prefix_jax.model import Params, PrefixModel
 from prefix_jax.nn.attention.mask import TokenLayout
 from prefix_jax.plan.presets import PREFIX, preset
+from prefix_jax.tasks import check_task, make_task
 from prefix_jax.train.partition import check_trainable
-from prefix_jax.train.task import check_task, head_of
 
 Job = Literal["train", "decode"]
 
@@ -86,16 +86,14 @@ class AbstractRun:
                 "data.task: a plan reads no data; name the tasks, as in method.tasks=[a, b]"
             )
         check_trainable(method is None, config.model.quantize)
-        check_task(config, arch, config.model.path)
+        task = make_task(config.data, config.task)
+        check_task(task, arch, method, config.evaluate, config.optim.head_learning_rate)
         dtype = config.model.dtype
         if dtype == "auto":
             # As in `load` on a TPU; trained parameters are float32.
             dtype = "bfloat16" if method is not None else "float32"
-        model = PrefixModel(Backbone(arch, config.model.remat), method)
-        if config.task.name != "generate":
-            # Without labels in the config, their number depends on the data: at least two.
-            head = head_of(config.task, arch, len(config.task.labels or ("", "")))
-            model = dataclasses.replace(model, head=head)
+        # Without labels in the config, their number depends on the data: a head has at least two.
+        model = PrefixModel(Backbone(arch, config.model.remat), method, task)
         model.check_context(config.data.max_length)
         if job == "decode":
             _check_decoding(model)
@@ -134,8 +132,7 @@ class AbstractRun:
         two_sided = model.encoder_decoder
         most = tokens if two_sided is None else two_sided.max_target
         if targets is None:
-            all_of_them = self.config.task.name in ("generate", "tag", "span")
-            targets = min(tokens, most) if all_of_them else 1
+            targets = min(tokens, most) if model.task.dense else 1
         if not 1 <= targets <= most:
             raise ConfigError(f"--targets {targets}: must be at least 1 and at most {most:,}")
         count, micro = (
@@ -188,17 +185,16 @@ class AbstractRun:
 
         M = shape.targets
         examples: Any = jax.ShapeDtypeStruct((shape.micro,), jnp.float32, sharding=replicated(mesh))
-        regress = head is not None and head.kind == "regress"
-        candidates = head is not None and head.kind in ("span", "choice")
+        task = self.model.task
         return Batch(
             ids_BT=of(shape.tokens),
             layout=layout(shape.tokens),
             index_BM=of(M),
-            label_BM=of(M, jnp.float32 if regress else jnp.int32),
+            label_BM=of(M, task.label_dtype),
             weight_BM=of(M, jnp.float32),
             examples=examples,
             source=Source(of(shape.source), layout(shape.source)) if shape.source else None,
-            question_BM=of(M) if candidates else None,
+            question_BM=of(M) if task.candidates else None,
         )
 
 

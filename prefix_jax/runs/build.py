@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,15 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from prefix_jax.backbones.loading.pretrained import Pretrained, load
-from prefix_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TaskConfig
-from prefix_jax.data.pipeline import Pipeline, load_examples
-from prefix_jax.data.prepare import prepare
+from prefix_jax.backbones.loading.pretrained import Pretrained, architecture_of, load
+from prefix_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+from prefix_jax.data.batch import Examples
+from prefix_jax.data.pipeline import Pipeline
 from prefix_jax.data.source import Record, read_records
-from prefix_jax.data.template import Template
-from prefix_jax.data.tokens import Examples
 from prefix_jax.errors import ConfigError
-from prefix_jax.evaluate.run import Evaluator, needs_references
+from prefix_jax.evaluate.evaluator import Evaluator, needs_references
 from prefix_jax.mesh import batch_shards, make_mesh
 from prefix_jax.methods import make_method, name_of
 from prefix_jax.model import PrefixModel
@@ -28,11 +25,11 @@ from prefix_jax.nn.quantized import QTensor
 from prefix_jax.runs.card import CardMaker
 from prefix_jax.runs.config_warnings import config_warnings
 from prefix_jax.runs.memory import check_memory
-from prefix_jax.runs.multitask import assign_tasks
+from prefix_jax.runs.mixture import split_mixture
+from prefix_jax.tasks import Reader, Task, check_task, make_task
 from prefix_jax.train.init import init_params
 from prefix_jax.train.partition import check_trainable
 from prefix_jax.train.program import Program, make_program
-from prefix_jax.train.task import check_task, head_of, load_labelled_splits
 
 Records = Mapping[str, Iterable[Mapping[str, Any]]]
 
@@ -45,8 +42,7 @@ class Run:
 
     Attributes:
         pretrained: the backbone. Its weights are frozen, unless `model.method` is None.
-        model: backbone, method and head.
-        task: what the model is asked to do, with the labels that were found in the data.
+        model: backbone, method and task, with the labels that were found in the data.
         splits: the examples of "train", and of "dev" and "test" if there are any.
         pipeline: the batch of every step.
         program: the training step, its initial state and the number of steps.
@@ -58,7 +54,6 @@ class Run:
 
     pretrained: Pretrained
     model: PrefixModel
-    task: TaskConfig
     splits: Mapping[str, Examples]
     pipeline: Pipeline
     program: Program
@@ -86,25 +81,23 @@ def build_run(
         PrefixJaxError: the config, the data and the backbone do not fit together.
     """
     data, seed = config.data, config.train.seed
-    # Reading the data is faster than loading the backbone, so its mistakes should surface first.
-    sources = _read(data, records)
-    method, sources = assign_tasks(data, make_method(config.method), sources)
+    # Mistakes are found before the backbone is loaded, which takes longer.
+    task = make_task(data, config.task)
+    sources = _read(data, task, records)
+    method, sources = split_mixture(data, make_method(config.method), sources)
+    arch = architecture_of(config.model.path) if pretrained is None else pretrained.backbone.arch
+    check_task(task, arch, method, config.evaluate, config.optim.head_learning_rate)
     full = method is None
     check_trainable(full, config.model.quantize)
     if pretrained is None:
         pretrained = _load(config.model, config.mesh, full)
     _check_loaded(pretrained, config.model.quantize, full)
-    check_task(config, pretrained.backbone.arch, pretrained.source)
-    mesh, arch = pretrained.mesh, pretrained.backbone.arch
+    mesh = pretrained.mesh
     backbone = dataclasses.replace(pretrained.backbone, remat=config.model.remat)
-    model = PrefixModel(backbone, method)
-
-    task = config.task
-    if task.name == "generate":
-        splits = load_splits(data, config.evaluate.metrics, model, pretrained, sources)
-    else:
-        task, splits = load_labelled_splits(config, model, pretrained, sources)
-        model = dataclasses.replace(model, head=head_of(task, arch, len(task.labels or ())))
+    model = PrefixModel(backbone, method, task.collect(sources["train"]))
+    model.check_context(task.max_length)
+    reader = model.reader(pretrained.tokenizer)
+    splits = _examples(model.task, config.evaluate.metrics, reader, sources)
     check_memory(
         model,
         splits["train"],
@@ -136,32 +129,26 @@ def build_run(
         reduction=data.reduction,
         seed=seed,
     )
-    evaluator = Evaluator(
-        model,
-        pretrained.tokenizer,
-        mesh,
-        config.evaluate,
-        config.decode,
-        task,
-        pretrained.ends(chat=data.messages is not None),
-    )
+    evaluator = Evaluator(model, reader, mesh, config.evaluate, config.decode)
     evaluator.check(splits.get("dev", ()), config.evaluate.metrics[:1])
     evaluator.check(splits.get("test", ()), config.evaluate.metrics)
     return Run(
         pretrained,
         model,
-        task,
         splits,
         pipeline,
         program,
         evaluator,
-        CardMaker(pretrained, model, task, config.method, config.init, data, config.decode),
-        (*config_warnings(data, config.optim, sources, steps), *_examples_that_did_not_fit(splits)),
-        (*_summary(pretrained, model, program, splits, data), *_labels(task)),
+        CardMaker(pretrained, model, config.method, config.init, data.task, config.decode),
+        (
+            *config_warnings(data, config.optim, task, sources, steps),
+            *_examples_that_did_not_fit(splits),
+        ),
+        (*_summary(pretrained, model, program, splits, data), *_labels(model.task)),
     )
 
 
-def _read(data: DataConfig, records: Records | None) -> Mapping[str, Sequence[Record]]:
+def _read(data: DataConfig, task: Task, records: Records | None) -> Mapping[str, Sequence[Record]]:
     """Reads the records of each split.
 
     Raises:
@@ -178,10 +165,7 @@ def _read(data: DataConfig, records: Records | None) -> Mapping[str, Sequence[Re
         if source is not None
     }
     for split in splits.values():
-        (first,) = prepare(split[:1], data.prepare)
-        for template in (data.input, data.pair, data.target):
-            if template is not None:
-                Template(template).render(first)
+        task.probe(split[0])
     return splits
 
 
@@ -209,40 +193,19 @@ def _check_loaded(pretrained: Pretrained, quantize: str, full: bool) -> None:
         )
 
 
-def load_splits(
-    data: DataConfig,
-    metrics: Sequence[str],
-    model: PrefixModel,
-    pretrained: Pretrained,
-    sources: Mapping[str, Sequence[Record]],
+def _examples(
+    task: Task, metrics: Sequence[str], reader: Reader, sources: Mapping[str, Sequence[Record]]
 ) -> dict[str, Examples]:
     """Tokenizes every split.
 
-    Records need `data.references` only in splits whose generated text is measured.
+    Records need `data.references` only in splits whose generated text is scored.
     """
-    model.check_context(data.max_length)
-    read = functools.partial(
-        load_examples,
-        tokenizer=pretrained.tokenizer,
-        prepare=data.prepare,
-        input=data.input,
-        target=data.target,
-        messages=data.messages,
-        loss=data.loss,
-        max_length=model.room if data.max_length is None else data.max_length,
-        truncate=data.truncate,
-        on_overflow=data.on_overflow,
-        tfds_dir=data.tfds_dir,
-        encoder_decoder=model.encoder_decoder,
-        end_ids=model.backbone.arch.end_ids,
-    )
-    measured = {"dev": metrics[:1], "test": metrics}
+    scored = {"dev": metrics[:1], "test": metrics}
     return {
-        name: read(
-            source,
-            references=data.references if needs_references(measured.get(name, ())) else None,
+        name: (task if needs_references(scored.get(name, ())) else task.unscored()).examples(
+            records, reader
         )
-        for name, source in sources.items()
+        for name, records in sources.items()
     }
 
 
@@ -284,8 +247,8 @@ def _summary(
         )
 
 
-def _labels(task: TaskConfig) -> Iterator[str]:
-    if labels := task.labels or ():
+def _labels(task: Task) -> Iterator[str]:
+    if labels := getattr(task, "labels", None) or ():
         more = f", … ({len(labels)} in all)" if len(labels) > _MAX_LABELS else ""
         yield f"labels: {', '.join(map(repr, labels[:_MAX_LABELS]))}{more}"
 

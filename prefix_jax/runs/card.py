@@ -9,9 +9,10 @@ from typing import Any
 from prefix_jax import artifact
 from prefix_jax.artifact import Card
 from prefix_jax.backbones.loading.pretrained import Pretrained
-from prefix_jax.config import DataConfig, DecodeConfig, InitConfig, TaskConfig
+from prefix_jax.config import DecodeConfig, InitConfig
 from prefix_jax.model import PrefixModel
 from prefix_jax.prefix import Produced
+from prefix_jax.tasks import to_card
 from prefix_jax.train.init import start_of
 
 
@@ -21,39 +22,34 @@ class CardMaker:
 
     Attributes:
         pretrained: the backbone.
-        model: backbone, method and head.
-        task: what the model is asked to do, with its labels.
+        model: backbone, method and task.
         method: the `method` section of the config.
         init: the initial value of the prefix.
-        data: the templates of the training data.
+        dataset_field: in a mixture, the field of a record that names its dataset.
         decode: the default decoding options.
     """
 
     pretrained: Pretrained
     model: PrefixModel
-    task: TaskConfig
     method: Mapping[str, Any]
     init: InitConfig
-    data: DataConfig
+    dataset_field: str | None
     decode: DecodeConfig
 
-    def __call__(
-        self, produced: Produced, step: int, head: Mapping[str, Any] | None, dataset: str = ""
-    ) -> Card:
+    def __call__(self, produced: Produced, step: int, dataset: str = "") -> Card:
         """Makes the card of one prefix.
 
         Args:
             produced: the prefix, as its method produces it.
             step: the optimizer steps that it was trained for.
-            head: the weights of the head; None if the task generates text.
-            dataset: in a multitask run, the one that this prefix belongs to.
+            dataset: in a mixture, the name of the one that this prefix belongs to.
         """
         assert self.model.method is not None
         pretrained, tokenizer = self.pretrained, self.pretrained.tokenizer
         method = dict(self.method)
         if dataset:
             method |= {"tasks": list(self.model.method.task_names), "task": dataset}
-        fields = dataclasses.fields(artifact.TemplateCard)
+        field = self.dataset_field
         return artifact.make_card(
             produced,
             pretrained.backbone.geometry,
@@ -67,15 +63,10 @@ class CardMaker:
             method=method,
             init=self._init(),
             steps=step,
-            template=artifact.TemplateCard(**{f.name: getattr(self.data, f.name) for f in fields}),
+            task=to_card(self.model.task),
+            head=self.model.head,
+            dataset=None if field is None else artifact.DatasetCard(field=field, name=dataset),
             decode=dataclasses.asdict(self.decode),
-            task=None
-            if self.model.head is None or head is None
-            else artifact.TaskCard(
-                config=dataclasses.asdict(self.task),
-                head=dataclasses.asdict(self.model.head),
-                shapes={name: x.shape for name, x in head.items()},
-            ),
             tokenizer=artifact.TokenizerCard.of(type(tokenizer).__name__, tokenizer.get_vocab()),
         )
 

@@ -6,24 +6,30 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from prefix_jax.config import DataConfig, OptimConfig
 from prefix_jax.data.source import Record
-from prefix_jax.data.template import Template
+from prefix_jax.tasks import Task
+from prefix_jax.tasks.template import Template
 
 
 def config_warnings(
-    data: DataConfig, optim: OptimConfig, sources: Mapping[str, Sequence[Record]], steps: int
+    data: DataConfig,
+    optim: OptimConfig,
+    task: Task,
+    sources: Mapping[str, Sequence[Record]],
+    steps: int,
 ) -> tuple[str, ...]:
     """Finds settings that are probably a mistake.
 
     Args:
-        data: the data and their templates.
+        data: the data.
         optim: optimizer and schedule.
+        task: what the model is asked to do.
         sources: the records of every split.
         steps: optimizer steps of the whole run.
 
     Returns:
         One warning per finding, each with a remedy.
     """
-    return (*_schedule(optim, steps), *_splits(data, sources), *_templates(data))
+    return (*_schedule(optim, steps), *_splits(data, sources), *_templates(task))
 
 
 def _schedule(optim: OptimConfig, steps: int) -> Iterator[str]:
@@ -61,18 +67,20 @@ def _splits(data: DataConfig, sources: Mapping[str, Sequence[Record]]) -> Iterat
         )
 
 
-def _templates(data: DataConfig) -> Iterator[str]:
-    given = [text for text in (data.input, data.pair) if text is not None]
-    if given and not any(Template(text).fields for text in given):
-        names = "data.input" if data.pair is None else "data.input and data.pair"
+def _templates(task: Task) -> Iterator[str]:
+    templates = dict(task.templates)
+    target = templates.pop("target", None)
+    if templates and not any(Template(text).fields for text in templates.values()):
+        names = " and ".join(f"data.{name}" for name in templates)
+        text = next(iter(templates.values()))
         yield (
-            f"{names} without a {{field}}: every example has the same input, {given[0][:60]!r}; "
+            f"{names} without a {{field}}: every example has the same input, {text[:60]!r}; "
             "put field names in braces, such as {text}"
         )
-    if data.target is not None and not Template(data.target).fields:
+    if target is not None and not Template(target).fields:
         yield (
             f"data.target without a {{field}}: every example has the same target, "
-            f"{data.target[:60]!r}; put field names in braces, such as {{text}}"
+            f"{target[:60]!r}; put field names in braces, such as {{text}}"
         )
 
 

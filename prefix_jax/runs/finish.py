@@ -16,15 +16,15 @@ from prefix_jax.artifact import PREFIXES, Card
 from prefix_jax.backbones.fingerprint import fingerprint
 from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.errors import DamagedCheckpointError
+from prefix_jax.evaluate.evaluator import Evaluation
 from prefix_jax.evaluate.report import metrics_of
-from prefix_jax.evaluate.run import Evaluation
 from prefix_jax.prefix import Embeds, Prefix, Produced
 from prefix_jax.runs.build import Run
-from prefix_jax.runs.multitask import save_factors
+from prefix_jax.runs.mixture import save_factors
 from prefix_jax.runs.session import Session
 from prefix_jax.train.step import TrainState
 
-# Prefixes and their cards by dataset; outside multitask runs, one under an empty name.
+# Prefixes and their cards by dataset; without a mixture, one under an empty name.
 _Trained = dict[str, tuple[Produced, Card]]
 
 
@@ -35,13 +35,13 @@ class RunResult:
     Attributes:
         directory: the run directory.
         pretrained: the backbone; after full fine-tuning, the trained one.
-        produced: the trained prefix as its method produces it; in a multitask run, all of them as
+        produced: the trained prefix as its method produces it; for a mixture, all of them as
             a bank. None after full fine-tuning.
-        card: its card; None after full fine-tuning and in a multitask run.
+        card: its card; None after full fine-tuning and for a mixture.
         step: the step that `produced` comes from: the best one on the dev split, or the last.
         evaluations: on the test split: "after" training, and "before" if requested.
         head: the weights of a task's head; None if the task generates text.
-        tasks: in a multitask run, the prefix and the card of each task, by name.
+        datasets: for a mixture, the prefix and the card of each dataset, by name.
         interrupted: the signal that ended the run early, if any; the same config resumes it.
     """
 
@@ -52,7 +52,9 @@ class RunResult:
     step: int
     evaluations: Mapping[str, Evaluation] = dataclasses.field(repr=False)
     head: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
-    tasks: Mapping[str, tuple[Produced, Card]] = dataclasses.field(default_factory=dict, repr=False)
+    datasets: Mapping[str, tuple[Produced, Card]] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
     interrupted: signal.Signals | None = None
 
     @classmethod
@@ -85,10 +87,10 @@ def finish(session: Session, *, compare_baseline: bool = False) -> RunResult:
         pretrained = copy.copy(pretrained)
         pretrained.params = params["backbone"]
         pretrained.fingerprint = fingerprint(pretrained.params)
-    trained = _with_cards(run, produced, step, head)
+    trained = _with_cards(run, produced, step)
     _save(directory, trained, head)
-    tasks = run.model.method.task_names if run.model.method else ()
-    if tasks and jax.process_index() == 0:
+    datasets = run.model.method.task_names if run.model.method else ()
+    if datasets and jax.process_index() == 0:
         save_factors(directory, params["prefix"])
 
     evaluations: dict[str, Evaluation] = {}
@@ -107,7 +109,7 @@ def finish(session: Session, *, compare_baseline: bool = False) -> RunResult:
         step,
         evaluations,
         head,
-        trained if tasks else {},
+        trained if datasets else {},
     )
 
 
@@ -127,9 +129,7 @@ def _best_state(session: Session) -> tuple[TrainState, int]:
     return state, best
 
 
-def _with_cards(
-    run: Run, produced: Produced | None, step: int, head: Mapping[str, Any] | None
-) -> _Trained:
+def _with_cards(run: Run, produced: Produced | None, step: int) -> _Trained:
     """Splits the trained value into one prefix per dataset, each with its card."""
     if produced is None:
         return {}
@@ -137,7 +137,7 @@ def _with_cards(
     parts = produced.split_tasks() if isinstance(produced, Embeds) else (produced,)
     names = run.model.method.task_names or ("",)
     return {
-        name: (part, run.make_card(part, step, head, name))
+        name: (part, run.make_card(part, step, name))
         for name, part in zip(names, parts, strict=True)
     }
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from prefix_jax.errors import NonFiniteError
-from prefix_jax.evaluate.run import better
+from prefix_jax.evaluate.evaluator import better
 from prefix_jax.runs.checkpoints import Checkpoints
 from prefix_jax.runs.metric_writer import Kind
 from prefix_jax.runs.watchdog import Watchdog

@@ -12,8 +12,9 @@ from pathlib import Path
 from prefix_jax import config as configs
 from prefix_jax.config import Config
 from prefix_jax.errors import CheckpointError, PrefixJaxError
-from prefix_jax.evaluate.report import Report, read_predictions, save_predictions
-from prefix_jax.evaluate.run import Evaluation
+from prefix_jax.evaluate.evaluator import Evaluation
+from prefix_jax.evaluate.predictions import read_predictions, save_predictions
+from prefix_jax.evaluate.report import Report
 from prefix_jax.untrusted.json import read_json_object
 from prefix_jax.untrusted.paths import explain
 

@@ -171,8 +171,8 @@ def _digest(examples: Sequence[Example]) -> str:
         digest.update(len(example.ids_T).to_bytes(4, "little"))
         for array in (example.ids_T, example.index_M, example.label_M):
             digest.update(array.tobytes())
-        if example.task is not None:
-            digest.update(example.task.to_bytes(4, "little"))
+        if example.dataset is not None:
+            digest.update(example.dataset.to_bytes(4, "little"))
         if example.source_ids_S is not None:
             digest.update(len(example.source_ids_S).to_bytes(4, "little"))
             digest.update(example.source_ids_S.tobytes())

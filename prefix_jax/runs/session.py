@@ -131,7 +131,7 @@ def train_session(session: Session, config: TrainConfig, metric: str) -> signal.
             publish=session.output.publish,
             watchdog=watchdog,
         )
-        hooks += [saving, NonFiniteHook(run.pipeline.batch_sources)]
+        hooks += [saving, NonFiniteHook(run.pipeline.batch_origins)]
         micro = micro_batches(
             run.pipeline.iterate(start, steps), run.pipeline.packing.grad_accum_steps, run.mesh
         )

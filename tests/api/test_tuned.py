@@ -13,6 +13,7 @@ import tiny
 import tiny_runs
 
 import prefix_jax as pj
+from prefix_jax.data.source import Record
 from prefix_jax.errors import BackboneError, ConfigError, ContextError, DataError, PrefixError
 from prefix_jax.interop.export import export
 
@@ -49,8 +50,8 @@ def test_accepts_a_single_metric_name(tuned: pj.Tuned) -> None:
 
 
 def test_a_loss_is_measured_without_references(tuned: pj.Tuned) -> None:
-    template = dataclasses.replace(tuned.card.template, references="refs")
-    tuned = dataclasses.replace(tuned, card=dataclasses.replace(tuned.card, template=template))
+    card = dataclasses.replace(tuned.card, task=tuned.card.task | {"references": "refs"})
+    tuned = dataclasses.replace(tuned, card=card)
     assert tuned.evaluate(tiny_runs.SOME, "loss").report.examples == len(tiny_runs.SOME)
     with pytest.raises(DataError, match="record 1: no field 'refs'"):
         tuned.evaluate(tiny_runs.SOME, "exact_match")
@@ -92,7 +93,7 @@ def test_options_override_stored_options_that_conflict(tuned: pj.Tuned) -> None:
 def test_stored_prefix_generates_the_same_text(
     tuned: pj.Tuned, model: pj.Pretrained, tmp_path: Path, arrays: str
 ) -> None:
-    tuned.save(tmp_path / "prefix", arrays=arrays)
+    tuned.save(tmp_path / "prefix", arrays)
     loaded = pj.load_prefix(tmp_path / "prefix", model)
     prompt = {"sum": "2+3"}
     assert loaded.generate(prompt, max_new_tokens=8) == tuned.generate(prompt, max_new_tokens=8)
@@ -103,7 +104,7 @@ def test_stored_prefix_generates_the_same_text(
 def test_run_directory_loads_its_own_backbone(tuned: pj.Tuned) -> None:
     loaded = pj.load_prefix(tuned.run.directory)
     assert loaded.pretrained.fingerprint == tuned.pretrained.fingerprint
-    assert loaded.card.template == tuned.card.template
+    assert loaded.task == tuned.task == pj.TextTask(**TEMPLATES)
 
 
 @pytest.mark.parametrize("method", [pj.HiddenPrefixTuning(4), pj.PromptTuning(4)])
@@ -181,7 +182,8 @@ def test_chats_use_the_chat_template_in_training_and_generation(
         output_dir=tmp_path,
     )
     question = {"turns": [{"role": "user", "content": "1+1"}]}
-    assert tuned.render(question) == "user: 1+1</s>assistant: "
+    prompt = tuned.task.prompt(Record(question, "x"), tuned.reader)
+    assert prompt.text == "user: 1+1</s>assistant: "
     assert tuned.generate(question, max_new_tokens=4) == tuned.generate(
         "user: 1+1</s>assistant: ", max_new_tokens=4
     )
@@ -202,9 +204,9 @@ def test_prefix_trained_on_chats_stops_at_end_of_turn(tmp_path: Path) -> None:
     tuned = pj.fit(
         model, pj.PrefixTuning(16), chats, **options, steps=60, output_dir=tmp_path / "run"
     )
-    assert tuned.ends == (256, 257)
+    assert tuned.task.ends(tuned.reader) == (256, 257)
     loaded = pj.load_prefix(tmp_path / "run", model)
-    (found,) = loaded.generations([chats[0]])
+    found = loaded.generate(chats[0], details=True)
     assert found.samples[0].ids[-1] == 257
     assert (found.text, found.samples[0].finish) == ("y", "eos")
     metrics = loaded.evaluate(chats, ["exact_match", "accuracy"], labels=("y", "n")).report.metrics
@@ -278,10 +280,8 @@ def test_argument_of_wrong_type_error_states_expected_type(model: pj.Pretrained)
         pj.load(None)
     with pytest.raises(ConfigError, match=r"length: must be an integer in .*, got '4'"):
         pj.PrefixTuning(length="4")
-    with pytest.raises(ConfigError, match=r"task must be a Task such as Task\(.*got 'classify'"):
-        pj.fit(
-            model, pj.PrefixTuning(2), tiny_runs.RECORDS, input="{sum}", task="classify", steps=1
-        )
+    with pytest.raises(ConfigError, match=r"task must be a task such as Classify.*got 'classify'"):
+        pj.fit(model, pj.PrefixTuning(2), tiny_runs.RECORDS, task="classify", steps=1)
     with pytest.raises(ConfigError, match=r"overrides must be a list .*got 'train.seed=1'"):
         pj.fit(model, pj.PrefixTuning(2), tiny_runs.RECORDS, **TEMPLATES, overrides="train.seed=1")
 

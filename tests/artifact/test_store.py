@@ -23,11 +23,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefix_jax import artifact
-from prefix_jax.artifact import BackboneCard, Card, TemplateCard, TokenizerCard, make_card, store
+from prefix_jax.artifact import BackboneCard, Card, TokenizerCard, make_card, store
 from prefix_jax.artifact.arrays import to_arrays
-from prefix_jax.artifact.card import HEAD_FIELDS
-from prefix_jax.errors import CheckpointError, PrefixError
-from prefix_jax.heads import Head
+from prefix_jax.errors import CheckpointError, ConfigError, PrefixError
+from prefix_jax.nn.head import Head
 from prefix_jax.prefix import Embeds, Geometry, Hidden, KVPrefix, Prefix, Produced, Site, SiteShape
 from tests.mutations import dump_json, mutate_json, refusal
 
@@ -69,7 +68,7 @@ def card_of(produced: Produced) -> Card:
         method={"name": "prefix", "length": 5, "mid_dim": None, "dropout": 0.1},
         init="text: the café",
         steps=300,
-        template=TemplateCard(input="{name} →", target=" {text}"),
+        task={"name": "text", "input": "{name} →", "target": " {text}"},
         tokenizer=TokenizerCard.of("GPT2Tokenizer", {"a": 0, "b": 1}),
         metrics={"loss": 1.25},
     )
@@ -285,13 +284,11 @@ def test_replaces_a_prefix_with_system_files(stored: Path) -> None:
     assert_equal(artifact.load(stored)[0], produced)
 
 
-def test_names_text_that_cannot_be_stored(tmp_path: Path) -> None:
+def test_names_text_that_cannot_be_stored() -> None:
     produced = PREFIXES["embeds"]
-    template = TemplateCard(input="{name} \ud800", target="{text}")
-    card = dataclasses.replace(card_of(produced), template=template)
-    with pytest.raises(PrefixError, match=r"the card contains '\\ud800', .* remove it from"):
-        artifact.save(tmp_path / "p", produced, card)
-    assert not (tmp_path / "p").exists()
+    task = {"name": "text", "input": "{name} \ud800", "target": "{text}"}
+    with pytest.raises(ConfigError, match=r"task\.input: not valid Unicode text"):
+        dataclasses.replace(card_of(produced), task=task)
 
 
 def test_replaces_a_prefix_or_an_empty_directory(tmp_path: Path) -> None:
@@ -468,8 +465,13 @@ def test_formats_2_and_3_still_load(version: int, tmp_path: Path) -> None:
 def test_format_3_with_a_head_still_loads() -> None:
     directory = FIXTURES / "format3" / "classify"
     _, card = artifact.load(directory)
-    assert card.task is not None
-    assert card.task.config["labels"] == ["no", "yes"]
+    assert card.task == {
+        "name": "classify", "prepare": None, "max_length": None, "truncate": "left",
+        "label": "label", "input": "{text}", "pair": None, "labels": ["no", "yes"],
+        "dropout": 0.1, "reads_soft": False,
+    }  # fmt: skip
+    assert card.head is not None
+    assert card.head.outputs == 2
     assert artifact.load_head(directory)["out_DY"].shape == (32, 2)
 
 
@@ -569,13 +571,15 @@ def test_checks_shapes_before_reading_arrays(stored: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_mutated_cards_load_or_raise_one_error(signed: bool, tmp_path: Path) -> None:
-    card = dataclasses.replace(card_of(keys_values()), task=TASK)
+    card = dataclasses.replace(card_of(keys_values()), task=TASK, head=LAYERS)
     artifact.save(tmp_path / "p", keys_values(), card, "safetensors", head=HEAD)
     file, rng = tmp_path / "p" / "prefix.json", Random(0)
     fields = json.loads(file.read_text())
     refused = 0
     for _ in range(300):
         mutated = mutate_json(fields, rng)
+        if dump_json(mutated) == dump_json(fields):
+            mutated = None
         if signed and isinstance(mutated, dict):
             mutated["sha256"] = store._digest(mutated)
         file.write_bytes(dump_json(mutated))
@@ -679,20 +683,17 @@ def test_damage_is_a_prefix_error_or_harmless(data: st.DataObject, whole: dict[s
 # Heads of tasks.
 
 HEAD = {"out_DY": random(32, 2), "out_bias_Y": random(2)}
-TASK = artifact.TaskCard(
-    config={"name": "classify", "labels": ("no", "yes")},
-    head={"kind": "classify", "outputs": 2},
-    shapes={"out_DY": (32, 2), "out_bias_Y": (2,)},
-)
+TASK = {"name": "classify", "labels": ["no", "yes"]}
+LAYERS = Head(2)
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_head_round_trips_with_its_prefix(container: artifact.Container, tmp_path: Path) -> None:
-    card = dataclasses.replace(card_of(keys_values()), task=TASK)
+    card = dataclasses.replace(card_of(keys_values()), task=TASK, head=LAYERS)
     artifact.save(tmp_path / "a", keys_values(), card, container, head=HEAD)
     produced, loaded = artifact.load(tmp_path / "a")
-    assert loaded.task is not None
-    assert (loaded.task.shapes, loaded.task.head) == (TASK.shapes, TASK.head)
+    assert (loaded.task, loaded.head) == (TASK, LAYERS)
+    assert loaded.head_shapes == {"out_DY": (32, 2), "out_bias_Y": (2,)}
     np.testing.assert_array_equal(
         produced.decoder.inside.k_LPKH, keys_values().decoder.inside.k_LPKH
     )
@@ -712,7 +713,7 @@ def test_head_round_trips_with_its_prefix(container: artifact.Container, tmp_pat
     ],
 )
 def test_rejects_a_head_that_contradicts_its_card(head: Any, message: str, tmp_path: Path) -> None:
-    card = dataclasses.replace(card_of(keys_values()), task=TASK)
+    card = dataclasses.replace(card_of(keys_values()), task=TASK, head=LAYERS)
     with pytest.raises(PrefixError, match=message):
         artifact.save(tmp_path / "a", keys_values(), card, head=head)
     assert not (tmp_path / "a").exists()
@@ -725,31 +726,22 @@ def test_prefix_without_a_task_has_no_head(stored: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"config": {"name": "classify"}}, "task.head.outputs is 2, expected 0"),
-        ({"config": {"name": "classify", "labels": ["a", "b", "c"]}}, "outputs is 2, expected 3"),
-        ({"config": {"name": "tag", "labels": ["a", "b"]}}, "task.config.name is tag, and task.h"),
-        ({"config": {"name": "generate"}}, "task.config.name is generate"),
-        ({"config": {"labels": [1, 2]}}, "task.config.labels: must be"),
-        ({"config": {"name": "classify", "labels": ["a", "b"], "x": 1}}, "x: unknown key"),
-        ({"head": {"kind": "regress", "outputs": 2}}, "task.config.name is classify"),
-        ({"head": {"kind": "classify"}}, "task.head.outputs must be a positive integer"),
-        ({"head": {"kind": "classify", "outputs": 2, "bias": 1}}, "task.head.bias must be true or"),
-        ({"head": {"kind": "classify", "outputs": 2, "activation": "x"}}, "unknown activation 'x'"),
-        ({"head": {"kind": "classify", "outputs": 2, "code": "x"}}, "unknown fields code"),
-        ({"head": {"kind": "classify", "outputs": 2, "bias": False}}, "task.shapes is"),
-        ({"shapes": {"out_DY": [2, 32], "out_bias_Y": [2]}}, "task.shapes is"),
+        ({"head": {}}, "head.outputs: missing"),
+        ({"head": {"outputs": 0}}, "head.outputs: must be an integer in"),
+        ({"head": {"outputs": 2, "bias": 1}}, "head.bias: must be true or false"),
+        ({"head": {"outputs": 2, "activation": "x"}}, "unknown activation 'x'"),
+        ({"head": {"outputs": 2, "code": "x"}}, "head.code: unknown key"),
+        ({"head": {"outputs": 2, "dropout": 1.5}}, "head.dropout: must be a number in"),
+        ({"task": None}, "a head needs a task"),
+        ({"task": {"labels": ["a", "b"]}}, "task must have a name"),
     ],
 )
-def test_rejects_a_stored_task_that_does_not_fit_its_head(
+def test_rejects_a_stored_head_that_is_invalid(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    card = dataclasses.replace(card_of(keys_values()), task=TASK)
+    card = dataclasses.replace(card_of(keys_values()), task=TASK, head=LAYERS)
     artifact.save(tmp_path / "a", keys_values(), card, head=HEAD)
-    edit_card(tmp_path / "a", lambda fields: fields["task"].update(change))
+    edit_card(tmp_path / "a", lambda fields: fields.update(change))
     sign(tmp_path / "a")
     with pytest.raises(PrefixError, match=rf"prefix\.json is damaged:\n.*{message}"):
         artifact.load(tmp_path / "a")
-
-
-def test_head_fields_match_the_card() -> None:
-    assert {field.name for field in dataclasses.fields(Head)} == HEAD_FIELDS.keys()

@@ -23,12 +23,9 @@ from attacks.registry import Attempt, target
 from attacks.registry import tokenizer as new_tokenizer
 from prefix_jax import config
 from prefix_jax.backbones.loading.pretrained import load
-from prefix_jax.data.fields import collect_labels
-from prefix_jax.data.labelled import Reading
-from prefix_jax.data.pipeline import load_examples
 from prefix_jax.data.source import Record, read_records
-from prefix_jax.data.template import render_chat
 from prefix_jax.methods import make_method
+from prefix_jax.tasks import TASKS, ChatTask, Reader, TextTask
 
 # Chat templates.
 
@@ -62,7 +59,7 @@ def _chat_template(folder: Path) -> Attempt:
             template = mutate_text(_CHAT, rng)
         tokenizer.chat_template = template
         messages = mutate_json(chat, rng) if rng.random() < 0.3 else chat
-        render_chat(Record({"messages": messages}, "chat"), "messages", tokenizer)
+        ChatTask().render(Record({"messages": messages}, "chat"), Reader(tokenizer))
 
     return attempt
 
@@ -143,7 +140,8 @@ _ROWS = [
 
 
 def _read_data(file: Path, tokenizer: Any) -> None:
-    load_examples(file, tokenizer, input="{facts}\n", target="{text}", max_length=64)
+    task = TextTask("{facts}\n", "{text}", max_length=64)
+    task.examples(read_records(file), Reader(tokenizer))
 
 
 @target
@@ -225,12 +223,11 @@ def _labels(folder: Path) -> Attempt:
         others = {"classify": "bad", "regress": 2, "tag": ["B", "A"]}
         other = {**row, "label": others.get(kind, row["label"])}
         rows = mutate_json([row, other, dict(row)], rng)
-        task = config.TaskConfig(name=kind, **fields)
+        texts = {"span": {"input": "{text}", "pair": "{text}"}, "tag": {}}
+        options = texts.get(kind, {"input": "{text}"}) | fields
+        task: Any = TASKS[kind](**options, max_length=32)
         records = read_records(rows)
-        if kind in ("classify", "tag"):
-            task = dataclasses.replace(task, labels=collect_labels(records, task))
-        pair = "{text}" if kind == "span" else None
-        reading = Reading(tokenizer, task, "{text}", pair, 32, "left", False, True)
-        reading.examples(records)
+        task = task.collect(records)
+        task.examples(records, Reader(tokenizer, causal=False, token_types=True))
 
     return attempt

@@ -24,6 +24,7 @@ from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.cli.main import main
 from prefix_jax.errors import PrefixJaxError
 from prefix_jax.methods import make_method
+from prefix_jax.tasks import TextTask, to_card
 
 
 def _prefix(folder: Path, container: artifact.Container) -> Path:
@@ -38,9 +39,9 @@ def _prefix(folder: Path, container: artifact.Container) -> Path:
         fingerprint=pretrained.fingerprint,
         dtype="float32",
     )
-    template = artifact.TemplateCard(input="{facts}\n", target="{text}")
+    task = to_card(TextTask("{facts}\n", "{text}"))
     decode = {"max_new_tokens": 5}
-    card = artifact.make_card(produced, geometry, backbone, template=template, decode=decode)
+    card = artifact.make_card(produced, geometry, backbone, task=task, decode=decode)
     artifact.save(folder / "prefix", produced, card, container)
     return folder / "prefix"
 

@@ -16,7 +16,7 @@ from prefix_jax.artifact import prefix_spec
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.families import bert
 from prefix_jax.data.batch import Batch, Example
-from prefix_jax.data.pack import Packing, arrange, materialise, measure
+from prefix_jax.data.pack import Packing, arrange, collate, measure
 from prefix_jax.errors import PrefixError
 from prefix_jax.mesh import make_mesh
 from prefix_jax.methods.multitask import MultitaskPromptTuning
@@ -57,7 +57,7 @@ def mixed(two_sided: bool = False) -> list[Example]:
     return found
 
 
-def of_task(params: Any, task: int) -> Any:
+def select_dataset(params: Any, task: int) -> Any:
     return {
         "shared_PD": params["shared_PD"],
         "cols_PR": params["cols_APR"][task],
@@ -76,7 +76,7 @@ def test_batch_of_several_tasks_equals_each_task_separately(name: str) -> None:
     found, params = mixed(two_sided), prompts(backbone)
 
     def batch_of(some: list[Example]) -> Any:
-        return materialise(arrange(measure(some), Packing(pack=not two_sided)), some)
+        return collate(arrange(measure(some), Packing(pack=not two_sided)), some)
 
     def losses(model: PrefixModel) -> Any:
         def loss(prefix: Any, batch: Batch) -> jax.Array:
@@ -90,7 +90,7 @@ def test_batch_of_several_tasks_equals_each_task_separately(name: str) -> None:
     texts = [
         [dataclasses.replace(e, task=None) for e in found if e.task == task] for task in range(A)
     ]
-    each = [one(of_task(params, task), batch_of(texts[task])) for task in range(A)]
+    each = [one(select_dataset(params, task), batch_of(texts[task])) for task in range(A)]
     np.testing.assert_allclose(loss, sum(value for value, _ in each), rtol=1e-5)
     expected = {
         "shared_PD": sum(grad["shared_PD"] for _, grad in each),
@@ -152,7 +152,7 @@ def test_equal_texts_of_different_tasks_do_not_share_tokens() -> None:
     (one, *_) = examples(1)
     twice = [dataclasses.replace(one, task=task) for task in (0, 1)]
     assert len({item.source for item in measure(twice)}) == 2
-    batch = materialise(arrange(measure(twice), Packing()), twice)
+    batch = collate(arrange(measure(twice), Packing()), twice)
     assert {0, 1} <= set(np.unique(batch.layout.task_BT[batch.layout.segment_BT > 0]))
 
 

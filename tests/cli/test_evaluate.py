@@ -49,7 +49,10 @@ def test_accuracy_compares_the_given_labels(run_in, trained):
     ("words", "message"),
     [
         (["--data", "test.jsonl", "--metrics", "blue"], "evaluate.metrics"),
-        (["--data", "test.jsonl", "--metrics", "accuracy"], "at least two texts to choose from"),
+        (
+            ["--data", "test.jsonl", "--metrics", "accuracy"],
+            "accuracy chooses among texts; name at least two",
+        ),
         (["--data", "test.jsonl", "--official", "there"], "add a generation metric"),
         (["--data", "test.jsonl", "evaluate.max_example=3"], "did you mean evaluate.max_examples?"),
         (["--data", "tset.jsonl"], "did you mean 'test.jsonl'?"),
@@ -65,7 +68,7 @@ def test_reports_mistakes_in_one_error(run_in, trained, words, message):
 
 @pytest.mark.parametrize("option", ["--output", "--official"])
 def test_reports_an_unwritable_output_before_evaluating(run_in, trained, monkeypatch, option):
-    monkeypatch.setattr("prefix_jax.evaluate.run.Evaluator.compare", None)
+    monkeypatch.setattr("prefix_jax.evaluate.evaluator.Evaluator.compare", None)
     words = ("evaluate", "run", "--data", "test.jsonl", "--metrics", "bleu")
     ran = run_in(trained[0], *words, option, "train.jsonl")
     assert ran.code == 2

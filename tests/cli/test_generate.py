@@ -69,7 +69,7 @@ def test_file_is_answered_in_order(run_in, trained, tuned, tmp_path):
     assert ran.code == 0
     assert ran.out == ""
     records = lines(trained[0] / "test.jsonl")
-    assert [made["source"] for made in lines(output)] == [f"test.jsonl:{i}" for i in range(1, 6)]
+    assert [made["origin"] for made in lines(output)] == [f"test.jsonl:{i}" for i in range(1, 6)]
     assert [made["prompt"] for made in lines(output)] == [r["facts"] + "\n" for r in records]
     texts = tuned.generate(records)
     assert [made["prediction"] for made in lines(output)] == [text.strip() for text in texts]
@@ -81,7 +81,7 @@ def test_interrupt_keeps_the_predictions_so_far(tuned, tmp_path):
     seen = []
 
     def watch(made):
-        seen.append(made.source)
+        seen.append(made.origin)
         if len(seen) == 3:
             raise KeyboardInterrupt
 
@@ -91,7 +91,7 @@ def test_interrupt_keeps_the_predictions_so_far(tuned, tmp_path):
     assert seen == ["record 1", "record 2", "record 3"]
     assert not output.exists()
     kept = lines(tmp_path / "p.jsonl.unfinished")
-    assert [made["source"] for made in kept] == seen[: len(kept)]
+    assert [made["origin"] for made in kept] == seen[: len(kept)]
     assert len(kept) >= 2
 
 
@@ -140,7 +140,7 @@ def test_input_that_ends_inside_a_record_is_an_error(run_in, trained, monkeypatc
     def two(_tuned):
         return ("facts", "town")
 
-    monkeypatch.setattr("prefix_jax.api.Tuned.fields", property(two))
+    monkeypatch.setattr("prefix_jax.tasks.TextTask.form", property(two))
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\nc\n"))
     ran = run_in(trained[0], "generate", "run")
     assert ran.code == 2
@@ -154,7 +154,7 @@ def test_predictions_can_be_written_to_a_pipe(tuned, tmp_path):
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     try:
         tuned.predict([RECORD], output=pipe)
-        assert json.loads(os.read(reader, 1 << 16))["source"] == "record 1"
+        assert json.loads(os.read(reader, 1 << 16))["origin"] == "record 1"
     finally:
         os.close(reader)
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
@@ -169,14 +169,14 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
 @pytest.mark.parametrize("samples", [1, 2])
 def test_generated_escapes_never_reach_a_terminal(monkeypatch, stream, samples):
-    def write(_prompts, decode, on_text=None):
+    def write(_prompt, decode, on_text=None, details=False):
         if on_text is not None:
             on_text(0, 0, "a\x1b[2Jb")
         sample = types.SimpleNamespace(text="a\x1b[2Jb")
-        return [types.SimpleNamespace(samples=[sample] * decode.num_samples)]
+        return types.SimpleNamespace(samples=[sample] * decode.num_samples)
 
     settings = types.SimpleNamespace(decode=DecodeConfig(num_samples=samples, temperature=1.0))
-    tuned = types.SimpleNamespace(generations=write)
+    tuned = types.SimpleNamespace(generate=write)
     monkeypatch.setattr(command._stored, "load", lambda *_: (tuned, settings))
     monkeypatch.setattr(sys, "stdout", stream())
     words = ["generate", "run", "--prompt", "x"]

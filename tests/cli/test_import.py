@@ -29,8 +29,8 @@ def test_settings_add_templates_and_label_names(tmp_path, capsys):
     settings = ("data.input={text}", "task.labels=[no, perhaps, yes]")
     assert run("import", adapter, output, *settings, "--model", BERT) == 0
     _, card = artifact.load(output)
-    assert card.template.input == "{text}"
-    assert card.task.config["labels"] == ["no", "perhaps", "yes"]
+    assert card.task["input"] == "{text}"
+    assert card.task["labels"] == ["no", "perhaps", "yes"]
     assert run("import", adapter, tmp_path / "b", "task.labels=[a, b]", "--model", BERT) == 2
     assert "has 3 labels, but task.labels has 2" in capsys.readouterr().err
     assert run("import", adapter, tmp_path / "b", "data.inptu={text}", "--model", BERT) == 2

@@ -42,7 +42,7 @@ def stored(tmp_path, model):
         method={"name": "prompt", "length": 3, "mid_dim": None},
         init="text",
         steps=1200,
-        template=artifact.TemplateCard(input="[bold]{name}[/] ->\n", target=" {text}"),
+        task={"name": "text", "input": "[bold]{name}[/] ->\n", "target": " {text}"},
         metrics={"loss": 1.25},
     )
     artifact.save(tmp_path / "stored", produced, card)

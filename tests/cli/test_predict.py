@@ -9,7 +9,8 @@ import pytest
 
 from prefix_jax.cli import predict as command
 from prefix_jax.cli.main import main
-from prefix_jax.evaluate.report import Prediction, save_predictions
+from prefix_jax.evaluate.predictions import save_predictions
+from prefix_jax.tasks import Prediction
 
 HOSTILE = "no\x1b[2J\u202e"
 
@@ -23,13 +24,13 @@ class Terminal(io.StringIO):
 def hostile_label(monkeypatch):
     """Makes every prefix predict a label with terminal escapes, for one record."""
 
-    def answers(_records, batch_size, output):
+    def predict(_records, batch_size, output):
         predictions = [Prediction("test.jsonl:1", "x", HOSTILE, ())]
         if output is not None:
             save_predictions(output, predictions)
         return predictions
 
-    tuned = types.SimpleNamespace(answers=answers)
+    tuned = types.SimpleNamespace(head={}, predict=predict)
     settings = types.SimpleNamespace(evaluate=types.SimpleNamespace(batch_size=1))
     monkeypatch.setattr(command._stored, "load", lambda *_: (tuned, settings))
 

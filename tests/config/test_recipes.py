@@ -136,7 +136,9 @@ def small(config: Config, recipe: Path, folder: Path) -> Config:
     accumulate = config.optim.grad_accum_steps
     return dataclasses.replace(
         config,
-        task=dataclasses.replace(config.task, stride=min(config.task.stride, 16)),
+        task=dataclasses.replace(config.task, stride=16)
+        if config.task.name == "span"
+        else config.task,
         method=config.method | {"length": min(config.method["length"], 4)},
         data=dataclasses.replace(config.data, **splits, batch_size=2 * accumulate, max_length=None),
         train=dataclasses.replace(config.train, steps=2, epochs=None, eval_every=2),

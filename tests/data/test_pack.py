@@ -14,7 +14,7 @@ from prefix_jax.data.pack import (
     arrange,
     branching,
     choose_shapes,
-    materialise,
+    collate,
     measure,
 )
 from prefix_jax.errors import DataError
@@ -98,7 +98,7 @@ def read_by(one):
 @given(batches(), packings)
 def test_each_target_is_predicted_once_from_exactly_the_tokens_before_it(examples, packing):
     items = measure(examples)
-    batch = materialise(arrange(items, packing), examples)
+    batch = collate(arrange(items, packing), examples)
     expected = sorted(
         (*read_by(one), *one.ids_T[: i + 1].tolist())
         for one in examples
@@ -114,7 +114,7 @@ def test_each_target_is_predicted_once_from_exactly_the_tokens_before_it(example
 @given(batches(), packings)
 def test_rows_have_each_source_once_and_targets_without_last_token(examples, packing):
     layout = arrange(measure(examples), packing)
-    batch = materialise(layout, examples)
+    batch = collate(layout, examples)
     laid = sum(
         layout.items[block.members[0]].shared + sum(layout.items[i].own for i in block.members)
         for row in layout.rows
@@ -139,7 +139,7 @@ def test_rows_have_each_source_once_and_targets_without_last_token(examples, pac
 @given(batches(), packings)
 def test_batch_has_shape_of_layout_and_divisible_rows(examples, packing):
     layout = arrange(measure(examples), packing)
-    batch = materialise(layout, examples)
+    batch = collate(layout, examples)
     lead = (packing.grad_accum_steps,) if packing.grad_accum_steps > 1 else ()
     assert batch.ids_BT.shape == (*lead, layout.shape.rows, layout.shape.columns)
     assert batch.index_BM.shape == (*lead, layout.shape.rows, layout.shape.targets)
@@ -154,9 +154,9 @@ def test_batch_has_shape_of_layout_and_divisible_rows(examples, packing):
 @given(batches(), packings)
 def test_parts_of_hosts_form_the_whole_batch(examples, packing):
     layout = arrange(measure(examples), packing)
-    whole = materialise(layout, examples)
+    whole = collate(layout, examples)
     n = packing.rows_multiple
-    parts = [materialise(layout, examples, part=(i, n)) for i in range(n)]
+    parts = [collate(layout, examples, part=(i, n)) for i in range(n)]
     axis = int(packing.grad_accum_steps > 1)
     joined = jax.tree.map(
         lambda *leaves: np.concatenate(leaves, axis) if leaves[0].ndim > axis else leaves[0], *parts
@@ -176,7 +176,7 @@ def test_layout_does_not_depend_on_source_numbers(examples, packing, shift):
 @given(batches(), packings)
 def test_columns_are_in_causal_order(examples, packing):
     """Kernels compare columns: tokens attend only to earlier ones; positions are consecutive."""
-    for micro in micro_batches(materialise(arrange(measure(examples), packing), examples)):
+    for micro in micro_batches(collate(arrange(measure(examples), packing), examples)):
         at = micro.layout
         for group, branch, position in zip(
             at.segment_BT, at.branch_BT, at.position_BT, strict=True
@@ -194,7 +194,7 @@ def test_rows_branch_only_if_sources_are_shared():
         examples = [example([7, source], [True] * 3) for source in sources]
         items = measure(examples)
         packing = Packing(pack=pack, branches=branching(items, pack))
-        return materialise(arrange(items, packing), examples).layout
+        return collate(arrange(items, packing), examples).layout
 
     assert tokens([8, 9, 8]).branch_BT.any()
     assert tokens([8, 9, 8], pack=False).branch_BT is None
@@ -204,14 +204,14 @@ def test_rows_branch_only_if_sources_are_shared():
 def test_example_repeated_across_epochs_is_not_merged():
     examples = [example([7, 8], [True, True])] * 2
     packing = Packing(branches=False)
-    tokens = materialise(arrange(measure(examples), packing), examples).layout
+    tokens = collate(arrange(measure(examples), packing), examples).layout
     assert tokens.branch_BT is None
     assert sorted(tokens.position_BT[tokens.segment_BT > 0]) == [0, 0, 1, 1, 2, 2]
 
 
 def test_targets_of_one_source_share_its_tokens_as_branches():
     examples = [example([7, 8, 9], [True] * 3, start=10 * i) for i in range(3)]
-    batch = materialise(arrange(measure(examples), Packing()), examples)
+    batch = collate(arrange(measure(examples), Packing()), examples)
     assert batch.ids_BT.shape[0] == 1
     # 3 source tokens and 2 of each target, whose last token predicts nothing.
     assert batch.layout.branch_BT[0, :9].tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3]
@@ -222,7 +222,7 @@ def test_targets_of_one_source_share_its_tokens_as_branches():
 
 def test_targets_of_one_source_share_its_encoder_input():
     examples = [two_sided([7, 8, 9], [True] * 3, start=10 * i) for i in range(3)]
-    batch = materialise(arrange(measure(examples), Packing()), examples)
+    batch = collate(arrange(measure(examples), Packing()), examples)
     assert batch.source.ids_BS[0].tolist() == [7, 8, 9, 0, 0, 0, 0, 0]
     assert batch.source.layout.segment_BT[0, :4].tolist() == [1, 1, 1, 0]
     # The start token, and 2 tokens of each target.
@@ -233,7 +233,7 @@ def test_targets_of_one_source_share_its_encoder_input():
 
 def test_equal_targets_of_other_sources_are_not_merged():
     examples = [two_sided([read], [True] * 2) for read in (7, 8)]
-    batch = materialise(arrange(measure(examples), Packing()), examples)
+    batch = collate(arrange(measure(examples), Packing()), examples)
     groups = batch.layout.segment_BT[batch.layout.segment_BT > 0]
     assert sorted(groups.tolist()) == [1, 1, 2, 2]
 
@@ -244,13 +244,13 @@ def test_long_group_is_split_over_rows_and_repeats_its_source():
     assert layout.shape.rows >= 4
     assert layout.shape.columns < 1000
     assert all(row and len(row) == 1 for row in layout.rows)
-    batch = materialise(layout, examples)
+    batch = collate(layout, examples)
     assert (batch.ids_BT[:, :10] == 5).all()
 
 
 def test_without_packing_row_i_is_example_i():
     examples = [example([i + 1], [True] * (i + 1)) for i in range(5)]
-    batch = materialise(arrange(measure(examples), Packing(pack=False, rows_multiple=2)), examples)
+    batch = collate(arrange(measure(examples), Packing(pack=False, rows_multiple=2)), examples)
     assert batch.ids_BT.shape[0] == 6
     assert batch.ids_BT[:, 0].tolist() == [1, 2, 3, 4, 5, 0]
     assert batch.weight_BM.sum(1).tolist() == [1, 2, 3, 4, 5, 0]

@@ -1,5 +1,4 @@
 import itertools
-import json
 import time
 
 import jax
@@ -7,8 +6,8 @@ import numpy as np
 import pytest
 
 from prefix_jax.data.batch import Example
-from prefix_jax.data.pipeline import Pipeline, evaluation_batches, load_examples
-from prefix_jax.errors import ConfigError, DataError, MeshError
+from prefix_jax.data.pipeline import Pipeline, evaluation_batches
+from prefix_jax.errors import MeshError
 
 
 def make_examples(count=37, sources=9):
@@ -89,9 +88,9 @@ def test_grouping_by_source_packs_fewer_tokens():
 def test_sources_name_the_examples_of_a_batch():
     examples = make_examples()
     pipeline = Pipeline(examples, batch_size=8)
-    names = pipeline.batch_sources(3)
+    names = pipeline.batch_origins(3)
     assert len(names) == 8
-    labels = [i for one in examples if one.source in names for i in one.ids_T[one.target_T]]
+    labels = [i for one in examples if one.origin in names for i in one.ids_T[one.target_T]]
     assert targets(pipeline.batch(3)) == sorted(labels)
 
 
@@ -144,36 +143,3 @@ def test_unpacked_evaluation_keeps_the_order():
 
 def test_nothing_to_evaluate_gives_no_batches():
     assert list(evaluation_batches([], 8)) == []
-
-
-def test_examples_are_loaded_in_one_call(tmp_path, tokenizer):
-    path = tmp_path / "train.jsonl"
-    rows = [{"mr": "name", "ref": ["one", "two"]}, {"mr": "area", "ref": "three"}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    examples = load_examples(path, tokenizer, input="{mr} => ", target="{ref}")
-    assert [one.prompt for one in examples] == ["name => ", "name => ", "area => "]
-    assert [one.source for one in examples] == ["train.jsonl:1"] * 2 + ["train.jsonl:2"]
-    assert examples[0].references == ("one", "two")
-    batch = Pipeline(examples, batch_size=3).batch(0)
-    assert batch.examples == 3
-
-
-def test_chats_are_loaded_in_one_call(tokenizer):
-    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-    (example,) = load_examples([{"chat": turns}], tokenizer, messages="chat")
-    assert tokenizer.decode(example.ids_T[example.target_T]) == "ho<|im_end|>"
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"target": "{y}", "messages": "m"}, {"input": "{x}", "messages": "m"}]
-)
-def test_either_a_target_or_messages_must_be_given(tokenizer, options):
-    with pytest.raises(ConfigError, match="give either"):
-        load_examples([{"x": "a", "y": "b"}], tokenizer, **options)
-
-
-def test_a_label_with_nan_is_named_by_file_row_and_column(tmp_path, tokenizer):
-    path = tmp_path / "train.csv"
-    path.write_text("text,label\ngood,1\nbad,nan\n")
-    with pytest.raises(DataError, match=r"train\.csv:3: field 'label'"):
-        load_examples(path, tokenizer, input="{text}", target="{label}")

@@ -22,7 +22,7 @@ def write(path, text):
 
 def test_jsonl_records_know_their_line_and_blank_lines_are_skipped(tmp_path):
     records = read_records(write(tmp_path / "a.jsonl", '{"x": "é"}\n\n{"x": 2}\n'))
-    assert [(r.value("x"), r.source) for r in records] == [("é", "a.jsonl:1"), (2, "a.jsonl:3")]
+    assert [(r.value("x"), r.origin) for r in records] == [("é", "a.jsonl:1"), (2, "a.jsonl:3")]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_csv_cells_keep_commas_quotes_and_line_breaks(tmp_path):
     path = write(tmp_path / "a.csv", 'x,y\n"one, ""two""","three\nfour"\nfive,six\n')
     records = read_records(path)
     assert records[0].fields == {"x": 'one, "two"', "y": "three\nfour"}
-    assert [r.source for r in records] == ["a.csv:2", "a.csv:4"]
+    assert [r.origin for r in records] == ["a.csv:2", "a.csv:4"]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_file_that_is_not_parquet_is_an_error(tmp_path):
 
 
 def test_python_mappings_are_numbered():
-    assert [r.source for r in read_records({"x": i} for i in range(2))] == ["record 1", "record 2"]
+    assert [r.origin for r in read_records({"x": i} for i in range(2))] == ["record 1", "record 2"]
     with pytest.raises(DataError, match="record 2 must be a mapping, got str"):
         read_records([{"x": 1}, "x"])
 
@@ -298,7 +298,7 @@ def test_tfds_is_read_as_text_without_tensorflow(tfds_dir):
     assert len(records) == 3
     row = records[0].fields
     assert row == {"text": row["text"], "label": int(row["text"][1]) % 2, "refs": ["a", "b"]}
-    assert records[2].source == "tfds:tiny_pairs/train[:3]:2"
+    assert records[2].origin == "tfds:tiny_pairs/train[:3]:2"
     assert "tensorflow" not in sys.modules
 
 

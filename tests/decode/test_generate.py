@@ -20,7 +20,7 @@ from tokenizers import processors
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.config import DecodeConfig
-from prefix_jax.data.pipeline import load_examples
+from prefix_jax.data.source import read_records
 from prefix_jax.decode import Generator
 from prefix_jax.decode.loop import advance, prefill
 from prefix_jax.decode.options import make_search
@@ -33,6 +33,7 @@ from prefix_jax.errors import (
 )
 from prefix_jax.mesh import make_mesh, weight_shardings
 from prefix_jax.nn.attention.mask import TokenLayout
+from prefix_jax.tasks import Reader, TextTask
 
 NEW = 8
 # Three or four prompts, which share the programs for four rows.
@@ -279,7 +280,8 @@ class TestPrompts:
         )
         assert ("</s>" in written) == (tokenizer("ab")["input_ids"][-1] == 256)
         records = [{"x": prompt, "y": "c"}]
-        (example,) = load_examples(records, tokenizer, input="{x}", target="{y}")
+        task = TextTask("{x}", "{y}")
+        (example,) = task.examples(read_records(records), Reader(tokenizer))
         config = DecodeConfig(max_new_tokens=NEW)
         generator = dataclasses.replace(generator, tokenizer=tokenizer)
         of_text, of_ids = generator.generate([prompt, example.prompt_ids], config)

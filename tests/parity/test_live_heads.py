@@ -18,13 +18,13 @@ from flax.traverse_util import flatten_dict
 from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.config import OptimConfig
 from prefix_jax.data.batch import Batch, Example
-from prefix_jax.data.pack import Packing, arrange, materialise, measure
-from prefix_jax.heads import Head, make_head
+from prefix_jax.data.pack import Packing, arrange, collate, measure
 from prefix_jax.heads.head import Kind
 from prefix_jax.mesh import make_mesh, replicated
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.methods.prompt import PromptTuning
 from prefix_jax.model import PrefixModel
+from prefix_jax.nn.head import Head, make_head
 from prefix_jax.train.optimizer import make_optimizer, make_schedule
 from prefix_jax.train.partition import labels, split
 from prefix_jax.train.step import init_state, make_step
@@ -160,7 +160,7 @@ def _given(task: str, causal: bool, even: bool = False) -> tuple[list[Example], 
 def _batch(examples: Sequence[Example], pack: bool) -> Batch:
     """Packs examples, except after soft tokens, where every example needs its own row."""
     rows = arrange(measure(examples), Packing(pack=pack))
-    return jax.tree.map(lambda leaf: leaf[None], materialise(rows, examples))
+    return jax.tree.map(lambda leaf: leaf[None], collate(rows, examples))
 
 
 def _prefix(flat: np.ndarray, pretrained: Pretrained) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def _found(example: Example, batch: Batch) -> tuple[int, slice]:
             begin = index_BM[row, slot] - example.index_M[0]
             if np.array_equal(ids_T[begin : begin + len(example.ids_T)], example.ids_T):
                 return row, slice(slot, slot + len(example.index_M))
-    raise LookupError(example.source)
+    raise LookupError(example.origin)
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -303,7 +303,7 @@ def test_multiple_choice_matches_transformers(name: str, tmp_path: Path, differe
         )
         for i, right in ((0, 1), (2, 0))
     ]
-    batch = materialise(arrange(measure(examples), Packing(pack=False)), examples)
+    batch = collate(arrange(measure(examples), Packing(pack=False)), examples)
     out_BMY, loss_B = jax.jit(model.answer)(pretrained.stacked(), params, None, batch)
     with torch.no_grad():
         ids = torch.from_numpy(np.array(rows).reshape(2, 2, 6)).long()

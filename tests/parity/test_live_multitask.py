@@ -16,7 +16,7 @@ import pytest
 
 from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.data.batch import Example
-from prefix_jax.data.pack import Packing, Shape, arrange, materialise, measure
+from prefix_jax.data.pack import Packing, Shape, arrange, collate, measure
 from prefix_jax.methods.multitask import MultitaskPromptTuning
 from prefix_jax.model import PrefixModel
 
@@ -110,7 +110,7 @@ def ours(
         target_T = np.arange(len(ids_T)) > 0
         examples.append(Example.of_text(ids_T, target_T, "", source_ids_S=source, task=task))
     packing = Packing(pack=model.packs, shapes=(Shape(rows=2, columns=16, targets=16),))
-    batch = materialise(arrange(measure(examples), packing), examples)
+    batch = collate(arrange(measure(examples), packing), examples)
     assert len(batch.ids_BT) == (len(examples) if two_sided else 2)
 
     def loss(prefix: Any) -> jax.Array:

@@ -23,8 +23,8 @@ from prefix_jax.api import Tuned, import_peft
 from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.config import DecodeConfig, OptimConfig
 from prefix_jax.decode.generate import Generator
-from prefix_jax.heads import Head, make_head
 from prefix_jax.nn.attention.mask import TokenLayout
+from prefix_jax.nn.head import Head, make_head
 from prefix_jax.prefix import Embeds, KVPrefix, Prefix, Produced, Site
 from prefix_jax.train.optimizer import make_optimizer, make_schedule
 
@@ -122,7 +122,7 @@ def test_export_computes_the_same_in_peft(
     name: str, method: str, tmp_path: Path, difference: Any
 ) -> None:
     mine, text = tuned(name, method), given(name)
-    mine.export_peft(tmp_path / "ours")
+    mine.save(tmp_path / "ours", "peft")
     theirs = peft.PeftModel.from_pretrained(reference(name), tmp_path / "ours").eval()
     expected = MAKER.outputs(theirs, text)
     bare = MAKER.outputs(reference(name), text)
@@ -138,7 +138,7 @@ def test_export_computes_the_same_in_peft(
 def test_export_keeps_its_type(method: str, tmp_path: Path, difference: Any) -> None:
     name = "backbones/llama_grouped"
     mine, text = tuned(name, method), given(name)
-    mine.export_peft(tmp_path / "ours")
+    mine.save(tmp_path / "ours", "peft")
     theirs = peft.PeftModel.from_pretrained(reference(name), tmp_path / "ours").eval()
     expected = "CARTRIDGE" if method == "cartridge" else "P_TUNING"
     assert theirs.peft_config["default"].peft_type == expected
@@ -155,7 +155,7 @@ def test_export_generates_the_same_in_peft(
     name: str, method: str, tmp_path: Path, difference: Any
 ) -> None:
     mine = tuned(name, method)
-    mine.export_peft(tmp_path / "ours")
+    mine.save(tmp_path / "ours", "peft")
     theirs = peft.PeftModel.from_pretrained(reference(name), tmp_path / "ours").eval()
     prompts = given(name)["ids"].tolist()
     end = theirs.config.eos_token_id if name in SEQ2SEQ else 0
@@ -234,7 +234,7 @@ def test_head_survives_export_and_import(
     )
     card = dataclasses.replace(mine.card, task=task_card)
     mine = dataclasses.replace(mine, card=card, head=params)
-    mine.export_peft(tmp_path / "ours")
+    mine.save(tmp_path / "ours", "peft")
     base = MAKER.reference(FIXTURES / name, task)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
     expected = MAKER.outputs(theirs, text)
@@ -329,7 +329,7 @@ def test_gradients_and_an_adamw_step_match_peft(
     name: str, method: str, tmp_path: Path, difference: Any
 ) -> None:
     mine, text = tuned(name, method), given(name)
-    mine.export_peft(tmp_path / "start")
+    mine.save(tmp_path / "start", "peft")
     theirs = peft.PeftModel.from_pretrained(reference(name), tmp_path / "start").eval()
     weight = theirs.prompt_encoder["default"].embedding.weight.requires_grad_(True)
     model = mine.pretrained

@@ -19,7 +19,7 @@ import pytest
 from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.config import OptimConfig
 from prefix_jax.data.batch import Batch, Example
-from prefix_jax.data.pack import Packing, arrange, materialise, measure
+from prefix_jax.data.pack import Packing, arrange, collate, measure
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.methods.prompt import PromptTuning
 from prefix_jax.model import PrefixModel
@@ -58,7 +58,7 @@ def _batch(pairs: list[tuple[list[int], list[int]]], start_id: int, pack: bool) 
         learnt = np.arange(len(ids)) > 0
         source_ids = np.array(source, np.int32)
         found.append(Example.of_text(ids, learnt, "a pair", source_ids_S=source_ids))
-    return materialise(arrange(measure(found), Packing(pack=pack)), found)
+    return collate(arrange(measure(found), Packing(pack=pack)), found)
 
 
 def _summed_loss(model: Any, pairs: list[tuple[list[int], list[int]]]) -> Any:

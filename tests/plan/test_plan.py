@@ -97,7 +97,7 @@ def test_plan_of_a_step_that_does_not_fit() -> None:
                 "model.path=preset:t5-large",
             ),
             {},
-            "heads read an encoder or a decoder, and preset:t5-large is both",
+            "t5 is an encoder-decoder, but a head needs an encoder or a decoder",
         ),
         (("task.name=classify", "data.target=null", "data.input={a}"), {"job": "decode"}, "labels"),
     ],

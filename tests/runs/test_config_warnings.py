@@ -9,6 +9,7 @@ import tiny_runs
 from prefix_jax import config
 from prefix_jax.data.source import read_records
 from prefix_jax.runs.config_warnings import config_warnings
+from prefix_jax.tasks import make_task
 
 RECORDS = [{"a": str(i), "b": "x"} for i in range(4)]
 OTHERS = [{"a": "other", "b": "y"}]
@@ -23,7 +24,8 @@ def warnings(*overrides: str, steps: int = 10, **splits) -> tuple[str, ...]:
     }
     sources = {name: read_records(split) for name, split in {"train": RECORDS, **splits}.items()}
     parsed = config.parse(values, overrides)
-    return config_warnings(parsed.data, parsed.optim, sources, steps)
+    task = make_task(parsed.data, parsed.task)
+    return config_warnings(parsed.data, parsed.optim, task, sources, steps)
 
 
 def test_typical_run_has_no_warnings():

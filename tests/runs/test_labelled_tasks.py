@@ -20,7 +20,7 @@ from prefix_jax import artifact, config
 from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.cli.main import main
 from prefix_jax.errors import ConfigError, PrefixError
-from prefix_jax.evaluate.report import read_predictions
+from prefix_jax.evaluate.predictions import read_predictions
 from prefix_jax.runs.finish import RunResult
 from prefix_jax.runs.run import run as run_config
 
@@ -87,7 +87,7 @@ def trained(encoder: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 def test_prefix_and_head_learn_a_rule(trained: RunResult) -> None:
     assert trained.evaluations["after"].report.metrics["accuracy"] == 100
-    assert trained.card.task.config["labels"] == ("no", "yes")
+    assert trained.card.task["labels"] == ["no", "yes"]
     made = read_predictions(trained.directory / "predictions.jsonl")
     assert [one.prediction for one in made] == [record["label"] for record in TEST]
     assert all(sum(one.scores.values()) == pytest.approx(1) for one in made)
@@ -97,19 +97,18 @@ def test_stored_prefix_predicts_the_same(
     trained: RunResult, encoder: Pretrained, tmp_path: Path
 ) -> None:
     tuned = pj.load_prefix(trained.directory, encoder)
-    assert tuned.classify("a good film") == "yes"
-    assert tuned.classify([record["text"] for record in TEST]) == [r["label"] for r in TEST]
-    assert tuned.classify(TEST[0]) == TEST[0]["label"]
-    made = tuned.answers([{"text": record["text"]} for record in TEST], output=tmp_path / "a.jsonl")
+    texts = [record["text"] for record in TEST]
+    assert [one.prediction for one in tuned.predict(texts)] == [r["label"] for r in TEST]
+    made = tuned.predict([{"text": text} for text in texts], output=tmp_path / "a.jsonl")
     stored = read_predictions(tmp_path / "a.jsonl")
     assert [one.scores for one in stored] == [one.scores for one in made]
-    assert tuned.predict(TEST) == tuned.answers(TEST)
+    assert tuned.predict(TEST) == made
     metrics = tuned.evaluate(TEST, ["loss", "accuracy", "f1"]).report.metrics
     assert metrics["loss"] == pytest.approx(trained.evaluations["after"].report.metrics["loss"])
     assert (metrics["accuracy"], metrics["f1"]) == (100, 100)
-    with pytest.raises(PrefixError, match="cannot generate text; use classify"):
+    with pytest.raises(PrefixError, match="cannot generate text; use predict"):
         tuned.generate("a good film")
-    with pytest.raises(ConfigError, match="bleu cannot measure task"):
+    with pytest.raises(ConfigError, match=r"task\.name classify: unknown metric 'bleu'"):
         tuned.evaluate(TEST, ["bleu"])
 
 
@@ -118,10 +117,11 @@ def test_without_templates_accepts_texts_but_refuses_records(
 ) -> None:
     """As after an import from PEFT without templates."""
     tuned = pj.load_prefix(trained.directory, encoder)
-    bare = dataclasses.replace(tuned, card=dataclasses.replace(tuned.card, template=None))
-    assert bare.classify("a good film") == "yes"
+    card = dataclasses.replace(tuned.card, task=tuned.card.task | {"input": None})
+    bare = dataclasses.replace(tuned, card=card)
+    assert bare.predict(["a good film"])[0].prediction == "yes"
     with pytest.raises(PrefixError, match=r"stored without templates.* data\.input"):
-        bare.answers(TEST)
+        bare.predict(TEST)
 
 
 def test_container_includes_the_head(
@@ -186,7 +186,7 @@ def test_trains_evaluates_and_predicts_every_task(
     assert set(metrics) <= set(result.evaluations["after"].report.metrics)
     tuned = pj.load_prefix(tmp_path, encoder)
     unlabelled = [{k: v for k, v in record.items() if k != "label"} for record in records]
-    made = [one.prediction for one in tuned.answers(unlabelled)]
+    made = [one.prediction for one in tuned.predict(unlabelled)]
     assert made == [one.prediction for one in result.evaluations["after"].predictions]
     assert len(made) == len(records)
 
@@ -225,7 +225,7 @@ def test_soft_tokens_in_an_encoder_use_one_row_per_text(
         test=TEST[:4],
     )
     assert np.isfinite(result.evaluations["after"].report.metrics["loss"])
-    with pytest.raises(ConfigError, match="soft tokens before an encoder take one"):
+    with pytest.raises(ConfigError, match="does not fit soft tokens before an encoder"):
         run(
             encoder,
             tmp_path / "choice",
@@ -263,16 +263,16 @@ def test_head_can_read_the_first_soft_token_like_peft(encoder: Pretrained, tmp_p
         train=TRAIN,
     )
     tuned = pj.load_prefix(result.directory, encoder)
-    tuned.export_peft(tmp_path / "theirs")
+    tuned.save(tmp_path / "theirs", "peft")
     again = pj.import_peft(
         tmp_path / "theirs", encoder, overrides=["data.input={text}", "task.labels=[no, yes]"]
     )
-    scores = [answer.scores for answer in tuned.answers(TEST)]
-    assert [answer.scores for answer in again.answers(TEST)] == scores
+    scores = [answer.scores for answer in tuned.predict(TEST)]
+    assert [answer.scores for answer in again.predict(TEST)] == scores
     # The head reads the text through the soft token.
     assert len({tuple(of.items()) for of in scores}) > 1
     # Without soft tokens it reads the text's first token.
-    assert tuned.without_prefix().answers(TEST[:1])[0].scores != scores[0]
+    assert tuned.without_prefix().predict(TEST[:1])[0].scores != scores[0]
 
 
 @pytest.mark.parametrize("method", ["prefix", "full"])
@@ -281,9 +281,9 @@ def test_head_cannot_read_soft_tokens_that_do_not_exist(
 ) -> None:
     options = ("data.input={text}", *(["method=full"] if method == "full" else []))
     task = {"name": "classify", "reads_soft": True}
-    with pytest.raises(ConfigError, match="no soft tokens stand before an encoder here"):
+    with pytest.raises(ConfigError, match="no soft tokens precede an encoder"):
         run(encoder, tmp_path / method, *options, task=task, train=TRAIN[:8])
-    with pytest.raises(ConfigError, match="reads_soft requires name: classify or regress"):
+    with pytest.raises(ConfigError, match=r"task\.reads_soft has no meaning for task\.name tag"):
         run(encoder, tmp_path / method, task={"name": "tag", "reads_soft": True}, train=TRAIN)
 
 

@@ -9,9 +9,10 @@ import pytest
 
 from prefix_jax import config
 from prefix_jax.errors import CheckpointError
-from prefix_jax.evaluate.report import Prediction, Report
-from prefix_jax.evaluate.run import Evaluation
+from prefix_jax.evaluate.evaluator import Evaluation
+from prefix_jax.evaluate.report import Report
 from prefix_jax.runs.results import Results, config_digest, read_results, save_results
+from prefix_jax.tasks import Prediction
 
 PREDICTIONS = [Prediction("test.jsonl:1", "café\n", "One\u2028two", ["a", "b"])]
 

@@ -22,7 +22,7 @@ import tiny_runs
 
 from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.errors import CheckpointError, ConfigError
-from prefix_jax.evaluate.run import Evaluator
+from prefix_jax.evaluate.predictor import Predictor
 from prefix_jax.mesh import make_mesh
 from prefix_jax.runs.console import Console
 
@@ -177,7 +177,7 @@ def test_signal_during_an_evaluation_saves_the_state(
             signal.raise_signal(signal.SIGTERM)
         return value
 
-    monkeypatch.setattr(Evaluator, "loss", loss)
+    monkeypatch.setattr(Predictor, "loss", loss)
     overrides = ("train.eval_every=2", "train.checkpoint_every=100")
     run = tiny_runs.run(pretrained, tmp_path, *overrides, dev=tiny_runs.SOME)
     assert (run.interrupted, run.step) == (signal.SIGTERM, 4)

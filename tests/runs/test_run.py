@@ -30,7 +30,7 @@ from prefix_jax.errors import (
     NonFiniteError,
     PrefixJaxError,
 )
-from prefix_jax.evaluate.run import Evaluator
+from prefix_jax.evaluate.predictor import Predictor
 from prefix_jax.mesh import make_mesh
 from prefix_jax.runs import checkpoint_store as shelf
 from prefix_jax.runs.console import Console
@@ -83,12 +83,12 @@ def test_writes_prefix_metrics_and_predictions(pretrained: Pretrained, tmp_path:
     predictions = [json.loads(line) for line in lines]
     assert [p["prompt"] for p in predictions] == [r["sum"] + "=" for r in tiny_runs.SOME]
     assert [p["references"] for p in predictions] == [[r["total"]] for r in tiny_runs.SOME]
-    assert [p["source"] for p in predictions] == [f"record {i}" for i in range(1, 5)]
+    assert [p["origin"] for p in predictions] == [f"record {i}" for i in range(1, 5)]
 
     produced, card = artifact.load(tmp_path)
     assert tiny_runs.bits(produced) == tiny_runs.bits(run.produced)
     assert card.metrics["test_loss"] == pytest.approx(after["loss"])
-    assert (card.steps, card.template.input) == (12, "{sum}=")
+    assert (card.steps, card.task["input"]) == (12, "{sum}=")
     # During training only the first metric is measured.
     (dev, last) = (line for line in tiny_runs.metrics(tmp_path) if line["kind"] == "dev")
     assert (dev["step"], last["step"]) == (6, 12)
@@ -116,7 +116,7 @@ def test_exports_the_best_step_and_stops_early(
     pretrained: Pretrained, whole: Path, tmp_path: Path, monkeypatch
 ) -> None:
     measured = iter([5.0, 3.0, 4.0, 3.5, 2.0])  # after steps 2, 4, 6, 8, and on test
-    monkeypatch.setattr(Evaluator, "loss", lambda *_: next(measured))
+    monkeypatch.setattr(Predictor, "loss", lambda *_: next(measured))
     console = tiny_runs.console()
     splits = {"dev": tiny_runs.SOME, "test": tiny_runs.SOME}
     options = ("train.eval_every=2", "train.patience=2", "train.keep_checkpoints=1")
@@ -148,13 +148,13 @@ def test_generated_text_selects_the_best_step(
     answers = iter([["00"] * 4, ["02", "03", "04", "00"], ["02"] + ["00"] * 3])
     seen = []
 
-    def generate(evaluator: Evaluator, params: Any, *_: Any) -> list[str]:
-        real = unpatched(evaluator, params, *_)  # accepts stacked and unstacked weights
-        seen.append((isinstance(params["layers"], tuple), len(real)))
+    def generate(predictor: Predictor, model: Any, inputs: Any) -> list[str]:
+        real = unpatched(predictor, model, inputs)  # accepts stacked and unstacked weights
+        seen.append((isinstance(model.params["layers"], tuple), len(real)))
         return next(answers)
 
-    unpatched = Evaluator._generate
-    monkeypatch.setattr(Evaluator, "_generate", generate)
+    unpatched = Predictor.generate
+    monkeypatch.setattr(Predictor, "generate", generate)
     run = tiny_runs.run(
         pretrained,
         tmp_path,
@@ -492,7 +492,7 @@ def test_stores_the_last_step_if_the_best_checkpoint_is_damaged(
     pretrained: Pretrained, tmp_path: Path, monkeypatch
 ) -> None:
     measured = iter([1.0, *[5.0] * 20])
-    monkeypatch.setattr(Evaluator, "loss", lambda *_: next(measured))
+    monkeypatch.setattr(Predictor, "loss", lambda *_: next(measured))
     splits, options = {"dev": tiny_runs.SOME, "test": tiny_runs.SOME}, ("train.eval_every=6",)
     assert tiny_runs.run(pretrained, tmp_path, *options, **splits).step == 6
     shutil.rmtree(tmp_path / "prefix")

@@ -21,11 +21,9 @@ from transformers import PreTrainedTokenizerFast
 import prefix_jax
 from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.backbones.loading.tokenizer import load_tokenizer
-from prefix_jax.config import TaskConfig
-from prefix_jax.data.labelled import Reading
-from prefix_jax.data.pipeline import load_examples
-from prefix_jax.data.source import Record
+from prefix_jax.data.source import Record, read_records
 from prefix_jax.errors import BackboneError, DataError
+from prefix_jax.tasks import Classify, Reader, TextTask
 from prefix_jax.untrusted import tokenizer as tokenizer_module
 
 CODE = """
@@ -299,20 +297,21 @@ def test_limits_the_length_of_texts(model: Path, monkeypatch) -> None:
     monkeypatch.setattr(tokenizer_module, "MAX_CHARACTERS", 100)
     records = [{"a": "x" * 60, "b": "y"}, {"a": "x" * 101, "b": "y"}]
     message = r"2: the text has 101 characters, at most 100 can be tokenized"
+    task, reader = TextTask("{a}", "{b}"), Reader(tokenizer)
     with pytest.raises(DataError, match=message):
-        load_examples(records, tokenizer, input="{a}", target="{b}")
-    assert len(load_examples(records[:1] * 5, tokenizer, input="{a}", target="{b}")) == 5
+        task.examples(read_records(records), reader)
+    assert len(task.examples(read_records(records[:1] * 5), reader)) == 5
 
 
 def test_limits_the_length_of_texts_for_heads(tmp_path: Path, monkeypatch) -> None:
     tokenizer = load_tokenizer(tiny.write_encoder(tmp_path / "bert"))
     monkeypatch.setattr(tokenizer_module, "MAX_CHARACTERS", 100)
     records = [Record({"a": "x" * size, "label": "n"}, f"a.csv:{size}") for size in (60, 70, 101)]
-    task = TaskConfig("classify", labels=("n", "p"))
-    reading = Reading(tokenizer, task, "{a}", None, 32, "left", False, True)
-    assert len(reading.examples(records[:2])) == 2
+    task = Classify("{a}", labels=("n", "p"), max_length=32)
+    reader = Reader(tokenizer, causal=False, token_types=True)
+    assert len(task.examples(records[:2], reader)) == 2
     with pytest.raises(DataError, match=r"a\.csv:101: the text has 101 characters"):
-        reading.examples(records)
+        task.examples(records, reader)
 
 
 def test_tokenizes_in_parts_of_limited_size(model: Path, monkeypatch) -> None:

@@ -25,7 +25,6 @@ from prefix_jax.backbones.loading.ties import resolve_ties
 from prefix_jax.backbones.loading.tokenizer import load_tokenizer
 from prefix_jax.backbones.loading.weights import Safetensors, TensorSource, stream
 from prefix_jax.backbones.stacking import Params
-from prefix_jax.data.ends import end_tokens
 from prefix_jax.errors import BackboneError, ConfigError
 from prefix_jax.mesh import make_mesh, weight_shardings
 from prefix_jax.nn.quantized import Quantize
@@ -78,15 +77,6 @@ class Pretrained:
             BackboneError: there is no tokenizer, or it cannot be rebuilt.
         """
         return load_tokenizer(self.path, self.backbone.arch.vocab)
-
-    def ends(self, *, chat: bool = False) -> tuple[int, ...]:
-        """The tokens that end a generated text: the tokenizer's and the checkpoint's.
-
-        Args:
-            chat: for a prefix trained on chats, whose turns may end with another token; see
-                `end_tokens`.
-        """
-        return end_tokens(self.tokenizer, self.backbone.arch.end_ids, chat=chat)
 
 
 def load(

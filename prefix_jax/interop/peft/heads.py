@@ -13,24 +13,33 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from prefix_jax.artifact import TaskCard
 from prefix_jax.backbones.loading.config import read_config
 from prefix_jax.backbones.loading.pretrained import Pretrained
-from prefix_jax.config import TaskConfig
+from prefix_jax.config import DataConfig, TaskConfig
 from prefix_jax.errors import PrefixError
-from prefix_jax.heads import Head, make_head
-from prefix_jax.heads.head import Kind
 from prefix_jax.interop.peft.files import Files
+from prefix_jax.nn.head import Head
 from prefix_jax.prefix import Embeds, Geometry, Produced
+from prefix_jax.tasks import (
+    NAMES,
+    Classify,
+    ExtractSpan,
+    Regress,
+    Tag,
+    Task,
+    make_task,
+    name_of,
+)
 from prefix_jax.untrusted.names import check_storable_labels
 
-# Our tasks → PEFT's task types. In PEFT, regression is classification with one label.
-TASK_TYPES = {
-    "classify": "SEQ_CLS",
-    "regress": "SEQ_CLS",
-    "tag": "TOKEN_CLS",
-    "span": "QUESTION_ANS",
+# In PEFT, regression is classification with one label.
+_TASK_TYPES: dict[type[Task], str] = {
+    Classify: "SEQ_CLS",
+    Regress: "SEQ_CLS",
+    Tag: "TOKEN_CLS",
+    ExtractSpan: "QUESTION_ANS",
 }
+TASK_TYPES = frozenset(_TASK_TYPES.values())
 _MODULES = {
     "SEQ_CLS": ["classifier", "score"],
     "TOKEN_CLS": ["classifier", "score"],
@@ -41,22 +50,22 @@ _BASE = "base_model."
 _CLASSIFIER = {"gpt2", "gpt_neox"}
 
 
-def names(head: Head, model_type: str, causal: bool) -> dict[str, str]:
+def names(head: Head, task_type: str, model_type: str, causal: bool) -> dict[str, str]:
     """Maps each array of a head to its name in an adapter."""
-    dense, out = _layers(head, model_type, causal)
-    table = {"out_DY": f"{_BASE}{out}.weight"}
+    dense, out = _layers(head, task_type, model_type, causal)
+    arrays = {"out_DY": f"{_BASE}{out}.weight"}
     if head.bias:
-        table["out_bias_Y"] = f"{_BASE}{out}.bias"
+        arrays["out_bias_Y"] = f"{_BASE}{out}.bias"
     if head.activation is not None:
-        table |= {"dense_DE": f"{_BASE}{dense}.weight", "dense_bias_E": f"{_BASE}{dense}.bias"}
-    return table
+        arrays |= {"dense_DE": f"{_BASE}{dense}.weight", "dense_bias_E": f"{_BASE}{dense}.bias"}
+    return arrays
 
 
-def _layers(head: Head, model_type: str, causal: bool) -> tuple[str, str]:
+def _layers(head: Head, task_type: str, model_type: str, causal: bool) -> tuple[str, str]:
     """Returns the names of the dense layer ("" without one) and of the last layer."""
-    if head.kind == "span":
+    if task_type == "QUESTION_ANS":
         return "", "qa_outputs"
-    if head.kind == "tag":
+    if task_type == "TOKEN_CLS":
         return "", "score" if causal and model_type not in _CLASSIFIER else "classifier"
     if causal:
         return "", "score"
@@ -68,40 +77,52 @@ def _layers(head: Head, model_type: str, causal: bool) -> tuple[str, str]:
 
 
 def to_arrays(
-    head: Mapping[str, Any], task: TaskCard, produced: Produced, model_type: str, geometry: Geometry
+    weights: Mapping[str, Any],
+    task: Task,
+    head: Head,
+    produced: Produced,
+    model_type: str,
+    geometry: Geometry,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns the head's entries in an adapter's configuration, and its arrays.
 
     Raises:
         PrefixError: PEFT does not have the task, or its head reads another token.
     """
-    of = Head(**task.head)
-    if of.kind not in TASK_TYPES:
+    task_type = _TASK_TYPES.get(type(task))
+    if task_type is None:
         raise PrefixError(
-            f"PEFT has no adapters for task.name={of.kind}; keep the prefix in our own format "
-            "(--to safetensors, see docs/export.md)"
+            f"PEFT has no adapters for task.name={name_of(task)}; keep the prefix in our own "
+            "format (--to safetensors, see docs/export.md)"
         )
     causal = geometry.decoder is not None
-    if _reads_soft(of.kind, produced, causal) and not of.soft:
+    if _reads_soft(task_type, produced, causal) and not head.soft:
         raise PrefixError(
             "with soft tokens, PEFT classifies by an encoder's first soft token, but this head "
             "reads the text's first token; train with task.reads_soft=true, or keys and values "
             "(method.name=prefix)"
         )
-    task_type = TASK_TYPES[of.kind]
     arrays = {
-        theirs: np.asarray(head[ours]).T for ours, theirs in names(of, model_type, causal).items()
+        theirs: np.asarray(weights[ours]).T
+        for ours, theirs in names(head, task_type, model_type, causal).items()
     }
     return {"task_type": task_type, "modules_to_save": _MODULES[task_type]}, arrays
 
 
 def from_arrays(
-    files: Files, pretrained: Pretrained, produced: Produced, given: TaskConfig
-) -> tuple[dict[str, Any], TaskCard]:
+    files: Files, pretrained: Pretrained, produced: Produced, data: DataConfig, given: TaskConfig
+) -> tuple[dict[str, Any], Task]:
     """Reads the head of an adapter and its task.
 
     The label names come from `given`; or else from the backbone's configuration if it has the right
     number; or else they are "LABEL_0" and so on, as in transformers.
+
+    Args:
+        files: the adapter.
+        pretrained: its backbone.
+        produced: its prefix.
+        data: the templates.
+        given: the record fields and the label names.
 
     Raises:
         PrefixError: arrays are missing or unknown for the backbone's head, or the number of labels
@@ -110,61 +131,49 @@ def from_arrays(
     arch, task_type = pretrained.backbone.arch, files.config["task_type"]
     outputs = _outputs(files)
     kind = _kind(task_type, outputs)
-    soft = _reads_soft(kind, produced, arch.causal)
-    of = make_head(
-        kind,
-        outputs,
-        model_type=arch.model_type,
-        causal=arch.causal,
-        pooler=arch.pooler,
-        dropout=0.0,
-    )
-    of = dataclasses.replace(of, soft=soft)
-    expected = names(of, arch.model_type, arch.causal)
-    held = {name for name in files.arrays if name.startswith(_BASE)}
-    if held != set(expected.values()):
-        raise PrefixError(
-            f"{files.where}: expected a {task_type} head for {arch.model_type} with the arrays "
-            f"{', '.join(sorted(expected.values()))}; the adapter has "
-            f"{', '.join(sorted(held)) or 'none'}; give the backbone that it was trained for"
-        )
-    shapes = {
-        "out_DY": (arch.d_model, outputs),
-        "out_bias_Y": (outputs,),
-        "dense_DE": (arch.d_model, arch.d_model),
-        "dense_bias_E": (arch.d_model,),
+    task = make_task(data, dataclasses.replace(given, name=NAMES[kind]))
+    fields: dict[str, Any] = {
+        "dropout": 0.0,
+        "reads_soft": _reads_soft(task_type, produced, arch.causal),
     }
-    head = {}
-    for ours, theirs in expected.items():
-        x = files.array(theirs, len(shapes[ours])).T
-        if x.shape != shapes[ours]:
-            raise PrefixError(
-                f"{files.where}: {theirs} has shape {x.T.shape}, but this backbone's head has "
-                f"{shapes[ours][::-1]}; give the backbone that the adapter was trained for"
-            )
-        head[ours] = jnp.asarray(x)
-    labels = None
-    if kind in ("classify", "tag"):
+    if kind in (Classify, Tag):
         labels = given.labels or _labels(pretrained, outputs)
         if len(labels) != outputs:
             raise PrefixError(
                 f"{files.where}: the head has {outputs} labels, but task.labels has "
                 f"{len(labels)}; list all {outputs} labels"
             )
-    task = dataclasses.replace(given, name=kind, labels=labels, reads_soft=soft)
-    return head, TaskCard(
-        config=dataclasses.asdict(task),
-        head=dataclasses.asdict(of),
-        shapes={name: shapes[name] for name in head},
-    )
+        fields["labels"] = labels
+    own = {field.name for field in dataclasses.fields(task)}
+    task = dataclasses.replace(task, **{name: x for name, x in fields.items() if name in own})
+    head = task.head(arch)
+    assert head is not None
+    expected = names(head, task_type, arch.model_type, arch.causal)
+    present = {name for name in files.arrays if name.startswith(_BASE)}
+    if present != set(expected.values()):
+        raise PrefixError(
+            f"{files.where}: expected a {task_type} head for {arch.model_type} with the arrays "
+            f"{', '.join(sorted(expected.values()))}; the adapter has "
+            f"{', '.join(sorted(present)) or 'none'}; give the backbone that it was trained for"
+        )
+    weights = {}
+    for ours, shape in head.shapes(arch.d_model).items():
+        x = files.array(expected[ours], len(shape)).T
+        if x.shape != shape:
+            raise PrefixError(
+                f"{files.where}: {expected[ours]} has shape {x.T.shape}, but this backbone's head "
+                f"has {shape[::-1]}; give the backbone that the adapter was trained for"
+            )
+        weights[ours] = jnp.asarray(x)
+    return weights, task
 
 
-def _kind(task_type: str, outputs: int) -> Kind:
+def _kind(task_type: str, outputs: int) -> type[Task]:
     if task_type == "TOKEN_CLS":
-        return "tag"
+        return Tag
     if task_type == "QUESTION_ANS":
-        return "span"
-    return "regress" if outputs == 1 else "classify"
+        return ExtractSpan
+    return Regress if outputs == 1 else Classify
 
 
 def _outputs(files: Files) -> int:
@@ -178,12 +187,12 @@ def _outputs(files: Files) -> int:
     )
 
 
-def _reads_soft(kind: str, produced: Produced, causal: bool) -> bool:
+def _reads_soft(task_type: str, produced: Produced, causal: bool) -> bool:
     """Returns whether PEFT's head reads the first soft token.
 
     It classifies by the first column of an encoder, which is a soft token if there are any.
     """
-    return isinstance(produced, Embeds) and kind in ("classify", "regress") and not causal
+    return isinstance(produced, Embeds) and task_type == "SEQ_CLS" and not causal
 
 
 def _labels(pretrained: Pretrained, outputs: int) -> tuple[str, ...]:

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefix_jax import artifact
-from prefix_jax.artifact import Card, TemplateCard
+from prefix_jax.artifact import Card
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.loading.pretrained import Pretrained, load
-from prefix_jax.config import TaskConfig
-from prefix_jax.data.template import Template
+from prefix_jax.config import DataConfig, TaskConfig
 from prefix_jax.errors import BackboneError, PrefixError
 from prefix_jax.interop.peft import heads
 from prefix_jax.interop.peft.files import CONFIG, WEIGHTS, Files, read
 from prefix_jax.interop.peft.layout import unflatten
 from prefix_jax.prefix import Adapter, Embeds, Geometry, KVPrefix, Prefix, Produced, Site
+from prefix_jax.tasks import GENERATE, TextTask, make_task, to_card
 
 _MULTITASK = "MULTITASK_PROMPT_TUNING"
 # PEFT's types → our methods. Stored adapters no longer contain a projection.
@@ -45,13 +45,8 @@ class ImportConfig:
             adapter.
     """
 
-    data: TemplateCard = dataclasses.field(default_factory=TemplateCard)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
-
-    def __post_init__(self) -> None:
-        for text in (self.data.input, self.data.pair, self.data.target):
-            if text is not None:
-                Template(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +108,19 @@ def import_peft(
         produced = _keys_values(files, arch)
     else:
         produced = _soft_tokens(files, arch, task)
-    head, of_head = None, None
-    if files.config.get("task_type") in heads.TASK_TYPES.values():
-        head, of_head = heads.from_arrays(files, pretrained, produced, settings.task)
+    weights = None
+    if files.config.get("task_type") in heads.TASK_TYPES:
+        weights, made_for = heads.from_arrays(
+            files, pretrained, produced, settings.data, settings.task
+        )
+    else:
+        made_for = make_task(settings.data, dataclasses.replace(settings.task, name=GENERATE))
     card = dataclasses.replace(
         _card(files, pretrained, produced, task),
-        task=of_head,
-        template=None if settings.data == TemplateCard() else settings.data,
+        task=None if made_for == TextTask() else to_card(made_for),
+        head=made_for.head(arch),
     )
-    return Imported(pretrained, produced, card, head)
+    return Imported(pretrained, produced, card, weights)
 
 
 def tasks_of(adapter: str | Path | Files) -> int | None:
@@ -164,7 +163,7 @@ def task_type(geometry: Geometry) -> str:
 
 def _check_task_type(files: Files, arch: Architecture) -> None:
     stored, bare = files.config.get("task_type"), task_type(arch.geometry)
-    of_heads = [] if arch.encoder is not None else sorted({*heads.TASK_TYPES.values()})
+    of_heads = [] if arch.encoder is not None else sorted(heads.TASK_TYPES)
     if stored is not None and stored not in (bare, *of_heads):
         raise PrefixError(
             f"{files.where / CONFIG}: task_type is {stored}, but the backbone, a "

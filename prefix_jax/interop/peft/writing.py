@@ -21,6 +21,7 @@ from prefix_jax.interop.peft.layout import flatten, stored_layers
 from prefix_jax.interop.peft.reading import task_type
 from prefix_jax.methods.multitask import PARTS, read_parts
 from prefix_jax.prefix import Embeds, Hidden, KVPrefix, Prefix, Produced
+from prefix_jax.tasks import from_card
 from prefix_jax.untrusted.paths import expand
 
 _OURS = "or keep it in our own format (--to safetensors, see docs/export.md)"
@@ -70,7 +71,7 @@ def export_peft(
     if bake and not isinstance(produced, Prefix):
         pretrained = backbone_of(card, model, allow_other_weights=allow_other_weights)
         produced, card = baked(produced, card, pretrained)
-    head = None if card.task is None else artifact.load_head(source)
+    head = None if card.head is None else artifact.load_head(source)
     config, arrays = to_peft(produced, card, head)
     write(output, config, arrays)
     return config
@@ -92,9 +93,10 @@ def to_peft(
     if isinstance(produced, Prefix) and produced.embeds_PD is not None and not produced.sites:
         produced = Embeds(produced.embeds_PD)
     config, arrays = _prefix(produced, card)
-    if card.task is not None and head is not None:
+    if card.head is not None and card.task is not None and head is not None:
+        task = from_card(card.task)
         more, of_head = heads.to_arrays(
-            head, card.task, produced, card.backbone.model_type, card.geometry
+            head, task, card.head, produced, card.backbone.model_type, card.geometry
         )
         config, arrays = config | more, arrays | of_head
     return config, arrays
@@ -130,7 +132,7 @@ def several_tasks(run: str | Path) -> tuple[Config, Arrays]:
     embeds, card = artifact.load(places[0])
     if not isinstance(embeds, Embeds):
         raise PrefixError(f"{places[0]} has no soft tokens, unlike {PARTS}; copy the run again")
-    head = None if card.task is None else artifact.load_head(places[0])
+    head = None if card.head is None else artifact.load_head(places[0])
     config, others = to_peft(embeds, card, head)
     tasks, _, ranks = arrays["prefix_task_cols"].shape
     config |= {

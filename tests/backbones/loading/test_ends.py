@@ -14,6 +14,7 @@ import tiny
 from prefix_jax.backbones.loading.ends import ends_of_gguf
 from prefix_jax.backbones.loading.gguf import GGUF
 from prefix_jax.backbones.loading.pretrained import architecture_of, load
+from prefix_jax.data.special import end_tokens
 from prefix_jax.errors import BackboneError
 
 
@@ -73,7 +74,7 @@ def test_invalid_end_token_is_reported_with_file_and_key(stating, name: str, wro
 
 def test_end_tokens_include_the_tokenizers(stating) -> None:
     model = load(stating({"eos_token_id": [5, 6]}))
-    assert model.ends() == (256, 5, 6)
+    assert end_tokens(model.tokenizer, model.backbone.arch.end_ids) == (256, 5, 6)
     assert model.tokenizer.eos_token_id == 256
 
 
