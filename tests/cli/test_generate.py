@@ -108,7 +108,7 @@ def test_interrupt_keeps_the_predictions_so_far(tuned, tmp_path):
 def test_reports_a_bad_record_before_generating(
     run_in, folder, trained, monkeypatch, content, message
 ):
-    monkeypatch.setattr("prefix_jax.decode.generate.read", None)
+    monkeypatch.setattr("prefix_jax.decode.generate.prefill", None)
     (folder / "bad.jsonl").write_text(content)
     words = ("--input", "bad.jsonl", "--output", "p.jsonl")
     ran = run_in(folder, "generate", str(trained[0] / "run"), *words)
