@@ -145,5 +145,5 @@ class NameTable:
         return name
 
 
-# How most weights are stored: as by `torch.nn.Linear`, as they are used, and flat.
+# The storage of most weights: as in `torch.nn.Linear`, as they are used, and flat.
 LINEAR, STORED, VECTOR = Matrix(), Matrix(transposed=False), Vector()
