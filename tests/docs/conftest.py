@@ -15,7 +15,9 @@ def fast_docs(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Replaces all models by a tiny one, limits `pj.fit` to three steps, and links the data."""
     find = pretrained.find
     monkeypatch.setattr(
-        pretrained, "find", lambda source: find(source if Path(source).is_dir() else tiny_model_dir)
+        pretrained,
+        "find",
+        lambda source, *rest: find(source if Path(source).is_dir() else tiny_model_dir, *rest),
     )
     fit = api.fit
     monkeypatch.setattr(
