@@ -3,8 +3,9 @@
   prefix-jax evaluate runs/quickstart --data test.jsonl --metrics loss,bleu
 
 Templates, truncation and decoding are those of the training run. Settings
-override them: decode.num_beams=5, evaluate.max_examples=100, evaluate.batch_size=32,
-evaluate.compare_baseline=true (also evaluates the model without the prefix).
+override them: decode.num_beams=5, evaluate.max_examples=100,
+evaluate.batch_size=32, evaluate.compare_baseline=true (also evaluates the model
+without the prefix).
 """
 
 from __future__ import annotations
