@@ -61,13 +61,12 @@ def ours(steps: int, exchange: Path) -> dict[str, Any]:
 
 def examples(steps: int, exchange: Path) -> dict[str, Any]:
     """Saves our examples, in order, and the initial prefix for PEFT."""
-    from prefix_jax.data.tokens import group_references
     from prefix_jax.runs.build import build_run
 
     built = build_run(_config(steps, exchange / "run"))
     train, dev = built.splits["train"], built.splits["test"]
-    order = [i for step in range(steps) for i in built.pipeline.order.step(step)]
-    inputs = group_references(dev)
+    order = [i for step in range(steps) for i in built.pipeline.sampler.step(step)]
+    inputs = built.model.task.inputs(dev)
     prefix = {
         name: np.asarray(leaf)
         for name, leaf in built.program.state.train["prefix"]["decoder"].items()

@@ -92,11 +92,10 @@ def measure(task: str, limit: int, steps: int | None) -> dict[str, dict[str, flo
         built = build_run(config, pretrained=pretrained, records=records)
         evaluator = Evaluator(
             built.model,
-            pretrained.tokenizer,
+            built.model.reader(pretrained.tokenizer),
             built.mesh,
             config.evaluate,
             config.decode,
-            built.task,
         )
 
         def loss(params: Any, prefix: Any, evaluator: Any = evaluator, built: Any = built) -> float:

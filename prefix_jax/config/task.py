@@ -17,16 +17,17 @@ class TaskConfig:
 
     Attributes:
         name: "generate" text; "classify" a text or a pair; "regress" a number; "tag" every word;
-            find the "span" of a text that answers a question; or make a "choice" among texts.
+            find the "span" of a text that answers a question; make a "choice" among texts; or
+            "rank" them.
         label: field with the label: a name or number; the tags of all words, in a list; the
-            answers, in SQuAD's form ({"text": […], "answer_start": […]}); or the number of the
-            right choice, counted from 0.
+            answers, in SQuAD's form ({"text": […], "answer_start": […]}); the number of the right
+            choice, counted from 0; or the relevances of all texts, in a list.
         labels: names of the labels, in order; None collects them from the training data and sorts
             them. A number in the data is an index into these names, unless a name is itself a
             number.
         words: for "tag", the field with the list of words.
-        choices: for "choice", templates of the texts to choose from. A field with a list expands to
-            one choice per item.
+        choices: for "choice" and "rank", templates of the texts. A field with a list expands to one
+            text per item.
         stride: for "span", the overlap in tokens between windows of a long text.
         answer_tokens: for "span", the maximum length of an answer.
         unanswerable: for "span", whether questions may have no answer (SQuAD 2.0).

@@ -45,19 +45,44 @@ def candidate_losses(
     Returns:
         The negative log-likelihood of the correct candidates, averaged over the Y answers.
     """
+    total_BMY = _logsumexp_per_question(logits_BMY, question_BM)
+    right_BMY = (label_BM[..., None] >> jnp.arange(logits_BMY.shape[-1])) & 1
+    loss_BMY = weight_BM[..., None] * total_BMY - right_BMY * logits_BMY
+    return loss_BMY.mean(axis=-1).sum(axis=1)
+
+
+def listwise_losses(
+    score_BM: jax.Array, relevance_BM: jax.Array, question_BM: jax.Array
+) -> jax.Array:
+    """Summed softmax cross-entropy of ranking each question's candidates, [B], in nats.
+
+    Args:
+        score_BM: the score of every candidate.
+        relevance_BM: its relevance, from 0; at least one per question is positive.
+        question_BM: question number from 1, shared by a question's candidates; 0 is padding.
+    """
+    total_BM = _logsumexp_per_question(score_BM[..., None], question_BM)[..., 0]
+
+    def shares(relevance_M: jax.Array, question_M: jax.Array) -> jax.Array:
+        """Each candidate's share of the relevance of its question."""
+        sum_Q = jax.ops.segment_sum(relevance_M, question_M, len(question_M) + 1)
+        return relevance_M / jnp.maximum(sum_Q[question_M], jnp.finfo(jnp.float32).tiny)
+
+    share_BM = jax.vmap(shares)(jnp.where(question_BM > 0, relevance_BM, 0), question_BM)
+    return jnp.sum(share_BM * (total_BM - score_BM), axis=1)
+
+
+def _logsumexp_per_question(logits_BMY: jax.Array, question_BM: jax.Array) -> jax.Array:
+    """Log-sum-exp over each question's candidates, repeated for each candidate, [B, M, Y]."""
     questions = question_BM.shape[1] + 1
 
     def row(logits_MY: jax.Array, question_M: jax.Array) -> jax.Array:
-        """Log-sum-exp over each question's candidates, repeated for each candidate."""
         top_QY = jax.ops.segment_max(jax.lax.stop_gradient(logits_MY), question_M, questions)
         top_MY = top_QY[question_M]
         sum_QY = jax.ops.segment_sum(jnp.exp(logits_MY - top_MY), question_M, questions)
         return jnp.log(sum_QY[question_M]) + top_MY
 
-    total_BMY = jax.vmap(row)(logits_BMY, question_BM)
-    right_BMY = (label_BM[..., None] >> jnp.arange(logits_BMY.shape[-1])) & 1
-    loss_BMY = weight_BM[..., None] * total_BMY - right_BMY * logits_BMY
-    return loss_BMY.mean(axis=-1).sum(axis=1)
+    return jax.vmap(row)(logits_BMY, question_BM)
 
 
 def _chunks(array: jax.Array, size: int) -> jax.Array:

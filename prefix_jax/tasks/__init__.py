@@ -18,6 +18,7 @@ from prefix_jax.tasks.chat import ChatTask
 from prefix_jax.tasks.choice import MultipleChoice
 from prefix_jax.tasks.classify import Classify
 from prefix_jax.tasks.metrics import unknown_metric
+from prefix_jax.tasks.rank import Rank
 from prefix_jax.tasks.regress import Regress
 from prefix_jax.tasks.span import ExtractSpan
 from prefix_jax.tasks.tag import Tag
@@ -39,6 +40,7 @@ __all__ = [
     "MultipleChoice",
     "Prediction",
     "Prompt",
+    "Rank",
     "Reader",
     "Regress",
     "Tag",
@@ -63,6 +65,7 @@ TASKS: dict[str, type[Task]] = {
     "tag": Tag,
     "span": ExtractSpan,
     "choice": MultipleChoice,
+    "rank": Rank,
 }
 NAMES = {cls: name for name, cls in TASKS.items()}
 GENERATE = "generate"

@@ -19,12 +19,12 @@ from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.config import OptimConfig
 from prefix_jax.data.batch import Batch, Example
 from prefix_jax.data.pack import Packing, arrange, collate, measure
-from prefix_jax.heads.head import Kind
 from prefix_jax.mesh import make_mesh, replicated
 from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.methods.prompt import PromptTuning
 from prefix_jax.model import PrefixModel
-from prefix_jax.nn.head import Head, make_head
+from prefix_jax.nn.head import Head
+from prefix_jax.tasks import Classify, ExtractSpan, MultipleChoice, Regress, Tag, Task
 from prefix_jax.train.optimizer import make_optimizer, make_schedule
 from prefix_jax.train.partition import labels, split
 from prefix_jax.train.step import init_state, make_step
@@ -63,12 +63,13 @@ CONFIGS = {
     "electra": ("electra", {**_SMALL, "embedding_size": 32}),
     "distilbert": ("distilbert", _DISTIL),
 }
-TASKS: dict[str, tuple[Kind, str]] = {
-    "SEQ_CLS": ("classify", "AutoModelForSequenceClassification"),
-    "REGRESSION": ("regress", "AutoModelForSequenceClassification"),
-    "TOKEN_CLS": ("tag", "AutoModelForTokenClassification"),
-    "QUESTION_ANS": ("span", "AutoModelForQuestionAnswering"),
-    "CHOICE": ("choice", "AutoModelForMultipleChoice"),
+_NAMES = tuple(map(str, range(LABELS)))
+TASKS: dict[str, tuple[Task, str]] = {
+    "SEQ_CLS": (Classify(labels=_NAMES, dropout=0.0), "AutoModelForSequenceClassification"),
+    "REGRESSION": (Regress(dropout=0.0), "AutoModelForSequenceClassification"),
+    "TOKEN_CLS": (Tag(labels=_NAMES, dropout=0.0), "AutoModelForTokenClassification"),
+    "QUESTION_ANS": (ExtractSpan(), "AutoModelForQuestionAnswering"),
+    "CHOICE": (MultipleChoice(dropout=0.0), "AutoModelForMultipleChoice"),
 }
 
 
@@ -99,15 +100,9 @@ def _pretrained(name: str, reference: Any, directory: Path) -> Pretrained:
 
 
 def _head(task: str, pretrained: Pretrained) -> Head:
-    arch = pretrained.backbone.arch
-    return make_head(
-        TASKS[task][0],
-        1 if task == "REGRESSION" else LABELS,
-        model_type=arch.model_type,
-        causal=arch.causal,
-        pooler=arch.pooler,
-        dropout=0.0,
-    )
+    head = TASKS[task][0].head(pretrained.backbone.arch)
+    assert head is not None
+    return head
 
 
 def _ids(lengths: Sequence[int]) -> list[np.ndarray]:
@@ -226,7 +221,10 @@ def test_training_step_of_prefix_and_head_matches_peft(
 
     method = PrefixTuning(P) if kind == "prefix" else PromptTuning(P)
     head = dataclasses.replace(_head(task, pretrained), soft=soft)
-    model = PrefixModel(pretrained.backbone, method, head)
+    task_of_model: Any = TASKS[task][0]
+    if soft:
+        task_of_model = dataclasses.replace(task_of_model, reads_soft=True)
+    model = PrefixModel(pretrained.backbone, method, task_of_model)
     trained = jax.device_put(_as_ours(_trained(theirs), pretrained), replicated(pretrained.mesh))
     params = {"backbone": pretrained.stacked(), **trained}
     abstract = jax.eval_shape(lambda: head.init(jax.random.key(0), 32))
@@ -282,8 +280,7 @@ def test_multiple_choice_matches_transformers(name: str, tmp_path: Path, differe
     reference = _reference(name, "CHOICE")
     pretrained = _pretrained(name, reference, tmp_path)
     rows = _ids([6, 6, 6, 6])
-    head = _head("CHOICE", pretrained)
-    model = PrefixModel(pretrained.backbone, None, head)
+    model = PrefixModel(pretrained.backbone, None, TASKS["CHOICE"][0])
     # The pooler, or the first head layer of ELECTRA and DistilBERT.
     own = {
         key: x

@@ -24,8 +24,9 @@ from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.config import DecodeConfig, OptimConfig
 from prefix_jax.decode.generate import Generator
 from prefix_jax.nn.attention.mask import TokenLayout
-from prefix_jax.nn.head import Head, make_head
+from prefix_jax.nn.head import Head
 from prefix_jax.prefix import Embeds, KVPrefix, Prefix, Produced, Site
+from prefix_jax.tasks import Classify, ExtractSpan, Tag, to_card
 from prefix_jax.train.optimizer import make_optimizer, make_schedule
 
 torch = pytest.importorskip("torch")
@@ -218,21 +219,19 @@ def test_head_survives_export_and_import(
     mine, text = tuned(name, method), given(name)
     model, rng = mine.pretrained, np.random.default_rng(5)
     arch = model.backbone.arch
-    head = make_head(
-        kind, 3, model_type=arch.model_type, causal=arch.causal, pooler=arch.pooler, dropout=0.0
-    )
     soft = method == "prompt" and kind == "classify" and not arch.causal
-    head = dataclasses.replace(head, soft=soft)
+    labels = ("a", "b", "c")
+    task_of_kind = {
+        "classify": Classify(labels=labels, dropout=0.0, reads_soft=soft),
+        "tag": Tag(labels=labels, dropout=0.0),
+        "span": ExtractSpan(),
+    }[kind]
+    head = task_of_kind.head(arch)
     params = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape), jnp.float32),
         head.init(jax.random.key(0), arch.d_model),
     )
-    task_card = artifact.TaskCard(
-        config={"name": kind},
-        head=dataclasses.asdict(head),
-        shapes={part: x.shape for part, x in params.items()},
-    )
-    card = dataclasses.replace(mine.card, task=task_card)
+    card = dataclasses.replace(mine.card, task=to_card(task_of_kind), head=head)
     mine = dataclasses.replace(mine, card=card, head=params)
     mine.save(tmp_path / "ours", "peft")
     base = MAKER.reference(FIXTURES / name, task)
@@ -245,7 +244,7 @@ def test_head_survives_export_and_import(
     theirs.save_pretrained(tmp_path / "theirs")
     again = import_peft(tmp_path / "theirs", model)
     assert sorted(again.head) == sorted(params)
-    assert again.card.task.head["soft"] == soft
+    assert again.card.head.soft == soft
     for part, x in params.items():
         np.testing.assert_array_equal(again.head[part], x)
 
@@ -317,7 +316,7 @@ def test_imported_head_matches_peft(
     theirs.save_pretrained(tmp_path)
     which = 1 if method == "multitask" else None
     mine = import_peft(tmp_path, pretrained(name), task=which)
-    head = Head(**mine.card.task.head)
+    head = mine.card.head
     found = answered(mine.pretrained, mine.produced, head, mine.head, given(name))
     delta = relative(found, MAKER.outputs(theirs, given(name), which))
     difference(f"import, {method} and head of {task}", delta, 1e-5, name)

@@ -166,12 +166,16 @@ _TAGS = [{"tokens": ["good", "film"], "label": ["O", "B-X"]}] * 8
 _ANSWERS = {"text": ["paris"], "answer_start": [9]}
 _SPANS = [{"q": "where", "c": "film was paris".replace("was ", "is  "), "label": _ANSWERS}] * 8
 _CHOICES = [{"q": "the film", "a": "was good", "b": "was bad", "label": i % 2} for i in range(8)]
+_RANKED = [
+    {"q": "the film", "a": "was good", "b": "was bad", "label": [i % 2, 1]} for i in range(8)
+]
 _VALUES = [{"text": "good film", "label": i / 8} for i in range(8)]
 TASKS = {
     "regress": (["data.input={text}"], {}, _VALUES, ["loss", "pearson", "spearman"]),
     "tag": ([], {}, _TAGS, ["loss", "accuracy", "f1"]),
     "span": (["data.input={q}", "data.pair={c}"], {"stride": 4}, _SPANS, ["exact_match", "f1"]),
     "choice": (["data.input={q}"], {"choices": ["{a}", "{b}"]}, _CHOICES, ["loss", "accuracy"]),
+    "rank": (["data.input={q}"], {"choices": ["{a}", "{b}"]}, _RANKED, ["ndcg", "mrr", "loss"]),
 }
 
 
