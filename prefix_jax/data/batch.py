@@ -134,11 +134,11 @@ class Examples(list[Example]):
 
 @flax.struct.dataclass
 class Source:
-    """Packed encoder inputs. A decoder group attends to the encoder group of the same number.
+    """Packed encoder inputs. A decoder segment attends to the encoder segment of the same number.
 
     Attributes:
         ids_BS: int32 token ids.
-        layout: the group and position of each token.
+        layout: the segment and position of each token.
     """
 
     ids_BS: jax.Array
@@ -151,7 +151,7 @@ class Batch:
 
     Attributes:
         ids_BT: int32 token ids.
-        layout: the group, branch and position of each token.
+        layout: the segment, branch and position of each token.
         index_BM: int32, for each target, the column in its row whose hidden state predicts it.
             Several targets may share a column: the last source token predicts the first token
             of every target with that source.

@@ -4,12 +4,12 @@ XLA recompiles for every batch shape, and a padding token costs as much as a rea
 therefore has one of a few `Shape`s, which `choose_shapes` picks once per dataset, and
 longest-processing-time-first scheduling (Graham 1969) spreads the examples over its rows.
 
-Targets with the same source share its tokens: they become branches of one group. The last token of
-an example predicts nothing and is left out.
+Targets with the same source share its tokens: they become branches of one segment. The last token
+of an example predicts nothing and is left out.
 
-In an encoder-decoder a row has two sides: the sources that the encoder reads, and the groups of the
-decoder, each of which attends to the source of the same number. Targets with the same source share
-it and the decoder's start token.
+In an encoder-decoder a row has two sides: the sources that the encoder reads, and the segments of
+the decoder, each of which attends to the source of the same number. Targets with the same source
+share it and the decoder's start token.
 
 A layout depends only on the lengths of the batch's examples and the options, never on earlier
 batches, so every host computes the same layout and a resumed run repeats it.

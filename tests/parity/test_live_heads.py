@@ -233,7 +233,7 @@ def test_training_step_of_prefix_and_head_matches_peft(
     output = theirs(**given)
     micro = jax.tree.map(lambda leaf: leaf[0], batch)
     prefix = jax.jit(model.prefix)(params)
-    out_BMY, _ = jax.jit(model.answer)(params["backbone"], params["head"], prefix, micro)
+    out_BMY, _ = jax.jit(model.head_outputs)(params["backbone"], params["head"], prefix, micro)
     if task == "QUESTION_ANS":
         logits = torch.stack([output.start_logits, output.end_logits], -1).detach().numpy()
     else:
@@ -301,7 +301,7 @@ def test_multiple_choice_matches_transformers(name: str, tmp_path: Path, differe
         for i, right in ((0, 1), (2, 0))
     ]
     batch = collate(arrange(measure(examples), Packing(pack=False)), examples)
-    out_BMY, loss_B = jax.jit(model.answer)(pretrained.stacked(), params, None, batch)
+    out_BMY, loss_B = jax.jit(model.head_outputs)(pretrained.stacked(), params, None, batch)
     with torch.no_grad():
         ids = torch.from_numpy(np.array(rows).reshape(2, 2, 6)).long()
         expected = reference(input_ids=ids, labels=torch.tensor([1, 0]))

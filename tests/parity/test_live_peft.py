@@ -238,7 +238,9 @@ def test_head_survives_export_and_import(
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
     expected = MAKER.outputs(theirs, text)
 
-    delta = relative(answered(model, mine.produced, head, params, text), expected)
+    delta = relative(
+        answered(model, mine.produced, head, params, text, task == "SEQ_CLS"), expected
+    )
     difference(f"export, {method} and head of {task}", delta, 1e-5, name)
 
     theirs.save_pretrained(tmp_path / "theirs")
@@ -250,9 +252,14 @@ def test_head_survives_export_and_import(
 
 
 def answered(
-    model: Pretrained, produced: Produced, head: Head, params: Any, text: dict[str, np.ndarray]
+    model: Pretrained,
+    produced: Produced,
+    head: Head,
+    params: Any,
+    text: dict[str, np.ndarray],
+    whole: bool,
 ) -> np.ndarray:
-    """The output of a head for a text with a prefix."""
+    """The output of a head for a text with a prefix: one for the whole text, or one per token."""
     backbone, ids = model.backbone, jnp.asarray(text["ids"])
     prefix = jax.jit(backbone.lift)(model.stacked(), produced)
     h_BTD, _ = backbone.hidden(
@@ -260,7 +267,7 @@ def answered(
     )
     if not head.soft:
         h_BTD = h_BTD[:, -ids.shape[1] :]
-    if head.kind == "classify":
+    if whole:
         h_BTD = h_BTD[:, -1 if backbone.arch.causal else 0]
     h_BTD = backbone.pool(model.params, h_BTD) if head.pooled else h_BTD
     return np.asarray(head(params, h_BTD))
@@ -317,7 +324,9 @@ def test_imported_head_matches_peft(
     which = 1 if method == "multitask" else None
     mine = import_peft(tmp_path, pretrained(name), task=which)
     head = mine.card.head
-    found = answered(mine.pretrained, mine.produced, head, mine.head, given(name))
+    found = answered(
+        mine.pretrained, mine.produced, head, mine.head, given(name), task == "SEQ_CLS"
+    )
     delta = relative(found, MAKER.outputs(theirs, given(name), which))
     difference(f"import, {method} and head of {task}", delta, 1e-5, name)
 
