@@ -47,24 +47,21 @@ class ChatTask(GenerationTask):
 
     @property
     def form(self) -> tuple[str, ...]:
-        """See `Task.form`. A person writes the user's turn."""
+        """A person writes the turn of the user."""
         return ("user",)
 
     def filled(self, values: Sequence[str]) -> Mapping[str, Any]:
-        """See `Task.filled`."""
         (text,) = values
         return {self.messages: [{"role": "user", "content": text}]}
 
     def of_texts(self, texts: Sequence[str]) -> tuple[Task, list[Mapping[str, Any]]]:
-        """See `Task.of_texts`. A text is a user's turn."""
+        """Each text becomes the turn of a user."""
         return self, [self.filled([text]) for text in texts]
 
     def prompt_fields(self, record: Record) -> Mapping[str, Any]:
-        """See `Task.prompt_fields`."""
         return {self.messages: _unanswered(record, self.messages)}
 
     def check(self, architecture: Architecture, method: Method[Any] | None) -> None:
-        """See `Task.check`."""
         if architecture.encoder is not None:
             raise ConfigError(
                 "data.messages: an encoder-decoder cannot train on chats; use templates "
@@ -73,7 +70,7 @@ class ChatTask(GenerationTask):
         super().check(architecture, method)
 
     def ends(self, reader: Reader) -> tuple[int, ...]:
-        """See `Task.ends`. Includes the token that ends an assistant turn in the chat template.
+        """Includes the token that ends an assistant turn in the chat template.
 
         Gemma's `<end_of_turn>` is not the tokenizer's eos, and some checkpoints do not list it in
         `generation_config.json`.

@@ -62,11 +62,9 @@ class CandidatesTask(HeadTask):
 
     @property
     def templates(self) -> dict[str, str]:
-        """See `Task.templates`."""
         return {} if self.input is None else {"input": self.input}
 
     def check(self, architecture: Architecture, method: Method[Any] | None) -> None:
-        """See `Task.check`."""
         super().check(architecture, method)
         require_template(self.input, "input")
         if not self.choices:
@@ -82,7 +80,7 @@ class CandidatesTask(HeadTask):
             )
 
     def head(self, architecture: Architecture) -> Head:
-        """See `Task.head`. One logit per text."""
+        """One logit per text."""
         return sequence_head(architecture, 1, self.dropout, prefer_pooler=True)
 
     def targets(self, record: Record, texts: Sequence[str]) -> tuple[Sequence[float], str]:
@@ -90,7 +88,6 @@ class CandidatesTask(HeadTask):
         raise NotImplementedError
 
     def examples(self, records: Sequence[Record], reader: Reader, answers: bool = True) -> Examples:
-        """See `Task.examples`."""
         records = self.prepared(records)
         templates = [Template(text) for text in self.choices or ()]
         first = template_of(self.input, "input")
@@ -152,7 +149,6 @@ class MultipleChoice(CandidatesTask):
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        """See `Task.metrics`."""
         return head_metrics(accuracy=scorers.accuracy)
 
     def targets(self, record: Record, texts: Sequence[str]) -> tuple[Sequence[float], str]:
@@ -163,14 +159,14 @@ class MultipleChoice(CandidatesTask):
         return [int(i == correct) for i in range(len(texts))], texts[correct]
 
     def losses(self, out_BMY: jax.Array, batch: Batch) -> jax.Array:
-        """See `Task.losses`. Cross-entropy over the texts."""
+        """Cross-entropy over the texts."""
         assert batch.question_BM is not None  # as the examples are candidates
         return candidate_losses(out_BMY, batch.label_BM, batch.weight_BM, batch.question_BM)
 
     def predictions(
         self, examples: Sequence[Example], outputs: Sequence[np.ndarray]
     ) -> list[Prediction]:
-        """See `Task.predictions`. Scores are the probabilities of the texts."""
+        """Scores are the probabilities of the texts."""
         predictions = []
         for example, out_MY in zip(examples, outputs, strict=True):
             probabilities = softmax(out_MY[:, 0])

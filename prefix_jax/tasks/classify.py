@@ -37,7 +37,6 @@ class Classify(SequenceTask):
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        """See `Task.metrics`."""
         labels = len(self.labels or ())
         return head_metrics(
             accuracy=scorers.accuracy,
@@ -51,18 +50,16 @@ class Classify(SequenceTask):
         check_labels(self.labels)
 
     def head(self, architecture: Architecture) -> Head:
-        """See `Task.head`. One logit per label."""
+        """One logit per label."""
         return self.head_of(architecture, len(self.labels or ("", "")))
 
     def collect(self, records: Sequence[Record]) -> Classify:
-        """See `Task.collect`."""
         if self.labels is not None:
             return self
         labels = ((record, record.value(self.label)) for record in self.prepared(records))
         return dataclasses.replace(self, labels=collect_labels(labels, self.label))
 
     def answer(self, record: Record) -> tuple[float, str]:
-        """See `SequenceTask.answer`."""
         names = self.labels or ()
         index = self._encoder.index(record, self.label, record.value(self.label))
         return index, names[index]
@@ -73,13 +70,13 @@ class Classify(SequenceTask):
         return LabelEncoder(self.labels)
 
     def losses(self, out_BMY: jax.Array, batch: Batch) -> jax.Array:
-        """See `Task.losses`. Cross-entropy."""
+        """Cross-entropy."""
         return jnp.sum(token_losses(out_BMY, batch.label_BM) * batch.weight_BM, axis=1)
 
     def predictions(
         self, examples: Sequence[Example], outputs: Sequence[np.ndarray]
     ) -> list[Prediction]:
-        """See `Task.predictions`. Scores are the probabilities of the labels."""
+        """Scores are the probabilities of the labels."""
         names = self.labels or ()
         predictions = []
         for example, out_MY in zip(examples, outputs, strict=True):

@@ -53,7 +53,6 @@ class HeadTask(Task):
     label: str = "label"
 
     def check(self, architecture: Architecture, method: Method[Any] | None) -> None:
-        """See `Task.check`."""
         if architecture.encoder is not None:
             raise ConfigError(
                 f"{architecture.model_type} is an encoder-decoder, but a head needs an encoder or "
@@ -62,11 +61,11 @@ class HeadTask(Task):
 
     @abc.abstractmethod
     def head(self, architecture: Architecture) -> Head:
-        """See `Task.head`."""
+        """Returns the head; unlike for other tasks, there always is one."""
 
     @abc.abstractmethod
     def losses(self, out_BMY: jax.Array, batch: Batch) -> jax.Array:
-        """See `Task.losses`."""
+        """Returns the summed loss of each row's targets, [B], from the outputs of the head."""
 
     def encode(
         self,
@@ -145,18 +144,15 @@ class SequenceTask(HeadTask):
 
     @property
     def templates(self) -> dict[str, str]:
-        """See `Task.templates`."""
         templates = {"input": self.input, "pair": self.pair}
         return {name: text for name, text in templates.items() if text is not None}
 
     @property
     def form(self) -> tuple[str, ...] | None:
-        """See `Task.form`."""
         names = (name for text in self.templates.values() for name in Template(text).fields)
         return None if self.input is None else fields_needed(names, self.prepare)
 
     def check(self, architecture: Architecture, method: Method[Any] | None) -> None:
-        """See `Task.check`."""
         super().check(architecture, method)
         require_template(self.input, "input")
         if self.reads_soft and not soft_tokens_precede_text(architecture, method):
@@ -166,7 +162,6 @@ class SequenceTask(HeadTask):
             )
 
     def of_texts(self, texts: Sequence[str]) -> tuple[Task, list[Mapping[str, Any]]]:
-        """See `Task.of_texts`."""
         if self.pair is not None:
             raise PrefixError("this prefix needs pairs of texts; give records, not texts")
         task = dataclasses.replace(self, input="{text}", prepare=None)
@@ -177,7 +172,6 @@ class SequenceTask(HeadTask):
         """Returns the target of a record, and the answer as a text."""
 
     def examples(self, records: Sequence[Record], reader: Reader, answers: bool = True) -> Examples:
-        """See `Task.examples`."""
         records = self.prepared(records)
         texts, pairs = self._texts(records)
         examples, cut = [], []

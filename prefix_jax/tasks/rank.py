@@ -40,7 +40,6 @@ class Rank(CandidatesTask):
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        """See `Task.metrics`."""
         return head_metrics(ndcg=ndcg, mrr=mrr)
 
     def targets(self, record: Record, texts: Sequence[str]) -> tuple[Sequence[float], str]:
@@ -60,14 +59,13 @@ class Rank(CandidatesTask):
         return relevances, texts[int(np.argmax(relevances))]
 
     def losses(self, out_BMY: jax.Array, batch: Batch) -> jax.Array:
-        """See `Task.losses`."""
         assert batch.question_BM is not None  # as the examples are candidates
         return listwise_losses(jnp.squeeze(out_BMY, -1), batch.label_BM, batch.question_BM)
 
     def predictions(
         self, examples: Sequence[Example], outputs: Sequence[np.ndarray]
     ) -> list[Prediction]:
-        """See `Task.predictions`. The prediction is the best text; `scores` are those of all."""
+        """The prediction is the best text; `scores` are those of all."""
         predictions = []
         for example, out_MY in zip(examples, outputs, strict=True):
             scores = [float(score) for score in out_MY[:, 0]]

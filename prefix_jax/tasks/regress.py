@@ -33,27 +33,24 @@ class Regress(SequenceTask):
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        """See `Task.metrics`."""
         return head_metrics(pearson=scorers.pearson, spearman=scorers.spearman)
 
     def head(self, architecture: Architecture) -> Head:
-        """See `Task.head`. One value."""
+        """One value."""
         return self.head_of(architecture, 1)
 
     def answer(self, record: Record) -> tuple[float, str]:
-        """See `SequenceTask.answer`."""
         number = number_of(record, self.label, record.value(self.label))
         return number, str(number)
 
     def losses(self, out_BMY: jax.Array, batch: Batch) -> jax.Array:
-        """See `Task.losses`. Squared error."""
+        """Squared error."""
         error_BM = squared_errors(out_BMY[..., 0], batch.label_BM)
         return jnp.sum(error_BM * batch.weight_BM, axis=1)
 
     def predictions(
         self, examples: Sequence[Example], outputs: Sequence[np.ndarray]
     ) -> list[Prediction]:
-        """See `Task.predictions`."""
         values = [float(out_MY[0, 0]) for out_MY in outputs]
         return [
             predict(example, f"{value:.6g}", value, float(example.label_M[0]))

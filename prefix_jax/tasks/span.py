@@ -68,33 +68,29 @@ class ExtractSpan(HeadTask):
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        """See `Task.metrics`."""
         return head_metrics(exact_match=scorers.squad_exact_match, f1=scorers.squad_f1)
 
     @property
     def templates(self) -> dict[str, str]:
-        """See `Task.templates`."""
         templates = {"input": self.input, "pair": self.pair}
         return {name: text for name, text in templates.items() if text is not None}
 
     @property
     def form(self) -> tuple[str, ...] | None:
-        """See `Task.form`."""
         names = (name for text in self.templates.values() for name in Template(text).fields)
         return fields_needed(names, self.prepare) if len(self.templates) == 2 else None
 
     def check(self, architecture: Architecture, method: Method[Any] | None) -> None:
-        """See `Task.check`."""
         super().check(architecture, method)
         require_template(self.input, "input")
         require_template(self.pair, "pair")
 
     def head(self, architecture: Architecture) -> Head:
-        """See `Task.head`. Two logits: of the start and of the end."""
+        """Two logits: of the start and of the end."""
         return Head(2)
 
     def examples(self, records: Sequence[Record], reader: Reader, answers: bool = True) -> Examples:
-        """See `Task.examples`. One example per window."""
+        """One example per window."""
         records = self.prepared(records)
         question, context = template_of(self.input, "input"), template_of(self.pair, "pair")
         questions = [question.render_one(record) for record in records]
@@ -164,14 +160,14 @@ class ExtractSpan(HeadTask):
             )
 
     def losses(self, out_BMY: jax.Array, batch: Batch) -> jax.Array:
-        """See `Task.losses`. Cross-entropy over the tokens, averaged over start and end."""
+        """Cross-entropy over the tokens, averaged over start and end."""
         assert batch.question_BM is not None  # as the examples are candidates
         return candidate_losses(out_BMY, batch.label_BM, batch.weight_BM, batch.question_BM)
 
     def predictions(
         self, examples: Sequence[Example], outputs: Sequence[np.ndarray]
     ) -> list[Prediction]:
-        """See `Task.predictions`. One prediction per question, from all of its windows."""
+        """One prediction per question, from all of its windows."""
         windows: dict[int, list[tuple[Example, np.ndarray]]] = {}
         for example, out_T2 in zip(examples, outputs, strict=True):
             assert example.window is not None

@@ -56,30 +56,26 @@ class Tag(HeadTask):
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        """See `Task.metrics`."""
         return head_metrics(accuracy=scorers.word_accuracy, f1=scorers.entity_f1)
 
     @property
     def form(self) -> tuple[str, ...]:
-        """See `Task.form`."""
         return (self.words,)
 
     def filled(self, values: Sequence[str]) -> Mapping[str, Any]:
-        """See `Task.filled`. Splits a text at spaces."""
+        """Splits a text at spaces."""
         (text,) = values
         return {self.words: text.split()}
 
     def of_texts(self, texts: Sequence[str]) -> tuple[Task, list[Mapping[str, Any]]]:
-        """See `Task.of_texts`."""
         task = dataclasses.replace(self, prepare=None)
         return task, [self.filled([text]) for text in texts]
 
     def head(self, architecture: Architecture) -> Head:
-        """See `Task.head`. One logit per tag."""
+        """One logit per tag."""
         return Head(len(self.labels or ("", "")), dropout=self.dropout)
 
     def collect(self, records: Sequence[Record]) -> Tag:
-        """See `Task.collect`."""
         if self.labels is not None:
             return self
         tags = (
@@ -90,7 +86,6 @@ class Tag(HeadTask):
         return dataclasses.replace(self, labels=collect_labels(tags, self.label))
 
     def examples(self, records: Sequence[Record], reader: Reader, answers: bool = True) -> Examples:
-        """See `Task.examples`."""
         records, names = self.prepared(records), self.labels or ()
         encoder = LabelEncoder(names)
         words = [words_of(record, self.words) for record in records]
@@ -126,13 +121,12 @@ class Tag(HeadTask):
         return Examples(examples, cut)
 
     def losses(self, out_BMY: jax.Array, batch: Batch) -> jax.Array:
-        """See `Task.losses`. Cross-entropy, summed over the words."""
+        """Cross-entropy, summed over the words."""
         return jnp.sum(token_losses(out_BMY, batch.label_BM) * batch.weight_BM, axis=1)
 
     def predictions(
         self, examples: Sequence[Example], outputs: Sequence[np.ndarray]
     ) -> list[Prediction]:
-        """See `Task.predictions`."""
         names = self.labels or ()
         predictions = []
         for example, out_MY in zip(examples, outputs, strict=True):

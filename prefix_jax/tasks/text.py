@@ -84,7 +84,7 @@ class GenerationTask(Task):
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        """See `Task.metrics`. Accuracy chooses the likeliest of `evaluate.labels`."""
+        """Accuracy chooses the likeliest of `evaluate.labels`."""
         return {"loss": Metric("likelihood")} | {
             name: Metric("label" if name == "accuracy" else "text", score)
             for name, score in TEXT_METRICS.items()
@@ -95,7 +95,6 @@ class GenerationTask(Task):
         """Renders a prepared record as one example or several."""
 
     def check(self, architecture: Architecture, method: Method[Any] | None) -> None:
-        """See `Task.check`."""
         if not architecture.causal:
             raise ConfigError(
                 f"{architecture.model_type} is an encoder, which writes no text: give task.name, a "
@@ -111,7 +110,6 @@ class GenerationTask(Task):
             )
 
     def examples(self, records: Sequence[Record], reader: Reader, answers: bool = True) -> Examples:
-        """See `Task.examples`."""
         self._check_loss(two_stacks=reader.encoder_decoder is not None)
         task = self if answers else self.unscored()
         rendered = [
@@ -135,7 +133,6 @@ class GenerationTask(Task):
         ]
 
     def predictions(self, examples: Sequence[Example], outputs: Sequence[str]) -> list[Prediction]:
-        """See `Task.predictions`."""
         return [
             Prediction(
                 example.origin,
@@ -166,24 +163,20 @@ class TextTask(GenerationTask):
 
     @property
     def templates(self) -> dict[str, str]:
-        """See `Task.templates`."""
         templates = {"input": self.input, "target": self.target}
         return {name: text for name, text in templates.items() if text is not None}
 
     @property
     def form(self) -> tuple[str, ...] | None:
-        """See `Task.form`."""
         if self.input is None:
             return None
         return fields_needed(Template(self.input).fields, self.prepare)
 
     def of_texts(self, texts: Sequence[str]) -> tuple[Task, list[Mapping[str, Any]]]:
-        """See `Task.of_texts`."""
         task = dataclasses.replace(self, input="{text}", prepare=None)
         return task, [{"text": text} for text in texts]
 
     def check(self, architecture: Architecture, method: Method[Any] | None) -> None:
-        """See `Task.check`."""
         super().check(architecture, method)
         if self.target is None:
             raise ConfigError(
@@ -192,7 +185,6 @@ class TextTask(GenerationTask):
             )
 
     def unscored(self) -> Self:
-        """See `Task.unscored`."""
         return dataclasses.replace(self, references=None)
 
     def render(self, record: Record, reader: Reader) -> list[Rendered]:
@@ -218,7 +210,6 @@ class TextTask(GenerationTask):
         return [Rendered((*context, Span(target, True)), record, references) for target in targets]
 
     def prompt(self, record: Record, reader: Reader) -> Prompt:
-        """See `Task.prompt`."""
         if self.input is None and self.target is None:
             raise PrefixError(
                 "this prefix has no template; give prompts as text, not as records, or import a "
