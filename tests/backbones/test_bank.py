@@ -50,7 +50,7 @@ def mixed(two_sided: bool = False) -> list[Example]:
     """Examples of all tasks, some with equal texts."""
     found = []
     for number, example in enumerate(examples(9)):
-        made = dataclasses.replace(example, task=number % A)
+        made = dataclasses.replace(example, dataset=number % A)
         if two_sided:
             made = dataclasses.replace(made, source_ids_S=np.asarray(token_ids(6, seed=number % 4)))
         found.append(made)
@@ -86,9 +86,9 @@ def test_batch_of_several_tasks_equals_each_task_separately(name: str) -> None:
 
     loss, grads = losses(together)(params, batch_of(found))
     one = losses(alone)
-    # Without a task, an example may have any prefix.
+    # Without a dataset, an example may have any prefix.
     texts = [
-        [dataclasses.replace(e, task=None) for e in found if e.task == task] for task in range(A)
+        [dataclasses.replace(e, dataset=None) for e in found if e.dataset == task] for task in range(A)
     ]
     each = [one(select_dataset(params, task), batch_of(texts[task])) for task in range(A)]
     np.testing.assert_allclose(loss, sum(value for value, _ in each), rtol=1e-5)
@@ -150,7 +150,7 @@ def test_bank_splits_into_one_prefix_per_task() -> None:
 
 def test_equal_texts_of_different_tasks_do_not_share_tokens() -> None:
     (one, *_) = examples(1)
-    twice = [dataclasses.replace(one, task=task) for task in (0, 1)]
+    twice = [dataclasses.replace(one, dataset=task) for task in (0, 1)]
     assert len({item.source for item in measure(twice)}) == 2
     batch = collate(arrange(measure(twice), Packing()), twice)
     assert {0, 1} <= set(np.unique(batch.layout.task_BT[batch.layout.segment_BT > 0]))
