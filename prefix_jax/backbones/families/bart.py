@@ -34,7 +34,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "scale_embedding": False,
         "eos_token_id": 2,
         "decoder_start_token_id": 2,
-        "forced_eos_token_id": 2,
         "tie_word_embeddings": True,
     },
 }

@@ -55,8 +55,8 @@ def test_reads_start_and_forced_tokens_from_generation_config(tmp_path):
     bare = {key: value for key, value in CONFIG.items() if key not in frame}
     (path / "config.json").write_text(json.dumps(bare))
     arch = architecture(read_config(path), "bart")
-    # Defaults of transformers, which config.json omits.
-    assert (arch.start_id, arch.first_id, arch.last_id) == (2, None, 2)
+    # transformers starts with the default of its configuration, but forces no token by default.
+    assert (arch.start_id, arch.first_id, arch.last_id) == (2, None, None)
     generation = {key: CONFIG[key] for key in frame} | {"min_length": 56}
     (path / "generation_config.json").write_text(json.dumps(generation))
     assert read_config(path) == CONFIG
