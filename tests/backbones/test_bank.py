@@ -88,7 +88,8 @@ def test_batch_of_several_tasks_equals_each_task_separately(name: str) -> None:
     one = losses(alone)
     # Without a dataset, an example may have any prefix.
     texts = [
-        [dataclasses.replace(e, dataset=None) for e in found if e.dataset == task] for task in range(A)
+        [dataclasses.replace(e, dataset=None) for e in found if e.dataset == task]
+        for task in range(A)
     ]
     each = [one(select_dataset(params, task), batch_of(texts[task])) for task in range(A)]
     np.testing.assert_allclose(loss, sum(value for value, _ in each), rtol=1e-5)

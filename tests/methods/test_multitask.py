@@ -83,7 +83,9 @@ def test_rejects_invalid_sources(source, tmp_path):
         PrefixError, match="not a multitask prompt: prefix_task_cols, prefix_task_row"
     ):
         produced(str(tmp_path / "one.safetensors"))
-    save_file(ARRAYS | {"prefix_task_cols": np.array(1, np.float32)}, tmp_path / "scalar.safetensors")
+    save_file(
+        ARRAYS | {"prefix_task_cols": np.array(1, np.float32)}, tmp_path / "scalar.safetensors"
+    )
     with pytest.raises(PrefixError, match=r"have shapes .* \(\) and .*; expected \(P, D\)"):
         produced(str(tmp_path / "scalar.safetensors"))
     broken = {name: x * np.nan for name, x in ARRAYS.items()}
