@@ -17,8 +17,10 @@ from prefix_jax.methods import section_of
 from prefix_jax.methods.base import Method
 from prefix_jax.runs.run import run
 from prefix_jax.tasks import ChatTask, Task, TextTask, sections_of
+from prefix_jax.validation import renamed_arguments
 
 
+@renamed_arguments(output="output_dir")
 def fit(
     pretrained: Pretrained | str | Path,
     method: Method[Any] | None,

@@ -72,10 +72,15 @@ def refuse_another_run(output: RunDirectory, config: Config) -> None:
             raise ConfigError(f"{path} was not written by a run and would be replaced")
         before = configs.load(path)
     except RenamedKeyError as error:
+        remedy = "finish it with that version, or choose another output_dir"
+        if (directory / "prefix").is_dir():
+            remedy = (
+                "choose another output_dir; to start from its stored prefix, add init.start=prefix "
+                f"init.path={directory}"
+            )
         raise ConfigError(
             f"{directory} holds a run of an older prefix_jax, whose {CONFIG} this version cannot "
-            "resume; finish it with that version, or choose another output_dir (to start from its "
-            f"stored prefix: init.start=prefix init.path={directory})"
+            f"resume; {remedy}"
         ) from error
     except ConfigError as error:
         raise ConfigError(

@@ -19,6 +19,7 @@ from prefix_jax.tasks.choice import CandidatesTask
 from prefix_jax.tasks.heads import predict
 from prefix_jax.tasks.metrics import Metric, Score, head_metrics
 from prefix_jax.tasks.regress import number_of
+from prefix_jax.validation import shown
 
 _TOP = 10
 
@@ -47,8 +48,8 @@ class Rank(CandidatesTask):
         values = record.value(self.label)
         if not isinstance(values, list) or len(values) != len(texts):
             raise DataError(
-                f"{record.origin}: field {self.label!r} must be a list with one relevance per "
-                f"text, {len(texts)} in all"
+                f"{record.origin}: field {self.label!r} must be a list of {len(texts)} "
+                f"relevances, one per text, got {shown(values)}"
             )
         relevances = [number_of(record, self.label, value) for value in values]
         if min(relevances) < 0 or max(relevances) == 0:

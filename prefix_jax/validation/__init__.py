@@ -14,6 +14,7 @@ from prefix_jax.validation.check import (
     construct,
     matches,
     renamed,
+    renamed_arguments,
     require,
 )
 from prefix_jax.validation.messages import Problem
@@ -59,6 +60,7 @@ __all__ = [
     "matches",
     "plain",
     "renamed",
+    "renamed_arguments",
     "require",
     "shown",
 ]

@@ -22,6 +22,7 @@ from prefix_jax.validation.plain import NotPlainError, join, plain, shown
 from prefix_jax.validation.types import describe, fields_of, section_of
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def renamed(**names: str) -> Callable[[type[T]], type[T]]:
@@ -32,8 +33,7 @@ def renamed(**names: str) -> Callable[[type[T]], type[T]]:
 
         @functools.wraps(init)
         def checked(self: T, *args: Any, **fields: Any) -> None:
-            if old := [f"{name}: renamed to {names[name]}" for name in fields if name in names]:
-                raise ConfigError("; ".join(old))
+            _reject_former_names(names, fields)
             init(self, *args, **fields)
 
         cls.__init__ = checked  # type: ignore[method-assign, assignment]
@@ -41,6 +41,26 @@ def renamed(**names: str) -> Callable[[type[T]], type[T]]:
         return cls
 
     return decorate
+
+
+def renamed_arguments(**names: str) -> Callable[[F], F]:
+    """Declares former names of a function's arguments, whose use is an error with the new name."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def checked(*args: Any, **arguments: Any) -> Any:
+            _reject_former_names(names, arguments)
+            return function(*args, **arguments)
+
+        return cast(F, checked)
+
+    return decorate
+
+
+def _reject_former_names(names: Mapping[str, str], arguments: Mapping[str, Any]) -> None:
+    """Raises ConfigError if an argument has a former name."""
+    if former := [f"{name}: renamed to {names[name]}" for name in arguments if name in names]:
+        raise ConfigError("; ".join(former))
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:

@@ -41,6 +41,7 @@ class Problem:
 def problems_of(cls: type, values: Any, where: str, error: ValidationError) -> list[Problem]:
     """Converts pydantic's errors to one problem per key."""
     found: dict[str, Problem] = {}
+    replacements: set[str] = set()
     known = tuple(keys(cls, where))
     for detail in error.errors(include_url=False):
         hint, value, key, rest = cls, values, where, list(detail["loc"])
@@ -52,12 +53,15 @@ def problems_of(cls: type, values: Any, where: str, error: ValidationError) -> l
             section, old = cast(type, section_of(hint)), rest[0]
             new = getattr(section, "_renamed", {}).get(old)
             key, parent = join(key, key_text(old)), key
+            if new:
+                replacements.add(join(parent, new))
             text = f"renamed to {join(parent, new)}" if new else _unknown(key, known, section)
             problem = Problem(key, text, renamed=new is not None)
         else:
             problem = Problem(key, message_of(detail, hint, value))
         found.setdefault(key, problem)
-    return list(found.values())
+    # A required key under its former name is one problem, not two.
+    return [problem for key, problem in found.items() if key not in replacements]
 
 
 def message_of(detail: Any, hint: Any, value: Any) -> str:
@@ -75,7 +79,8 @@ def _remedy(hint: Any, value: Any) -> str:
         return "; write true or false"
     if not isinstance(value, list):
         if _accepts(hint, [value]):
-            return f"; write [{value}]"
+            item = shown(value) if isinstance(value, str) and "{" in value else value
+            return f"; write [{item}]"
         quotable = accepts_text(hint) and isinstance(value, bool | int | float)
         return "; put quotes around it" if quotable else ""
     # A shell removes the quotes of "{a}", which is a mapping in YAML.

@@ -163,7 +163,9 @@ def test_former_key_is_an_error_that_names_the_current_one(tmp_path, minimal, ol
     line = f"{section}: {{{name}: 1}}" if section else f"{name}: 1"
     path = tmp_path / "old.yaml"
     path.write_text(line)
-    assert f"{path}: {old}: renamed to {new}" in refused(path)
+    message = refused(path)
+    assert f"{path}: {old}: renamed to {new}" in message
+    assert f"{new}: missing" not in message
 
 
 def test_misspelt_section_gets_a_suggestion(minimal):

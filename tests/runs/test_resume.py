@@ -228,7 +228,12 @@ def test_refuses_a_run_of_an_older_schema(pretrained: Pretrained, tmp_path: Path
     shutil.copy(old, tmp_path)
     with pytest.raises(ConfigError, match="holds a run of an older prefix_jax, whose config") as e:
         tiny_runs.run(pretrained, tmp_path)
-    assert "or choose another output_dir" in str(e.value)
+    assert str(e.value).endswith("finish it with that version, or choose another output_dir")
+    (tmp_path / "prefix").mkdir()
+    with pytest.raises(
+        ConfigError, match=r"to start from its stored prefix, add init\.start=prefix"
+    ):
+        tiny_runs.run(pretrained, tmp_path)
 
 
 def test_settings_without_effect_on_results_may_change(

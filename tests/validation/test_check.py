@@ -17,6 +17,7 @@ from prefix_jax.validation import (
     describe,
     matches,
     renamed,
+    renamed_arguments,
     require,
 )
 
@@ -265,6 +266,16 @@ def test_former_field_names_the_current_one_in_files_and_in_python():
     with pytest.raises(ConfigError, match=r"^old: renamed to new$"):
         Renamed(old=2)
     assert Renamed(new=2) == Renamed(2)
+
+
+def test_former_argument_names_the_current_one():
+    @renamed_arguments(old="new")
+    def function(new: int = 1) -> int:
+        return new
+
+    with pytest.raises(ConfigError, match=r"^old: renamed to new$"):
+        function(old=2)
+    assert (function(), function(2), function(new=3)) == (1, 2, 3)
 
 
 @dataclasses.dataclass(frozen=True)
