@@ -108,7 +108,7 @@ def ours(
         if two_sided:
             source, ids_T = SOURCES[number], np.concatenate([[0], ids_T]).astype(np.int32)
         target_T = np.arange(len(ids_T)) > 0
-        examples.append(Example.of_text(ids_T, target_T, "", source_ids_S=source, task=task))
+        examples.append(Example.of_text(ids_T, target_T, "", source_ids_S=source, dataset=task))
     packing = Packing(pack=model.packs, shapes=(Shape(rows=2, columns=16, targets=16),))
     batch = collate(arrange(measure(examples), packing), examples)
     assert len(batch.ids_BT) == (len(examples) if two_sided else 2)
