@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -83,9 +84,9 @@ class CandidatesTask(HeadTask):
         """One logit per text."""
         return sequence_head(architecture, 1, self.dropout, prefer_pooler=True)
 
+    @abc.abstractmethod
     def targets(self, record: Record, texts: Sequence[str]) -> tuple[Sequence[float], str]:
         """Returns the target of each text, and the correct answer as a text."""
-        raise NotImplementedError
 
     def examples(self, records: Sequence[Record], reader: Reader, answers: bool = True) -> Examples:
         records = self.prepared(records)
