@@ -1,7 +1,7 @@
 """Runs many cases of every attack in watched processes and reports their outcomes.
 
     python tests/fuzz.py                              # every target, 300 cases each
-    python tests/fuzz.py gguf jsonl --cases 5000      # some targets
+    python tests/fuzz.py gguf jsonl --cases 5000      # two targets
     python tests/fuzz.py gguf --seed 3 --only 17      # one case again, with its traceback
 
 A case must succeed or raise a `PrefixJaxError`. Failures are another exception, more than
@@ -21,10 +21,13 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 _ENVIRONMENT = {
@@ -44,16 +47,37 @@ def main() -> int:
         return _work(args.targets[0], args.seed, args.first, args.cases, int(args.gigabytes * 2e9))
     from attacks import TARGETS
 
-    console, table = Console(), Table("target", *_OUTCOMES, "slowest")
-    failures: list[str] = []
-    for name in args.targets or TARGETS:
-        counts, slowest, failed = _attack(name, args)
-        table.add_row(name, *(str(counts[o] or "") for o in _OUTCOMES), f"{slowest:.1f} s")
-        failures += failed
-        for line in failed:
-            console.print(line, markup=False, highlight=False)
+    table, failures = Table("target", *_OUTCOMES, "slowest", box=None), 0
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as progress:
+        console = progress.console
+        names = args.targets or list(TARGETS)
+        bars = {name: progress.add_task(name, total=args.cases, start=False) for name in names}
+
+        def attack(name: str) -> _Report:
+            progress.start_task(bars[name])
+            report = _attack(name, args, lambda done: progress.update(bars[name], completed=done))
+            for line in report.failures:
+                console.print(line, markup=False, highlight=False)
+            if not console.is_terminal:
+                console.print(f"{name}: {dict(report.counts)}", highlight=False)
+            return report
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for name, report in zip(names, pool.map(attack, names), strict=True):
+                counts = (str(report.counts[outcome] or "") for outcome in _OUTCOMES)
+                table.add_row(name, *counts, f"{report.slowest:.1f} s")
+                failures += len(report.failures)
     console.print(table)
     return 1 if failures else 0
+
+
+@dataclass
+class _Report:
+    """What happened to one target: counts by outcome, one line per failure, the longest time."""
+
+    counts: collections.Counter[str] = field(default_factory=collections.Counter)
+    failures: list[str] = field(default_factory=list)
+    slowest: float = 0.0
 
 
 def _arguments() -> argparse.Namespace:
@@ -63,6 +87,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--gigabytes", type=float, default=3.0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="targets at a time")
     parser.add_argument("--only", type=int)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
@@ -111,19 +136,16 @@ def _work(name: str, seed: int, first: int, end: int, limit: int) -> int:
     return 0
 
 
-def _attack(name: str, args: argparse.Namespace) -> tuple[collections.Counter, float, list[str]]:
-    """Runs all cases of a target; returns counts by outcome, the longest time, and failures."""
-    counts: collections.Counter[str] = collections.Counter()
-    failures: list[str] = []
-    slowest, first = 0.0, 0
+def _attack(name: str, args: argparse.Namespace, advance: Callable[[int], None]) -> _Report:
+    """Runs all cases of a target; calls `advance` with the number of cases done."""
+    report, first = _Report(), 0
     while first < args.cases:
         command = [sys.executable, __file__, name, "--worker"]
         command += ["--seed", str(args.seed), "--first", str(first), "--cases", str(args.cases)]
         command += ["--gigabytes", str(args.gigabytes)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            first, longest = _watch(process, name, args, first, counts, failures)
-            slowest = max(slowest, longest)
-    return counts, slowest, failures
+            first = _watch(process, name, args, first, report, advance)
+    return report
 
 
 def _watch(
@@ -131,19 +153,19 @@ def _watch(
     name: str,
     args: argparse.Namespace,
     first: int,
-    counts: collections.Counter[str],
-    failures: list[str],
-) -> tuple[int, float]:
-    """Watches a process until it ends or is killed; returns the next case and the longest time."""
+    report: _Report,
+    advance: Callable[[int], None],
+) -> int:
+    """Watches a process until it ends or is killed; returns the next case."""
     assert process.stdout is not None
     selector = selectors.DefaultSelector()
     selector.register(process.stdout, selectors.EVENT_READ)
-    case, started, longest = first - 1, time.monotonic(), 0.0
+    case, started = first - 1, time.monotonic()
     running = False
 
     def fail(kind: str, text: str = "") -> None:
-        counts[kind] += 1
-        failures.append(f"{kind}: {name} --seed {args.seed} --only {case} {text}".rstrip())
+        report.counts[kind] += 1
+        report.failures.append(f"{kind}: {name} --seed {args.seed} --only {case} {text}".rstrip())
 
     while True:
         if selector.select(0.2):
@@ -154,25 +176,28 @@ def _watch(
             if kind == "start":
                 case, started, running = int(number), time.monotonic(), True
                 continue
-            longest, running = max(longest, time.monotonic() - started), False
+            report.slowest = max(report.slowest, time.monotonic() - started)
+            running = False
+            advance(case + 1)
             if kind in ("traceback", "memory"):
                 fail(kind, "".join(rest).strip())
             else:
-                counts[kind] += 1
+                report.counts[kind] += 1
         elif running and time.monotonic() - started > args.seconds:
             process.kill()
+            report.slowest = args.seconds
             fail("hang")
-            return case + 1, args.seconds
+            return case + 1
         elif running and _memory(process.pid) > args.gigabytes * 1e9:
             process.kill()
             fail("memory")
-            return case + 1, longest
+            return case + 1
     process.wait()
     if running:
         fail("death", f"(exit code {process.returncode})")
     elif case < first:
         raise SystemExit(f"{name}: the target failed before its first case; run it with --only 0")
-    return case + 1, longest
+    return case + 1
 
 
 def _memory(pid: int) -> int:
