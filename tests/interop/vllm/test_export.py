@@ -98,7 +98,7 @@ def test_pinned_prefix_is_refused_only_for_sliding_windows(
 ) -> None:
     pinned = dataclasses.replace(forms["kv"], pinned=True)  # type: ignore[type-var]
     export_vllm(save(pinned), tmp_path / "served" / "global")
-    with pytest.raises(PrefixError, match="method.pinned=false"):
+    with pytest.raises(PrefixError, match=r"method\.pinned=false"):
         export_vllm(save(pinned, source="absent"), tmp_path / "served" / "unknown")
 
 
@@ -112,7 +112,7 @@ def test_names_that_cannot_be_model_ids_are_refused(
 
 def test_existing_prefix_is_replaced_only_on_request(forms: Forms, save, served: Path) -> None:
     source = save(forms["kv"])
-    with pytest.raises(PrefixError, match="already contains a prefix.*--replace"):
+    with pytest.raises(PrefixError, match=r"already contains a prefix.*--replace"):
         export_vllm(source, served / "six")
     export_vllm(source, served / "six", replace=True)
 
