@@ -23,7 +23,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prefix_jax.api import Tuned, bake, fit, import_peft, load_prefix
+    from prefix_jax.api import Engine, Tuned, bake, fit, import_peft, load_prefix
     from prefix_jax.backbones.loading.pretrained import Pretrained, load
     from prefix_jax.config import Config, DecodeConfig
     from prefix_jax.config import load as load_config
@@ -57,6 +57,7 @@ __all__ = [
     "Classify",
     "Config",
     "DecodeConfig",
+    "Engine",
     "ExtractSpan",
     "HiddenPrefixTuning",
     "LlamaAdapter",
@@ -83,7 +84,9 @@ __all__ = [
 # Where each name lives. They are imported when they are asked for, so that `import prefix_jax` and
 # the command line's help do not wait for JAX.
 _HOMES = {
-    **dict.fromkeys(("Tuned", "bake", "fit", "import_peft", "load_prefix"), "prefix_jax.api"),
+    **dict.fromkeys(
+        ("Engine", "Tuned", "bake", "fit", "import_peft", "load_prefix"), "prefix_jax.api"
+    ),
     **dict.fromkeys(("Pretrained", "load"), "prefix_jax.backbones.loading.pretrained"),
     **dict.fromkeys(("Config", "DecodeConfig"), "prefix_jax.config"),
     "load_config": "prefix_jax.config:load",

@@ -34,7 +34,6 @@ from prefix_jax.prefix import (
     Prefix,
     Produced,
     Site,
-    SiteName,
     SiteShape,
 )
 
@@ -121,33 +120,38 @@ def at_all_layers(prefix: Prefix, geometry: Geometry) -> Prefix:
     Raises:
         PrefixError: the model has no such site or layer.
     """
-    sites: dict[SiteName, Site] = {}
-    for name, site in prefix.sites.items():
-        if name not in geometry.sites:
-            raise PrefixError(
-                f"the prefix has a site {name!r}; this model has {', '.join(geometry.sites)}"
-            )
-        sites[name] = _scatter(site, geometry.sites[name])
+    check_sites(prefix, geometry)
+    sites = {name: _scatter(site, geometry.sites[name]) for name, site in prefix.sites.items()}
     if all(sites[name] is site for name, site in prefix.sites.items()):
         return prefix
     whole = Prefix.of(sites, text_position=prefix.text_position, pinned=prefix.pinned)
     return dataclasses.replace(whole, embeds_PD=prefix.embeds_PD, tasks=prefix.tasks)
 
 
-def _scatter(site: Site, shape: SiteShape) -> Site:
-    """Scatters a site to all layers. The other layers get slots with a bias of minus infinity, and
-    gates and matrices of zero.
+def check_sites(prefix: Prefix, geometry: Geometry) -> None:
+    """Checks that a model has the sites and layers of a prefix.
 
     Raises:
-        PrefixError: the model has no such layer.
+        PrefixError: it does not.
     """
+    for name, site in prefix.sites.items():
+        if name not in geometry.sites:
+            raise PrefixError(
+                f"the prefix has a site {name!r}; this model has {', '.join(geometry.sites)}"
+            )
+        layers = geometry.sites[name].layers
+        if site.layers is not None and max(site.layers) >= layers:
+            raise PrefixError(
+                f"the prefix covers layer {max(site.layers)}; this model has layers 0 to "
+                f"{layers - 1}"
+            )
+
+
+def _scatter(site: Site, shape: SiteShape) -> Site:
+    """Scatters a site to all layers. The other layers get slots with a bias of minus infinity, and
+    gates and matrices of zero."""
     if site.layers is None:
         return site
-    if max(site.layers) >= shape.layers:
-        raise PrefixError(
-            f"the prefix covers layer {max(site.layers)}; this model has layers 0 to "
-            f"{shape.layers - 1}"
-        )
     index, inside = jnp.array(site.layers), site.inside
 
     def scatter(leaf: jax.Array, fill: float = 0.0) -> jax.Array:

@@ -85,7 +85,24 @@ class Memory:
     m_LNHH: jax.Array
 
 
-Outside = Gated | Memory
+@flax.struct.dataclass
+class OutsideRows:
+    """Terms outside the softmax that differ between the rows of a batch.
+
+    Rows without a term have zero gates and matrices.
+
+    Attributes:
+        gated: k_BPKH, v_BPKH and gate_BN of one layer; None if no row has gated slots.
+        slots_B: the number of gated slots of each row; the others are padding.
+        memory: m_BNHH of one layer; None if no row has matrices.
+    """
+
+    gated: Gated | None
+    slots_B: jax.Array
+    memory: Memory | None
+
+
+Outside = Gated | Memory | OutsideRows
 
 
 @flax.struct.dataclass

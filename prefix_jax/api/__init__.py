@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from prefix_jax.api.engine import Engine
 from prefix_jax.api.stored import import_peft, load_prefix
 from prefix_jax.api.training import fit
 from prefix_jax.api.tuned import Prompt, Source, Tuned, bake
 
-__all__ = ["Prompt", "Source", "Tuned", "bake", "fit", "import_peft", "load_prefix"]
+__all__ = ["Engine", "Prompt", "Source", "Tuned", "bake", "fit", "import_peft", "load_prefix"]

@@ -12,7 +12,7 @@ how to read a prefix without this package.
 
 from __future__ import annotations
 
-from prefix_jax.artifact.arrays import Kind, PrefixSpec, prefix_spec
+from prefix_jax.artifact.arrays import Kind, PrefixSpec, digest, prefix_spec
 from prefix_jax.artifact.card import (
     FORMAT_VERSION,
     BackboneCard,
@@ -35,6 +35,7 @@ __all__ = [
     "PrefixSpec",
     "TokenizerCard",
     "check",
+    "digest",
     "find",
     "load",
     "load_head",

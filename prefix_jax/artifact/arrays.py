@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -112,6 +113,15 @@ def to_arrays(produced: Produced) -> dict[str, np.ndarray]:
             if isinstance(site.outside, cls):
                 arrays |= _fields(f"{name}.{kind}.", site.outside)
     return arrays
+
+
+def digest(produced: Produced) -> str:
+    """Returns the SHA-256 of a prefix: its spec and its arrays in float32."""
+    content = hashlib.sha256(repr(prefix_spec(produced)).encode())
+    for name, x in sorted(to_arrays(produced).items()):
+        content.update(f"{name} {x.shape}".encode())
+        content.update(x.astype("<f4").tobytes())
+    return content.hexdigest()
 
 
 def _fields(where: str, owner: Any) -> dict[str, np.ndarray]:

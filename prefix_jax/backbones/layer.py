@@ -10,7 +10,16 @@ import jax
 
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.nn.activations import activation
-from prefix_jax.nn.layers import MLP, Attention, AttentionInputs, KeysValues, LayerNorm, RMSNorm
+from prefix_jax.nn.layers import (
+    MLP,
+    Attention,
+    AttentionInputs,
+    CacheT,
+    KeysValues,
+    LayerCache,
+    LayerNorm,
+    RMSNorm,
+)
 from prefix_jax.prefix import Site
 
 
@@ -79,11 +88,11 @@ class Layer(nn.Module):
         x_BTD: jax.Array,
         inputs: AttentionInputs,
         site: Site | None,
-        cache: KeysValues | None,
+        cache: CacheT | None,
         cross_inputs: AttentionInputs | None = None,
         cross_site: Site | None = None,
-        encoded: KeysValues | None = None,
-    ) -> tuple[jax.Array, KeysValues | None]:
+        encoded: LayerCache | None = None,
+    ) -> tuple[jax.Array, CacheT | None]:
         a = self.arch
         around = a.norm_at == "around"
 

@@ -15,16 +15,16 @@ from transformers import PreTrainedTokenizerFast
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.stacking import Params
 from prefix_jax.config import DecodeConfig
-from prefix_jax.data.special import end_tokens, missing_start, special_around
+from prefix_jax.data.special import end_tokens
 from prefix_jax.decode.continuation import Continuation, Generation, Writer
 from prefix_jax.decode.loop import Search, advance, prefill
 from prefix_jax.decode.options import make_search
+from prefix_jax.decode.prompts import check_prompt, encode_prompts
 from prefix_jax.decode.state import Beams, State
 from prefix_jax.decode.text import TextStream
-from prefix_jax.errors import ConfigError, ContextError, DataError, NonFiniteError
+from prefix_jax.errors import ConfigError, NonFiniteError
 from prefix_jax.mesh import on_mesh_of
 from prefix_jax.prefix import Prefix
-from prefix_jax.untrusted.tokenizer import token_ids
 
 OnText = Callable[[int, int, str], None]
 
@@ -94,12 +94,12 @@ class Generator:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         names = names or [f"prompt {i}" for i in range(len(prompts))]
-        texts = any(isinstance(prompt, str) for prompt in prompts)
-        around = special_around(self.tokenizer) if texts else ([], [])
-        encoded = [
-            self._encode(prompt, name, *around) for prompt, name in zip(prompts, names, strict=True)
-        ]
-        self._check(encoded, names, config)
+        arch, backbone = self.backbone.arch, self.backbone
+        encoded = encode_prompts(self.tokenizer, arch, prompts, names)
+        room = backbone.room(self.prefix, backbone.input_stack)
+        decoder_room = backbone.room(self.prefix, "decoder")
+        for ids, name in zip(encoded, names, strict=True):
+            check_prompt(arch, ids, name, config.max_new_tokens, room, decoder_room)
         generations: dict[int, Generation] = {}
         by_length: list[int] = []
         for start in range(0, len(encoded), _WINDOW * batch_size):
@@ -114,47 +114,6 @@ class Generator:
                 if on_done is not None:
                     on_done(index, generations[index])
         return [generations[index] for index in range(len(encoded))]
-
-    def _encode(
-        self, prompt: str | Sequence[int], name: str, before: list[int], after: list[int]
-    ) -> list[int]:
-        """Tokenises a prompt; a text also gets the special tokens before and after it."""
-        if not isinstance(prompt, str):
-            return list(prompt)
-        # The same tokens as in training: see `tasks.text`.
-        (ids,) = token_ids(self.tokenizer, [prompt], name)
-        if self.backbone.arch.encoder is not None:
-            return [*before, *ids, *after]
-        return [*missing_start(before, ids), *ids]
-
-    def _check(
-        self, prompts: Sequence[Sequence[int]], names: Sequence[str], config: DecodeConfig
-    ) -> None:
-        positions, new = self.backbone.arch.max_positions, config.max_new_tokens
-        vocab = self.backbone.arch.vocab
-        room = self.backbone.room(self.prefix, self.backbone.input_stack)
-        has_encoder = self.backbone.arch.encoder is not None
-        if has_encoder and new > self.backbone.room(self.prefix, "decoder"):
-            raise ContextError(
-                f"max_new_tokens {new} exceeds the "
-                f"{self.backbone.room(self.prefix, 'decoder')} positions that the prefix leaves to "
-                "the decoder; lower max_new_tokens"
-            )
-        for name, ids in zip(names, prompts, strict=True):
-            if len(ids) == 0:
-                raise DataError(f"{name} is empty; it needs at least one token")
-            if min(ids) < 0 or max(ids) >= vocab:
-                outside = next(token for token in ids if not 0 <= token < vocab)
-                raise DataError(
-                    f"{name} contains token id {outside}, outside the vocabulary (size {vocab})"
-                )
-            if len(ids) + (0 if has_encoder else new) > room:
-                raise ContextError(
-                    f"{name}: {len(ids)} tokens after a prefix of {positions - room}"
-                    + ("" if has_encoder else f", and {new} new ones,")
-                    + f" exceed the model's {positions} positions; shorten the prompt"
-                    + ("" if has_encoder else " or max_new_tokens")
-                )
 
     def _continue(
         self,

@@ -63,7 +63,10 @@ def make_search(
     )
     numbers = np.array(prompts, np.int32)
     return Draw(
-        constraints, sampling, _keys(config.seed, numbers, config.num_samples), config.num_samples
+        constraints,
+        sampling,
+        sample_keys(config.seed, numbers, config.num_samples),
+        config.num_samples,
     )
 
 
@@ -92,7 +95,7 @@ def _unless(
     return None if value is None or value == off else jnp.asarray(value, dtype)
 
 
-def _keys(seed: int, prompt_B: np.ndarray, samples: int) -> jax.Array:
+def sample_keys(seed: int, prompt_B: np.ndarray, samples: int) -> jax.Array:
     """Derives one random key per sample of each prompt, [B, M]."""
     fold = jax.vmap(jax.random.fold_in, (0, None))
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), prompt_B)

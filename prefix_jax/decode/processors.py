@@ -89,7 +89,7 @@ def constrain(
         scores_RV = jnp.where(step < c.min_new, early_RV, scores_RV)
     for token, here in ((c.first, step == 0), (c.last, step == end - 1)):
         if token is not None:
-            scores_RV = jnp.where(here, _certain(scores_RV, token), scores_RV)
+            scores_RV = jnp.where(here, force(scores_RV, token), scores_RV)
     return scores_RV
 
 
@@ -141,10 +141,23 @@ def forbid_words(
     return _set(scores_RV, last_RX, match_RX, NEVER)
 
 
+def forbid(scores_RV: jax.Array, ids_RX: jax.Array, where_RX: jax.Array) -> jax.Array:
+    """Forbids the tokens `ids_RX` of each row where `where_RX` is True."""
+    return _set(scores_RV, ids_RX, where_RX, NEVER)
+
+
 def keep_top_k(logits_RV: jax.Array, k: int) -> jax.Array:
     """Keeps the k likeliest tokens, and any that tie with the k-th."""
     least_R = top_k(logits_RV, min(k, logits_RV.shape[1]))[0][:, -1]
     return jnp.where(logits_RV < least_R[:, None], NEVER, logits_RV)
+
+
+def keep_top_k_of_rows(logits_RV: jax.Array, k_R: jax.Array) -> jax.Array:
+    """Like `keep_top_k`, with a number of tokens per row."""
+    V = logits_RV.shape[1]
+    ascending_RV = jnp.sort(logits_RV, axis=1)
+    least_R1 = jnp.take_along_axis(ascending_RV, V - jnp.minimum(k_R, V)[:, None], axis=1)
+    return jnp.where(logits_RV < least_R1, NEVER, logits_RV)
 
 
 def keep_top_p(logits_RV: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -166,7 +179,7 @@ def keep_min_p(logits_RV: jax.Array, min_p: jax.Array) -> jax.Array:
     return jnp.where(logits_RV < least_R1, NEVER, logits_RV)
 
 
-def _certain(scores_RV: jax.Array, token: jax.Array) -> jax.Array:
+def force(scores_RV: jax.Array, token: jax.Array) -> jax.Array:
     """Returns scores that give one token probability 1."""
     return jnp.full_like(scores_RV, NEVER).at[:, token].set(0)
 

@@ -7,6 +7,7 @@ tables refer to them. A weight matrix may be a `QTensor`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, Self, TypeVar
 
 import flax.linen as nn
 import flax.struct
@@ -31,12 +32,28 @@ class AttentionInputs:
     Attributes:
         masking: mask and bias.
         rotary: cos_BTH and sin_BTH of the queries' angles; None without rotary embeddings.
-        column: int32 scalar, the first cache column to write; None without a cache.
+        column: int32 scalar, the first cache column to write; None without a cache. A cache
+            whose rows have lengths of their own has one column per row.
     """
 
     masking: MaskAndBias
     rotary: tuple[jax.Array, jax.Array] | None = None
     column: jax.Array | None = None
+
+
+class LayerCache(Protocol):
+    """The KV cache of one layer, which decides where it stores keys and values.
+
+    `KeysValues` writes the same columns in all rows. `engine.cache.Columns`, the cache of
+    continuous batching, writes different columns in each row.
+    """
+
+    def write(self, new: KeysValues, column: jax.Array) -> Self:
+        """Returns a copy with the keys and values of new tokens, written from `column`."""
+
+    def read(self, masking: MaskAndBias) -> tuple[jax.Array, jax.Array, MaskAndBias]:
+        """Returns k_BSKH, v_BSKH and the masking of the attention to them, given that of all
+        layers."""
 
 
 @flax.struct.dataclass
@@ -64,6 +81,13 @@ class KeysValues:
             self,
             new,
         )
+
+    def read(self, masking: MaskAndBias) -> tuple[jax.Array, jax.Array, MaskAndBias]:
+        """Returns k_BSKH, v_BSKH and the masking, unchanged."""
+        return self.k_BKSH.swapaxes(1, 2), self.v_BKSH.swapaxes(1, 2), masking
+
+
+CacheT = TypeVar("CacheT", bound=LayerCache)
 
 
 class RMSNorm(nn.Module):
@@ -167,9 +191,9 @@ class Attention(nn.Module):
         x_BTD: jax.Array,
         inputs: AttentionInputs,
         site: Site | None,
-        cache: KeysValues | None,
-        encoded: KeysValues | None = None,
-    ) -> tuple[jax.Array, KeysValues | None]:
+        cache: CacheT | None,
+        encoded: LayerCache | None = None,
+    ) -> tuple[jax.Array, CacheT | None]:
         q_BTNH = keep("q", matmul(x_BTD, self.q_DNH))
         if self.qkv_bias:
             q_BTNH = q_BTNH + self.q_bias_NH
@@ -177,16 +201,17 @@ class Attention(nn.Module):
             q_BTNH = self.q_norm(q_BTNH)
         if inputs.rotary is not None:
             q_BTNH = rotate(q_BTNH, *inputs.rotary)
+        masking = inputs.masking
         if encoded is not None:
-            k_BSKH, v_BSKH = encoded.k_BKSH.swapaxes(1, 2), encoded.v_BKSH.swapaxes(1, 2)
+            k_BSKH, v_BSKH, masking = encoded.read(masking)
         else:
             k_BSKH, v_BSKH = self.keys_values(x_BTD, inputs.rotary)
         if cache is not None:
             assert inputs.column is not None, "a cache requires inputs.column"
             cache = cache.write(KeysValues.of(k_BSKH, v_BSKH), inputs.column)
-            k_BSKH, v_BSKH = cache.k_BKSH.swapaxes(1, 2), cache.v_BKSH.swapaxes(1, 2)
+            k_BSKH, v_BSKH, masking = cache.read(masking)
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, inputs.masking, site, scale, self.softcap)
+        y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, masking, site, scale, self.softcap)
         y_BTD = keep("o", matmul(y_BTNH, self.o_NHD, inputs=2))
         if self.out_bias:
             y_BTD = y_BTD + self.o_bias_D

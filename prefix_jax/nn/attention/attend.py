@@ -23,7 +23,7 @@ from prefix_jax.nn.attention.dense import MASKED, cap_bias_mask, dbias, dot, sof
 from prefix_jax.nn.attention.mask import MaskAndBias
 from prefix_jax.nn.attention.splash_run import interpreting
 from prefix_jax.nn.remat import keep
-from prefix_jax.prefix import KVPrefix, Memory, Outside, Site
+from prefix_jax.prefix import Gated, KVPrefix, Memory, Outside, Site
 
 
 def attend(
@@ -68,20 +68,48 @@ def outside(q_BTNH: jax.Array, added: Outside, scale: float) -> jax.Array:
 
     Args:
         q_BTNH: queries.
-        added: one layer of the term (k_PKH, v_PKH, gate_N; or m_NHH).
+        added: one layer of the term (k_PKH, v_PKH, gate_N; or m_NHH), or of one term per row.
         scale: multiplies the logits.
     """
+    if isinstance(added, Memory):
+        return _read_memory(q_BTNH, added)
+    if isinstance(added, Gated):
+        return _attend_gated(q_BTNH, added, scale)
+    out_BTNH = jnp.zeros_like(q_BTNH)
+    if added.gated is not None:
+        out_BTNH += _attend_gated(q_BTNH, added.gated, scale, added.slots_B)
+    if added.memory is not None:
+        out_BTNH += _read_memory(q_BTNH, added.memory)
+    return out_BTNH
+
+
+def _read_memory(q_BTNH: jax.Array, memory: Memory) -> jax.Array:
+    """Multiplies query features by m_NHH, or by m_BNHH, one matrix per row."""
+    dtype = q_BTNH.dtype
+    row = "B" * (memory.m_LNHH.ndim - 3)
+    # The output head dimension is Y, because an einsum needs distinct letters.
+    features_BTNH = jax.nn.elu(q_BTNH.astype(jnp.float32)).astype(dtype)
+    return jnp.einsum(f"BTNH,{row}NHY->BTNY", features_BTNH, memory.m_LNHH.astype(dtype))
+
+
+def _attend_gated(
+    q_BTNH: jax.Array, gated: Gated, scale: float, slots_B: jax.Array | None = None
+) -> jax.Array:
+    """Attends to gated slots: k_PKH, or k_BPKH of which row b has `slots_B[b]` slots."""
     B, T, N, H = q_BTNH.shape
     dtype = q_BTNH.dtype
-    if isinstance(added, Memory):
-        # The output head dimension is Y, because an einsum needs distinct letters.
-        features_BTNH = jax.nn.elu(q_BTNH.astype(jnp.float32)).astype(dtype)
-        return jnp.einsum("BTNH,NHY->BTNY", features_BTNH, added.m_LNHH.astype(dtype))
-    k_PKH, v_PKH = added.k_LPKH.astype(dtype), added.v_LPKH.astype(dtype)
-    q_BTKGH = (q_BTNH * scale).reshape(B, T, k_PKH.shape[1], -1, H)
-    weights_BTKGP = jax.nn.softmax(dot("BTKGH,PKH->BTKGP", q_BTKGH, k_PKH), axis=-1)
-    out_BTKGH = dot("BTKGP,PKH->BTKGH", weights_BTKGP.astype(dtype), v_PKH)
-    return (out_BTKGH.reshape(B, T, N, H) * added.gate_LN[:, None]).astype(dtype)
+    k, v = gated.k_LPKH.astype(dtype), gated.v_LPKH.astype(dtype)
+    row = "B" * (k.ndim - 3)
+    q_BTKGH = (q_BTNH * scale).reshape(B, T, k.shape[-2], -1, H)
+    logits_BTKGP = dot(f"BTKGH,{row}PKH->BTKGP", q_BTKGH, k)
+    gate_BTNH = gated.gate_LN[:, None]
+    if slots_B is not None:
+        real_BP = jnp.arange(k.shape[1]) < slots_B[:, None]
+        logits_BTKGP = jnp.where(real_BP[:, None, None, None], logits_BTKGP, MASKED)
+        gate_BTNH = gated.gate_LN[:, None, :, None]
+    weights_BTKGP = jax.nn.softmax(logits_BTKGP, axis=-1)
+    out_BTKGH = dot(f"BTKGP,{row}PKH->BTKGH", weights_BTKGP.astype(dtype), v)
+    return (out_BTKGH.reshape(B, T, N, H) * gate_BTNH).astype(dtype)
 
 
 def _by_platform(

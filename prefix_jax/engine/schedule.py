@@ -1,0 +1,140 @@
+"""The host's side of continuous batching: a queue of continuations, and the rows they run in."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from prefix_jax.engine.cache import Layout
+from prefix_jax.engine.request import Handle, Sample
+from prefix_jax.engine.sampling import Settings, keys_of
+from prefix_jax.engine.warm import Slots
+
+
+class Schedule:
+    """Assigns continuations to rows, first come first served, and describes the rows to programs.
+
+    Attributes:
+        queue: continuations that wait for a row.
+        rows: the continuation in each row; None for a free row.
+        layout, settings: of all rows, as NumPy arrays that are changed in place.
+        ids_BS: the prompts and generated tokens of all rows.
+    """
+
+    def __init__(self, rows: int, width: int, eos: int):
+        self.queue: deque[Sample] = deque()
+        self.rows: list[Sample | None] = [None] * rows
+        self.layout = Layout(
+            slots_B=np.zeros(rows, np.int32),
+            text_position_B=np.zeros(rows, np.int32),
+            pinned_B=np.zeros(rows, bool),
+            length_B=np.zeros(rows, np.int32),
+        )
+        self.settings = Settings.empty(rows, eos)
+        self.ids_BS = np.zeros((rows, width), np.int32)
+        # Rows whose prompt is not read, in the order of their admission.
+        self._reading: deque[int] = deque()
+        self._columns: dict[int, int] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is waiting or running."""
+        return not self.queue and not any(self.rows)
+
+    @property
+    def columns(self) -> int:
+        """The largest number of columns that a row needs."""
+        return max(self._columns.values(), default=0)
+
+    @property
+    def running_B(self) -> np.ndarray:
+        """The rows that generate tokens."""
+        return np.array([sample is not None and not sample.unread for sample in self.rows])
+
+    def submit(self, handle: Handle) -> None:
+        """Queues all continuations of a request."""
+        for number in range(handle.request.config.num_samples):
+            self.queue.append(Sample(handle, number))
+
+    def free_row(self) -> int | None:
+        """Returns a free row, or None."""
+        return next((row for row, sample in enumerate(self.rows) if sample is None), None)
+
+    def admit(
+        self, row: int, sample: Sample, slots: Slots, eos: Sequence[int], columns: int
+    ) -> None:
+        """Puts a continuation into a free row.
+
+        Args:
+            row: the row.
+            sample: the continuation.
+            slots: the slots of its prefix.
+            eos: the tokens that end its text.
+            columns: the number of columns that it needs.
+        """
+        request = sample.handle.request
+        self.rows[row], self._columns[row] = sample, columns
+        self.layout.slots_B[row] = self.layout.length_B[row] = slots.count
+        self.layout.text_position_B[row] = slots.text_position
+        self.layout.pinned_B[row] = slots.pinned
+        self.settings = self.settings.with_eos(len(eos))
+        key = keys_of(request.config, request.index)[sample.number]
+        self.settings.set_row(row, request.config, len(request.ids), key, eos)
+        self.ids_BS[row] = 0
+        self.ids_BS[row, : len(request.ids)] = request.ids
+        if sample.unread:
+            self._reading.append(row)
+
+    def layout_of(self, row: int) -> Layout:
+        """Returns the layout of one row: a copy, because programs run while it changes."""
+        layout: Layout = jax.tree.map(lambda x: x[row : row + 1].copy(), self.layout)
+        return layout
+
+    def unread(self) -> Iterator[tuple[int, Sample]]:
+        """Yields the rows whose prompts are not read, until all are."""
+        while self._reading:
+            row = self._reading[0]
+            sample = self.rows[row]
+            if sample is None or not sample.unread:
+                self._reading.popleft()
+            else:
+                yield row, sample
+
+    def read(self, row: int, count: int) -> None:
+        """Records that tokens of a prompt are in the cache."""
+        sample = self.rows[row]
+        assert sample is not None
+        sample.unread -= count
+        self.layout.length_B[row] += count
+        if not sample.unread:
+            self._reading.remove(row)
+
+    def append(self, row: int, ids: Sequence[int]) -> None:
+        """Records generated tokens."""
+        first = self.layout.length_B[row] - self.layout.slots_B[row] + 1
+        self.ids_BS[row, first : first + len(ids)] = ids
+        self.layout.length_B[row] += len(ids)
+
+    def release(self, row: int) -> None:
+        """Frees a row."""
+        self.rows[row] = None
+        del self._columns[row]
+        if row in self._reading:
+            self._reading.remove(row)
+
+    def cancel(self, handle: Handle) -> None:
+        """Removes all continuations of a request."""
+        self.queue = deque(sample for sample in self.queue if sample.handle is not handle)
+        for row, sample in enumerate(self.rows):
+            if sample is not None and sample.handle is handle:
+                self.release(row)
+
+    def resize(self, width: int) -> None:
+        """Changes the number of columns of `ids_BS`."""
+        old_BS = self.ids_BS
+        self.ids_BS = np.zeros((len(self.rows), width), np.int32)
+        kept = min(width, old_BS.shape[1])
+        self.ids_BS[:, :kept] = old_BS[:, :kept]

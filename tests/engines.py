@@ -1,0 +1,127 @@
+"""Small engines with prefixes of every kind, and the same rows decoded alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import decoders
+import jax
+import jax.numpy as jnp
+import numpy as np
+from decoders import V, decoder
+from tokenizers import Tokenizer
+from tokenizers import decoders as text
+from tokenizers import models as bpe
+from tokenizers import pre_tokenizers as pre
+from transformers import PreTrainedTokenizerFast
+
+from prefix_jax import artifact
+from prefix_jax.artifact import BackboneCard, Card
+from prefix_jax.backbones.loading.pretrained import Pretrained
+from prefix_jax.config import DecodeConfig
+from prefix_jax.decode import Generation, Generator
+from prefix_jax.engine import EngineCore
+from prefix_jax.mesh import make_mesh
+from prefix_jax.prefix import (
+    Adapter,
+    Embeds,
+    Hidden,
+    KVPrefix,
+    Memory,
+    Prefix,
+    Produced,
+    Site,
+)
+
+Names = Sequence[str | None]
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable character, without an end token."""
+    vocab = {chr(33 + i): i for i in range(V)}
+    tokenizer = Tokenizer(bpe.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre.Split("", "isolated")
+    tokenizer.decoder = text.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@functools.cache
+def model(name: str) -> Pretrained:
+    """A random decoder of `decoders` on one device."""
+    backbone, mesh = decoder(name), make_mesh(1, devices=jax.devices()[:1])
+    params = backbone.unstacked(decoders.weights(backbone))
+    model = Pretrained(backbone, params, mesh, name, Path(name), name)
+    model.__dict__["tokenizer"] = tokenizer()
+    return model
+
+
+def card(model: Pretrained, produced: Produced, **fields: Any) -> Card:
+    """The card of a prefix for a model."""
+    backbone = BackboneCard(
+        source=model.source,
+        model_type=model.backbone.arch.model_type,
+        fingerprint=model.fingerprint,
+        dtype="float32",
+    )
+    return artifact.make_card(produced, model.backbone.geometry, backbone, **fields)
+
+
+@functools.cache
+def prefixes(name: str) -> dict[str, Produced]:
+    """A prefix of every kind for a model."""
+    shape, rng = decoder(name).geometry.sites["decoder"], np.random.default_rng(0)
+    L, N, K, H = shape.layers, shape.query_heads, shape.kv_heads, shape.head_dim
+    D = decoder(name).geometry.input_dim
+
+    def normal(*size: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=size), jnp.float32)
+
+    def slots(layers: int, P: int, bias: bool = False) -> KVPrefix:
+        k, v = normal(layers, P, K, H), normal(layers, P, K, H)
+        return KVPrefix(2 * k, 2 * v, 2 * normal(layers, P, N) if bias else None)
+
+    bias = slots(L, 5, bias=True)
+    assert bias.bias_LPN is not None
+    bias = dataclasses.replace(bias, bias_LPN=bias.bias_LPN.at[1, 2].set(-jnp.inf))
+    return {
+        "kv": Prefix(Site(slots(L, 5)), text_position=5),
+        "long": Prefix(Site(slots(L, 11)), text_position=11),
+        "pinned": Prefix(Site(slots(L, 5)), text_position=5, pinned=True),
+        "bias": Prefix(Site(bias), text_position=5),
+        "layers": Prefix(Site(slots(2, 5), layers=(0, 2)), text_position=5),
+        "position": Prefix(Site(slots(L, 5)), text_position=2),
+        "embeds": Embeds(normal(5, D)),
+        "hidden": Hidden(3 * normal(L, 5, D)),
+        "adapter": Adapter(3 * normal(2, 3, D), 1 + normal(2, 1), layers=(0, 2)),
+        "plus": Prefix(Site(outside=Memory(normal(L, N, H, H)))),
+    }
+
+
+def core(name: str, kinds: Sequence[str] | None = None, **options: Any) -> EngineCore:
+    """An engine with some or all prefixes of a model."""
+    pretrained = model(name)
+    core = EngineCore(pretrained, **{"rows": 4, "decode_steps": 4, "chunk": 32, **options})
+    for kind, produced in prefixes(name).items():
+        if kinds is None or kind in kinds:
+            core.bank.add(kind, produced, card(pretrained, produced), (), None)
+    return core
+
+
+@functools.cache
+def _generator(name: str, kind: str | None) -> Generator:
+    pretrained = model(name)
+    produced = None if kind is None else prefixes(name)[kind]
+    prefix = decoders.lift(pretrained.backbone, pretrained.params, produced)
+    return Generator(pretrained.backbone, pretrained.params, tokenizer(), prefix, eos=())
+
+
+def alone(
+    name: str, kind: str | None, prompts: Sequence[Sequence[int]], config: DecodeConfig
+) -> list[Generation]:
+    """What `Generator` returns with one prefix."""
+    return _generator(name, kind).generate(prompts, config)
