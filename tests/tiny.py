@@ -44,7 +44,7 @@ _END, _PAD, _BEGIN = "</s>", "<pad>", "<s>"
 _BYTES = pre_tokenizers.ByteLevel.alphabet()
 
 
-def write_model(directory: Path, *, seed: int = 0, **config: int) -> Path:
+def write_model(directory: Path, *, seed: int = 0, **config: Any) -> Path:
     """Writes a model into a new directory.
 
     Args:

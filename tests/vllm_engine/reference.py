@@ -11,8 +11,11 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # `tiny`
+
 import jax
 import jax.numpy as jnp
+import tiny
 from support import NEW_TOKENS, PREFIXES, QUESTIONS, REPLACEMENT
 
 import prefix_jax as pj
@@ -58,7 +61,21 @@ def main(directory: Path) -> None:
         "chats": {name: answers(model, x, chats) for name, x in variants.items()},
         "after_long": {name: answers(model, x, [long])[0] for name, x in variants.items()},
     }
+    expected["parallel"] = small_model(directory / "small")
     (directory / "expected.json").write_text(json.dumps(expected))
+
+
+def small_model(served: Path) -> dict[str, list]:
+    """Writes a random model that two devices can share, with one prefix, and its answers."""
+    tiny.write_model(
+        served / "model", hidden_size=128, num_attention_heads=4, architectures=["LlamaForCausalLM"]
+    )
+    model = pj.load(served / "model", dtype="float32")
+    prefix = start(model, "abcdefghijklmnop", 9)
+    export(model, prefix, served.parent / "stored", served / "nine")
+    prompts = [[5, 6, 7], [8, 9, 10, 11]]
+    variants: dict[str, Produced | None] = {"none": None, "nine": prefix}
+    return {"prompts": prompts} | {name: answers(model, x, prompts) for name, x in variants.items()}
 
 
 def start(model: Pretrained, text: str, length: int) -> Prefix:
@@ -73,7 +90,7 @@ def start(model: Pretrained, text: str, length: int) -> Prefix:
 def export(model: Pretrained, produced: Prefix, stored: Path, output: Path) -> None:
     """Stores a prefix and exports it for vLLM."""
     backbone = BackboneCard(
-        source=MODEL,
+        source=model.source,
         model_type=model.backbone.arch.model_type,
         fingerprint=model.fingerprint,
         dtype="float32",
