@@ -63,8 +63,10 @@ def run(args: argparse.Namespace) -> int:
     options = {"model": args.model, "allow_other_weights": args.allow_other_weights}
     if args.to == "vllm":
         return _run_vllm(args, **options)
-    if args.replace or args.write_model:
-        raise ConfigError("--replace and --write-model belong to --to vllm; remove them")
+    for option in ("replace", "write_model"):
+        if getattr(args, option):
+            name = option.replace("_", "-")
+            raise ConfigError(f"--{name} requires --to vllm; add that, or remove --{name}")
     if args.to == "peft":
         config = export_peft(args.prefix, args.output, bake=args.bake, **options)
         content = f"{config['num_virtual_tokens']} slots as {config['peft_type']}"

@@ -1,6 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from prefix_jax import artifact
 from prefix_jax.cli.main import main
@@ -48,3 +49,31 @@ def test_never_overwrites_an_existing_prefix(stored, capsys):
     assert main(["export", str(stored), str(stored), "--to", "safetensors"]) == 2
     assert "already contains a prefix" in capsys.readouterr().err
     assert artifact.load(stored)[1] == before
+
+
+def test_vllm_export_prints_the_commands_that_serve_it(stored, tmp_path, capsys):
+    assert main(["export", str(stored), str(tmp_path / "served" / "mine"), "--to", "vllm"]) == 0
+    out = capsys.readouterr().out
+    assert "mine: 3 slots for vLLM" in out
+    assert f"PYTHONPATH={tmp_path}/served vllm serve /gone --config" in out
+    assert '"model": "mine"' in out
+
+
+def test_vllm_export_names_the_option_for_a_gguf_backbone(stored, tmp_path, capsys):
+    model = tiny.write_gguf(tmp_path / "model.gguf")
+    arguments = ["export", str(stored), str(tmp_path / "served" / "mine"), "--to", "vllm"]
+    assert main([*arguments, "--model", str(model)]) == 0
+    assert "is a GGUF file, which vLLM does not read; export with --write-model" in (
+        capsys.readouterr().out
+    )
+    assert main([*arguments, "--model", str(model), "--write-model"]) == 2
+    assert "already contains a prefix" in capsys.readouterr().err
+    assert main([*arguments, "--model", str(model), "--write-model", "--replace"]) == 0
+    assert f"vllm serve {tmp_path}/served/model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--replace", "--write-model"])
+def test_options_of_vllm_are_refused_for_other_formats(option, stored, tmp_path, capsys):
+    assert main(["export", str(stored), str(tmp_path / "copy"), option]) == 2
+    assert f"{option} requires --to vllm" in capsys.readouterr().err
+    assert not (tmp_path / "copy").exists()

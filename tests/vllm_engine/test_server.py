@@ -27,7 +27,7 @@ def url(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # What `vllm serve` does; the wheel for CPUs has no such command.
+    # Equivalent to `vllm serve`, a command that the wheel for CPUs does not have.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(served / "model"), "--config", str(served / "vllm.yaml")]
     command += ["--served-model-name", "base", "--port", str(port), "--dtype", "float32"]

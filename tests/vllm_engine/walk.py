@@ -23,7 +23,7 @@ def main() -> int:
     """Returns 0 if the last command is answered by the prefix."""
     found = _BLOCK.search((ROOT / "docs" / "serving.md").read_text(encoding="utf-8"))
     assert found is not None
-    # A command goes on after a backslash, and inside quotes.
+    # A command continues after a backslash and inside quotes.
     commands = re.findall(r"(?:[^'\n\\]|'[^']*'|\\\n)+", found[1])
     *setup, serve, ask = commands
     with tempfile.TemporaryDirectory() as directory:

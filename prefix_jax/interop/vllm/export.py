@@ -77,13 +77,16 @@ def export_vllm(
     if not _NAME.fullmatch(output.name) or output.name in _RESERVED:
         raise PrefixError(
             f"{output}: {output.name!r} cannot be a model id in vLLM; use letters, digits, '.', "
-            f"'_' and '-', and none of {', '.join(_RESERVED)}"
+            f"'_' and '-', but not {' or '.join(_RESERVED)}"
         )
     if (output / "prefix.json").exists() and not replace:
         raise PrefixError(
             f"{output} already contains a prefix; choose another name, or replace it (--replace)"
         )
     produced, card = artifact.load(source)
+    path = model if isinstance(model, str | Path) else card.backbone.source
+    if write_model:
+        _check_write_model(path, output.parent / MODEL)
     _check_task(card)
     if isinstance(produced, Adapter):
         raise PrefixError(_cannot(["gates outside the softmax (LLaMA-Adapter)"]))
@@ -101,18 +104,29 @@ def export_vllm(
             "again"
         ) from error
     if write_model:
-        path = model if isinstance(model, str | Path) else card.backbone.source
         dtype: Dtype = "bfloat16" if card.backbone.dtype == "bfloat16" else "float32"
         write_huggingface(path, output.parent / MODEL, dtype)
     return card
 
 
 def needs_conversion(source: str | Path) -> bool:
-    """Whether vLLM cannot read the backbone at this path, because it is a GGUF file."""
+    """Returns whether a backbone is a GGUF file, which vLLM does not read."""
     try:
         return find(source).is_file()
     except BackboneError:
         return False
+
+
+def _check_write_model(path: str | Path, target: Path) -> None:
+    """Raises PrefixError if the backbone need not or cannot be written."""
+    if target.exists():
+        raise PrefixError(
+            f"{target} exists; omit --write-model, since all prefixes of a directory share it"
+        )
+    if find(path).is_dir():
+        raise PrefixError(
+            f"{path} is in a layout that vLLM reads; omit --write-model and serve it from there"
+        )
 
 
 def _check_task(card: Card) -> None:
@@ -175,7 +189,7 @@ def _cannot(parts: list[str]) -> str:
 
 
 def _has_window(card: Card, model: Pretrained | str | Path | None) -> bool:
-    """Whether the backbone has sliding windows. Assumed if it cannot be read."""
+    """Returns whether the backbone has sliding windows; true if it cannot be read."""
     if isinstance(model, Pretrained):
         return model.backbone.arch.window is not None
     try:

@@ -117,6 +117,18 @@ def test_existing_prefix_is_replaced_only_on_request(forms: Forms, save, served:
     export_vllm(source, served / "six", replace=True)
 
 
+def test_model_is_written_once_and_only_if_vllm_cannot_read_it(
+    forms: Forms, save, pretrained, tmp_path: Path
+) -> None:
+    source = save(forms["kv"])
+    with pytest.raises(PrefixError, match="in a layout that vLLM reads; omit --write-model"):
+        export_vllm(source, tmp_path / "served" / "x", write_model=True)
+    (tmp_path / "served" / "model").mkdir(parents=True)
+    with pytest.raises(PrefixError, match="share it"):
+        export_vllm(source, tmp_path / "served" / "x", write_model=True)
+    assert not (tmp_path / "served" / "x").exists()
+
+
 def test_plugin_imports_neither_jax_nor_prefix_jax(served: Path) -> None:
     code = (
         "import sys, prefix_vllm.models, prefix_vllm.scheduling\n"

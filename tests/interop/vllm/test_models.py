@@ -1,4 +1,4 @@
-"""Prefixes are model ids of a server: the middleware in front of a stand-in for vLLM."""
+"""Prefixes are model ids of a server: the middleware in front of a fake vLLM."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BOS = 1
 
 
 class Server:
-    """A stand-in for vLLM that records requests and answers with fixed contents.
+    """A fake vLLM that records requests and answers with fixed contents.
 
     Attributes:
         seen: (path, body) of every request that it got.
@@ -166,7 +166,7 @@ def test_every_prompt_of_a_list_has_placeholders(client: Client) -> None:
     _, answer = client.post("/v1/completions", model="six", prompt=["a", "b"])
     _, body = client.server.seen[-1]
     assert body["prompt"] == [[BOS] * 6 + [5, 6]] * 2
-    assert answer["usage"]["prompt_tokens"] == 8 - 12  # the stand-in counts one prompt
+    assert answer["usage"]["prompt_tokens"] == 8 - 12  # the fake counts one prompt
 
 
 def test_stream_names_the_prefix_wherever_it_is_cut(client: Client) -> None:

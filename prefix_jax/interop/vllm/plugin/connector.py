@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-# Bytes of prefixes that a worker keeps in host memory, unless `cache_bytes` says otherwise.
+# The default of `cache_bytes`: bytes of prefixes that a worker keeps in host memory.
 _CACHE_BYTES = 1 << 30
 
 
 @dataclasses.dataclass
 class Loads(KVConnectorMetadata):
-    """What a worker loads before the next step."""
+    """The slots that a worker loads before the next step."""
 
     loads: list[Load]
 
