@@ -42,45 +42,36 @@ class Columns:
     Attributes:
         k_BKSH, v_BKSH: keys and values.
         bias_BNS: added to the attention logits of each query head.
-        row: int32 scalar, the row that new tokens belong to; None if each row has one new token.
     """
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
     bias_BNS: jax.Array
-    row: jax.Array | None = None
 
     def write(self, new: KeysValues, column: jax.Array) -> Self:
         """Returns a copy with the keys and values of new tokens.
 
         Args:
-            new: of the next tokens of one row, or of the next token of every row.
-            column: the first column to write: a scalar, or one per row.
+            new: of the next tokens of every row.
+            column: the first column to write in each row, [B].
         """
 
         def put(old_BKSH: jax.Array, new_BKTH: jax.Array) -> jax.Array:
-            new_BKTH = new_BKTH.astype(old_BKSH.dtype)
-            update = jax.lax.dynamic_update_slice
-            if self.row is not None:
-                return update(old_BKSH, new_BKTH, (self.row, 0, column, 0))
-            return jax.vmap(lambda old, new, column: update(old, new, (0, column, 0)))(
-                old_BKSH, new_BKTH, column
-            )
+            return jax.vmap(
+                lambda old, new, column: jax.lax.dynamic_update_slice(old, new, (0, column, 0))
+            )(old_BKSH, new_BKTH.astype(old_BKSH.dtype), column)
 
         return dataclasses.replace(
             self, k_BKSH=put(self.k_BKSH, new.k_BKSH), v_BKSH=put(self.v_BKSH, new.v_BKSH)
         )
 
     def read(self, masking: MaskAndBias) -> tuple[jax.Array, jax.Array, MaskAndBias]:
-        """Returns k_BSKH and v_BSKH of the rows with new tokens, and adds the columns' bias to the
-        masking."""
-        own = pick_row((self.k_BKSH, self.v_BKSH, self.bias_BNS), self.row)
-        k_BKSH, v_BKSH, bias_BNS = own
-        bias_BNTS = bias_BNS[:, :, None].astype(jnp.float32)
+        """Returns k_BSKH and v_BSKH, and adds the columns' bias to the masking."""
+        bias_BNTS = self.bias_BNS[:, :, None].astype(jnp.float32)
         if masking.bias_BNTS is not None:
             bias_BNTS = bias_BNTS + masking.bias_BNTS
         masking = dataclasses.replace(masking, bias_BNTS=bias_BNTS)
-        return k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2), masking
+        return self.k_BKSH.swapaxes(1, 2), self.v_BKSH.swapaxes(1, 2), masking
 
 
 @flax.struct.dataclass
@@ -240,11 +231,18 @@ def _room_for(layer: RowLayer, warm: Warm) -> OutsideRows | None:
     return OutsideRows(gated, jnp.zeros(B, jnp.int32) if old is None else old.slots_B, memory)
 
 
-def pick_row(arrays: Any, row: jax.Array | None) -> Any:
-    """Selects one row of every array, and keeps its axis; all rows for None."""
-    if row is None:
+def take_rows(arrays: Any, rows_R: jax.Array | None) -> Any:
+    """Selects some rows of every array; all rows for None."""
+    if rows_R is None:
         return arrays
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, 0), arrays)
+    return jax.tree.map(lambda x: x[rows_R], arrays)
+
+
+def put_rows(arrays: Any, rows_R: jax.Array | None, new: Any) -> Any:
+    """Replaces some rows of every array; all rows for None."""
+    if rows_R is None:
+        return new
+    return jax.tree.map(lambda x, y: x.at[rows_R].set(y), arrays, new)
 
 
 @flax.struct.dataclass
@@ -276,7 +274,6 @@ class Layout:
         position_BT: jax.Array,
         column_BT: jax.Array,
         width: int,
-        first: Any,
         *,
         sliding: bool,
     ) -> AttentionInputs:
@@ -287,7 +284,6 @@ class Layout:
             params: its weights, for the table of relative positions.
             position_BT, column_BT: the positions and columns of the tokens.
             width: S.
-            first: the first column to write; see `Columns.write`.
             sliding: whether the layers have a sliding window.
         """
         key_1S = jnp.arange(width)[None]
@@ -301,4 +297,4 @@ class Layout:
         if arch.relative is not None:
             bias_BNTS = arch.relative.bias(params["relative_RN"], position_BT, key_position_BS)
         angles = rotary_angles(arch, position_BT, sliding)
-        return AttentionInputs(MaskAndBias(mask_BTS, bias_BNTS=bias_BNTS), angles, first)
+        return AttentionInputs(MaskAndBias(mask_BTS, bias_BNTS=bias_BNTS), angles, self.length_B)

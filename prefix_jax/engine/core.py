@@ -24,6 +24,7 @@ from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.backbones.stacking import Params
 from prefix_jax.data.special import end_tokens
 from prefix_jax.decode.continuation import Writer
+from prefix_jax.decode.generate import prompt_bucket
 from prefix_jax.decode.prompts import check_prompt
 from prefix_jax.decode.text import TextStream
 from prefix_jax.engine import programs
@@ -215,40 +216,50 @@ class EngineCore:
         """The number of columns that a row needs, including the padding of its last chunk."""
         unread = len(request.ids) - 1
         full = unread - unread % self._chunk
-        padded = full + bucket(unread - full, _MIN_CHUNK)
+        padded = full + self._chunk_size(unread - full)
         tokens = len(request.ids) + request.config.max_new_tokens
         # The padded slots of a prefix are copied together.
         return max(bucket(slots.count), slots.count + max(padded, tokens))
 
     def _fit(self, columns: int) -> None:
-        """Resizes the cache to the power of two that the longest row needs."""
-        width = bucket(columns, _MIN_WIDTH)
+        """Resizes the cache to what the longest row needs, rounded up."""
+        width = prompt_bucket(max(columns, _MIN_WIDTH))
         if width != self._cache.width:
             self._cache = programs.resize(self._cache, width=width)
             self._schedule.resize(width)
 
     def _read_prompts(self, params: Params) -> None:
-        """Reads up to `chunk` tokens of prompts, or all if no row could decode meanwhile."""
+        """Reads up to `chunk` tokens of prompts; all of them if no row could decode meanwhile."""
         schedule, budget = self._schedule, self._chunk
-        for row, sample in schedule.unread():
-            if budget <= 0 and schedule.running_B.any():
-                return
-            count = min(sample.unread, self._chunk)
-            size = bucket(count, _MIN_CHUNK)
-            first = len(sample.handle.request.ids) - 1 - sample.unread
-            ids_1C = np.zeros((1, size), np.int32)
-            ids_1C[0, :count] = sample.handle.request.ids[first : first + count]
+        while unread := schedule.unread:
+            sizes = {row: self._chunk_size(sample.unread) for row, sample in unread.items()}
+            size = next(iter(sizes.values()))
+            if size > budget:
+                if schedule.running_B.any():
+                    return
+                budget = self._chunk
+            same = [row for row, other in sizes.items() if other == size]
+            rows = same[: _power_of_4(min(len(same), budget // size))]
+            counts = [min(unread[row].unread, size) for row in rows]
+            ids_RC = np.zeros((len(rows), size), np.int32)
+            for ids_C, row, count in zip(ids_RC, rows, counts, strict=True):
+                ids_C[:count] = unread[row].next_ids(count)
             self._cache = programs.extend(
                 self._backbone,
                 params,
                 self._cache,
-                np.int32(row),
-                schedule.layout_of(row),
-                ids_1C,
-                np.int32(count),
+                np.array(rows, np.int32),
+                schedule.layout_of(rows),
+                ids_RC,
+                np.array(counts, np.int32),
             )
-            schedule.read(row, count)
-            budget -= size
+            for row, count in zip(rows, counts, strict=True):
+                schedule.read(row, count)
+            budget -= len(rows) * size
+
+    def _chunk_size(self, unread: int) -> int:
+        """The size of the next chunk of a prompt, padding included."""
+        return bucket(min(unread, self._chunk), _MIN_CHUNK)
 
     def _decode(self, params: Params) -> list[Event]:
         """Generates tokens in all rows whose prompt is read."""
@@ -257,7 +268,7 @@ class EngineCore:
         if not running_B.any():
             return []
         # Prompts that are not read wait for one token only.
-        reading = next(schedule.unread(), None) is not None
+        reading = bool(schedule.unread)
         self._cache, burst = programs.decode(
             self._backbone,
             params,
@@ -297,3 +308,8 @@ class EngineCore:
         sample.handle.error = error
         self._schedule.cancel(sample.handle)
         return Event(sample.handle, sample.number, error=error)
+
+
+def _power_of_4(size: int) -> int:
+    """Rounds down to a power of 4: the numbers of rows that `extend` is compiled for."""
+    return 4 ** ((size.bit_length() - 1) // 2)

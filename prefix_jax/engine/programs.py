@@ -2,13 +2,13 @@
 
     empty, resize, add_outside    make the cache, and change its size
     start     copies a prefix into a row
-    extend    reads a chunk of a row's prompt
+    extend    reads a chunk of the prompts of some rows
     decode    generates tokens in all rows
 
 Only the cache stays on the device between them. Everything else about the rows is a small array on
 the host, an argument of every call: a new request, setting or prefix changes values, not shapes.
-Programs are compiled per number of columns (a power of two), `extend` also per chunk size and
-`start` per prefix length (powers of two as well).
+Programs are compiled per number of columns, `extend` also per number of rows and chunk size, and
+`start` per prefix length; all of these are rounded to a few sizes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.layer import Layer
 from prefix_jax.backbones.stacking import Params
-from prefix_jax.engine.cache import Layout, RowCache, RowLayer, pick_row
+from prefix_jax.engine.cache import Layout, RowCache, RowLayer, put_rows, take_rows
 from prefix_jax.engine.sampling import Settings, choose
 from prefix_jax.engine.warm import Warm
 from prefix_jax.mesh import constrain_tokens
@@ -61,25 +61,25 @@ def extend(
     backbone: Backbone,
     params: Params,
     cache: RowCache,
-    row: jax.Array,
+    rows_R: jax.Array,
     layout: Layout,
-    ids_1C: jax.Array,
-    count: jax.Array,
+    ids_RC: jax.Array,
+    count_R: jax.Array,
 ) -> RowCache:
-    """Appends a chunk of a prompt to a row. Donates `cache`.
+    """Appends a chunk of its prompt to some rows. Donates `cache`.
 
     Args:
         backbone: the model without its weights.
         params: its weights, unstacked.
         cache: the cache of all rows.
-        row: the row.
-        layout: the layout of this row.
-        ids_1C: the chunk, padded on the right. What padding writes is overwritten by the tokens
+        rows_R: the rows, each once.
+        layout: the layout of these rows.
+        ids_RC: their chunks, padded on the right. What padding writes is overwritten by the tokens
             that follow, before anything attends to it.
-        count: the number of its tokens.
+        count_R: the numbers of their tokens.
     """
-    real_1C = jnp.arange(ids_1C.shape[1])[None] < count
-    _, cache = hidden(backbone, params, cache, row, layout, ids_1C, real_1C)
+    real_RC = jnp.arange(ids_RC.shape[1]) < count_R[:, None]
+    _, cache = hidden(backbone, params, cache, rows_R, layout, ids_RC, real_RC)
     return cache.constrained()
 
 
@@ -183,7 +183,7 @@ def hidden(
     backbone: Backbone,
     params: Params,
     cache: RowCache,
-    row: jax.Array | None,
+    rows_R: jax.Array | None,
     layout: Layout,
     ids_BT: jax.Array,
     real_BT: jax.Array,
@@ -194,8 +194,8 @@ def hidden(
         backbone: the model without its weights.
         params: its weights, unstacked.
         cache: the cache of all rows.
-        row: the row of the tokens; None for one token in every row.
-        layout: of the rows with new tokens.
+        rows_R: the rows with new tokens; None for all.
+        layout: the layout of these rows.
         ids_BT: the tokens.
         real_BT: False at padding.
 
@@ -206,11 +206,8 @@ def hidden(
     column_BT = layout.length_B[:, None] + jnp.arange(ids_BT.shape[1])
     # Padding may be beyond the learned positions, which would give NaN.
     position_BT = jnp.where(real_BT, layout.position(column_BT), 0)
-    first = layout.length_B if row is None else layout.length_B[0]
     inputs = {
-        sliding: layout.inputs(
-            arch, params, position_BT, column_BT, cache.width, first, sliding=sliding
-        )
+        sliding: layout.inputs(arch, params, position_BT, column_BT, cache.width, sliding=sliding)
         for sliding in set(arch.sliding) or {False}
     }
     tokens = TokenLayout(real_BT.astype(jnp.int32), None, position_BT)
@@ -218,16 +215,14 @@ def hidden(
     x_BTD = constrain_tokens(stack.embed_positions(params, x_BTD, tokens, 0))
     layers = []
     for index, (weights, layer) in enumerate(zip(params["layers"], cache.layers, strict=True)):
-        site = None
-        if layer.outside is not None:
-            site = Site(outside=pick_row(layer.outside, row))
+        own = take_rows(layer, rows_R)
         out: Any = Layer(arch).apply(
             {"params": weights},
             x_BTD,
             inputs[arch.sliding[index] if arch.sliding else False],
-            site,
-            dataclasses.replace(layer.columns, row=row),
+            Site(outside=own.outside),
+            own.columns,
         )
-        x_BTD, columns = constrain_tokens(out[0]), out[1]
-        layers.append(RowLayer(dataclasses.replace(columns, row=None), layer.outside))
+        x_BTD = constrain_tokens(out[0])
+        layers.append(RowLayer(put_rows(layer.columns, rows_R, out[1]), layer.outside))
     return stack.final_norm(params, x_BTD), RowCache(tuple(layers))

@@ -97,6 +97,11 @@ class Sample:
         self.unread = len(handle.request.ids) - 1
         self._pieces: list[str] = []
 
+    def next_ids(self, count: int) -> Sequence[int]:
+        """The next prompt tokens to read."""
+        first = len(self.handle.request.ids) - 1 - self.unread
+        return self.handle.request.ids[first : first + count]
+
     def add_piece(self, piece: str) -> None:
         """Receives text from the writer."""
         self._pieces.append(piece)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ class Schedule:
         self.settings = Settings.empty(rows, eos)
         self.ids_BS = np.zeros((rows, width), np.int32)
         # Rows whose prompt is not read, in the order of their admission.
-        self._reading: deque[int] = deque()
+        self._reading: list[int] = []
         self._columns: dict[int, int] = {}
 
     @property
@@ -88,20 +88,16 @@ class Schedule:
         if sample.unread:
             self._reading.append(row)
 
-    def layout_of(self, row: int) -> Layout:
-        """Returns the layout of one row: a copy, because programs run while it changes."""
-        layout: Layout = jax.tree.map(lambda x: x[row : row + 1].copy(), self.layout)
+    def layout_of(self, rows: Sequence[int]) -> Layout:
+        """Returns the layout of some rows: a copy, because programs run while it changes."""
+        layout: Layout = jax.tree.map(lambda x: x[list(rows)], self.layout)
         return layout
 
-    def unread(self) -> Iterator[tuple[int, Sample]]:
-        """Yields the rows whose prompts are not read, until all are."""
-        while self._reading:
-            row = self._reading[0]
-            sample = self.rows[row]
-            if sample is None or not sample.unread:
-                self._reading.popleft()
-            else:
-                yield row, sample
+    @property
+    def unread(self) -> Mapping[int, Sample]:
+        """The rows whose prompts are not read, in the order of their admission."""
+        samples = {row: self.rows[row] for row in self._reading}
+        return {row: sample for row, sample in samples.items() if sample is not None}
 
     def read(self, row: int, count: int) -> None:
         """Records that tokens of a prompt are in the cache."""
