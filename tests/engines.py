@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import decoders
+import encoder_decoders
 import jax
 import jax.numpy as jnp
 import numpy as np
 from decoders import V, decoder
+from encoder_decoders import encoder_decoder
 from tokenizers import Tokenizer
 from tokenizers import decoders as text
 from tokenizers import models as bpe
@@ -21,20 +23,24 @@ from transformers import PreTrainedTokenizerFast
 
 from prefix_jax import artifact
 from prefix_jax.artifact import BackboneCard, Card
+from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.config import DecodeConfig
 from prefix_jax.decode import Generation, Generator
 from prefix_jax.engine import EngineCore
 from prefix_jax.mesh import make_mesh
 from prefix_jax.prefix import (
+    SITES,
     Adapter,
     Embeds,
+    Geometry,
     Hidden,
     KVPrefix,
     Memory,
     Prefix,
     Produced,
     Site,
+    SiteName,
 )
 
 Names = Sequence[str | None]
@@ -50,11 +56,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
+def backbone_of(name: str) -> Backbone:
+    """A small decoder or encoder-decoder."""
+    return encoder_decoder(name) if name in encoder_decoders.NAMES else decoder(name)
+
+
 @functools.cache
 def model(name: str) -> Pretrained:
-    """A random decoder of `decoders` on one device."""
-    backbone, mesh = decoder(name), make_mesh(1, devices=jax.devices()[:1])
-    params = backbone.unstacked(decoders.weights(backbone))
+    """A random model of `decoders` or `encoder_decoders` on one device."""
+    backbone, mesh = backbone_of(name), make_mesh(1, devices=jax.devices()[:1])
+    family = encoder_decoders if name in encoder_decoders.NAMES else decoders
+    params = backbone.unstacked(family.weights(backbone))
     model = Pretrained(backbone, params, mesh, name, Path(name), name)
     model.__dict__["tokenizer"] = tokenizer()
     return model
@@ -74,9 +86,11 @@ def card(model: Pretrained, produced: Produced, **fields: Any) -> Card:
 @functools.cache
 def prefixes(name: str) -> dict[str, Produced]:
     """A prefix of every kind for a model."""
-    shape, rng = decoder(name).geometry.sites["decoder"], np.random.default_rng(0)
+    geometry, rng = backbone_of(name).geometry, np.random.default_rng(0)
+    if geometry.encoder is not None:
+        return _encoder_decoder_prefixes(geometry)
+    shape, D = geometry.sites["decoder"], geometry.input_dim
     L, N, K, H = shape.layers, shape.query_heads, shape.kv_heads, shape.head_dim
-    D = decoder(name).geometry.input_dim
 
     def normal(*size: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=size), jnp.float32)
@@ -99,6 +113,40 @@ def prefixes(name: str) -> dict[str, Produced]:
         "hidden": Hidden(3 * normal(L, 5, D)),
         "adapter": Adapter(3 * normal(2, 3, D), 1 + normal(2, 1), layers=(0, 2)),
         "plus": Prefix(Site(outside=Memory(normal(L, N, H, H)))),
+    }
+
+
+def _encoder_decoder_prefixes(geometry: Geometry) -> dict[str, Produced]:
+    """Prefixes at all attentions of an encoder-decoder."""
+    rng = np.random.default_rng(0)
+
+    def normal(*size: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=size), jnp.float32)
+
+    def slots(P: int, names: Sequence[SiteName] = SITES, **options: Any) -> Prefix:
+        layers, bias = options.pop("layers", None), options.pop("bias", False)
+        sites: dict[SiteName, Site] = {}
+        for name in names:
+            shape = geometry.sites[name]
+            size = (len(layers or range(shape.layers)), P)
+            k, v = (2 * normal(*size, shape.kv_heads, shape.head_dim) for _ in range(2))
+            bias_LPN = 2 * normal(*size, shape.query_heads) if bias else None
+            sites[name] = Site(KVPrefix(k, v, bias_LPN), layers=layers)
+        return Prefix.of(sites, **{"text_position": P, **options})
+
+    memories: dict[SiteName, Site] = {
+        name: Site(outside=Memory(normal(x.layers, x.query_heads, x.head_dim, x.head_dim)))
+        for name, x in geometry.sites.items()
+    }
+    return {
+        "kv": slots(5),
+        "bias": slots(3, bias=True),
+        "layers": slots(5, layers=(0, 1)),
+        "encoder": slots(5, ("encoder",), text_position=2),
+        "cross": slots(5, ("cross",)),
+        "embeds": Embeds(normal(3, geometry.input_dim)),
+        "adapter": Adapter(3 * normal(2, 3, geometry.d_model), 1 + normal(2, 1), layers=(0, 1)),
+        "plus": Prefix.of(memories),
     }
 
 

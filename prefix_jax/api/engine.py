@@ -54,7 +54,7 @@ class Engine:
             other weights.
 
     Raises:
-        BackboneError: the model cannot be loaded, or is not a decoder.
+        BackboneError: the model cannot be loaded, or is an encoder.
         PrefixError: a prefix is damaged or does not fit the model.
         ConfigError: a number is out of range.
         MeshError: the rows do not divide over the devices.

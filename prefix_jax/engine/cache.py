@@ -8,8 +8,8 @@ A row's columns are the slots of its prefix, then the tokens of its text:
 A prefix is therefore a warm start: it is copied into the row once, and attention treats it like any
 other columns. Three of its properties need more than positions. A pinned prefix ignores sliding
 windows (`Layout.pinned_B`). Slots with a bias, and layers that a prefix does not cover, have a bias
-per column (`Columns.bias_BNS`). Terms outside the softmax are no columns; a row keeps a copy of its
-own (`RowLayer.outside`).
+per column (`Columns.bias_BNS`). Terms outside the softmax are not columns; each row keeps a copy
+of its own (`RowSite.outside`).
 
 Because every column up to a token's own precedes it, the causal mask compares columns, and only
 windows compare positions. A prefix thus stays visible to text that starts at position 0.
@@ -18,6 +18,7 @@ windows compare positions. A prefix thus stays visible to text that starts at po
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Self
 
 import flax.struct
@@ -28,11 +29,11 @@ from jax.sharding import PartitionSpec
 from prefix_jax.backbones.architecture import Architecture
 from prefix_jax.backbones.attention_inputs import rotary_angles
 from prefix_jax.backbones.stacking import Params
-from prefix_jax.engine.warm import Warm
+from prefix_jax.engine.warm import Warm, WarmSite
 from prefix_jax.mesh import BATCH_AXES, HEAD_AXIS
 from prefix_jax.nn.attention.mask import MaskAndBias
 from prefix_jax.nn.layers import AttentionInputs, KeysValues
-from prefix_jax.prefix import Gated, Memory, OutsideRows, SiteShape
+from prefix_jax.prefix import Gated, Geometry, Memory, OutsideRows, SiteShape
 
 
 @flax.struct.dataclass
@@ -75,8 +76,8 @@ class Columns:
 
 
 @flax.struct.dataclass
-class RowLayer:
-    """One layer of the cache.
+class RowSite:
+    """One attention of one layer.
 
     Attributes:
         columns: keys and values of prefix and text.
@@ -86,6 +87,111 @@ class RowLayer:
     columns: Columns
     outside: OutsideRows | None = None
 
+    @classmethod
+    def empty(cls, shape: SiteShape, rows: int, width: int, dtype: Any) -> RowSite:
+        """An attention of `rows` rows of `width` columns."""
+        kv = (rows, shape.kv_heads, width, shape.head_dim)
+        bias_BNS = jnp.zeros((rows, shape.query_heads, width), dtype)
+        return cls(Columns(jnp.zeros(kv, dtype), jnp.zeros(kv, dtype), bias_BNS))
+
+    def resize(self, width: int) -> RowSite:
+        """Returns a copy with more columns, or without the last ones."""
+
+        def resize(x_BNS: jax.Array) -> jax.Array:
+            missing = width - x_BNS.shape[2]
+            if missing <= 0:
+                return jax.lax.slice_in_dim(x_BNS, 0, width, axis=2)
+            return jnp.pad(x_BNS, [(0, missing if i == 2 else 0) for i in range(x_BNS.ndim)])
+
+        return dataclasses.replace(self, columns=jax.tree.map(resize, self.columns))
+
+    def fits(self, warm: WarmSite | None) -> bool:
+        """Whether rows have room for the terms of a prefix outside the softmax."""
+        if warm is None:
+            return True
+        outside = self.outside
+        if warm.gated_k_LPKH is not None:
+            gated = None if outside is None else outside.gated
+            if gated is None or gated.k_LPKH.shape[1] < warm.gated_k_LPKH.shape[1]:
+                return False
+        return warm.m_LNHH is None or (outside is not None and outside.memory is not None)
+
+    def with_outside(self, warm: WarmSite | None) -> RowSite:
+        """Returns a copy with room for the terms of a prefix outside the softmax."""
+        if warm is None or self.fits(warm):
+            return self
+        B, K, _, H = self.columns.k_BKSH.shape
+        N, dtype, old = self.columns.bias_BNS.shape[1], self.columns.k_BKSH.dtype, self.outside
+        gated, memory = (None, None) if old is None else (old.gated, old.memory)
+        if warm.gated_k_LPKH is not None:
+            P = warm.gated_k_LPKH.shape[1]
+            if gated is None:
+                slots = jnp.zeros((B, P, K, H), dtype)
+                gated = Gated(slots, slots, jnp.zeros((B, N), jnp.float32))
+            elif P > gated.k_LPKH.shape[1]:
+                more = [(0, 0), (0, P - gated.k_LPKH.shape[1]), (0, 0), (0, 0)]
+                k_BPKH, v_BPKH = (jnp.pad(x, more) for x in (gated.k_LPKH, gated.v_LPKH))
+                gated = Gated(k_BPKH, v_BPKH, gated.gate_LN)
+        if warm.m_LNHH is not None and memory is None:
+            memory = Memory(jnp.zeros((B, N, H, H), dtype))
+        slots_B = jnp.zeros(B, jnp.int32) if old is None else old.slots_B
+        return RowSite(self.columns, OutsideRows(gated, slots_B, memory))
+
+    def start(self, row: jax.Array, warm: WarmSite | None, bias: float = 0.0) -> RowSite:
+        """Returns a copy in which a row contains nothing but its prefix.
+
+        The whole row is overwritten: values from an earlier request that are NaN would spread even
+        through weights of zero.
+
+        Args:
+            row: the row.
+            warm: one layer of its prefix, with all columns that the row begins with.
+            bias: the bias of the other columns.
+        """
+        warm = warm or WarmSite()
+
+        def overwrite(x: jax.Array, new: jax.Array | None, fill: float = 0.0) -> jax.Array:
+            content = jnp.full(x.shape[1:], fill, x.dtype)
+            if new is not None:
+                content = jax.lax.dynamic_update_slice(
+                    content, new.astype(x.dtype), (0,) * content.ndim
+                )
+            return jax.lax.dynamic_update_index_in_dim(x, content, row, 0)
+
+        columns = Columns(
+            overwrite(self.columns.k_BKSH, warm.k_LKPH),
+            overwrite(self.columns.v_BKSH, warm.v_LKPH),
+            overwrite(self.columns.bias_BNS, warm.bias_LNP, bias),
+        )
+        if self.outside is None:
+            return RowSite(columns)
+        gated, memory = self.outside.gated, self.outside.memory
+        if gated is not None:
+            gated = Gated(
+                overwrite(gated.k_LPKH, warm.gated_k_LPKH),
+                overwrite(gated.v_LPKH, warm.gated_v_LPKH),
+                overwrite(gated.gate_LN, warm.gate_LN),
+            )
+        if memory is not None:
+            memory = Memory(overwrite(memory.m_LNHH, warm.m_LNHH))
+        slots = 0 if warm.gated_slots_L is None else warm.gated_slots_L
+        slots_B = self.outside.slots_B.at[row].set(slots)
+        return RowSite(columns, OutsideRows(gated, slots_B, memory))
+
+
+@flax.struct.dataclass
+class RowLayer:
+    """One layer of the cache.
+
+    Attributes:
+        own: self-attention.
+        cross: attention to the encoder's output, whose columns are the slots of the prefix and the
+            encoder's tokens; the bias masks all other columns. None without an encoder.
+    """
+
+    own: RowSite
+    cross: RowSite | None = None
+
 
 @flax.struct.dataclass
 class RowCache:
@@ -94,98 +200,45 @@ class RowCache:
     layers: tuple[RowLayer, ...]
 
     @classmethod
-    def empty(cls, shape: SiteShape, rows: int, width: int, dtype: Any) -> RowCache:
-        """A cache of `rows` rows of `width` columns."""
+    def empty(cls, geometry: Geometry, rows: int, width: int, dtype: Any) -> RowCache:
+        """A cache of `rows` rows of `width` columns in every attention."""
+        own, cross = geometry.sites["decoder"], geometry.cross
 
         def layer() -> RowLayer:
-            kv = (rows, shape.kv_heads, width, shape.head_dim)
-            bias_BNS = jnp.zeros((rows, shape.query_heads, width), dtype)
-            return RowLayer(Columns(jnp.zeros(kv, dtype), jnp.zeros(kv, dtype), bias_BNS))
+            return RowLayer(
+                RowSite.empty(own, rows, width, dtype),
+                None if cross is None else RowSite.empty(cross, rows, width, dtype),
+            )
 
-        return cls(tuple(layer() for _ in range(shape.layers)))
+        return cls(tuple(layer() for _ in range(own.layers)))
 
     @property
     def width(self) -> int:
         """S, the number of columns per row."""
-        return self.layers[0].columns.k_BKSH.shape[2]
+        return self.layers[0].own.columns.k_BKSH.shape[2]
 
-    def resize(self, width: int) -> RowCache:
+    @property
+    def cross_width(self) -> int:
+        """The number of columns per row of cross-attention; 0 without an encoder."""
+        cross = self.layers[0].cross
+        return 0 if cross is None else cross.columns.k_BKSH.shape[2]
+
+    def resize(self, width: int, cross_width: int) -> RowCache:
         """Returns a copy with more columns, or without the last ones."""
-
-        def resize(x: jax.Array, axis: int) -> jax.Array:
-            if width <= x.shape[axis]:
-                return jax.lax.slice_in_dim(x, 0, width, axis=axis)
-            return jnp.pad(
-                x, [(0, width - size if i == axis else 0) for i, size in enumerate(x.shape)]
-            )
-
-        def layer(layer: RowLayer) -> RowLayer:
-            c = layer.columns
-            columns = Columns(*(resize(x, 2) for x in (c.k_BKSH, c.v_BKSH, c.bias_BNS)))
-            return dataclasses.replace(layer, columns=columns)
-
-        return RowCache(tuple(map(layer, self.layers)))
+        return self._map(lambda site: site.resize(width), lambda site: site.resize(cross_width))
 
     def fits(self, warm: Warm) -> bool:
         """Whether rows have room for the terms of a prefix outside the softmax."""
-        outside = self.layers[0].outside
-        if warm.gated_k_LPKH is not None:
-            gated = None if outside is None else outside.gated
-            if gated is None or gated.k_LPKH.shape[1] < warm.gated_k_LPKH.shape[1]:
-                return False
-        return warm.m_LNHH is None or (outside is not None and outside.memory is not None)
+        layer = self.layers[0]
+        return layer.own.fits(warm.decoder) and (
+            layer.cross is None or layer.cross.fits(warm.cross)
+        )
 
     def with_outside(self, warm: Warm) -> RowCache:
         """Returns a copy with room for the terms of a prefix outside the softmax."""
-        return RowCache(
-            tuple(
-                dataclasses.replace(layer, outside=_room_for(layer, warm)) for layer in self.layers
-            )
+        return self._map(
+            lambda site: site.with_outside(warm.decoder), lambda site: site.with_outside(warm.cross)
         )
-
-    def start(self, row: jax.Array, warm: Warm | None) -> RowCache:
-        """Returns a copy in which a row contains nothing but its prefix.
-
-        The whole row is overwritten: values from an earlier request that are NaN would spread even
-        through weights of zero.
-        """
-
-        def overwrite(x: jax.Array, new: jax.Array | None) -> jax.Array:
-            content = jnp.zeros(x.shape[1:], x.dtype)
-            if new is not None:
-                content = jax.lax.dynamic_update_slice(
-                    content, new.astype(x.dtype), (0,) * content.ndim
-                )
-            return jax.lax.dynamic_update_index_in_dim(x, content, row, 0)
-
-        def layer(index: int, layer: RowLayer) -> RowLayer:
-            c, outside = layer.columns, layer.outside
-
-            def part(name: str) -> jax.Array | None:
-                x = None if warm is None else getattr(warm, name)
-                return None if x is None else x[index]
-
-            columns = Columns(
-                overwrite(c.k_BKSH, part("k_LKPH")),
-                overwrite(c.v_BKSH, part("v_LKPH")),
-                overwrite(c.bias_BNS, part("bias_LNP")),
-            )
-            if outside is None:
-                return RowLayer(columns)
-            gated = outside.gated
-            if gated is not None:
-                gated = Gated(
-                    overwrite(gated.k_LPKH, part("gated_k_LPKH")),
-                    overwrite(gated.v_LPKH, part("gated_v_LPKH")),
-                    overwrite(gated.gate_LN, part("gate_LN")),
-                )
-            memory = outside.memory
-            if memory is not None:
-                memory = Memory(overwrite(memory.m_LNHH, part("m_LNHH")))
-            slots = jnp.int32(0) if warm is None else warm.gated_slots
-            return RowLayer(columns, OutsideRows(gated, outside.slots_B.at[row].set(slots), memory))
-
-        return RowCache(tuple(layer(i, x) for i, x in enumerate(self.layers)))
 
     def constrained(self) -> RowCache:
         """Splits rows and heads over the mesh of `jax.set_mesh`, as `decode` splits its cache."""
@@ -194,41 +247,28 @@ class RowCache:
             return self
         tensor = mesh.shape[HEAD_AXIS]
 
-        def constrain(x: jax.Array, heads: int | None) -> jax.Array:
+        def constrain(x: jax.Array, heads: int | None = None) -> jax.Array:
             axes: list[Any] = [BATCH_AXES] + [None] * (x.ndim - 1)
             if heads is not None and x.shape[heads] % tensor == 0:
                 axes[heads] = HEAD_AXIS
             return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
-        def layer(layer: RowLayer) -> RowLayer:
-            c = layer.columns
-            columns = Columns(*(constrain(x, 1) for x in (c.k_BKSH, c.v_BKSH, c.bias_BNS)))
-            outside = jax.tree.map(lambda x: constrain(x, None), layer.outside)
-            return RowLayer(columns, outside)
+        def split(site: RowSite) -> RowSite:
+            columns = jax.tree.map(lambda x: constrain(x, 1), site.columns)
+            return RowSite(columns, jax.tree.map(constrain, site.outside))
 
-        return RowCache(tuple(map(layer, self.layers)))
+        return self._map(split, split)
 
-
-def _room_for(layer: RowLayer, warm: Warm) -> OutsideRows | None:
-    """The terms of a layer outside the softmax, extended by what a prefix needs."""
-    columns, old = layer.columns, layer.outside
-    B, K, _, H = columns.k_BKSH.shape
-    N, dtype = columns.bias_BNS.shape[1], columns.k_BKSH.dtype
-    gated, memory = (None, None) if old is None else (old.gated, old.memory)
-    if warm.gate_LN is not None and warm.gated_k_LPKH is not None:
-        P = warm.gated_k_LPKH.shape[1]
-        if gated is None:
-            slots = jnp.zeros((B, P, K, H), dtype)
-            gated = Gated(slots, slots, jnp.zeros((B, N), jnp.float32))
-        elif P > gated.k_LPKH.shape[1]:
-            more = [(0, 0), (0, P - gated.k_LPKH.shape[1]), (0, 0), (0, 0)]
-            k_BPKH, v_BPKH = (jnp.pad(x, more) for x in (gated.k_LPKH, gated.v_LPKH))
-            gated = Gated(k_BPKH, v_BPKH, gated.gate_LN)
-    if warm.m_LNHH is not None and memory is None:
-        memory = Memory(jnp.zeros((B, N, H, H), dtype))
-    if gated is None and memory is None:
-        return None
-    return OutsideRows(gated, jnp.zeros(B, jnp.int32) if old is None else old.slots_B, memory)
+    def _map(
+        self, own: Callable[[RowSite], RowSite], cross: Callable[[RowSite], RowSite]
+    ) -> RowCache:
+        """Changes the attentions of every layer."""
+        return RowCache(
+            tuple(
+                RowLayer(own(layer.own), None if layer.cross is None else cross(layer.cross))
+                for layer in self.layers
+            )
+        )
 
 
 def take_rows(arrays: Any, rows_R: jax.Array | None) -> Any:

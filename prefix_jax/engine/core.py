@@ -73,7 +73,7 @@ class EngineCore:
 
         Raises:
             ConfigError: an argument is out of range.
-            BackboneError: the model is not a decoder.
+            BackboneError: the model is an encoder.
             MeshError: the rows do not divide over the mesh.
         """
         limits = {"rows": rows, "chunk": chunk, "decode_steps": decode_steps}
@@ -82,10 +82,9 @@ class EngineCore:
             if value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value}")
         arch = pretrained.backbone.arch
-        if not arch.causal or arch.encoder is not None:
+        if not arch.causal:
             raise BackboneError(
-                f"the engine needs a decoder, and {arch.model_type} has an encoder; use "
-                "Tuned.generate or Tuned.predict"
+                f"the engine generates text, and {arch.model_type} is an encoder; use Tuned.predict"
             )
         check_rows(pretrained.mesh, rows, "rows")
         self._pretrained, self._backbone = pretrained, pretrained.backbone
@@ -97,9 +96,8 @@ class EngineCore:
         self._schedule = Schedule(rows, _MIN_WIDTH, _EOS)
         params = pretrained.unstacked()
         with on_mesh_of(params):
-            self._cache = programs.empty(
-                arch.geometry.sites["decoder"], rows, _MIN_WIDTH, jnp.dtype(dtype_of(params))
-            )
+            dtype = jnp.dtype(dtype_of(params))
+            self._cache = programs.empty(arch.geometry, rows, _MIN_WIDTH, dtype)
 
     @property
     def idle(self) -> bool:
@@ -118,7 +116,7 @@ class EngineCore:
         """
         self.check(request)
         handle = Handle(request)
-        self._schedule.submit(handle)
+        self._schedule.submit(handle, self._backbone.arch.start_id)
         return handle
 
     def check(self, request: Request) -> None:
@@ -138,7 +136,7 @@ class EngineCore:
         # Training and likelihoods convert the weights of a shared model to their form.
         params = self._pretrained.unstacked()
         with on_mesh_of(params):
-            events = self._admit()
+            events = self._admit(params)
             self._read_prompts(params)
             return events + self._decode(params)
 
@@ -173,20 +171,22 @@ class EngineCore:
 
     def _check_length(self, request: Request, slots: Slots) -> None:
         arch, config = self._backbone.arch, request.config
-        room = arch.max_positions - slots.text_position
-        check_prompt(arch, request.ids, request.name, config.max_new_tokens, room, room)
-        columns = slots.count + len(request.ids) + config.max_new_tokens
+        room = (arch.encoder or arch).max_positions - slots.input_position
+        decoder_room = arch.max_positions - slots.text_position
+        new = config.max_new_tokens
+        check_prompt(arch, request.ids, request.name, new, room, decoder_room)
+        tokens = 1 if arch.encoder is not None else len(request.ids)
+        columns = slots.count + max(tokens + new, len(request.ids))
         if self._max_length is not None and columns > self._max_length:
             raise ContextError(
                 f"{request.name}: {len(request.ids)} tokens after {slots.count} slots of its "
-                f"prefix, and {config.max_new_tokens} new ones, exceed max_length "
-                f"{self._max_length} of the engine; shorten the prompt or max_new_tokens, or raise "
-                "max_length"
+                f"prefix, and {new} new ones, exceed max_length {self._max_length} of the engine; "
+                "shorten the prompt or max_new_tokens, or raise max_length"
             )
 
     # The parts of a step.
 
-    def _admit(self) -> list[Event]:
+    def _admit(self, params: Params) -> list[Event]:
         """Moves continuations from the queue to free rows."""
         schedule, events = self._schedule, []
         while schedule.queue and (row := schedule.free_row()) is not None:
@@ -200,33 +200,55 @@ class EngineCore:
             except PrefixJaxError as error:
                 events.append(self._fail(sample, error))
                 continue
-            columns = self._columns(request, slots)
-            self._fit(max(schedule.columns, columns))
-            if warm is not None and not self._cache.fits(warm):
-                self._cache = programs.add_outside(self._cache, warm)
-            self._cache = programs.start(self._cache, np.int32(row), warm)
-            stream = TextStream(
-                self._pretrained.tokenizer.backend_tokenizer, request.ids, request.config.stop
-            )
+            self._start(params, row, sample, slots, warm)
+            context = [] if self._backbone.arch.encoder is not None else request.ids
+            tokenizer = self._pretrained.tokenizer.backend_tokenizer
+            stream = TextStream(tokenizer, context, request.config.stop)
             sample.writer = Writer(stream, eos, sample.add_piece)
-            schedule.admit(row, sample, slots, eos, columns)
+            schedule.set_up(row, eos)
         return events
 
-    def _columns(self, request: Request, slots: Slots) -> int:
+    def _start(
+        self, params: Params, row: int, sample: Sample, slots: Slots, warm: Warm | None
+    ) -> None:
+        """Copies a prefix into a row; with an encoder, also reads the prompt."""
+        schedule, ids = self._schedule, sample.handle.request.ids
+        cross = 0
+        if self._backbone.arch.encoder is not None:
+            E = bucket(len(ids), _MIN_CHUNK)
+            cross = E + _cross_slots(warm)
+        columns = (self._columns(sample, slots), cross)
+        schedule.admit(row, sample, slots, columns)
+        width, cross_width = map(_rounded, schedule.columns)
+        cross_width = cross_width if cross else 0
+        if (width, cross_width) != (self._cache.width, self._cache.cross_width):
+            self._cache = programs.resize(self._cache, width=width, cross_width=cross_width)
+            schedule.resize(width)
+        if warm is not None and not self._cache.fits(warm):
+            self._cache = programs.add_outside(self._cache, warm)
+        decoder = None if warm is None else warm.decoder
+        self._cache = programs.start(self._cache, np.int32(row), decoder)
+        if cross:
+            ids_1E = np.zeros((1, E), np.int32)
+            ids_1E[0, : len(ids)] = ids
+            self._cache = programs.encode(
+                self._backbone,
+                params,
+                self._cache,
+                np.int32(row),
+                warm,
+                ids_1E,
+                np.int32(len(ids)),
+            )
+
+    def _columns(self, sample: Sample, slots: Slots) -> int:
         """The number of columns that a row needs, including the padding of its last chunk."""
-        unread = len(request.ids) - 1
+        unread = sample.unread
         full = unread - unread % self._chunk
         padded = full + self._chunk_size(unread - full)
-        tokens = len(request.ids) + request.config.max_new_tokens
+        tokens = len(sample.prompt) + sample.handle.request.config.max_new_tokens
         # The padded slots of a prefix are copied together.
         return max(bucket(slots.count), slots.count + max(padded, tokens))
-
-    def _fit(self, columns: int) -> None:
-        """Resizes the cache to what the longest row needs, rounded up."""
-        width = prompt_bucket(max(columns, _MIN_WIDTH))
-        if width != self._cache.width:
-            self._cache = programs.resize(self._cache, width=width)
-            self._schedule.resize(width)
 
     def _read_prompts(self, params: Params) -> None:
         """Reads up to `chunk` tokens of prompts; all of them if no row could decode meanwhile."""
@@ -308,6 +330,20 @@ class EngineCore:
         sample.handle.error = error
         self._schedule.cancel(sample.handle)
         return Event(sample.handle, sample.number, error=error)
+
+
+def _rounded(columns: int) -> int:
+    """Rounds a number of columns up to one that programs are compiled for."""
+    return prompt_bucket(max(columns, _MIN_WIDTH))
+
+
+def _cross_slots(warm: Warm | None) -> int:
+    """The columns of cross-attention before the encoder's tokens, padding included."""
+    if warm is None:
+        return 0
+    cross = None if warm.cross is None else warm.cross.k_LKPH
+    soft = 0 if warm.embeds_PD is None else len(warm.embeds_PD)
+    return soft + (0 if cross is None else cross.shape[2])
 
 
 def _power_of_4(size: int) -> int:

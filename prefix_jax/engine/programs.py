@@ -2,13 +2,15 @@
 
     empty, resize, add_outside    make the cache, and change its size
     start     copies a prefix into a row
+    encode    reads the prompt of a row with an encoder, if there is one
     extend    reads a chunk of the prompts of some rows
     decode    generates tokens in all rows
 
 Only the cache stays on the device between them. Everything else about the rows is a small array on
 the host, an argument of every call: a new request, setting or prefix changes values, not shapes.
-Programs are compiled per number of columns, `extend` also per number of rows and chunk size, and
-`start` per prefix length; all of these are rounded to a few sizes.
+Programs are compiled per number of columns, `extend` also per number of rows and chunk size,
+`start` per prefix length, and `encode` per length of prefix and prompt; all of these are rounded to
+a few sizes.
 """
 
 from __future__ import annotations
@@ -21,39 +23,129 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from prefix_jax.backbones.attention_inputs import rotary_angles
 from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.layer import Layer
 from prefix_jax.backbones.stacking import Params
-from prefix_jax.engine.cache import Layout, RowCache, RowLayer, put_rows, take_rows
+from prefix_jax.engine.cache import Layout, RowCache, RowLayer, RowSite, put_rows, take_rows
 from prefix_jax.engine.sampling import Settings, choose
-from prefix_jax.engine.warm import Warm
+from prefix_jax.engine.warm import Warm, WarmSite
 from prefix_jax.mesh import constrain_tokens
-from prefix_jax.nn.attention.mask import TokenLayout
-from prefix_jax.prefix import Site, SiteShape
+from prefix_jax.nn.attention.dense import MASKED
+from prefix_jax.nn.attention.mask import MaskAndBias, TokenLayout
+from prefix_jax.nn.layers import AttentionInputs
+from prefix_jax.prefix import Geometry, Site
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "rows", "width", "dtype"))
-def empty(shape: SiteShape, rows: int, width: int, dtype: Any) -> RowCache:
-    """Makes the cache of a decoder with this shape; see `RowCache.empty`."""
-    return RowCache.empty(shape, rows, width, dtype).constrained()
+@functools.partial(jax.jit, static_argnames=("geometry", "rows", "width", "dtype"))
+def empty(geometry: Geometry, rows: int, width: int, dtype: Any) -> RowCache:
+    """Makes the cache of a model with this geometry; see `RowCache.empty`."""
+    return RowCache.empty(geometry, rows, width, dtype).constrained()
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def start(cache: RowCache, row: jax.Array, warm: Warm | None) -> RowCache:
-    """Empties a row and copies a prefix into it. Donates `cache`."""
-    return cache.start(row, warm).constrained()
-
-
-@functools.partial(jax.jit, static_argnames="width")
-def resize(cache: RowCache, *, width: int) -> RowCache:
-    """Changes the number of columns."""
-    return cache.resize(width).constrained()
+@functools.partial(jax.jit, static_argnames=("width", "cross_width"))
+def resize(cache: RowCache, *, width: int, cross_width: int) -> RowCache:
+    """Changes the numbers of columns."""
+    return cache.resize(width, cross_width).constrained()
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def add_outside(cache: RowCache, warm: Warm) -> RowCache:
     """Makes room for terms outside the softmax. Donates `cache`."""
     return cache.with_outside(warm).constrained()
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def start(cache: RowCache, row: jax.Array, warm: WarmSite | None) -> RowCache:
+    """Empties a row of self-attention and copies a prefix into it. Donates `cache`."""
+    layers = (
+        dataclasses.replace(
+            layer, own=layer.own.start(row, None if warm is None else warm.layer(index))
+        )
+        for index, layer in enumerate(cache.layers)
+    )
+    return RowCache(tuple(layers)).constrained()
+
+
+@functools.partial(jax.jit, static_argnames="backbone", donate_argnames="cache")
+def encode(
+    backbone: Backbone,
+    params: Params,
+    cache: RowCache,
+    row: jax.Array,
+    warm: Warm | None,
+    ids_1E: jax.Array,
+    count: jax.Array,
+) -> RowCache:
+    """Runs the encoder of an encoder-decoder on the prompt of a row. Donates `cache`.
+
+    The prefix at the encoder is a warm cache, too. What the row keeps are the keys and values of
+    cross-attention: the slots of its prefix, then the encoder's soft tokens and tokens.
+
+    Args:
+        backbone: the model without its weights.
+        params: its weights, unstacked.
+        cache: the cache of all rows.
+        row: the row.
+        warm: its prefix.
+        ids_1E: the prompt, padded on the right.
+        count: the number of its tokens.
+    """
+    warm = warm or Warm()
+    stack, weights = backbone.encoder, params["encoder"]
+    arch = stack.arch
+    x_1ED = backbone.embed(params, ids_1E, backbone.input_table(params))
+    position_E = jnp.arange(ids_1E.shape[1])
+    real_E = position_E < count
+    if warm.embeds_PD is not None:
+        slot_P = jnp.arange(len(warm.embeds_PD))
+        x_1ED = jnp.concatenate([warm.embeds_PD[None].astype(x_1ED.dtype), x_1ED], axis=1)
+        position_E = jnp.concatenate([slot_P, position_E + warm.soft_tokens])
+        real_E = jnp.concatenate([slot_P < warm.soft_tokens, real_E])
+    position_1E = jnp.where(real_E, position_E + warm.encoder_position, 0)[None]
+    tokens = TokenLayout(real_E[None].astype(jnp.int32), None, position_1E)
+    x_1ED = stack.embed_positions(weights, x_1ED, tokens, 0)
+
+    E = x_1ED.shape[1]
+    k_LKPH = None if warm.encoder is None else warm.encoder.k_LKPH
+    P = 0 if k_LKPH is None else k_LKPH.shape[2]
+    bias_1NTS = None
+    if arch.relative is not None:
+        key_1S = jnp.concatenate([jnp.arange(P)[None], position_1E], axis=1)
+        bias_1NTS = arch.relative.bias(weights["relative_RN"], position_1E, key_1S)
+    inputs = AttentionInputs(
+        MaskAndBias(None, bias_BNTS=bias_1NTS),
+        rotary_angles(arch, position_1E, False),
+        jnp.full(1, P, jnp.int32),
+    )
+    text_NE = jnp.broadcast_to(jnp.where(real_E, 0.0, MASKED), (arch.heads, E))
+    site = RowSite.empty(arch.geometry.main, 1, P + E, x_1ED.dtype)
+    for index, layer in enumerate(weights["layers"]):
+        of_layer = None if warm.encoder is None else warm.encoder.layer(index)
+        own = site.start(jnp.int32(0), of_layer)
+        bias_1NS = own.columns.bias_BNS.at[0, :, P:].set(text_NE.astype(x_1ED.dtype))
+        columns = dataclasses.replace(own.columns, bias_BNS=bias_1NS)
+        outside = None if of_layer is None else of_layer.outside_row()
+        out: Any = Layer(arch).apply(
+            {"params": layer}, x_1ED, inputs, Site(outside=outside), columns
+        )
+        x_1ED = constrain_tokens(out[0])
+    h_1ED = stack.final_norm(weights, x_1ED)
+
+    layers = []
+    encoded: Any = backbone.cross_keys_values(params, h_1ED, tokens).layers
+    for index, cached in enumerate(cache.layers):
+        assert cached.cross is not None
+        of_layer = WarmSite() if warm.cross is None else warm.cross.layer(index)
+        k_KEH, v_KEH = (x[0] for x in (encoded[index].k_BKSH, encoded[index].v_BKSH))
+        bias_NE = jnp.broadcast_to(jnp.where(real_E, 0.0, MASKED), (backbone.arch.heads, E))
+        if of_layer.k_LKPH is not None:
+            k_KEH = jnp.concatenate([of_layer.k_LKPH, k_KEH], axis=1)
+            v_KEH = jnp.concatenate([of_layer.v_LKPH, v_KEH], axis=1)
+            bias_NE = jnp.concatenate([of_layer.bias_LNP, bias_NE], axis=1)
+        of_layer = dataclasses.replace(of_layer, k_LKPH=k_KEH, v_LKPH=v_KEH, bias_LNP=bias_NE)
+        layers.append(RowLayer(cached.own, cached.cross.start(row, of_layer, bias=MASKED)))
+    return RowCache(tuple(layers)).constrained()
 
 
 @functools.partial(jax.jit, static_argnames="backbone", donate_argnames="cache")
@@ -215,14 +307,21 @@ def hidden(
     x_BTD = constrain_tokens(stack.embed_positions(params, x_BTD, tokens, 0))
     layers = []
     for index, (weights, layer) in enumerate(zip(params["layers"], cache.layers, strict=True)):
-        own = take_rows(layer, rows_R)
+        own, cross = take_rows(layer.own, rows_R), layer.cross
+        to_encoder: tuple[Any, ...] = ()
+        if cross is not None:
+            # Its columns are masked by their bias.
+            everything = AttentionInputs(MaskAndBias(None))
+            to_encoder = (everything, Site(outside=cross.outside), cross.columns)
         out: Any = Layer(arch).apply(
             {"params": weights},
             x_BTD,
             inputs[arch.sliding[index] if arch.sliding else False],
             Site(outside=own.outside),
             own.columns,
+            *to_encoder,
         )
         x_BTD = constrain_tokens(out[0])
-        layers.append(RowLayer(put_rows(layer.columns, rows_R, out[1]), layer.outside))
+        columns = put_rows(layer.own.columns, rows_R, out[1])
+        layers.append(RowLayer(RowSite(columns, layer.own.outside), cross))
     return stack.final_norm(params, x_BTD), RowCache(tuple(layers))

@@ -88,19 +88,22 @@ class Sample:
         handle: the request.
         number: the index of the continuation.
         writer: collects its tokens; None while it waits.
-        unread: prompt tokens that are not in the cache. The last one stays for decoding.
+        prompt: the tokens that the decoder continues: the prompt, or with an encoder, the start
+            token.
+        unread: tokens of `prompt` that are not in the cache. The last one stays for decoding.
     """
 
-    def __init__(self, handle: Handle, number: int):
+    def __init__(self, handle: Handle, number: int, start_id: int | None):
         self.handle, self.number = handle, number
         self.writer: Writer | None = None
-        self.unread = len(handle.request.ids) - 1
+        self.prompt = handle.request.ids if start_id is None else [start_id]
+        self.unread = len(self.prompt) - 1
         self._pieces: list[str] = []
 
     def next_ids(self, count: int) -> Sequence[int]:
         """The next prompt tokens to read."""
-        first = len(self.handle.request.ids) - 1 - self.unread
-        return self.handle.request.ids[first : first + count]
+        first = len(self.prompt) - 1 - self.unread
+        return self.prompt[first : first + count]
 
     def add_piece(self, piece: str) -> None:
         """Receives text from the writer."""

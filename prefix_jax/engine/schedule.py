@@ -37,7 +37,7 @@ class Schedule:
         self.ids_BS = np.zeros((rows, width), np.int32)
         # Rows whose prompt is not read, in the order of their admission.
         self._reading: list[int] = []
-        self._columns: dict[int, int] = {}
+        self._columns: dict[int, tuple[int, int]] = {}
 
     @property
     def idle(self) -> bool:
@@ -45,48 +45,61 @@ class Schedule:
         return not self.queue and not any(self.rows)
 
     @property
-    def columns(self) -> int:
-        """The largest number of columns that a row needs."""
-        return max(self._columns.values(), default=0)
+    def columns(self) -> tuple[int, int]:
+        """The largest numbers of columns that a row needs, of its own and of cross-attention."""
+        own, cross = zip(*self._columns.values(), strict=True)
+        return max(own), max(cross)
 
     @property
     def running_B(self) -> np.ndarray:
         """The rows that generate tokens."""
         return np.array([sample is not None and not sample.unread for sample in self.rows])
 
-    def submit(self, handle: Handle) -> None:
-        """Queues all continuations of a request."""
+    def submit(self, handle: Handle, start_id: int | None) -> None:
+        """Queues all continuations of a request.
+
+        Args:
+            handle: the request.
+            start_id: the decoder's start token, with an encoder.
+        """
         for number in range(handle.request.config.num_samples):
-            self.queue.append(Sample(handle, number))
+            self.queue.append(Sample(handle, number, start_id))
 
     def free_row(self) -> int | None:
         """Returns a free row, or None."""
         return next((row for row, sample in enumerate(self.rows) if sample is None), None)
 
-    def admit(
-        self, row: int, sample: Sample, slots: Slots, eos: Sequence[int], columns: int
-    ) -> None:
+    def admit(self, row: int, sample: Sample, slots: Slots, columns: tuple[int, int]) -> None:
         """Puts a continuation into a free row.
 
         Args:
             row: the row.
             sample: the continuation.
             slots: the slots of its prefix.
-            eos: the tokens that end its text.
-            columns: the number of columns that it needs.
+            columns: the numbers of columns that it needs, of its own and of cross-attention.
         """
-        request = sample.handle.request
         self.rows[row], self._columns[row] = sample, columns
         self.layout.slots_B[row] = self.layout.length_B[row] = slots.count
         self.layout.text_position_B[row] = slots.text_position
         self.layout.pinned_B[row] = slots.pinned
-        self.settings = self.settings.with_eos(len(eos))
-        key = keys_of(request.config, request.index)[sample.number]
-        self.settings.set_row(row, request.config, len(request.ids), key, eos)
-        self.ids_BS[row] = 0
-        self.ids_BS[row, : len(request.ids)] = request.ids
         if sample.unread:
             self._reading.append(row)
+
+    def set_up(self, row: int, eos: Sequence[int]) -> None:
+        """Writes the prompt and the settings of a row, after `resize`.
+
+        Args:
+            row: the row.
+            eos: the tokens that end its text.
+        """
+        sample = self.rows[row]
+        assert sample is not None
+        request = sample.handle.request
+        self.settings = self.settings.with_eos(len(eos))
+        key = keys_of(request.config, request.index)[sample.number]
+        self.settings.set_row(row, request.config, len(sample.prompt), key, eos)
+        self.ids_BS[row] = 0
+        self.ids_BS[row, : len(sample.prompt)] = sample.prompt
 
     def layout_of(self, rows: Sequence[int]) -> Layout:
         """Returns the layout of some rows: a copy, because programs run while it changes."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from prefix_jax.lift import check_sites
@@ -19,23 +20,28 @@ from prefix_jax.prefix import (
     Geometry,
     Hidden,
     Memory,
+    OutsideRows,
     Prefix,
     Produced,
+    Site,
+    SiteName,
+    SiteShape,
 )
 
 
 @flax.struct.dataclass
-class Warm:
-    """The arrays of a prefix at a decoder, with their slots padded to a power of two.
+class WarmSite:
+    """The arrays of a prefix at one attention, with their slots padded to a power of two.
 
-    Padding may contain anything: the text overwrites it before anything attends to it. Layers that
-    the prefix does not cover have a bias that masks its slots, and gates and matrices of zero.
+    Layers that the prefix does not cover have a bias that masks its slots, and gates and matrices
+    of zero. Padding has a bias of zero at the decoder, where the text overwrites it before anything
+    attends to it, and a bias that masks it elsewhere.
 
     Attributes:
         k_LKPH, v_LKPH, bias_LNP: slots inside the softmax, with heads before slots as in the cache;
             None if there are none.
         gated_k_LPKH, gated_v_LPKH, gate_LN: gated slots; None if there are none.
-        gated_slots: int32 scalar, the number of gated slots without padding.
+        gated_slots_L: the number of gated slots without padding, in every layer.
         m_LNHH: matrices; None if there are none.
     """
 
@@ -45,13 +51,49 @@ class Warm:
     gated_k_LPKH: Any = None
     gated_v_LPKH: Any = None
     gate_LN: Any = None
-    gated_slots: Any = dataclasses.field(default_factory=lambda: np.int32(0))
+    gated_slots_L: Any = None
     m_LNHH: Any = None
+
+    def layer(self, index: int) -> WarmSite:
+        """The arrays of one layer, without the axis L."""
+        layer: WarmSite = jax.tree.map(lambda x: x[index], self)
+        return layer
+
+    def outside_row(self) -> OutsideRows:
+        """The terms of one layer outside the softmax, as those of a batch of one row."""
+        gated = memory = None
+        slots_B = jnp.zeros(1, jnp.int32)
+        if self.gated_k_LPKH is not None:
+            gated = Gated(self.gated_k_LPKH[None], self.gated_v_LPKH[None], self.gate_LN[None])
+            slots_B = self.gated_slots_L[None]
+        if self.m_LNHH is not None:
+            memory = Memory(self.m_LNHH[None])
+        return OutsideRows(gated, slots_B, memory)
+
+
+@flax.struct.dataclass
+class Warm:
+    """The arrays of a prefix.
+
+    Attributes:
+        decoder, encoder, cross: its sites; None if it has no such site.
+        embeds_PD: soft tokens before the input of an encoder, padded; None if there are none.
+        soft_tokens: int32 scalar, the number of soft tokens without padding.
+        encoder_position: int32 scalar, the position of the encoder's first token, soft tokens
+            included.
+    """
+
+    decoder: WarmSite | None = None
+    encoder: WarmSite | None = None
+    cross: WarmSite | None = None
+    embeds_PD: Any = None
+    soft_tokens: Any = 0
+    encoder_position: Any = 0
 
     @property
     def bytes(self) -> int:
         """The size of all arrays."""
-        return sum(x.nbytes for x in jax.tree.leaves(self))
+        return sum(np.asarray(x).nbytes for x in jax.tree.leaves(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +101,18 @@ class Slots:
     """Where the slots of a prefix are in a row.
 
     Attributes:
-        count: P, the number of slots inside the softmax.
-        text_position: the position of the first token of text.
+        count: P, the number of slots inside the softmax of the decoder.
+        text_position: the position of the decoder's first token of text.
         pinned: whether the slots ignore sliding windows.
+        input_position: the position of the first token of the prompt in the stack that reads it.
+        soft: whether the prefix has soft tokens before an encoder.
     """
 
     count: int = 0
     text_position: int = 0
     pinned: bool = False
+    input_position: int = 0
+    soft: bool = False
 
 
 def bucket(size: int, smallest: int = 1) -> int:
@@ -100,16 +146,54 @@ def warm_start(
     count = None
     if isinstance(produced, Prefix):
         prefix = produced
+    elif isinstance(produced, Embeds) and geometry.encoder is not None:
+        prefix = Prefix(embeds_PD=produced.x_PD)
     else:
         padded, count = _padded(produced, geometry, most)
-        prefix = jax.device_get(lift(padded))
+        lifted: Prefix = jax.device_get(lift(padded))
+        # A lifted prefix begins at position 0, and its text follows.
+        prefix = dataclasses.replace(lifted, text_position=count)
     check_sites(prefix, geometry)
-    site, shape = prefix.decoder, geometry.sites["decoder"]
-    if site is None:
-        return Warm(), Slots()
+    sites: dict[SiteName, WarmSite] = {
+        name: _warm_site(site, geometry.sites[name], count, dtype, name)
+        for name, site in prefix.sites.items()
+    }
+    soft = prefix.soft_tokens
+    embeds_PD = prefix.embeds_PD
+    warm = Warm(
+        **sites,
+        embeds_PD=None if embeds_PD is None else _fit(np.asarray(embeds_PD), soft, dtype, axis=0),
+        soft_tokens=np.int32(soft),
+        encoder_position=np.int32(prefix.text_position_in("encoder")),
+    )
+    decoder = prefix.decoder
+    slots = 0 if decoder is None else decoder.length
+    text_position = prefix.text_position_in("decoder")
+    return warm, Slots(
+        count=slots if count is None or not slots else count,
+        text_position=text_position,
+        pinned=prefix.pinned,
+        input_position=(
+            text_position if geometry.encoder is None else prefix.text_position_in("encoder") + soft
+        ),
+        soft=soft > 0,
+    )
+
+
+def _warm_site(
+    site: Site, shape: SiteShape, count: int | None, dtype: Any, name: SiteName
+) -> WarmSite:
+    """Pads the slots of a site and extends it to all layers.
+
+    Args:
+        site: the site.
+        shape: its shape.
+        count: the number of its slots without padding; None if it has no padding.
+        dtype: the dtype of the cache.
+        name: the name of the site.
+    """
 
     def scatter(x: Any, fill: float = 0.0) -> np.ndarray:
-        """Extends an array of some layers to all layers."""
         x = np.asarray(x)
         if site.layers is None:
             return x
@@ -117,23 +201,21 @@ def warm_start(
         whole[list(site.layers)] = x
         return whole
 
-    warm, slots = Warm(gated_slots=np.int32(0)), Slots()
-    if site.length:
-        assert site.inside is not None
+    warm = WarmSite()
+    if site.inside is not None and site.length:
         P = site.length if count is None else count
-        text_position = prefix.text_position if count is None else count
-        slots = Slots(P, text_position, prefix.pinned)
         bias_LPN: Any = site.inside.bias_LPN
         if bias_LPN is None:
             layers = shape.layers if site.layers is None else len(site.layers)
             bias_LPN = np.zeros((layers, site.length, shape.query_heads), np.float32)
         bias_LPN = np.maximum(scatter(bias_LPN, MASKED), MASKED)
         k_LPKH, v_LPKH = (scatter(x) for x in (site.inside.k_LPKH, site.inside.v_LPKH))
+        fill = 0.0 if name == "decoder" else MASKED
         warm = dataclasses.replace(
             warm,
             k_LKPH=_fit(k_LPKH, P, dtype).swapaxes(1, 2).copy(),
             v_LKPH=_fit(v_LPKH, P, dtype).swapaxes(1, 2).copy(),
-            bias_LNP=_fit(bias_LPN, P, dtype).swapaxes(1, 2).copy(),
+            bias_LNP=_fit(bias_LPN, P, dtype, fill).swapaxes(1, 2).copy(),
         )
     if isinstance(site.outside, Gated):
         P = site.outside.length if count is None else count
@@ -142,18 +224,19 @@ def warm_start(
             gated_k_LPKH=_fit(scatter(site.outside.k_LPKH), P, dtype),
             gated_v_LPKH=_fit(scatter(site.outside.v_LPKH), P, dtype),
             gate_LN=scatter(site.outside.gate_LN).astype(np.float32),
-            gated_slots=np.int32(P),
+            gated_slots_L=np.full(shape.layers, P, np.int32),
         )
     if isinstance(site.outside, Memory):
         warm = dataclasses.replace(warm, m_LNHH=scatter(site.outside.m_LNHH).astype(dtype))
-    return warm, slots
+    return warm
 
 
-def _fit(x: np.ndarray, count: int, dtype: Any) -> np.ndarray:
-    """Keeps `count` slots (axis 1) and pads them with zeros to a power of two."""
+def _fit(x: np.ndarray, count: int, dtype: Any, fill: float = 0.0, axis: int = 1) -> np.ndarray:
+    """Keeps `count` slots and pads them to a power of two."""
     pad = [(0, 0)] * x.ndim
-    pad[1] = (0, bucket(count) - count)
-    return np.pad(x[:, :count], pad).astype(dtype)
+    pad[axis] = (0, bucket(count) - count)
+    kept = x[(slice(None),) * axis + (slice(count),)]
+    return np.pad(kept, pad, constant_values=fill).astype(dtype)
 
 
 def _padded(

@@ -194,5 +194,5 @@ def test_prefix_with_a_head_is_refused(engine: pj.Engine, tuned: pj.Tuned) -> No
 
 
 def test_encoder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BackboneError, match="the engine needs a decoder"):
+    with pytest.raises(BackboneError, match=r"bert is an encoder; use Tuned\.predict"):
         pj.Engine(tiny_runs.on_one_device(tiny.write_encoder(tmp_path / "bert")))

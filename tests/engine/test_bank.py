@@ -125,9 +125,9 @@ def test_digests_tell_prefixes_apart() -> None:
 def test_slots_are_padded_to_powers_of_two() -> None:
     core = engines.core("llama", ["kv", "long", "adapter"])
     warm = core.bank.use("long")
-    assert warm.k_LKPH.shape == (3, 2, 16, 8)
-    np.testing.assert_array_equal(warm.k_LKPH[:, :, 11:], 0)
+    assert warm.decoder.k_LKPH.shape == (3, 2, 16, 8)
+    np.testing.assert_array_equal(warm.decoder.k_LKPH[:, :, 11:], 0)
     warm = core.bank.use("adapter")
-    assert warm.k_LKPH is None
-    assert warm.gated_k_LPKH.shape == (3, 4, 2, 8)
-    assert int(warm.gated_slots) == 3
+    assert warm.decoder.k_LKPH is None
+    assert warm.decoder.gated_k_LPKH.shape == (3, 4, 2, 8)
+    assert warm.decoder.gated_slots_L.tolist() == [3, 3, 3]

@@ -60,6 +60,10 @@ def assert_equal(generation: Generation | None, expected: Generation) -> None:
         ("mistral", (None, "kv", "pinned", "bias")),
         # Windows and frequencies differ between layers.
         ("gemma3", (None, "long", "pinned", "layers", "adapter")),
+        # An encoder, relative positions, and soft tokens before the encoder.
+        ("t5", (None, "kv", "bias", "layers", "embeds", "adapter", "plus")),
+        # Learned positions, and a forced first token.
+        ("bart", (None, "kv", "encoder", "cross", "embeds")),
     ],
 )
 def test_rows_of_different_prefixes_are_the_same_alone(name, kinds) -> None:
@@ -337,7 +341,7 @@ def test_rows_and_heads_are_split_over_a_mesh() -> None:
         for ids, kind in zip(texts, (None, *kinds), strict=True)
     ]
     finish(core, *handles)
-    k_BKSH = core._cache.layers[0].columns.k_BKSH
+    k_BKSH = core._cache.layers[0].own.columns.k_BKSH
     assert k_BKSH.addressable_shards[0].data.shape[:2] == (2, 1)
     for handle, kind, ids in zip(handles, (None, *kinds), texts, strict=True):
         assert_equal(handle.generation, alone("llama", kind, [ids], GREEDY)[0])
