@@ -105,14 +105,12 @@ class Slots:
         text_position: the position of the decoder's first token of text.
         pinned: whether the slots ignore sliding windows.
         input_position: the position of the first token of the prompt in the stack that reads it.
-        soft: whether the prefix has soft tokens before an encoder.
     """
 
     count: int = 0
     text_position: int = 0
     pinned: bool = False
     input_position: int = 0
-    soft: bool = False
 
 
 def bucket(size: int, smallest: int = 1) -> int:
@@ -176,7 +174,6 @@ def warm_start(
         input_position=(
             text_position if geometry.encoder is None else prefix.text_position_in("encoder") + soft
         ),
-        soft=soft > 0,
     )
 
 
