@@ -141,6 +141,36 @@ def forbid_words(
     return _set(scores_RV, last_RX, match_RX, NEVER)
 
 
+def forbid_ngrams_of_rows(
+    scores_RV: jax.Array, ids_RW: jax.Array, length_R: jax.Array, n_R: jax.Array
+) -> jax.Array:
+    """Like `forbid_ngrams`, with a size per row; 0 forbids nothing."""
+    W = ids_RW.shape[1]
+    column_W = jnp.arange(W)
+
+    def compare(d: jax.Array, match_RW: jax.Array) -> jax.Array:
+        """Keeps columns whose d-th token before them equals the d-th last token of the row."""
+        last_R = jnp.take_along_axis(ids_RW, jnp.maximum(length_R - d, 0)[:, None], axis=1)
+        same_RW = ids_RW[:, jnp.maximum(column_W - d, 0)] == last_R
+        return match_RW & (same_RW | (d >= n_R)[:, None])
+
+    match_RW = (column_W >= n_R[:, None] - 1) & (column_W < length_R[:, None])
+    match_RW &= (n_R > 0)[:, None]
+    match_RW = jax.lax.fori_loop(1, n_R.max(), compare, match_RW)
+    return _set(scores_RV, ids_RW, match_RW, NEVER)
+
+
+def forbid_words_of_rows(
+    scores_RV: jax.Array, ids_RW: jax.Array, length_R: jax.Array, banned_RXY: jax.Array
+) -> jax.Array:
+    """Like `forbid_words`, with sequences per row, padded with -1 on the left."""
+    suffix_RY = _last(ids_RW, length_R, banned_RXY.shape[2] - 1)
+    before_RXY, last_RX = banned_RXY[:, :, :-1], banned_RXY[:, :, -1]
+    match_RX = ((suffix_RY[:, None] == before_RXY) | (before_RXY < 0)).all(axis=-1)
+    match_RX &= length_R[:, None] >= (before_RXY >= 0).sum(axis=-1)
+    return _set(scores_RV, last_RX, match_RX & (last_RX >= 0), NEVER)
+
+
 def forbid(scores_RV: jax.Array, ids_RX: jax.Array, where_RX: jax.Array) -> jax.Array:
     """Forbids the tokens `ids_RX` of each row where `where_RX` is True."""
     return _set(scores_RV, ids_RX, where_RX, NEVER)

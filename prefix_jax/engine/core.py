@@ -25,6 +25,7 @@ from prefix_jax.backbones.stacking import Params
 from prefix_jax.data.special import end_tokens
 from prefix_jax.decode.continuation import Writer
 from prefix_jax.decode.generate import prompt_bucket
+from prefix_jax.decode.options import banned_sequences
 from prefix_jax.decode.prompts import check_prompt
 from prefix_jax.decode.text import TextStream
 from prefix_jax.engine import programs
@@ -122,8 +123,9 @@ class EngineCore:
     def check(self, request: Request) -> None:
         """Checks a request without queueing it; raises what `submit` raises."""
         check_supported(request.config, request.name)
-        slots, _ = self._prefix_of(request)
+        slots, eos = self._prefix_of(request)
         self._check_length(request, slots)
+        self._banned(request, eos)
 
     def cancel(self, handle: Handle) -> None:
         """Ends a request early and frees its rows. Does nothing if it has ended."""
@@ -184,6 +186,11 @@ class EngineCore:
                 "shorten the prompt or max_new_tokens, or raise max_length"
             )
 
+    def _banned(self, request: Request, eos: Sequence[int]) -> list[list[int]]:
+        """The token sequences that a request bans."""
+        words, tokenizer = request.config.banned_words, self._pretrained.tokenizer
+        return [ids.tolist() for array in banned_sequences(words, tokenizer, eos) for ids in array]
+
     # The parts of a step.
 
     def _admit(self, params: Params) -> list[Event]:
@@ -196,6 +203,7 @@ class EngineCore:
                 # The prefix may have changed while the request waited.
                 slots, eos = self._prefix_of(request)
                 self._check_length(request, slots)
+                banned = self._banned(request, eos)
                 warm = None if request.prefix is None else self.bank.use(request.prefix)
             except PrefixJaxError as error:
                 events.append(self._fail(sample, error))
@@ -205,7 +213,7 @@ class EngineCore:
             tokenizer = self._pretrained.tokenizer.backend_tokenizer
             stream = TextStream(tokenizer, context, request.config.stop)
             sample.writer = Writer(stream, eos, sample.add_piece)
-            schedule.set_up(row, eos)
+            schedule.set_up(row, eos, banned)
         return events
 
     def _start(

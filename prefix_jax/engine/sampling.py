@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from prefix_jax.config import DecodeConfig
 from prefix_jax.decode.options import sample_keys
 from prefix_jax.decode.processors import (
     forbid,
+    forbid_ngrams_of_rows,
+    forbid_words_of_rows,
     force,
     keep_min_p,
     keep_top_k_of_rows,
@@ -21,12 +24,11 @@ from prefix_jax.decode.processors import (
     penalise_repetition,
 )
 from prefix_jax.decode.topk import top_k
+from prefix_jax.engine.warm import bucket
 from prefix_jax.errors import ConfigError
 
 # The value of `top_k` that keeps all tokens.
 _ALL = np.iinfo(np.int32).max
-# Options that differ in the shape of their programs, not only in values.
-_UNSUPPORTED = {"num_beams": 1, "no_repeat_ngram_size": 0, "banned_words": ()}
 
 
 @flax.struct.dataclass
@@ -39,6 +41,8 @@ class Settings:
         temperature_B: 0 decodes greedily.
         top_k_B, top_p_B, min_p_B: the distribution to sample from; see `decode.Sampling`.
         penalty_B: the repetition penalty; 1 is off.
+        ngram_B: the size of n-grams that must not occur twice; 0 is off.
+        banned_BXY: token sequences that must not be completed; -1 fills up, on the left.
         key_B2: the random key of each continuation, as uint32 words.
         eos_BE: the tokens that end a text; -1 fills up.
     """
@@ -51,6 +55,8 @@ class Settings:
     top_p_B: Any
     min_p_B: Any
     penalty_B: Any
+    ngram_B: Any
+    banned_BXY: Any
     key_B2: Any
     eos_BE: Any
 
@@ -67,23 +73,41 @@ class Settings:
             top_p_B=np.ones(rows, np.float32),
             min_p_B=np.zeros(rows, np.float32),
             penalty_B=np.ones(rows, np.float32),
+            ngram_B=np.zeros(rows, np.int32),
+            banned_BXY=np.full((rows, 1, 1), -1, np.int32),
             key_B2=np.zeros((rows, words), np.uint32),
             eos_BE=np.full((rows, eos), -1, np.int32),
         )
 
-    def with_eos(self, count: int) -> Settings:
-        """Returns settings with room for this many end tokens."""
-        missing = count - self.eos_BE.shape[1]
-        if missing <= 0:
+    def with_room(self, eos: Sequence[int], banned: Sequence[Sequence[int]]) -> Settings:
+        """Returns settings with room for these end tokens and banned sequences.
+
+        More room compiles the decoding program again; sizes are rounded to powers of two.
+        """
+        longest = max(map(len, banned), default=0)
+        missing = (bucket(len(banned)), bucket(longest))
+        X, Y = (
+            max(0, new - old) for new, old in zip(missing, self.banned_BXY.shape[1:], strict=True)
+        )
+        E = max(0, len(eos) - self.eos_BE.shape[1])
+        if not (E or X or Y):
             return self
-        eos_BE = np.pad(self.eos_BE, ((0, 0), (0, missing)), constant_values=-1)
-        settings: Settings = self.replace(eos_BE=eos_BE)  # type: ignore[attr-defined]
-        return settings
+        return dataclasses.replace(
+            self,
+            eos_BE=np.pad(self.eos_BE, ((0, 0), (0, E)), constant_values=-1),
+            banned_BXY=np.pad(self.banned_BXY, ((0, 0), (0, X), (Y, 0)), constant_values=-1),
+        )
 
     def set_row(
-        self, row: int, config: DecodeConfig, prompt: int, key: np.ndarray, eos: Sequence[int]
+        self,
+        row: int,
+        config: DecodeConfig,
+        prompt: int,
+        key: np.ndarray,
+        eos: Sequence[int],
+        banned: Sequence[Sequence[int]],
     ) -> None:
-        """Writes the settings of a row in place."""
+        """Writes the settings of a row in place, after `with_room`."""
         self.prompt_B[row] = prompt
         self.max_new_B[row] = config.max_new_tokens
         self.min_new_B[row] = config.min_new_tokens
@@ -92,18 +116,21 @@ class Settings:
         self.top_p_B[row] = 1 if config.top_p is None else config.top_p
         self.min_p_B[row] = 0 if config.min_p is None else config.min_p
         self.penalty_B[row] = config.repetition_penalty
+        self.ngram_B[row] = config.no_repeat_ngram_size
         self.key_B2[row] = key
         self.eos_BE[row] = -1
         self.eos_BE[row, : len(eos)] = eos
+        self.banned_BXY[row] = -1
+        for number, ids in enumerate(banned):
+            self.banned_BXY[row, number, -len(ids) :] = ids
 
 
 def check_supported(config: DecodeConfig, name: str) -> None:
     """Raises ConfigError if the engine does not support a setting."""
-    used = [key for key, off in _UNSUPPORTED.items() if getattr(config, key) != off]
-    if used:
+    if config.num_beams > 1:
         raise ConfigError(
-            f"{name}: the engine does not support {', '.join(used)}; use Tuned.generate "
-            "(prefix-jax generate), which decodes one prefix at a time"
+            f"{name}: the engine does not support beam search (num_beams {config.num_beams}); use "
+            "Tuned.generate (prefix-jax generate), which decodes one prefix at a time"
         )
 
 
@@ -149,6 +176,16 @@ def choose(
         (s.penalty_B != 1).any(),
         lambda x_BV: penalise_repetition(x_BV, ids_BS, length_B, s.penalty_B[:, None]),
         logits_BV,
+    )
+    scores_BV = _if(
+        (s.ngram_B > 0).any(),
+        lambda x_BV: forbid_ngrams_of_rows(x_BV, ids_BS, length_B, s.ngram_B),
+        scores_BV,
+    )
+    scores_BV = _if(
+        (s.banned_BXY >= 0).any(),
+        lambda x_BV: forbid_words_of_rows(x_BV, ids_BS, length_B, s.banned_BXY),
+        scores_BV,
     )
     early_B = step_B < s.min_new_B
     scores_BV = _if(

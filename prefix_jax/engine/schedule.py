@@ -85,19 +85,20 @@ class Schedule:
         if sample.unread:
             self._reading.append(row)
 
-    def set_up(self, row: int, eos: Sequence[int]) -> None:
+    def set_up(self, row: int, eos: Sequence[int], banned: Sequence[Sequence[int]] = ()) -> None:
         """Writes the prompt and the settings of a row, after `resize`.
 
         Args:
             row: the row.
             eos: the tokens that end its text.
+            banned: token sequences that must not be completed.
         """
         sample = self.rows[row]
         assert sample is not None
         request = sample.handle.request
-        self.settings = self.settings.with_eos(len(eos))
+        self.settings = self.settings.with_room(eos, banned)
         key = keys_of(request.config, request.index)[sample.number]
-        self.settings.set_row(row, request.config, len(sample.prompt), key, eos)
+        self.settings.set_row(row, request.config, len(sample.prompt), key, eos, banned)
         self.ids_BS[row] = 0
         self.ids_BS[row, : len(sample.prompt)] = sample.prompt
 

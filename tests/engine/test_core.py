@@ -95,6 +95,30 @@ def test_samples_are_those_of_a_generator() -> None:
         assert_equal(handle.generation, alone("llama", "kv", texts, config)[index])
 
 
+def test_rows_have_their_own_constraints() -> None:
+    core = engines.core("llama", ["kv"], rows=4)
+    texts = [[7], [3, 3, 4, 3], [9, 8], [5, 6, 5]]
+    free = alone("llama", "kv", texts, DecodeConfig(max_new_tokens=12))
+    often = [generation.text for generation in free]
+    configs = [
+        DecodeConfig(max_new_tokens=12, no_repeat_ngram_size=2),
+        DecodeConfig(max_new_tokens=12, no_repeat_ngram_size=1),
+        # A character, and a word of two tokens and one of three.
+        DecodeConfig(max_new_tokens=12, banned_words=(often[2][0], often[2][2:4], often[2][5:8])),
+        DecodeConfig(max_new_tokens=12),
+    ]
+    handles = [
+        core.submit(Request(ids, "kv", config)) for ids, config in zip(texts, configs, strict=True)
+    ]
+    finish(core, *handles)
+    changed = 0
+    for index, (handle, config) in enumerate(zip(handles, configs, strict=True)):
+        (expected,) = alone("llama", "kv", [texts[index]], config)
+        assert_equal(handle.generation, expected)
+        changed += expected.text != free[index].text
+    assert changed == 3
+
+
 def test_a_prompt_in_chunks_gives_the_same_text() -> None:
     (ids,) = prompts(1, seed=1)
     ids = (ids * 8)[:45]
@@ -288,7 +312,7 @@ class TestErrors:
             (
                 Request([1], "kv", DecodeConfig(num_beams=2)),
                 ConfigError,
-                "does not support num_beams; use Tuned.generate",
+                r"does not support beam search \(num_beams 2\); use Tuned.generate",
             ),
         ],
     )
