@@ -282,7 +282,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is waiting or running."""
+        """True if no request is waiting or running."""
         return self._core.idle
 
     def _encode(

@@ -102,7 +102,7 @@ class EngineCore:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is waiting or running."""
+        """True if no request is waiting or running."""
         return self._schedule.idle
 
     def submit(self, request: Request) -> Handle:

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: requests, handles and events."""
+"""Requests to the engine, their handles, and the events that report progress."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Handle:
 
     @property
     def done(self) -> bool:
-        """Whether the request has ended, for any reason."""
+        """True once the request has ended, for any reason."""
         return self.generation is not None or self.error is not None or self.cancelled
 
     def finish(self, sample: int, continuation: Continuation) -> None:

@@ -41,7 +41,7 @@ class Schedule:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is waiting or running."""
+        """True if nothing is waiting or running."""
         return not self.queue and not any(self.rows)
 
     @property

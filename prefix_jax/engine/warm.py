@@ -98,7 +98,7 @@ class Warm:
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """Where the slots of a prefix are in a row.
+    """The slots of a prefix in a row, and the positions after them.
 
     Attributes:
         count: P, the number of slots inside the softmax of the decoder.

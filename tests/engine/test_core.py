@@ -1,4 +1,4 @@
-"""Tests the engine: every row is what it would be alone, whatever happens around it."""
+"""Tests the engine: other rows never change the text of a row."""
 
 from __future__ import annotations
 
