@@ -50,7 +50,7 @@ class Bench:
         self.rng = np.random.default_rng(0)
 
     def prefix(self, length: int) -> Any:
-        """A prefix that tells rows apart but hardly disturbs the model."""
+        """A prefix that distinguishes rows but hardly disturbs the model."""
         from prefix_jax.prefix import KVPrefix, Prefix, Site
 
         shape = self.model.backbone.geometry.main
@@ -151,7 +151,7 @@ def seconds(work: dict[str, Callable[[int], Any]], new: int, rounds: int) -> dic
 
 
 def equal_texts(bench: Bench) -> int:
-    """How many of the rows with different prefixes have the same tokens alone."""
+    """Counts the rows with different prefixes whose tokens equal those of separate decoding."""
     bench.rng = np.random.default_rng(1)
     together = bench.engine(LENGTHS)
     bench.rng = np.random.default_rng(1)
@@ -209,7 +209,7 @@ def main() -> None:
     common.write_table(
         arguments.output,
         f"Prefixes per row, SmolLM2-135M float32, {ROWS} rows, {NEW} new tokens; "
-        f"{equal} of {ROWS} texts equal those of the row alone",
+        f"{equal} of {ROWS} texts equal separate decoding",
         [
             "work",
             "tokens/s",

@@ -1,4 +1,4 @@
-"""Small engines with prefixes of every kind, and the same rows decoded alone."""
+"""Small engines with prefixes of every kind, and the same rows decoded separately."""
 
 from __future__ import annotations
 
@@ -171,5 +171,5 @@ def _generator(name: str, kind: str | None) -> Generator:
 def alone(
     name: str, kind: str | None, prompts: Sequence[Sequence[int]], config: DecodeConfig
 ) -> list[Generation]:
-    """What `Generator` returns with one prefix."""
+    """Results of `Generator` with one prefix."""
     return _generator(name, kind).generate(prompts, config)

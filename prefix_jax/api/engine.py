@@ -34,7 +34,8 @@ class Engine:
     Rows of one batch use different prefixes, of different lengths and methods, or none. A row
     starts with the keys and values of its prefix in its KV cache and joins the batch as soon as a
     place is free; rows neither wait for each other nor affect each other's text. Adding, replacing
-    and removing prefixes compiles nothing.
+    and removing prefixes compiles nothing, except for a kind or a length of prefix, rounded to a
+    power of two, that the engine has not seen.
 
     Args:
         model: the backbone, or a path, package or hub id to load it from.
@@ -176,8 +177,8 @@ class Engine:
     ) -> list[Generation]:
         """Generates text after prompts, each with its own prefix.
 
-        The results are those of each prompt alone. Sampling depends on the seed and on the
-        prompt's position in the list, as in `Tuned.generate`.
+        The result of a prompt does not depend on the other prompts. Sampling depends on the seed
+        and on the prompt's position in the list, as in `Tuned.generate`.
 
         Args:
             prompts: texts or token ids, which are used unchanged; or records, which the task of

@@ -22,7 +22,16 @@ from prefix_jax.artifact.card import (
     check,
     make_card,
 )
-from prefix_jax.artifact.store import PREFIXES, Container, find, load, load_head, save
+from prefix_jax.artifact.store import (
+    PREFIXES,
+    Container,
+    find,
+    load,
+    load_head,
+    refuse_existing,
+    save,
+    stored_bytes,
+)
 
 __all__ = [
     "FORMAT_VERSION",
@@ -41,5 +50,7 @@ __all__ = [
     "load_head",
     "make_card",
     "prefix_spec",
+    "refuse_existing",
     "save",
+    "stored_bytes",
 ]

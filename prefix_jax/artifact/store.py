@@ -122,6 +122,19 @@ def _write(
     return None
 
 
+def refuse_existing(path: str | Path) -> None:
+    """Raises PrefixError if a directory already contains a prefix."""
+    if (expand(path, PrefixError) / _CARD).exists():
+        raise PrefixError(
+            f"{path} already contains a prefix; choose another directory, or remove it"
+        )
+
+
+def stored_bytes(path: str | Path) -> int:
+    """Returns the size of the files in a directory."""
+    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+
+
 def load(path: str | Path) -> tuple[Produced, Card]:
     """Loads a prefix and its card.
 

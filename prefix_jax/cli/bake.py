@@ -11,7 +11,6 @@ prefix has one slot per token.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,23 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the prefix and prints a summary."""
+    from prefix_jax import artifact
     from prefix_jax.api.text import bake_text
     from prefix_jax.backbones.loading.pretrained import load
-    from prefix_jax.errors import DataError, PrefixError
+    from prefix_jax.errors import DataError
     from prefix_jax.terminal.console import make_console
-    from prefix_jax.untrusted.paths import expand, read_text
+    from prefix_jax.untrusted.paths import read_text
 
     text = args.text if args.file is None else read_text(args.file, DataError)
-    if (expand(args.output, PrefixError) / "prefix.json").exists():
-        raise PrefixError(
-            f"{args.output} already contains a prefix; choose another directory, or remove it"
-        )
+    artifact.refuse_existing(args.output)
     tuned = bake_text(load(args.model, dtype=args.dtype), text)
     tuned.save(args.output, "safetensors")
     assert tuned.card is not None
-    size = sum(file.stat().st_size for file in Path(args.output).rglob("*") if file.is_file())
     make_console(soft_wrap=True, highlight=False, markup=False).print(
-        f"{args.output}: {tuned.card.length:,} slots, {size:,} bytes; text starts at position "
-        f"{tuned.card.text_position:,}"
+        f"{args.output}: {tuned.card.length:,} slots, {artifact.stored_bytes(args.output):,} "
+        f"bytes; text starts at position {tuned.card.text_position:,}"
     )
     return 0

@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the output and prints a summary."""
+    from prefix_jax import artifact
     from prefix_jax.interop.export import export
     from prefix_jax.interop.peft import export_peft
     from prefix_jax.terminal.console import make_console
@@ -76,12 +77,13 @@ def run(args: argparse.Namespace) -> int:
         content = f"{card.length} slots of kind {card.kind!r} as {args.to}"
         detail = f"text starts at position {card.text_position}"
     make_console(soft_wrap=True, highlight=False, markup=False).print(
-        f"{args.output}: {content}, {_size(args.output):,} bytes; {detail}"
+        f"{args.output}: {content}, {artifact.stored_bytes(args.output):,} bytes; {detail}"
     )
     return 0
 
 
 def _run_vllm(args: argparse.Namespace, **options: Any) -> int:
+    from prefix_jax import artifact
     from prefix_jax.interop.vllm import export_vllm
     from prefix_jax.interop.vllm.export import ARGUMENTS, MODEL, needs_conversion
     from prefix_jax.terminal.console import make_console
@@ -92,7 +94,9 @@ def _run_vllm(args: argparse.Namespace, **options: Any) -> int:
     output = Path(args.output)
     directory, model = output.parent, args.model or card.backbone.source
     console = make_console(soft_wrap=True, highlight=False, markup=False)
-    console.print(f"{output}: {card.length} slots for vLLM, {_size(output):,} bytes")
+    console.print(
+        f"{output}: {card.length} slots for vLLM, {artifact.stored_bytes(output):,} bytes"
+    )
     if (directory / MODEL / "config.json").is_file():
         model = directory / MODEL
     elif needs_conversion(model):
@@ -108,7 +112,3 @@ def _run_vllm(args: argparse.Namespace, **options: Any) -> int:
         f"""    -d '{{"model": "{output.name}", "prompt": "…", "max_tokens": 64}}'"""
     )
     return 0
-
-
-def _size(directory: str | Path) -> int:
-    return sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())

@@ -170,8 +170,9 @@ def _written(directory: Path) -> dict[str, str]:
 
 
 def _size(directory: Path) -> str:
-    count = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-    return f"{count / 1000:,.0f} kB"
+    from prefix_jax import artifact
+
+    return f"{artifact.stored_bytes(directory) / 1000:,.0f} kB"
 
 
 def _command(directory: Path, config: Config) -> str | None:

@@ -20,6 +20,7 @@ from prefix_jax.decode.continuation import Continuation, Generation, Writer
 from prefix_jax.decode.loop import Search, advance, prefill
 from prefix_jax.decode.options import make_search
 from prefix_jax.decode.prompts import check_prompt, encode_prompts
+from prefix_jax.decode.sizes import bucket, prompt_bucket
 from prefix_jax.decode.state import Beams, State
 from prefix_jax.decode.text import TextStream
 from prefix_jax.errors import ConfigError, NonFiniteError
@@ -133,7 +134,7 @@ class Generator:
         eos = self.eos
         if eos is None:
             eos = end_tokens(self.tokenizer, self.backbone.arch.end_ids)
-        B, filling = bucket(len(prompts), 1), bucket(len(prompts), 1) - len(prompts)
+        B, filling = bucket(len(prompts)), bucket(len(prompts)) - len(prompts)
         ids_BS = np.zeros((B, prompt_bucket(max(map(len, prompts.values())))), np.int32)
         for row, ids in enumerate(prompts.values()):
             ids_BS[row, : len(ids)] = ids
@@ -150,7 +151,7 @@ class Generator:
             np.array([*map(len, prompts.values()), *[1] * filling], np.int32),
             np.arange(B) < len(prompts),
             np.int32(config.max_new_tokens),
-            capacity=bucket(config.max_new_tokens),
+            capacity=bucket(config.max_new_tokens, 16),
         )
 
         def writer(index: int, sample: int) -> Writer:
@@ -257,14 +258,3 @@ def _fetch(tree: Any) -> Any:
         return x if here else multihost_utils.process_allgather(x, tiled=True)
 
     return jax.device_get(jax.tree.map(whole, tree))
-
-
-def bucket(size: int, smallest: int = 16) -> int:
-    """Rounds a size up to one that programs are compiled for: the next power of two."""
-    return max(smallest, 1 << (size - 1).bit_length())
-
-
-def prompt_bucket(size: int) -> int:
-    """Rounds like `bucket`, or to three quarters of that, since padding costs as much as text."""
-    power = bucket(size)
-    return power * 3 // 4 if 16 < size <= power * 3 // 4 else power

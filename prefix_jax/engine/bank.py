@@ -111,7 +111,7 @@ class Bank:
         """Removes a prefix.
 
         Raises:
-            PrefixError: there is none with this name.
+            PrefixError: there is no prefix with this name.
         """
         self.find(name)
         del self._prefixes[name]
@@ -120,7 +120,7 @@ class Bank:
         """Returns a prefix without using it.
 
         Raises:
-            PrefixError: there is none with this name.
+            PrefixError: there is no prefix with this name.
         """
         banked = self._prefixes.get(name)
         if banked is None:

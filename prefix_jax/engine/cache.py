@@ -106,7 +106,7 @@ class RowSite:
         return dataclasses.replace(self, columns=jax.tree.map(resize, self.columns))
 
     def fits(self, warm: WarmSite | None) -> bool:
-        """Whether rows have room for the terms of a prefix outside the softmax."""
+        """Checks whether rows have room for the terms of a prefix outside the softmax."""
         if warm is None:
             return True
         outside = self.outside
@@ -228,7 +228,7 @@ class RowCache:
         return self._map(lambda site: site.resize(width), lambda site: site.resize(cross_width))
 
     def fits(self, warm: Warm) -> bool:
-        """Whether rows have room for the terms of a prefix outside the softmax."""
+        """Checks whether rows have room for the terms of a prefix outside the softmax."""
         layer = self.layers[0]
         return layer.own.fits(warm.decoder) and (
             layer.cross is None or layer.cross.fits(warm.cross)
@@ -287,7 +287,7 @@ def put_rows(arrays: Any, rows_R: jax.Array | None, new: Any) -> Any:
 
 @flax.struct.dataclass
 class Layout:
-    """Which columns of each row are in use, and their positions. Small, and kept on the host.
+    """The columns in use and their positions, per row. Small, and kept on the host.
 
     Attributes:
         slots_B: P, the number of columns of the prefix.

@@ -24,16 +24,16 @@ from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.backbones.stacking import Params
 from prefix_jax.data.special import end_tokens
 from prefix_jax.decode.continuation import Writer
-from prefix_jax.decode.generate import prompt_bucket
 from prefix_jax.decode.options import banned_sequences
 from prefix_jax.decode.prompts import check_prompt
+from prefix_jax.decode.sizes import bucket, prompt_bucket
 from prefix_jax.decode.text import TextStream
 from prefix_jax.engine import programs
 from prefix_jax.engine.bank import Bank
 from prefix_jax.engine.request import Event, Handle, Request, Sample
 from prefix_jax.engine.sampling import check_supported
 from prefix_jax.engine.schedule import Schedule
-from prefix_jax.engine.warm import Slots, Warm, bucket, warm_start
+from prefix_jax.engine.warm import Slots, Warm, warm_start
 from prefix_jax.errors import (
     BackboneError,
     ConfigError,

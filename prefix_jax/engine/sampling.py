@@ -23,8 +23,8 @@ from prefix_jax.decode.processors import (
     keep_top_p,
     penalise_repetition,
 )
+from prefix_jax.decode.sizes import bucket
 from prefix_jax.decode.topk import top_k
-from prefix_jax.engine.warm import bucket
 from prefix_jax.errors import ConfigError
 
 # The value of `top_k` that keeps all tokens.
@@ -63,7 +63,6 @@ class Settings:
     @classmethod
     def empty(cls, rows: int, eos: int) -> Settings:
         """Settings of `rows` rows with up to `eos` end tokens."""
-        words = jax.random.key_data(jax.random.key(0)).shape[0]
         return cls(
             prompt_B=np.ones(rows, np.int32),
             max_new_B=np.ones(rows, np.int32),
@@ -75,7 +74,7 @@ class Settings:
             penalty_B=np.ones(rows, np.float32),
             ngram_B=np.zeros(rows, np.int32),
             banned_BXY=np.full((rows, 1, 1), -1, np.int32),
-            key_B2=np.zeros((rows, words), np.uint32),
+            key_B2=np.zeros((rows, _key_words()), np.uint32),
             eos_BE=np.full((rows, eos), -1, np.int32),
         )
 
@@ -141,9 +140,14 @@ def keys_of(config: DecodeConfig, index: int) -> np.ndarray:
     only on the seed, the index and the distribution.
     """
     if config.temperature == 0:
-        return np.zeros((config.num_samples, 2), np.uint32)
+        return np.zeros((config.num_samples, _key_words()), np.uint32)
     key_1M = sample_keys(config.seed, np.array([index], np.int32), config.num_samples)
     return np.asarray(jax.random.key_data(key_1M))[0]
+
+
+def _key_words() -> int:
+    """The size of a random key, which depends on JAX's default generator."""
+    return int(jax.random.key_data(jax.random.key(0)).shape[0])
 
 
 def choose(

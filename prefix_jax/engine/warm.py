@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prefix_jax.decode.sizes import bucket
 from prefix_jax.lift import check_sites
 from prefix_jax.nn.attention.dense import MASKED
 from prefix_jax.prefix import (
@@ -39,10 +40,10 @@ class WarmSite:
 
     Attributes:
         k_LKPH, v_LKPH, bias_LNP: slots inside the softmax, with heads before slots as in the cache;
-            None if there are none.
-        gated_k_LPKH, gated_v_LPKH, gate_LN: gated slots; None if there are none.
+            None without them.
+        gated_k_LPKH, gated_v_LPKH, gate_LN: gated slots; None without them.
         gated_slots_L: the number of gated slots without padding, in every layer.
-        m_LNHH: matrices; None if there are none.
+        m_LNHH: matrices; None without them.
     """
 
     k_LKPH: Any = None
@@ -77,7 +78,7 @@ class Warm:
 
     Attributes:
         decoder, encoder, cross: its sites; None if it has no such site.
-        embeds_PD: soft tokens before the input of an encoder, padded; None if there are none.
+        embeds_PD: soft tokens before the input of an encoder, padded; None without them.
         soft_tokens: int32 scalar, the number of soft tokens without padding.
         encoder_position: int32 scalar, the position of the encoder's first token, soft tokens
             included.
@@ -111,11 +112,6 @@ class Slots:
     text_position: int = 0
     pinned: bool = False
     input_position: int = 0
-
-
-def bucket(size: int, smallest: int = 1) -> int:
-    """Rounds a size up to a power of two, for which programs are compiled."""
-    return max(smallest, 1 << (size - 1).bit_length()) if size > 0 else 0
 
 
 def warm_start(

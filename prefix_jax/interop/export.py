@@ -14,7 +14,6 @@ from prefix_jax.errors import PrefixError
 from prefix_jax.interop.backbone import backbone_of
 from prefix_jax.mesh import on_mesh_of
 from prefix_jax.prefix import Prefix, Produced
-from prefix_jax.untrusted.paths import expand
 
 
 def export(
@@ -46,10 +45,7 @@ def export(
         BackboneError: the backbone cannot be loaded.
         CheckpointError: the copy cannot be written.
     """
-    if (expand(output, PrefixError) / "prefix.json").exists():
-        raise PrefixError(
-            f"{output} already contains a prefix; choose another directory, or remove it"
-        )
+    artifact.refuse_existing(output)
     produced, card = artifact.load(source)
     if bake and not isinstance(produced, Prefix):
         pretrained = backbone_of(card, model, allow_other_weights=allow_other_weights)

@@ -119,7 +119,7 @@ def inspect(
     return Inspection(
         path=path,
         card=card,
-        bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        bytes=artifact.stored_bytes(path),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(produced)),
         norms=norms(produced),
         nearest=nearest,

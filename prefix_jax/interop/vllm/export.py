@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from prefix_jax.errors import BackboneError, CheckpointError, PrefixError
 from prefix_jax.interop.backbone import backbone_of
 from prefix_jax.interop.export import baked
 from prefix_jax.interop.huggingface import write_huggingface
+from prefix_jax.interop.vllm.plugin.stored import NAME
 from prefix_jax.prefix import Adapter, Prefix
 from prefix_jax.untrusted.paths import expand
 
@@ -27,7 +27,6 @@ from prefix_jax.untrusted.paths import expand
 PLUGIN, ARGUMENTS = "prefix_vllm", "vllm.yaml"
 MODEL = "model"
 _RESERVED = (PLUGIN, MODEL)
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _ARGUMENTS = {
     "middleware": [f"{PLUGIN}.models.PrefixModels"],
     # vLLM 0.30 and newer. Before, its routes need no option, and this line must be removed.
@@ -74,7 +73,7 @@ def export_vllm(
         CheckpointError: a file cannot be written.
     """
     output = expand(output, PrefixError)
-    if not _NAME.fullmatch(output.name) or output.name in _RESERVED:
+    if not NAME.fullmatch(output.name) or output.name in _RESERVED:
         raise PrefixError(
             f"{output}: {output.name!r} cannot be a model id in vLLM; use letters, digits, '.', "
             f"'_' and '-', but not {' or '.join(_RESERVED)}"

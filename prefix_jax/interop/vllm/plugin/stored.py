@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 CARD, ARRAYS = "prefix.json", "prefix.safetensors"
 FORMAT_VERSION = 4
 _CARD_LIMIT = 16 * 2**20  # bytes
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _KEYS, _VALUES = "decoder.k_LPKH", "decoder.v_LPKH"
 # Marks the cache salts that belong to prefixes. Clients may not send such salts.
 SALT = "prefix:"
@@ -184,7 +184,7 @@ class Prefixes:
             UnknownPrefixError: it does not exist.
             PrefixError: it is damaged, or of a kind that vLLM cannot express.
         """
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise UnknownPrefixError(f"unknown prefix {name!r}")
         file = self.root / name / CARD
         stat = None
@@ -208,7 +208,7 @@ class Prefixes:
         """All prefixes that fit the model of this shape, and the errors of the others."""
         usable, errors = [], []
         names = (path.name for path in self.root.iterdir() if (path / CARD).is_file())
-        for name in sorted(filter(_NAME.fullmatch, names)):
+        for name in sorted(filter(NAME.fullmatch, names)):
             try:
                 prefix = self[name]
                 prefix.check(shape)
