@@ -30,7 +30,15 @@ from prefix_jax.decode.sizes import bucket, prompt_bucket
 from prefix_jax.decode.text import TextStream
 from prefix_jax.engine import programs
 from prefix_jax.engine.bank import Bank
-from prefix_jax.engine.request import Event, Handle, Request, Sample
+from prefix_jax.engine.request import (
+    MAX_TOP_LOGPROBS,
+    Event,
+    Handle,
+    Request,
+    Sample,
+    Score,
+    tops,
+)
 from prefix_jax.engine.sampling import check_supported
 from prefix_jax.engine.schedule import Schedule
 from prefix_jax.engine.warm import Slots, Warm, warm_start
@@ -92,6 +100,7 @@ class EngineCore:
         self._max_length, self._decode_steps = max_length, decode_steps
         self._chunk = bucket(chunk, _MIN_CHUNK)
         self._eos = end_tokens(pretrained.tokenizer, arch.end_ids)
+        self._top = min(MAX_TOP_LOGPROBS, arch.vocab)
         self._lift = jax.jit(self._backbone.lift)
         self.bank = Bank(self._make, self._put, device_bytes, host_bytes)
         self._schedule = Schedule(rows, _MIN_WIDTH, _EOS)
@@ -123,6 +132,15 @@ class EngineCore:
     def check(self, request: Request) -> None:
         """Checks a request without queueing it; raises what `submit` raises."""
         check_supported(request.config, request.name)
+        if not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise ConfigError(
+                f"{request.name}: top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}, got "
+                f"{request.top_logprobs}"
+            )
+        if request.score_prompt and self._backbone.arch.encoder is not None:
+            raise ConfigError(
+                f"{request.name}: the prompt of an encoder-decoder has no log-probabilities"
+            )
         slots, eos = self._prefix_of(request)
         self._check_length(request, slots)
         self._banned(request, eos)
@@ -205,6 +223,7 @@ class EngineCore:
                 self._check_length(request, slots)
                 banned = self._banned(request, eos)
                 warm = None if request.prefix is None else self.bank.use(request.prefix)
+                guide = None if request.guide is None else request.guide()
             except PrefixJaxError as error:
                 events.append(self._fail(sample, error))
                 continue
@@ -212,7 +231,7 @@ class EngineCore:
             context = [] if self._backbone.arch.encoder is not None else request.ids
             tokenizer = self._pretrained.tokenizer.backend_tokenizer
             stream = TextStream(tokenizer, context, request.config.stop)
-            sample.writer = Writer(stream, eos, sample.add_piece)
+            sample.start(Writer(stream, eos, sample.add_piece), guide)
             schedule.set_up(row, eos, banned)
         return events
 
@@ -268,13 +287,20 @@ class EngineCore:
                 if schedule.running_B.any():
                     return
                 budget = self._chunk
-            same = [row for row, other in sizes.items() if other == size]
+            scored = next(iter(unread.values())).handle.request.score_prompt
+            same = [
+                row
+                for row, sample in unread.items()
+                if sizes[row] == size and sample.handle.request.score_prompt == scored
+            ]
             rows = same[: _power_of_4(min(len(same), budget // size))]
             counts = [min(unread[row].unread, size) for row in rows]
             ids_RC = np.zeros((len(rows), size), np.int32)
-            for ids_C, row, count in zip(ids_RC, rows, counts, strict=True):
-                ids_C[:count] = unread[row].next_ids(count)
-            self._cache = programs.extend(
+            next_RC = np.zeros_like(ids_RC)
+            for r, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                ids = unread[row].next_ids(count + 1)
+                ids_RC[r, :count], next_RC[r, :count] = ids[:-1], ids[1:]
+            self._cache, scores = programs.extend(
                 self._backbone,
                 params,
                 self._cache,
@@ -282,7 +308,11 @@ class EngineCore:
                 schedule.layout_of(rows),
                 ids_RC,
                 np.array(counts, np.int32),
+                next_RC if scored else None,
+                top=self._top if scored else 0,
             )
+            if scores is not None:
+                _record(jax.device_get(scores), [unread[row] for row in rows], counts)
             for row, count in zip(rows, counts, strict=True):
                 schedule.read(row, count)
             budget -= len(rows) * size
@@ -297,8 +327,11 @@ class EngineCore:
         running_B = schedule.running_B
         if not running_B.any():
             return []
-        # Prompts that are not read wait for one token only.
-        reading = bool(schedule.unread)
+        allowed_BW, events = self._allowed(running_B)
+        samples = [self._schedule.rows[row] for row in np.flatnonzero(running_B)]
+        top = any(sample is not None and sample.handle.request.top_logprobs for sample in samples)
+        # Prompts that are not read wait for one token only, and so do guides.
+        single = bool(schedule.unread) or allowed_BW is not None
         self._cache, burst = programs.decode(
             self._backbone,
             params,
@@ -307,16 +340,16 @@ class EngineCore:
             schedule.settings,
             schedule.ids_BS,
             running_B,
-            np.int32(1 if reading else self._decode_steps),
+            np.int32(1 if single else self._decode_steps),
             np.bool_(bool(schedule.queue)),
+            allowed_BW,
             capacity=self._decode_steps,
+            top=self._top if top else 0,
         )
         burst = jax.device_get(burst)
-        events = []
         for row in np.flatnonzero(running_B):
             sample = schedule.rows[row]
-            assert sample is not None
-            if sample.handle.done:  # another of its samples has failed
+            if sample is None:  # its guide, or another of its samples, has failed
                 continue
             if burst.invalid_B[row]:
                 name = sample.handle.request.name
@@ -325,19 +358,51 @@ class EngineCore:
             count = burst.count_B[row]
             ids = burst.token_BU[row, :count].tolist()
             schedule.append(row, ids)
-            event = sample.extend(
-                ids, burst.logprob_BU[row, :count].tolist(), ended=not burst.running_B[row]
-            )
+            top_ids_UX, top_logprobs_UX = burst.top_id_BUX[row], burst.top_logprob_BUX[row]
+            try:
+                event = sample.extend(
+                    ids,
+                    burst.logprob_BU[row, :count].tolist(),
+                    tops(top_ids_UX, top_logprobs_UX, sample.handle.request.top_logprobs),
+                    ended=not burst.running_B[row],
+                )
+            except PrefixJaxError as error:  # of its guide
+                event = self._fail(sample, error)
             events.append(event)
             if event.finish is not None:
                 schedule.release(row)
         return events
+
+    def _allowed(self, running_B: np.ndarray) -> tuple[np.ndarray | None, list[Event]]:
+        """The tokens that guides allow in every row, None without guides; and their failures."""
+        allowed_BW, events = None, []
+        for row in np.flatnonzero(running_B):
+            sample = self._schedule.rows[row]
+            if sample is None or sample.guide is None:
+                continue
+            if allowed_BW is None:
+                words = -(-self._backbone.arch.vocab // 32)
+                allowed_BW = np.full((len(running_B), words), 2**32 - 1, np.uint32)
+            try:
+                allowed_BW[row] = sample.guide.allowed()
+            except PrefixJaxError as error:
+                events.append(self._fail(sample, error))
+        return allowed_BW, events
 
     def _fail(self, sample: Sample, error: PrefixJaxError) -> Event:
         """Ends a request because of an error."""
         sample.handle.error = error
         self._schedule.cancel(sample.handle)
         return Event(sample.handle, sample.number, error=error)
+
+
+def _record(scores: programs.Scores, samples: Sequence[Sample], counts: Sequence[int]) -> None:
+    """Hands the scores of a chunk to the continuations that it belongs to."""
+    for r, (sample, count) in enumerate(zip(samples, counts, strict=True)):
+        top = tops(
+            scores.top_id_RCX[r], scores.top_logprob_RCX[r], sample.handle.request.top_logprobs
+        )
+        sample.score(list(map(Score, scores.logprob_RC[r, :count].tolist(), top)))
 
 
 def _rounded(columns: int) -> int:

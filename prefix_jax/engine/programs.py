@@ -28,13 +28,16 @@ from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.layer import Layer
 from prefix_jax.backbones.stacking import Params
 from prefix_jax.engine.cache import Layout, RowCache, RowLayer, RowSite, put_rows, take_rows
-from prefix_jax.engine.sampling import Settings, choose
+from prefix_jax.engine.sampling import Settings, choose, top_logprobs
 from prefix_jax.engine.warm import Warm, WarmSite
 from prefix_jax.mesh import constrain_tokens
 from prefix_jax.nn.attention.dense import MASKED
 from prefix_jax.nn.attention.mask import MaskAndBias, TokenLayout
 from prefix_jax.nn.layers import AttentionInputs
 from prefix_jax.prefix import Geometry, Site
+
+# Positions whose logits exist at once; it divides the smallest chunk.
+_SCORE_BLOCK = 32
 
 
 @functools.partial(jax.jit, static_argnames=("geometry", "rows", "width", "dtype"))
@@ -148,7 +151,21 @@ def encode(
     return RowCache(tuple(layers)).constrained()
 
 
-@functools.partial(jax.jit, static_argnames="backbone", donate_argnames="cache")
+@flax.struct.dataclass
+class Scores:
+    """The log-probabilities of tokens of prompts.
+
+    Attributes:
+        logprob_RC: of each token.
+        top_id_RCX, top_logprob_RCX: the most probable tokens in its place.
+    """
+
+    logprob_RC: Any
+    top_id_RCX: Any
+    top_logprob_RCX: Any
+
+
+@functools.partial(jax.jit, static_argnames=("backbone", "top"), donate_argnames="cache")
 def extend(
     backbone: Backbone,
     params: Params,
@@ -157,7 +174,10 @@ def extend(
     layout: Layout,
     ids_RC: jax.Array,
     count_R: jax.Array,
-) -> RowCache:
+    next_RC: jax.Array | None = None,
+    *,
+    top: int = 0,
+) -> tuple[RowCache, Scores | None]:
     """Appends a chunk of its prompt to some rows. Donates `cache`.
 
     Args:
@@ -169,10 +189,34 @@ def extend(
         ids_RC: their chunks, padded on the right. What padding writes is overwritten by the tokens
             that follow, before anything attends to it.
         count_R: the numbers of their tokens.
+        next_RC: the token after each token, to score it; None for no scores.
+        top: X, the number of most probable tokens to report with the scores.
     """
     real_RC = jnp.arange(ids_RC.shape[1]) < count_R[:, None]
-    _, cache = hidden(backbone, params, cache, rows_R, layout, ids_RC, real_RC)
-    return cache.constrained()
+    h_RCD, cache = hidden(backbone, params, cache, rows_R, layout, ids_RC, real_RC)
+    scores = None if next_RC is None else _score(backbone, params, h_RCD, next_RC, top)
+    return cache.constrained(), scores
+
+
+def _score(
+    backbone: Backbone, params: Params, h_RCD: jax.Array, next_RC: jax.Array, top: int
+) -> Scores:
+    """Scores the token after every position, a few positions at a time: the logits of a whole
+    chunk are larger than its activations."""
+
+    def score(block: tuple[jax.Array, jax.Array]) -> Scores:
+        h_ID, next_I = block
+        logits_IV = backbone.unembed(params, h_ID[None])[0]
+        ids_IX, logprobs_IX = top_logprobs(logits_IV, top)
+        logprob_I = jnp.take_along_axis(logits_IV, next_I[:, None], axis=1)[:, 0]
+        return Scores(logprob_I - jax.nn.logsumexp(logits_IV, axis=-1), ids_IX, logprobs_IX)
+
+    blocks: Any = (
+        h_RCD.reshape(-1, _SCORE_BLOCK, h_RCD.shape[-1]),
+        next_RC.reshape(-1, _SCORE_BLOCK),
+    )
+    scores = jax.lax.map(score, blocks)
+    return jax.tree.map(lambda x: x.reshape(*next_RC.shape, *x.shape[2:]), scores)
 
 
 @flax.struct.dataclass
@@ -184,6 +228,7 @@ class Burst:
         count_B: the number of tokens of each row.
         running_B: whether the continuation has not ended.
         invalid_B: whether the model gave NaN or infinite logits, which ends the continuation.
+        top_id_BUX, top_logprob_BUX: the most probable tokens in the place of each.
     """
 
     token_BU: Any
@@ -191,9 +236,13 @@ class Burst:
     count_B: Any
     running_B: Any
     invalid_B: Any
+    top_id_BUX: Any
+    top_logprob_BUX: Any
 
 
-@functools.partial(jax.jit, static_argnames=("backbone", "capacity"), donate_argnames="cache")
+@functools.partial(
+    jax.jit, static_argnames=("backbone", "capacity", "top"), donate_argnames="cache"
+)
 def decode(
     backbone: Backbone,
     params: Params,
@@ -204,8 +253,10 @@ def decode(
     running_B: jax.Array,
     steps: jax.Array,
     stop_early: jax.Array,
+    allowed_BW: jax.Array | None,
     *,
     capacity: int,
+    top: int,
 ) -> tuple[RowCache, Burst]:
     """Generates up to `steps` tokens in every running row. Donates `cache`.
 
@@ -222,7 +273,10 @@ def decode(
         running_B: the rows to generate in.
         steps: the maximum number of tokens per row.
         stop_early: whether to return as soon as a row ends, because a request waits for it.
+        allowed_BW: the tokens that guides allow in the first step, as bits of uint32 words; None
+            for all. With guides, `steps` is 1.
         capacity: U, the largest value of `steps`.
+        top: X, the number of most probable tokens to report.
     """
     B = len(running_B)
     first = jnp.asarray(running_B)
@@ -232,6 +286,8 @@ def decode(
         count_B=jnp.zeros(B, jnp.int32),
         running_B=first,
         invalid_B=jnp.zeros(B, bool),
+        top_id_BUX=jnp.zeros((B, capacity, top), jnp.int32),
+        top_logprob_BUX=jnp.zeros((B, capacity, top)),
     )
 
     def unfinished(carry: Any) -> jax.Array:
@@ -249,8 +305,13 @@ def decode(
         logits_BV = backbone.unembed(params, h_B1D)[:, 0]
         a = backbone.arch
         token_B, logprob_B, invalid_B = choose(
-            logits_BV, ids_BS, text_B + 1, settings, a.first_id, a.last_id
+            logits_BV, ids_BS, text_B + 1, settings, allowed_BW, a.first_id, a.last_id
         )
+        top_id_BUX, top_logprob_BUX = burst.top_id_BUX, burst.top_logprob_BUX
+        if top:
+            top_id_BX, top_logprob_BX = top_logprobs(logits_BV, top)
+            top_id_BUX = top_id_BUX.at[:, step].set(top_id_BX)
+            top_logprob_BUX = top_logprob_BUX.at[:, step].set(top_logprob_BX)
         here_BS = jnp.arange(ids_BS.shape[1]) == (text_B + 1)[:, None]
         ids_BS = jnp.where(here_BS & running_B[:, None], token_B[:, None], ids_BS)
         ended_B = (token_B[:, None] == settings.eos_BE).any(axis=1) | invalid_B
@@ -261,6 +322,8 @@ def decode(
             count_B=burst.count_B + running_B,
             running_B=running_B & ~ended_B,
             invalid_B=burst.invalid_B | (invalid_B & running_B),
+            top_id_BUX=top_id_BUX,
+            top_logprob_BUX=top_logprob_BUX,
         )
         layout = dataclasses.replace(layout, length_B=layout.length_B + running_B)
         return step + 1, cache.constrained(), layout, ids_BS, burst

@@ -14,6 +14,7 @@ import numpy as np
 from prefix_jax.config import DecodeConfig
 from prefix_jax.decode.options import sample_keys
 from prefix_jax.decode.processors import (
+    NEVER,
     forbid,
     forbid_ngrams_of_rows,
     forbid_words_of_rows,
@@ -155,6 +156,7 @@ def choose(
     ids_BS: jax.Array,
     length_B: jax.Array,
     settings: Settings,
+    allowed_BW: jax.Array | None,
     first: int | None,
     last: int | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -167,6 +169,7 @@ def choose(
         ids_BS: the prompt and the generated tokens of each row.
         length_B: their number.
         settings: of each row.
+        allowed_BW: the tokens that guides allow, as bits of uint32 words; None for all.
         first, last: the tokens that the model must generate first and at the length limit; None
             for any.
 
@@ -176,10 +179,13 @@ def choose(
     """
     s = settings
     step_B = length_B - s.prompt_B
+    scores_BV = logits_BV
+    if allowed_BW is not None:
+        scores_BV = jnp.where(_bits(allowed_BW, scores_BV.shape[1]), scores_BV, NEVER)
     scores_BV = _if(
         (s.penalty_B != 1).any(),
         lambda x_BV: penalise_repetition(x_BV, ids_BS, length_B, s.penalty_B[:, None]),
-        logits_BV,
+        scores_BV,
     )
     scores_BV = _if(
         (s.ngram_B > 0).any(),
@@ -230,6 +236,19 @@ def _sample(scores_BV: jax.Array, step_B: jax.Array, s: Settings) -> jax.Array:
     scores_BV = keep_min_p(scores_BV, s.min_p_B[:, None])
     key_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(s.key_B2), step_B)
     return jax.vmap(jax.random.categorical)(key_B, scores_BV).astype(jnp.int32)
+
+
+def top_logprobs(logits_RV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the most probable tokens of each row, most probable first, and their
+    log-probabilities under the model, before any processor."""
+    values_RX, ids_RX = top_k(logits_RV, count)
+    return ids_RX.astype(jnp.int32), values_RX - jax.nn.logsumexp(logits_RV, axis=-1, keepdims=True)
+
+
+def _bits(words_BW: jax.Array, count: int) -> jax.Array:
+    """Unpacks the first `count` bits of each row, lowest bit first."""
+    bits_BWX = (words_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits_BWX.reshape(len(words_BW), -1)[:, :count].astype(bool)
 
 
 def _if(condition: jax.Array, change: Any, x: jax.Array) -> jax.Array:
