@@ -58,7 +58,7 @@ class Engine:
         BackboneError: the model cannot be loaded, or is an encoder.
         PrefixError: a prefix is damaged or does not fit the model.
         ConfigError: a number is out of range.
-        MeshError: the rows do not divide over the devices.
+        MeshError: the rows do not divide over the devices, or there are several processes.
 
     Examples:
         >>> import prefix_jax as pj

@@ -46,6 +46,7 @@ from prefix_jax.errors import (
     BackboneError,
     ConfigError,
     ContextError,
+    MeshError,
     NonFiniteError,
     PrefixJaxError,
 )
@@ -83,8 +84,13 @@ class EngineCore:
         Raises:
             ConfigError: an argument is out of range.
             BackboneError: the model is an encoder.
-            MeshError: the rows do not divide over the mesh.
+            MeshError: the rows do not divide over the mesh, or there are several processes.
         """
+        if (processes := jax.process_count()) > 1:
+            raise MeshError(
+                f"the engine needs all devices in one process, got {processes} processes; run one "
+                "engine per host, without jax.distributed.initialize, or use Tuned.generate"
+            )
         limits = {"rows": rows, "chunk": chunk, "decode_steps": decode_steps}
         limits |= {} if max_length is None else {"max_length": max_length}
         for name, value in limits.items():

@@ -16,7 +16,14 @@ from engines import alone, model, prefixes
 from prefix_jax.config import DecodeConfig
 from prefix_jax.decode import Generation
 from prefix_jax.engine import EngineCore, Event, Handle, Request, programs
-from prefix_jax.errors import ConfigError, ContextError, DataError, NonFiniteError, PrefixError
+from prefix_jax.errors import (
+    ConfigError,
+    ContextError,
+    DataError,
+    MeshError,
+    NonFiniteError,
+    PrefixError,
+)
 from prefix_jax.mesh import make_mesh, weight_shardings
 from prefix_jax.prefix import KVPrefix, Prefix, Site
 
@@ -346,6 +353,11 @@ class TestErrors:
     def test_numbers_must_be_positive(self, option: str) -> None:
         with pytest.raises(ConfigError, match=f"{option} must be a positive integer, got 0"):
             EngineCore(model("llama"), **{option: 0})
+
+    def test_several_processes_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        with pytest.raises(MeshError, match=r"got 2 processes; run one engine per host"):
+            EngineCore(model("llama"))
 
 
 def test_rows_and_heads_are_split_over_a_mesh() -> None:
