@@ -63,7 +63,9 @@ def test_prompts_and_tokens_have_the_log_probabilities_of_the_model(core, kind) 
     # Two chunks, next to rows that ask for less.
     ids = np.random.default_rng(1).integers(0, V, 40).tolist()
     scored = Request(ids, kind, GREEDY, top_logprobs=3, score_prompt=True)
-    events, plain, _ = run(core, scored, Request([1, 2], "kv", GREEDY), Request(ids[:33], kind, GREEDY))
+    events, plain, _ = run(
+        core, scored, Request([1, 2], "kv", GREEDY), Request(ids[:33], kind, GREEDY)
+    )
     handle = events[0].handle
     new = [token for event in events for token in event.ids]
     expected_TV = distribution(kind, ids + new)[:-1]
