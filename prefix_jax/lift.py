@@ -90,11 +90,11 @@ def lift(backbone: FrozenModel, weights: Weights, produced: Produced | None) -> 
     if isinstance(produced, Embeds):
         if geometry.encoder is not None:
             # The encoder reads the text, and its attention is bidirectional.
-            return Prefix(embeds_PD=produced.x_PD, tasks=produced.tasks)
+            return Prefix(embeds_PD=produced.x_PD, bank_size=produced.bank_size)
         # The prompts of a bank are rows of one batch, so they do not see each other.
-        x_APD = jnp.stack([prompt.x_PD for prompt in produced.split_tasks()])
+        x_APD = jnp.stack([prompt.x_PD for prompt in produced.split_bank()])
         inside = KVPrefix(*backbone.prompt_keys_values(weights, x_APD))
-        return Prefix(Site(inside), text_position=x_APD.shape[1], tasks=produced.tasks)
+        return Prefix(Site(inside), text_position=x_APD.shape[1], bank_size=produced.bank_size)
 
     if isinstance(produced, Hidden):
         if geometry.cross is not None:
@@ -125,7 +125,7 @@ def at_all_layers(prefix: Prefix, geometry: Geometry) -> Prefix:
     if all(sites[name] is site for name, site in prefix.sites.items()):
         return prefix
     whole = Prefix.of(sites, text_position=prefix.text_position, pinned=prefix.pinned)
-    return dataclasses.replace(whole, embeds_PD=prefix.embeds_PD, tasks=prefix.tasks)
+    return dataclasses.replace(whole, embeds_PD=prefix.embeds_PD, bank_size=prefix.bank_size)
 
 
 def check_sites(prefix: Prefix, geometry: Geometry) -> None:

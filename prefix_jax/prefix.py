@@ -139,9 +139,9 @@ class Prefix:
             has slots. Usually P, as in PEFT and in the GPT-2 code of Li & Liang (2021).
         pinned: whether the prefix stays visible after a sliding window has moved past it. If False,
             it leaves the window like ordinary past tokens.
-        tasks: A for a bank, the concatenated prefixes of A tasks with P slots each. A token sees
-            only the slots of its own task, and the positions of each task's slots are 0 to P - 1.
-            None for a single prefix, which every token sees.
+        bank_size: A for a bank, A concatenated prefixes with P slots each. A token sees only the
+            slots of one of them (`TokenLayout.bank_index_BT`), and the positions of each prefix's
+            slots are 0 to P - 1. None for a single prefix, which every token sees.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -156,7 +156,7 @@ class Prefix:
     embeds_PD: jax.Array | None = None
     text_position: int = flax.struct.field(pytree_node=False, default=0)
     pinned: bool = flax.struct.field(pytree_node=False, default=False)
-    tasks: int | None = flax.struct.field(pytree_node=False, default=None)
+    bank_size: int | None = flax.struct.field(pytree_node=False, default=None)
 
     @classmethod
     def of(
@@ -179,29 +179,29 @@ class Prefix:
 
     @property
     def length(self) -> int:
-        """P, the largest number of slots at any site; 0 without slots. Per task, in a bank."""
-        lengths = [self.soft_tokens * (self.tasks or 1)]
+        """P, the largest number of slots at any site; 0 without slots. Per prefix, in a bank."""
+        lengths = [self.soft_tokens * (self.bank_size or 1)]
         for site in self.sites.values():
             lengths.append(site.length)
             if isinstance(site.outside, Gated):
                 lengths.append(site.outside.length)
-        return max(lengths) // (self.tasks or 1)
+        return max(lengths) // (self.bank_size or 1)
 
     @property
     def soft_tokens(self) -> int:
-        """The number of soft tokens before the input of an encoder. Per task, in a bank."""
-        return 0 if self.embeds_PD is None else len(self.embeds_PD) // (self.tasks or 1)
+        """The number of soft tokens before the input of an encoder. Per prefix, in a bank."""
+        return 0 if self.embeds_PD is None else len(self.embeds_PD) // (self.bank_size or 1)
 
-    def split_tasks(self) -> tuple[Prefix, ...]:
-        """Splits a bank into one prefix per task. A single prefix is returned unchanged."""
-        if self.tasks is None:
+    def split_bank(self) -> tuple[Prefix, ...]:
+        """Splits a bank into its prefixes. A single prefix is returned unchanged."""
+        if self.bank_size is None:
             return (self,)
-        return tuple(self._task(task, self.tasks) for task in range(self.tasks))
+        return tuple(self._member(index, self.bank_size) for index in range(self.bank_size))
 
-    def _task(self, task: int, tasks: int) -> Prefix:
+    def _member(self, index: int, size: int) -> Prefix:
         def select(leaf: jax.Array, axis: int) -> jax.Array:
-            P = leaf.shape[axis] // tasks
-            return jax.lax.slice_in_dim(leaf, task * P, (task + 1) * P, axis=axis)
+            P = leaf.shape[axis] // size
+            return jax.lax.slice_in_dim(leaf, index * P, (index + 1) * P, axis=axis)
 
         sites = {
             name: dataclasses.replace(
@@ -248,15 +248,15 @@ class Embeds:
 
     Attributes:
         x_PD: the soft tokens.
-        tasks: A for a bank, as in `Prefix`: the concatenated soft tokens of A tasks.
+        bank_size: A for a bank, as in `Prefix`: A concatenated soft prompts.
     """
 
     x_PD: jax.Array
-    tasks: int | None = flax.struct.field(pytree_node=False, default=None)
+    bank_size: int | None = flax.struct.field(pytree_node=False, default=None)
 
-    def split_tasks(self) -> tuple[Embeds, ...]:
-        """Splits a bank into the soft tokens of each task; one element without a bank."""
-        x_APD = self.x_PD.reshape(self.tasks or 1, -1, self.x_PD.shape[1])
+    def split_bank(self) -> tuple[Embeds, ...]:
+        """Splits a bank into its soft prompts; one element without a bank."""
+        x_APD = self.x_PD.reshape(self.bank_size or 1, -1, self.x_PD.shape[1])
         return tuple(Embeds(x_PD) for x_PD in x_APD)
 
 

@@ -55,13 +55,13 @@ def test_prefix_at_all_layers_is_returned_unchanged():
 
 def test_soft_tokens_run_through_a_decoder():
     prefix = lift(Model(DECODER), {}, Embeds(jnp.ones((P, D))))
-    assert (prefix.length, prefix.text_position, prefix.tasks) == (P, P, None)
+    assert (prefix.length, prefix.text_position, prefix.bank_size) == (P, P, None)
     assert (prefix.decoder.inside.k_LPKH == 1).all()
 
 
-def test_bank_has_the_slots_of_every_task():
-    prefix = lift(Model(DECODER), {}, Embeds(jnp.ones((3 * P, D)), tasks=3))
-    assert (prefix.length, prefix.text_position, prefix.tasks) == (P, P, 3)
+def test_bank_has_the_slots_of_every_prefix():
+    prefix = lift(Model(DECODER), {}, Embeds(jnp.ones((3 * P, D)), bank_size=3))
+    assert (prefix.length, prefix.text_position, prefix.bank_size) == (P, P, 3)
     assert prefix.decoder.length == 3 * P
 
 

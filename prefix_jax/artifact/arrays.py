@@ -74,10 +74,10 @@ def prefix_spec(produced: Produced) -> PrefixSpec:
     Raises:
         PrefixError: the prefix has no slots, or is a bank.
     """
-    if isinstance(produced, Embeds | Prefix) and produced.tasks is not None:
+    if isinstance(produced, Embeds | Prefix) and produced.bank_size is not None:
         raise PrefixError(
-            f"cannot store a bank of prefixes for {produced.tasks} tasks; store the prefix of each "
-            "task separately"
+            f"cannot store a bank of {produced.bank_size} prefixes; store each of them separately "
+            "(split_bank)"
         )
     if isinstance(produced, Embeds):
         P = produced.x_PD.shape[0]

@@ -42,7 +42,7 @@ _MAX_EXPANDED, _MAX_RATIO = 2**28, 100
 _MAX_FILES = 10_000
 _HEAD = "head."
 _CONTAINERS: dict[Container, str] = {"orbax": "arrays", "safetensors": "prefix.safetensors"}
-# In a run directory: the prefix, or the folder with one prefix per task.
+# In a run directory: the prefix, or the folder with one prefix per dataset.
 _IN_RUN = "prefix"
 PREFIXES = "prefixes"
 _REMEDY = "copy it again from its source, or train it again"
@@ -196,7 +196,7 @@ def find(path: str | Path) -> Path:
         raise PrefixError(f"no directory {path}; give the directory of a prefix or a run")
     if prefixes := sorted(card.parent for card in (path / PREFIXES).glob(f"*/{_CARD}")):
         raise PrefixError(
-            f"{path} has one prefix per task; give one of {', '.join(map(str, prefixes))}"
+            f"{path} has one prefix per dataset; give one of {', '.join(map(str, prefixes))}"
         )
     raise PrefixError(
         f"no prefix in {path}: neither {_CARD} nor {_IN_RUN}/{_CARD} exists; give the directory of "

@@ -24,7 +24,8 @@ _DECODE_3 = {
     "samples": "num_samples",
     "no_repeat_ngram": "no_repeat_ngram_size",
 }
-_METHOD_3 = {"mid": "mid_dim", "offset": "text_position"}
+# `tasks` and `task` were still in use at the beginning of format 4.
+_METHOD = {"mid": "mid_dim", "offset": "text_position", "tasks": "datasets", "task": "dataset"}
 _CARD_3 = {"offset": "text_position"}
 
 
@@ -38,11 +39,12 @@ def upgrade(fields: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         fields: the fields of `prefix.json`, with its `format_version`.
     """
+    card = dict(fields)
+    _rename(card, "method", _METHOD)
     if fields["format_version"] >= 4:
-        return dict(fields)
-    card = {_CARD_3.get(k, k): value for k, value in fields.items()}
+        return card
+    card = {_CARD_3.get(k, k): value for k, value in card.items()}
     _rename(card, "decode", _DECODE_3)
-    _rename(card, "method", _METHOD_3)
     template, old = card.pop("template", None), card.pop("task", None)
     card["task"] = _task(template, old)
     if isinstance(old, Mapping):
@@ -54,7 +56,7 @@ def upgrade(fields: Mapping[str, Any]) -> dict[str, Any]:
         )
     method = card.get("method")
     if isinstance(template, Mapping) and template.get("task") is not None:
-        name = method.get("task") if isinstance(method, Mapping) else None
+        name = method.get("dataset") if isinstance(method, Mapping) else None
         card["dataset"] = {"field": template["task"], "name": name}
     return card
 

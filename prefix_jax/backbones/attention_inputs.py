@@ -46,7 +46,7 @@ def attention_inputs(
         in_zigzag: whether the columns are in zigzag order.
 
     Raises:
-        PrefixError: the prefix is a bank, and the layout of the queries has no tasks.
+        PrefixError: the prefix is a bank, and the layout of the queries has no `bank_index_BT`.
     """
     stack: StackName = "decoder" if arch.causal else "encoder"
     site = None if prefix is None else getattr(prefix, stack)
@@ -67,14 +67,14 @@ def attention_inputs(
     mask_BTP = bias_BNTS = bias_BNTP = None
     slot_P = jnp.arange(0)
     if prefix is not None and slots:
-        slots_per_task = slots // (prefix.tasks or 1)
-        slot_P = jnp.arange(slots) % slots_per_task
+        slots_per_prefix = slots // (prefix.bank_size or 1)
+        slot_P = jnp.arange(slots) % slots_per_prefix
         if arch.window is not None and not prefix.pinned:
             mask_BTP = prefix_mask(position_BT, slot_P, window)
-        if prefix.tasks is not None:
-            task_P = jnp.arange(slots) // slots_per_task
-            same_task_BTP = queries.require_tasks()[:, :, None] == task_P
-            mask_BTP = same_task_BTP if mask_BTP is None else same_task_BTP & mask_BTP
+        if prefix.bank_size is not None:
+            bank_index_P = jnp.arange(slots) // slots_per_prefix
+            same_prefix_BTP = queries.require_bank_index()[:, :, None] == bank_index_P
+            mask_BTP = same_prefix_BTP if mask_BTP is None else same_prefix_BTP & mask_BTP
     if arch.relative is not None:
         table_RN = params["relative_RN"]
         key_position_BS = keys.position_BT + text_position

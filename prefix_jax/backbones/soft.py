@@ -18,22 +18,22 @@ def prepend(
     text that follows.
 
     Args:
-        prefix: the prefix. With a bank, each row gets the soft tokens of its task.
+        prefix: the prefix. With a bank, each row gets the soft tokens of its prefix.
         x_BSD: token embeddings.
         layout: their layout.
     """
     if prefix is None or prefix.embeds_PD is None:
         return x_BSD, layout
-    soft_BPD = _soft_tokens(prefix.embeds_PD.astype(x_BSD.dtype), prefix.tasks, layout)
+    soft_BPD = _soft_tokens(prefix.embeds_PD.astype(x_BSD.dtype), prefix.bank_size, layout)
     return jnp.concatenate([soft_BPD, x_BSD], axis=1), _shift(layout, prefix.soft_tokens)
 
 
-def _soft_tokens(soft_PD: jax.Array, tasks: int | None, layout: TokenLayout) -> jax.Array:
+def _soft_tokens(soft_PD: jax.Array, bank_size: int | None, layout: TokenLayout) -> jax.Array:
     """The soft tokens of each row, [B, P, D]."""
-    if tasks is None:
+    if bank_size is None:
         return jnp.broadcast_to(soft_PD, (len(layout.segment_BT), *soft_PD.shape))
-    # The maximum is the example's task: padding has task 0.
-    return soft_PD.reshape(tasks, -1, soft_PD.shape[1])[layout.require_tasks().max(axis=1)]
+    # The maximum is the example's index: padding has index 0.
+    return soft_PD.reshape(bank_size, -1, soft_PD.shape[1])[layout.require_bank_index().max(axis=1)]
 
 
 def _shift(layout: TokenLayout, slots: int) -> TokenLayout:

@@ -212,7 +212,7 @@ def _held_out(config: Config, dataset: str) -> Mapping[str, Any] | None:
     if source is None or task.form is None:
         return None
     records = read_records(source, tfds_dir=data.tfds_dir)
-    own = (r for r in records if data.task is None or str(r.fields.get(data.task)) == dataset)
+    own = (r for r in records if data.dataset is None or str(r.fields.get(data.dataset)) == dataset)
     return task.prompt_fields(next(own, records[0]))
 
 

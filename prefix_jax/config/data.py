@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
-from prefix_jax.validation import Interval, check_conditions, check_fields
+from prefix_jax.validation import Interval, check_conditions, check_fields, renamed
 
 Preparing = Literal["e2e", "web_nlg", "dart", "copa", "sst2", "mrpc", "rte"]
 
 
+@renamed(task="dataset")
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Training and evaluation data, and how records become tokens.
@@ -34,8 +35,8 @@ class DataConfig:
             `target`, and does not work with encoder-decoders.
         references: field with all acceptable targets, for evaluation; None uses the rendered
             target. Only records for generation metrics need it.
-        task: field with the name of a record's task, to train several tasks with one prefix each
-            (`method.name: multitask`); None trains a single task.
+        dataset: field with the name of a record's dataset, to train several datasets with one
+            prefix each (`method.name: multitask`); None trains a single prefix.
         loss: which tokens to learn: "target" tokens (in a chat, the assistant's turns) or "all",
             which encoder-decoders do not support.
         reduction: "token" averages the loss over the target tokens of a step; "example" sums it
@@ -60,7 +61,7 @@ class DataConfig:
     target: str | None = None
     messages: str | None = None
     references: str | None = None
-    task: str | None = None
+    dataset: str | None = None
     loss: Literal["target", "all"] = "target"
     reduction: Literal["token", "example"] = "token"
     max_length: Annotated[int, Interval(ge=2, le=2**24)] | None = None

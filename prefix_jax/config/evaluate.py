@@ -23,7 +23,7 @@ class EvaluateConfig:
         labels: for the accuracy of text generation, the answers to choose from.
         compare_baseline: also evaluate the model without the prefix on the test data.
         batch_size: examples per batch.
-        max_examples: maximum number of examples, per task if there are several; None for all.
+        max_examples: maximum number of examples, per dataset if there are several; None for all.
     """
 
     metrics: tuple[str, ...] = ("loss",)

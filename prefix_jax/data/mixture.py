@@ -39,8 +39,8 @@ def assign_datasets(records: Iterable[Record], field: str, names: Sequence[str])
             near = nearest(name, names)
             hint = "" if near is None else f" did you mean {near!r}?"
             raise DataError(
-                f"{record.origin}: unknown task {shown(name)} in field {field!r};{hint} the tasks "
-                f"from method.tasks or else the training data are {listed(names)}"
+                f"{record.origin}: unknown dataset {shown(name)} in field {field!r};{hint} the "
+                f"datasets from method.datasets or else the training data are {listed(names)}"
             )
         assigned.append(dataclasses.replace(record, dataset=indices[name]))
     return assigned
@@ -55,8 +55,8 @@ def select_dataset(records: Iterable[Record], field: str, name: str) -> list[Rec
     selected = [record for record in records if str(record.fields.get(field, name)) == name]
     if not selected:
         raise DataError(
-            f"no record has the task {name!r} in field {field!r}, which this prefix was trained "
-            "for; give records of this task, or leave the field out"
+            f"no record has the dataset {name!r} in field {field!r}, which this prefix was trained "
+            "for; give records of this dataset, or leave the field out"
         )
     return selected
 
@@ -65,6 +65,6 @@ def _name(record: Record, field: str) -> str:
     name = record.value(field)
     if not isinstance(name, str | int) or isinstance(name, bool):
         raise DataError(
-            f"{record.origin}: field {field!r} must be the name of a task, got {shown(name)}"
+            f"{record.origin}: field {field!r} must be the name of a dataset, got {shown(name)}"
         )
     return str(name)

@@ -263,14 +263,14 @@ def collate(
     )
     ids, segment, branch, position = (_zeros(*of_tokens) for _ in range(4))
     token_type = None if examples[0].token_type_T is None else _zeros(*of_tokens)
-    task = None if examples[0].dataset is None else _zeros(*of_tokens)
+    bank_index = None if examples[0].dataset is None else _zeros(*of_tokens)
     column, label = _zeros(*of_targets), _zeros(*of_targets, dtype=examples[0].label_M.dtype)
     weight = _zeros(*of_targets, dtype=np.float32)
     question = _zeros(*of_targets) if examples[0].candidates else None
     read_ids, read_segment, read_position = (
         _zeros(grad_accum_steps, size, shape.sources) for _ in range(3)
     )
-    read_task = None if task is None else np.zeros_like(read_ids)
+    read_bank_index = None if bank_index is None else np.zeros_like(read_ids)
     counts = _zeros(grad_accum_steps, dtype=np.float32)
     for number, blocks in enumerate(layout.rows):
         micro, row = divmod(number, shape.rows)
@@ -286,8 +286,8 @@ def collate(
                 stretch = micro, row, slice(read_start, read_start + block.sources)
                 read_ids[stretch], read_segment[stretch] = first.source_ids_S, g
                 read_position[stretch] = np.arange(block.sources)
-                if read_task is not None:
-                    read_task[stretch] = first.dataset
+                if read_bank_index is not None:
+                    read_bank_index[stretch] = first.dataset
                 read_start += block.sources
             end = start + shared
             stretch = micro, row, slice(start, end)
@@ -311,13 +311,13 @@ def collate(
                     asked += 1
                     weight[slots], question[slots] = np.arange(len(at)) == 0, asked
                 end, slot = end + own, slot + len(at)
-            if task is not None:
-                task[micro, row, start:end] = first.dataset
+            if bank_index is not None:
+                bank_index[micro, row, start:end] = first.dataset
             start, g = end, g + 1 + int(parts.max(initial=0))
     batch: Batch = Batch(
         ids_BT=ids,
         layout=TokenLayout(
-            segment, branch if layout.branches else None, position, token_type, task
+            segment, branch if layout.branches else None, position, token_type, bank_index
         ),
         index_BM=column,
         label_BM=label,
@@ -327,7 +327,7 @@ def collate(
         if examples[0].source_ids_S is None
         else Source(
             read_ids,
-            TokenLayout(read_segment, None, read_position, task_BT=read_task),
+            TokenLayout(read_segment, None, read_position, bank_index_BT=read_bank_index),
         ),
         question_BM=question,
     )

@@ -73,7 +73,7 @@ class Evaluator:
     ):
         check_metrics(model.task, config)
         self._task, self._config = model.task, config
-        self._datasets = () if model.method is None else model.method.task_names
+        self._datasets = () if model.method is None else model.method.dataset_names
         self._predictor = Predictor(
             model,
             reader,
@@ -157,7 +157,7 @@ class Evaluator:
         metrics = list(metrics)
         if not self._datasets:
             return self._measure(Steered(params, prefix, head), examples, metrics)
-        prefixes = (None,) * len(self._datasets) if prefix is None else prefix.split_tasks()
+        prefixes = (None,) * len(self._datasets) if prefix is None else prefix.split_bank()
         evaluations = {}
         for index, (name, part) in enumerate(zip(self._datasets, prefixes, strict=True)):
             if own := [example for example in examples if example.dataset == index]:

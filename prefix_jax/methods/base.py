@@ -55,8 +55,8 @@ class Method(abc.ABC, Generic[ProducedT]):
         return self.dropout > 0
 
     @property
-    def task_names(self) -> tuple[str, ...]:
-        """The tasks with one prefix each, in the order of the bank; empty for a single prefix."""
+    def dataset_names(self) -> tuple[str, ...]:
+        """The datasets with one prefix each, in the bank's order; empty for a single prefix."""
         return ()
 
     @property

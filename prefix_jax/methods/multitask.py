@@ -16,7 +16,7 @@ from prefix_jax.prefix import Embeds, Geometry
 from prefix_jax.untrusted.names import check_storable_names
 from prefix_jax.untrusted.paths import expand
 from prefix_jax.untrusted.safetensors import read_tensors
-from prefix_jax.validation import Count, Width
+from prefix_jax.validation import Count, Width, renamed
 
 # The arrays of a source, named as in PEFT's MULTITASK_PROMPT_TUNING: (P, D), (tasks, P, ranks) and
 # (tasks, ranks, D).
@@ -25,23 +25,24 @@ _SHARED, _COLS, _ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_ro
 PARTS = "multitask.safetensors"
 
 
+@renamed(tasks="datasets")
 @dataclasses.dataclass(frozen=True)
 class MultitaskPromptTuning(Method[Embeds]):
     """Trains the prompt of a task: the elementwise product shared (P, D) * (cols (P, R) @
     rows (R, D)).
 
-    In the first stage of the paper, several source tasks (`tasks`) are trained together: they share
-    one prompt, and each has its own cols and rows. In the second stage, a target task starts from
-    the result (`source`). The stored prefix of a task is the product. The paper's first stage also
-    distils teacher prompts trained separately on each source task; like PEFT, this implementation
-    does not.
+    In the first stage of the paper, several source tasks, which are datasets here, are trained
+    together: they share one prompt, and each has its own cols and rows. In the second stage, a
+    target task starts from the result (`source`). The stored prefix of a dataset is the product.
+    The paper's first stage also distils teacher prompts trained separately on each source task;
+    like PEFT, this implementation does not.
 
     Attributes:
         ranks: R, the rank of the task part (1 in the paper).
-        tasks: the tasks trained together, as named in the field `data.task` of the records; None
-            for all tasks in the training examples, sorted. Without `data.task`, one task is
-            trained.
-        source: a multitask prompt in PEFT's format: a run that trained several tasks, or
+        datasets: the datasets trained together, as named in the field `data.dataset` of the
+            records; None for all datasets in the training examples, sorted. Without
+            `data.dataset`, one prompt is trained.
+        source: a multitask prompt in PEFT's format: a run that trained several datasets, or
             adapter_model.safetensors or its directory; None starts according to `init`.
         source_init: the task part starts from the "average" of the source tasks' cols and rows
             (PEFT's AVERAGE_SOURCE_TASKS), from those of `source_task` ("exact",
@@ -50,7 +51,7 @@ class MultitaskPromptTuning(Method[Embeds]):
     """
 
     ranks: Width = 1
-    tasks: tuple[str, ...] | None = None
+    datasets: tuple[str, ...] | None = None
     source: str | None = None
     source_init: Literal["average", "exact", "shared"] = "average"
     source_task: Count = 0
@@ -60,38 +61,38 @@ class MultitaskPromptTuning(Method[Embeds]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tasks is not None:
-            self._check_tasks(self.tasks)
+        if self.datasets is not None:
+            self._check_datasets(self.datasets)
 
-    def _check_tasks(self, tasks: tuple[str, ...]) -> None:
-        if not tasks:
+    def _check_datasets(self, datasets: tuple[str, ...]) -> None:
+        if not datasets:
             raise ConfigError(
-                "method.tasks is empty; name the tasks, or omit it to use those of the training "
-                "examples"
+                "method.datasets is empty; name the datasets, or omit it to use those of the "
+                "training examples"
             )
-        # Each task's prefix is stored in a directory of this name.
-        check_storable_names(tasks, "the tasks of method.tasks or data.task", ConfigError)
+        # The prefix of each dataset is stored in a directory of this name.
+        check_storable_names(datasets, "the names of method.datasets or data.dataset", ConfigError)
         if self.source is not None:
             raise ConfigError(
-                "method.source can initialise only one task, got several (data.task); remove it, "
-                "or train the tasks one by one"
+                "method.source can initialise only one prompt, got several datasets "
+                "(data.dataset); remove it, or train the datasets one by one"
             )
 
     @property
-    def task_names(self) -> tuple[str, ...]:
-        """See `Method.task_names`."""
-        return self.tasks or ()
+    def dataset_names(self) -> tuple[str, ...]:
+        """The datasets with one prompt each, in the order of the bank."""
+        return self.datasets or ()
 
     def init(self, rng: jax.Array, geometry: Geometry, start: Embeds | None) -> Params:
-        """See `Method.init`. Without start and source, uses PEFT's random initialisation.
+        """Initialises the parameters; without start and source, at random as PEFT does.
 
         Raises:
             ConfigError: there are both a source and another start, or the source has no such task.
             PrefixError: the source is not a multitask prompt, or has another shape.
         """
         P, D, R = self.length, geometry.input_dim, self.ranks
-        # Parameter names end in their axes; several tasks add the axis A.
-        (A, task) = ((), "") if self.tasks is None else ((len(self.tasks),), "A")
+        # Parameter names end in their axes; several datasets add the axis A.
+        (A, task) = ((), "") if self.datasets is None else ((len(self.datasets),), "A")
         cols, rows = f"cols_{task}PR", f"rows_{task}RD"
         shared_rng, cols_rng, rows_rng = jax.random.split(rng, 3)
         params = {
@@ -141,12 +142,12 @@ class MultitaskPromptTuning(Method[Embeds]):
         return params
 
     def __call__(self, params: Params, rng: jax.Array | None = None) -> Embeds:
-        if self.tasks is None:
+        if self.datasets is None:
             task_PD = params["cols_PR"] @ params["rows_RD"]
             return Embeds(self.drop(params["shared_PD"] * task_PD, rng))
         task_APD = params["cols_APR"] @ params["rows_ARD"]
         x_APD = self.drop(params["shared_PD"] * task_APD, rng)
-        return Embeds(x_APD.reshape(-1, x_APD.shape[-1]), tasks=len(self.tasks))
+        return Embeds(x_APD.reshape(-1, x_APD.shape[-1]), bank_size=len(self.datasets))
 
 
 def read_parts(path: Path) -> dict[str, np.ndarray]:
@@ -171,6 +172,6 @@ def read_parts(path: Path) -> dict[str, np.ndarray]:
 
 
 def to_parts(params: Params) -> dict[str, np.ndarray]:
-    """Converts the parameters of several tasks to PEFT's format, which `source` reads."""
+    """Converts the parameters of several datasets to PEFT's format, which `source` reads."""
     names = {_SHARED: "shared_PD", _COLS: "cols_APR", _ROWS: "rows_ARD"}
     return {theirs: np.array(params[ours], np.float32, order="C") for theirs, ours in names.items()}

@@ -81,9 +81,10 @@ class AbstractRun:
         """
         arch = read_architecture(config.model.path)
         method = make_method(config.method)
-        if method is not None and config.data.task is not None and not method.task_names:
+        if method is not None and config.data.dataset is not None and not method.dataset_names:
             raise ConfigError(
-                "data.task: a plan reads no data; name the tasks, as in method.tasks=[a, b]"
+                "data.dataset: a plan reads no data; name the datasets, as in "
+                "method.datasets=[a, b]"
             )
         check_trainable(method is None, config.model.quantize)
         task = make_task(config.data, config.task)
@@ -174,13 +175,13 @@ class AbstractRun:
         def layout(size: int) -> TokenLayout:
             branches = self.config.data.group_by_source
             segments = arch.token_types > 0 and head is not None
-            tasks = self.model.method is not None and bool(self.model.method.task_names)
+            banked = self.model.method is not None and bool(self.model.method.dataset_names)
             return TokenLayout(
                 of(size),
                 of(size) if branches else None,
                 of(size),
                 of(size) if segments else None,
-                of(size) if tasks else None,
+                of(size) if banked else None,
             )
 
         M = shape.targets
@@ -216,10 +217,10 @@ def _check_decoding(model: PrefixModel) -> None:
             "--for decode: a task with labels runs in one pass and generates no text; plan its "
             "training step instead"
         )
-    if model.method is not None and model.method.task_names:
+    if model.method is not None and model.method.dataset_names:
         raise ConfigError(
-            "--for decode: not supported for several tasks (method.tasks), as text is generated "
-            "with the prefix of one task; plan its training step instead"
+            "--for decode: not supported for several datasets (method.datasets), as text is "
+            "generated with the prefix of one; plan its training step instead"
         )
 
 

@@ -39,14 +39,14 @@ class Floor:
                     4 · P · J·2DKH          for hidden and adapter states: their keys and values
                     4 · P · L·W + 12 · P·P · L·NH
                                             for soft tokens: a forward pass of one row of P (in a
-                                            bank, of one row per task)
+                                            bank, of one row per prefix)
 
     Attention is dense: T keys for every query, masked or not. The gradient of the first layer's
     input, which frozen embeddings do not need, and the end of the last layer of the lift are
     counted although they could be omitted, because all scanned layers are equal: together less than
     1/(2L). A method's own networks are not counted.
 
-    An encoder-decoder also reads sources of S tokens. Soft tokens (in a bank, those of one task)
+    An encoder-decoder also reads sources of S tokens. Soft tokens (in a bank, those of one prefix)
     extend a source by P and need no lift. The encoder has its own W, L, N and H, and each decoder
     layer has the projections of an attention from T to S:
 
@@ -99,7 +99,7 @@ def floor(
     lift = 0
     soft, prompts = 0, 1
     if isinstance(produced, Embeds):
-        prompts = produced.tasks or 1
+        prompts = produced.bank_size or 1
         soft = len(produced.x_PD) // prompts
     if soft and arch.encoder is None:
         at = _Added(slots=prompts * soft * L)

@@ -139,7 +139,7 @@ def build_run(
         pipeline,
         program,
         evaluator,
-        CardMaker(pretrained, model, config.method, config.init, data.task, config.decode),
+        CardMaker(pretrained, model, config.method, config.init, data.dataset, config.decode),
         (
             *config_warnings(data, config.optim, task, sources, steps),
             *_examples_that_did_not_fit(splits),

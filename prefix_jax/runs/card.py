@@ -48,7 +48,7 @@ class CardMaker:
         pretrained, tokenizer = self.pretrained, self.pretrained.tokenizer
         method = dict(self.method)
         if dataset:
-            method |= {"tasks": list(self.model.method.task_names), "task": dataset}
+            method |= {"datasets": list(self.model.method.dataset_names), "dataset": dataset}
         field = self.dataset_field
         return artifact.make_card(
             produced,

@@ -89,7 +89,7 @@ def finish(session: Session, *, compare_baseline: bool = False) -> RunResult:
         pretrained.fingerprint = fingerprint(pretrained.params)
     trained = _with_cards(run, produced, step)
     _save(directory, trained, head)
-    datasets = run.model.method.task_names if run.model.method else ()
+    datasets = run.model.method.dataset_names if run.model.method else ()
     if datasets and jax.process_index() == 0:
         save_factors(directory, params["prefix"])
 
@@ -134,8 +134,8 @@ def _with_cards(run: Run, produced: Produced | None, step: int) -> _Trained:
     if produced is None:
         return {}
     assert run.model.method is not None
-    parts = produced.split_tasks() if isinstance(produced, Embeds) else (produced,)
-    names = run.model.method.task_names or ("",)
+    parts = produced.split_bank() if isinstance(produced, Embeds) else (produced,)
+    names = run.model.method.dataset_names or ("",)
     return {
         name: (part, run.make_card(part, step, name))
         for name, part in zip(names, parts, strict=True)

@@ -23,33 +23,33 @@ def split_mixture(
 ) -> tuple[Method[Any] | None, Mapping[str, Sequence[Record]]]:
     """Returns the method with the names of its datasets, and the records of each split with theirs.
 
-    Without `data.task`, both are returned unchanged.
+    Without `data.dataset`, both are returned unchanged.
 
     Raises:
         ConfigError: the method trains one prefix only, or a dataset has no training example.
         DataError: a record names no dataset, or an unknown one.
     """
-    if data.task is None:
-        if method is not None and method.task_names:
+    if data.dataset is None:
+        if method is not None and method.dataset_names:
             raise ConfigError(
-                "method.tasks names several tasks; set data.task to the field that names the task "
-                "of a record"
+                "method.datasets names several datasets; set data.dataset to the field that names "
+                "the dataset of a record"
             )
         return method, sources
     if not isinstance(method, MultitaskPromptTuning):
         raise ConfigError(
-            "data.task trains one prefix per task, which only method.name: multitask supports; "
-            "remove it to train one prefix for all"
+            "data.dataset trains one prefix per dataset, which only method.name: multitask "
+            "supports; remove it to train one prefix for all"
         )
-    names = collect_datasets(sources["train"], data.task)
-    method = dataclasses.replace(method, tasks=method.tasks or names)
-    if idle := [name for name in method.task_names if name not in names]:
+    names = collect_datasets(sources["train"], data.dataset)
+    method = dataclasses.replace(method, datasets=method.datasets or names)
+    if idle := [name for name in method.dataset_names if name not in names]:
         raise ConfigError(
-            f"no training example has the task {idle[0]!r} of method.tasks; the tasks in field "
-            f"{data.task!r} are {', '.join(names)}"
+            f"no training example belongs to the dataset {idle[0]!r} of method.datasets; the "
+            f"datasets in field {data.dataset!r} are {', '.join(names)}"
         )
     splits = {
-        name: assign_datasets(records, data.task, method.task_names)
+        name: assign_datasets(records, data.dataset, method.dataset_names)
         for name, records in sources.items()
     }
     return method, splits

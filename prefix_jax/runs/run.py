@@ -32,7 +32,7 @@ def run(
 
     The run directory receives `config.yaml`, `checkpoints/`, `metrics.jsonl`, `tensorboard/` and
     `loss.png`, and at the end `prefix/`, `predictions.jsonl` and `results.json`. A multitask run
-    stores one prefix per task in `prefixes/TASK/`, and the shared factors in
+    stores one prefix per dataset in `prefixes/DATASET/`, and the shared factors in
     `multitask.safetensors`.
 
     With several processes, every process calls this. The first one writes and prints.

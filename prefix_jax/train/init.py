@@ -205,8 +205,8 @@ def _stored(path: str | None, method: Method[Any], pretrained: Pretrained) -> Pr
 
     def make(rng: jax.Array) -> Produced:
         value: Produced = method(method.init(rng, pretrained.backbone.geometry, None))
-        # Several tasks start from the same value.
-        return value.split_tasks()[0] if isinstance(value, Embeds) else value
+        # Several datasets start from the same value.
+        return value.split_bank()[0] if isinstance(value, Embeds) else value
 
     expected = jax.eval_shape(make, jax.random.key(0))
     if artifact.prefix_spec(produced) != artifact.prefix_spec(expected):

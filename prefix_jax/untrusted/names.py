@@ -21,7 +21,7 @@ def check_storable_names(names: Iterable[str], where: str, error: type[PrefixJax
 
     Args:
         names: the names.
-        where: the origin of the names, for messages, such as "method.tasks".
+        where: the origin of the names, for messages, such as "method.datasets".
         error: the class to raise.
 
     Raises:

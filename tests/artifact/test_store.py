@@ -462,6 +462,29 @@ def test_formats_2_and_3_still_load(version: int, tmp_path: Path) -> None:
     assert renewed == dataclasses.replace(card, format_version=artifact.FORMAT_VERSION)
 
 
+@pytest.mark.parametrize("version", [3, 4])
+def test_multitask_prefix_with_former_names_still_loads(version: int, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(FIXTURES / "format3" / "text" / "prefix", old)
+    if version == 4:
+        artifact.save(old, *artifact.load(old))
+    former = {"name": "multitask", "tasks": ["first", "sum"], "task": "sum"}
+
+    def change(card: dict[str, Any]) -> None:
+        card["method"] = former
+        if version == 3:
+            card["template"]["task"] = "kind"
+        else:
+            card["dataset"] = {"field": "kind", "name": "sum"}
+
+    edit_card(old, change)
+    sign(old)
+    _, card = artifact.load(old)
+    assert card.format_version == version
+    assert card.method == {"name": "multitask", "datasets": ["first", "sum"], "dataset": "sum"}
+    assert card.dataset == artifact.DatasetCard(field="kind", name="sum")
+
+
 def test_format_3_with_a_head_still_loads() -> None:
     directory = FIXTURES / "format3" / "classify"
     _, card = artifact.load(directory)

@@ -144,6 +144,7 @@ def test_misspelt_key_prefers_suggestions_of_its_own_section(minimal):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
+        ("data.task", "data.dataset"),
         ("optim.warmup", "optim.warmup_steps"),
         ("optim.clip", "optim.clip_norm"),
         ("optim.accumulate", "optim.grad_accum_steps"),

@@ -1,4 +1,4 @@
-"""Tests that records are assigned to tasks."""
+"""Tests that records are assigned to datasets."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from prefix_jax.errors import DataError
 RECORDS = [Record({"kind": kind}, f"r:{n}") for n, kind in enumerate(["rte", "cola", 7, "rte"])]
 
 
-def test_tasks_are_collected_once_each_and_sorted():
+def test_datasets_are_collected_once_each_and_sorted():
     assert collect_datasets(RECORDS, "kind") == ("7", "cola", "rte")
 
 
-def test_task_index_is_its_position():
+def test_dataset_index_is_its_position():
     found = assign_datasets(RECORDS, "kind", ("rte", "7", "cola"))
     assert [record.dataset for record in found] == [0, 2, 1, 0]
     assert [record.fields for record in found] == [record.fields for record in RECORDS]
 
 
-def test_unknown_task_error_has_closest_match():
+def test_unknown_dataset_error_has_closest_match():
     with pytest.raises(
-        DataError, match=r"r:1: unknown task 'cola' .* did you mean 'colas'\? the tasks"
+        DataError, match=r"r:1: unknown dataset 'cola' .* did you mean 'colas'\? the datasets"
     ):
         assign_datasets(RECORDS, "kind", ("rte", "colas", "7"))
 
 
-def test_selects_records_with_the_task_or_without_the_field():
+def test_selects_records_of_the_dataset_or_without_the_field():
     bare = Record({"text": "a"}, "r:9")
     assert select_dataset([*RECORDS, bare], "kind", "rte") == [RECORDS[0], RECORDS[3], bare]
-    with pytest.raises(DataError, match="no record has the task 'sst2'"):
+    with pytest.raises(DataError, match="no record has the dataset 'sst2'"):
         select_dataset(RECORDS, "kind", "sst2")
 
 
 @pytest.mark.parametrize("name", ["a/b", "x" * 300, "..", "", True, 0.5])
-def test_rejects_task_that_cannot_be_a_directory_name(name):
-    with pytest.raises(DataError, match=r"r:9: field 'kind'.*(directory|the name of a task)"):
+def test_rejects_dataset_that_cannot_be_a_directory_name(name):
+    with pytest.raises(DataError, match=r"r:9: field 'kind'.*(directory|the name of a dataset)"):
         collect_datasets([*RECORDS, Record({"kind": name}, "r:9")], "kind")

@@ -170,7 +170,7 @@ def test_multitask_run_exports_as_one_multitask_prompt(tmp_path: Path) -> None:
     assert arrays.keys() == expected.keys()
     for name, x in arrays.items():
         np.testing.assert_array_equal(x, expected[name])
-    # The prefix of one task is an ordinary prefix.
+    # The prefix of one dataset is an ordinary prefix.
     alone = export_peft(run / "prefixes" / "b", tmp_path / "alone")
     assert alone["peft_type"] == "PROMPT_TUNING"
     with pytest.raises(PrefixError, match="bake the prefix of one"):

@@ -250,6 +250,7 @@ def test_rejects_an_unregistered_method():
         ({"name": "prefix", "lenght": 3}, "method.lenght: unknown key; did you mean method.length"),
         ({"name": "prompt", "mid_dim": 3}, "method.mid_dim: unknown key"),
         ({"name": "prefix", "mid": 8}, "method.mid: renamed to method.mid_dim"),
+        ({"name": "multitask", "tasks": ["a"]}, "method.tasks: renamed to method.datasets"),
         (
             {"name": "prefix", "length": "many"},
             r"method.length: must be an integer in .*, got 'many'",

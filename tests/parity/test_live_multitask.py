@@ -68,7 +68,7 @@ def test_loss_and_gradients_match_peft(name: str, difference: Callable[..., None
             parameters[part].mul_(30)
     loss = theirs(model, two_sided)
 
-    method = MultitaskPromptTuning(P, ranks=R, tasks=TASKS)
+    method = MultitaskPromptTuning(P, ranks=R, datasets=TASKS)
     params = {ours: jnp.asarray(parameters[them].detach().numpy()) for ours, them in OURS.items()}
     found, grads = ours(name, method, params, two_sided)
     difference("multitask: loss of a mixed batch", found - loss, 1e-5, name)

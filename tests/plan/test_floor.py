@@ -100,9 +100,9 @@ def test_lift_is_free_for_keys_and_values_and_one_short_row_for_soft_tokens() ->
     assert lift(LlamaAdapter(5, layers=2)) == 4 * 5 * 2 * 2 * 24 * 16
 
 
-def test_lift_of_a_bank_is_one_row_per_task() -> None:
+def test_lift_of_a_bank_is_one_row_per_prefix() -> None:
     alone = floor(LLAMA, **SHAPE, produced=made_by(MultitaskPromptTuning(5)))
-    bank = made_by(MultitaskPromptTuning(5, tasks=("a", "b", "c")))
+    bank = made_by(MultitaskPromptTuning(5, datasets=("a", "b", "c")))
     together = floor(LLAMA, **SHAPE, produced=bank)
     assert together.lift == 3 * alone.lift
     # Attention is dense: every token has all slots of the bank as keys.
@@ -157,10 +157,10 @@ class TestEncoderDecoders:
         found = floor(T5, **TWO_SIDED, produced=soft)
         assert (found.layers, found.lift) == (bare.layers, 0)
 
-    def test_bank_extends_each_source_by_one_task(self) -> None:
+    def test_bank_extends_each_source_by_one_prefix(self) -> None:
         x_PD = jax.ShapeDtypeStruct((P, 32), jnp.float32)
         bank = jax.ShapeDtypeStruct((3 * P, 32), jnp.float32)
-        alone, together = Embeds(x_PD), Embeds(bank, tasks=3)
+        alone, together = Embeds(x_PD), Embeds(bank, bank_size=3)
         assert floor(T5, **TWO_SIDED, produced=together) == floor(T5, **TWO_SIDED, produced=alone)
 
     def test_frozen_encoder_has_no_backward_pass(self) -> None:

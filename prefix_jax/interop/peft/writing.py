@@ -44,7 +44,7 @@ def export_peft(
 
     Args:
         source: a stored prefix, or a run. A multitask run becomes MULTITASK_PROMPT_TUNING, whose
-            task_ids follow the order of `method.tasks` (sorted by default).
+            task_ids follow the order of `method.datasets` (sorted by default).
         output: the directory to write, which must be absent or empty.
         bake: convert hidden states and soft tokens to keys and values, which needs the backbone.
         model: for `bake`, see `backbone_of`.
@@ -61,8 +61,8 @@ def export_peft(
     if (expand(source, PrefixError) / PARTS).is_file():
         if bake:
             raise PrefixError(
-                f"{source} is a multitask run, and each task has its own keys and values; bake the "
-                "prefix of one task (in its folder prefixes)"
+                f"{source} is a multitask run, and each dataset has its own keys and values; bake "
+                "the prefix of one dataset (in its folder prefixes)"
             )
         config, arrays = several_tasks(source)
         write(output, config, arrays)

@@ -33,15 +33,15 @@ class TokenLayout:
         position_BT: int32, from 0 at the first token of each example's text.
         token_type_BT: int32, the token type for encoders that embed it (BERT): the first or second
             text of an example. None otherwise.
-        task_BT: int32, the task in a prefix bank whose prefix the token sees; 0 at padding. None
-            without a bank.
+        bank_index_BT: int32, the index in a bank of the prefix that the token sees; 0 at padding.
+            None without a bank.
     """
 
     segment_BT: jax.Array
     branch_BT: jax.Array | None
     position_BT: jax.Array
     token_type_BT: jax.Array | None = None
-    task_BT: jax.Array | None = None
+    bank_index_BT: jax.Array | None = None
 
     @classmethod
     def plain(cls, present_BT: jax.Array) -> TokenLayout:
@@ -61,18 +61,18 @@ class TokenLayout:
             dataclasses.replace(new, branch_BT=branch_BT),
         )
 
-    def require_tasks(self) -> jax.Array:
-        """Returns `task_BT`, which a bank of prefixes needs.
+    def require_bank_index(self) -> jax.Array:
+        """Returns `bank_index_BT`, which a bank of prefixes needs.
 
         Raises:
             PrefixError: it is None.
         """
-        if self.task_BT is None:
+        if self.bank_index_BT is None:
             raise PrefixError(
-                "the prefix is a bank of several tasks, but the tokens have no task; pass "
-                "TokenLayout.task_BT, or use the prefix of one task"
+                "the prefix is a bank, but the tokens have no index into it; pass "
+                "TokenLayout.bank_index_BT, or one prefix of the bank (split_bank)"
             )
-        return self.task_BT
+        return self.bank_index_BT
 
 
 @flax.struct.dataclass
