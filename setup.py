@@ -48,6 +48,11 @@ setup(
         "tensorboardX>=2.6.4,<3",
         "packaging>=24.2,<27",
         "psutil>=6.1.1,<8",
+        # The HTTP server
+        "starlette>=1.0.0,<2",
+        "uvicorn>=0.45.0,<1",
+        "prometheus-client>=0.22.0,<1",
+        "llguidance>=1.7.0,<2",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],

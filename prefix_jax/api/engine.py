@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from prefix_jax import artifact, tasks
 from prefix_jax.api.tuned import Prompt, Tuned
@@ -21,9 +22,13 @@ from prefix_jax.engine.bank import Banked
 from prefix_jax.errors import ConfigError, DataError, PrefixError
 from prefix_jax.model import reader_of
 from prefix_jax.prefix import Produced
-from prefix_jax.tasks import Reader, Task, TextTask
+from prefix_jax.tasks import ChatTask, Reader, Task, TextTask
+from prefix_jax.tasks.chat import turn_end
+from prefix_jax.untrusted.tokenizer import decode
 from prefix_jax.validation import build
 
+# A conversation: its turns, each with a "role" and a "content".
+Chat = Sequence[Mapping[str, Any]]
 # A prefix to serve: its directory, a tuned prefix, or the output of a method with its card.
 Servable = str | Path | Tuned | tuple[Produced, Card]
 
@@ -167,7 +172,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Prompt | Sequence[int]],
+        prompts: Sequence[Prompt | Chat | Sequence[int]],
         prefix: str | Sequence[str | None] | None = None,
         config: DecodeConfig | None = None,
         *,
@@ -181,8 +186,9 @@ class Engine:
         and on the prompt's position in the list, as in `Tuned.generate`.
 
         Args:
-            prompts: texts or token ids, which are used unchanged; or records, which the task of
-                their prefix renders as in training.
+            prompts: texts or token ids, which are used unchanged; records, which the task of their
+                prefix renders as in training; or chats, lists of {"role": …, "content": …}, which
+                the tokenizer's chat template renders up to the assistant's answer.
             prefix: the name of each prompt's prefix, or one name for all. None is the bare model.
             config: decoding options; None uses those stored with each prefix.
             on_text: called with (prompt index, sample index, next piece of text).
@@ -237,7 +243,7 @@ class Engine:
 
     def request(
         self,
-        prompt: Prompt | Sequence[int],
+        prompt: Prompt | Chat | Sequence[int],
         prefix: str | None = None,
         config: DecodeConfig | None = None,
         *,
@@ -266,7 +272,20 @@ class Engine:
             config=build(DecodeConfig, {**values, **options}),
             index=index,
             name=name,
+            eos=self._turn_end if _is_chat(prompt) else (),
         )
+
+    def check(self, request: Request) -> None:
+        """Checks a request without queueing it; raises what `submit` raises."""
+        self._core.check(request)
+
+    def room(self, request: Request) -> int:
+        """The number of new tokens that fit after a prompt; negative if the prompt does not fit.
+
+        Raises:
+            PrefixError: there is no prefix with this name.
+        """
+        return self._core.room(request)
 
     def submit(self, request: Request) -> Handle:
         """Queues a request; see `EngineCore.submit` for its errors."""
@@ -281,17 +300,65 @@ class Engine:
         calls."""
         return self._core.step()
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of tokens, special tokens included.
+
+        Raises:
+            DataError: the tokens cannot be decoded.
+        """
+        return decode(self._pretrained.tokenizer, ids)
+
+    @property
+    def model(self) -> Pretrained:
+        """The backbone."""
+        return self._pretrained
+
+    @property
+    def rows(self) -> int:
+        """The number of continuations that are generated at once."""
+        return self._core.rows
+
+    @property
+    def max_length(self) -> int:
+        """The maximum number of tokens of a row; see `Engine`."""
+        return self._core.max_length
+
+    @property
+    def running(self) -> int:
+        """The number of continuations that have a row."""
+        return self._core.running
+
+    @property
+    def waiting(self) -> int:
+        """The number of continuations that wait for a row."""
+        return self._core.waiting
+
+    @property
+    def cache_usage(self) -> float:
+        """The used share of the KV cache, between 0 and 1."""
+        return self._core.cache_usage
+
     @property
     def idle(self) -> bool:
         """True if no request is waiting or running."""
         return self._core.idle
 
+    @functools.cached_property
+    def _turn_end(self) -> tuple[int, ...]:
+        """The token that ends the assistant's turns, if there is one."""
+        token = turn_end(self._reader.tokenizer)
+        return () if token is None else (token,)
+
     def _encode(
-        self, prompt: Prompt | Sequence[int], banked: Banked | None, name: str
+        self, prompt: Prompt | Chat | Sequence[int], banked: Banked | None, name: str
     ) -> Sequence[int]:
+        if _is_chat(prompt):
+            record = Record({"messages": [*prompt]}, name)
+            return ChatTask().prompt(record, self._reader).ids
         if not isinstance(prompt, Mapping):
+            text_or_ids: Any = prompt
             arch = self._pretrained.backbone.arch
-            return encode_prompts(self._pretrained.tokenizer, arch, [prompt], [name])[0]
+            return encode_prompts(self._pretrained.tokenizer, arch, [text_or_ids], [name])[0]
         if banked is None:
             raise DataError(
                 f"{name} is a record, which the task of a prefix renders; give a text, or the name "
@@ -300,6 +367,14 @@ class Engine:
         room = self._pretrained.backbone.arch.max_positions - banked.slots.text_position
         reader: Reader = dataclasses.replace(self._reader, room=room)
         return _task_of(banked.card).prompt(Record(prompt, name), reader).ids
+
+
+def _is_chat(prompt: Prompt | Chat | Sequence[int]) -> TypeGuard[Chat]:
+    return (
+        not isinstance(prompt, str | Mapping)
+        and len(prompt) > 0
+        and all(isinstance(turn, Mapping) for turn in prompt)
+    )
 
 
 def _resolve(name: str, prefix: Servable) -> tuple[Produced, Card, Path | None]:

@@ -120,6 +120,47 @@ class EngineCore:
         """True if no request is waiting or running."""
         return self._schedule.idle
 
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return len(self._schedule.rows)
+
+    @property
+    def max_length(self) -> int:
+        """The maximum number of tokens of a row: slots, prompt and new tokens together."""
+        positions = self._backbone.arch.max_positions
+        return positions if self._max_length is None else min(positions, self._max_length)
+
+    @property
+    def running(self) -> int:
+        """The number of continuations that have a row."""
+        return sum(sample is not None for sample in self._schedule.rows)
+
+    @property
+    def waiting(self) -> int:
+        """The number of continuations that wait for a row."""
+        return len(self._schedule.queue)
+
+    @property
+    def cache_usage(self) -> float:
+        """The used share of the cache's columns, between 0 and 1."""
+        rows = zip(self._schedule.rows, self._schedule.layout.length_B, strict=True)
+        used = sum(int(length) for sample, length in rows if sample is not None)
+        return used / (len(self._schedule.rows) * self._cache.width)
+
+    def room(self, request: Request) -> int:
+        """The number of new tokens that fit after a prompt; negative if the prompt does not fit.
+
+        Raises:
+            PrefixError: there is no prefix with this name.
+        """
+        arch, (slots, _) = self._backbone.arch, self._prefix_of(request)
+        tokens = 0 if arch.encoder is not None else len(request.ids)
+        room = arch.max_positions - slots.text_position - tokens
+        if self._max_length is not None:
+            room = min(room, self._max_length - slots.count - max(tokens, 1))
+        return room
+
     def submit(self, request: Request) -> Handle:
         """Queues a request.
 
@@ -190,10 +231,11 @@ class EngineCore:
 
     def _prefix_of(self, request: Request) -> tuple[Slots, Sequence[int]]:
         """The slots of a request's prefix, and the tokens that end its text."""
-        if request.prefix is None:
-            return Slots(), self._eos
-        banked = self.bank.find(request.prefix)
-        return banked.slots, banked.eos
+        slots, eos = Slots(), tuple(self._eos)
+        if request.prefix is not None:
+            banked = self.bank.find(request.prefix)
+            slots, eos = banked.slots, banked.eos
+        return slots, (*eos, *(token for token in request.eos if token not in eos))
 
     def _check_length(self, request: Request, slots: Slots) -> None:
         arch, config = self._backbone.arch, request.config
@@ -229,7 +271,7 @@ class EngineCore:
                 self._check_length(request, slots)
                 banned = self._banned(request, eos)
                 warm = None if request.prefix is None else self.bank.use(request.prefix)
-                guide = None if request.guide is None else request.guide()
+                guide = None if request.guide is None else request.guide(eos)
             except PrefixJaxError as error:
                 events.append(self._fail(sample, error))
                 continue

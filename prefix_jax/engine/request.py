@@ -51,7 +51,8 @@ class Request:
         top_logprobs: the number of most probable tokens to report with every token, at most
             `MAX_TOP_LOGPROBS`.
         score_prompt: whether to report the log-probabilities of the prompt's tokens too.
-        guide: makes the guide of each continuation; None for free text.
+        guide: makes the guide of each continuation from the tokens that end it; None for free text.
+        eos: tokens that end the text, besides those of the prefix or the model.
     """
 
     ids: Sequence[int]
@@ -61,7 +62,8 @@ class Request:
     name: str = "the prompt"
     top_logprobs: int = 0
     score_prompt: bool = False
-    guide: Callable[[], Guide] | None = None
+    guide: Callable[[Sequence[int]], Guide] | None = None
+    eos: tuple[int, ...] = ()
 
 
 class Handle:
