@@ -169,6 +169,8 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < smallest:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} must be at least {smallest}, got {getattr(args, name)}")
+    if not 0 <= args.port < 2**16:  # some systems would use a part of its bits
+        raise ConfigError(f"--port must be between 0 and 65535, got {args.port}")
     if args.prefix_dir is not None and not Path(args.prefix_dir).is_dir():
         raise ConfigError(f"--prefix-dir {args.prefix_dir}: there is no such directory")
 

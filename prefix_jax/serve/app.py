@@ -359,7 +359,7 @@ class _EventStream(Response):
                         await send(start)
                         started = True
                     await _send_body(send, event, more=True)
-        except (_ClientGoneError, OSError):
+        except (_ClientGoneError, ConnectionError):
             return
         except Exception as error:
             if not started:

@@ -17,8 +17,8 @@ from prefix_jax.engine.request import Guide
 from prefix_jax.errors import DataError
 from prefix_jax.untrusted.tokenizer import decode
 
-# Small models like to continue white space forever.
-_WHITESPACE = r"\n?[ ]{0,16}"
+# The form of `json.dumps`. If white space were free, small models would continue it forever.
+_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Vocabulary:
@@ -48,9 +48,7 @@ class Vocabulary:
             DataError: the schema is invalid or not supported.
         """
         try:
-            grammar = LLMatcher.grammar_from_json_schema(
-                json.dumps(schema), overrides={"whitespace_pattern": _WHITESPACE}
-            )
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_FORM)
             error = LLMatcher.validate_grammar(grammar)
         except Exception as failure:  # of its Rust code, which has no class of its own
             error = str(failure)

@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from prefix_jax.engine.request import MAX_TOP_LOGPROBS
 
-_Token = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+_Token = Annotated[int, Field(ge=0, lt=2**31)]
 _Count = Annotated[int, Field(ge=1, le=128)]
 _Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
 
 
 class StreamOptions(_Model):

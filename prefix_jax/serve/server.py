@@ -132,7 +132,8 @@ class Server:
             await _warm_up(self._engine)
             watcher = asyncio.create_task(self._models.watch(_WATCH_SECONDS))
             host, port = sock.getsockname()[:2]
-            ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", count)
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            self._http.on_start = lambda: ready(url, count)
             await self._http.serve(sockets=[sock])
             watcher.cancel()
         finally:
@@ -155,7 +156,17 @@ class Server:
 
 
 class _Http(uvicorn.Server):
-    """Leaves signals to `serve`: uvicorn would raise them again after the shutdown."""
+    """Calls `on_start` once clients can connect.
+
+    It leaves signals to `serve`: uvicorn would raise them again after the shutdown.
+    """
+
+    on_start: Callable[[], None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.on_start is not None:
+            self.on_start()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -188,8 +199,12 @@ def listen(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+        except BaseException:
+            sock.close()
+            raise
     except (OSError, OverflowError, UnicodeError) as error:
         raise ConfigError(
             f"cannot listen on {host} port {port} ({reason(error)}); choose another --host or "

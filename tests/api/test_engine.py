@@ -94,6 +94,17 @@ def test_one_name_serves_all_prompts_with_its_own_settings(
     assert longer.samples[0].ids[:5] == generations[0].samples[0].ids
 
 
+def test_chats_are_rendered_by_the_tokenizers_template(engine, tuned, monkeypatch) -> None:
+    tokenizer = engine.model.tokenizer
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}[assistant]"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    turns = [{"role": "system", "content": "Be"}, {"role": "user", "content": "1+2"}]
+    chat, text = engine.generate([turns, "[system]Be</s>[user]1+2</s>[assistant]"], "kv", CONFIG)
+    assert chat == text
+    with pytest.raises(DataError, match="turn 1 of 'messages' must be"):
+        engine.generate([[{"role": "user"}]])
+
+
 def test_samples_depend_on_the_position_of_the_prompt(engine: pj.Engine, tuned: pj.Tuned) -> None:
     options = {"temperature": 1.0, "num_samples": 2, "seed": 4}
     generations = engine.generate(["1+2="] * 3, "kv", **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import decoders
 import engines
@@ -63,9 +63,8 @@ def test_prompts_and_tokens_have_the_log_probabilities_of_the_model(core, kind) 
     # Two chunks, next to rows that ask for less.
     ids = np.random.default_rng(1).integers(0, V, 40).tolist()
     scored = Request(ids, kind, GREEDY, top_logprobs=3, score_prompt=True)
-    events, plain, _ = run(
-        core, scored, Request([1, 2], "kv", GREEDY), Request(ids[:33], kind, GREEDY)
-    )
+    unscored = Request([1, 2], "kv", GREEDY), Request(ids[:33], kind, GREEDY)
+    events, plain, _ = run(core, scored, *unscored)
     handle = events[0].handle
     new = [token for event in events for token in event.ids]
     expected_TV = distribution(kind, ids + new)[:-1]
@@ -112,7 +111,8 @@ def test_a_guide_chooses_the_tokens_of_its_row_only(core, temperature) -> None:
     guides, config = [], DecodeConfig(max_new_tokens=6, temperature=temperature)
     ids = [33, 0, 31, 32, 49, 5]
 
-    def guide() -> Fixed:
+    def guide(eos: Sequence[int]) -> Fixed:
+        assert eos == ()
         guides.append(Fixed(ids))
         return guides[-1]
 
@@ -125,13 +125,13 @@ def test_a_guide_chooses_the_tokens_of_its_row_only(core, temperature) -> None:
 
 
 def test_a_failing_guide_ends_its_request_only(core) -> None:
-    def unusable() -> Fixed:
+    def unusable(eos: Sequence[int]) -> Fixed:
         raise DataError("unusable")
 
     failed, rejected, free = run(
         core,
         Request([1], None, GREEDY, guide=unusable),
-        Request([1], None, GREEDY, guide=lambda: Fixed([7, 8, 9, 7, 8, 9], rejected=9)),
+        Request([1], None, GREEDY, guide=lambda _: Fixed([7, 8, 9, 7, 8, 9], rejected=9)),
         Request([1], None, GREEDY),
     )
     assert (str(failed[-1].error), str(rejected[-1].error)) == ("unusable", "rejected")
