@@ -6,14 +6,15 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 from prefix_jax import artifact, tasks
-from prefix_jax.api.tuned import Prompt, Tuned
+from prefix_jax.api.predictions import collecting, in_order
+from prefix_jax.api.tuned import Prompt, Source, Tuned
 from prefix_jax.artifact import Card
 from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.config import DecodeConfig
-from prefix_jax.data.source import Record
+from prefix_jax.data.source import Record, read_records
 from prefix_jax.decode.continuation import Generation
 from prefix_jax.decode.generate import OnText
 from prefix_jax.decode.prompts import encode_prompts
@@ -21,11 +22,14 @@ from prefix_jax.engine import EngineCore, Event, Handle, Request
 from prefix_jax.engine.bank import Banked
 from prefix_jax.errors import ConfigError, DataError, PrefixError
 from prefix_jax.model import reader_of
-from prefix_jax.prefix import Produced
-from prefix_jax.tasks import ChatTask, Reader, Task, TextTask
+from prefix_jax.prefix import Prefix, Produced
+from prefix_jax.tasks import ChatTask, Prediction, Task, TextTask
+from prefix_jax.tasks.base import Prompt as RenderedPrompt
 from prefix_jax.tasks.chat import turn_end
 from prefix_jax.untrusted.tokenizer import decode
 from prefix_jax.validation import build
+
+T = TypeVar("T")
 
 # A conversation: its turns, each with a "role" and a "content".
 Chat = Sequence[Mapping[str, Any]]
@@ -121,7 +125,8 @@ class Engine:
         Args:
             name: the name that prompts use.
             prefix: the directory of a prefix or of a run, a `Tuned`, or the output of a method with
-                its card.
+                its card. `tuned.without_prefix()` is the bare model with the task and the decoding
+                options of `tuned`.
             replace: replace the prefix with this name, if there is one. Rows that are running
                 finish with the prefix that they started with, and all others use the new one.
 
@@ -208,16 +213,57 @@ class Engine:
         """
         if isinstance(prompts, str | Mapping):
             raise DataError(f"prompts must be a list, got {prompts!r:.80}; write [prompt]")
-        names = [prefix] * len(prompts) if prefix is None or isinstance(prefix, str) else [*prefix]
-        if len(names) != len(prompts):
-            raise ConfigError(
-                f"prefix has {len(names)} names for {len(prompts)} prompts; give one name per "
-                "prompt, or one for all"
-            )
         requests = [
             self.request(prompt, name, config, index=index, name=f"prompt {index}", **options)
-            for index, (prompt, name) in enumerate(zip(prompts, names, strict=True))
+            for index, (prompt, name) in enumerate(_named(prompts, prefix, "prompt"))
         ]
+        return self._run(requests, on_text, on_done)
+
+    def predict(
+        self,
+        data: Source | Sequence[Record],
+        prefix: str | Sequence[str | None] | None,
+        *,
+        output: str | Path | None = None,
+        on_prediction: Callable[[Prediction], None] | None = None,
+        config: DecodeConfig | None = None,
+        **options: Any,
+    ) -> list[Prediction]:
+        """Generates a text for every record, each with its own prefix; see `Tuned.predict`.
+
+        Args:
+            data: a file, `tfds:NAME/SPLIT`, or records.
+            prefix: the name of each record's prefix, whose task renders the record; or one name for
+                all.
+            output, on_prediction: as in `Tuned.predict`.
+            config, options: as in `generate`.
+
+        Returns:
+            One prediction per record in the order of the data; one per sample if several texts are
+            generated for a record.
+
+        Raises:
+            DataError, ContextError: a record cannot become a prompt; nothing was predicted.
+            PrefixJaxError: as in `generate`.
+        """
+        records = read_records(data)
+        named = _named(records, prefix, "record")
+        with collecting(output, on_prediction) as (predictions, emit):
+            prompts = [self._render(record, name) for record, name in named]
+            requests = [
+                self.request(prompt.ids, name, config, index=i, name=record.origin, **options)
+                for i, (prompt, (record, name)) in enumerate(zip(prompts, named, strict=True))
+            ]
+            self._run(requests, None, in_order(records, prompts, emit))
+        return predictions
+
+    def _run(
+        self,
+        requests: Sequence[Request],
+        on_text: OnText | None,
+        on_done: Callable[[int, Generation], None] | None,
+    ) -> list[Generation]:
+        """Generates texts for all requests; see `generate`."""
         for request in requests:
             self._core.check(request)
         handles = [self._core.submit(request) for request in requests]
@@ -267,7 +313,7 @@ class Engine:
         stored = {} if banked is None else banked.card.decode
         values = stored if config is None else dataclasses.asdict(config)
         return Request(
-            ids=self._encode(prompt, banked, name),
+            ids=self._encode(prompt, prefix, name),
             prefix=prefix,
             config=build(DecodeConfig, {**values, **options}),
             index=index,
@@ -350,23 +396,41 @@ class Engine:
         return () if token is None else (token,)
 
     def _encode(
-        self, prompt: Prompt | Chat | Sequence[int], banked: Banked | None, name: str
+        self, prompt: Prompt | Chat | Sequence[int], prefix: str | None, name: str
     ) -> Sequence[int]:
         if _is_chat(prompt):
             record = Record({"messages": [*prompt]}, name)
             return ChatTask().prompt(record, self._reader).ids
-        if not isinstance(prompt, Mapping):
-            text_or_ids: Any = prompt
-            arch = self._pretrained.backbone.arch
-            return encode_prompts(self._pretrained.tokenizer, arch, [text_or_ids], [name])[0]
-        if banked is None:
+        if isinstance(prompt, Mapping):
+            return self._render(Record(prompt, name), prefix).ids
+        text_or_ids: Any = prompt
+        arch = self._pretrained.backbone.arch
+        return encode_prompts(self._pretrained.tokenizer, arch, [text_or_ids], [name])[0]
+
+    def _render(self, record: Record, prefix: str | None) -> RenderedPrompt:
+        """The prompt of a record, as the task of a prefix renders it."""
+        if prefix is None:
             raise DataError(
-                f"{name} is a record, which the task of a prefix renders; give a text, or the name "
-                "of a prefix"
+                f"{record.origin} is a record, which the task of a prefix renders; give a text, or "
+                "the name of a prefix"
             )
-        room = self._pretrained.backbone.arch.max_positions - banked.slots.text_position
-        reader: Reader = dataclasses.replace(self._reader, room=room)
-        return _task_of(banked.card).prompt(Record(prompt, name), reader).ids
+        banked = self._core.bank.find(prefix)
+        arch = self._pretrained.backbone.arch
+        room = (arch.encoder or arch).max_positions - banked.slots.input_position
+        return _task_of(banked.card).prompt(record, dataclasses.replace(self._reader, room=room))
+
+
+def _named(
+    items: Sequence[T], prefix: str | Sequence[str | None] | None, kind: str
+) -> list[tuple[T, str | None]]:
+    """Pairs every item with the name of its prefix."""
+    names = [prefix] * len(items) if prefix is None or isinstance(prefix, str) else [*prefix]
+    if len(names) != len(items):
+        raise ConfigError(
+            f"prefix has {len(names)} names for {len(items)} {kind}s; give one name per {kind}, "
+            "or one for all"
+        )
+    return list(zip(items, names, strict=True))
 
 
 def _is_chat(prompt: Prompt | Chat | Sequence[int]) -> TypeGuard[Chat]:
@@ -383,12 +447,13 @@ def _resolve(name: str, prefix: Servable) -> tuple[Produced, Card, Path | None]:
         directory = artifact.find(prefix)
         return *artifact.load(directory), directory
     if isinstance(prefix, Tuned):
-        if prefix.produced is None or prefix.card is None:
+        if prefix.card is None:
             raise PrefixError(
                 f"prefix {name!r} is only a backbone; use None in place of its name for the bare "
                 "model"
             )
-        return prefix.produced, prefix.card, None
+        # The bare model, with the task and the decoding options of its card.
+        return prefix.produced or Prefix(), prefix.card, None
     if isinstance(prefix, tuple) and len(prefix) == 2 and isinstance(prefix[1], Card):
         return *prefix, None
     raise PrefixError(

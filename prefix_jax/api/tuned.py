@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import jax
 
 from prefix_jax import artifact, tasks
+from prefix_jax.api.predictions import collecting, in_order
 from prefix_jax.artifact import Card
 from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.config import DecodeConfig, EvaluateConfig
@@ -23,7 +24,6 @@ from prefix_jax.decode.continuation import Generation
 from prefix_jax.decode.generate import Generator, OnText
 from prefix_jax.errors import DataError, PrefixError
 from prefix_jax.evaluate.evaluator import Evaluation, Evaluator, needs_references
-from prefix_jax.evaluate.predictions import writing_predictions
 from prefix_jax.evaluate.predictor import Predictor, Steered
 from prefix_jax.interop import peft
 from prefix_jax.interop.export import baked
@@ -156,7 +156,7 @@ class Tuned:
 
     def predict(
         self,
-        data: Source | Sequence[str],
+        data: Source | Sequence[str] | Sequence[Record],
         *,
         batch_size: int = 16,
         output: str | Path | None = None,
@@ -190,18 +190,7 @@ class Tuned:
             texts = [item for item in items if isinstance(item, str)]
             task, source = task.of_texts(items) if texts and texts == items else (task, items)
         records = read_records(source)
-        with contextlib.ExitStack() as stack:
-            # Opened first, so that a file that cannot be written is reported before the work.
-            listeners = [] if on_prediction is None else [on_prediction]
-            if output is not None:
-                listeners.append(stack.enter_context(writing_predictions(output)))
-            predictions: list[Prediction] = []
-
-            def emit(prediction: Prediction) -> None:
-                predictions.append(prediction)
-                for listener in listeners:
-                    listener(prediction)
-
+        with collecting(output, on_prediction) as (predictions, emit):
             if self.head is None:
                 decode = self._decode(decode, **options)
                 self._predict_texts(task, records, decode, batch_size, emit)
@@ -351,24 +340,12 @@ class Tuned:
     ) -> None:
         """Generates a text for every record, and emits predictions in the order of the records."""
         prompts = [task.prompt(record, self.reader) for record in records]
-        waiting: dict[int, Generation] = {}
-        done = 0
-
-        def on_done(index: int, generation: Generation) -> None:
-            nonlocal done
-            waiting[index] = generation
-            while done in waiting:
-                for sample in waiting.pop(done).samples:
-                    origin, prompt = records[done].origin, prompts[done].text
-                    emit(Prediction(origin, prompt, sample.text.strip(), ()))
-                done += 1
-
         self._generate(
             [prompt.ids for prompt in prompts],
             decode,
             batch_size=batch_size,
             names=[record.origin for record in records],
-            on_done=on_done,
+            on_done=in_order(records, prompts, emit),
         )
 
     def _predict_answers(

@@ -116,8 +116,13 @@ def to_arrays(produced: Produced) -> dict[str, np.ndarray]:
 
 
 def digest(produced: Produced) -> str:
-    """Returns the SHA-256 of a prefix: its spec and its arrays in float32."""
-    content = hashlib.sha256(repr(prefix_spec(produced)).encode())
+    """Returns the SHA-256 of a prefix: its spec and its arrays in float32.
+
+    An empty prefix, which stands for the bare model, has no spec, because it cannot be stored.
+    """
+    content = hashlib.sha256()
+    if jax.tree.leaves(produced):
+        content.update(repr(prefix_spec(produced)).encode())
     for name, x in sorted(to_arrays(produced).items()):
         content.update(f"{name} {x.shape}".encode())
         content.update(x.astype("<f4").tobytes())

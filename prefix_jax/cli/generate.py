@@ -8,7 +8,14 @@ A record has the fields of the training data and is rendered with the training
 run's template; a prompt is used unchanged. Without either, the command asks for
 one record after another: Ctrl-C stops an answer, Ctrl-D ends.
 
-Decoding settings are those of the training run; override them as in
+Several prefixes can share batches: with --prefix, the field "prefix" of a record
+names the one that it uses, whose template renders it. Records without a name, or
+with null, use the first argument, or with --no-prefix the bare model. The first
+argument may also be a backbone; then every record names a prefix.
+
+  prefix-jax generate runs/quickstart --prefix legal=runs/legal --input all.jsonl
+
+Decoding settings are those of each prefix's training run; override them as in
 decode.num_beams=5. Available are max_new_tokens, min_new_tokens, num_beams,
 length_penalty, early_stopping, temperature, top_k, top_p, min_p,
 repetition_penalty, no_repeat_ngram_size, banned_words, stop, num_samples, seed.
@@ -18,13 +25,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from prefix_jax.cli import _stored
+from prefix_jax.cli import _prefixes, _stored
 from prefix_jax.errors import DataError, PrefixJaxError
 from prefix_jax.terminal import escape, print_error, printable
 from prefix_jax.untrusted.json import parse_json
@@ -34,6 +42,7 @@ if TYPE_CHECKING:
 
     from prefix_jax.api import Tuned
     from prefix_jax.config import DecodeConfig
+    from prefix_jax.tasks import Prediction
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,27 +60,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON Lines file for the predictions of --input (default: standard output)",
     )
     parser.add_argument(
-        "--no-prefix", action="store_true", help="use the model without the prefix, for comparison"
+        "--prefix",
+        metavar="NAME=DIR",
+        dest="prefixes",
+        action="append",
+        default=[],
+        help='another prefix, for records of --input whose field "prefix" is NAME; repeatable',
+    )
+    parser.add_argument(
+        "--no-prefix",
+        action="store_true",
+        help="use the model without the prefix, for comparison; with --prefix, only for records "
+        "that name no other prefix",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Generates text to standard output or a file."""
     from prefix_jax.config import GenerateConfig
+    from prefix_jax.data.source import read_records
     from prefix_jax.terminal.console import make_console
 
     if args.output is not None and args.input is None:
         raise DataError("--output needs --input, whose predictions it receives; give both")
     if args.output is not None and os.path.realpath(args.output) == os.path.realpath(args.input):
         raise DataError(f"--output would overwrite the records in {args.input}; use another file")
+    if args.prefixes and args.input is None:
+        raise DataError("--prefix needs --input, whose records name their prefixes; give both")
     record = None if args.record is None else _record(args.record)
     progress = make_console(stderr=True, highlight=False)
+    if args.prefixes:
+        with progress.status("loading"):
+            engine, records, names, total = _prefixes.load(args)
+        predict = functools.partial(engine.predict, records, names)
+        _file(predict, total, args.output, progress)
+        return 0
     with progress.status("loading"):
         tuned, settings = _stored.load(args, GenerateConfig)
     if args.no_prefix:
         tuned = tuned.without_prefix()
     if args.input is not None:
-        _file(tuned, settings.decode, args.input, args.output, progress)
+        records = read_records(args.input)
+        predict = functools.partial(tuned.predict, records, decode=settings.decode)
+        _file(predict, len(records) * settings.decode.num_samples, args.output, progress)
     elif args.prompt is not None or record is not None:
         _answer(tuned, settings.decode, args.prompt if record is None else record, progress)
     else:
@@ -116,15 +147,18 @@ def _answer(
 
 
 def _file(
-    tuned: Tuned, decode: DecodeConfig, source: str, output: str | None, progress: Console
+    predict: Callable[..., list[Prediction]], total: int, output: str | None, progress: Console
 ) -> None:
-    """Generates for every record of a file."""
+    """Writes predictions to a file or to standard output.
+
+    Args:
+        predict: `Tuned.predict` or `Engine.predict` with its records.
+        total: the number of predictions.
+        output: the file; None for standard output.
+        progress: the console for the progress bar.
+    """
     from rich.progress import Progress
 
-    from prefix_jax.data.source import read_records
-    from prefix_jax.tasks import Prediction
-
-    total = len(read_records(source)) * decode.num_samples
     bar = Progress(console=progress, transient=True)
     task = bar.add_task("generating", total=total)
 
@@ -135,9 +169,7 @@ def _file(
 
     # Without a terminal, the bar would still print an empty line.
     with bar if progress.is_terminal else contextlib.nullcontext():
-        predictions = tuned.predict(
-            source, decode=decode, output=output, on_prediction=on_prediction
-        )
+        predictions = predict(output=output, on_prediction=on_prediction)
     if output is not None:
         progress.print(
             f"wrote {len(predictions)} predictions to {output}", markup=False, soft_wrap=True

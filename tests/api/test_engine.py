@@ -15,10 +15,12 @@ import prefix_jax as pj
 from prefix_jax import artifact, tasks
 from prefix_jax.artifact import BackboneCard, Card
 from prefix_jax.errors import BackboneError, ConfigError, DataError, PrefixError
+from prefix_jax.evaluate.predictions import read_predictions
 from prefix_jax.prefix import Hidden, KVPrefix, Prefix, Produced, Site
 
 TASK = pj.TextTask("{sum}=", "{total}")
 CONFIG = pj.DecodeConfig(max_new_tokens=6)
+HOT = {"temperature": 5.0, "seed": 4}
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,29 @@ def test_chats_are_rendered_by_the_tokenizers_template(engine, tuned, monkeypatc
         engine.generate([[{"role": "user"}]])
 
 
+def test_records_are_predicted_with_their_own_prefixes(
+    engine: pj.Engine, tuned: pj.Tuned, hidden: pj.Tuned, tmp_path: Path
+) -> None:
+    bare = tuned.without_prefix()
+    engine.add("bare", bare)
+    records = [{"sum": f"{i}+1"} for i in range(6)]
+    models = {"kv": tuned, "hidden": hidden, "bare": bare}
+    names = [*models, *models]
+    predictions = engine.predict(records, names, output=tmp_path / "p.jsonl", num_samples=2, **HOT)
+    assert [made.origin for made in predictions[::2]] == [f"record {i}" for i in range(1, 7)]
+    for name, alone in models.items():
+        expected = alone.predict(records, num_samples=2, **HOT)
+        for index, made in enumerate(predictions):
+            if names[index // 2] == name:
+                assert made == expected[index]
+    stored = [made.prediction for made in read_predictions(tmp_path / "p.jsonl")]
+    assert stored == [made.prediction for made in predictions]
+    assert len(set(stored)) > 3
+    with pytest.raises(DataError, match="record 2: no field 'sum'"):
+        engine.predict([{"sum": "1"}, {"total": "2"}], "kv")
+    engine.remove("bare")
+
+
 def test_samples_depend_on_the_position_of_the_prompt(engine: pj.Engine, tuned: pj.Tuned) -> None:
     options = {"temperature": 1.0, "num_samples": 2, "seed": 4}
     generations = engine.generate(["1+2="] * 3, "kv", **options)
@@ -185,7 +210,7 @@ def test_prefix_of_another_backbone_is_refused(
 
 def test_what_cannot_generate_is_refused(engine: pj.Engine, tuned: pj.Tuned, tmp_path) -> None:
     with pytest.raises(PrefixError, match="is only a backbone; use None"):
-        engine.add("bare", tuned.without_prefix())
+        engine.add("bare", pj.Tuned(tuned.pretrained, None, None))
     with pytest.raises(PrefixError, match=r"must be a directory, a Tuned, or .* got int"):
         engine.add("number", 3)
     with pytest.raises(PrefixError, match="must be a non-empty text, got ''"):
