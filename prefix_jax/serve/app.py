@@ -24,6 +24,7 @@ from prefix_jax.serve.guides import Vocabulary
 from prefix_jax.serve.metrics import Metrics
 from prefix_jax.serve.models import Model, Models
 from prefix_jax.serve.responses import DONE, Responses, sse
+from prefix_jax.untrusted.tokenizer import token_ids
 
 B = TypeVar("B", bound=BaseModel)
 Handler = Callable[[Request], Awaitable[Response]]
@@ -84,6 +85,7 @@ class App:
             Route("/v1/chat/completions", _answer(user(self._chat)), methods=["POST"]),
             Route("/tokenize", _answer(user(self._tokenize)), methods=["POST"]),
             Route("/detokenize", _answer(user(self._detokenize)), methods=["POST"]),
+            Route("/tokenizer_info", _answer(user(self._tokenizer_info)), methods=["GET"]),
             Route("/v1/prefixes", _answer(admin(self._list_prefixes)), methods=["GET"]),
             Route("/v1/prefixes", _answer(admin(self._load_prefix)), methods=["POST"]),
             Route(
@@ -193,11 +195,8 @@ class App:
 
     async def _tokenize(self, request: Request) -> Response:
         body = await self._body(request, protocol.Tokenize)
-        model = await self._models.find(body.model)
-        prompt: Any = body.prompt if body.messages is None else turns(body.messages)
-        prefix = None if model.prefix is None else model.id
-        made = await asyncio.to_thread(self._engine.engine.request, prompt, prefix)
-        ids = list(made.ids)
+        model = await self._models.find(self._models.base if body.model is None else body.model)
+        ids = await asyncio.to_thread(self._ids, body)
         content: dict[str, Any] = {
             "count": len(ids),
             "max_model_len": self._describe(model)["max_model_len"],
@@ -208,9 +207,31 @@ class App:
             content["token_strs"] = [spelling.decode(errors="replace") for spelling in spellings]
         return JSONResponse(content)
 
+    def _ids(self, body: protocol.Tokenize) -> list[int]:
+        engine = self._engine.engine
+        if body.messages is not None:
+            return list(engine.request(turns(body.messages)).ids)
+        assert body.prompt is not None
+        if body.add_special_tokens is False:
+            return token_ids(engine.model.tokenizer, [body.prompt], "the prompt")[0]
+        return list(engine.request(body.prompt).ids)
+
+    async def _tokenizer_info(self, request: Request) -> Response:
+        tokenizer = self._engine.engine.model.tokenizer
+        return JSONResponse(
+            {
+                "tokenizer_class": type(tokenizer).__name__,
+                "vocab_size": len(tokenizer),
+                "bos_token": tokenizer.bos_token,
+                "eos_token": tokenizer.eos_token,
+                "pad_token": tokenizer.pad_token,
+                "chat_template": tokenizer.chat_template,
+            }
+        )
+
     async def _detokenize(self, request: Request) -> Response:
         body = await self._body(request, protocol.Detokenize)
-        await self._models.find(body.model)
+        await self._models.find(self._models.base if body.model is None else body.model)
         return JSONResponse({"prompt": self._engine.engine.decode(body.tokens)})
 
     async def _health(self, request: Request) -> Response:

@@ -199,24 +199,27 @@ class Chat(Generate):
 
 
 class Tokenize(_Model):
-    """A request to `/tokenize`: a prompt or a chat."""
+    """A request to `/tokenize`: a prompt or a chat. Without a model, it is the backbone."""
 
-    model: str
+    model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
     return_token_strs: bool = False
 
     @model_validator(mode="after")
     def _one(self) -> Tokenize:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either a prompt or messages")
+        if self.messages is not None and self.add_special_tokens:
+            raise ValueError("the chat template adds the special tokens of messages")
         return self
 
 
 class Detokenize(_Model):
     """A request to `/detokenize`."""
 
-    model: str
+    model: str | None = None
     tokens: list[_Token]
 
 

@@ -76,6 +76,8 @@ def test_tokens_and_texts_convert(server) -> None:
     assert answer["max_model_len"] == 256 - 4
     back = server.post("/detokenize", model="base", tokens=answer["tokens"]).json
     assert back == {"prompt": "hi!"}
+    assert server.post("/tokenize", prompt="hi", add_special_tokens=False).json["count"] == 2
+    assert server.get("/tokenizer_info").json["eos_token"] == "</s>"
     assert "either" in server.post("/tokenize", model="base").error["message"]
 
 
