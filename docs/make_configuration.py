@@ -15,6 +15,7 @@ import yaml
 
 from prefix_jax import config
 from prefix_jax.methods import METHODS
+from prefix_jax.tasks import TASKS
 from prefix_jax.validation import describe
 
 PAGE = Path(__file__).parent / "configuration.md"
@@ -49,8 +50,8 @@ def page() -> str:
 def _section(title: str, cls: Any, key: str) -> str:
     hints, texts = get_type_hints(cls, include_extras=True), _attributes(cls)
     rows = [
-        f"| `{key}.{field.name}` | {_values(hints[field.name])} | {_default(field)} "
-        f"| {texts[field.name]} |"
+        f"| `{key}.{field.name}` | {_values(f'{key}.{field.name}', hints[field.name])} "
+        f"| {_default(field)} | {texts[field.name]} |"
         for field in dataclasses.fields(cls)
         if field.init
     ]
@@ -59,8 +60,11 @@ def _section(title: str, cls: Any, key: str) -> str:
     return f"### {title}\n\n{summary}\n\n" + "\n".join(table) + "\n"
 
 
-def _values(hint: Any) -> str:
+def _values(key: str, hint: Any) -> str:
     """The type of a field in words, without articles."""
+    if key == "evaluate.metrics":  # depends on the task, which checks it
+        names = dict.fromkeys(name for task in TASKS.values() for name in task().metrics)
+        return f"list of any of {', '.join(names)}"
     return re.sub(r"\ban? (?!section)", "", describe(hint))
 
 

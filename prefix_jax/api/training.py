@@ -62,7 +62,7 @@ def fit(
         output_dir: the run directory; None uses a temporary one. An interrupted run resumes.
         overrides: other config settings, in command-line syntax: "optim.schedule=cosine".
         console: the console for progress.
-        quiet: show no progress.
+        quiet: print nothing: no progress, and no warnings about the config or the data.
 
     Raises:
         PrefixJaxError: see `prefix_jax.runs.run.run`.

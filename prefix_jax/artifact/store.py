@@ -149,7 +149,14 @@ def load(path: str | Path) -> tuple[Produced, Card]:
 
 
 def load_head(path: str | Path) -> dict[str, jax.Array]:
-    """Loads the arrays of the head stored with a prefix; empty if it has none. See `load`."""
+    """Loads the arrays of the head stored with a prefix; empty if it has none.
+
+    Args:
+        path: the directory of a prefix, or of a run.
+
+    Raises:
+        PrefixError: there is no prefix, or it is damaged or has a newer format.
+    """
     return _load(path)[1]
 
 

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,…",
         help="text: loss, accuracy, bleu, chrf, rouge1, rouge2, rougeL, rougeLsum, exact_match, "
         "final_number; tasks with a head: loss, accuracy, f1, f1_macro, matthews, pearson, "
-        "spearman, exact_match (default: loss). Short for evaluate.metrics=[…]",
+        "spearman, exact_match, ndcg, mrr (default: loss). Short for evaluate.metrics=[…]",
     )
     parser.add_argument(
         "--labels",

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 from prefix_jax.cli import _processes, _usage
 
 if TYPE_CHECKING:
-    from prefix_jax.config import Config
+    from prefix_jax.config import DataConfig
     from prefix_jax.evaluate.evaluator import Evaluation
     from prefix_jax.runs.final_report import Sample
     from prefix_jax.runs.results import Results
+    from prefix_jax.tasks import Task
 
 _SAMPLES = 3
 _MAX_RECORD = 500  # characters; a longer record would make the printed command unreadable
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from prefix_jax.runs.results import Results, config_digest, read_results
     from prefix_jax.runs.run import run as train
     from prefix_jax.runs.run_directory import RunDirectory
+    from prefix_jax.tasks import make_task
     from prefix_jax.terminal.console import make_console
 
     if args.profile is not None:
@@ -98,11 +100,14 @@ def run(args: argparse.Namespace) -> int:
             return 128 + result.interrupted
         results = Results(result.step, result.evaluations)
     if results is not None and _processes.is_first():
-        _close(console, directory, config, results)
+        task = make_task(config.data, config.task)
+        _print_results(console, directory, results, task, config.data)
     return 0
 
 
-def _close(console: Any, directory: Path, config: Config, results: Results) -> None:
+def _print_results(
+    console: Any, directory: Path, results: Results, task: Task, data: DataConfig
+) -> None:
     from prefix_jax.runs.final_report import print_final_report
 
     before, after = results.evaluations.get("before"), results.evaluations.get("after")
@@ -110,9 +115,9 @@ def _close(console: Any, directory: Path, config: Config, results: Results) -> N
         console,
         before={} if before is None else before.report.metrics,
         after=_dev(directory, results.step) if after is None else after.report.metrics,
-        samples=_samples(before, after, config),
+        samples=_samples(before, after, "generated" if task.generates else "answered"),
         written=_written(directory),
-        command=_command(directory, config),
+        command=_command(directory, task, data),
     )
 
 
@@ -130,22 +135,20 @@ def _dev(directory: Path, step: int) -> dict[str, float]:
     return {}
 
 
-def _samples(before: Evaluation | None, after: Evaluation | None, config: Config) -> list[Sample]:
-    """Returns a few held-out examples with their predictions."""
+def _samples(before: Evaluation | None, after: Evaluation | None, verb: str) -> list[Sample]:
+    """Returns a few held-out examples with their predictions, which the model `verb`."""
     from prefix_jax.runs.final_report import Sample
-    from prefix_jax.tasks import make_task
 
     if after is None:
         return []
     without = {} if before is None else {p.origin: p.prediction for p in before.predictions}
-    how = "generated" if make_task(config.data, config.task).generates else "answered"
     return [
         Sample(
             prediction.prompt,
             next(iter(prediction.references), ""),
             without.get(prediction.origin),
             prediction.prediction,
-            how,
+            verb,
         )
         for prediction in after.predictions[:_SAMPLES]
     ]
@@ -175,11 +178,10 @@ def _size(directory: Path) -> str:
     return f"{artifact.stored_bytes(directory) / 1000:,.0f} kB"
 
 
-def _command(directory: Path, config: Config) -> str | None:
+def _command(directory: Path, task: Task, data: DataConfig) -> str | None:
     """Returns a command that uses the prefix on held-out data; None after full fine-tuning."""
     from prefix_jax import artifact
     from prefix_jax.errors import PrefixJaxError
-    from prefix_jax.tasks import make_task
 
     prefix = directory / "prefix"
     if not prefix.exists():
@@ -187,12 +189,12 @@ def _command(directory: Path, config: Config) -> str | None:
         prefix = next(iter(sorted((directory / artifact.PREFIXES).glob("*"))), prefix)
     if not prefix.exists():
         return None
-    source = config.data.test or config.data.dev or config.data.train
-    if not make_task(config.data, config.task).generates:
+    source = data.test or data.dev or data.train
+    if not task.generates:
         return shlex.join([_executable(), "predict", str(prefix), "--input", source or "FILE"])
     words = [_executable(), "generate", str(prefix)]
     try:
-        record = _held_out(config, prefix.name)
+        record = _held_out(task, data, prefix.name)
     # The data may have changed since training; the command then asks for input.
     except (PrefixJaxError, LookupError, TypeError, AttributeError):
         record = None
@@ -202,12 +204,10 @@ def _command(directory: Path, config: Config) -> str | None:
     return shlex.join(words)
 
 
-def _held_out(config: Config, dataset: str) -> Mapping[str, Any] | None:
+def _held_out(task: Task, data: DataConfig, dataset: str) -> Mapping[str, Any] | None:
     """Returns the prompt fields of the first held-out record, in a mixture of this dataset."""
     from prefix_jax.data.source import read_records
-    from prefix_jax.tasks import make_task
 
-    data, task = config.data, make_task(config.data, config.task)
     source = data.test or data.dev or data.train
     if source is None or task.form is None:
         return None

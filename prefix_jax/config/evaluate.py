@@ -19,7 +19,7 @@ class EvaluateConfig:
             "rougeLsum", "exact_match" and "final_number". For labels: "loss", and depending on the
             task "accuracy", "f1" (of the second of two labels, otherwise the mean over labels; for
             tags over entities, for spans over words), "f1_macro", "matthews", "pearson",
-            "spearman" and "exact_match".
+            "spearman", "exact_match", "ndcg" and "mrr".
         labels: for the accuracy of text generation, the answers to choose from.
         compare_baseline: also evaluate the model without the prefix on the test data.
         batch_size: examples per batch.

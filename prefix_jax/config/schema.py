@@ -297,8 +297,13 @@ class Config:
     def __post_init__(self) -> None:
         check_fields(self)
         data = self.data
+        method = self.method.get("name")
         check_conditions(
-            (isinstance(self.method.get("name"), str), "method.name is missing; name a method"),
+            (method is not None, "method.name is missing; name a method"),
+            (
+                isinstance(method, str | None),
+                f"method.name must be the name of a method, got {method!r}",
+            ),
             (
                 data.batch_size % self.optim.grad_accum_steps == 0,
                 f"data.batch_size {data.batch_size} is not divisible by optim.grad_accum_steps "

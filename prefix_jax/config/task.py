@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 from prefix_jax.validation import Fraction, Interval, Size, check_fields
+
+# The names of `prefix_jax.tasks.TASKS`; "generate" stands for its "text" and "chat".
+TaskName = Literal["generate", "classify", "regress", "tag", "span", "choice", "rank"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class TaskConfig:
             reads the first soft token instead of the first token of the text, as in PEFT.
     """
 
-    name: str = "generate"
+    name: TaskName = "generate"
     label: str = "label"
     labels: tuple[str, ...] | None = None
     words: str = "tokens"

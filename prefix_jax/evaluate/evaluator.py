@@ -126,7 +126,8 @@ class Evaluator:
             metrics: the metrics to use.
 
         Raises:
-            ConfigError: none of `labels` is a target of the examples.
+            ConfigError: none of `labels` is a target of the examples, or a text would be generated
+                from an empty input.
             ContextError: prefix and prompt leave no room for `max_new_tokens`, or for a label.
         """
         examples = examples[: self._config.max_examples]

@@ -96,7 +96,8 @@ class Predictor:
             reads: the pass.
 
         Raises:
-            ConfigError: none of the labels is a target of the examples.
+            ConfigError: none of the labels is a target of the examples, or a text would be
+                generated from an empty input.
             ContextError: prefix and prompt leave no room for `max_new_tokens`, or for a label.
         """
         sides = self._model.encoder_decoder
@@ -105,6 +106,11 @@ class Predictor:
             self._candidates(examples, room)
         if reads != "text":
             return
+        if empty := [example.origin for example in examples if not len(example.prompt_ids)]:
+            raise ConfigError(
+                f"evaluate.metrics: {empty[0]} has no input from which to generate a text; give "
+                "data.input, or only metrics that read the targets, such as loss"
+            )
         longest = max(examples, key=lambda example: example.prompt_length)
         # The input of an encoder was cut to fit, and its decoder contains only the generated text.
         given = longest.prompt_length if sides is None else 0

@@ -49,7 +49,7 @@ class LlamaAdapter(Method[Adapter]):
         return 0
 
     def init(self, rng: jax.Array, geometry: Geometry, start: Adapter | None) -> Params:
-        """See `Method.init`.
+        """Initialises the states at random and the gates at 0, or both from `start`.
 
         Raises:
             ConfigError: the backbone lacks a chosen layer.

@@ -40,7 +40,7 @@ class PrefixTuningPlus(SiteMethod):
         return Prefix.of(sites)
 
     def init(self, rng: jax.Array, geometry: Geometry, start: Prefix | None) -> Params:
-        """See `Method.init`.
+        """Initialises the memories, with those of `start` or zeros.
 
         Raises:
             ConfigError: the backbone lacks a chosen site or layer.

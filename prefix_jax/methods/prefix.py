@@ -48,7 +48,7 @@ class PrefixTuning(SiteMethod):
         return self.length if self.text_position is None else self.text_position
 
     def init(self, rng: jax.Array, geometry: Geometry, start: Prefix | None) -> Params:
-        """See `Method.init`.
+        """Initialises keys and values, or the MLP that computes them, so that they equal `start`.
 
         Raises:
             ConfigError: the backbone lacks a chosen site or layer.

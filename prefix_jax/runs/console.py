@@ -31,7 +31,7 @@ class Console(Hook):
 
     Args:
         console: where to print; standard output by default.
-        quiet: show only warnings.
+        quiet: show nothing, not even warnings.
         primary: False on all processes but the first, which then show nothing.
         clock: returns the time in seconds.
     """
@@ -45,7 +45,7 @@ class Console(Hook):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = make_console() if console is None else guard(console)
-        self._visible, self._primary = primary and not quiet, primary
+        self._visible = primary and not quiet
         self._clock = clock
         self._total, self._log_every = 0, 10
         self._throughput = Throughput(0, clock)
@@ -160,8 +160,8 @@ class Console(Hook):
             self._print(Text(self._printable(text)))
 
     def warning(self, text: str) -> None:
-        """Prints a highlighted line, even if quiet."""
-        if self._primary:
+        """Prints a highlighted line."""
+        if self._visible:
             self._print(Text.assemble(("warning: ", "bold yellow"), self._printable(text)))
 
     def _at(self, step: int) -> str:

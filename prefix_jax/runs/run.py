@@ -42,7 +42,7 @@ def run(
         pretrained: a loaded backbone; None loads `config.model`.
         records: records by split ("train", "dev", "test"), instead of the config's files.
         console: where progress is shown; None for the terminal.
-        quiet: show only warnings.
+        quiet: print nothing, not even warnings.
 
     Raises:
         PrefixJaxError: the config, the data and the backbone do not fit together, another run

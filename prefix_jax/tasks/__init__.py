@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from prefix_jax.config import DataConfig, EvaluateConfig, TaskConfig
-from prefix_jax.data.source import nearest
+from prefix_jax.config.task import TaskName
 from prefix_jax.errors import ConfigError, DataError, PrefixError
 from prefix_jax.nn.head import Head
 from prefix_jax.tasks.base import EncoderDecoder, Prediction, Prompt, Reader, Task
@@ -68,7 +68,7 @@ TASKS: dict[str, type[Task]] = {
     "rank": Rank,
 }
 NAMES = {cls: name for name, cls in TASKS.items()}
-GENERATE = "generate"
+GENERATE: TaskName = "generate"
 _GENERATING = ("text", "chat")
 
 
@@ -94,15 +94,10 @@ def make_task(data: DataConfig, task: TaskConfig) -> Task:
         task: the name of the task and its other fields.
 
     Raises:
-        ConfigError: the name is unknown, or a field is set that the task does not have.
+        ConfigError: a field is set that the task does not have.
         DataError: a template is malformed.
     """
-    name = task.name
-    known = [GENERATE, *(name for name in TASKS if name not in _GENERATING)]
-    if name not in known:
-        near = nearest(name, known)
-        hint = "" if near is None else f" did you mean {near!r}?"
-        raise ConfigError(f"task.name: unknown task {name!r};{hint} use one of {', '.join(known)}")
+    name: str = task.name
     if name == GENERATE:
         name = "chat" if data.messages is not None else "text"
     cls = TASKS[name]
@@ -188,7 +183,10 @@ def check_task(
     task.check(architecture, method)
     check_metrics(task, evaluate)
     if head_learning_rate is not None and task.head(architecture) is None:
-        raise ConfigError("optim.head_learning_rate: there is no head; give task.name")
+        raise ConfigError(
+            "optim.head_learning_rate: there is no head; remove it, or choose a task with a "
+            "head (task.name)"
+        )
 
 
 def check_head(task: Task, head: Head | None, architecture: Architecture) -> None:

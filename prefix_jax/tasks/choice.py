@@ -70,13 +70,13 @@ class CandidatesTask(HeadTask):
         require_template(self.input, "input")
         if not self.choices:
             raise ConfigError(
-                "task.choices: give the templates of the texts to choose from, such as "
+                "task.choices: missing; give the templates of the texts to choose from, such as "
                 "['{one}', '{two}']"
             )
         if soft_tokens_precede_text(architecture, method):
             raise ConfigError(
-                "a task with several texts per example does not fit soft tokens before an "
-                "encoder, which need a row for each text; train keys and values instead "
+                "task.name: a task with several texts per example does not fit soft tokens before "
+                "an encoder, which need a row for each text; train keys and values instead "
                 "(method.name: prefix)"
             )
 
@@ -153,7 +153,7 @@ class MultipleChoice(CandidatesTask):
         return head_metrics(accuracy=scorers.accuracy)
 
     def targets(self, record: Record, texts: Sequence[str]) -> tuple[Sequence[float], str]:
-        """See `CandidatesTask.targets`. 1 for the correct text."""
+        """Returns 1 for the correct text and 0 for the others, and the correct text."""
         names = self.labels or tuple(map(str, range(len(texts))))
         encoder = LabelEncoder(names[: len(texts)], "choice")
         correct = encoder.index(record, self.label, record.value(self.label))

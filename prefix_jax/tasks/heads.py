@@ -55,8 +55,8 @@ class HeadTask(Task):
     def check(self, architecture: Architecture, method: Method[Any] | None) -> None:
         if architecture.encoder is not None:
             raise ConfigError(
-                f"{architecture.model_type} is an encoder-decoder, but a head needs an encoder or "
-                "a decoder; let it generate the label as text (task.name: generate)"
+                f"task.name: {architecture.model_type} is an encoder-decoder, but a head needs an "
+                "encoder or a decoder; let it generate the label as text (task.name: generate)"
             )
 
     @abc.abstractmethod
@@ -209,7 +209,9 @@ class SequenceTask(HeadTask):
 def require_template(text: str | None, name: str) -> None:
     """Raises ConfigError if a task that is about to train lacks a template."""
     if text is None:
-        raise ConfigError(f"data: give {name}, a template of the text to read, such as '{{text}}'")
+        raise ConfigError(
+            f"data.{name}: missing; give a template of the text to read, such as '{{text}}'"
+        )
 
 
 def template_of(text: str | None, name: str) -> Template:

@@ -44,7 +44,7 @@ class Rank(CandidatesTask):
         return head_metrics(ndcg=ndcg, mrr=mrr)
 
     def targets(self, record: Record, texts: Sequence[str]) -> tuple[Sequence[float], str]:
-        """See `CandidatesTask.targets`. The relevance of each text."""
+        """Returns the relevance of each text, and the most relevant text."""
         values = record.value(self.label)
         if not isinstance(values, list) or len(values) != len(texts):
             raise DataError(

@@ -97,8 +97,8 @@ class GenerationTask(Task):
     def check(self, architecture: Architecture, method: Method[Any] | None) -> None:
         if not architecture.causal:
             raise ConfigError(
-                f"{architecture.model_type} is an encoder, which writes no text: give task.name, a "
-                "task with a head such as classify, regress, tag, span or choice"
+                f"task.name: {architecture.model_type} is an encoder, which writes no text; choose "
+                "a task with a head, such as classify, regress, tag, span or choice"
             )
         self._check_loss(two_stacks=architecture.encoder is not None)
 
@@ -180,8 +180,8 @@ class TextTask(GenerationTask):
         super().check(architecture, method)
         if self.target is None:
             raise ConfigError(
-                "data: give target, a template of the text to learn such as '{text}' (or messages, "
-                "the field of a chat)"
+                "data.target: missing; give a template of the text to learn, such as '{text}', or "
+                "data.messages, the field of a chat"
             )
 
     def unscored(self) -> Self:

@@ -51,7 +51,11 @@ def parse_json(
 def read_json(
     path: str | os.PathLike[str], error: type[PrefixJaxError], *, limit: int = DEFAULT_LIMIT
 ) -> Any:
-    """Reads and parses a JSON file of at most `limit` bytes. See `parse_json` and `read_bytes`."""
+    """Reads and parses a JSON file of at most `limit` bytes.
+
+    Raises:
+        PrefixJaxError: of class `error`, if the file cannot be read or `parse_json` refuses it.
+    """
     return parse_json(read_text(path, error, limit=limit), str(path), error)
 
 

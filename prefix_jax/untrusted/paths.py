@@ -98,7 +98,16 @@ def open_binary(
 def read_text(
     path: str | os.PathLike[str], error: type[PrefixJaxError], *, limit: int = DEFAULT_LIMIT
 ) -> str:
-    """Reads a whole file as UTF-8 text, without a byte-order mark. See `read_bytes`."""
+    """Reads a whole file as UTF-8 text, without a byte-order mark.
+
+    Args:
+        path: a regular file, or a pipe of the shell.
+        error: the class to raise.
+        limit: the maximum size in bytes.
+
+    Raises:
+        PrefixJaxError: of class `error`, if the file cannot be read, is too large or not UTF-8.
+    """
     try:
         return read_bytes(path, error, limit=limit).decode("utf-8-sig")
     except UnicodeDecodeError as failure:

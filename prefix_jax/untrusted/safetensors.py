@@ -100,7 +100,12 @@ def read_tensor(
 def read_tensors(
     path: str | os.PathLike[str], error: type[PrefixJaxError]
 ) -> dict[str, np.ndarray]:
-    """Reads all tensors of a file into memory. See `read_tensor`."""
+    """Reads all tensors of a file into memory.
+
+    Raises:
+        PrefixJaxError: of class `error`, if the file cannot be read or is damaged, or if a
+            tensor is not floating-point.
+    """
     header = read_header(path, error)
     return {name: np.array(read_tensor(path, name, x, error)) for name, x in header.items()}
 

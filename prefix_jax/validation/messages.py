@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -75,6 +75,11 @@ def message_of(detail: Any, hint: Any, value: Any) -> str:
 
 def _remedy(hint: Any, value: Any) -> str:
     """Suggests a fix for common mistakes."""
+    choices = [
+        x for member in members(hint) if get_origin(member) is Literal for x in get_args(member)
+    ]
+    if isinstance(value, str) and (near := difflib.get_close_matches(value, choices, n=1)):
+        return f"; did you mean {near[0]}?"
     if bool in members(hint) and value in (0, 1, "on", "off", "On", "Off"):
         return "; write true or false"
     if not isinstance(value, list):

@@ -15,6 +15,7 @@ from prefix_jax.cli import train as command
 from prefix_jax.runs import run as run_module
 from prefix_jax.runs.console import Console
 from prefix_jax.runs.lock import FileLock
+from prefix_jax.tasks import make_task
 
 
 def test_final_report_shows_scores_texts_and_paths(trained):
@@ -163,7 +164,7 @@ def test_printed_command_for_chats_starts_at_the_first_question(folder):
     settings = ["data.input=null", "data.target=null", "data.messages=chat", chat]
     run = config.load(folder / "config.yaml", [*settings, f"output_dir={folder / 'run'}"])
     (folder / "run" / "prefix").mkdir(parents=True)
-    words = shlex.split(command._command(folder / "run", run))
+    words = shlex.split(command._command(folder / "run", make_task(run.data, run.task), run.data))
     assert json.loads(words[-1]) == {"chat": turns[:1]}
 
 

@@ -316,6 +316,10 @@ _TASK = ["task.name=classify", "data.target=null", "data.input='{a}'"]
         (['data.input="\\ud800{a}"'], "data.input: not valid Unicode text"),
         (["evaluate.metrics=[]"], "metrics is empty; name at least one"),
         (["method.name=null"], "method.name is missing; name a method"),
+        (["method.name=3"], "method.name must be the name of a method, got 3"),
+        (["task.name=clasify"], "task.name: must be one of generate, classify, "),
+        (["task.name=clasify"], "got 'clasify'; did you mean classify?"),
+        (["task.name=3"], "task.name: must be one of generate, classify, "),
         ([*_TASK, "task.dropout=1"], "dropout: must be a number in [0, 1), got 1"),
         (
             [*_TASK, "optim.head_learning_rate=0"],

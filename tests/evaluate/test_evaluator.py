@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -149,6 +150,15 @@ def test_rejects_label_that_exceeds_the_positions(pretrained: Pretrained, prefix
     chosen.check(long, ["accuracy"])
     with pytest.raises(ContextError, match=r"record 1: .* 252 tokens exceed the 251 positions"):
         chosen(pretrained.stacked(), prefix, long, ["accuracy"])
+
+
+def test_rejects_generation_from_an_empty_input(pretrained: Pretrained) -> None:
+    task = TextTask(target="{answer}")
+    (example,) = task.examples(read_records(RECORDS[1:2]), Reader(pretrained.tokenizer))
+    bare = dataclasses.replace(example, prompt_length=0)
+    evaluator(pretrained, "loss").check([bare], ["loss"])
+    with pytest.raises(ConfigError, match="has no input from which to generate a text"):
+        evaluator(pretrained, "loss", "bleu").check([bare], ["loss", "bleu"])
 
 
 def test_generates_once_per_input_and_scores_on_all_references(

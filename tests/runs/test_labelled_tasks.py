@@ -241,7 +241,7 @@ def test_soft_tokens_in_an_encoder_use_one_row_per_text(
 
 
 def test_encoder_rejects_generation(encoder: Pretrained, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="writes no text: give task"):
+    with pytest.raises(ConfigError, match=r"task\.name: bert is an encoder, which writes no text"):
         run(encoder, tmp_path, "data.target={label}", task={"name": "generate"}, train=TRAIN)
 
 

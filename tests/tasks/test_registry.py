@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from prefix_jax.config import DataConfig, EvaluateConfig, TaskConfig
+from prefix_jax.config.task import TaskName
 from prefix_jax.errors import ConfigError, DataError, PrefixError
 from prefix_jax.nn.head import Head
 from prefix_jax.tasks import (
+    GENERATE,
     TASKS,
     ChatTask,
     Classify,
@@ -51,6 +53,10 @@ def test_every_task_survives_configs_and_cards(name: str) -> None:
     assert "loss" in task.metrics
 
 
+def test_configs_name_every_task() -> None:
+    assert {"text", "chat", *get_args(TaskName)} == {GENERATE, *TASKS}
+
+
 def test_generation_is_a_text_or_a_chat() -> None:
     assert task_of({"input": "{a}", "target": "{b}"}) == TextTask("{a}", "{b}")
     assert task_of({"messages": "turns", "loss": "all"}) == ChatTask("turns", loss="all")
@@ -77,7 +83,7 @@ def test_unregistered_task_is_an_error() -> None:
         ({"pair": "{a}"}, {"name": "choice"}, r"data\.pair has no meaning for task\.name choice"),
         ({}, {"name": "classify", "choices": ("{a}",)}, r"task\.choices has no meaning"),
         ({}, {"name": "tag", "reads_soft": True}, r"task\.reads_soft has no meaning for .* tag"),
-        ({}, {"name": "clasify"}, r"task\.name: unknown task 'clasify'; did you mean 'classify'"),
+        ({}, {"name": "clasify"}, "name: must be one of .*, got 'clasify'; did you mean classify"),
         ({}, {"name": "classify", "labels": ("a", "a")}, "labels must name each label once"),
         ({}, {"name": "tag", "labels": ("O", " ")}, "contains an empty tag"),
     ],
@@ -97,15 +103,15 @@ def test_malformed_template_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("task", "architecture", "message"),
     [
-        (TextTask("{a}"), DECODER, "data: give target"),
-        (TextTask("{a}", "{b}"), ENCODER, "bert is an encoder, which writes no text: give task"),
+        (TextTask("{a}"), DECODER, r"data\.target: missing; give a template"),
+        (TextTask("{a}", "{b}"), ENCODER, "task.name: bert is an encoder, which writes no text"),
         (TextTask("{a}", "{b}", loss="all"), SEQ2SEQ, r"use data\.loss: target"),
         (ChatTask(), SEQ2SEQ, "an encoder-decoder cannot train on chats"),
-        (Classify(), ENCODER, "data: give input"),
+        (Classify(), ENCODER, r"data\.input: missing; give a template"),
         (Classify("{a}"), SEQ2SEQ, "let it generate the label as text"),
         (Classify("{a}", reads_soft=True), ENCODER, "no soft tokens precede an encoder's text"),
-        (ExtractSpan("{a}"), ENCODER, "data: give pair"),
-        (TASKS["choice"](input="{a}"), ENCODER, "task.choices: give the templates"),  # type: ignore[call-arg]
+        (ExtractSpan("{a}"), ENCODER, r"data\.pair: missing; give a template"),
+        (TASKS["choice"](input="{a}"), ENCODER, "task.choices: missing; give the templates"),  # type: ignore[call-arg]
     ],
 )
 def test_rejects_task_that_does_not_fit_the_model(

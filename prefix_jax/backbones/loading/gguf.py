@@ -220,7 +220,7 @@ class GGUF:
 
 
 class _Keys:
-    """Reads metadata keys below the architecture's name. See `Metadata.get`."""
+    """Reads metadata keys below the architecture's name, with the arguments of `Metadata.get`."""
 
     def __init__(self, metadata: Metadata, architecture: str):
         self._metadata, self._architecture = metadata, architecture

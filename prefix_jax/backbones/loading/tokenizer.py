@@ -159,7 +159,7 @@ def _sentencepiece(get: _Metadata, vocab: dict[str, int], tokens: list[str]) -> 
 
 
 class _Metadata:
-    """Reads and checks metadata keys below `tokenizer.ggml`. See `Metadata.get`."""
+    """Reads metadata keys below `tokenizer.ggml`, with the arguments of `Metadata.get`."""
 
     def __init__(self, file: GGUF):
         self.file, self.path = file, file.path

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from prefix_jax.backbones.loading.config import read_config
 from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.config import DataConfig, TaskConfig
+from prefix_jax.config.task import TaskName
 from prefix_jax.errors import PrefixError
 from prefix_jax.interop.peft.files import Files
 from prefix_jax.nn.head import Head
@@ -131,7 +132,7 @@ def from_arrays(
     arch, task_type = pretrained.backbone.arch, files.config["task_type"]
     outputs = _outputs(files)
     kind = _kind(task_type, outputs)
-    task = make_task(data, dataclasses.replace(given, name=NAMES[kind]))
+    task = make_task(data, dataclasses.replace(given, name=cast(TaskName, NAMES[kind])))
     fields: dict[str, Any] = {
         "dropout": 0.0,
         "reads_soft": _reads_soft(task_type, produced, arch.causal),
