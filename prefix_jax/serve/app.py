@@ -29,13 +29,13 @@ from prefix_jax.untrusted.tokenizer import token_ids
 B = TypeVar("B", bound=BaseModel)
 Handler = Callable[[Request], Awaitable[Response]]
 
-# A body that takes longer than this comes from a client that is stuck, or means harm.
+# Clients that need longer to send a body are stuck, or attack the server.
 _BODY_SECONDS = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Who may send what.
+    """Limits of clients.
 
     Attributes:
         api_keys: keys for all routes but `/health` and `/metrics`; empty for no keys.
@@ -271,7 +271,7 @@ class App:
                 if admin and not keys:
                     raise ApiError(403, "the server runs without an admin key (--admin-key)")
                 scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-                # Compares with every key, so that the time tells nothing about any.
+                # Compares with every key, so that the time does not depend on which one matches.
                 matches = [hmac.compare_digest(key.encode(), k.encode()) for k in keys]
                 if keys and not (scheme.lower() == "bearer" and any(matches)):
                     raise ApiError(

@@ -66,7 +66,7 @@ class EngineThread:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine accepts requests."""
+        """True while the engine accepts requests."""
         return self._thread.is_alive() and self.failure is None and not self._stopping
 
     def start(self) -> None:

@@ -87,7 +87,7 @@ class Generation:
         Raises:
             PrefixJaxError: a prompt or an option is invalid.
         """
-        # Chat templates and long texts take a while; other requests go on meanwhile.
+        # In a thread: rendering and tokenising a long text must not delay other requests.
         return await asyncio.to_thread(self._job, body, model)
 
     def _job(self, body: Completions | Chat, model: Model) -> Job:
@@ -123,7 +123,7 @@ class Generation:
 
         Raises:
             QueueFullError, EngineStoppedError, PrefixJaxError: see `EngineThread.generate`.
-            TimeoutError: the request takes too long.
+            TimeoutError: the request exceeds its time.
         """
         timing = self._metrics.start(job.model.id, job.prompt_tokens)
         answered = False

@@ -31,7 +31,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab: int):
         self._tokenizer, self._vocab = tokenizer, vocab
-        # Reads the whole vocabulary, which takes half a second.
+        # Reading the whole vocabulary needs half a second.
         self._tokens = functools.lru_cache(8)(self._read)
 
     def bytes_of(self, token: int) -> bytes:

@@ -12,7 +12,7 @@ class SlowReaders:
 
     Args:
         app: the application.
-        seconds: the longest time in which a client must read what it was sent.
+        seconds: the maximum time between two reads of a client.
     """
 
     def __init__(self, app: ASGIApp, seconds: float):

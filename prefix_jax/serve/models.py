@@ -1,7 +1,7 @@
 """Model ids: the backbone, and prefixes that are read from directories and watched for changes.
 
-Before a prefix is used, its files are compared with what was read (their inodes, times and sizes).
-From the moment at which a prefix is replaced on disk, no request that arrives uses the old one.
+Before every request, the files of its prefix are compared by inode, time and size with those that were
+loaded. Once a prefix is replaced on disk, no request that arrives uses the old one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class UnknownModelError(PrefixJaxError):
 
 @dataclasses.dataclass
 class _Source:
-    """Where a prefix comes from.
+    """The directory of a prefix, and its state.
 
     Attributes:
         directory: of the prefix or of a run.

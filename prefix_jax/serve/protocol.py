@@ -60,8 +60,7 @@ class ResponseFormat(_Model):
 class Generate(_Model):
     """The fields that completions and chats share.
 
-    Fields that are None take the settings that are stored with the prefix, and then OpenAI's
-    defaults.
+    None stands for the setting stored with the prefix, and then for OpenAI's default.
     """
 
     model: str

@@ -24,7 +24,7 @@ from prefix_jax.serve.models import Models
 
 logger = logging.getLogger(__name__)
 
-# How often directories of prefixes are read, so that requests find new prefixes loaded.
+# The interval at which new and changed prefixes are loaded ahead of requests.
 _WATCH_SECONDS = 2.0
 # The longest time in which a client must read a piece of its answer.
 _READ_SECONDS = 60.0
@@ -45,7 +45,7 @@ class ServeOptions:
         prefix_dir: a directory in which every prefix is a model id.
         limits: who may send what.
         max_waiting: the maximum number of continuations that wait for a row.
-        drain_seconds: how long running requests may take to finish after SIGTERM.
+        drain_seconds: the time for running requests to finish after SIGTERM.
     """
 
     name: str

@@ -39,7 +39,7 @@ def begin(server: serving.Running, **fields) -> socket.socket:
 
 
 def slow_down(engine, monkeypatch, seconds: float = 0.02) -> None:
-    """Makes steps take a while, so that a test can act between them."""
+    """Slows the steps down, so that a test can act between them."""
     step = engine.step
 
     def slow_step():
