@@ -27,7 +27,7 @@ PACKAGES = setup.py pyproject.toml \
 	$(filter-out $(addprefix requirements/,docs.txt vllm.txt judges.txt),$(wildcard requirements/*.txt))
 PIP = -m pip --disable-pip-version-check --quiet install
 
-.PHONY: help quickstart test fuzz lint docs parity vllm judges bench pins clean
+.PHONY: help quickstart test fuzz soak lint docs parity vllm judges bench pins clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -42,6 +42,9 @@ test: $(DEV)/installed ## run the test suite
 
 fuzz: $(DEV)/installed ## attack every reader of files; report the outcomes (CASES=300 each)
 	@$(DEV)/bin/python tests/fuzz.py --cases $(or $(CASES),300)
+
+soak: $(DEV)/installed ## keep a server under random load and check every answer (MINUTES=10)
+	@$(DEV)/bin/python tests/soak.py --minutes $(or $(MINUTES),10)
 
 lint: $(DEV)/installed ## ruff, import-linter, mypy, shellcheck
 	$(DEV)/bin/ruff check

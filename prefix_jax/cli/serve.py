@@ -73,6 +73,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=256,
         help="continuations that wait for a row before requests get a 429 (default: %(default)s)",
     )
+    engine.add_argument(
+        "--device-bytes",
+        metavar="N",
+        type=int,
+        default=2**30,
+        help="memory for prefixes on the device; others stay on the host (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--host-bytes",
+        metavar="N",
+        type=int,
+        default=2**33,
+        help="memory for prefixes on the host; others are read again (default: %(default)s)",
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--api-key",
@@ -151,6 +165,8 @@ def run(args: argparse.Namespace) -> int:
             load(args.model, dtype=args.dtype),
             rows=args.rows,
             max_length=args.max_length,
+            device_bytes=args.device_bytes,
+            host_bytes=args.host_bytes,
             allow_other_weights=args.allow_other_weights,
         )
         serve(engine, options, sock, ready)

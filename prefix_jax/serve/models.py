@@ -1,7 +1,7 @@
 """Model ids: the backbone, and prefixes that are read from directories and watched for changes.
 
-Before every request, the files of its prefix are compared by inode, time and size with those that were
-loaded. Once a prefix is replaced on disk, no request that arrives uses the old one.
+Before every request, the files of its prefix are compared by inode, time and size with those that
+were loaded. Once a prefix is replaced on disk, no request that arrives uses the old one.
 """
 
 from __future__ import annotations
