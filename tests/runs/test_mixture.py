@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,11 +31,6 @@ OPTIONS = (
     *("data.batch_size=12", "train.steps=60", "train.checkpoint_every=30", "train.eval_every=30"),
     *("optim.learning_rate=0.1", "evaluate.metrics=[loss]"),
 )
-
-
-@pytest.fixture(scope="module")
-def pretrained(tiny_model_dir: Path) -> Pretrained:
-    return tiny_runs.on_one_device(tiny_model_dir)
 
 
 @pytest.fixture(scope="module")

@@ -40,11 +40,6 @@ HARD = (
 
 
 @pytest.fixture(scope="module")
-def pretrained(tiny_model_dir: Path) -> Pretrained:
-    return tiny_runs.on_one_device(tiny_model_dir)
-
-
-@pytest.fixture(scope="module")
 def whole(pretrained: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run with default options."""
     directory = tmp_path_factory.mktemp("whole")
