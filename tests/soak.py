@@ -312,7 +312,8 @@ def main() -> int:
         soak = Soak(Path(directory), args.minutes * 60, args.seed)
         soak.run()
     print(", ".join(f"{count} × {kind}" for kind, count in sorted(soak.counts.items())))
-    print(f"memory: {soak.memory[-1][1] / 2**20:.0f} MiB, {soak.growth:+.1%} since the second quarter")
+    size = soak.memory[-1][1] / 2**20
+    print(f"memory: {size:.0f} MiB, {soak.growth:+.1%} since the second quarter")
     for problem in soak.problems[:20]:
         print(problem)
     print(f"{len(soak.problems)} problems")
