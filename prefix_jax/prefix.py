@@ -106,6 +106,22 @@ Outside = Gated | Memory | OutsideRows
 
 
 @flax.struct.dataclass
+class SharedSlots:
+    """Slots of one layer inside the softmax, which some rows of a batch see and others do not.
+
+    Heads precede slots, as in a KV cache.
+
+    Attributes:
+        k_KPH, v_KPH: keys and values.
+        bias_NP: added to the attention logits of each query head.
+    """
+
+    k_KPH: jax.Array
+    v_KPH: jax.Array
+    bias_NP: jax.Array
+
+
+@flax.struct.dataclass
 class Site:
     """The part of a prefix at one attention of a transformer.
 
@@ -113,11 +129,15 @@ class Site:
         inside: keys and values inside the softmax.
         outside: a term added outside the softmax, which depends only on the query.
         layers: the layers that have this part; None for all. `lift` fills in the others.
+        shared: in place of `inside`, one layer of several prefixes, of which each row of a batch
+            sees at most one. `MaskAndBias.mask_BTP` says which slots a query sees, for the slots of
+            all of them one after another. For decoding only.
     """
 
     inside: KVPrefix | None = None
     outside: Outside | None = None
     layers: Layers = flax.struct.field(pytree_node=False, default=None)
+    shared: tuple[SharedSlots, ...] = ()
 
     @property
     def length(self) -> int:

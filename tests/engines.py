@@ -27,7 +27,7 @@ from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.config import DecodeConfig
 from prefix_jax.decode import Generation, Generator
-from prefix_jax.engine import EngineCore
+from prefix_jax.engine import EngineCore, Event, Handle
 from prefix_jax.mesh import make_mesh
 from prefix_jax.prefix import (
     SITES,
@@ -44,6 +44,7 @@ from prefix_jax.prefix import (
 )
 
 Names = Sequence[str | None]
+GREEDY = DecodeConfig(max_new_tokens=8)
 
 
 @functools.cache
@@ -173,3 +174,23 @@ def alone(
 ) -> list[Generation]:
     """Results of `Generator` with one prefix."""
     return _generator(name, kind).generate(prompts, config)
+
+
+def prompts(count: int, longest: int = 20, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 50, rng.integers(1, longest + 1)).tolist() for _ in range(count)]
+
+
+def finish(core: EngineCore, *handles: Handle) -> list[Event]:
+    events = []
+    while not all(handle.done for handle in handles):
+        events += core.step()
+    return events
+
+
+def assert_equal(generation: Generation | None, expected: Generation) -> None:
+    assert generation is not None
+    for sample, same in zip(generation.samples, expected.samples, strict=True):
+        assert sample.ids == same.ids
+        assert (sample.text, sample.finish) == (same.text, same.finish)
+        np.testing.assert_allclose(sample.logprobs, same.logprobs, atol=1e-4)

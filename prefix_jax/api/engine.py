@@ -56,8 +56,14 @@ class Engine:
         chunk: the number of prompt tokens that are read between two tokens of the running rows,
             rounded up to a power of two.
         decode_steps: the maximum number of tokens per row between two events.
+        share_slots: rows share a prefix with more slots than this instead of copying it, so that it
+            is in device memory once; None copies all. Prefixes of encoder-decoders are copied.
+        max_shared: the maximum number of prefixes that running rows share at once; further ones are
+            copied. Attention compares every row with all of them, so that its time grows with their
+            number, while a copy makes all rows of the cache as long as itself.
         device_bytes: the memory for prefixes on the device. The least recently used ones move to
-            host memory. A running row has its own copy of its prefix, which does not count.
+            host memory. Copies in rows do not count, and a shared prefix that is evicted stays on
+            the device until its last row ends.
         host_bytes: the memory for prefixes on the host. Beyond it, the least recently used ones
             are read again from their directories when they are needed.
         allow_other_weights: accept prefixes that were made for a backbone with the same shape and
@@ -92,6 +98,8 @@ class Engine:
         max_length: int | None = None,
         chunk: int = 512,
         decode_steps: int = 8,
+        share_slots: int | None = 256,
+        max_shared: int = 4,
         device_bytes: int = 2**30,
         host_bytes: int = 2**33,
         allow_other_weights: bool = False,
@@ -104,6 +112,8 @@ class Engine:
             max_length=max_length,
             chunk=chunk,
             decode_steps=decode_steps,
+            share_slots=share_slots,
+            max_shared=max_shared,
             device_bytes=device_bytes,
             host_bytes=host_bytes,
         )

@@ -1,14 +1,15 @@
 """The bank: prefixes by name, on the device, in host memory or on disk.
 
-A prefix is used when a row starts with it, and the row keeps its own copy. The bank therefore needs
-no locks: replacing, removing or evicting a prefix cannot affect rows that are running. The least
-recently used prefix leaves the device first, and later host memory, if its directory can be read
-again.
+A prefix is used when a row starts with it. The row keeps its own copy, or if rows share the prefix,
+a reference to its arrays. The bank therefore needs no locks: replacing, removing or evicting a
+prefix cannot affect rows that are running. The least recently used prefix leaves the device first,
+and later host memory, if its directory can be read again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,6 +49,8 @@ class Banked:
     bytes: int = 0
     tier: Tier = "disk"
     _warm: Warm | None = dataclasses.field(default=None, repr=False)
+    # The arrays on the device after their eviction, which rows may still use.
+    _evicted: Callable[[], Warm | None] = dataclasses.field(default=lambda: None, repr=False)
 
 
 class Bank:
@@ -142,8 +145,10 @@ class Bank:
         banked = self.find(name)
         self._prefixes.move_to_end(name)
         if banked.tier != "device":
-            warm = self._read(name, banked) if banked._warm is None else banked._warm
-            banked._warm, banked.tier = self._put(warm), "device"
+            put = banked._evicted()
+            if put is None:
+                put = self._put(self._read(name, banked) if banked._warm is None else banked._warm)
+            banked._warm, banked.tier = put, "device"
             self._evict(name)
         assert banked._warm is not None
         return banked._warm
@@ -163,6 +168,8 @@ class Bank:
         """Moves the least recently used prefixes out of full memories, except the latest one."""
         for name in self._over("device", latest):
             banked = self._prefixes[name]
+            assert banked._warm is not None
+            banked._evicted = weakref.ref(banked._warm)
             banked._warm, banked.tier = jax.device_get(banked._warm), "host"
         for name in self._over("host", latest):
             banked = self._prefixes[name]

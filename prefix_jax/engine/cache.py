@@ -5,11 +5,15 @@ A row's columns are the slots of its prefix, then the tokens of its text:
     column       0 … P - 1       P, P + 1, …
     position     0 … P - 1       text_position, text_position + 1, …
 
-A prefix is therefore a warm start: it is copied into the row once, and attention treats it like any
-other columns. Three of its properties need more than positions. A pinned prefix ignores sliding
-windows (`Layout.pinned_B`). Slots with a bias, and layers that a prefix does not cover, have a bias
-per column (`Columns.bias_BNS`). Terms outside the softmax are not columns; each row keeps a copy
-of its own (`RowSite.outside`).
+A short prefix is therefore a warm start: it is copied into the row once, and attention treats it
+like any other columns. Three of its properties need more than positions. A pinned prefix ignores
+sliding windows (`Layout.pinned_B`). Slots with a bias, and layers that a prefix does not cover,
+have a bias per column (`Columns.bias_BNS`). Terms outside the softmax are not columns; each row
+keeps a copy of its own (`RowSite.outside`).
+
+A long prefix is shared: its slots are not in the cache, the columns of its rows begin with the
+text, and attention reads the bank's arrays (`Site.shared`) next to the columns, in one softmax. The
+layout says which of the shared prefixes a row uses.
 
 Because every column up to a token's own precedes it, the causal mask compares columns, and only
 windows compare positions. A prefix thus stays visible to text that starts at position 0.
@@ -18,12 +22,13 @@ windows compare positions. A prefix thus stays visible to text that starts at po
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from prefix_jax.backbones.architecture import Architecture
@@ -294,12 +299,24 @@ class Layout:
         text_position_B: the position of the first token of text.
         pinned_B: whether the prefix ignores sliding windows.
         length_B: the number of columns in use.
+        shared_B: the index of the row's prefix among those that are shared.
+        shared_slots_B: the number of its slots; 0 if the row has no shared prefix.
     """
 
     slots_B: Any
     text_position_B: Any
     pinned_B: Any
     length_B: Any
+    shared_B: Any
+    shared_slots_B: Any
+
+    @classmethod
+    def empty(cls, rows: int) -> Layout:
+        """The layout of empty rows, in host memory."""
+        numbers = (np.zeros(rows, np.int32) for _ in range(5))
+        slots_B, text_position_B, length_B, shared_B, shared_slots_B = numbers
+        pinned_B = np.zeros(rows, bool)
+        return cls(slots_B, text_position_B, pinned_B, length_B, shared_B, shared_slots_B)
 
     def position(self, column_BX: jax.Array) -> jax.Array:
         """The positions of columns."""
@@ -314,6 +331,7 @@ class Layout:
         position_BT: jax.Array,
         column_BT: jax.Array,
         width: int,
+        shared: Sequence[int],
         *,
         sliding: bool,
     ) -> AttentionInputs:
@@ -324,17 +342,35 @@ class Layout:
             params: its weights, for the table of relative positions.
             position_BT, column_BT: the positions and columns of the tokens.
             width: S.
+            shared: the numbers of slots of the shared prefixes, padding included.
             sliding: whether the layers have a sliding window.
         """
         key_1S = jnp.arange(width)[None]
         mask_BTS = key_1S[:, None] <= column_BT[:, :, None]
         key_position_BS = self.position(key_1S)
-        if sliding and arch.window is not None:
+        window = arch.window if sliding else None
+        if window is not None:
             distance_BTS = position_BT[:, :, None] - key_position_BS[:, None]
             pinned_BS = self.pinned_B[:, None] & (key_1S < self.slots_B[:, None])
-            mask_BTS &= (distance_BTS < arch.window) | pinned_BS[:, None]
+            mask_BTS &= (distance_BTS < window) | pinned_BS[:, None]
         bias_BNTS = None
         if arch.relative is not None:
             bias_BNTS = arch.relative.bias(params["relative_RN"], position_BT, key_position_BS)
-        angles = rotary_angles(arch, position_BT, sliding)
-        return AttentionInputs(MaskAndBias(mask_BTS, bias_BNTS=bias_BNTS), angles, self.length_B)
+        masking = MaskAndBias(mask_BTS, self._shared_mask(position_BT, shared, window), bias_BNTS)
+        return AttentionInputs(masking, rotary_angles(arch, position_BT, sliding), self.length_B)
+
+    def _shared_mask(
+        self, position_BT: jax.Array, shared: Sequence[int], window: int | None
+    ) -> jax.Array | None:
+        """True where a token sees a slot of a shared prefix, for the slots of all of them one after
+        another, [B, T, P]; None without shared prefixes."""
+        masks = []
+        for index, P in enumerate(shared):
+            slot_P = jnp.arange(P)
+            used_B = jnp.where(self.shared_B == index, self.shared_slots_B, 0)
+            mask_BTP = (slot_P < used_B[:, None])[:, None]
+            if window is not None:
+                inside_BTP = position_BT[:, :, None] - slot_P < window
+                mask_BTP &= inside_BTP | self.pinned_B[:, None, None]
+            masks.append(jnp.broadcast_to(mask_BTP, (*position_BT.shape, P)))
+        return jnp.concatenate(masks, axis=-1) if masks else None

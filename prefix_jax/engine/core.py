@@ -12,6 +12,7 @@ rows whose prompt is read. Nothing runs between calls, and there are no threads:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -50,7 +51,7 @@ from prefix_jax.errors import (
     NonFiniteError,
     PrefixJaxError,
 )
-from prefix_jax.mesh import check_rows, on_mesh_of
+from prefix_jax.mesh import HEAD_AXIS, check_rows, on_mesh_of
 from prefix_jax.prefix import Prefix, Produced
 
 # Columns and chunks are at least this wide, so that short texts share programs.
@@ -76,6 +77,8 @@ class EngineCore:
         max_length: int | None = None,
         chunk: int = 512,
         decode_steps: int = 8,
+        share_slots: int | None = 256,
+        max_shared: int = 4,
         device_bytes: int = 2**30,
         host_bytes: int = 2**33,
     ):
@@ -93,6 +96,8 @@ class EngineCore:
             )
         limits = {"rows": rows, "chunk": chunk, "decode_steps": decode_steps}
         limits |= {} if max_length is None else {"max_length": max_length}
+        limits |= {} if share_slots is None else {"share_slots": share_slots}
+        limits |= {"max_shared": max_shared}
         for name, value in limits.items():
             if value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value}")
@@ -104,6 +109,7 @@ class EngineCore:
         check_rows(pretrained.mesh, rows, "rows")
         self._pretrained, self._backbone = pretrained, pretrained.backbone
         self._max_length, self._decode_steps = max_length, decode_steps
+        self._share_slots, self._max_shared = share_slots, max_shared
         self._chunk = bucket(chunk, _MIN_CHUNK)
         self._eos = end_tokens(pretrained.tokenizer, arch.end_ids)
         self._top = min(MAX_TOP_LOGPROBS, arch.vocab)
@@ -223,10 +229,15 @@ class EngineCore:
             lift,
             dtype_of(params),
             most=self._backbone.arch.max_positions,
+            share_slots=self._share_slots,
         )
 
     def _put(self, warm: Warm) -> Warm:
-        put: Warm = jax.device_put(warm, NamedSharding(self._pretrained.mesh, PartitionSpec()))
+        mesh = self._pretrained.mesh
+        put: Warm = jax.device_put(warm, NamedSharding(mesh, PartitionSpec()))
+        if warm.shared is not None and len(warm.shared[0].k_KPH) % mesh.shape[HEAD_AXIS] == 0:
+            heads = NamedSharding(mesh, PartitionSpec(HEAD_AXIS))
+            put = dataclasses.replace(put, shared=jax.device_put(warm.shared, heads))
         return put
 
     def _prefix_of(self, request: Request) -> tuple[Slots, Sequence[int]]:
@@ -286,14 +297,17 @@ class EngineCore:
     def _start(
         self, params: Params, row: int, sample: Sample, slots: Slots, warm: Warm | None
     ) -> None:
-        """Copies a prefix into a row; with an encoder, also reads the prompt."""
+        """Starts a row with a prefix; with an encoder, also reads the prompt."""
         schedule, ids = self._schedule, sample.handle.request.ids
+        copied = None
+        if warm is not None and slots.shared and not schedule.can_share(warm, self._max_shared):
+            slots, copied = dataclasses.replace(slots, shared=False), warm.shared
         cross = 0
         if self._backbone.arch.encoder is not None:
             E = bucket(len(ids), _MIN_CHUNK)
             cross = E + _cross_slots(warm)
         columns = (self._columns(sample, slots), cross)
-        schedule.admit(row, sample, slots, columns)
+        schedule.admit(row, sample, slots, warm, columns)
         width, cross_width = map(_rounded, schedule.columns)
         cross_width = cross_width if cross else 0
         if (width, cross_width) != (self._cache.width, self._cache.cross_width):
@@ -302,7 +316,7 @@ class EngineCore:
         if warm is not None and not self._cache.fits(warm):
             self._cache = programs.add_outside(self._cache, warm)
         decoder = None if warm is None else warm.decoder
-        self._cache = programs.start(self._cache, np.int32(row), decoder)
+        self._cache = programs.start(self._cache, np.int32(row), decoder, copied)
         if cross:
             ids_1E = np.zeros((1, E), np.int32)
             ids_1E[0, : len(ids)] = ids
@@ -323,7 +337,7 @@ class EngineCore:
         padded = full + self._chunk_size(unread - full)
         tokens = len(sample.prompt) + sample.handle.request.config.max_new_tokens
         # The padded slots of a prefix are copied together.
-        return max(bucket(slots.count), slots.count + max(padded, tokens))
+        return max(bucket(slots.columns), slots.columns + max(padded, tokens))
 
     def _read_prompts(self, params: Params) -> None:
         """Reads up to `chunk` tokens of prompts; all of them if no row could decode meanwhile."""
@@ -335,11 +349,14 @@ class EngineCore:
                 if schedule.running_B.any():
                     return
                 budget = self._chunk
-            scored = next(iter(unread.values())).handle.request.score_prompt
+            first, sample = next(iter(unread.items()))
+            scored, shared = sample.handle.request.score_prompt, schedule.shared[first]
             same = [
                 row
                 for row, sample in unread.items()
-                if sizes[row] == size and sample.handle.request.score_prompt == scored
+                if sizes[row] == size
+                and sample.handle.request.score_prompt == scored
+                and schedule.shared[row] is shared
             ]
             rows = same[: _power_of_4(min(len(same), budget // size))]
             counts = [min(unread[row].unread, size) for row in rows]
@@ -352,6 +369,7 @@ class EngineCore:
                 self._backbone,
                 params,
                 self._cache,
+                () if shared is None or shared.shared is None else (shared.shared,),
                 np.array(rows, np.int32),
                 schedule.layout_of(rows),
                 ids_RC,
@@ -380,10 +398,12 @@ class EngineCore:
         top = any(sample is not None and sample.handle.request.top_logprobs for sample in samples)
         # Prompts that are not read wait for one token only, and so do guides.
         single = bool(schedule.unread) or allowed_BW is not None
+        shared = tuple(warm.shared for warm in schedule.share() if warm.shared is not None)
         self._cache, burst = programs.decode(
             self._backbone,
             params,
             self._cache,
+            shared,
             schedule.layout,
             schedule.settings,
             schedule.ids_BS,

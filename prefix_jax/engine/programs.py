@@ -10,7 +10,8 @@ Only the cache stays on the device between them. Everything else about the rows 
 the host, an argument of every call: a new request, setting or prefix changes values, not shapes.
 Programs are compiled per number of columns, `extend` also per number of rows and chunk size,
 `start` per prefix length, and `encode` per length of prefix and prompt; all of these are rounded to
-a few sizes.
+a few sizes. `decode` is also compiled per combination of lengths of the shared prefixes in use, and
+`extend`, whose rows have the same one, per length.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ from prefix_jax.mesh import constrain_tokens
 from prefix_jax.nn.attention.dense import MASKED
 from prefix_jax.nn.attention.mask import MaskAndBias, TokenLayout
 from prefix_jax.nn.layers import AttentionInputs
-from prefix_jax.prefix import Geometry, Site
+from prefix_jax.prefix import Geometry, SharedSlots, Site
+
+# The slots of shared prefixes: of each prefix, of each layer.
+Shared = tuple[tuple[SharedSlots, ...], ...]
 
 # Positions whose logits exist at once; it divides the smallest chunk.
 _SCORE_BLOCK = 32
@@ -59,14 +63,29 @@ def add_outside(cache: RowCache, warm: Warm) -> RowCache:
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def start(cache: RowCache, row: jax.Array, warm: WarmSite | None) -> RowCache:
-    """Empties a row of self-attention and copies a prefix into it. Donates `cache`."""
-    layers = (
-        dataclasses.replace(
-            layer, own=layer.own.start(row, None if warm is None else warm.layer(index))
-        )
-        for index, layer in enumerate(cache.layers)
-    )
+def start(
+    cache: RowCache,
+    row: jax.Array,
+    warm: WarmSite | None,
+    slots: tuple[SharedSlots, ...] | None = None,
+) -> RowCache:
+    """Empties a row of self-attention and copies a prefix into it. Donates `cache`.
+
+    Args:
+        cache: the cache of all rows.
+        row: the row.
+        warm: what to copy; None for nothing.
+        slots: the slots to copy in every layer, if they could be shared but are not.
+    """
+    layers = []
+    for index, layer in enumerate(cache.layers):
+        site = WarmSite() if warm is None else warm.layer(index)
+        if slots is not None:
+            of_layer = slots[index]
+            site = dataclasses.replace(
+                site, k_LKPH=of_layer.k_KPH, v_LKPH=of_layer.v_KPH, bias_LNP=of_layer.bias_NP
+            )
+        layers.append(dataclasses.replace(layer, own=layer.own.start(row, site)))
     return RowCache(tuple(layers)).constrained()
 
 
@@ -170,6 +189,7 @@ def extend(
     backbone: Backbone,
     params: Params,
     cache: RowCache,
+    shared: Shared,
     rows_R: jax.Array,
     layout: Layout,
     ids_RC: jax.Array,
@@ -184,6 +204,7 @@ def extend(
         backbone: the model without its weights.
         params: its weights, unstacked.
         cache: the cache of all rows.
+        shared: the shared prefixes of these rows.
         rows_R: the rows, each once.
         layout: the layout of these rows.
         ids_RC: their chunks, padded on the right. What padding writes is overwritten by the tokens
@@ -193,7 +214,7 @@ def extend(
         top: X, the number of most probable tokens to report with the scores.
     """
     real_RC = jnp.arange(ids_RC.shape[1]) < count_R[:, None]
-    h_RCD, cache = hidden(backbone, params, cache, rows_R, layout, ids_RC, real_RC)
+    h_RCD, cache = hidden(backbone, params, cache, shared, rows_R, layout, ids_RC, real_RC)
     scores = None if next_RC is None else _score(backbone, params, h_RCD, next_RC, top)
     return cache.constrained(), scores
 
@@ -247,6 +268,7 @@ def decode(
     backbone: Backbone,
     params: Params,
     cache: RowCache,
+    shared: Shared,
     layout: Layout,
     settings: Settings,
     ids_BS: jax.Array,
@@ -267,6 +289,7 @@ def decode(
         backbone: the model without its weights.
         params: its weights, unstacked.
         cache: the cache of all rows.
+        shared: the shared prefixes of all rows.
         layout: their layout. The last token of each running row is not in the cache yet.
         settings: their settings.
         ids_BS: their prompts and generated tokens, from column 0.
@@ -301,7 +324,9 @@ def decode(
         # Tokens of text in the cache, without the last one.
         text_B = layout.length_B - layout.slots_B
         last_B1 = jnp.take_along_axis(ids_BS, text_B[:, None], axis=1)
-        h_B1D, cache = hidden(backbone, params, cache, None, layout, last_B1, running_B[:, None])
+        h_B1D, cache = hidden(
+            backbone, params, cache, shared, None, layout, last_B1, running_B[:, None]
+        )
         logits_BV = backbone.unembed(params, h_B1D)[:, 0]
         a = backbone.arch
         token_B, logprob_B, invalid_B = choose(
@@ -338,6 +363,7 @@ def hidden(
     backbone: Backbone,
     params: Params,
     cache: RowCache,
+    shared: Shared,
     rows_R: jax.Array | None,
     layout: Layout,
     ids_BT: jax.Array,
@@ -349,6 +375,7 @@ def hidden(
         backbone: the model without its weights.
         params: its weights, unstacked.
         cache: the cache of all rows.
+        shared: the shared prefixes of these rows.
         rows_R: the rows with new tokens; None for all.
         layout: the layout of these rows.
         ids_BT: the tokens.
@@ -361,8 +388,11 @@ def hidden(
     column_BT = layout.length_B[:, None] + jnp.arange(ids_BT.shape[1])
     # Padding may be beyond the learned positions, which would give NaN.
     position_BT = jnp.where(real_BT, layout.position(column_BT), 0)
+    sizes = [layers[0].k_KPH.shape[1] for layers in shared]
     inputs = {
-        sliding: layout.inputs(arch, params, position_BT, column_BT, cache.width, sliding=sliding)
+        sliding: layout.inputs(
+            arch, params, position_BT, column_BT, cache.width, sizes, sliding=sliding
+        )
         for sliding in set(arch.sliding) or {False}
     }
     tokens = TokenLayout(real_BT.astype(jnp.int32), None, position_BT)
@@ -380,7 +410,7 @@ def hidden(
             {"params": weights},
             x_BTD,
             inputs[arch.sliding[index] if arch.sliding else False],
-            Site(outside=own.outside),
+            Site(outside=own.outside, shared=tuple(slots[index] for slots in shared)),
             own.columns,
             *to_encoder,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +12,7 @@ import numpy as np
 from prefix_jax.engine.cache import Layout
 from prefix_jax.engine.request import Handle, Sample
 from prefix_jax.engine.sampling import Settings, keys_of
-from prefix_jax.engine.warm import Slots
+from prefix_jax.engine.warm import Slots, Warm
 
 
 class Schedule:
@@ -20,6 +21,7 @@ class Schedule:
     Attributes:
         queue: continuations that wait for a row.
         rows: the continuation in each row; None for a free row.
+        shared: the prefix of each row if rows share it; None for other rows.
         layout, settings: of all rows, as NumPy arrays that are changed in place.
         ids_BS: the prompts and generated tokens of all rows.
     """
@@ -27,12 +29,8 @@ class Schedule:
     def __init__(self, rows: int, width: int, eos: int):
         self.queue: deque[Sample] = deque()
         self.rows: list[Sample | None] = [None] * rows
-        self.layout = Layout(
-            slots_B=np.zeros(rows, np.int32),
-            text_position_B=np.zeros(rows, np.int32),
-            pinned_B=np.zeros(rows, bool),
-            length_B=np.zeros(rows, np.int32),
-        )
+        self.shared: list[Warm | None] = [None] * rows
+        self.layout = Layout.empty(rows)
         self.settings = Settings.empty(rows, eos)
         self.ids_BS = np.zeros((rows, width), np.int32)
         # Rows whose prompt is not read, in the order of their admission.
@@ -69,17 +67,22 @@ class Schedule:
         """Returns a free row, or None."""
         return next((row for row, sample in enumerate(self.rows) if sample is None), None)
 
-    def admit(self, row: int, sample: Sample, slots: Slots, columns: tuple[int, int]) -> None:
+    def admit(
+        self, row: int, sample: Sample, slots: Slots, warm: Warm | None, columns: tuple[int, int]
+    ) -> None:
         """Puts a continuation into a free row.
 
         Args:
             row: the row.
             sample: the continuation.
             slots: the slots of its prefix.
+            warm: its prefix.
             columns: the numbers of columns that it needs, of its own and of cross-attention.
         """
         self.rows[row], self._columns[row] = sample, columns
-        self.layout.slots_B[row] = self.layout.length_B[row] = slots.count
+        self.shared[row] = warm if slots.shared else None
+        self.layout.slots_B[row] = self.layout.length_B[row] = slots.columns
+        self.layout.shared_slots_B[row] = slots.count - slots.columns
         self.layout.text_position_B[row] = slots.text_position
         self.layout.pinned_B[row] = slots.pinned
         if sample.unread:
@@ -102,10 +105,27 @@ class Schedule:
         self.ids_BS[row] = 0
         self.ids_BS[row, : len(sample.prompt)] = sample.prompt
 
+    def share(self) -> list[Warm]:
+        """Returns the shared prefixes in use, and writes their indices to the layout.
+
+        The longest prefix comes first, so that the order of admission is no reason to compile.
+        """
+        used = {id(warm): warm for warm in self.shared if warm is not None}
+        prefixes = sorted(used.values(), key=lambda warm: warm.shared_size, reverse=True)
+        indices = {id(warm): index for index, warm in enumerate(prefixes)}
+        self.layout.shared_B[:] = [indices.get(id(warm), 0) for warm in self.shared]
+        return prefixes
+
+    def can_share(self, warm: Warm, most: int) -> bool:
+        """Checks whether a row may use a prefix without exceeding `most` shared ones."""
+        used = {id(other) for other in self.shared if other is not None}
+        return len(used | {id(warm)}) <= most
+
     def layout_of(self, rows: Sequence[int]) -> Layout:
-        """Returns the layout of some rows: a copy, because programs run while it changes."""
+        """Returns the layout of some rows that have the same shared prefix, or none: a copy,
+        because programs run while it changes."""
         layout: Layout = jax.tree.map(lambda x: x[list(rows)], self.layout)
-        return layout
+        return dataclasses.replace(layout, shared_B=np.zeros(len(rows), np.int32))
 
     @property
     def unread(self) -> Mapping[int, Sample]:
@@ -130,7 +150,8 @@ class Schedule:
 
     def release(self, row: int) -> None:
         """Frees a row."""
-        self.rows[row] = None
+        self.rows[row] = self.shared[row] = None
+        self.layout.shared_slots_B[row] = 0
         del self._columns[row]
         if row in self._reading:
             self._reading.remove(row)

@@ -1,4 +1,8 @@
-"""Warm starts: a prefix as the arrays that are copied into a row of the cache."""
+"""Warm starts: a prefix as the arrays that rows of the cache start with.
+
+Short prefixes are copied into a row. Long ones stay as they are, and all rows that use one read the
+same arrays.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,7 @@ from prefix_jax.prefix import (
     OutsideRows,
     Prefix,
     Produced,
+    SharedSlots,
     Site,
     SiteName,
     SiteShape,
@@ -77,7 +82,10 @@ class Warm:
     """The arrays of a prefix.
 
     Attributes:
-        decoder, encoder, cross: its sites; None if it has no such site.
+        decoder, encoder, cross: its sites, as they are copied into a row; None if there is nothing
+            to copy.
+        shared: the slots of the decoder in every layer, which rows read in place; None for a prefix
+            that is copied.
         embeds_PD: soft tokens before the input of an encoder, padded; None without them.
         soft_tokens: int32 scalar, the number of soft tokens without padding.
         encoder_position: int32 scalar, the position of the encoder's first token, soft tokens
@@ -87,9 +95,15 @@ class Warm:
     decoder: WarmSite | None = None
     encoder: WarmSite | None = None
     cross: WarmSite | None = None
+    shared: tuple[SharedSlots, ...] | None = None
     embeds_PD: Any = None
     soft_tokens: Any = 0
     encoder_position: Any = 0
+
+    @property
+    def shared_size(self) -> int:
+        """The number of shared slots, padding included."""
+        return 0 if self.shared is None else self.shared[0].k_KPH.shape[1]
 
     @property
     def bytes(self) -> int:
@@ -106,12 +120,19 @@ class Slots:
         text_position: the position of the decoder's first token of text.
         pinned: whether the slots ignore sliding windows.
         input_position: the position of the first token of the prompt in the stack that reads it.
+        shared: whether rows share the slots; otherwise they are the first columns of a row.
     """
 
     count: int = 0
     text_position: int = 0
     pinned: bool = False
     input_position: int = 0
+    shared: bool = False
+
+    @property
+    def columns(self) -> int:
+        """The number of columns of the row that the slots occupy."""
+        return 0 if self.shared else self.count
 
 
 def warm_start(
@@ -120,6 +141,7 @@ def warm_start(
     lift: Callable[[Produced], Prefix],
     dtype: Any,
     most: int,
+    share_slots: int | None,
 ) -> tuple[Warm, Slots]:
     """Converts a prefix to a warm start, on the host.
 
@@ -133,6 +155,7 @@ def warm_start(
         lift: `Backbone.lift` with the weights, compiled.
         dtype: the dtype of the cache.
         most: the maximum number of slots that can be lifted.
+        share_slots: prefixes with more slots are shared, except with an encoder; None shares none.
 
     Raises:
         PrefixError: the model has no such site or layer.
@@ -155,22 +178,43 @@ def warm_start(
     soft = prefix.soft_tokens
     embeds_PD = prefix.embeds_PD
     warm = Warm(
-        **sites,
+        decoder=sites.get("decoder"),
+        encoder=sites.get("encoder"),
+        cross=sites.get("cross"),
         embeds_PD=None if embeds_PD is None else _fit(np.asarray(embeds_PD), soft, dtype, axis=0),
         soft_tokens=np.int32(soft),
         encoder_position=np.int32(prefix.text_position_in("encoder")),
     )
     decoder = prefix.decoder
     slots = 0 if decoder is None else decoder.length
+    if count is not None and slots:
+        slots = count
+    shared = share_slots is not None and slots > share_slots and geometry.encoder is None
+    if shared:
+        warm = _share(warm)
     text_position = prefix.text_position_in("decoder")
     return warm, Slots(
-        count=slots if count is None or not slots else count,
+        count=slots,
         text_position=text_position,
         pinned=prefix.pinned,
+        shared=shared,
         input_position=(
             text_position if geometry.encoder is None else prefix.text_position_in("encoder") + soft
         ),
     )
+
+
+def _share(warm: Warm) -> Warm:
+    """Moves the slots of the decoder to `Warm.shared`, one set of arrays per layer: a program that
+    received all layers in one array would copy each out of it."""
+    site = warm.decoder
+    assert site is not None
+    shared = tuple(
+        SharedSlots(k_KPH.copy(), v_KPH.copy(), bias_NP.copy())
+        for k_KPH, v_KPH, bias_NP in zip(site.k_LKPH, site.v_LKPH, site.bias_LNP, strict=True)
+    )
+    rest = dataclasses.replace(site, k_LKPH=None, v_LKPH=None, bias_LNP=None)
+    return dataclasses.replace(warm, decoder=rest if jax.tree.leaves(rest) else None, shared=shared)
 
 
 def _warm_site(

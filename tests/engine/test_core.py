@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engines import alone, model, prefixes
+from engines import GREEDY, alone, assert_equal, finish, model, prefixes, prompts
 
 from prefix_jax.config import DecodeConfig
-from prefix_jax.decode import Generation
-from prefix_jax.engine import EngineCore, Event, Handle, Request, programs
+from prefix_jax.engine import EngineCore, Request, programs
 from prefix_jax.errors import (
     ConfigError,
     ContextError,
@@ -27,7 +26,6 @@ from prefix_jax.errors import (
 from prefix_jax.mesh import make_mesh, weight_shardings
 from prefix_jax.prefix import KVPrefix, Prefix, Site
 
-GREEDY = DecodeConfig(max_new_tokens=8)
 SAMPLED = DecodeConfig(max_new_tokens=8, temperature=1.5, top_k=20, top_p=0.9, min_p=0.01, seed=3)
 ALL = (None, *prefixes("llama"))
 
@@ -36,26 +34,6 @@ ALL = (None, *prefixes("llama"))
 def shared(name: str) -> EngineCore:
     """An engine that several tests use, one after the other."""
     return engines.core(name)
-
-
-def prompts(count: int, longest: int = 20, seed: int = 0) -> list[list[int]]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, 50, rng.integers(1, longest + 1)).tolist() for _ in range(count)]
-
-
-def finish(core: EngineCore, *handles: Handle) -> list[Event]:
-    events = []
-    while not all(handle.done for handle in handles):
-        events += core.step()
-    return events
-
-
-def assert_equal(generation: Generation | None, expected: Generation) -> None:
-    assert generation is not None
-    for sample, same in zip(generation.samples, expected.samples, strict=True):
-        assert sample.ids == same.ids
-        assert (sample.text, sample.finish) == (same.text, same.finish)
-        np.testing.assert_allclose(sample.logprobs, same.logprobs, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +344,8 @@ def test_rows_and_heads_are_split_over_a_mesh() -> None:
     params = jax.device_put(single.params, weight_shardings(single.params, mesh))
     pretrained = dataclasses.replace(single, params=params, mesh=mesh)
     pretrained.__dict__["tokenizer"] = engines.tokenizer()
-    core = EngineCore(pretrained, rows=4, chunk=32)
+    # "kv" is shared and "bias", the second long prefix, is copied.
+    core = EngineCore(pretrained, rows=4, chunk=32, share_slots=4, max_shared=1)
     kinds = ("kv", "bias", "adapter", "plus")
     for kind in kinds:
         produced = prefixes("llama")[kind]

@@ -3,7 +3,8 @@
 Prefix and tokens are computed separately but share one softmax. In the forward pass, both parts
 return sums relative to the same maximum; in the backward pass, both receive the output and the
 denominator of the whole softmax. The prefix is therefore never broadcast over the batch: its logits
-are one matrix product over all queries. The token part has two implementations: `splash` for
+are one matrix product over all queries; likewise when rows use different prefixes (shared slots),
+where a mask selects the rows of each. The token part has two implementations: `splash` for
 programs compiled for TPUs (on any machine), and `dense` elsewhere. Terms outside the softmax (gated
 adapters, Prefix-Tuning+) are added to its output.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from prefix_jax.nn.attention.dense import MASKED, cap_bias_mask, dbias, dot, sof
 from prefix_jax.nn.attention.mask import MaskAndBias
 from prefix_jax.nn.attention.splash_run import interpreting
 from prefix_jax.nn.remat import keep
-from prefix_jax.prefix import Gated, KVPrefix, Memory, Outside, Site
+from prefix_jax.prefix import Gated, KVPrefix, Memory, Outside, SharedSlots, Site
 
 
 def attend(
@@ -45,7 +46,8 @@ def attend(
         k_BSKH: token keys; each key head serves N/K query heads.
         v_BSKH: token values.
         masking: the keys and prefix slots that each query sees.
-        site: one layer of a prefix site (k_PKH, v_PKH, …), or None for the bare model.
+        site: one layer of a prefix site (k_PKH, v_PKH, …), or None for the bare model. Its shared
+            slots, if there are any, take the place of `inside`.
         scale: multiplies the logits, usually H ** -0.5.
         softcap: bounds the logits smoothly, to softcap * tanh(logits / softcap) (Gemma 2).
 
@@ -55,12 +57,63 @@ def attend(
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BKGTH = (q_BTNH * scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    inside = None if site is None else jax.tree.map(lambda x: x.astype(q_BTNH.dtype), site.inside)
-    out_BKGTH = _attend(softcap, q_BKGTH, k_BSKH, v_BSKH, masking, inside)
+    if site is not None and site.shared:
+        out_BKGTH = _attend_shared(softcap, q_BKGTH, k_BSKH, v_BSKH, masking, site.shared)
+    else:
+        inside = (
+            None if site is None else jax.tree.map(lambda x: x.astype(q_BTNH.dtype), site.inside)
+        )
+        out_BKGTH = _attend(softcap, q_BKGTH, k_BSKH, v_BSKH, masking, inside)
     out_BTNH = out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
     if site is not None and site.outside is not None:
         out_BTNH = out_BTNH + outside(q_BTNH, site.outside, scale)
     return out_BTNH
+
+
+def _attend_shared(
+    softcap: float | None,
+    q_BKGTH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    masking: MaskAndBias,
+    shared: Sequence[SharedSlots],
+) -> jax.Array:
+    """Attends to tokens and to slots that rows share, in one softmax.
+
+    The queries of all rows meet the keys of each prefix in one matrix product, and the mask removes
+    the rows that do not use it. No row therefore needs a copy of its slots.
+    """
+    assert masking.mask_BTP is not None, "shared slots require mask_BTP"
+    logits, masks = [], []
+    first = 0
+    for slots in shared:
+        last = first + slots.k_KPH.shape[1]
+        mask_BTP = masking.mask_BTP[:, :, first:last]
+        products_BKGTP = dot("BKGTH,KPH->BKGTP", q_BKGTH, slots.k_KPH.astype(q_BKGTH.dtype))
+        bias_BNTP = slots.bias_NP[None, :, None].astype(jnp.float32)
+        logits.append(cap_bias_mask(softcap, products_BKGTP, bias_BNTP, mask_BTP))
+        masks.append(mask_BTP)
+        first = last
+    max_BKGT1 = functools.reduce(
+        jnp.maximum, [logits_BKGTP.max(axis=-1, keepdims=True) for logits_BKGTP in logits]
+    )
+    tokens = _by_platform(
+        masking,
+        q_BKGTH,
+        k_BSKH,
+        functools.partial(splash.forward, softcap),
+        functools.partial(dense.forward, softcap),
+    )
+    out_BKGTH, denominator_BKGT1, max_BKGT1 = tokens(q_BKGTH, k_BSKH, v_BSKH, masking, max_BKGT1)
+    for slots, logits_BKGTP, mask_BTP in zip(shared, logits, masks, strict=True):
+        weights_BKGTP = jnp.exp(logits_BKGTP - max_BKGT1)
+        denominator_BKGT1 += weights_BKGTP.sum(axis=-1, keepdims=True)
+        v_KPH = slots.v_KPH.astype(v_BSKH.dtype)
+        values_BKGTH = dot("BKGTP,KPH->BKGTH", weights_BKGTP.astype(v_KPH.dtype), v_KPH)
+        # Values that are NaN would reach rows of other prefixes even through weights of zero.
+        seen_B11T1 = mask_BTP.any(axis=-1)[:, None, None, :, None]
+        out_BKGTH += jnp.where(seen_B11T1, values_BKGTH, 0)
+    return (out_BKGTH / denominator_BKGT1).astype(q_BKGTH.dtype)
 
 
 def outside(q_BTNH: jax.Array, added: Outside, scale: float) -> jax.Array:
