@@ -12,6 +12,7 @@ directory has what an unmodified vLLM needs to serve it (docs/serving.md).
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,14 @@ def _run_vllm(args: argparse.Namespace, **options: Any) -> int:
         model = directory / MODEL
     elif needs_conversion(model):
         console.print(
-            f"{model} is a GGUF file, which vLLM does not read; export with --write-model as well, "
-            "or serve a copy of the model in Hugging Face layout"
+            f"{model} is a GGUF file, which vLLM does not read; export with --write-model as well "
+            "(and --replace), or serve a copy of the model in Hugging Face layout"
         )
         model = "MODEL"
     console.print(
         f"\nServe it, and ask it:\n"
-        f"  PYTHONPATH={directory} vllm serve {model} --config {directory / ARGUMENTS}\n"
+        f"  PYTHONPATH={shlex.quote(str(directory))} vllm serve {shlex.quote(str(model))} "
+        f"--config {shlex.quote(str(directory / ARGUMENTS))}\n"
         "  curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\\n"
         f"""    -d '{{"model": "{output.name}", "prompt": "…", "max_tokens": 64}}'"""
     )

@@ -7,15 +7,18 @@ from prefix_jax import artifact
 from prefix_jax.cli.main import main
 from prefix_jax.prefix import Geometry, KVPrefix, Prefix, Site, SiteShape
 
+# That of the model of `tiny.write_gguf`.
+GEOMETRY = Geometry(32, 258, SiteShape(2, 4, 2, 8))
+
 
 @pytest.fixture
 def stored(tmp_path):
-    k_LPKH, v_LPKH = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 3, 1, 4)))
+    k_LPKH, v_LPKH = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 3, 2, 8)))
     produced = Prefix(Site(KVPrefix(k_LPKH, v_LPKH)), text_position=3)
     backbone = artifact.BackboneCard(
         source="/gone", model_type="gpt2", fingerprint="0", dtype="float32"
     )
-    card = artifact.make_card(produced, Geometry(8, 16, SiteShape(2, 2, 1, 4)), backbone)
+    card = artifact.make_card(produced, GEOMETRY, backbone)
     artifact.save(tmp_path / "stored", produced, card)
     return tmp_path / "stored"
 
@@ -57,6 +60,12 @@ def test_vllm_export_prints_the_commands_that_serve_it(stored, tmp_path, capsys)
     assert "mine: 3 slots for vLLM" in out
     assert f"PYTHONPATH={tmp_path}/served vllm serve /gone --config" in out
     assert '"model": "mine"' in out
+
+
+def test_vllm_export_quotes_paths_for_the_shell(stored, tmp_path, capsys):
+    assert main(["export", str(stored), str(tmp_path / "my served" / "mine"), "--to", "vllm"]) == 0
+    out = capsys.readouterr().out
+    assert f"PYTHONPATH='{tmp_path}/my served' vllm serve /gone --config '{tmp_path}/my" in out
 
 
 def test_vllm_export_names_the_option_for_a_gguf_backbone(stored, tmp_path, capsys):

@@ -26,7 +26,7 @@ from prefix_jax.untrusted.paths import expand
 # In the directory of all prefixes: the plugin, and vLLM's arguments.
 PLUGIN, ARGUMENTS = "prefix_vllm", "vllm.yaml"
 MODEL = "model"
-_RESERVED = (PLUGIN, MODEL)
+_RESERVED = (PLUGIN, MODEL, ARGUMENTS)
 _ARGUMENTS = {
     "middleware": [f"{PLUGIN}.models.PrefixModels"],
     # vLLM 0.30 and newer. Before, its routes need no option, and this line must be removed.
@@ -75,8 +75,9 @@ def export_vllm(
     output = expand(output, PrefixError)
     if not NAME.fullmatch(output.name) or output.name in _RESERVED:
         raise PrefixError(
-            f"{output}: {output.name!r} cannot be a model id in vLLM; use letters, digits, '.', "
-            f"'_' and '-', but not {' or '.join(_RESERVED)}"
+            f"{output}: {output.name!r} cannot be a model id in vLLM; use 1 to 128 letters (a-z), "
+            "digits, '.', '_' and '-', the first a letter, digit or '_'; "
+            f"{', '.join(_RESERVED)} are reserved"
         )
     if (output / "prefix.json").exists() and not replace:
         raise PrefixError(
@@ -92,6 +93,8 @@ def export_vllm(
     if not isinstance(produced, Prefix):
         pretrained = backbone_of(card, model, allow_other_weights=allow_other_weights)
         produced, card = baked(produced, card, pretrained)
+    elif isinstance(model, str | Path):
+        _check_geometry(card, model)
     produced = _without_zero_biases(produced)
     _check(produced, card, model)
     artifact.save(output, produced, card, "safetensors")
@@ -126,6 +129,12 @@ def _check_write_model(path: str | Path, target: Path) -> None:
         raise PrefixError(
             f"{path} is in a layout that vLLM reads; omit --write-model and serve it from there"
         )
+
+
+def _check_geometry(card: Card, model: str | Path) -> None:
+    """Raises PrefixError if a model has another shape. Its weights are not read."""
+    geometry = architecture_of(model).geometry
+    artifact.check(card, geometry, card.backbone.fingerprint, card.backbone.quantize)
 
 
 def _check_task(card: Card) -> None:

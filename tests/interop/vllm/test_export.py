@@ -10,10 +10,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import yaml
 
 from prefix_jax import artifact
-from prefix_jax.errors import PrefixError
+from prefix_jax.errors import BackboneError, PrefixError
 from prefix_jax.interop.vllm import export_vllm
 from prefix_jax.prefix import Adapter, KVPrefix, Memory, Prefix, Produced, Site
 
@@ -102,11 +103,13 @@ def test_pinned_prefix_is_refused_only_for_sliding_windows(
         export_vllm(save(pinned, source="absent"), tmp_path / "served" / "unknown")
 
 
-@pytest.mark.parametrize("name", ["a b", ".hidden", "-x", "prefix_vllm", "model", "ü"])
+@pytest.mark.parametrize(
+    "name", ["a b", ".hidden", "-x", "..", "ü", "x" * 129, "prefix_vllm", "model", "vllm.yaml"]
+)
 def test_names_that_cannot_be_model_ids_are_refused(
     name: str, forms: Forms, save, tmp_path: Path
 ) -> None:
-    with pytest.raises(PrefixError, match="cannot be a model id in vLLM; use letters"):
+    with pytest.raises(PrefixError, match="cannot be a model id in vLLM; use 1 to 128 letters"):
         export_vllm(save(forms["kv"]), tmp_path / "served" / name)
 
 
@@ -127,6 +130,16 @@ def test_model_is_written_once_and_only_if_vllm_cannot_read_it(
     with pytest.raises(PrefixError, match="share it"):
         export_vllm(source, tmp_path / "served" / "x", write_model=True)
     assert not (tmp_path / "served" / "x").exists()
+
+
+def test_model_that_does_not_fit_the_prefix_is_refused(forms: Forms, save, tmp_path: Path) -> None:
+    source = save(forms["kv"])
+    with pytest.raises(BackboneError, match="absent"):
+        export_vllm(source, tmp_path / "served" / "x", model=tmp_path / "absent")
+    tiny.write_model(tmp_path / "other", num_hidden_layers=3)
+    with pytest.raises(PrefixError, match=r"decoder\.layers: 2 in the prefix, 3 in the backbone"):
+        export_vllm(source, tmp_path / "served" / "x", model=tmp_path / "other")
+    assert not (tmp_path / "served").exists()
 
 
 def test_plugin_imports_neither_jax_nor_prefix_jax(served: Path) -> None:

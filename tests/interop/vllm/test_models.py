@@ -79,7 +79,13 @@ class Server:
 class Client:
     """Calls the middleware as a web server does."""
 
-    def __init__(self, served: Path, shape: Shape) -> None:
+    def __init__(
+        self,
+        served: Path,
+        shape: Shape,
+        served_model_name: str | list[str] = "base",
+        max_model_len: int = 64,
+    ) -> None:
         self.server = Server()
         text = SimpleNamespace(
             num_hidden_layers=shape.layers, hidden_size=shape.hidden, vocab_size=shape.vocab
@@ -89,8 +95,8 @@ class Client:
             hf_text_config=text,
             get_total_num_kv_heads=lambda: shape.kv_heads,
             get_head_size=lambda: shape.head_dim,
-            served_model_name="base",
-            max_model_len=64,
+            served_model_name=served_model_name,
+            max_model_len=max_model_len,
         )
         transfer = SimpleNamespace(kv_connector_extra_config={"root": str(served)})
         config = SimpleNamespace(model_config=model, kv_transfer_config=transfer)
@@ -98,7 +104,7 @@ class Client:
         self._middleware = PrefixModels(self.server)
         self.headers: dict[bytes, bytes] = {}
 
-    def raw(self, method: str, path: str, content: bytes) -> tuple[int, bytes]:
+    def raw(self, method: str, path: str, content: bytes, **scope: Any) -> tuple[int, bytes]:
         sent: list[Any] = []
         incoming = iter([{"type": "http.request", "body": content}])
 
@@ -108,7 +114,7 @@ class Client:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        scope = {
+        scope |= {
             "type": "http", "method": method, "path": path, "app": self._app,
             "headers": [(b"authorization", b"Bearer key"), (b"content-length", b"1")],
         }  # fmt: skip
@@ -183,6 +189,59 @@ def test_stream_names_the_prefix_wherever_it_is_cut(client: Client) -> None:
         assert json.loads(events[0][6:]) == {"model": "six", "choices": [{"text": "é"}]}
         assert json.loads(events[1][6:])["usage"] == {"prompt_tokens": 2, "total_tokens": 3}
         assert events[2:] == [": comment", "data: [DONE]", ""]
+
+
+def test_stream_counts_the_prompt_of_each_chunk(client: Client) -> None:
+    """Chunks with usage (`continuous_usage_stats`) count one prompt, the last event all."""
+    usage = {"prompt_tokens": 8, "total_tokens": 9}
+    chunk = {"choices": [{"index": 0, "text": "a"}], "usage": usage}
+    last: dict[str, Any] = {"choices": [], "usage": {"prompt_tokens": 16, "total_tokens": 20}}
+    client.server.chunks = [b"data: %s\n\n" % json.dumps(x).encode() for x in (chunk, last)]
+    body = b'{"model": "six", "prompt": ["a", "b"], "stream": true}'
+    _, content = client.raw("POST", "/v1/completions", body)
+    usages = [json.loads(event[6:])["usage"] for event in content.decode().split("\n\n")[:-1]]
+    assert usages == [
+        {"prompt_tokens": 2, "total_tokens": 3},
+        {"prompt_tokens": 4, "total_tokens": 8},
+    ]
+
+
+def test_salt_of_a_client_still_separates_its_cache(client: Client, served: Path) -> None:
+    client.post("/v1/completions", model="six", prompt="a", cache_salt="tenant")
+    _, body = client.server.seen[-1]
+    assert body["cache_salt"] == Prefixes(served)["six"].salt + ":tenant"
+
+
+@pytest.mark.parametrize("path", ["/api/v1/completions", "/v1/completions"])
+def test_path_may_begin_with_the_root_path(path: str, client: Client) -> None:
+    content = b'{"model": "six", "prompt": "a"}'
+    assert client.raw("POST", path, content, root_path="/api")[0] == 200
+    assert [path for path, _ in client.server.seen] == ["/v1/completions/render", "/v1/completions"]
+
+
+def test_name_of_both_a_prefix_and_the_base_model_is_refused(served: Path, shape: Shape) -> None:
+    client = Client(served, shape, served_model_name=["base", "six"])
+    status, answer = client.post("/v1/completions", model="six", prompt="a")
+    assert status == 400
+    assert "both a prefix and the base model" in answer["error"]["message"]
+    assert client.server.seen == []
+    assert client.post("/v1/completions", model="base", prompt="a")[0] == 200
+
+
+def test_prefix_that_fills_the_context_is_refused(served: Path, shape: Shape) -> None:
+    client = Client(served, shape, max_model_len=6)
+    status, answer = client.post("/v1/completions", model="six", prompt="a")
+    assert status == 400
+    assert "has 6 slots, and max_model_len is 6; start vLLM with a" in answer["error"]["message"]
+    _, content = client.raw("GET", "/v1/models", b"")
+    assert [model["id"] for model in json.loads(content)["data"]] == ["base"]
+
+
+@pytest.mark.parametrize("depth", [990, 100_000])
+def test_deeply_nested_body_is_refused(depth: int, client: Client) -> None:
+    content = b'{"model": "six", "prompt": %s}' % (b"[" * depth + b"]" * depth)
+    assert client.raw("POST", "/v1/completions", content)[0] == 400
+    assert client.server.seen == []
 
 
 def test_requests_for_other_models_are_unchanged(client: Client) -> None:

@@ -108,6 +108,25 @@ def test_request_with_one_token_is_never_answered_by_the_bare_model(scheduler: S
     assert scheduler.match(wrong, 0) == (None, False)
 
 
+def test_salt_of_a_client_follows_that_of_the_prefix(
+    scheduler: Scheduler, prefixes: Prefixes
+) -> None:
+    salted = request(prefixes, [5, 6], cache_salt=f"{prefixes['six'].salt}:tenant")
+    assert scheduler.match(salted, 0) == (6, False)
+    scheduler.allocated(salted, [7, 8], 6)
+    (load,) = scheduler.take()
+    assert load.prefix == prefixes["six"]
+    refused(scheduler, request(prefixes, [5, 6], cache_salt=f"{prefixes['six'].salt}tenant"))
+
+
+def test_cancelled_refusals_are_forgotten(scheduler: Scheduler) -> None:
+    wrong = request(None, [5], kv_transfer_params={"prefix": "six"})
+    scheduler.match(wrong, 0)
+    scheduler.finished(wrong)
+    scheduler.finished(wrong)
+    assert not scheduler.refused
+
+
 def test_replacing_a_prefix_changes_new_requests_only(
     forms, save, served: Path, scheduler: Scheduler, prefixes: Prefixes, pretrained
 ) -> None:

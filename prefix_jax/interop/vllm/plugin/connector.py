@@ -58,8 +58,10 @@ class PrefixConnector(KVConnectorBase_V1):
         _check_config(vllm_config, kv_cache_config)
         self._shape = Shape.of(vllm_config)
         if role == KVConnectorRole.SCHEDULER:
+            prefixes = Prefixes.of(vllm_config)
+            _log_prefixes(prefixes, self._shape)
             self._scheduler = Scheduler(
-                Prefixes.of(vllm_config),
+                prefixes,
                 self._shape,
                 placeholder_id(vllm_config.model_config.hf_config),
             )
@@ -85,6 +87,13 @@ class PrefixConnector(KVConnectorBase_V1):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Hands the notes to the workers."""
         return Loads(self._scheduler.take())
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Forgets a request; its blocks can be freed at once."""
+        self._scheduler.finished(request)
+        return False, None
 
     # The worker's half.
 
@@ -183,6 +192,14 @@ class _Worker:
 
     def _size(self) -> int:
         return sum(x.nbytes for pair in self._cache.values() for x in pair)
+
+
+def _log_prefixes(prefixes: Prefixes, shape: Shape) -> None:
+    usable, errors = prefixes.usable(shape)
+    names = ", ".join(prefix.name for prefix in usable) or "none yet"
+    logger.info("prefixes in %s: %s", prefixes.root, names)
+    for error in errors:
+        logger.warning("not served: %s", error)
 
 
 def _check_config(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig | None) -> None:

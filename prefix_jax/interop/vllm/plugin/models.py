@@ -66,7 +66,7 @@ class PrefixModels:
             return
         if self._server is None:
             self._server = _Server(self._app, scope["app"].state)
-        if scope["method"] == "GET" and scope["path"].rstrip("/") == _MODELS:
+        if scope["method"] == "GET" and _route(scope) == _MODELS:
             await self._server.list_models(scope, receive, send)
         elif scope["method"] == "POST":
             await self._server.post(scope, receive, send)
@@ -89,7 +89,7 @@ class _Server:
         self._app = app
         self._prefixes, self._shape = Prefixes.of(config), Shape.of(config)
         self._placeholder = placeholder_id(config.model_config.hf_config)
-        self._positions = config.model_config.max_model_len
+        self._max_model_len = config.model_config.max_model_len
 
     async def list_models(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answers `/v1/models` with the server's own models and the prefixes."""
@@ -109,11 +109,11 @@ class _Server:
                     "owned_by": "prefix-jax",
                     "root": prefix.digest,
                     "parent": self._base_names[0],
-                    "max_model_len": self._positions - prefix.length,
+                    "max_model_len": self._max_model_len - prefix.length,
                     "permission": [],
                 }
                 for prefix in usable
-                if prefix.name not in self._base_names
+                if prefix.name not in self._base_names and prefix.length < self._max_model_len
             ]
             content = json.dumps(models).encode()
         await _reply(send, status, headers, content)
@@ -122,28 +122,12 @@ class _Server:
         """Sends a request on, with the keys and values of its prefix if it names one."""
         content = await _body(receive)
         try:
-            body = json.loads(content)
-        except ValueError:
-            body = None  # the server answers with its own error
-        if not isinstance(body, dict):
-            await self._app(scope, _receive(content, receive), send)
-            return
-        try:
-            _check_reserved(body)
-            name = body.get("model")
-            if not isinstance(name, str) or name in self._base_names:
+            body = _parse(content)
+            prefix = None if body is None else self._find(body.get("model"))
+            if body is None or prefix is None:
                 await self._app(scope, _receive(content, receive), send)
-                return
-            try:
-                prefix = self._prefixes[name]
-                prefix.check(self._shape)
-            except UnknownPrefixError:
-                # A LoRA adapter, or the server answers with its own 404.
-                await self._app(scope, _receive(content, receive), send)
-                return
-            except PrefixError as error:
-                raise BadRequest(str(error), param="model") from None
-            await self._serve(prefix, body, scope, receive, send)
+            else:
+                await self._serve(prefix, body, scope, receive, send)
         except BadRequest as error:
             fault = {
                 "message": str(error),
@@ -153,6 +137,34 @@ class _Server:
             }
             await _reply(send, error.status, [], json.dumps({"error": fault}).encode())
 
+    def _find(self, name: Any) -> StoredPrefix | None:
+        """Returns the prefix of a model id; None leaves the request to the server.
+
+        The server answers for its own models and LoRA adapters, and unknown ids with a 404.
+        """
+        if not isinstance(name, str):
+            return None
+        try:
+            prefix = self._prefixes[name]
+            if name in self._base_names:
+                raise BadRequest(
+                    f"{name!r} is both a prefix and the base model; rename the prefix's directory, "
+                    "or start vLLM with another --served-model-name",
+                    param="model",
+                )
+            prefix.check(self._shape)
+        except UnknownPrefixError:
+            return None
+        except PrefixError as error:
+            raise BadRequest(str(error), param="model") from None
+        if prefix.length >= self._max_model_len:
+            raise BadRequest(
+                f"prefix {name!r} has {prefix.length} slots, and max_model_len is "
+                f"{self._max_model_len}; start vLLM with a larger --max-model-len",
+                param="model",
+            )
+        return prefix
+
     async def _serve(
         self,
         prefix: StoredPrefix,
@@ -161,7 +173,7 @@ class _Server:
         receive: Receive,
         send: Send,
     ) -> None:
-        path = scope["path"].rstrip("/")
+        path = _route(scope)
         base = {**body, "model": self._base_names[0]}
         if path in _TOKENIZERS:
             await self._app(*_request(scope, path, base, receive), send)
@@ -185,6 +197,8 @@ class _Server:
         slots = [self._placeholder] * prefix.length
         params: dict[str, Any] = {"prefix": prefix.name}
         base |= {"cache_salt": prefix.salt, "kv_transfer_params": params}
+        if salt := body.get("cache_salt"):
+            base["cache_salt"] += f":{salt}"
         if path == _CHAT:
             params["prompt_token_ids"] = slots + prompts[0]
         else:
@@ -192,6 +206,18 @@ class _Server:
             base["add_special_tokens"] = False
         rewrite = _Rewriter(prefix, len(prompts), send)
         await self._app(*_request(scope, path, base, receive), rewrite)
+
+
+def _parse(content: bytes) -> dict[str, Any] | None:
+    """Returns a body as JSON; None leaves its error to the server."""
+    try:
+        body = json.loads(content)
+        _check_reserved(body)
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
+    except ValueError:
+        return None
+    return body if isinstance(body, dict) else None
 
 
 def _check_reserved(value: Any) -> None:
@@ -238,12 +264,12 @@ class _Rewriter:
 
     Args:
         prefix: the prefix that answered.
-        prompts: the number of prompts in the request.
+        prompts: the number of prompts in the request. A chunk of a stream belongs to one of them.
         send: sends to the client.
     """
 
     def __init__(self, prefix: StoredPrefix, prompts: int, send: Send) -> None:
-        self._prefix, self._slots, self._send = prefix, prefix.length * prompts, send
+        self._prefix, self._prompts, self._send = prefix, prompts, send
         self._start: Message = {}
         self._streams = False
         self._rest = b""
@@ -283,11 +309,13 @@ class _Rewriter:
             answer["model"] = self._prefix.name
         usage = answer.get("usage")
         if usage:
-            usage["prompt_tokens"] -= self._slots
-            usage["total_tokens"] -= self._slots
+            is_chunk = self._streams and answer.get("choices")
+            slots = self._prefix.length * (1 if is_chunk else self._prompts)
+            usage["prompt_tokens"] -= slots
+            usage["total_tokens"] -= slots
             details = usage.get("prompt_tokens_details")
             if details and details.get("cached_tokens"):
-                details["cached_tokens"] = max(0, details["cached_tokens"] - self._slots)
+                details["cached_tokens"] = max(0, details["cached_tokens"] - slots)
         for holder in (answer, *answer.get("choices", [])):
             if isinstance(holder, dict) and holder.get("prompt_token_ids"):
                 holder["prompt_token_ids"] = holder["prompt_token_ids"][self._prefix.length :]
@@ -296,6 +324,11 @@ class _Rewriter:
 
 
 # Calls of the application.
+
+
+def _route(scope: Message) -> str:
+    """The path of a request without the server's --root-path, as Starlette routes it."""
+    return scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/")
 
 
 async def _body(receive: Receive) -> bytes:

@@ -35,6 +35,10 @@ class Scheduler:
     """Decides which slots are loaded, for every request that enters a batch.
 
     Nothing here may raise: vLLM's engine would stop.
+
+    Attributes:
+        refused: the requests that will be refused, by id, and the number of their tokens in
+            vLLM's own cache.
     """
 
     def __init__(self, prefixes: Prefixes, shape: Shape, placeholder: int) -> None:
@@ -42,8 +46,7 @@ class Scheduler:
         # Every prefix that a request has used, by salt. Requests that began before a prefix was
         # replaced continue with the old one.
         self._known: dict[str, StoredPrefix] = {}
-        # By request id: the number of its tokens in vLLM's own cache.
-        self._refused: dict[str, int] = {}
+        self.refused: dict[str, int] = {}
         self._loads: list[Load] = []
 
     def match(self, request: Request, cached: int) -> tuple[int | None, bool]:
@@ -57,7 +60,7 @@ class Scheduler:
             prefix = self._find(request)
         except Exception as error:
             return self._refuse(request, cached, error)
-        self._refused.pop(request.request_id, None)
+        self.refused.pop(request.request_id, None)
         return (0 if prefix is None else max(0, prefix.length - cached)), False
 
     def _find(self, request: Request) -> StoredPrefix | None:
@@ -72,6 +75,7 @@ class Scheduler:
             if salt.startswith(SALT):
                 raise PrefixError(f"the cache salt {salt!r} belongs to a prefix that is not named")
             return None
+        salt = _prefix_salt(salt)
         prefix = self._known.get(salt)
         if prefix is None or prefix.name != name:
             prefix = self._prefixes[str(name)]
@@ -92,9 +96,9 @@ class Scheduler:
         return prefix
 
     def _refuse(self, request: Request, cached: int, error: Exception) -> tuple[int | None, bool]:
-        if request.request_id not in self._refused:
+        if request.request_id not in self.refused:
             logger.error("request %s is refused: %s", request.request_id, error)
-        self._refused[request.request_id] = cached
+        self.refused[request.request_id] = cached
         request.skip_reading_prefix_cache = False
         if request.num_tokens - cached < 2:
             # vLLM has no way to end a request whose only token is still to be computed. It waits
@@ -104,14 +108,23 @@ class Scheduler:
 
     def allocated(self, request: Request, blocks: Sequence[int], loaded: int) -> None:
         """Notes the blocks of a request for which `match` returned `loaded` tokens."""
-        cached = self._refused.pop(request.request_id, None)
+        cached = self.refused.pop(request.request_id, None)
         if cached is not None:
             self._loads.append(Load(None, tuple(blocks), cached, cached + loaded))
             return
-        prefix = self._known[request.cache_salt or ""]
+        prefix = self._known[_prefix_salt(request.cache_salt or "")]
         self._loads.append(Load(prefix, tuple(blocks), prefix.length - loaded, prefix.length))
+
+    def finished(self, request: Request) -> None:
+        """Forgets a request that was cancelled before it got blocks."""
+        self.refused.pop(request.request_id, None)
 
     def take(self) -> list[Load]:
         """Returns the notes since the last call."""
         loads, self._loads = self._loads, []
         return loads
+
+
+def _prefix_salt(salt: str) -> str:
+    """The prefix's part of a salt; a client's own may follow it."""
+    return ":".join(salt.split(":")[:2])
