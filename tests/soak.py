@@ -136,6 +136,8 @@ class Soak:
                     self.problems.append(f"exit code {process.returncode}")
             finally:
                 process.kill()
+        if self.problems:
+            self.problems.append((self.directory / "log").read_text(encoding="utf-8")[-20000:])
 
     def _wait_for_start(self, process: subprocess.Popen[bytes]) -> int:
         while True:

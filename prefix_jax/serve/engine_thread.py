@@ -46,6 +46,11 @@ class EngineThread:
 
     Only this thread uses the engine. Coroutines send it commands, which run between two steps.
 
+    Attributes:
+        engine: the engine.
+        failure: why the engine has stopped by itself; None if it has not.
+        capacity: the maximum number of continuations that run and wait.
+
     Args:
         engine: the engine.
         max_waiting: the maximum number of continuations that wait for a row.
@@ -56,7 +61,7 @@ class EngineThread:
     def __init__(self, engine: Engine, max_waiting: int, on_failure: Callable[[], None]):
         self.engine = engine
         self.failure: BaseException | None = None
-        self._capacity = engine.rows + max_waiting
+        self.capacity = engine.rows + max_waiting
         self._on_failure = on_failure
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[Handle, tuple[_Stream, int]] = {}
@@ -117,7 +122,7 @@ class EngineThread:
             PrefixJaxError: a request is invalid, or fails while it runs (from the iterator).
         """
         continuations = sum(request.config.num_samples for request in requests)
-        if self._active + continuations > self._capacity:
+        if self._active + continuations > self.capacity:
             raise QueueFullError
         stream = _Stream(continuations, asyncio.Queue())
         self._active += continuations

@@ -87,6 +87,14 @@ class Generation:
         Raises:
             PrefixJaxError: a prompt or an option is invalid.
         """
+        prompts = len(body.prompts) if isinstance(body, Completions) else 1
+        best_of = body.best_of if isinstance(body, Completions) else None
+        continuations = prompts * (best_of or body.n)
+        if continuations > self._engine.capacity:
+            raise ConfigError(
+                f"the request asks for {continuations:,} continuations, and the server allows "
+                f"{self._engine.capacity:,} of all clients; send several smaller requests"
+            )
         # In a thread: rendering and tokenising a long text must not delay other requests.
         return await asyncio.to_thread(self._job, body, model)
 

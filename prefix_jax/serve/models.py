@@ -13,7 +13,6 @@ import itertools
 import logging
 import os
 import time
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -83,7 +82,8 @@ class Models:
         self._engine = engine
         self._created = int(time.time())
         self._sources: dict[str, _Source] = {}
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        # Held while sources change.
+        self._lock = asyncio.Lock()
 
     async def add(self, name: str, directory: Path) -> None:
         """Adds a prefix, from any directory.
@@ -91,7 +91,7 @@ class Models:
         Raises:
             PrefixJaxError: it cannot be used.
         """
-        async with self._locks[name]:
+        async with self._lock:
             source = await self._read(name, directory, await asyncio.to_thread(_stamp, directory))
         if source.error is not None:
             raise PrefixError(source.error)
@@ -104,30 +104,32 @@ class Models:
         """
         if name == self.base:
             return Model(name, self._created, None)
-        async with self._locks[name]:
-            source = await self._update(name)
-            if source is None or source.unloaded:
-                self._locks.pop(name, None)
-                raise UnknownModelError(f"the model {name!r} does not exist")
-            if source.error is not None:
-                raise UnknownModelError(f"the model {name!r} is not available: {source.error}")
-            return Model(name, source.created, self._engine.engine.prefixes[name])
+        source = self._sources.get(name)
+        if source is None or await asyncio.to_thread(_stamp, source.directory) != source.stamp:
+            async with self._lock:
+                source = await self._update(name)
+        if source is None or source.unloaded:
+            raise UnknownModelError(f"the model {name!r} does not exist")
+        prefix = self._engine.engine.prefixes.get(name)
+        if prefix is None:
+            error = source.error or "it has just been unloaded"
+            raise UnknownModelError(f"the model {name!r} is not available: {error}")
+        return Model(name, source.created, prefix)
 
     async def all(self) -> list[Model]:
         """Returns the models that can be used, the backbone first."""
         models = [Model(self.base, self._created, None)]
-        for name in sorted({*self._sources, *await asyncio.to_thread(self._names)}):
-            try:
-                models.append(await self.find(name))
-            except UnknownModelError:
-                continue
+        for name in sorted(await self._refresh()):
+            source, prefix = self._sources.get(name), self._engine.engine.prefixes.get(name)
+            if source is not None and prefix is not None:
+                models.append(Model(name, source.created, prefix))
         return models
 
     async def watch(self, seconds: float) -> None:
         """Reads new and changed prefixes now and then, so that requests need not wait for it."""
         while True:
             await asyncio.sleep(seconds)
-            await self.all()
+            await self._refresh()
 
     @property
     def errors(self) -> Mapping[str, str]:
@@ -153,7 +155,7 @@ class Models:
         directory = self._inside(name if path is None else path)
         if not name or name == self.base:
             raise PrefixError(f"{name!r} cannot be the name of a prefix")
-        async with self._locks[name]:
+        async with self._lock:
             source = self._sources.get(name)
             if source is not None and not source.unloaded and not replace:
                 raise PrefixError(
@@ -170,12 +172,29 @@ class Models:
         Raises:
             UnknownModelError: there is no such prefix.
         """
-        async with self._locks[name]:
+        async with self._lock:
             source = self._sources.get(name)
             if source is None or source.unloaded:
                 raise UnknownModelError(f"the prefix {name!r} does not exist")
             await self._remove(name)
             source.unloaded = True
+
+    async def _refresh(self) -> list[str]:
+        """Reads what is new or has changed; returns all names."""
+
+        def changed(known: dict[str, _Source], names: set[str]) -> list[str]:
+            """The names whose directories are not as they were: one thread looks at all."""
+            return [
+                name
+                for name in names
+                if (source := known.get(name)) is None or _stamp(source.directory) != source.stamp
+            ]
+
+        names = {*self._sources, *await asyncio.to_thread(self._names)}
+        for name in await asyncio.to_thread(changed, dict(self._sources), names):
+            with contextlib.suppress(UnknownModelError):
+                await self.find(name)
+        return list(names)
 
     async def _update(self, name: str) -> _Source | None:
         """Reads a prefix if it is new or has changed."""
@@ -194,7 +213,7 @@ class Models:
 
     async def _read(self, name: str, directory: Path, stamp: _Stamp) -> _Source:
         """Reads a prefix. If that fails, the prefix that it would have replaced is removed."""
-        source = self._sources[name] = _Source(directory, stamp)
+        source = _Source(directory, stamp)
         try:
             if self.directory is not None and directory.parent == self.directory:
                 self._inside(name)
@@ -205,6 +224,8 @@ class Models:
             await self._remove(name)
         else:
             logger.info("loaded prefix %r", name)
+        # Not before: requests that find the same stamp use what is in the engine.
+        self._sources[name] = source
         return source
 
     async def _remove(self, name: str) -> None:
@@ -254,8 +275,9 @@ def _stamp(directory: Path) -> _Stamp:
     except PrefixJaxError:
         target = directory
     files = []
-    for path in itertools.islice(target.rglob("*"), _MAX_FILES):
-        with contextlib.suppress(OSError):
+    # What is removed meanwhile makes a stamp that the next one differs from.
+    with contextlib.suppress(OSError):
+        for path in itertools.islice(target.rglob("*"), _MAX_FILES):
             stat = path.stat()
             files.append((str(path), stat.st_ino, stat.st_mtime_ns, stat.st_size))
     return tuple(sorted(files))

@@ -30,7 +30,9 @@ class _Tokens:
     logprobs: list[float | None] = dataclasses.field(default_factory=list)
     top: list[Top] = dataclasses.field(default_factory=list)
 
-    def extend(self, ids: Sequence[int], logprobs: Sequence[float], top: Sequence[Top]) -> None:
+    def extend(
+        self, ids: Sequence[int], logprobs: Sequence[float | None], top: Sequence[Top]
+    ) -> None:
         """Appends tokens."""
         self.ids += ids
         self.logprobs += logprobs
@@ -174,7 +176,7 @@ class Responses:
         if self._echo:
             text = self._texts[prompt] + text
             before = self._prompt_tokens(prompt)
-            before.extend(tokens.ids, tokens.logprobs, tokens.top)  # type: ignore[arg-type]
+            before.extend(tokens.ids, tokens.logprobs, tokens.top)
             tokens = before
         return self._text_chunk(index, text, tokens, finish)
 

@@ -98,7 +98,9 @@ def test_a_full_queue_is_an_error(model, directory, monkeypatch) -> None:
         until(lambda: engine.running + engine.waiting == 5)
         until(lambda: server.complete("alpha", max_tokens=1).status == 200)
         # More than could ever fit.
-        assert server.complete("alpha", n=7, temperature=1).status == 429
+        answer = server.complete("alpha", n=7, temperature=1)
+        assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
+        assert "asks for 7 continuations, and the server allows 6" in answer.error["message"]
         for connection in waiting:
             connection.close()
 
