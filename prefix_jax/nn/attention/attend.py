@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from prefix_jax.nn.attention import dense, splash
-from prefix_jax.nn.attention.dense import MASKED, cap_bias_mask, dbias, dot, softmax_vjp
+from prefix_jax.nn.attention.dense import MASKED, cap, cap_bias_mask, dbias, dot, softmax_vjp
 from prefix_jax.nn.attention.mask import MaskAndBias
 from prefix_jax.nn.attention.splash_run import interpreting
 from prefix_jax.nn.remat import keep
@@ -84,18 +84,21 @@ def _attend_shared(
     the rows that do not use it. No row therefore needs a copy of its slots.
     """
     assert masking.mask_BTP is not None, "shared slots require mask_BTP"
-    logits, masks = [], []
+    B, K, G, T, H = q_BKGTH.shape
+    # With key heads first, the products need no transposition of their operands or results.
+    q_KMH = q_BKGTH.swapaxes(0, 1).reshape(K, B * G * T, H)
+    parts = []
     first = 0
     for slots in shared:
-        last = first + slots.k_KPH.shape[1]
-        mask_BTP = masking.mask_BTP[:, :, first:last]
-        products_BKGTP = dot("BKGTH,KPH->BKGTP", q_BKGTH, slots.k_KPH.astype(q_BKGTH.dtype))
-        bias_BNTP = slots.bias_NP[None, :, None].astype(jnp.float32)
-        logits.append(cap_bias_mask(softcap, products_BKGTP, bias_BNTP, mask_BTP))
-        masks.append(mask_BTP)
-        first = last
-    max_BKGT1 = functools.reduce(
-        jnp.maximum, [logits_BKGTP.max(axis=-1, keepdims=True) for logits_BKGTP in logits]
+        P = slots.k_KPH.shape[1]
+        mask_BTP = masking.mask_BTP[:, :, first : first + P]
+        first += P
+        logits_KBGTP = dot("KMH,KPH->KMP", q_KMH, slots.k_KPH.astype(q_KMH.dtype))
+        logits_KBGTP = cap(softcap, logits_KBGTP).reshape(K, B, G, T, P)
+        logits_KBGTP += slots.bias_NP.astype(jnp.float32).reshape(K, 1, G, 1, P)
+        parts.append((slots, mask_BTP, jnp.where(mask_BTP[:, None], logits_KBGTP, MASKED)))
+    shared_max_KBGT1 = functools.reduce(
+        jnp.maximum, [logits_KBGTP.max(axis=-1, keepdims=True) for _, _, logits_KBGTP in parts]
     )
     tokens = _by_platform(
         masking,
@@ -104,15 +107,19 @@ def _attend_shared(
         functools.partial(splash.forward, softcap),
         functools.partial(dense.forward, softcap),
     )
-    out_BKGTH, denominator_BKGT1, max_BKGT1 = tokens(q_BKGTH, k_BSKH, v_BSKH, masking, max_BKGT1)
-    for slots, logits_BKGTP, mask_BTP in zip(shared, logits, masks, strict=True):
-        weights_BKGTP = jnp.exp(logits_BKGTP - max_BKGT1)
-        denominator_BKGT1 += weights_BKGTP.sum(axis=-1, keepdims=True)
-        v_KPH = slots.v_KPH.astype(v_BSKH.dtype)
-        values_BKGTH = dot("BKGTP,KPH->BKGTH", weights_BKGTP.astype(v_KPH.dtype), v_KPH)
+    out_BKGTH, denominator_BKGT1, max_BKGT1 = tokens(
+        q_BKGTH, k_BSKH, v_BSKH, masking, shared_max_KBGT1.swapaxes(0, 1)
+    )
+    max_KBGT1 = max_BKGT1.swapaxes(0, 1)
+    for slots, mask_BTP, logits_KBGTP in parts:
+        weights_KBGTP = jnp.exp(logits_KBGTP - max_KBGT1)
+        denominator_BKGT1 += weights_KBGTP.sum(axis=-1, keepdims=True).swapaxes(0, 1)
+        weights_KMP = weights_KBGTP.reshape(K, B * G * T, -1).astype(v_BSKH.dtype)
+        out_KMH = dot("KMP,KPH->KMH", weights_KMP, slots.v_KPH.astype(v_BSKH.dtype))
         # Values that are NaN would reach rows of other prefixes even through weights of zero.
-        seen_B11T1 = mask_BTP.any(axis=-1)[:, None, None, :, None]
-        out_BKGTH += jnp.where(seen_B11T1, values_BKGTH, 0)
+        seen_BT1 = mask_BTP.any(axis=-1, keepdims=True)
+        added_KBGTH = jnp.where(seen_BT1[:, None], out_KMH.reshape(K, B, G, T, H), 0)
+        out_BKGTH += added_KBGTH.swapaxes(0, 1)
     return (out_BKGTH / denominator_BKGT1).astype(q_BKGTH.dtype)
 
 

@@ -100,6 +100,11 @@ def dot(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
 
 
+def cap(softcap: float | None, products: jax.Array) -> jax.Array:
+    """Applies the soft cap to query-key products."""
+    return products if softcap is None else softcap * jnp.tanh(products / softcap)
+
+
 def cap_bias_mask(
     softcap: float | None,
     products_BKGTS: jax.Array,
@@ -108,9 +113,7 @@ def cap_bias_mask(
 ) -> jax.Array:
     """Turns query-key products into logits: applies the soft cap, the bias and the mask."""
     _, K, G = products_BKGTS.shape[:3]
-    logits = products_BKGTS
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+    logits = cap(softcap, products_BKGTS)
     if bias_BNTS is not None:
         logits = logits + bias_BNTS.reshape(bias_BNTS.shape[0], K, G, *bias_BNTS.shape[2:])
     return logits if mask_BTS is None else jnp.where(mask_BTS[:, None, None], logits, MASKED)
