@@ -30,9 +30,9 @@ def lower_step(run: AbstractRun, rows: int, context: int, mesh: Mesh) -> tuple[A
         mesh: the devices. The cache is split over the batch axes (rows) and tensor (heads).
     """
     backbone, stacked = run.model.backbone, run.params(mesh)
-    weights = _listed(stacked["backbone"])
+    weights = unstacked(stacked["backbone"])
     if "encoder" in weights:
-        weights = {**weights, "encoder": _listed(weights["encoder"])}
+        weights = {**weights, "encoder": unstacked(weights["encoder"])}
     weights = placed(weights, weight_shardings(weights, mesh))
     prefix = everywhere(jax.eval_shape(run.model.prefix, stacked), mesh)
     end_of_text: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -67,8 +67,8 @@ def lower_step(run: AbstractRun, rows: int, context: int, mesh: Mesh) -> tuple[A
     return lowered, {**stacked, "backbone": weights}
 
 
-def _listed(params: Params) -> Params:
-    """Like `to_unstacked`, for abstract weights."""
+def unstacked(params: Params) -> Params:
+    """Abstract weights with the layers unstacked, like `to_unstacked`."""
     layers = params["layers"]
     L = jax.tree.leaves(layers)[0].shape[0]
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), layers)
