@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+import serving
+import tiny
+import tiny_runs
 
 import prefix_jax as pj
 
@@ -162,3 +165,15 @@ def test_limits_of_length_are_followed(server) -> None:
 def test_log_probabilities_are_finite_and_sum_below_one(server) -> None:
     top = server.complete("beta", logprobs=20).json["choices"][0]["logprobs"]["top_logprobs"]
     assert all(0 < sum(map(math.exp, best.values())) <= 1 + 1e-5 for best in top)
+
+
+def test_encoder_decoders_answer_too(tmp_path) -> None:
+    model = tiny_runs.on_one_device(tiny.write_t5(tmp_path / "model"))
+    engine = pj.Engine(model, rows=2)
+    config = pj.DecodeConfig(max_new_tokens=4)
+    (alone,) = engine.generate(["2+3="], None, config)
+    with serving.running(engine) as server:
+        choice = server.complete("base", max_tokens=4).json["choices"][0]
+        assert choice["text"] == alone.text
+        answer = server.complete("base", echo=True, logprobs=1)
+        assert (answer.status, "no log-probabilities" in answer.error["message"]) == (400, True)
