@@ -74,6 +74,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="continuations that wait for a row before requests get a 429 (default: %(default)s)",
     )
     engine.add_argument(
+        "--share-slots",
+        metavar="N",
+        type=int,
+        default=256,
+        help="rows share prefixes with more slots instead of copying them (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--max-shared",
+        metavar="N",
+        type=int,
+        default=4,
+        help="prefixes that rows share at once; further ones are copied (default: %(default)s)",
+    )
+    engine.add_argument(
         "--device-bytes",
         metavar="N",
         type=int,
@@ -165,6 +179,8 @@ def run(args: argparse.Namespace) -> int:
             load(args.model, dtype=args.dtype),
             rows=args.rows,
             max_length=args.max_length,
+            share_slots=args.share_slots,
+            max_shared=args.max_shared,
             device_bytes=args.device_bytes,
             host_bytes=args.host_bytes,
             allow_other_weights=args.allow_other_weights,

@@ -13,7 +13,7 @@ keeps a copy of its own (`RowSite.outside`).
 
 A long prefix is shared: its slots are not in the cache, the columns of its rows begin with the
 text, and attention reads the bank's arrays (`Site.shared`) next to the columns, in one softmax. The
-layout says which of the shared prefixes a row uses.
+layout has the index of the one that a row uses.
 
 Because every column up to a token's own precedes it, the causal mask compares columns, and only
 windows compare positions. A prefix thus stays visible to text that starts at position 0.

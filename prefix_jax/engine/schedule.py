@@ -108,7 +108,7 @@ class Schedule:
     def share(self) -> list[Warm]:
         """Returns the shared prefixes in use, and writes their indices to the layout.
 
-        The longest prefix comes first, so that the order of admission is no reason to compile.
+        The longest prefix comes first: another order would be another program.
         """
         used = {id(warm): warm for warm in self.shared if warm is not None}
         prefixes = sorted(used.values(), key=lambda warm: warm.shared_size, reverse=True)

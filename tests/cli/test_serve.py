@@ -27,6 +27,7 @@ import serving
         (["--port", "70000"], "--port must be between 0 and 65535, got 70000"),
         (["--host", "no such host"], "cannot listen on no such host"),
         (["--rows", "0"], "rows must be a positive integer, got 0"),
+        (["--max-shared", "0"], "max_shared must be a positive integer, got 0"),
         (["--prefix", "a=nothing", "--port", "0"], "no directory nothing"),
         (["--port", "0", "--served-model-name", "a", "--prefix", "a=x"], "the model has this name"),
     ],
