@@ -85,7 +85,7 @@ def ours(setting: str, repeats: int, exchange: Path) -> dict[str, Any]:
     config = DecodeConfig(max_new_tokens=NEW, num_beams=beams)
 
     def generate() -> list[list[int]]:
-        return [list(found.samples[0].ids) for found in generator.generate(ids, config)]
+        return [list(generation.samples[0].ids) for generation in generator.generate(ids, config)]
 
     return _timed(generate, repeats)
 

@@ -60,12 +60,12 @@ def ours(start: str, steps: int, exchange: Path) -> dict[str, Any]:
     )
     built = build_run(config)
     train, dev = built.splits["train"], built.splits["test"]
-    order = [i for step in range(steps) for i in built.pipeline.order.step(step)]
+    order = [i for step in range(steps) for i in built.pipeline.sampler.step(step)]
     first = built.program.state.train
     site, head = first["prefix"]["encoder"], first["head"]
     np.savez(exchange / f"start-{start}.npz", **site, **head)
     exchanged = {
-        name: [[one.ids_T.tolist(), int(one.label_M[0])] for one in examples]
+        name: [[example.ids_T.tolist(), int(example.label_M[0])] for example in examples]
         for name, examples in {"train": [train[i] for i in order], "dev": dev}.items()
     }
     (exchange / "data.json").write_text(json.dumps(exchanged))
@@ -165,16 +165,17 @@ def main() -> None:
         for start in arguments.starts:
             results[start] = {}
             for library in ("ours", "peft"):
-                found = common.run_worker(
+                scores = common.run_worker(
                     __file__, "--steps", str(arguments.steps), "--worker", library, start, exchange
                 )
-                results[start][library] = found["accuracy"]
-                print(start, library, found, flush=True)
+                results[start][library] = scores["accuracy"]
+                print(start, library, scores, flush=True)
     best = {
-        library: max(found[library] for found in results.values()) for library in ("ours", "peft")
+        library: max(scores[library] for scores in results.values()) for library in ("ours", "peft")
     }
     rows = [
-        [start, f"{found['ours']:.4f}", f"{found['peft']:.4f}"] for start, found in results.items()
+        [start, f"{scores['ours']:.4f}", f"{scores['peft']:.4f}"]
+        for start, scores in results.items()
     ]
     rows.append(["best", f"{best['ours']:.4f}", f"{best['peft']:.4f}"])
     common.write_table(

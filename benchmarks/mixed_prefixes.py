@@ -193,14 +193,14 @@ def main() -> None:
         )
     work = streams(bench)
     stream = seconds(work, SHORT, arguments.rounds)
-    popular, one = stream
+    popular, rare = stream
     for name in work:
         rows.append(
             [
                 f"{REQUESTS} requests: {name}",
                 f"{REQUESTS * SHORT / stream[name]:.1f}",
                 "",
-                "" if name == popular else f"{stream[one] / stream[popular]:.2f}x",
+                "" if name == popular else f"{stream[rare] / stream[popular]:.2f}x",
                 "",
                 "" if name == popular else ">= 0.9x",
             ]

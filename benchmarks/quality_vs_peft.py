@@ -74,9 +74,9 @@ def examples(steps: int, exchange: Path) -> dict[str, Any]:
     np.savez(exchange / "prefix.npz", **prefix)
     exchanged = {
         "train": [[train[i].ids_T.tolist(), train[i].target_T.tolist()] for i in order],
-        "dev": [[one.ids_T.tolist(), one.target_T.tolist()] for one in dev],
-        "prompts": [one.ids_T[: one.prompt_length].tolist() for one in inputs],
-        "references": [list(one.references) for one in inputs],
+        "dev": [[example.ids_T.tolist(), example.target_T.tolist()] for example in dev],
+        "prompts": [example.ids_T[: example.prompt_length].tolist() for example in inputs],
+        "references": [list(example.references) for example in inputs],
         "eos": built.pretrained.tokenizer.eos_token_id,
     }
     (exchange / "data.json").write_text(json.dumps(exchanged))

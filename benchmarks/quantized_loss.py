@@ -69,7 +69,7 @@ def measure(task: str, limit: int, steps: int | None) -> dict[str, dict[str, flo
     from prefix_jax.evaluate.evaluator import Evaluator
     from prefix_jax.runs.build import build_run
 
-    found = {}
+    figures = {}
     for how in ("bfloat16", *GOALS):
         quantize: Any = "none" if how == "bfloat16" else how
         values = TASKS[task] | {
@@ -116,9 +116,9 @@ def measure(task: str, limit: int, steps: int | None) -> dict[str, dict[str, flo
             x.size * (16 if x.dtype == jnp.float32 else jax.dtypes.itemsize_bits(x.dtype))
             for x in jax.tree.leaves(pretrained.params)
         ]
-        found[how] = {"before": before, "after": after, "megabytes": sum(bits) / 8e6}
-        print(task, how, found[how], flush=True)
-    return found
+        figures[how] = {"before": before, "after": after, "megabytes": sum(bits) / 8e6}
+        print(task, how, figures[how], flush=True)
+    return figures
 
 
 def _spread(records: Sequence[Any], count: int) -> list[Any]:
@@ -143,11 +143,11 @@ def main() -> None:
         options += ["--steps", str(arguments.steps)]
     results = {task: common.run_worker(__file__, *options, "--worker", task) for task in TASKS}
     rows = []
-    for task, found in results.items():
-        for how, measured in found.items():
+    for task, figures in results.items():
+        for how, measured in figures.items():
             cells = [task, how, f"{measured['megabytes']:.0f}"]
             for when in ("before", "after"):
-                change = 100 * (measured[when] / found["bfloat16"][when] - 1)
+                change = 100 * (measured[when] / figures["bfloat16"][when] - 1)
                 cells.append(
                     f"{measured[when]:.4f}" + (f" ({change:+.2f} %)" if how in GOALS else "")
                 )

@@ -211,22 +211,22 @@ def main() -> None:
     common.write_table(output, title, list(COLUMNS), rows)
 
 
-def figures(case: Case, found: Audit) -> dict[str, Any]:
+def figures(case: Case, audit: Audit) -> dict[str, Any]:
     """Returns the values of one row of the table."""
     least = floor_of(case)
     return {
         **dataclasses.asdict(case),
-        "flops": found.flops,
+        "flops": audit.flops,
         "floor": least,
-        "ratio": found.flops / least,
-        "weight_gradients": sum(product.count for product in found.weight_gradients),
-        "weight_copies": [str(array) for array in found.weight_copies],
-        "temp_bytes": found.temp_bytes,
-        "backbone_bytes": found.backbone_bytes,
-        "largest_array": str(found.largest),
-        "train_elements": found.train_elements,
-        "optimizer_elements": found.optimizer_elements,
-        "not_counted": found.opaque,
+        "ratio": audit.flops / least,
+        "weight_gradients": sum(product.count for product in audit.weight_gradients),
+        "weight_copies": [str(array) for array in audit.weight_copies],
+        "temp_bytes": audit.temp_bytes,
+        "backbone_bytes": audit.backbone_bytes,
+        "largest_array": str(audit.largest),
+        "train_elements": audit.train_elements,
+        "optimizer_elements": audit.optimizer_elements,
+        "not_counted": audit.opaque,
     }
 
 

@@ -72,7 +72,7 @@ def ours(micro: int, order: str, steps: int, exchange: Path) -> dict[str, Any]:
 
     built = build(order, steps, micro)
     train, prefix = built.splits["train"], built.program.state.train["prefix"]["decoder"]
-    chosen = [list(built.pipeline.order.step(step)) for step in range(steps)]
+    chosen = [list(built.pipeline.sampler.step(step)) for step in range(steps)]
     np.savez(
         exchange / f"{order}.npz",
         **{name: np.asarray(leaf) for name, leaf in prefix.items()},
@@ -172,16 +172,18 @@ def main() -> None:
             )
 
         for order, goal in GOALS.items():
-            found = common.take_turns(
+            results = common.take_turns(
                 arguments.repeats, functools.partial(worker, order), ("ours", "peft", "halves")
             )
             speed, memory = (
-                {k: statistics.median(r[key] for r in v) for k, v in found.items()}
+                {k: statistics.median(r[key] for r in v) for k, v in results.items()}
                 for key in ("examples_per_second", "peak_mib")
             )
             for library, micro in OURS.items():
-                losses = zip(found[library][0]["losses"], found["peft"][0]["losses"], strict=True)
-                gap = max(abs(one - other) for one, other in losses)
+                losses = zip(
+                    results[library][0]["losses"], results["peft"][0]["losses"], strict=True
+                )
+                gap = max(abs(a - b) for a, b in losses)
                 ratio, share = speed[library] / speed["peft"], memory[library] / memory["peft"]
                 rows.append(
                     [

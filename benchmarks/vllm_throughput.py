@@ -155,7 +155,7 @@ def main() -> None:
     def throughput(kind: str) -> float:
         """The median over rounds of the ratio to no prefix, since the machine's speed drifts."""
         pairs = zip(seconds["none"], seconds[kind], strict=True)
-        return statistics.median(none / own for none, own in pairs)
+        return statistics.median(none / prefixed for none, prefixed in pairs)
 
     rows = [
         [

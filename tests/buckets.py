@@ -47,7 +47,7 @@ class FakeBackend(backend.Backend):
     def glob(self, path: Any) -> list[str]:
         assert "**" not in os.fspath(path)
         pattern = os.fspath(path).removeprefix("gs://")
-        return [f"gs://{found.relative_to(self._root)}" for found in self._root.glob(pattern)]
+        return [f"gs://{path.relative_to(self._root)}" for path in self._root.glob(pattern)]
 
     def walk(self, path: Any, **_: Any) -> Any:
         for folder, folders, files in os.walk(self._real(path)):

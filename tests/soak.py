@@ -101,7 +101,9 @@ class Soak:
         for number, prefix in enumerate(tuned):
             prefix.save(directory / "versions" / str(number), "safetensors")
         # The text of every prefix, prompt and setting, each alone.
-        engine = pj.Engine(model, {str(number): one for number, one in enumerate(tuned)}, rows=1)
+        engine = pj.Engine(
+            model, {str(number): prefix for number, prefix in enumerate(tuned)}, rows=1
+        )
         self.expected = {
             (number, prompt, index): _alone(engine, number, prompt, config)
             for number, prompt, (index, config) in itertools.product(

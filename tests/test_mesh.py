@@ -174,14 +174,14 @@ def test_single_row_is_replicated_and_its_columns_sharded():
 def test_table_lookup_exchanges_rows_without_gathering(sizes, shape, compiler_warnings):
     ids_BT, table_VD = token_ids(*shape), jnp.arange(50.0 * 8).reshape(50, 8)
 
-    def found(table_VD, ids_BT):
+    def embed(table_VD, ids_BT):
         return constrain_tokens(look_up(table_VD, ids_BT))
 
     mesh = make_mesh(**sizes)
     placed = {"tokens_VD": table_VD}
     placed = jax.device_put(placed, weight_shardings(placed, mesh))
     with jax.set_mesh(mesh):
-        x_BTD = jax.jit(found)(placed["tokens_VD"], ids_BT)
+        x_BTD = jax.jit(embed)(placed["tokens_VD"], ids_BT)
     np.testing.assert_array_equal(x_BTD, table_VD[ids_BT])
     assert "Involuntary full rematerialization" not in compiler_warnings()
 

@@ -36,12 +36,12 @@ def examples() -> list[Example]:
     """Five targets of 2 to 6 tokens for three sources."""
     rng = np.random.default_rng(0)
     sources = [rng.integers(0, 256, size).astype(np.int32) for size in (3, 7, 5)]
-    found = []
+    pairs = []
     for number, size in enumerate((2, 6, 4, 3, 5)):
         ids = np.array([257, *rng.integers(0, 256, size)], np.int32)
         learnt = np.arange(len(ids)) > 0
-        found.append(Example.of_text(ids, learnt, "x", source_ids_S=sources[number % 3]))
-    return found
+        pairs.append(Example.of_text(ids, learnt, "x", source_ids_S=sources[number % 3]))
+    return pairs
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +55,9 @@ def test_loss_is_the_sum_of_single_losses(name: str, weights_: Any) -> None:
     prefix = METHODS[name].init(jax.random.key(1), BACKBONE.geometry, None)
     params = {"backbone": weights_, "prefix": prefix}
     lifted = jax.jit(model.prefix)(params)
-    found = examples()
-    batch = collate(arrange(measure(found), Packing(pack=model.packs)), found)
-    assert (len(batch.ids_BT) < 3) if model.packs else (len(batch.ids_BT) == len(found))
+    pairs = examples()
+    batch = collate(arrange(measure(pairs), Packing(pack=model.packs)), pairs)
+    assert (len(batch.ids_BT) < 3) if model.packs else (len(batch.ids_BT) == len(pairs))
 
     @jax.jit
     def logprobs(source: Any, source_tokens: Any, ids: Any, tokens: Any) -> jax.Array:
@@ -66,14 +66,14 @@ def test_loss_is_the_sum_of_single_losses(name: str, weights_: Any) -> None:
         return jax.nn.log_softmax(BACKBONE.unembed(weights_, h_BTD))[0]
 
     total = 0.0
-    for one in found:
+    for pair in pairs:
         sides = []
-        for ids in (one.source_ids_S, one.ids_T):
+        for ids in (pair.source_ids_S, pair.ids_T):
             here = jnp.arange(8)[None] < len(ids)
             row = jnp.zeros((1, 8), jnp.int32).at[0, : len(ids)].set(ids)
             sides += [row, dataclasses.replace(present(1, 8), segment_BT=here.astype(jnp.int32))]
         logprobs_TV = logprobs(*sides)
-        total -= sum(float(logprobs_TV[t, one.ids_T[t + 1]]) for t in range(len(one.ids_T) - 1))
+        total -= sum(float(logprobs_TV[t, pair.ids_T[t + 1]]) for t in range(len(pair.ids_T) - 1))
     np.testing.assert_allclose(jax.jit(model.loss)(params, batch), total, rtol=1e-4)
     scores_B = jax.jit(model.score)(weights_, lifted, batch)
     np.testing.assert_allclose(scores_B.sum(), total, rtol=1e-4)
@@ -83,8 +83,8 @@ def test_loss_is_the_sum_of_single_losses(name: str, weights_: Any) -> None:
 def test_sharded_columns_give_equal_losses_and_gradients(name: str, weights_: Any) -> None:
     model = PrefixModel(BACKBONE, METHODS[name])
     prefix = METHODS[name].init(jax.random.key(1), BACKBONE.geometry, None)
-    found = examples()
-    batch = collate(arrange(measure(found), Packing(pack=model.packs)), found)
+    pairs = examples()
+    batch = collate(arrange(measure(pairs), Packing(pack=model.packs)), pairs)
 
     def loss(prefix: Any) -> jax.Array:
         return model.loss({"backbone": weights_, "prefix": prefix}, batch)
@@ -94,7 +94,7 @@ def test_sharded_columns_give_equal_losses_and_gradients(name: str, weights_: An
         # A new function, so that the first program is not reused.
         shared = jax.jit(jax.value_and_grad(lambda prefix: loss(prefix)))(prefix)
     np.testing.assert_allclose(shared[0], alone[0], rtol=1e-5)
-    for ours, theirs in zip(*(jax.tree.leaves(found[1]) for found in (shared, alone)), strict=True):
+    for ours, theirs in zip(*(jax.tree.leaves(grads) for _, grads in (shared, alone)), strict=True):
         # T5's logits are not scaled: the last bit of a prompt changes gradients by 5e-5 of the
         # largest.
         np.testing.assert_allclose(ours, theirs, atol=2e-4 * float(abs(theirs).max()))

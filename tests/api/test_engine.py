@@ -116,14 +116,16 @@ def test_records_are_predicted_with_their_own_prefixes(
     models = {"kv": tuned, "hidden": hidden, "bare": bare}
     names = [*models, *models]
     predictions = engine.predict(records, names, output=tmp_path / "p.jsonl", num_samples=2, **HOT)
-    assert [made.origin for made in predictions[::2]] == [f"record {i}" for i in range(1, 7)]
+    assert [prediction.origin for prediction in predictions[::2]] == [
+        f"record {i}" for i in range(1, 7)
+    ]
     for name, alone in models.items():
         expected = alone.predict(records, num_samples=2, **HOT)
-        for index, made in enumerate(predictions):
+        for index, prediction in enumerate(predictions):
             if names[index // 2] == name:
-                assert made == expected[index]
-    stored = [made.prediction for made in read_predictions(tmp_path / "p.jsonl")]
-    assert stored == [made.prediction for made in predictions]
+                assert prediction == expected[index]
+    stored = [prediction.prediction for prediction in read_predictions(tmp_path / "p.jsonl")]
+    assert stored == [prediction.prediction for prediction in predictions]
     assert len(set(stored)) > 3
     with pytest.raises(DataError, match="record 2: no field 'sum'"):
         engine.predict([{"sum": "1"}, {"total": "2"}], "kv")

@@ -67,15 +67,15 @@ def test_training_lowers_the_loss(tuned: pj.Tuned) -> None:
 
 def test_records_texts_and_lists_are_prompts(tuned: pj.Tuned) -> None:
     record, text = {"sum": "1+2"}, "1+2="
-    one = tuned.generate(record, max_new_tokens=6)
-    assert tuned.generate(text, max_new_tokens=6) == one
-    assert tuned.generate([record, "3+1="], max_new_tokens=6)[0] == one
+    answer = tuned.generate(record, max_new_tokens=6)
+    assert tuned.generate(text, max_new_tokens=6) == answer
+    assert tuned.generate([record, "3+1="], max_new_tokens=6)[0] == answer
     several = tuned.generate([text], max_new_tokens=6, num_samples=3, temperature=1.0)
     assert len(several) == 1
     assert len(several[0]) == 3
     pieces: list[str] = []
     tuned.generate(text, max_new_tokens=6, on_text=lambda _i, _m, piece: pieces.append(piece))
-    assert "".join(pieces) == one
+    assert "".join(pieces) == answer
 
 
 def test_options_override_stored_options_that_conflict(tuned: pj.Tuned) -> None:
@@ -146,12 +146,12 @@ def test_full_fine_tuning_leaves_a_model_that_generates(
 def test_data_may_come_from_a_generator_or_a_file(
     tuned: pj.Tuned, model: pj.Pretrained, tmp_path: Path
 ) -> None:
-    def made() -> Iterator[dict[str, str]]:
+    def records() -> Iterator[dict[str, str]]:
         yield from tiny_runs.RECORDS
 
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in tiny_runs.RECORDS))
-    for name, data in {"generator": made(), "file": file}.items():
+    for name, data in {"generator": records(), "file": file}.items():
         again = pj.fit(
             model, pj.PrefixTuning(4), data, **TEMPLATES, **SHORT, output_dir=tmp_path / name
         )
@@ -206,9 +206,9 @@ def test_prefix_trained_on_chats_stops_at_end_of_turn(tmp_path: Path) -> None:
     )
     assert tuned.task.ends(tuned.reader) == (256, 257)
     loaded = pj.load_prefix(tmp_path / "run", model)
-    found = loaded.generate(chats[0], details=True)
-    assert found.samples[0].ids[-1] == 257
-    assert (found.text, found.samples[0].finish) == ("y", "eos")
+    generation = loaded.generate(chats[0], details=True)
+    assert generation.samples[0].ids[-1] == 257
+    assert (generation.text, generation.samples[0].finish) == ("y", "eos")
     metrics = loaded.evaluate(chats, ["exact_match", "accuracy"], labels=("y", "n")).report.metrics
     assert (metrics["exact_match"], metrics["accuracy"]) == (100, 100)
 

@@ -101,8 +101,8 @@ def test_absent_slots_leave_the_bare_model() -> None:
     prefix = random_prefix(name, text_position=0)
     off = prefix.encoder.inside.replace(bias_LPN=jnp.full((L, P, 4), -jnp.inf))
     off = dataclasses.replace(prefix, encoder=Site(off))
-    found, _ = hidden(encoder(name), params_of(name), texts(), present(B, T, name), off)
-    close(found, behind(name, False), rtol=1e-5, atol=1e-6)
+    h_BTD, _ = hidden(encoder(name), params_of(name), texts(), present(B, T, name), off)
+    close(h_BTD, behind(name, False), rtol=1e-5, atol=1e-6)
     assert float(jnp.abs(behind(name, True) - behind(name, False)).max()) > 0.1
 
 
@@ -112,8 +112,8 @@ def test_absent_slots_leave_the_bare_model() -> None:
 def test_every_token_sees_the_whole_text() -> None:
     """The last token affects the first one."""
     changed = texts().at[:, -1].add(1) % V
-    found, _ = hidden(encoder("bert"), params_of("bert"), changed, present(B, T))
-    assert float(jnp.abs(found - behind("bert", False))[:, 0].max()) > 1e-3
+    h_BTD, _ = hidden(encoder("bert"), params_of("bert"), changed, present(B, T))
+    assert float(jnp.abs(h_BTD - behind("bert", False))[:, 0].max()) > 1e-3
 
 
 @pytest.mark.parametrize("prefixed", [False, True], ids=["bare", "prefix"])
@@ -156,7 +156,7 @@ def test_hidden_states_precede_the_tokens_of_every_layer(name: str) -> None:
     """Reference: each layer reads states and tokens, and its output at the states is dropped."""
     backbone, params = encoder(name), params_of(name)
     prefix = lift(backbone, params, Hidden(random_states()))
-    found, _ = hidden(backbone, params, texts(), present(B, T, name), prefix)
+    h_BTD, _ = hidden(backbone, params, texts(), present(B, T, name), prefix)
 
     @jax.jit
     def by_hand(params: Any) -> jax.Array:
@@ -173,7 +173,7 @@ def test_hidden_states_precede_the_tokens_of_every_layer(name: str) -> None:
             x_BTD = y_BSD[:, P:]
         return x_BTD
 
-    close(found, by_hand(params))
+    close(h_BTD, by_hand(params))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -182,14 +182,14 @@ def test_soft_tokens_are_embeddings_before_the_text(name: str) -> None:
     backbone, params = encoder(name), params_of(name)
     x_PD = 0.1 * jax.random.normal(jax.random.key(5), (P, backbone.geometry.input_dim))
     prefix = lift(backbone, params, Embeds(x_PD))
-    found, _ = hidden(backbone, params, texts(), present(B, T, name), prefix)
+    h_BTD, _ = hidden(backbone, params, texts(), present(B, T, name), prefix)
     table = jnp.concatenate([params["embed"]["tokens_VD"], x_PD])
     grown = {**params, "embed": {**params["embed"], "tokens_VD": table}}
     ids = jnp.concatenate([jnp.tile(V + jnp.arange(P), (B, 1)), texts()], axis=1)
     tokens = TokenLayout.plain(jnp.ones((B, P + T), bool))
     token_type_BT = jnp.pad(present(B, T, name).token_type_BT, ((0, 0), (P, 0)))
     expected, _ = hidden(backbone, grown, ids, tokens.replace(token_type_BT=token_type_BT))
-    close(found, expected)
+    close(h_BTD, expected)
 
 
 def test_soft_tokens_have_the_width_of_embeddings() -> None:
@@ -246,11 +246,11 @@ def test_every_trained_parameter_receives_a_gradient(kind: str) -> None:
 def test_unstacked_layers_equal_stacked_ones(kind: str) -> None:
     backbone, stacked = encoder("bert"), params_of("bert")
     unstacked = backbone.unstacked(weights(backbone))
-    found, expected = (
+    h_BTD, expected = (
         hidden(backbone, params, texts(), present(B, T), lift(backbone, params, _produced(kind)))[0]
         for params in (unstacked, stacked)
     )
-    close(found, expected)
+    close(h_BTD, expected)
     assert float(jnp.abs(expected[:, -T:] - behind("bert", False)).max()) > 0.01
 
 
@@ -263,32 +263,32 @@ def test_text_position_shifts_positions_of_text(name: str) -> None:
     off = Site(prefix.encoder.inside.replace(bias_LPN=jnp.full((L, P, 4), -jnp.inf)))
     tokens = present(B, T, name)
     shifted = tokens.replace(position_BT=tokens.position_BT + 9)
-    found, _ = hidden(
+    h_BTD, _ = hidden(
         encoder(name), params_of(name), texts(), tokens, dataclasses.replace(prefix, encoder=off)
     )
-    close(found, hidden(encoder(name), params_of(name), texts(), shifted)[0])
+    close(h_BTD, hidden(encoder(name), params_of(name), texts(), shifted)[0])
 
 
 def test_roberta_positions_start_after_the_padding_row() -> None:
     backbone, params = encoder("roberta"), params_of("roberta")
     assert backbone.arch.max_positions == 38
     table = params["embed"]["positions_TD"].at[:2].set(jnp.nan)
-    found, _ = hidden(
+    h_BTD, _ = hidden(
         backbone,
         {**params, "embed": {**params["embed"], "positions_TD": table}},
         texts(),
         present(B, T, "roberta"),
     )
-    np.testing.assert_array_equal(found, behind("roberta", False))
+    np.testing.assert_array_equal(h_BTD, behind("roberta", False))
 
 
 def test_token_types_distinguish_two_texts_and_default_to_the_first() -> None:
     backbone, params = encoder("bert"), params_of("bert")
     plain = TokenLayout.plain(jnp.ones((B, T), bool))
     first = plain.replace(token_type_BT=jnp.zeros((B, T), jnp.int32))
-    found, _ = hidden(backbone, params, texts(), plain)
-    np.testing.assert_array_equal(found, hidden(backbone, params, texts(), first)[0])
-    assert float(jnp.abs(found - behind("bert", False)).max()) > 0.1
+    h_BTD, _ = hidden(backbone, params, texts(), plain)
+    np.testing.assert_array_equal(h_BTD, hidden(backbone, params, texts(), first)[0])
+    assert float(jnp.abs(h_BTD - behind("bert", False)).max()) > 0.1
 
 
 def test_pooler_reads_one_state_per_example() -> None:

@@ -69,8 +69,8 @@ def padded(ids_BT: jax.Array, before: int, after: int) -> tuple[jax.Array, Token
 @pytest.mark.parametrize("sides", [(0, 3, 0, 2), (3, 0, 2, 0), (1, 2, 1, 1)])
 def test_padding_of_sources_and_targets_does_not_change_results(name, sides):
     source, target = padded(texts()[0], *sides[:2]), padded(texts()[1], *sides[2:])
-    found = run(name, random_prefix(name, P, text_position=P), source, target)
-    close(found[:, sides[2] : sides[2] + T], alone(name))
+    h_BTD = run(name, random_prefix(name, P, text_position=P), source, target)
+    close(h_BTD[:, sides[2] : sides[2] + T], alone(name))
 
 
 def joined(ids_BT: jax.Array) -> tuple[jax.Array, TokenLayout]:
@@ -83,8 +83,8 @@ def joined(ids_BT: jax.Array) -> tuple[jax.Array, TokenLayout]:
 
 def test_packing_does_not_change_results(name):
     source, target = map(joined, texts())
-    found = run(name, random_prefix(name, P, text_position=P), source, target)
-    close(found.reshape(B, T, -1), alone(name))
+    packed = run(name, random_prefix(name, P, text_position=P), source, target)
+    close(packed.reshape(B, T, -1), alone(name))
 
 
 def test_several_targets_share_one_source(name):
@@ -92,9 +92,9 @@ def test_several_targets_share_one_source(name):
     ids, tokens = joined(ids_BT)
     branches = TokenLayout(jnp.ones_like(ids), tokens.segment_BT, tokens.position_BT)
     prefix = random_prefix(name, P, text_position=P)
-    found = run(name, prefix, (source_BS[:1], present(1, S)), (ids, branches))
+    shared = run(name, prefix, (source_BS[:1], present(1, S)), (ids, branches))
     apart = run(name, prefix, (jnp.tile(source_BS[:1], (B, 1)), present(B, S)))
-    close(found.reshape(B, T, -1), apart)
+    close(shared.reshape(B, T, -1), apart)
 
 
 # Prefixes.
@@ -185,13 +185,13 @@ def test_unstacked_step_by_step_decoding_equals_one_pass(name):
     params = backbone.unstacked(weights(backbone))
     source_BS, ids_BT = texts()
     encoded = encode(backbone, params, source_BS, present(B, S), prefix)
-    cache, found = backbone.empty_cache(params, B, T), []
+    cache, steps = backbone.empty_cache(params, B, T), []
     for column in range(T):
         tokens = TokenLayout(*(jnp.full((B, 1), number) for number in (1, 0, column)))
         step = (ids_BT[:, column : column + 1], tokens, prefix, cache, None, encoded)
         h_B1D, cache = hidden(backbone, params, *step)
-        found.append(h_B1D)
-    close(jnp.concatenate(found, axis=1), alone(name))
+        steps.append(h_B1D)
+    close(jnp.concatenate(steps, axis=1), alone(name))
 
 
 # Errors.

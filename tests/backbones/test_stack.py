@@ -117,9 +117,9 @@ def test_devices_share_any_number_of_encoder_columns(soft: int):
     assert alone.shape == (2, soft + T, D)
     with jax.set_mesh(make_mesh(2, sequence=4)):
         program = hidden.lower(backbone, *args).compile()
-    found, _ = program(*args)
+    h_BTD, _ = program(*args)
     there = np.asarray(tokens.segment_BT > 0)
-    np.testing.assert_allclose(found[:, soft:][there], alone[:, soft:][there], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(h_BTD[:, soft:][there], alone[:, soft:][there], rtol=1e-4, atol=1e-5)
     # One row each, and at most 6 of its columns.
     widest = [a for a in temporaries(parse(program.as_text())) if a.dims[-1:] == (F,)]
     assert widest

@@ -72,10 +72,16 @@ def test_file_is_answered_in_order(run_in, trained, tuned, tmp_path):
     assert ran.code == 0
     assert ran.out == ""
     records = lines(trained[0] / "test.jsonl")
-    assert [made["origin"] for made in lines(output)] == [f"test.jsonl:{i}" for i in range(1, 6)]
-    assert [made["prompt"] for made in lines(output)] == [r["facts"] + "\n" for r in records]
+    assert [prediction["origin"] for prediction in lines(output)] == [
+        f"test.jsonl:{i}" for i in range(1, 6)
+    ]
+    assert [prediction["prompt"] for prediction in lines(output)] == [
+        r["facts"] + "\n" for r in records
+    ]
     texts = tuned.generate(records)
-    assert [made["prediction"] for made in lines(output)] == [text.strip() for text in texts]
+    assert [prediction["prediction"] for prediction in lines(output)] == [
+        text.strip() for text in texts
+    ]
     assert [path.name for path in output.parent.iterdir()] == ["predictions.jsonl"]
 
 
@@ -83,8 +89,8 @@ def test_interrupt_keeps_the_predictions_so_far(tuned, tmp_path):
     records = [{"facts": "x" * (40 - i)} for i in range(6)]
     seen = []
 
-    def watch(made):
-        seen.append(made.origin)
+    def watch(prediction):
+        seen.append(prediction.origin)
         if len(seen) == 3:
             raise KeyboardInterrupt
 
@@ -94,7 +100,7 @@ def test_interrupt_keeps_the_predictions_so_far(tuned, tmp_path):
     assert seen == ["record 1", "record 2", "record 3"]
     assert not output.exists()
     kept = lines(tmp_path / "p.jsonl.unfinished")
-    assert [made["origin"] for made in kept] == seen[: len(kept)]
+    assert [prediction["origin"] for prediction in kept] == seen[: len(kept)]
     assert len(kept) >= 2
 
 
@@ -311,8 +317,8 @@ class TestSeveralPrefixes:
         assert "wrote 5 predictions" in ran.err
         texts = self.expected(mixed, tuned.without_prefix() if bare else tuned)
         assert len(set(texts)) == 5
-        assert [made["prediction"] for made in lines(output)] == texts
-        assert [made["origin"] for made in lines(output)] == [
+        assert [prediction["prediction"] for prediction in lines(output)] == texts
+        assert [prediction["origin"] for prediction in lines(output)] == [
             f"mixed.jsonl:{i}" for i in range(1, 6)
         ]
         assert lines(output)[0].keys() == {"origin", "prompt", "prediction", "references"}

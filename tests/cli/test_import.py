@@ -46,11 +46,11 @@ def test_exporting_an_import_gives_the_same_file(tmp_path, capsys):
     assert (tmp_path / "back" / name).read_bytes() == (adapter / name).read_bytes()
 
 
-@pytest.mark.parametrize(("picked", "made"), [((), 3), (("--task", "2"), 1)])
-def test_multitask_prompt_becomes_one_prefix_per_task(picked, made, tmp_path, capsys):
+@pytest.mark.parametrize(("picked", "count"), [((), 3), (("--task", "2"), 1)])
+def test_multitask_prompt_becomes_one_prefix_per_task(picked, count, tmp_path, capsys):
     adapter, output = FIXTURES / "peft" / "multitask", tmp_path / "mine"
     assert run("import", adapter, output, "--model", LLAMA, *picked) == 0
-    assert len(capsys.readouterr().out.splitlines()) == made
+    assert len(capsys.readouterr().out.splitlines()) == count
     last = output if picked else output / "task-2"
     assert artifact.load(last)[1].init == "PEFT's MULTITASK_PROMPT_TUNING, task 2"
 

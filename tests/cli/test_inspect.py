@@ -90,12 +90,12 @@ def test_accepts_another_path_of_the_backbone(stored, model, show):
 
 def test_json_has_everything(stored, show):
     code, (out, _) = show(stored, "--json", "--words", 1)
-    found = json.loads(out)
+    report = json.loads(out)
     assert code == 0
-    assert found["card"]["kind"] == "embeds"
-    assert found["parameters"] == 96
-    assert [[word["id"] for word in words] for words in found["nearest"]] == [[7], [8], [9]]
-    assert found["norms"][0].keys() == {"of", "layer", "min", "mean", "max"}
+    assert report["card"]["kind"] == "embeds"
+    assert report["parameters"] == 96
+    assert [[word["id"] for word in words] for words in report["nearest"]] == [[7], [8], [9]]
+    assert report["norms"][0].keys() == {"of", "layer", "min", "mean", "max"}
 
 
 def test_damaged_prefix_is_one_error(stored, show):

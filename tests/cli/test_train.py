@@ -169,7 +169,7 @@ def test_printed_command_for_chats_starts_at_the_first_question(folder):
 
 
 @pytest.mark.parametrize(
-    ("called", "found", "typed"),
+    ("called", "on_path", "typed"),
     [
         (".venv/bin/prefix-jax", None, ".venv/bin/prefix-jax"),
         ("/opt/bin/prefix-jax", "/opt/bin/prefix-jax", "prefix-jax"),
@@ -177,7 +177,7 @@ def test_printed_command_for_chats_starts_at_the_first_question(folder):
         ("/usr/bin/pytest", None, "prefix-jax"),
     ],
 )
-def test_names_the_program_as_the_user_can_call_it(monkeypatch, called, found, typed):
+def test_names_the_program_as_the_user_can_call_it(monkeypatch, called, on_path, typed):
     monkeypatch.setattr(command.sys, "argv", [called])
-    monkeypatch.setattr(command.shutil, "which", lambda _: found)
+    monkeypatch.setattr(command.shutil, "which", lambda _: on_path)
     assert command._executable() == typed

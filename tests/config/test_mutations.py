@@ -56,11 +56,11 @@ def _folder(tmp_path: Path) -> None:
 
 
 def attempt(make: Any) -> tuple[str | None, Config | None]:
-    made: list[Config] = []
-    message = mutations.refusal(lambda: made.append(make()), ConfigError)
-    if made:
-        mutations.refusal(lambda: make_method(made[0].method), ConfigError)
-    return message, made[0] if made else None
+    configs: list[Config] = []
+    message = mutations.refusal(lambda: configs.append(make()), ConfigError)
+    if configs:
+        mutations.refusal(lambda: make_method(configs[0].method), ConfigError)
+    return message, configs[0] if configs else None
 
 
 def test_mutated_texts():

@@ -16,9 +16,9 @@ def test_datasets_are_collected_once_each_and_sorted():
 
 
 def test_dataset_index_is_its_position():
-    found = assign_datasets(RECORDS, "kind", ("rte", "7", "cola"))
-    assert [record.dataset for record in found] == [0, 2, 1, 0]
-    assert [record.fields for record in found] == [record.fields for record in RECORDS]
+    records = assign_datasets(RECORDS, "kind", ("rte", "7", "cola"))
+    assert [record.dataset for record in records] == [0, 2, 1, 0]
+    assert [record.fields for record in records] == [record.fields for record in RECORDS]
 
 
 def test_unknown_dataset_error_has_closest_match():

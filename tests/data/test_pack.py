@@ -29,8 +29,8 @@ def example(source, target_T, start=0, name="x"):
 
 def two_sided(read, target_T, start=0, name="x"):
     """Makes an encoder-decoder example whose decoder starts with token 99."""
-    one = example([99], target_T, start, name)
-    return dataclasses.replace(one, source_ids_S=np.array(read, np.int32))
+    pair = example([99], target_T, start, name)
+    return dataclasses.replace(pair, source_ids_S=np.array(read, np.int32))
 
 
 @st.composite
@@ -61,7 +61,7 @@ def micro_batches(batch):
 
 def predictions(batch):
     """Lists for every target the encoder input, the tokens visible to its column, and its label."""
-    found = []
+    pairs = []
     for micro in micro_batches(batch):
         at = micro.layout
         for row, (columns, labels, weights) in enumerate(
@@ -75,8 +75,8 @@ def predictions(batch):
                 sees &= (branch == 0) | (branch == branch[q])
                 seen = ids[sees][np.argsort(position[sees])]
                 assert sorted(position[sees]) == list(range(len(seen)))
-                found.append((*read_of(micro, row, group[q]), *seen.tolist(), int(label)))
-    return sorted(found)
+                pairs.append((*read_of(micro, row, group[q]), *seen.tolist(), int(label)))
+    return sorted(pairs)
 
 
 def read_of(micro, row, group):
@@ -90,8 +90,8 @@ def read_of(micro, row, group):
     return micro.source.ids_BS[row][here].tolist()
 
 
-def read_by(one):
-    return () if one.source_ids_S is None else one.source_ids_S.tolist()
+def read_by(example):
+    return () if example.source_ids_S is None else example.source_ids_S.tolist()
 
 
 @settings(deadline=None)
@@ -100,9 +100,9 @@ def test_each_target_is_predicted_once_from_exactly_the_tokens_before_it(example
     items = measure(examples)
     batch = collate(arrange(items, packing), examples)
     expected = sorted(
-        (*read_by(one), *one.ids_T[: i + 1].tolist())
-        for one in examples
-        for i in np.flatnonzero(one.target_T)
+        (*read_by(example), *example.ids_T[: i + 1].tolist())
+        for example in examples
+        for i in np.flatnonzero(example.target_T)
     )
     assert predictions(batch) == expected
     assert batch.weight_BM.sum() == len(expected)

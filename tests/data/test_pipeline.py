@@ -23,8 +23,8 @@ def make_examples(count=37, sources=9):
     return examples
 
 
-def equal(one, two):
-    jax.tree.map(np.testing.assert_array_equal, one, two)
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def targets(batch):
@@ -34,9 +34,9 @@ def targets(batch):
 
 @pytest.mark.parametrize("options", [{}, {"group_by_source": True}, {"pack": False}])
 def test_batch_depends_only_on_step(options):
-    one = Pipeline(make_examples(), batch_size=8, seed=1, **options)
+    pipeline = Pipeline(make_examples(), batch_size=8, seed=1, **options)
     two = Pipeline(make_examples(), batch_size=8, seed=1, **options)
-    steps = [one.batch(step) for step in range(12)]
+    steps = [pipeline.batch(step) for step in range(12)]
     for step in reversed(range(12)):
         equal(two.batch(step), steps[step])
 
@@ -50,20 +50,20 @@ def test_iteration_resumes_at_any_step_with_the_same_bytes():
 
 
 def test_iteration_prefetches_in_a_thread():
-    made = []
+    threads = []
 
     class Watched(Pipeline):
         def batch(self, step):
-            made.append(step)
+            threads.append(step)
             return super().batch(step)
 
     batches = Watched(make_examples(), batch_size=8).iterate()
     next(batches)
     for _ in range(200):
-        if len(made) > 2:
+        if len(threads) > 2:
             break
         time.sleep(0.01)
-    assert made[:3] == [0, 1, 2]
+    assert threads[:3] == [0, 1, 2]
 
 
 def test_an_epoch_trains_on_every_target_once():
@@ -71,7 +71,7 @@ def test_an_epoch_trains_on_every_target_once():
     pipeline = Pipeline(examples, batch_size=8, group_by_source=True)
     assert pipeline.steps_per_epoch == 5
     seen = sorted(itertools.chain(*(targets(pipeline.batch(step)) for step in range(5))))
-    assert seen == sorted(int(i) for one in examples for i in one.ids_T[one.target_T])
+    assert seen == sorted(int(i) for example in examples for i in example.ids_T[example.target_T])
 
 
 def test_grouping_by_source_packs_fewer_tokens():
@@ -90,7 +90,12 @@ def test_sources_name_the_examples_of_a_batch():
     pipeline = Pipeline(examples, batch_size=8)
     names = pipeline.batch_origins(3)
     assert len(names) == 8
-    labels = [i for one in examples if one.origin in names for i in one.ids_T[one.target_T]]
+    labels = [
+        i
+        for example in examples
+        if example.origin in names
+        for i in example.ids_T[example.target_T]
+    ]
     assert targets(pipeline.batch(3)) == sorted(labels)
 
 
@@ -129,7 +134,7 @@ def test_evaluation_sees_every_example_once_in_few_shapes(pack, count):
     batches = list(evaluation_batches(examples, 8, pack=pack, rows_multiple=2))
     assert sum(batch.examples for batch in batches) == count
     assert sorted(itertools.chain(*map(targets, batches))) == sorted(
-        int(i) for one in examples for i in one.ids_T[one.target_T]
+        int(i) for example in examples for i in example.ids_T[example.target_T]
     )
     assert len({(batch.ids_BT.shape, batch.index_BM.shape) for batch in batches}) <= 4
 
@@ -138,7 +143,7 @@ def test_unpacked_evaluation_keeps_the_order():
     examples = make_examples(11)
     batches = list(evaluation_batches(examples, 4, pack=False))
     rows = [row for batch in batches for row in batch.weight_BM.sum(1)]
-    assert rows[:11] == [one.target_T.sum() for one in examples]
+    assert rows[:11] == [example.target_T.sum() for example in examples]
 
 
 def test_nothing_to_evaluate_gives_no_batches():

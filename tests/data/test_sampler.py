@@ -20,9 +20,9 @@ def test_every_epoch_has_every_example_once(count, size, seed, grouped):
 
 
 def test_step_depends_only_on_seed_and_step():
-    one, two = EpochSampler(100, 8, seed=3), EpochSampler(100, 8, seed=3)
-    steps = [one.step(s).tolist() for s in range(50)]
-    assert [two.step(s).tolist() for s in reversed(range(50))] == steps[::-1]
+    a, b = EpochSampler(100, 8, seed=3), EpochSampler(100, 8, seed=3)
+    steps = [a.step(s).tolist() for s in range(50)]
+    assert [b.step(s).tolist() for s in reversed(range(50))] == steps[::-1]
     assert EpochSampler(100, 8, seed=4).step(0).tolist() != steps[0]
 
 

@@ -71,8 +71,8 @@ class TestBatches:
         together = generator.generate(prompts, config)
         apart = generator.generate(prompts, config, batch_size=1)
         assert ids_of(together) == ids_of(apart)
-        for one, other in zip(together, apart, strict=True):
-            for sample, same in zip(one.samples, other.samples, strict=True):
+        for batched, other in zip(together, apart, strict=True):
+            for sample, same in zip(batched.samples, other.samples, strict=True):
                 np.testing.assert_allclose(sample.logprobs, same.logprobs, atol=1e-4)
                 assert sample.score == pytest.approx(same.score, abs=1e-4)
 
@@ -151,10 +151,10 @@ class TestConstraints:
         for prompt, generation in zip(prompts, generator.generate(prompts, config), strict=True):
             whole = [*prompt, *generation.samples[0].ids]
             grams = list(itertools.pairwise(whole))
-            made = grams[max(0, len(prompt) - 1) :]
+            generated = grams[max(0, len(prompt) - 1) :]
             before = grams[: max(0, len(prompt) - 1)]
-            assert len(set(made)) == len(made)
-            assert not set(made) & set(before)
+            assert len(set(generated)) == len(generated)
+            assert not set(generated) & set(before)
 
     @few
     @given(prompts=PROMPTS, beams=st.sampled_from([1, 3]))
@@ -340,9 +340,9 @@ class TestNonFiniteLogits:
         }
         arch = dataclasses.replace(generator.backbone.arch, tied=False)
         ending = dataclasses.replace(generator, backbone=Backbone(arch), params=params, eos=(end,))
-        found = ending.generate(prompts, DecodeConfig(max_new_tokens=NEW))
-        assert found[0].samples[0].ids == (end,)
-        assert found[1].samples[0].ids == free[1].samples[0].ids
+        generations = ending.generate(prompts, DecodeConfig(max_new_tokens=NEW))
+        assert generations[0].samples[0].ids == (end,)
+        assert generations[1].samples[0].ids == free[1].samples[0].ids
 
 
 class TestContext:
@@ -382,13 +382,13 @@ class TestPrograms:
         assert (prefill._cache_size(), advance._cache_size()) == compiled
 
     def test_cache_is_written_in_place(self, generator: Generator) -> None:
-        one = np.ones(1, np.int32)
+        ones = np.ones(1, np.int32)
         search = make_search(DecodeConfig(num_beams=3), generator.tokenizer, (256,), [0])
         args = generator.backbone, generator.params, generator.prefix, search
         prompt = np.ones((1, 16), np.int32)
-        state = prefill(*args, prompt, one, one > 0, one[0], capacity=1024)
+        state = prefill(*args, prompt, ones, ones > 0, ones[0], capacity=1024)
         cache = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache.layers))
-        memory = advance.lower(*args, state, one[0], one[0]).compile().memory_analysis()
+        memory = advance.lower(*args, state, ones[0], ones[0]).compile().memory_analysis()
         assert memory.alias_size_in_bytes >= cache
         assert memory.temp_size_in_bytes < cache
 

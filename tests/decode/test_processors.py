@@ -57,9 +57,9 @@ class TestConstraints:
         equal(scores, "banned")
 
     def test_context_shorter_than_a_constraint_is_unchanged(self, ids) -> None:
-        one = np.ones(len(IDS), int)
-        same = forbid_ngrams(SCORES, ids, one, 3)
-        same = forbid_words(same, ids, one, BANNED[2])
+        ones = np.ones(len(IDS), int)
+        same = forbid_ngrams(SCORES, ids, ones, 3)
+        same = forbid_words(same, ids, ones, BANNED[2])
         np.testing.assert_array_equal(same, SCORES)
 
     def test_everything_together_in_transformers_order(self, ids) -> None:

@@ -15,20 +15,20 @@ def pieces(
     tokenizer, text: str, stop=(), context: str = "before: "
 ) -> tuple[list[str], TextStream]:
     stream = TextStream(tokenizer.backend_tokenizer, tokenizer(context)["input_ids"], stop)
-    made = []
+    texts = []
     for token in tokenizer(text)["input_ids"]:
-        made.append(stream.push(token))
+        texts.append(stream.push(token))
         if stream.stopped:
             break
-    return [*made, stream.finish()], stream
+    return [*texts, stream.finish()], stream
 
 
 @given(text=st.text(), context=st.text(max_size=5))
 def test_pieces_form_the_text_and_never_split_a_character(
     tokenizer: PreTrainedTokenizerFast, text: str, context: str
 ) -> None:
-    made, stream = pieces(tokenizer, text, context=context)
-    assert "".join(made) == stream.text == text
+    texts, stream = pieces(tokenizer, text, context=context)
+    assert "".join(texts) == stream.text == text
     assert "\ufffd" not in stream.text or "\ufffd" in text
 
 
@@ -36,8 +36,8 @@ def test_pieces_form_the_text_and_never_split_a_character(
 def test_text_ends_before_the_first_stop_text(
     tokenizer: PreTrainedTokenizerFast, text: str, stop: list[str]
 ) -> None:
-    made, stream = pieces(tokenizer, text, stop)
-    shown = "".join(made)
+    texts, stream = pieces(tokenizer, text, stop)
+    shown = "".join(texts)
     assert shown == stream.text
     ends = {len(text[: text.find(s) + len(s)]): text.find(s) for s in stop if s in text}
     assert stream.stopped == bool(ends)

@@ -78,5 +78,5 @@ def test_batches_of_tpu_commands_divide_over_the_chips(words: list[str]) -> None
 
 def test_make_targets_exist() -> None:
     shown = set(re.findall(r"(?:^|`)make ([a-z]+)", (ROOT / "README.md").read_text("utf-8"), re.M))
-    made = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
-    assert shown <= made
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
+    assert shown <= targets

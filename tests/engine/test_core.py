@@ -140,11 +140,11 @@ def test_events_add_up_to_the_generation() -> None:
     events = finish(core, handle)
     assert handle.generation is not None
     for number, sample in enumerate(handle.generation.samples):
-        own = [event for event in events if event.sample == number]
-        assert sum((event.ids for event in own), ()) == sample.ids
-        assert sum((event.logprobs for event in own), ()) == sample.logprobs
-        assert "".join(event.text for event in own) == sample.text
-        assert [event.finish for event in own if event.finish] == [sample.finish]
+        of_sample = [event for event in events if event.sample == number]
+        assert sum((event.ids for event in of_sample), ()) == sample.ids
+        assert sum((event.logprobs for event in of_sample), ()) == sample.logprobs
+        assert "".join(event.text for event in of_sample) == sample.text
+        assert [event.finish for event in of_sample if event.finish] == [sample.finish]
 
 
 def test_texts_end_at_stop_texts_and_end_tokens() -> None:

@@ -94,19 +94,21 @@ def test_loss_is_the_mean_over_all_target_tokens(
     pretrained.stacked()
     total = sum(by_hand(pretrained, given, e.ids_T, e.target_T) for e in examples)
     targets = sum(int(e.target_T.sum()) for e in examples)
-    found = evaluator(pretrained, "loss", batch_size=3)(
+    evaluation = evaluator(pretrained, "loss", batch_size=3)(
         pretrained.stacked(), given, examples, ["loss"]
     )
-    assert found.report.metrics["loss"] == pytest.approx(total / targets, rel=1e-5)
-    assert found.report.metrics["perplexity"] == pytest.approx(math.exp(total / targets), rel=1e-4)
-    assert found.predictions == []
+    assert evaluation.report.metrics["loss"] == pytest.approx(total / targets, rel=1e-5)
+    assert evaluation.report.metrics["perplexity"] == pytest.approx(
+        math.exp(total / targets), rel=1e-4
+    )
+    assert evaluation.predictions == []
 
 
 def test_accuracy_uses_the_likeliest_label_of_each_input(
     pretrained: Pretrained, examples: list[Example], prefix: Prefix
 ) -> None:
     tokenizer = pretrained.tokenizer
-    found = evaluator(pretrained, "accuracy", labels=LABELS, batch_size=4)(
+    evaluation = evaluator(pretrained, "accuracy", labels=LABELS, batch_size=4)(
         pretrained.stacked(), prefix, examples, ["accuracy"]
     )
     expected = []
@@ -121,24 +123,24 @@ def test_accuracy_uses_the_likeliest_label_of_each_input(
             target = [t >= len(prompt) for t in range(len(ids))]
             losses.append(by_hand(pretrained, prefix, ids, target))
         expected.append(LABELS[int(np.argmin(losses))])
-    assert [made.prediction for made in found.predictions] == expected
+    assert [prediction.prediction for prediction in evaluation.predictions] == expected
     # Both answers of the first input are correct.
     hits = [
         label in np.atleast_1d(record["answer"])
         for label, record in zip(expected, RECORDS, strict=True)
     ]
-    assert found.report.metrics["accuracy"] == pytest.approx(100 * sum(hits) / 3)
-    assert found.report.examples == 3
+    assert evaluation.report.metrics["accuracy"] == pytest.approx(100 * sum(hits) / 3)
+    assert evaluation.report.examples == 3
 
 
 def test_rejects_labels_that_are_not_targets(
     pretrained: Pretrained, examples: list[Example], prefix: Prefix
 ) -> None:
     chosen = evaluator(pretrained, "accuracy", labels=(" yes", " no"))
-    told = "' yes', ' no' do not occur as targets in the data, such as 'yes'"
-    with pytest.raises(ConfigError, match=told):
+    message = "' yes', ' no' do not occur as targets in the data, such as 'yes'"
+    with pytest.raises(ConfigError, match=message):
         chosen.check(examples, ["accuracy"])
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         chosen(pretrained.stacked(), prefix, examples, ["accuracy"])
 
 
@@ -164,18 +166,18 @@ def test_rejects_generation_from_an_empty_input(pretrained: Pretrained) -> None:
 def test_generates_once_per_input_and_scores_on_all_references(
     pretrained: Pretrained, examples: list[Example], prefix: Prefix
 ) -> None:
-    found = evaluator(pretrained, "chrf", "exact_match")(
+    evaluation = evaluator(pretrained, "chrf", "exact_match")(
         pretrained.stacked(), prefix, examples, ["chrf", "exact_match"]
     )
     generator = Generator(pretrained.backbone, pretrained.params, pretrained.tokenizer, prefix)
     prompts = [record["input"] for record in RECORDS]
-    expected = [made.text.strip() for made in generator.generate(prompts, DECODE)]
-    assert [made.prediction for made in found.predictions] == expected
-    assert [made.prompt for made in found.predictions] == prompts
+    expected = [item.text.strip() for item in generator.generate(prompts, DECODE)]
+    assert [item.prediction for item in evaluation.predictions] == expected
+    assert [item.prompt for item in evaluation.predictions] == prompts
     references = [("yes", "maybe so"), ("no",), ("yes",)]
-    assert [made.references for made in found.predictions] == references
-    assert list(found.report.metrics) == ["chrf", "exact_match"]
-    assert "chrf" in found.report.signatures
+    assert [item.references for item in evaluation.predictions] == references
+    assert list(evaluation.report.metrics) == ["chrf", "exact_match"]
+    assert "chrf" in evaluation.report.signatures
 
 
 def test_compares_prefixes_and_metrics(
@@ -184,19 +186,19 @@ def test_compares_prefixes_and_metrics(
     before = tiny_runs.bits(pretrained.stacked())
     metrics = ("exact_match", "accuracy", "loss")
     judge = evaluator(pretrained, *metrics, labels=LABELS)
-    found = judge.compare(pretrained, {"bare": None, "tuned": prefix}, examples)
-    assert list(found) == ["bare", "tuned"]
+    evaluations = judge.compare(pretrained, {"bare": None, "tuned": prefix}, examples)
+    assert list(evaluations) == ["bare", "tuned"]
     for name, given in {"bare": None, "tuned": prefix}.items():
         alone = {
             metric: judge(pretrained.stacked(), given, examples, [metric]).report.metrics[metric]
             for metric in metrics
         }
-        measured = dict(found[name].report.metrics)
+        measured = dict(evaluations[name].report.metrics)
         measured.pop("perplexity")
         assert measured == pytest.approx(alone)
         # Generated texts are kept rather than chosen labels.
         written = judge(pretrained.stacked(), given, examples, ["exact_match"])
-        assert found[name].predictions == written.predictions
+        assert evaluations[name].predictions == written.predictions
     assert tiny_runs.bits(pretrained.stacked()) == before
 
 
@@ -220,13 +222,13 @@ def test_mesh_does_not_change_scores(
     metrics = ("loss", "accuracy", "exact_match")
     prefixes = {"": jax.device_get(prefix)}
     spread = load(tiny_model_dir, mesh=make_mesh(**{"data": 2} | sizes))
-    found = [
+    evaluations = [
         evaluator(where, *metrics, labels=LABELS).compare(where, prefixes, examples)
         for where in (pretrained, spread)
     ]
-    one, eight = (dict(each[""].report.metrics) for each in found)
-    assert eight == pytest.approx(one, rel=1e-4)
-    assert found[0][""].predictions == found[1][""].predictions
+    single, eight = (dict(each[""].report.metrics) for each in evaluations)
+    assert eight == pytest.approx(single, rel=1e-4)
+    assert evaluations[0][""].predictions == evaluations[1][""].predictions
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "bleu"])
@@ -261,14 +263,14 @@ def test_truncated_prompt_is_scored_like_in_training(
     references = examples[1].references
     cut = Example.of_text(ids_T, target_T, "cut", references=references, prompt_length=25)
     judge = evaluator(pretrained, "accuracy", labels=("no", "yes"))
-    found = judge(pretrained.stacked(), None, [cut], ["accuracy"])
+    evaluation = judge(pretrained.stacked(), None, [cut], ["accuracy"])
     prompt = cut.ids_T[: cut.prompt_length].tolist()
     ends = [pretrained.tokenizer.eos_token_id]
     losses = []
     for label in ("no", "yes"):
         ids = prompt + pretrained.tokenizer(label)["input_ids"] + ends
         losses.append(by_hand(pretrained, None, ids, [t >= len(prompt) for t in range(len(ids))]))
-    assert found.predictions[0].prediction == ("no", "yes")[int(np.argmin(losses))]
+    assert evaluation.predictions[0].prediction == ("no", "yes")[int(np.argmin(losses))]
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ from prefix_jax.tasks import Prediction
 
 
 def test_saves_one_prediction_per_line(tmp_path):
-    made = [
+    predictions = [
         Prediction(
             "test.jsonl:1", "café[yes]\n", "There is a café.", ("A café.", "One\u2028café.")
         ),
         Prediction("test.jsonl:2", "", "", ("No.",)),
     ]
-    save_predictions(tmp_path / "predictions.jsonl", iter(made))
+    save_predictions(tmp_path / "predictions.jsonl", iter(predictions))
     content = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
     assert "café[yes]" in content
     first, second = map(json.loads, content.rstrip("\n").split("\n"))
@@ -35,12 +35,12 @@ def test_saves_one_prediction_per_line(tmp_path):
 
 
 def test_reads_saved_predictions(tmp_path):
-    made = [
+    predictions = [
         Prediction("a:1", "One\u2028two\r\n", "x", ["A", ""]),
         Prediction("a:2", "", "", [], {"no": 0.25, "yes": 0.75}),
     ]
-    save_predictions(tmp_path / "p.jsonl", made)
-    assert read_predictions(tmp_path / "p.jsonl") == made
+    save_predictions(tmp_path / "p.jsonl", predictions)
+    assert read_predictions(tmp_path / "p.jsonl") == predictions
 
 
 GOOD = {"origin": "a:1", "prompt": "x", "prediction": "y", "references": ["z"], "scores": {"z": 1}}
@@ -76,20 +76,20 @@ def test_damaged_predictions_are_one_error(tmp_path, content):
 
 def test_mutated_predictions_come_back_or_are_one_error(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
-    made = [
+    predictions = [
         Prediction("a:1", "x", "y", ["z"], {"z": 0.5}),
         Prediction("a:2", "é", "", ["\u2028"]),
     ]
-    save_predictions(path, made)
+    save_predictions(path, predictions)
     original = path.read_bytes()
     objects = [json.loads(line) for line in original.splitlines()]
     for case in range(300):
         rng = Random(case)
         changed = [dump_json(row) for row in mutate_json(objects, rng)]
         path.write_bytes(mutate_bytes(original, rng) if case % 2 else b"\n".join(changed))
-        found, message = attempt(read_predictions, path)
+        read, message = attempt(read_predictions, path)
         if message is not None:
             assert message.startswith(str(path))
         else:
-            save_predictions(path, found)
-            assert read_predictions(path) == found or "NaN" in path.read_text()
+            save_predictions(path, read)
+            assert read_predictions(path) == read or "NaN" in path.read_text()

@@ -41,19 +41,19 @@ def spelling(pretrained: Pretrained) -> Pretrained:
 
 def test_sizes_and_card(forms: Forms, save) -> None:
     path = save(forms["kv"])
-    found = inspect(path)
-    assert found.parameters == 2 * 2 * 6 * 2 * 8
-    assert found.bytes == sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-    assert (found.path, found.card.steps) == (path, 12)
+    report = inspect(path)
+    assert report.parameters == 2 * 2 * 6 * 2 * 8
+    assert report.bytes == sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    assert (report.path, report.card.steps) == (path, 12)
 
 
 def test_norms_of_keys_and_values_are_per_layer_over_slots_and_heads() -> None:
     k_LPKH = jnp.zeros((2, 3, 2, 4)).at[1].set(2.0).at[1, 0, 0].set(jnp.array([3.0, 4.0, 0, 0]))
-    found = norms(Prefix(Site(KVPrefix(k_LPKH, k_LPKH + 1)), text_position=3))
-    assert found[0] == Norms("keys", 0, 0.0, 0.0, 0.0)
-    assert found[1] == Norms("keys", 1, 4.0, pytest.approx(25 / 6), 5.0)
-    assert found[2] == Norms("values", 0, 2.0, 2.0, 2.0)
-    assert [entry.of for entry in found] == ["keys", "keys", "values", "values"]
+    measured = norms(Prefix(Site(KVPrefix(k_LPKH, k_LPKH + 1)), text_position=3))
+    assert measured[0] == Norms("keys", 0, 0.0, 0.0, 0.0)
+    assert measured[1] == Norms("keys", 1, 4.0, pytest.approx(25 / 6), 5.0)
+    assert measured[2] == Norms("values", 0, 2.0, 2.0, 2.0)
+    assert [entry.of for entry in measured] == ["keys", "keys", "values", "values"]
 
 
 def test_norms_of_hidden_states_and_of_soft_tokens() -> None:
@@ -95,27 +95,27 @@ def test_nearest_words_have_the_largest_cosine(spelling: Pretrained) -> None:
 def test_soft_tokens_that_start_as_words_are_nearest_to_them(
     forms: Forms, save, spelling: Pretrained
 ) -> None:
-    found = inspect(save(forms["embeds"]), spelling, words=2)
-    assert found.nearest is not None
-    assert [words[0].text for words in found.nearest] == [f"word{i}" for i in range(3, 9)]
-    assert all(words[0].cosine == pytest.approx(1.0, abs=1e-5) for words in found.nearest)
-    assert found.note is None
+    report = inspect(save(forms["embeds"]), spelling, words=2)
+    assert report.nearest is not None
+    assert [words[0].text for words in report.nearest] == [f"word{i}" for i in range(3, 9)]
+    assert all(words[0].cosine == pytest.approx(1.0, abs=1e-5) for words in report.nearest)
+    assert report.note is None
 
 
 @pytest.mark.parametrize(("kind", "name"), [("kv", "keys and values"), ("hidden", "hidden states")])
 def test_only_soft_tokens_have_nearest_words(kind: str, name: str, forms: Forms, save) -> None:
-    found = inspect(save(forms[kind], source="/gone"))
-    assert found.nearest is None
-    assert found.note == f"nearest words: not applicable; {name} are not token embeddings"
+    report = inspect(save(forms[kind], source="/gone"))
+    assert report.nearest is None
+    assert report.note == f"nearest words: not applicable; {name} are not token embeddings"
 
 
 def test_moved_backbone_omits_only_the_nearest_words(forms: Forms, save) -> None:
-    found = inspect(save(forms["embeds"], source="/gone/model"))
-    assert found.nearest is None
-    assert found.note is not None
-    assert "cannot load the prefix's backbone /gone/model" in found.note
-    assert "--model" in found.note
-    assert found.norms
+    report = inspect(save(forms["embeds"], source="/gone/model"))
+    assert report.nearest is None
+    assert report.note is not None
+    assert "cannot load the prefix's backbone /gone/model" in report.note
+    assert "--model" in report.note
+    assert report.norms
 
 
 def test_named_backbone_must_exist_and_fit(forms: Forms, save, pretrained: Pretrained) -> None:
@@ -127,8 +127,8 @@ def test_named_backbone_must_exist_and_fit(forms: Forms, save, pretrained: Pretr
 
 
 def test_zero_words_do_not_need_the_backbone(forms: Forms, save) -> None:
-    found = inspect(save(forms["embeds"], source="/gone"), words=0)
-    assert (found.nearest, found.note) == (None, None)
+    report = inspect(save(forms["embeds"], source="/gone"), words=0)
+    assert (report.nearest, report.note) == (None, None)
     with pytest.raises(ConfigError, match="words must be at least 0, got -1"):
         inspect(save(forms["embeds"]), words=-1)
 

@@ -52,10 +52,10 @@ def test_lstm_reads_slots_in_both_directions():
 def test_mlp_has_three_layers_and_two_relus():
     method = PTuning(P, hidden=7)
     params = method.init(KEY, G, None)
-    one, two, three = (params["linear"][str(number)] for number in range(3))
-    x = np.maximum(params["embedding_PD"] @ one["weight_XY"] + one["bias_Y"], 0)
-    x = np.maximum(x @ two["weight_XY"] + two["bias_Y"], 0)
-    expected = x @ three["weight_XY"] + three["bias_Y"]
+    first, second, third = (params["linear"][str(number)] for number in range(3))
+    x = np.maximum(params["embedding_PD"] @ first["weight_XY"] + first["bias_Y"], 0)
+    x = np.maximum(x @ second["weight_XY"] + second["bias_Y"], 0)
+    expected = x @ third["weight_XY"] + third["bias_Y"]
     np.testing.assert_allclose(method(params).x_PD, expected, rtol=1e-5, atol=1e-6)
 
 

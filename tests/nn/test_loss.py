@@ -126,17 +126,17 @@ def test_candidate_loss_is_a_softmax_within_each_question(answers):
     def plain(logits_BMY):
         total = 0.0
         for (row, question), columns in right.items():
-            own = jnp.flatnonzero(question_BM[row] == question)
+            members = jnp.flatnonzero(question_BM[row] == question)
             for answer in range(answers):
-                log_p = jax.nn.log_softmax(logits_BMY[row, own, answer])
-                total -= log_p[columns[answer] - int(own[0])] / answers
+                log_p = jax.nn.log_softmax(logits_BMY[row, members, answer])
+                total -= log_p[columns[answer] - int(members[0])] / answers
         return total
 
     def ours(logits_BMY):
-        found = losses.candidate_losses(logits_BMY, jnp.array(label_BM), weight_BM, question_BM)
-        return found.sum()
+        actual = losses.candidate_losses(logits_BMY, jnp.array(label_BM), weight_BM, question_BM)
+        return actual.sum()
 
-    expected, found = jax.value_and_grad(plain)(logits_BMY), jax.value_and_grad(ours)(logits_BMY)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    expected, actual = jax.value_and_grad(plain)(logits_BMY), jax.value_and_grad(ours)(logits_BMY)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), actual, expected)
     large = losses.candidate_losses(1e4 * logits_BMY, jnp.array(label_BM), weight_BM, question_BM)
     assert np.isfinite(large).all()

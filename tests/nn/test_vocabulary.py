@@ -53,8 +53,8 @@ def test_loss_and_gradient_do_not_depend_on_the_mesh(few, V, name, monkeypatch):
     loss_and_gradient.clear_cache()
     mesh = mesh_of(name)
     with jax.set_mesh(mesh):
-        found = loss_and_gradient(weights_DV, *place_rows((h_BMD, label_BM), mesh))
-    for ours, alone in zip(found, expected, strict=True):
+        actual = loss_and_gradient(weights_DV, *place_rows((h_BMD, label_BM), mesh))
+    for ours, alone in zip(actual, expected, strict=True):
         np.testing.assert_allclose(ours, alone, rtol=1e-5, atol=1e-6)
 
 
@@ -104,8 +104,8 @@ def test_chunk_size_follows_the_mesh():
 
 def targets_of_a_chunk(mesh):
     with jax.set_mesh(mesh):
-        (found,) = jax.eval_shape(lambda: jnp.zeros(vocabulary.chunk_targets())).shape
-    return found
+        (count,) = jax.eval_shape(lambda: jnp.zeros(vocabulary.chunk_targets())).shape
+    return count
 
 
 def test_does_nothing_outside_a_mesh():

@@ -29,15 +29,15 @@ def difference(request: pytest.FixtureRequest) -> Difference:
     largest difference per quantity and model.
     """
 
-    def note(what: str, value: ArrayLike, limit: float, model: str | None = None) -> None:
+    def note(quantity: str, value: ArrayLike, limit: float, model: str | None = None) -> None:
         if model is None:
             callspec = getattr(request.node, "callspec", None)
             model = "" if callspec is None else callspec.id
         largest = float(np.max(np.abs(np.asarray(value, np.float64)), initial=0.0))
         largest = math.inf if math.isnan(largest) else largest
         # Reports carry properties from the workers of pytest-xdist, too.
-        request.node.user_properties.append((_KEY, (what, model, largest, limit)))
-        assert largest <= limit, f"{what} of {model}: {largest:.3g} exceeds {limit:.3g}"
+        request.node.user_properties.append((_KEY, (quantity, model, largest, limit)))
+        assert largest <= limit, f"{quantity} of {model}: {largest:.3g} exceeds {limit:.3g}"
 
     return note
 
@@ -47,11 +47,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     rows: dict[tuple[str, str], tuple[float, float]] = {}
     for outcome in ("passed", "failed"):
         for report in terminalreporter.getreports(outcome):
-            for key, found in report.user_properties if report.when == "call" else ():
+            for key, entry in report.user_properties if report.when == "call" else ():
                 if key == _KEY:
-                    what, model, value, limit = found
-                    before, _ = rows.get((what, model), (0.0, limit))
-                    rows[what, model] = (max(value, before), limit)
+                    quantity, model, value, limit = entry
+                    before, _ = rows.get((quantity, model), (0.0, limit))
+                    rows[quantity, model] = (max(value, before), limit)
     if not rows:
         return
     table = [("what", "model", "max |Δ|", "limit")]

@@ -184,8 +184,8 @@ def _theirs(directory: Path, family: str, ids: np.ndarray, targets: np.ndarray) 
         given["decoder_input_ids"] = torch.from_numpy(targets)
     with torch.no_grad():
         output = model.eval()(**given)
-    found: np.ndarray = (output.last_hidden_state if family in ENCODERS else output.logits).numpy()
-    return found
+    states: np.ndarray = (output.last_hidden_state if family in ENCODERS else output.logits).numpy()
+    return states
 
 
 def _ours(directory: Path, family: str, ids: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -113,8 +113,8 @@ def test_end_tokens_match_transformers(
     finishes = set()
     for case in ({}, {"min_new_tokens": 6}, {"num_beams": 4, "num_samples": 4}):
         expected = [MAKER.generate(theirs, prompt, case, None, 12) for prompt in prompts]
-        found = generator.generate(prompts, DecodeConfig(max_new_tokens=12, **case))
-        for generation, (ids, scores) in zip(found, expected, strict=True):
+        generations = generator.generate(prompts, DecodeConfig(max_new_tokens=12, **case))
+        for generation, (ids, scores) in zip(generations, expected, strict=True):
             # transformers pads shorter beams.
             cut = [MAKER._until(text, ends) if stated != "neither" else text for text in ids]
             assert [list(sample.ids) for sample in generation.samples] == cut
@@ -136,9 +136,9 @@ def test_end_tokens_match_transformers(
         num_return_sequences=8, pad_token_id=0, top_k=0,
     )[:, 1 if two_sided else ids.shape[1]:].tolist()  # fmt: skip
     if stated == "neither":
-        assert {len(sample.ids) for one in sampled for sample in one.samples} == {12}
+        assert {len(sample.ids) for generation in sampled for sample in generation.samples} == {12}
         return
-    for text in [list(sample.ids) for one in sampled for sample in one.samples]:
+    for text in [list(sample.ids) for generation in sampled for sample in generation.samples]:
         assert MAKER._until(text, ends) == text
         assert len(text) == 12 or text[-1] in ends
     for text in drawn:
@@ -146,9 +146,11 @@ def test_end_tokens_match_transformers(
 
 
 def test_stored_processors_match_transformers(difference: Any) -> None:
-    for name, made in MAKER.processed(seed=0).items():
+    for name, scores in MAKER.processed(seed=0).items():
         # Forbidden tokens are minus infinity on both sides.
-        np.testing.assert_array_equal(np.isfinite(made), np.isfinite(PROCESSORS.EXPECTED[name]))
+        np.testing.assert_array_equal(np.isfinite(scores), np.isfinite(PROCESSORS.EXPECTED[name]))
         expected = PROCESSORS.EXPECTED[name]
-        delta = np.subtract(made, expected, where=np.isfinite(made), out=np.zeros_like(expected))
+        delta = np.subtract(
+            scores, expected, where=np.isfinite(scores), out=np.zeros_like(expected)
+        )
         difference("stored processors", delta, 1e-5, name)

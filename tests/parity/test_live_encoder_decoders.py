@@ -62,11 +62,11 @@ def _logits(model: Pretrained, given: Mapping[str, Any], prefix: Prefix | None) 
 
 
 def _prefix(sites: Mapping[SiteName, Any], text_position: int) -> Prefix:
-    made = {
+    stored = {
         name: Site(KVPrefix(jnp.asarray(k_LPKH), jnp.asarray(v_LPKH)))
         for name, (k_LPKH, v_LPKH) in sites.items()
     }
-    return Prefix.of(made, text_position=text_position)
+    return Prefix.of(stored, text_position=text_position)
 
 
 @pytest.mark.parametrize("shard", ["10GB", "20KB"])
@@ -83,10 +83,10 @@ def test_each_site_adds_keys_and_values_before_the_tokens(name, names, tmp_path,
     reference, model = _pair(name, 200, tmp_path)
     given, sites = MAKER.inputs(8), MAKER.random_sites(reference, 8)
     sites = {site: sites[site] for site in names}
-    found = _logits(model, given, _prefix(sites, MAKER.P))
+    logits = _logits(model, given, _prefix(sites, MAKER.P))
     expected = MAKER.logits(reference, given, sites)
     assert np.abs(expected - MAKER.logits(reference, given)).max() > 0.01
-    difference(f"logits, prefix at {', '.join(names)}", found - expected, 1e-4, name)
+    difference(f"logits, prefix at {', '.join(names)}", logits - expected, 1e-4, name)
 
 
 @pytest.mark.parametrize("name", ["t5", "t5_gated", "mt5", "bart"])
@@ -102,8 +102,8 @@ def test_decoder_prefix_equals_a_warm_cache(name, tmp_path, difference):
         )
         cache.self_attention_cache.update(k_BNPH, v_BNPH, layer)
     expected = MAKER.logits(reference, given, past_key_values=cache)
-    found = _logits(model, given, _prefix({"decoder": sites["decoder"]}, MAKER.P))
-    difference("logits, cache as decoder prefix", found - expected, 1e-4, name)
+    logits = _logits(model, given, _prefix({"decoder": sites["decoder"]}, MAKER.P))
+    difference("logits, cache as decoder prefix", logits - expected, 1e-4, name)
 
 
 @pytest.mark.parametrize("layers", [2, 3, 4])
@@ -133,8 +133,8 @@ def test_decoder_prefix_matches_peft_in_every_second_layer(name, layers, tmp_pat
     }
     with torch.no_grad():
         expected = theirs(**{k: torch.from_numpy(x).long() for k, x in arguments.items()})
-    found = _logits(model, given, _prefix({"decoder": tuple(read)}, 5))
-    difference("logits, PEFT's prefix", found - expected.logits.numpy(), 1e-4, name)
+    logits = _logits(model, given, _prefix({"decoder": tuple(read)}, 5))
+    difference("logits, PEFT's prefix", logits - expected.logits.numpy(), 1e-4, name)
 
 
 @pytest.mark.parametrize("name", ["t5", "t5_gated", "bart", "bart_scaled"])
@@ -188,5 +188,5 @@ def test_relative_buckets_match_transformers(buckets, farthest, both_ways):
     expected = attention._relative_position_bucket(
         torch.from_numpy(-distance), both_ways, buckets, farthest
     )
-    found = Relative(buckets, farthest, both_ways).bucket(distance)
-    np.testing.assert_array_equal(found, expected.numpy())
+    ours = Relative(buckets, farthest, both_ways).bucket(distance)
+    np.testing.assert_array_equal(ours, expected.numpy())

@@ -153,8 +153,8 @@ def test_prefix_gradient_matches_peft(tmp_path: Path, difference: Any) -> None:
         h_BTD, _ = model.backbone.hidden(model.params, ids_BT, tokens, prefix)
         return jnp.sum(jnp.sin(h_BTD[:, 0]))
 
-    found, expected = gradient(jnp.asarray(weight.detach().numpy())), weight.grad.numpy()
-    off = (found - expected) / np.abs(expected).max()
+    actual, expected = gradient(jnp.asarray(weight.detach().numpy())), weight.grad.numpy()
+    off = (actual - expected) / np.abs(expected).max()
     difference("gradient of an encoder's prefix, relative", off, limit=1e-4, model="bert")
 
 

@@ -168,15 +168,15 @@ def _prefix(flat: np.ndarray, pretrained: Pretrained) -> dict[str, Any]:
 
 def _head_params(named: dict[str, Any]) -> dict[str, Any]:
     """Our parameters of a head from torch's; "dense" is the optional first layer."""
-    found = {}
+    params = {}
     for name, x in named.items():
         first = any(part in name for part in ("dense", "pre_classifier", "summary"))
         value = x.detach().numpy().copy()
         if name.endswith("weight"):
-            found["dense_DE" if first else "out_DY"] = value.T
+            params["dense_DE" if first else "out_DY"] = value.T
         else:
-            found["dense_bias_E" if first else "out_bias_Y"] = value
-    return found
+            params["dense_bias_E" if first else "out_bias_Y"] = value
+    return params
 
 
 def _trained(model: Any) -> dict[str, Any]:
@@ -188,8 +188,8 @@ def _as_ours(values: dict[str, Any], pretrained: Pretrained) -> dict[str, Any]:
     rest = {name: x for name, x in values.items() if name != prompt}
     flat = values[prompt].detach().numpy().copy()
     soft = flat.shape[1] == pretrained.backbone.geometry.input_dim
-    made = {"x_PD": flat} if soft else _prefix(flat, pretrained)
-    return {"prefix": made, "head": _head_params(rest)}
+    prefix = {"x_PD": flat} if soft else _prefix(flat, pretrained)
+    return {"prefix": prefix, "head": _head_params(rest)}
 
 
 _STEPS = [(name, task) for name in ("bert", "roberta", "electra") for task in list(TASKS)[:4]]
@@ -204,7 +204,7 @@ _SOFT_STEPS = [
 
 @pytest.mark.parametrize(
     ("name", "task", "kind"),
-    [(*of, "prefix") for of in _STEPS] + [(*of, "prompt") for of in _SOFT_STEPS],
+    [(*case, "prefix") for case in _STEPS] + [(*case, "prompt") for case in _SOFT_STEPS],
 )
 def test_training_step_of_prefix_and_head_matches_peft(
     name: str, task: str, kind: str, tmp_path: Path, difference: Any
@@ -240,7 +240,7 @@ def test_training_step_of_prefix_and_head_matches_peft(
         logits = output.logits.detach().numpy()
     for i, example in enumerate(examples):
         expected = logits[i, example.index_M] if logits.ndim == 3 else logits[i : i + 1]
-        row, slots = _found(example, micro)
+        row, slots = _place(example, micro)
         off = out_BMY[row, slots] - expected
         difference(f"{task} logits, {kind} and head", off, limit=1e-5, model=name)
 
@@ -256,14 +256,14 @@ def test_training_step_of_prefix_and_head_matches_peft(
     state, metrics = jax.jit(make_step(model, optimizer))(state, frozen, batch)
     difference(f"{task} loss, {kind}", metrics.loss - output.loss.item(), limit=1e-5, model=name)
     expected_after = flatten_dict(_as_ours(_trained(theirs), pretrained), sep="/")
-    found = flatten_dict({key: state.train[key] for key in ("prefix", "head")}, sep="/")
+    actual = flatten_dict({key: state.train[key] for key in ("prefix", "head")}, sep="/")
     for key, value in expected_after.items():
         part = key.partition("/")[0]
         part = kind if part == "prefix" else f"head with a {kind}"
-        difference(f"{task} {part} after a step", found[key] - value, limit=1e-5, model=name)
+        difference(f"{task} {part} after a step", actual[key] - value, limit=1e-5, model=name)
 
 
-def _found(example: Example, batch: Batch) -> tuple[int, slice]:
+def _place(example: Example, batch: Batch) -> tuple[int, slice]:
     """The row and the slots of an example's targets."""
     ids_BT, index_BM = np.asarray(batch.ids_BT), np.asarray(batch.index_BM)
     for row, ids_T in enumerate(ids_BT):
@@ -282,12 +282,12 @@ def test_multiple_choice_matches_transformers(name: str, tmp_path: Path, differe
     rows = _ids([6, 6, 6, 6])
     model = PrefixModel(pretrained.backbone, None, TASKS["CHOICE"][0])
     # The pooler, or the first head layer of ELECTRA and DistilBERT.
-    own = {
+    weights = {
         key: x
         for key, x in reference.named_parameters()
         if not key.startswith(f"{reference.base_model_prefix}.")
     }
-    params = _head_params(own)
+    params = _head_params(weights)
     examples = [
         Example(
             np.concatenate(rows[i : i + 2]),

@@ -76,10 +76,10 @@ Close = Callable[..., None]
 def close(difference: Callable[..., None]) -> Close:
     """Records a difference, relative to the largest value if that is above 1."""
 
-    def close(what: str, a: Any, b: Any, limit: float = 1e-5) -> None:
+    def close(quantity: str, a: Any, b: Any, limit: float = 1e-5) -> None:
         a, b = np.asarray(a), np.asarray(b)
         assert a.shape == b.shape
-        difference(what, (a - b) / max(1, np.abs(b).max()), limit)
+        difference(quantity, (a - b) / max(1, np.abs(b).max()), limit)
 
     return close
 
@@ -207,8 +207,8 @@ def test_prompt_encoders_match_peft(encoder: str, hidden: int, layers: int, clos
     pretrained = load(FIXTURES / "llama_grouped", dtype="float32")
     method = PTuning(P, encoder=encoder, hidden=hidden, lstm_layers=layers)
     params = from_torch(torch_encoder.state_dict(), encoder, layers)
-    made = method.init(jax.random.key(0), pretrained.backbone.geometry, None)
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, made)
+    initial = method.init(jax.random.key(0), pretrained.backbone.geometry, None)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, initial)
     close(
         "P-tuning: soft tokens",
         method(params).x_PD,

@@ -70,8 +70,8 @@ def test_loss_and_gradients_match_peft(name: str, difference: Callable[..., None
 
     method = MultitaskPromptTuning(P, ranks=R, datasets=TASKS)
     params = {ours: jnp.asarray(parameters[them].detach().numpy()) for ours, them in OURS.items()}
-    found, grads = ours(name, method, params, two_sided)
-    difference("multitask: loss of a mixed batch", found - loss, 1e-5, name)
+    actual, grads = ours(name, method, params, two_sided)
+    difference("multitask: loss of a mixed batch", actual - loss, 1e-5, name)
     for key, them in OURS.items():
         expected = parameters[them].grad.numpy()
         scale = np.abs(expected).max()

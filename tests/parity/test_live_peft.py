@@ -112,9 +112,9 @@ def outputs(model: Any, params: Any, produced: Produced | None, text: Any) -> ja
     return model.unembed(params, h_BTD) if model.arch.causal else h_BTD
 
 
-def ours(of: Tuned, text: dict[str, np.ndarray]) -> np.ndarray:
-    model = of.pretrained
-    return np.asarray(outputs(model.backbone, model.stacked(), of.produced, text))
+def ours(tuned: Tuned, text: dict[str, np.ndarray]) -> np.ndarray:
+    model = tuned.pretrained
+    return np.asarray(outputs(model.backbone, model.stacked(), tuned.produced, text))
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
@@ -166,12 +166,12 @@ def test_export_generates_the_same_in_peft(
     )
     for beams in (1, 5):
         decode = DecodeConfig(max_new_tokens=NEW, num_beams=beams)
-        for prompt, found in zip(prompts, generator.generate(prompts, decode), strict=True):
+        for prompt, generation in zip(prompts, generator.generate(prompts, decode), strict=True):
             ids, score = generated(theirs, prompt, beams, end, name in SEQ2SEQ)
-            assert list(found.samples[0].ids) == ids
+            assert list(generation.samples[0].ids) == ids
             if beams > 1:
-                what = f"export, {method}: scores of {beams} beams"
-                difference(what, found.samples[0].score - score, 1e-5, name)
+                quantity = f"export, {method}: scores of {beams} beams"
+                difference(quantity, generation.samples[0].score - score, 1e-5, name)
 
 
 def generated(
@@ -191,9 +191,9 @@ def generated(
             return_dict_in_generate=True,
             output_scores=True,
         )
-    found = out.sequences[0, 1 if seq2seq else len(prompt) :].tolist()
-    length = found.index(end) + 1 if end in found else len(found)
-    return found[:length], out.sequences_scores[0].item() if beams > 1 else 0.0
+    ids = out.sequences[0, 1 if seq2seq else len(prompt) :].tolist()
+    length = ids.index(end) + 1 if end in ids else len(ids)
+    return ids[:length], out.sequences_scores[0].item() if beams > 1 else 0.0
 
 
 HEADS = [
@@ -324,10 +324,10 @@ def test_imported_head_matches_peft(
     which = 1 if method == "multitask" else None
     mine = import_peft(tmp_path, pretrained(name), task=which)
     head = mine.card.head
-    found = answered(
+    actual = answered(
         mine.pretrained, mine.produced, head, mine.head, given(name), task == "SEQ_CLS"
     )
-    delta = relative(found, MAKER.outputs(theirs, given(name), which))
+    delta = relative(actual, MAKER.outputs(theirs, given(name), which))
     difference(f"import, {method} and head of {task}", delta, 1e-5, name)
 
 
@@ -347,9 +347,9 @@ def test_gradients_and_an_adamw_step_match_peft(
     called["attention_mask"] = torch.ones_like(called["input_ids"])
     if "decoder_ids" in text:
         called["decoder_input_ids"] = torch.from_numpy(text["decoder_ids"]).long()
-    made = theirs(**called)
-    made = made.logits if "logits" in made else made.last_hidden_state
-    (made[:, -upstream.shape[1] :] * torch.from_numpy(upstream)).sum().backward()
+    output = theirs(**called)
+    states = output.logits if "logits" in output else output.last_hidden_state
+    (states[:, -upstream.shape[1] :] * torch.from_numpy(upstream)).sum().backward()
     torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.1).step()
 
     def loss(produced: Produced) -> jax.Array:
@@ -364,17 +364,17 @@ def test_gradients_and_an_adamw_step_match_peft(
     stepped = jax.tree.map(jnp.add, mine.produced, updates)
 
     # PEFT's gradient and updated parameters, imported.
-    for what, flat, found in (
+    for quantity, flat, actual in (
         ("gradient, relative", weight.grad, grads),
         ("AdamW step", weight, stepped),
     ):
-        theirs.save_pretrained(tmp_path / what)
-        _store(tmp_path / what, flat.detach().numpy())
-        expected = import_peft(tmp_path / what, model).produced
+        theirs.save_pretrained(tmp_path / quantity)
+        _store(tmp_path / quantity, flat.detach().numpy())
+        expected = import_peft(tmp_path / quantity, model).produced
         largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
-        scale = max(1.0, largest) if "relative" in what else 1.0
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            difference(f"{method}: {what}", (a - b) / scale, 1e-5, name)
+        scale = max(1.0, largest) if "relative" in quantity else 1.0
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            difference(f"{method}: {quantity}", (a - b) / scale, 1e-5, name)
 
 
 def _store(folder: Path, flat: np.ndarray) -> None:

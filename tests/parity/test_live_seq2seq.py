@@ -52,13 +52,13 @@ def _pairs() -> list[tuple[list[int], list[int]]]:
 
 
 def _batch(pairs: list[tuple[list[int], list[int]]], start_id: int, pack: bool) -> Batch:
-    found = []
+    rows = []
     for source, target in pairs:
         ids = np.array([start_id, *target], np.int32)
         learnt = np.arange(len(ids)) > 0
         source_ids = np.array(source, np.int32)
-        found.append(Example.of_text(ids, learnt, "a pair", source_ids_S=source_ids))
-    return collate(arrange(measure(found), Packing(pack=pack)), found)
+        rows.append(Example.of_text(ids, learnt, "a pair", source_ids_S=source_ids))
+    return collate(arrange(measure(rows), Packing(pack=pack)), rows)
 
 
 def _summed_loss(model: Any, pairs: list[tuple[list[int], list[int]]]) -> Any:

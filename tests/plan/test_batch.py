@@ -26,12 +26,12 @@ def test_largest_batch_needs_few_programs(
     monkeypatch.setattr(batch, "compile_step", compile_step)
     topology, run = Topology.parse("v5e:2x2"), AbstractRun.of(config_of(folder))
     mesh = topology.mesh({"data": 2, "fsdp": 2, "tensor": 1})
-    found = batch.largest_batch(run, BatchShape(8, 16, 16), topology, mesh)
-    assert found.rows == 4 * largest
-    assert found.plan.fits
-    assert found.above is not None
-    assert found.above.batch.rows == 4 * largest + 4
-    assert found.compiled == len(seen) <= 8
+    result = batch.largest_batch(run, BatchShape(8, 16, 16), topology, mesh)
+    assert result.rows == 4 * largest
+    assert result.plan.fits
+    assert result.above is not None
+    assert result.above.batch.rows == 4 * largest + 4
+    assert result.compiled == len(seen) <= 8
 
 
 @pytest.mark.parametrize("again", [1.0, 1.3])
@@ -42,24 +42,24 @@ def test_reports_a_smaller_batch_with_higher_throughput(
     compile_step, _ = formula(lambda shape, _: 3 + shape.rows)
 
     def timed(run: AbstractRun, shape: BatchShape, *where: Any) -> Plan:
-        found = compile_step(run, shape, *where)
-        if found.roofline is None:
-            return found
+        compiled = compile_step(run, shape, *where)
+        if compiled.roofline is None:
+            return compiled
         seconds = shape.rows * (again if shape.rows > 11 else 1.0)
         return dataclasses.replace(
-            found, roofline=dataclasses.replace(found.roofline, seconds=seconds)
+            compiled, roofline=dataclasses.replace(compiled.roofline, seconds=seconds)
         )
 
     monkeypatch.setattr(batch, "compile_step", timed)
     topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
-    found = batch.largest_batch(run, BatchShape(8, 16, 16), topology, topology.mesh(SINGLE))
-    assert found.rows == 13
-    said = report.largest_line(found)
-    assert ("tokens per second" in said) == (again > 1)
+    largest = batch.largest_batch(run, BatchShape(8, 16, 16), topology, topology.mesh(SINGLE))
+    assert largest.rows == 13
+    line = report.largest_line(largest)
+    assert ("tokens per second" in line) == (again > 1)
     if again > 1:
-        assert found.quickest.batch.rows <= 11
-        assert f"12 tokens per second with 13 rows, 16 with {found.quickest.batch.rows}." in said
-        assert report.largest_as_json(found)["quickest"]["batch"]["rows"] <= 11
+        assert largest.quickest.batch.rows <= 11
+        assert f"12 tokens per second with 13 rows, 16 with {largest.quickest.batch.rows}." in line
+        assert report.largest_as_json(largest)["quickest"]["batch"]["rows"] <= 11
 
 
 @pytest.mark.parametrize("planned", [4, 28, 40])
@@ -71,11 +71,11 @@ def test_search_starts_from_the_known_plan(
     topology, run = Topology.parse("v5e:2x2"), AbstractRun.of(config_of(folder))
     mesh, shape = topology.mesh({"data": 4, "fsdp": 1, "tensor": 1}), BatchShape(planned, 16, 16)
     known = compile_step(run, shape, topology, mesh)
-    found = batch.largest_batch(run, shape, topology, mesh, known=known)
-    assert found.rows == 28
-    assert found.above is not None
-    assert found.above.batch.rows == 32
-    assert found.compiled == len(seen)
+    result = batch.largest_batch(run, shape, topology, mesh, known=known)
+    assert result.rows == 28
+    assert result.above is not None
+    assert result.above.batch.rows == 32
+    assert result.compiled == len(seen)
     assert [plan.batch.rows for plan in seen].count(planned) == 1
 
 
@@ -86,8 +86,8 @@ def test_reports_the_smallest_batch_if_none_fits(
     monkeypatch.setattr(batch, "compile_step", compile_step)
     topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
     mesh = topology.mesh(SINGLE)
-    found = batch.largest_batch(run, BatchShape(8, 16, 16), topology, mesh)
-    assert (found.rows, found.compiled, found.plan.over) == (0, 1, 4 * GIB)
+    largest = batch.largest_batch(run, BatchShape(8, 16, 16), topology, mesh)
+    assert (largest.rows, largest.compiled, largest.plan.over) == (0, 1, 4 * GIB)
     assert len(seen) == 1
 
 
@@ -98,8 +98,8 @@ def test_tiny_memory_shortage_is_not_reported_as_zero(
     topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
     fits = compile_step(run, BatchShape(8, 16, 16), topology, topology.mesh(SINGLE))
     failed = dataclasses.replace(fits, memory=None, roofline=None)
-    found = batch.Largest(8, fits, fits, failed, compiled=2)
-    assert "; 8 would be less than 0.01 GiB over the limit" in report.largest_line(found)
+    largest = batch.Largest(8, fits, fits, failed, compiled=2)
+    assert "; 8 would be less than 0.01 GiB over the limit" in report.largest_line(largest)
 
 
 def test_search_ends_at_the_maximum_and_reports_the_mesh(
@@ -108,7 +108,7 @@ def test_search_ends_at_the_maximum_and_reports_the_mesh(
     compile_step, _ = formula(lambda shape, _: 1.0)
     monkeypatch.setattr(batch, "compile_step", compile_step)
     topology, run = Topology.parse("v5e:2x2"), AbstractRun.of(config_of(folder))
-    found = batch.largest_batch(run, BatchShape(8, 16, 16), topology, topology.mesh({"data": 4}))
-    said = report.largest_line(found)
-    assert said.startswith("16384 rows fit on data=4 x fsdp=1 x tensor=1 (1.00 GiB per device); ")
-    assert "more were not tried" in said
+    largest = batch.largest_batch(run, BatchShape(8, 16, 16), topology, topology.mesh({"data": 4}))
+    line = report.largest_line(largest)
+    assert line.startswith("16384 rows fit on data=4 x fsdp=1 x tensor=1 (1.00 GiB per device); ")
+    assert "more were not tried" in line

@@ -17,7 +17,7 @@ from prefix_jax.plan.topology import Topology
 from prefix_jax.plan.walk import visits
 
 
-def found(*lines: str, before: str = "") -> list:
+def parsed(*lines: str, before: str = "") -> list:
     body = "".join(f"  {line}\n" for line in lines)
     text = f"{before}ENTRY %main (a: bf16[64,16]) -> bf16[64,16] {{\n{body}}}\n"
     return collectives(list(visits(parse(text), cost)))
@@ -42,14 +42,14 @@ BYTES = 64 * 16 * 2
     ],
 )
 def test_parses_groups_in_every_notation(groups: str, expected: list[list[int]]) -> None:
-    (one,) = found(
+    (collective,) = parsed(
         ARGUMENT,
         f"ROOT %r = bf16[64,16]{{1,0}} all-reduce(%a), channel_id=1, replica_groups={groups}, "
         "use_global_device_ids=true, to_apply=%add",
     )
-    np.testing.assert_array_equal(one.groups, expected)
-    assert one.nbytes == BYTES
-    assert one.sent == BYTES * 2 / 2
+    np.testing.assert_array_equal(collective.groups, expected)
+    assert collective.nbytes == BYTES
+    assert collective.sent == BYTES * 2 / 2
 
 
 @pytest.mark.parametrize(
@@ -63,21 +63,26 @@ def test_parses_groups_in_every_notation(groups: str, expected: list[list[int]])
 )
 def test_bytes_sent_match_the_best_algorithm(line: str, kind: str, sent: float) -> None:
     call, _, rest = line.partition(",")
-    (one,) = found(
+    (collective,) = parsed(
         ARGUMENT, f"ROOT %r = bf16[64,16]{{1,0}} {call}, replica_groups={{{{0,1,2,3}}}},{rest}"
     )
-    assert (one.kind, one.sent, one.hidden) == (kind, sent, False)
+    assert (collective.kind, collective.sent, collective.hidden) == (kind, sent, False)
 
 
 def test_asynchronous_collective_is_hidden_and_counted_once() -> None:
-    (one,) = found(
+    (collective,) = parsed(
         ARGUMENT,
         "%s = (bf16[64,16]{1,0}, bf16[64,16]{1,0}) collective-permute-start(%a), channel_id=1, "
         "source_target_pairs={{0,0},{1,2},{2,1}}",
         "ROOT %r = bf16[64,16]{1,0} collective-permute-done(%s)",
     )
-    assert (one.kind, one.hidden, one.sent, one.count) == ("collective-permute", True, BYTES, 1)
-    np.testing.assert_array_equal(one.groups, [[1, 2], [2, 1]])
+    assert (collective.kind, collective.hidden, collective.sent, collective.count) == (
+        "collective-permute",
+        True,
+        BYTES,
+        1,
+    )
+    np.testing.assert_array_equal(collective.groups, [[1, 2], [2, 1]])
 
 
 def test_fusions_with_the_same_channel_are_one_collective() -> None:
@@ -87,18 +92,22 @@ def test_fusions_with_the_same_channel_are_one_collective() -> None:
 }}
 
 """
-    (one,) = found(
+    (collective,) = parsed(
         ARGUMENT,
         "%f = bf16[128,16]{1,0} fusion(%a), kind=kCustom, calls=%part.1",
         "ROOT %h = bf16[128,16]{1,0} fusion(%a), kind=kCustom, calls=%part.2",
         before=part.format(1) + part.format(2),
     )
-    assert (one.kind, one.hidden, one.nbytes) == ("all-gather", True, 2 * BYTES)
+    assert (collective.kind, collective.hidden, collective.nbytes) == (
+        "all-gather",
+        True,
+        2 * BYTES,
+    )
 
 
 def test_collective_within_one_device_is_ignored() -> None:
     line = "ROOT %r = bf16[64,16]{1,0} all-reduce(%a), replica_groups={{0},{1}}, to_apply=%add"
-    assert found(ARGUMENT, line) == []
+    assert parsed(ARGUMENT, line) == []
 
 
 @pytest.mark.parametrize(
@@ -116,19 +125,19 @@ def test_time_follows_the_links_between_chips(
     chips = Topology.parse(topology)
     group = ",".join(map(str, devices))
     big = "bf16[65536,16384]"
-    (one,) = found(
+    (collective,) = parsed(
         f"%a = {big}{{1,0}} parameter(0)",
         f"ROOT %r = {big}{{1,0}} all-reduce(%a), replica_groups={{{{{group}}}}}, to_apply=%add",
     )
-    at_most = one.sent / (links * chips.chip.link)
-    assert at_most <= seconds_of(one, chips, chips.devices) < 1.01 * at_most
+    at_most = collective.sent / (links * chips.chip.link)
+    assert at_most <= seconds_of(collective, chips, chips.devices) < 1.01 * at_most
 
 
 def test_slices_use_the_data_centre_network() -> None:
     chips = Topology.parse("2*v5e:2x2")
     line = "ROOT %r = bf16[64,16]{1,0} all-reduce(%a), replica_groups={{0,4}}, to_apply=%add"
-    (one,) = found(ARGUMENT, line)
-    assert seconds_of(one, chips, chips.devices) > one.sent / chips.chip.dcn
+    (collective,) = parsed(ARGUMENT, line)
+    assert seconds_of(collective, chips, chips.devices) > collective.sent / chips.chip.dcn
 
 
 @pytest.mark.parametrize(
@@ -144,7 +153,7 @@ def test_transfers_to_the_host_are_collectives_between_slices(
     transfer: str, target: str, kind: str, sent: float
 ) -> None:
     chips = Topology.parse("2*v5e:2x2")
-    (one,) = found(
+    (collective,) = parsed(
         ARGUMENT,
         "%t = token[] after-all()",
         "%s = (bf16[64,16]{1,0}, u32[], token[]) send(%a, %t), channel_id=2, "
@@ -155,8 +164,13 @@ def test_transfers_to_the_host_are_collectives_between_slices(
         "%r = (bf16[64,16]{1,0}, u32[], token[]) recv(%t), channel_id=1",
         "ROOT %e = (bf16[64,16]{1,0}, token[]) recv-done(%r), channel_id=1",
     )
-    assert (one.kind, one.sent, one.hidden, one.between_slices) == (kind, sent, True, True)
-    assert seconds_of(one, chips, chips.devices) == sent / chips.chip.dcn
+    assert (collective.kind, collective.sent, collective.hidden, collective.between_slices) == (
+        kind,
+        sent,
+        True,
+        True,
+    )
+    assert seconds_of(collective, chips, chips.devices) == sent / chips.chip.dcn
 
 
 def test_gathering_weights_across_slices_costs_network_time(tmp_path: Path) -> None:
@@ -179,9 +193,9 @@ def test_gathering_weights_across_slices_costs_network_time(tmp_path: Path) -> N
             "train": {"steps": 1},
             "output_dir": "plan",
         }
-        made = plan(configs.parse(values, [mesh]), "2*v5e:1x2", tokens=128)
-        assert made.roofline is not None
-        return {k: v for k, v in made.roofline.exchanges.items() if "between slices" in k}
+        planned = plan(configs.parse(values, [mesh]), "2*v5e:1x2", tokens=128)
+        assert planned.roofline is not None
+        return {k: v for k, v in planned.roofline.exchanges.items() if "between slices" in k}
 
     weights = 2 * 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
     gathered = between_slices("mesh.fsdp=4")["all-gather between slices"]

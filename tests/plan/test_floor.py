@@ -154,8 +154,8 @@ class TestEncoderDecoders:
         soft = Embeds(jax.ShapeDtypeStruct((P, 32), jnp.float32))
         longer = TWO_SIDED | {"source": 30 + P}
         bare = floor(T5, **longer, produced=self.produced("encoder"))
-        found = floor(T5, **TWO_SIDED, produced=soft)
-        assert (found.layers, found.lift) == (bare.layers, 0)
+        minimum = floor(T5, **TWO_SIDED, produced=soft)
+        assert (minimum.layers, minimum.lift) == (bare.layers, 0)
 
     def test_bank_extends_each_source_by_one_prefix(self) -> None:
         x_PD = jax.ShapeDtypeStruct((P, 32), jnp.float32)

@@ -29,22 +29,22 @@ def test_compiles_a_step_without_weights_or_data(trained: Plan) -> None:
     assert trained.over == 0
     assert trained.mesh == {"data": 2, "fsdp": 1, "sequence": 1, "tensor": 2}
     assert trained.batch == BatchShape(8, 16, 16)
-    memory, found = trained.memory, trained.roofline
+    memory, roofline = trained.memory, trained.roofline
     assert memory is not None
-    assert found is not None
+    assert roofline is not None
     assert trained.floor is not None
     assert memory.weights <= memory.arguments < memory.total == trained.needs < memory.limit
     # Each matrix is split over two devices.
     count = 2 * 128 * 32 + 2 * (32 * 16 * 4 + 3 * 32 * 64)
     assert count < memory.weights < 2 * count
     # Nothing is computed twice; the compiler may omit unused results.
-    assert 0.8 < found.flops * 4 / trained.floor < 1.2
-    assert found.bytes_accessed > memory.weights
-    assert found.exchanges["all-reduce"].count >= 2 * 2  # per layer, forward and backward
-    assert found.seconds >= max(found.compute, found.memory)
-    assert found.sent == sum(one.sent for one in found.exchanges.values())
+    assert 0.8 < roofline.flops * 4 / trained.floor < 1.2
+    assert roofline.bytes_accessed > memory.weights
+    assert roofline.exchanges["all-reduce"].count >= 2 * 2  # per layer, forward and backward
+    assert roofline.seconds >= max(roofline.compute, roofline.memory)
+    assert roofline.sent == sum(exchange.sent for exchange in roofline.exchanges.values())
     rate = trained.tokens_per_second
-    assert rate == pytest.approx(8 * 16 / found.seconds)
+    assert rate == pytest.approx(8 * 16 / roofline.seconds)
 
 
 def test_memory_is_the_peak_not_the_sum_of_temporaries() -> None:
@@ -58,26 +58,26 @@ def test_memory_is_the_peak_not_the_sum_of_temporaries() -> None:
         alias_size_in_bytes=0,
     )
     compiled: Any = types.SimpleNamespace(memory_analysis=lambda: stats)
-    found = memory_of(compiled, {}, 16_128)
-    assert found == Memory(0, 17, 16_093 + 18 - 17, 16_093 + 18, 16_128)
-    assert found.total <= found.limit
+    memory = memory_of(compiled, {}, 16_128)
+    assert memory == Memory(0, 17, 16_093 + 18 - 17, 16_093 + 18, 16_128)
+    assert memory.total <= memory.limit
 
 
 def test_decoding_generates_one_token_per_row(folder: Path) -> None:
-    found = plan(config_of(folder, "data.batch_size=4"), "v5e:1x1", tokens=32, job="decode")
-    assert found.memory is not None
-    assert found.roofline is not None
+    planned = plan(config_of(folder, "data.batch_size=4"), "v5e:1x1", tokens=32, job="decode")
+    assert planned.memory is not None
+    assert planned.roofline is not None
     cache = 2 * 2 * 4 * 2 * 32 * 8 * 2
-    assert found.memory.arguments >= found.memory.weights + cache
-    assert found.tokens_per_second == pytest.approx(4 / found.roofline.seconds)
+    assert planned.memory.arguments >= planned.memory.weights + cache
+    assert planned.tokens_per_second == pytest.approx(4 / planned.roofline.seconds)
 
 
 def test_plan_of_a_step_that_does_not_fit() -> None:
     config = config_of("preset:llama-3-70b", "data.batch_size=1")
-    found = plan(config, "v5e:1x1", tokens=256)
-    assert not found.fits
-    assert found.over == found.needs - found.limit > 50 * GIB
-    assert found.memory is found.roofline is found.tokens_per_second is None
+    planned = plan(config, "v5e:1x1", tokens=256)
+    assert not planned.fits
+    assert planned.over == planned.needs - planned.limit > 50 * GIB
+    assert planned.memory is planned.roofline is planned.tokens_per_second is None
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_micro_batches_apply_only_to_training(folder: Path) -> None:
 def test_targets_are_limited_by_decoder_positions(tmp_path: Path) -> None:
     bart = {"d_model": 32, "vocab_size": 64, "max_position_embeddings": 40, "eos_token_id": 2}
     for stack in ("encoder", "decoder"):
-        bart |= {f"{stack}_{what}": size for what, size in
+        bart |= {f"{stack}_{key}": size for key, size in
                  (("layers", 1), ("attention_heads", 4), ("ffn_dim", 48))}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bart", **bart}))
     config = config_of(tmp_path, "method.sites=[decoder]", "data.max_length=40")
@@ -136,12 +136,14 @@ def test_targets_are_limited_by_decoder_positions(tmp_path: Path) -> None:
 def test_figures_of_a_small_step_are_not_rounded_to_zero(folder: Path) -> None:
     compile_step, _ = formula(lambda shape, _: 1.0, lambda _: 0.000661)
     topology, run = Topology.parse("v5e:1x1"), AbstractRun.of(config_of(folder))
-    made = compile_step(run, BatchShape(8, 16, 16), topology, topology.mesh(SINGLE))
-    assert made.roofline is not None
-    made = dataclasses.replace(made, roofline=dataclasses.replace(made.roofline, flops=2_100_000))
-    assert "at least 0.661 ms" in report.line(made)
-    said = [figures for _, _, figures in report._lines(made)]
-    assert any(figures.startswith("0.002 GFLOP per device") for figures in said)
+    compiled = compile_step(run, BatchShape(8, 16, 16), topology, topology.mesh(SINGLE))
+    assert compiled.roofline is not None
+    compiled = dataclasses.replace(
+        compiled, roofline=dataclasses.replace(compiled.roofline, flops=2_100_000)
+    )
+    assert "at least 0.661 ms" in report.line(compiled)
+    lines = [figures for _, _, figures in report._lines(compiled)]
+    assert any(figures.startswith("0.002 GFLOP per device") for figures in lines)
 
 
 def test_quantised_weights_are_counted_in_bits(folder: Path) -> None:

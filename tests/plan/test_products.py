@@ -31,8 +31,8 @@ def test_counts_batch_axes_and_several_contracted_axes() -> None:
     def products(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.einsum("btnh,bsnh->bnts", q, k), jnp.einsum("btnh,bsnh->ts", q, k)
 
-    one = 2 * 3 * 17 * 19 * 5 * 16
-    assert compiled_flops(products, (3, 17, 5, 16), (3, 19, 5, 16)) == 2 * one
+    flops = 2 * 3 * 17 * 19 * 5 * 16
+    assert compiled_flops(products, (3, 17, 5, 16), (3, 19, 5, 16)) == 2 * flops
 
 
 def test_elementwise_operations_are_not_counted() -> None:

@@ -138,9 +138,9 @@ def test_figures_of_chips_are_within_range_of_each_other() -> None:
     ],
 )
 def test_parses_out_of_memory_errors(message: str, used: float, limit: float) -> None:
-    found = OutOfMemory.parse(message)
-    assert found is not None
-    assert (found.used, found.limit) == (round(used * GIB), round(limit * GIB))
+    parsed = OutOfMemory.parse(message)
+    assert parsed is not None
+    assert (parsed.used, parsed.limit) == (round(used * GIB), round(limit * GIB))
 
 
 def test_ignores_other_compiler_errors() -> None:

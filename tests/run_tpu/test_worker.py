@@ -116,9 +116,9 @@ def test_worker_prefixes_its_log_lines(cloud, tmp_path, ending) -> None:
     printed = f"outcome=running\\nlabels: outcome=none\\noutcome=0{ending}"
     worker = Worker(cloud, tmp_path / "home", f"printf '{printed}'; exit 2")
     worker.train()
-    told = worker.run("outcome").splitlines()
-    assert [line for line in told if line.startswith("outcome=")] == ["outcome=2"]
-    assert told[1:] == [
+    reported = worker.run("outcome").splitlines()
+    assert [line for line in reported if line.startswith("outcome=")] == ["outcome=2"]
+    assert reported[1:] == [
         "| outcome=running",
         "| labels: outcome=none",
         "| outcome=0",

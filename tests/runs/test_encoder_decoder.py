@@ -55,9 +55,9 @@ def test_learns_to_copy(tuned: pj.Tuned) -> None:
 
 
 def test_beam_search_ends_with_the_target(tuned: pj.Tuned) -> None:
-    found = tuned.generate(RECORDS[0], details=True, max_new_tokens=6, num_beams=2)
-    assert found.text == "oak"
-    assert found.samples[0].finish == "eos"
+    generation = tuned.generate(RECORDS[0], details=True, max_new_tokens=6, num_beams=2)
+    assert generation.text == "oak"
+    assert generation.samples[0].finish == "eos"
 
 
 def test_most_likely_label_is_the_trained_one(tuned: pj.Tuned) -> None:

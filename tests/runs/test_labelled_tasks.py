@@ -88,9 +88,9 @@ def trained(encoder: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Ru
 def test_prefix_and_head_learn_a_rule(trained: RunResult) -> None:
     assert trained.evaluations["after"].report.metrics["accuracy"] == 100
     assert trained.card.task["labels"] == ["no", "yes"]
-    made = read_predictions(trained.directory / "predictions.jsonl")
-    assert [one.prediction for one in made] == [record["label"] for record in TEST]
-    assert all(sum(one.scores.values()) == pytest.approx(1) for one in made)
+    predictions = read_predictions(trained.directory / "predictions.jsonl")
+    assert [item.prediction for item in predictions] == [record["label"] for record in TEST]
+    assert all(sum(item.scores.values()) == pytest.approx(1) for item in predictions)
 
 
 def test_stored_prefix_predicts_the_same(
@@ -98,11 +98,11 @@ def test_stored_prefix_predicts_the_same(
 ) -> None:
     tuned = pj.load_prefix(trained.directory, encoder)
     texts = [record["text"] for record in TEST]
-    assert [one.prediction for one in tuned.predict(texts)] == [r["label"] for r in TEST]
-    made = tuned.predict([{"text": text} for text in texts], output=tmp_path / "a.jsonl")
+    assert [item.prediction for item in tuned.predict(texts)] == [r["label"] for r in TEST]
+    predictions = tuned.predict([{"text": text} for text in texts], output=tmp_path / "a.jsonl")
     stored = read_predictions(tmp_path / "a.jsonl")
-    assert [one.scores for one in stored] == [one.scores for one in made]
-    assert tuned.predict(TEST) == made
+    assert [item.scores for item in stored] == [item.scores for item in predictions]
+    assert tuned.predict(TEST) == predictions
     metrics = tuned.evaluate(TEST, ["loss", "accuracy", "f1"]).report.metrics
     assert metrics["loss"] == pytest.approx(trained.evaluations["after"].report.metrics["loss"])
     assert (metrics["accuracy"], metrics["f1"]) == (100, 100)
@@ -190,9 +190,9 @@ def test_trains_evaluates_and_predicts_every_task(
     assert set(metrics) <= set(result.evaluations["after"].report.metrics)
     tuned = pj.load_prefix(tmp_path, encoder)
     unlabelled = [{k: v for k, v in record.items() if k != "label"} for record in records]
-    made = [one.prediction for one in tuned.predict(unlabelled)]
-    assert made == [one.prediction for one in result.evaluations["after"].predictions]
-    assert len(made) == len(records)
+    texts = [item.prediction for item in tuned.predict(unlabelled)]
+    assert texts == [item.prediction for item in result.evaluations["after"].predictions]
+    assert len(texts) == len(records)
 
 
 def test_decoder_classifies_by_its_last_token(decoder: Pretrained, tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_head_can_read_the_first_soft_token_like_peft(encoder: Pretrained, tmp_p
     scores = [answer.scores for answer in tuned.predict(TEST)]
     assert [answer.scores for answer in again.predict(TEST)] == scores
     # The head reads the text through the soft token.
-    assert len({tuple(of.items()) for of in scores}) > 1
+    assert len({tuple(probabilities.items()) for probabilities in scores}) > 1
     # Without soft tokens it reads the text's first token.
     assert tuned.without_prefix().predict(TEST[:1])[0].scores != scores[0]
 

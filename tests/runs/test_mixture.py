@@ -51,12 +51,12 @@ def test_learns_both_datasets(run) -> None:
 
 def test_each_dataset_is_best_with_its_own_prefix(run, pretrained) -> None:
     for name, other in (("first", "sum"), ("sum", "first")):
-        own = [record for record in RECORDS if record["kind"] == name]
+        records = [record for record in RECORDS if record["kind"] == name]
         losses = [
-            api.Tuned(pretrained, *run.datasets[of])
-            .evaluate(own_as(own, of))
+            api.Tuned(pretrained, *run.datasets[dataset])
+            .evaluate(own_as(records, dataset))
             .report.metrics["loss"]
-            for of in (name, other)
+            for dataset in (name, other)
         ]
         assert losses[0] < 0.7 * losses[1]
 

@@ -28,8 +28,8 @@ def test_the_tokenizers_template_renders_messages(server, tuned, name) -> None:
     parts = [{"type": "text", "text": "Wh"}, {"type": "text", "text": "o?"}]
     answer = chat(server, name, system, {"role": "user", "content": parts}).json
     rendered = "[system] Be</s>[user] Who?</s>[assistant] "
-    one = tuned["alpha"].without_prefix() if name == "base" else tuned[name]
-    text = one.generate(rendered, decode=pj.DecodeConfig(max_new_tokens=6))
+    prefix = tuned["alpha"].without_prefix() if name == "base" else tuned[name]
+    text = prefix.generate(rendered, decode=pj.DecodeConfig(max_new_tokens=6))
     (choice,) = answer["choices"]
     assert choice["message"] == {"role": "assistant", "content": text, "refusal": None}
     assert answer["object"] == "chat.completion"
@@ -43,12 +43,14 @@ def test_streamed_pieces_make_the_message(server) -> None:
     answer = chat(server, "beta", **fields, stream=True)
     pieces = [event["choices"][0] for event in answer.events]
     for choice in whole["choices"]:
-        own = [piece for piece in pieces if piece["index"] == choice["index"]]
-        assert own[0]["delta"] == {"role": "assistant", "content": ""}
-        contents = [piece["delta"].get("content", "") for piece in own]
+        of_choice = [piece for piece in pieces if piece["index"] == choice["index"]]
+        assert of_choice[0]["delta"] == {"role": "assistant", "content": ""}
+        contents = [piece["delta"].get("content", "") for piece in of_choice]
         assert "".join(contents) == choice["message"]["content"]
-        assert own[-1]["finish_reason"] == choice["finish_reason"]
-        tokens = [x for piece in own if piece["logprobs"] for x in piece["logprobs"]["content"]]
+        assert of_choice[-1]["finish_reason"] == choice["finish_reason"]
+        tokens = [
+            x for piece in of_choice if piece["logprobs"] for x in piece["logprobs"]["content"]
+        ]
         assert tokens == choice["logprobs"]["content"]
         assert all(len(token["top_logprobs"]) == 2 for token in tokens)
 

@@ -17,11 +17,11 @@ MODELS = ["base", "alpha", "beta"]
 def expected(tuned: dict[str, pj.Tuned], name: str, prompt, **options):
     """The first continuation by `Tuned.generate`."""
     any_tuned = next(iter(tuned.values()))
-    one = any_tuned.without_prefix() if name == "base" else tuned[name]
+    prefix = any_tuned.without_prefix() if name == "base" else tuned[name]
     if not isinstance(prompt, str):
-        prompt = one.pretrained.tokenizer.decode(prompt)
+        prompt = prefix.pretrained.tokenizer.decode(prompt)
     config = pj.DecodeConfig(**{"max_new_tokens": 6, **options})
-    return one.generate(prompt, decode=config, details=True).samples[0]
+    return prefix.generate(prompt, decode=config, details=True).samples[0]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -62,12 +62,12 @@ def test_streamed_pieces_make_the_text(server) -> None:
     assert {event["id"] for event in [*events, last]} == {last["id"]}
     pieces = [event["choices"][0] for event in events]
     for choice in whole["choices"]:
-        own = [piece for piece in pieces if piece["index"] == choice["index"]]
-        assert "".join(piece["text"] for piece in own) == choice["text"]
-        assert own[-1]["finish_reason"] == choice["finish_reason"]
-        assert all(piece["finish_reason"] is None for piece in own[:-1])
+        of_choice = [piece for piece in pieces if piece["index"] == choice["index"]]
+        assert "".join(piece["text"] for piece in of_choice) == choice["text"]
+        assert of_choice[-1]["finish_reason"] == choice["finish_reason"]
+        assert all(piece["finish_reason"] is None for piece in of_choice[:-1])
         for key, values in choice["logprobs"].items():
-            assert [x for piece in own for x in piece["logprobs"][key]] == values
+            assert [x for piece in of_choice for x in piece["logprobs"][key]] == values
 
 
 def test_seed_repeats_a_text_and_no_seed_varies_it(server) -> None:

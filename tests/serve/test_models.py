@@ -18,7 +18,7 @@ from prefix_jax.serve.app import Limits
 def texts(model, tuned) -> dict[str, str]:
     """The greedy text of each prefix."""
     config = pj.DecodeConfig(max_new_tokens=6)
-    texts = {name: one.generate("2+3=", decode=config) for name, one in tuned.items()}
+    texts = {name: prefix.generate("2+3=", decode=config) for name, prefix in tuned.items()}
     assert len({*texts.values()}) == len(texts)
     return texts
 

@@ -19,11 +19,11 @@ def test_choices_do_not_attend_to_each_other(bert: Any) -> None:
         {"q": "the film was", "one": "good", "two": "very bad", "label": 1},
         {"q": "the plot was", "one": "very great", "two": "awful", "label": 0},
     ]
-    found = read(bert, task, *records, input="{q}")
-    assert found[0].index_M.tolist() == [0, 7]
-    assert found[0].label_M.tolist() == [0, 1]
-    assert found[0].references == ("very bad",)
-    batch = collate(arrange(measure(found), Packing()), found)
+    examples = read(bert, task, *records, input="{q}")
+    assert examples[0].index_M.tolist() == [0, 7]
+    assert examples[0].label_M.tolist() == [0, 1]
+    assert examples[0].references == ("very bad",)
+    batch = collate(arrange(measure(examples), Packing()), examples)
     assert batch.weight_BM.sum() == 2
     for row in range(len(batch.ids_BT)):
         group = batch.layout.segment_BT[row]
@@ -38,9 +38,9 @@ def test_choices_do_not_attend_to_each_other(bert: Any) -> None:
 def test_list_field_gives_one_choice_per_text(bert: Any) -> None:
     task = MultipleChoice("{q}", ("{ends}",))
     record = {"q": "the", "ends": ["film", "plot", "a"], "label": "2"}
-    (one,) = read(bert, task, record, input="{q}")
-    assert one.choices == ("film", "plot", "a")
-    assert one.label_M.tolist() == [0, 0, 1]
+    (example,) = read(bert, task, record, input="{q}")
+    assert example.choices == ("film", "plot", "a")
+    assert example.label_M.tolist() == [0, 0, 1]
     with pytest.raises(
         DataError, match=r"the choice 3 .* is not one of '0', '1', '2'; choices are counted"
     ):

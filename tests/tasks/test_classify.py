@@ -17,26 +17,30 @@ CLASSES = Classify("{text}", labels=("bad", "good"))
 
 def test_encoder_predicts_label_of_pair_from_first_token(bert: Any) -> None:
     record = {"a": "the film", "b": "was great", "label": "good"}
-    (one,) = read(bert, CLASSES, record, input="{a}", pair="{b}")
-    assert bert.decode(one.ids_T) == "[CLS] the film [SEP] was great [SEP]"
-    assert one.token_type_T.tolist() == [0, 0, 0, 0, 1, 1, 1]
-    assert (one.index_M.tolist(), one.label_M.tolist(), one.references) == ([0], [1], ("good",))
+    (example,) = read(bert, CLASSES, record, input="{a}", pair="{b}")
+    assert bert.decode(example.ids_T) == "[CLS] the film [SEP] was great [SEP]"
+    assert example.token_type_T.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert (example.index_M.tolist(), example.label_M.tolist(), example.references) == (
+        [0],
+        [1],
+        ("good",),
+    )
 
 
 def test_decoder_predicts_label_from_last_token(decoder: Any) -> None:
     record = {"text": "abc", "label": 0}
-    (one,) = read(decoder, CLASSES, record, input="{text}", causal=True, token_types=False)
-    assert (one.index_M.tolist(), one.references) == ([2], ("bad",))
-    assert one.token_type_T is None
+    (example,) = read(decoder, CLASSES, record, input="{text}", causal=True, token_types=False)
+    assert (example.index_M.tolist(), example.references) == ([2], ("bad",))
+    assert example.token_type_T is None
 
 
 def test_long_text_is_truncated_and_reported(bert: Any) -> None:
     record = {"text": "the a good bad film", "label": "bad"}
-    found = read(bert, CLASSES, record, input="{text}", max_length=4)
-    assert bert.decode(found[0].ids_T) == "[CLS] the a [SEP]"
+    examples = read(bert, CLASSES, record, input="{text}", max_length=4)
+    assert bert.decode(examples[0].ids_T) == "[CLS] the a [SEP]"
     left = read(bert, CLASSES, record, input="{text}", max_length=4, truncate="left")
     assert bert.decode(left[0].ids_T) == "[CLS] bad film [SEP]"
-    assert found.truncated == left.truncated == ("record 1",)
+    assert examples.truncated == left.truncated == ("record 1",)
 
 
 @pytest.mark.parametrize("label", ["fine", 2, -1, 0.5])
@@ -46,20 +50,20 @@ def test_unknown_label_error_names_the_record(bert: Any, label: Any) -> None:
 
 
 def test_prediction_does_not_need_labels(bert: Any) -> None:
-    (one,) = CLASSES.examples(read_records([{"text": "good"}]), Reader(bert), answers=False)
-    assert one.references == ()
+    (example,) = CLASSES.examples(read_records([{"text": "good"}]), Reader(bert), answers=False)
+    assert example.references == ()
 
 
-def classes(labels: tuple[str, ...], right: list[int], found: list[int]) -> dict:
+def classes(labels: tuple[str, ...], right: list[int], predicted: list[int]) -> dict:
     task = Classify(labels=labels)
     examples = [example([i], labels[i]) for i in right]
-    return scores(task, examples, [[np.eye(len(labels))[i]] for i in found])
+    return scores(task, examples, [[np.eye(len(labels))[i]] for i in predicted])
 
 
 def test_classes() -> None:
     """With two labels, the last one is positive."""
-    found = classes(("no", "yes"), [1, 1, 1, 0, 0], [1, 1, 0, 0, 1])
-    assert found == {"accuracy": 60, "f1": 66.667, "f1_macro": 58.333, "matthews": 16.667}
+    scores = classes(("no", "yes"), [1, 1, 1, 0, 0], [1, 1, 0, 0, 1])
+    assert scores == {"accuracy": 60, "f1": 66.667, "f1_macro": 58.333, "matthews": 16.667}
     assert classes(("a", "b", "c"), [0, 1, 2], [0, 1, 1])["f1"] == 55.556
     assert classes(("no", "yes"), [1, 1], [0, 0]) == {
         "accuracy": 0, "f1": 0, "f1_macro": 0, "matthews": 0,

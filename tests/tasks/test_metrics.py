@@ -46,27 +46,27 @@ def test_rouge_is_rouge_scores_best_reference_averaged_over_inputs():
 
 def test_bleu_by_hand():
     # n-gram precisions 5/6, 3/5, 2/4 and 1/3; equal lengths, so no brevity penalty.
-    found = score(["bleu"], ["the cat sat on the mat"], [["the cat sat on a mat"]])
-    assert found["bleu"] == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
+    scores = score(["bleu"], ["the cat sat on the mat"], [["the cat sat on a mat"]])
+    assert scores["bleu"] == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
 
 
 def test_chrf_by_hand():
     # Precision and recall are equal: 2/3 for letters, 1/2 for pairs, 0 for the only triple.
-    found = score(["chrf"], ["abc"], [["abd"]])
-    assert found["chrf"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
+    scores = score(["chrf"], ["abc"], [["abd"]])
+    assert scores["chrf"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
 
 
 def test_rouge_by_hand_with_stems():
     # cat(s) and sat are shared: precision 2/3, recall 2/4; for pairs 1/2 and 1/3.
-    found = score(ROUGE, ["the cats sat"], [["a cat sat down"]])
-    assert found["rouge1"] == pytest.approx(100 * 4 / 7)
-    assert found["rouge2"] == pytest.approx(100 * 2 / 5)
-    assert found["rougeL"] == pytest.approx(100 * 4 / 7)
+    scores = score(ROUGE, ["the cats sat"], [["a cat sat down"]])
+    assert scores["rouge1"] == pytest.approx(100 * 4 / 7)
+    assert scores["rouge2"] == pytest.approx(100 * 2 / 5)
+    assert scores["rougeL"] == pytest.approx(100 * 4 / 7)
 
 
 def test_rouge_l_sum_treats_lines_as_sentences():
-    found = score(["rougeL", "rougeLsum"], ["red fox\nblue sea"], [["blue sea\nred fox"]])
-    assert found == {"rougeL": pytest.approx(50), "rougeLsum": pytest.approx(100)}
+    scores = score(["rougeL", "rougeLsum"], ["red fox\nblue sea"], [["blue sea\nred fox"]])
+    assert scores == {"rougeL": pytest.approx(50), "rougeLsum": pytest.approx(100)}
 
 
 def test_final_number_ignores_text_before_it_and_formatting():
@@ -124,7 +124,7 @@ def test_signatures_state_options_and_versions():
         f"nrefs:var|case:mixed|eff:no|tok:13a|smooth:exp|version:{sacrebleu.__version__}"
     )
     assert scores["rouge2"].signature.startswith("rouge2|refs:best-f1|stem:porter|")
-    assert all(found.signature for found in scores.values())
+    assert all(result.signature for result in scores.values())
 
 
 def test_unknown_metric_error_has_closest_match():

@@ -71,7 +71,7 @@ def outcome(examples_of: Callable[[Any], Any], path: Path, records: list[Any]) -
     examples, message = attempt(examples_of, path)
     if message is not None:
         return message
-    found: dict[str, list[Any]] = {}
+    by_origin: dict[str, list[Any]] = {}
     for example in examples:
         # The index of a question depends on the questions before it.
         window = example.window and dataclasses.replace(example.window, question=0)
@@ -81,8 +81,8 @@ def outcome(examples_of: Callable[[Any], Any], path: Path, records: list[Any]) -
             **(vars(window) if window else {}),
         }
         plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
-        found.setdefault(example.origin, []).append(plain)
-    return found
+        by_origin.setdefault(example.origin, []).append(plain)
+    return by_origin
 
 
 @pytest.mark.parametrize("kind", GOOD)

@@ -19,10 +19,10 @@ RECORD = {"q": "the film", "texts": ["good", "very bad", "was"], "label": [2, 0,
 
 
 def test_every_text_has_a_relevance(bert: Any) -> None:
-    (one,) = read(bert, TASK, RECORD)
-    assert one.label_M.tolist() == [2.0, 0.0, 1.0]
-    assert one.label_M.dtype == np.float32
-    assert (one.references, one.targets) == (("good",), 1)
+    (example,) = read(bert, TASK, RECORD)
+    assert example.label_M.tolist() == [2.0, 0.0, 1.0]
+    assert example.label_M.dtype == np.float32
+    assert (example.references, example.targets) == (("good",), 1)
     for label in ([1, 0], "good", [0, 0, 0], [1, -1, 0], [1, "x", 0]):
         with pytest.raises(DataError, match=r"record 1: .*(relevance|must be a number)"):
             read(bert, TASK, RECORD | {"label": label})

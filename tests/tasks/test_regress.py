@@ -13,8 +13,8 @@ from prefix_jax.tasks import Regress
 
 
 def test_regression_label_must_be_a_number(bert: Any) -> None:
-    (one,) = read(bert, Regress("{t}"), {"t": "a", "label": "2.5"})
-    assert (one.label_M.dtype, one.label_M.tolist()) == (np.float32, [2.5])
+    (example,) = read(bert, Regress("{t}"), {"t": "a", "label": "2.5"})
+    assert (example.label_M.dtype, example.label_M.tolist()) == (np.float32, [2.5])
     with pytest.raises(DataError, match="must be a number, got 'much'"):
         read(bert, Regress("{t}"), {"t": "a", "label": "much"})
     for infinite in ("inf", 1e39, 10**400):

@@ -38,23 +38,25 @@ def test_rejects_answers_in_another_format(bert: Any, answers: Any, message: str
 
 
 def test_long_text_becomes_overlapping_windows(bert: Any) -> None:
-    found = spans(bert, "paris", CONTEXT.index("paris"))
-    assert len(found) == 3
-    assert {one.window.question for one in found} == {0}
-    for one in found:
-        assert len(one.ids_T) <= 13
-        start, end = (int(np.flatnonzero(one.label_M & bit)[0]) for bit in (1, 2))
-        text = "".join(CONTEXT[slice(*one.window.offset_T2[start])])
+    windows = spans(bert, "paris", CONTEXT.index("paris"))
+    assert len(windows) == 3
+    assert {window.window.question for window in windows} == {0}
+    for window in windows:
+        assert len(window.ids_T) <= 13
+        start, end = (int(np.flatnonzero(window.label_M & bit)[0]) for bit in (1, 2))
+        text = "".join(CONTEXT[slice(*window.window.offset_T2[start])])
         assert (start, end) == (0, 0) or text == "paris"
-    assert any(one.label_M[0] == 0 for one in found)
-    starts = [one.window.offset_T2[one.window.offset_T2[:, 0] >= 0][0, 0] for one in found]
+    assert any(window.label_M[0] == 0 for window in windows)
+    starts = [
+        window.window.offset_T2[window.window.offset_T2[:, 0] >= 0][0, 0] for window in windows
+    ]
     assert starts == sorted(set(starts))
 
 
 def test_unanswerable_question_targets_first_token(bert: Any) -> None:
-    for one in spans(bert, "", 0, unanswerable=True):
-        assert one.label_M[0] == 3
-        assert one.references == ("",)
+    for window in spans(bert, "", 0, unanswerable=True):
+        assert window.label_M[0] == 3
+        assert window.references == ("",)
 
 
 def test_rejects_missing_answer_unless_unanswerable_is_set(bert: Any) -> None:
@@ -124,7 +126,7 @@ def test_unanswerable_task_may_predict_no_answer() -> None:
 def test_spans_are_compared_as_squad_does() -> None:
     questions = [span("The cat!", question=0), span("on the mat", "a mat", question=1)]
     outputs = [logits(start=(4, 9), end=(4, 9)), logits(start=(6, 9), end=(8, 9))]
-    found = scores(ExtractSpan(), questions, outputs)
-    assert found == {"exact_match": 100, "f1": 100}
+    measured = scores(ExtractSpan(), questions, outputs)
+    assert measured == {"exact_match": 100, "f1": 100}
     half = scores(ExtractSpan(), [span("cat sat")], [logits(start=(4, 9), end=(4, 9))])
     assert half == {"exact_match": 0, "f1": 66.667}

@@ -36,17 +36,19 @@ def test_missing_field_error_names_the_record():
 
 def test_target_list_gives_one_example_per_item():
     rendered = render(record(mr="m", refs=["a", "b"]), input="{mr}: ", target="{refs}.")
-    assert [one.spans for one in rendered] == [
+    assert [example.spans for example in rendered] == [
         (Span("m: ", False), Span("a.", True)),
         (Span("m: ", False), Span("b.", True)),
     ]
-    assert all(one.references == ("a.", "b.") and one.prompt == "m: " for one in rendered)
+    assert all(
+        example.references == ("a.", "b.") and example.prompt == "m: " for example in rendered
+    )
 
 
 def test_references_come_from_the_named_field():
-    (one,) = render(record(y="a", all=["a", "b"]), target="{y}", references="all")
-    assert one.references == ("a", "b")
-    assert one.prompt == ""
+    (example,) = render(record(y="a", all=["a", "b"]), target="{y}", references="all")
+    assert example.references == ("a", "b")
+    assert example.prompt == ""
 
 
 @pytest.mark.parametrize(
@@ -74,10 +76,10 @@ def test_rejects_reference_that_is_too_long_to_score():
 def test_input_tokens_do_not_depend_on_target(tokenizer):
     # Tokenised together, "the c" + "at" would merge into one token across the boundary.
     whole = tokenizer("the cat", add_special_tokens=False)["input_ids"]
-    one, two = tokenize(pairs(("the c", "at"), ("the c", "entre")), tokenizer)
-    assert one.ids_T[:-1].tolist() != whole
-    assert one.source_length == two.source_length
-    assert (one.ids_T[: one.source_length] == two.ids_T[: two.source_length]).all()
+    first, second = tokenize(pairs(("the c", "at"), ("the c", "entre")), tokenizer)
+    assert first.ids_T[:-1].tolist() != whole
+    assert first.source_length == second.source_length
+    assert (first.ids_T[: first.source_length] == second.ids_T[: second.source_length]).all()
 
 
 def test_the_loss_is_on_the_target_and_its_end(tokenizer):
@@ -249,8 +251,8 @@ def test_examples_come_from_a_file(tmp_path, tokenizer):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = TextTask("{mr} => ", "{ref}")
     examples = task.examples(read_records(path), Reader(tokenizer))
-    assert [one.prompt for one in examples] == ["name => ", "name => ", "area => "]
-    assert [one.origin for one in examples] == ["train.jsonl:1"] * 2 + ["train.jsonl:2"]
+    assert [example.prompt for example in examples] == ["name => ", "name => ", "area => "]
+    assert [example.origin for example in examples] == ["train.jsonl:1"] * 2 + ["train.jsonl:2"]
     assert examples[0].references == ("one", "two")
     batch = Pipeline(examples, batch_size=3).batch(0)
     assert batch.examples == 3

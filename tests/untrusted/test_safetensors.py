@@ -37,11 +37,11 @@ def header(**changes: Any) -> dict[str, Any]:
 
 def test_reads_files_of_the_library(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "f.safetensors", metadata={"format": "pt"})
-    found = read_tensors(tmp_path / "f.safetensors", BackboneError)
-    assert found.keys() == TENSORS.keys()
+    tensors = read_tensors(tmp_path / "f.safetensors", BackboneError)
+    assert tensors.keys() == TENSORS.keys()
     for name, x in TENSORS.items():
-        assert found[name].dtype == x.dtype
-        np.testing.assert_array_equal(found[name], x)
+        assert tensors[name].dtype == x.dtype
+        np.testing.assert_array_equal(tensors[name], x)
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,8 @@ def problem_of(field: str, value: Any) -> str:
     ],
 )
 def test_converts_unambiguous_values(field: str, value: Any, expected: Any):
-    found = getattr(build(Checked, {field: value}), field)
-    assert (found, type(found)) == (expected, type(expected))
+    converted = getattr(build(Checked, {field: value}), field)
+    assert (converted, type(converted)) == (expected, type(expected))
 
 
 @pytest.mark.parametrize(

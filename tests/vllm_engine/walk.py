@@ -21,10 +21,10 @@ _BLOCK = re.compile(r"<!-- walk.*?-->\n```bash\n(.*?)```", re.DOTALL)
 
 def main() -> int:
     """Returns 0 if the last command is answered by the prefix."""
-    found = _BLOCK.search((ROOT / "docs" / "serving.md").read_text(encoding="utf-8"))
-    assert found is not None
+    block = _BLOCK.search((ROOT / "docs" / "serving.md").read_text(encoding="utf-8"))
+    assert block is not None
     # A command continues after a backslash and inside quotes.
-    commands = re.findall(r"(?:[^'\n\\]|'[^']*'|\\\n)+", found[1])
+    commands = re.findall(r"(?:[^'\n\\]|'[^']*'|\\\n)+", block[1])
     *setup, serve, ask = commands
     with tempfile.TemporaryDirectory() as directory:
         subprocess.run(["git", "clone", "--quiet", ROOT, directory], check=True)

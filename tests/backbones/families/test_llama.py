@@ -25,10 +25,10 @@ _SAID: dict[str, Any] = {
 def test_omitted_keys_mean_the_same_as_in_transformers(
     model_type: str, windows: dict[str, bool]
 ) -> None:
-    said = _SAID | windows
-    whole = transformers.AutoConfig.for_model(model_type, **said).to_dict()
-    assert whole.keys() > said.keys()
-    assert llama.architecture({"model_type": model_type, **said}) == llama.architecture(whole)
+    config = _SAID | windows
+    whole = transformers.AutoConfig.for_model(model_type, **config).to_dict()
+    assert whole.keys() > config.keys()
+    assert llama.architecture({"model_type": model_type, **config}) == llama.architecture(whole)
 
 
 def test_llama_has_no_window() -> None:

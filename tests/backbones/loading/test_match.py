@@ -40,18 +40,18 @@ STORED = {
 
 
 def test_parameters_get_their_tensors_in_layer_order() -> None:
-    found = {p.path: p for p in match(TABLE, PARAMS, STORED, "here")}
-    q = found["layers", "attn", "q_DNH"]
+    matched = {p.path: p for p in match(TABLE, PARAMS, STORED, "here")}
+    q = matched["layers", "attn", "q_DNH"]
     assert q.names == tuple(f"layers.{layer}.q.weight" for layer in range(L))
     assert q.stacked
-    assert found["embed", "tokens_VD"].names == ("embed.weight",)
-    assert not found["embed", "tokens_VD"].stacked
+    assert matched["embed", "tokens_VD"].names == ("embed.weight",)
+    assert not matched["embed", "tokens_VD"].stacked
 
 
 def test_common_prefix_of_names_is_optional() -> None:
     prefixed = {f"model.{name}": shape for name, shape in STORED.items()}
-    found = {p.path: p for p in match(TABLE, PARAMS, prefixed, "here")}
-    assert found["embed", "tokens_VD"].names == ("model.embed.weight",)
+    matched = {p.path: p for p in match(TABLE, PARAMS, prefixed, "here")}
+    assert matched["embed", "tokens_VD"].names == ("model.embed.weight",)
 
 
 def test_ignored_tensors_are_allowed() -> None:

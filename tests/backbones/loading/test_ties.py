@@ -121,21 +121,21 @@ def test_stored_tables_of_encoder_and_decoder_are_used(
     tensors = load_file(file)
     shared = tensors["shared.weight"]
     tensors["lm_head.weight"] = head = tensors.get("lm_head.weight", _other(shared, 9))
-    own = {"encoder": _other(shared, 1), "decoder": _other(shared, 2)}
-    for stack, table in own.items():
+    tables = {"encoder": _other(shared, 1), "decoder": _other(shared, 2)}
+    for stack, table in tables.items():
         tensors[f"{stack}.embed_tokens.weight"] = table
     save_file(tensors, file)
     model = load(path, dtype="float32")
     params = model.params
     assert model.backbone.arch.encoder.own_tokens
     assert not model.backbone.arch.tied
-    np.testing.assert_array_equal(params["encoder"]["embed"]["tokens_VD"], own["encoder"])
-    np.testing.assert_array_equal(params["embed"]["tokens_VD"], own["decoder"])
+    np.testing.assert_array_equal(params["encoder"]["embed"]["tokens_VD"], tables["encoder"])
+    np.testing.assert_array_equal(params["embed"]["tokens_VD"], tables["decoder"])
     np.testing.assert_array_equal(params["head"]["unembed_DV"], head.T)
     assert model.backbone.input_table(params) is params["encoder"]["embed"]["tokens_VD"]
     # Each stack uses its own table.
     usual = _logits(path)
-    for stack in own:
+    for stack in tables:
         save_file(tensors | {f"{stack}.embed_tokens.weight": shared}, file)
         assert np.abs(_logits(path) - usual).max() > 1e-3
 

@@ -306,10 +306,10 @@ def test_terms_outside_the_softmax_are_added(kind, plain):
 
         return jax.jit(jax.value_and_grad(scalar, argnums=(0, 1)))(case.q_BTNH, _added(kind))
 
-    found = value_and_gradients(_add)
+    actual = value_and_gradients(_add)
     expected = value_and_gradients(lambda case, added: _add(case, None) + plain(case, added))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), actual, expected
     )
 
 

@@ -78,7 +78,7 @@ def weights(case: Case) -> jax.Array:
     return jnp.asarray(np.random.default_rng(1).normal(size=case.q_BTNH.shape), jnp.float32)
 
 
-def found(
+def outputs_and_gradients(
     case: Case,
     masking: MaskAndBias,
     softcap: float | None = None,
@@ -111,8 +111,8 @@ def found(
 def compare(case: Case, masking: MaskAndBias, softcap: float | None = None) -> None:
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
-        found(case, masking, softcap),
-        found(case, masking, softcap, fused=False),
+        outputs_and_gradients(case, masking, softcap),
+        outputs_and_gradients(case, masking, softcap, fused=False),
     )
 
 
@@ -150,9 +150,9 @@ def test_devices_share_rows_and_heads(sizes: tuple[int, int, int], rows: int):
     2 rows on 4 devices are replicated."""
     inputs, tokens = case(S=128, columns=128, rows=rows), packed(128, rows=rows)
     masking = MaskAndBias(AttentionMask(tokens, tokens))
-    plain = found(inputs, masking, fused=False)
+    plain = outputs_and_gradients(inputs, masking, fused=False)
     with jax.set_mesh(make_mesh(*sizes)):
-        split = found(inputs, masking)
+        split = outputs_and_gradients(inputs, masking)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), split, plain)
 
 
@@ -177,7 +177,7 @@ def packed_with(kind: str, columns: int) -> AttentionMask:
 def test_devices_share_columns(kind: str, columns: int, sequence: int, tensor: int, zigzag: bool):
     """In order, or each with columns from both ends of a row."""
     mask, inputs = packed_with(kind, columns), case(S=columns, columns=columns)
-    plain = found(inputs, MaskAndBias(mask), fused=False)
+    plain = outputs_and_gradients(inputs, MaskAndBias(mask), fused=False)
     order = original_columns(columns, sequence) if zigzag else np.arange(columns)
 
     def laid(tree: Any, order: np.ndarray = order) -> Any:
@@ -187,7 +187,9 @@ def test_devices_share_columns(kind: str, columns: int, sequence: int, tensor: i
     split_symbolic = dataclasses.replace(laid(mask), zigzag=zigzag)
     weight_BTNH = laid(weights(inputs))
     with jax.set_mesh(make_mesh(-1, 1, tensor, sequence=sequence)):
-        out, gradients = found(split_inputs, MaskAndBias(split_symbolic), weight_BTNH=weight_BTNH)
+        out, gradients = outputs_and_gradients(
+            split_inputs, MaskAndBias(split_symbolic), weight_BTNH=weight_BTNH
+        )
     there = laid({name: getattr(gradients, name) for name in TOKENS}, np.argsort(order))
     again = laid(out, np.argsort(order)), gradients._replace(**there)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), again, plain)
@@ -197,9 +199,9 @@ def test_devices_share_columns(kind: str, columns: int, sequence: int, tensor: i
 def test_devices_share_columns_in_cross_attention(S: int):
     """They also share the keys, if their number divides them."""
     inputs, masking = case(S=S), MaskAndBias(AttentionMask(packed(T), packed(S), causal=False))
-    plain = found(inputs, masking, fused=False)
+    plain = outputs_and_gradients(inputs, masking, fused=False)
     with jax.set_mesh(make_mesh(2, sequence=4)):
-        split = found(inputs, masking)
+        split = outputs_and_gradients(inputs, masking)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), split, plain)
 
 
