@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from prefix_jax.cli._usage import nearest
+from prefix_jax.cli._usage import named_directories, nearest
 from prefix_jax.errors import ConfigError, DataError, PrefixError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def load(args: argparse.Namespace) -> Mixed:
     from prefix_jax.mesh import batch_shards
 
     # Everything that can be wrong is checked before the backbone, which may take minutes to load.
-    directories = _directories(args.prefixes)
+    directories = named_directories(args.prefixes)
     stored = {name: _load(path, args.settings) for name, path in directories.items()}
     records = read_records(args.input)
     default = None if _is_backbone(args.prefix) else f"{args.prefix} (the first argument)"
@@ -85,22 +85,6 @@ def load(args: argparse.Namespace) -> Mixed:
         bare = args.no_prefix and name == default
         engine.add(name, Tuned(pretrained, None, card) if bare else (produced, card))
     return Mixed(engine, records, names, total)
-
-
-def _directories(options: Sequence[str]) -> dict[str, str]:
-    """The directories of all --prefix options, by name."""
-    directories: dict[str, str] = {}
-    for option in options:
-        name, equals, directory = option.partition("=")
-        if not (name and equals and directory):
-            raise ConfigError(f"--prefix: expected NAME=DIR, got {option!r}")
-        if name in directories:
-            raise ConfigError(
-                f"--prefix: the name {name!r} is given twice, for {directories[name]} and "
-                f"{directory}; choose another name for one of them"
-            )
-        directories[name] = directory
-    return directories
 
 
 def _load(path: str, settings: Sequence[str]) -> tuple[Produced, Card]:

@@ -127,3 +127,23 @@ def _is_file(word: str) -> bool:
         return word.endswith(_CONFIGS) or Path(word).exists()
     except (OSError, ValueError):
         return False
+
+
+def named_directories(options: Sequence[str]) -> dict[str, str]:
+    """Parses the options --prefix NAME=DIR to directories by name.
+
+    Raises:
+        ConfigError: an option has another form, or a name is given twice.
+    """
+    directories: dict[str, str] = {}
+    for option in options:
+        name, equals, directory = option.partition("=")
+        if not (name and equals and directory):
+            raise ConfigError(f"--prefix: expected NAME=DIR, got {option!r}")
+        if name in directories:
+            raise ConfigError(
+                f"--prefix: the name {name!r} is given twice, for {directories[name]} and "
+                f"{directory}; choose another name for one of them"
+            )
+        directories[name] = directory
+    return directories

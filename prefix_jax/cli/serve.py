@@ -14,6 +14,7 @@ import argparse
 import os
 from pathlib import Path
 
+from prefix_jax.cli._usage import named_directories
 from prefix_jax.errors import ConfigError
 
 
@@ -140,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serves until a signal arrives."""
     _check(args)
-    prefixes = _pairs(args.prefix)
+    prefixes = {name: Path(path) for name, path in named_directories(args.prefix).items()}
 
     import logging
 
@@ -220,16 +221,3 @@ def _keys(api_keys: list[str], admin_key: str | None) -> tuple[list[str], str | 
     if "" in (*api_keys, admin_key):
         raise ConfigError("an API key is empty; see --api-key and --admin-key")
     return api_keys, admin_key
-
-
-def _pairs(pairs: list[str]) -> dict[str, Path]:
-    """Parses NAME=DIR."""
-    prefixes: dict[str, Path] = {}
-    for pair in pairs:
-        name, equals, directory = pair.partition("=")
-        if not (name and equals and directory):
-            raise ConfigError(f"--prefix {pair}: expected NAME=DIR")
-        if name in prefixes:
-            raise ConfigError(f"--prefix {pair}: the name {name} is given twice")
-        prefixes[name] = Path(directory)
-    return prefixes

@@ -132,6 +132,8 @@ class Task(abc.ABC):
     max_length: Annotated[int, Interval(ge=2, le=2**24)] | None = None
     truncate: Literal["left", "right"] = "left"
 
+    # The fields that are templates of an example's texts.
+    template_fields: ClassVar[tuple[str, ...]] = ()
     # Whether the language model writes the answers, rather than a head.
     generates: ClassVar[bool] = False
     # The dtype of targets: tokens and classes, or values.
@@ -156,8 +158,9 @@ class Task(abc.ABC):
 
     @property
     def templates(self) -> dict[str, str]:
-        """The templates of an example's texts, by the name of their field."""
-        return {}
+        """The templates of an example's texts that are set, by the name of their field."""
+        values = {name: getattr(self, name) for name in self.template_fields}
+        return {name: text for name, text in values.items() if text is not None}
 
     @property
     def form(self) -> tuple[str, ...] | None:

@@ -54,16 +54,13 @@ class CandidatesTask(HeadTask):
     choices: tuple[str, ...] | None = None
     dropout: Fraction = dataclasses.field(default=0.1, kw_only=True)
 
+    template_fields: ClassVar[tuple[str, ...]] = ("input",)
     candidates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for text in self.choices or ():
             Template(text)
-
-    @property
-    def templates(self) -> dict[str, str]:
-        return {} if self.input is None else {"input": self.input}
 
     def check(self, architecture: Architecture, method: Method[Any] | None) -> None:
         super().check(architecture, method)

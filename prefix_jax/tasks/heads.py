@@ -6,7 +6,7 @@ import abc
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import numpy as np
@@ -142,10 +142,7 @@ class SequenceTask(HeadTask):
     dropout: Fraction = dataclasses.field(default=0.1, kw_only=True)
     reads_soft: bool = dataclasses.field(default=False, kw_only=True)
 
-    @property
-    def templates(self) -> dict[str, str]:
-        templates = {"input": self.input, "pair": self.pair}
-        return {name: text for name, text in templates.items() if text is not None}
+    template_fields: ClassVar[tuple[str, ...]] = ("input", "pair")
 
     @property
     def form(self) -> tuple[str, ...] | None:

@@ -63,17 +63,13 @@ class ExtractSpan(HeadTask):
     answer_tokens: Size = dataclasses.field(default=30, kw_only=True)
     unanswerable: bool = dataclasses.field(default=False, kw_only=True)
 
+    template_fields: ClassVar[tuple[str, ...]] = ("input", "pair")
     candidates: ClassVar[bool] = True
     dense: ClassVar[bool] = True
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
         return head_metrics(exact_match=scorers.squad_exact_match, f1=scorers.squad_f1)
-
-    @property
-    def templates(self) -> dict[str, str]:
-        templates = {"input": self.input, "pair": self.pair}
-        return {name: text for name, text in templates.items() if text is not None}
 
     @property
     def form(self) -> tuple[str, ...] | None:

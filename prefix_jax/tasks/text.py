@@ -161,10 +161,7 @@ class TextTask(GenerationTask):
     target: str | None = None
     references: str | None = None
 
-    @property
-    def templates(self) -> dict[str, str]:
-        templates = {"input": self.input, "target": self.target}
-        return {name: text for name, text in templates.items() if text is not None}
+    template_fields: ClassVar[tuple[str, ...]] = ("input", "target")
 
     @property
     def form(self) -> tuple[str, ...] | None:

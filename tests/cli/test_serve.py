@@ -18,8 +18,8 @@ import serving
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--prefix", "legal"], "--prefix legal: expected NAME=DIR"),
-        (["--prefix", "a=x", "--prefix", "a=y"], "the name a is given twice"),
+        (["--prefix", "legal"], "--prefix: expected NAME=DIR, got 'legal'"),
+        (["--prefix", "a=x", "--prefix", "a=y"], "the name 'a' is given twice, for x and y"),
         (["--prefix-dir", "nothing"], "--prefix-dir nothing: there is no such directory"),
         (["--max-waiting", "-1"], "--max-waiting must be at least 0, got -1"),
         (["--request-timeout", "0"], "--request-timeout must be at least 1, got 0"),

@@ -11,11 +11,13 @@ from prefix_jax.backbones.families.config import complete
 from prefix_jax.backbones.families.names import (
     LINEAR,
     STORED,
-    VECTOR,
     Matrix,
     NameTable,
     Row,
     TokenTables,
+    attention_rows,
+    linear_rows,
+    norm_rows,
 )
 
 # The defaults of transformers' configuration class, by `model_type`.
@@ -114,27 +116,11 @@ def hf_names(arch: Architecture) -> NameTable:
     )
 
 
-def _norm(theirs: str, ours: str) -> list[Row]:
-    return [
-        Row(f"{theirs}.weight", f"{ours}/scale_D", VECTOR),
-        Row(f"{theirs}.bias", f"{ours}/bias_D", VECTOR),
-    ]
-
-
-def _linear(theirs: str, ours: str, axes: str, bias: str, storage: Matrix = LINEAR) -> list[Row]:
-    return [
-        Row(f"{theirs}.weight", f"{ours}_{axes}", storage),
-        Row(f"{theirs}.bias", f"{ours}_bias_{bias}", VECTOR),
-    ]
-
-
 def _attention(theirs: str, ours: str) -> list[Row]:
+    """The rows of an attention and its norm."""
     return [
-        *_linear(f"{theirs}.q_proj", f"{ours}/q", "DNH", "NH"),
-        *_linear(f"{theirs}.k_proj", f"{ours}/k", "DKH", "KH"),
-        *_linear(f"{theirs}.v_proj", f"{ours}/v", "DKH", "KH"),
-        *_linear(f"{theirs}.out_proj", f"{ours}/o", "NHD", "D", Matrix(2)),
-        *_norm(f"{theirs}_layer_norm", f"{ours}_norm"),
+        *attention_rows(theirs, ours, "out_proj"),
+        *norm_rows(f"{theirs}_layer_norm", f"{ours}_norm"),
     ]
 
 
@@ -143,10 +129,10 @@ def _stack(theirs: str, ours: str) -> list[Row]:
     layer, path = f"{theirs}.layers.{{l}}", f"{ours}layers"
     return [
         Row(f"{theirs}.embed_positions.weight", f"{ours}embed/positions_TD", STORED),
-        *_norm(f"{theirs}.layernorm_embedding", f"{ours}embed/norm"),
+        *norm_rows(f"{theirs}.layernorm_embedding", f"{ours}embed/norm"),
         *_attention(f"{layer}.self_attn", f"{path}/attn"),
         *(_attention(f"{layer}.encoder_attn", f"{path}/cross") if theirs == "decoder" else ()),
-        *_linear(f"{layer}.fc1", f"{path}/mlp/up", "DF", "F"),
-        *_linear(f"{layer}.fc2", f"{path}/mlp/down", "FD", "D"),
-        *_norm(f"{layer}.final_layer_norm", f"{path}/mlp_norm"),
+        *linear_rows(f"{layer}.fc1", f"{path}/mlp/up", "DF", "F"),
+        *linear_rows(f"{layer}.fc2", f"{path}/mlp/down", "FD", "D"),
+        *norm_rows(f"{layer}.final_layer_norm", f"{path}/mlp_norm"),
     ]

@@ -22,6 +22,7 @@ from prefix_jax.backbones.families.names import (
     Row,
     TokenTables,
     Vector,
+    attention_rows,
 )
 from prefix_jax.backbones.families.rope import read_rotary, read_rotary_of_layers
 from prefix_jax.errors import BackboneError
@@ -188,14 +189,7 @@ def hf_names(arch: Architecture) -> NameTable:
                 Row(f"layers.{{l}}.{stored}.weight", f"layers/{ours}/scale_D", VECTOR)
                 for ours, stored in names.items()
             ),
-            Row(f"{attention}.q_proj.weight", "layers/attn/q_DNH", LINEAR),
-            Row(f"{attention}.k_proj.weight", "layers/attn/k_DKH", LINEAR),
-            Row(f"{attention}.v_proj.weight", "layers/attn/v_DKH", LINEAR),
-            Row(f"{attention}.o_proj.weight", "layers/attn/o_NHD", Matrix(2)),
-            Row(f"{attention}.q_proj.bias", "layers/attn/q_bias_NH", VECTOR),
-            Row(f"{attention}.k_proj.bias", "layers/attn/k_bias_KH", VECTOR),
-            Row(f"{attention}.v_proj.bias", "layers/attn/v_bias_KH", VECTOR),
-            Row(f"{attention}.o_proj.bias", "layers/attn/o_bias_D", VECTOR),
+            *attention_rows(attention, "layers/attn"),
             Row(f"{attention}.q_norm.weight", "layers/attn/q_norm/scale_H", VECTOR),
             Row(f"{attention}.k_norm.weight", "layers/attn/k_norm/scale_H", VECTOR),
             Row(f"{mlp}.gate_proj.weight", "layers/mlp/gate_DF", LINEAR),

@@ -21,6 +21,7 @@ from prefix_jax.backbones.families.names import (
     Row,
     TokenTables,
     Vector,
+    attention_rows,
 )
 from prefix_jax.backbones.families.rope import read_rotary
 
@@ -139,14 +140,7 @@ _HF_NAMES = NameTable(
     rows=(
         Row("embed_tokens.weight", "embed/tokens_VD", STORED),
         Row("layers.{l}.input_layernorm.weight", "layers/attn_norm/scale_D", VECTOR),
-        Row("layers.{l}.self_attn.q_proj.weight", "layers/attn/q_DNH", LINEAR),
-        Row("layers.{l}.self_attn.k_proj.weight", "layers/attn/k_DKH", LINEAR),
-        Row("layers.{l}.self_attn.v_proj.weight", "layers/attn/v_DKH", LINEAR),
-        Row("layers.{l}.self_attn.o_proj.weight", "layers/attn/o_NHD", Matrix(2)),
-        Row("layers.{l}.self_attn.q_proj.bias", "layers/attn/q_bias_NH", VECTOR),
-        Row("layers.{l}.self_attn.k_proj.bias", "layers/attn/k_bias_KH", VECTOR),
-        Row("layers.{l}.self_attn.v_proj.bias", "layers/attn/v_bias_KH", VECTOR),
-        Row("layers.{l}.self_attn.o_proj.bias", "layers/attn/o_bias_D", VECTOR),
+        *attention_rows("layers.{l}.self_attn", "layers/attn"),
         Row("layers.{l}.self_attn.q_norm.weight", "layers/attn/q_norm/scale_H", VECTOR),
         Row("layers.{l}.self_attn.k_norm.weight", "layers/attn/k_norm/scale_H", VECTOR),
         Row("layers.{l}.post_attention_layernorm.weight", "layers/mlp_norm/scale_D", VECTOR),

@@ -147,3 +147,31 @@ class NameTable:
 
 # The storage of most weights: as in `torch.nn.Linear`, as they are used, and flat.
 LINEAR, STORED, VECTOR = Matrix(), Matrix(transposed=False), Vector()
+
+
+def linear_rows(
+    stored: str, path: str, axes: str, bias_axes: str, storage: Matrix = LINEAR
+) -> tuple[Row, Row]:
+    """Weight and bias of a linear layer, such as "layers/mlp/up" with axes "DF" and "F"."""
+    return (
+        Row(f"{stored}.weight", f"{path}_{axes}", storage),
+        Row(f"{stored}.bias", f"{path}_bias_{bias_axes}", VECTOR),
+    )
+
+
+def norm_rows(stored: str, path: str) -> tuple[Row, Row]:
+    """Scale and bias of a layer norm, such as "final_norm"."""
+    return (
+        Row(f"{stored}.weight", f"{path}/scale_D", VECTOR),
+        Row(f"{stored}.bias", f"{path}/bias_D", VECTOR),
+    )
+
+
+def attention_rows(stored: str, path: str, out: str = "o_proj") -> tuple[Row, ...]:
+    """Projections of queries, keys, values and the output, each a linear layer of its own."""
+    return (
+        *linear_rows(f"{stored}.q_proj", f"{path}/q", "DNH", "NH"),
+        *linear_rows(f"{stored}.k_proj", f"{path}/k", "DKH", "KH"),
+        *linear_rows(f"{stored}.v_proj", f"{path}/v", "DKH", "KH"),
+        *linear_rows(f"{stored}.{out}", f"{path}/o", "NHD", "D", Matrix(2)),
+    )
