@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 from checkpoint_states import bits, content, place, state_of
+from forked import ForkedProcess
 from jax.sharding import NamedSharding, PartitionSpec
 
 from prefix_jax.errors import CheckpointError
@@ -20,15 +19,10 @@ from prefix_jax.runs.checkpoint_store import SUMS
 from prefix_jax.runs.checkpoints import Checkpoints
 
 
-def run_script(*arguments: object) -> subprocess.Popen[str]:
+def run_script(role: str, *arguments: object) -> ForkedProcess:
     """Starts a process in a role: "full-disk", "loop" or "process"."""
-    return subprocess.Popen(
-        [sys.executable, __file__, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    roles = {"full-disk": fill_disk, "loop": save_until_killed, "process": run_process}
+    return ForkedProcess(roles[role], *arguments)
 
 
 def fill_disk(directory: Path) -> None:
@@ -70,7 +64,7 @@ def save_until_killed(directory: Path) -> None:
             print(step, flush=True)
 
 
-def run_process(directory: Path, port: str, index: int) -> None:
+def run_process(directory: Path, port: int, index: int) -> None:
     """One of two processes, with 8 devices each."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
@@ -90,13 +84,3 @@ def run_process(directory: Path, port: str, index: int) -> None:
         whole = jax.jit(lambda state: state, out_shardings=replicated(after.mesh))(state)
         assert bits(whole) == bits(content(2))
         checkpoints.save(4, place(after, content(4)), {"step": 4})
-
-
-if __name__ == "__main__":
-    role, directory, *rest = sys.argv[1:]
-    if role == "full-disk":
-        fill_disk(Path(directory))
-    elif role == "loop":
-        save_until_killed(Path(directory))
-    else:
-        run_process(Path(directory), rest[0], int(rest[1]))

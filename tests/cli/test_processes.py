@@ -1,30 +1,23 @@
-"""Runs of two processes, as on two hosts. As a script, this file runs one of them."""
+"""Runs of two processes, as on two hosts."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
 import pytest
-
-if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).parents[1]))
-
 import tiny_runs
+from forked import ForkedProcess
+from run_processes import run_host
 
 from prefix_jax import config
 from prefix_jax.backbones.loading.pretrained import load
 from prefix_jax.cli.main import main
 from prefix_jax.mesh import make_mesh
-from prefix_jax.runs.process_sync import ProcessSync
 from prefix_jax.runs.run import run
 
 CONFIG = """
@@ -39,8 +32,6 @@ decode: {max_new_tokens: 4}
 """
 # Well above the duration of a run, so that only a process that waits for a dead one fails.
 TIMEOUT_SECONDS = 240
-# Well above the duration of ten steps of the tiny model.
-SLOW_SECONDS = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -81,48 +72,20 @@ def pair(
     processes = []
     for index in range(2):
         words = [f"output_dir={output}", "--distributed", f"--process={index}"]
-        kill = [str(int(number or 0)), str(step)] if index == 1 else ["0", "0"]
+        kill = (int(number or 0), step) if index == 1 else (0, 0)
         environment = {
-            "PYTHONPATH": os.pathsep.join(sys.path),
             "XLA_FLAGS": "",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
             "JAX_NUM_PROCESSES": "2",
         }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, __file__, *kill, "train", "config.yaml", *words],
-                cwd=folder,
-                env=os.environ | environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
+        command = ["train", "config.yaml", *words]
+        processes.append(ForkedProcess(run_host, *kill, command, env=environment, cwd=folder))
     try:
-        printed = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in processes]
+        printed = ["".join(process.communicate(TIMEOUT_SECONDS)) for process in processes]
     finally:
         for process in processes:
             process.kill()
     return [(process.returncode, text) for process, text in zip(processes, printed, strict=True)]
-
-
-def run_process(number: int, step: int, words: list[str]) -> int:
-    """Runs one process, which at a step sends itself a signal or is slow."""
-    post, calls = ProcessSync.post, []
-
-    def posting(self: ProcessSync, busy: float, proceed: object) -> object:
-        calls.append(busy)
-        if len(calls) == step:
-            if number:
-                signal.raise_signal(number)
-            else:
-                time.sleep(SLOW_SECONDS)
-                busy += SLOW_SECONDS
-        return post(self, busy, proceed)
-
-    ProcessSync.post = posting
-    return main(words)
 
 
 def run_single(folder: Path, output: Path) -> None:
@@ -212,7 +175,3 @@ def test_reports_a_port_in_use_before_jax_crashes(capsys) -> None:
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: --coordinator {where}: cannot listen on port")
     assert "choose a free port" in line
-
-
-if __name__ == "__main__":
-    sys.exit(run_process(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))

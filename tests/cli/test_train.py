@@ -5,13 +5,13 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
+from forked import ForkedProcess
 
 from prefix_jax import config
 from prefix_jax.cli import train as command
+from prefix_jax.cli.main import main
 from prefix_jax.runs import run as run_module
 from prefix_jax.runs.console import Console
 from prefix_jax.runs.lock import FileLock
@@ -128,26 +128,18 @@ def test_rejects_a_locked_output(run_in, folder):
 
 
 def test_second_process_is_rejected_and_the_first_continues(folder):
-    def start() -> subprocess.Popen[str]:
+    def start() -> ForkedProcess:
         often = ("train.steps=1000000", "train.checkpoint_every=1000", "train.log_every=1000")
-        words = ["train", "config.yaml", *often]
-        return subprocess.Popen(
-            [sys.executable, "-m", "prefix_jax.cli.main", *words],
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return ForkedProcess(main, ["train", "config.yaml", *often], cwd=folder)
 
-    with start() as first:
-        # Printed before the first step.
-        while "step" not in (line := first.stdout.readline()):
-            assert line, first.stderr.read()
-        with start() as second:
-            out, err = second.communicate()
-        first.send_signal(signal.SIGTERM)
-        first.communicate()
+    first = start()
+    # Printed before the first step.
+    while "step" not in (line := first.stdout.readline()):
+        assert line, first.stderr.read()
+    second = start()
+    out, err = second.communicate()
+    first.send_signal(signal.SIGTERM)
+    first.communicate()
     assert (second.returncode, out) == (2, "")
     assert err.startswith(f"error: run: another run is writing there (pid {first.pid} on ")
     assert first.returncode == 128 + signal.SIGTERM

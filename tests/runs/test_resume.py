@@ -1,24 +1,19 @@
-"""Resuming runs. One test runs this file as a script in another process."""
+"""Resuming runs."""
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).parents[1]))
-
 import tiny
 import tiny_runs
+from forked import ForkedProcess
+from run_processes import run_slowly
 
 from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.errors import CheckpointError, ConfigError
@@ -57,7 +52,7 @@ def test_run_killed_at_any_moment_ends_bit_identical(
     print("seed", seed)
     moments = random.Random(seed)
     for _ in range(2):
-        process = start(tiny_model_dir, tmp_path / "killed")
+        process = ForkedProcess(run_slowly, tiny_model_dir, tmp_path / "killed", HARD)
         for _ in range(moments.randint(1, 3)):
             assert process.stdout.readline()
         time.sleep(moments.uniform(0, 0.3))
@@ -70,32 +65,8 @@ def test_run_killed_at_any_moment_ends_bit_identical(
     assert tiny_runs.outcome(tmp_path / "killed") == tiny_runs.outcome(tmp_path / "whole")
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """Starts this file as a script."""
-    return subprocess.Popen(
-        [sys.executable, __file__, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
 def run_hard(pretrained: Pretrained, output: Path) -> None:
     tiny_runs.run(pretrained, output, *HARD, dev=tiny_runs.SOME, test=tiny_runs.SOME)
-
-
-def run_slowly(model: Path, output: Path) -> None:
-    """The process of the test above, which prints each step and leaves time to kill it."""
-    on_metrics = Console.on_metrics
-
-    def slowly(self: Console, step: int, *rest: Any) -> bool:
-        stop = on_metrics(self, step, *rest)
-        print(step, flush=True)
-        time.sleep(0.3)
-        return stop
-
-    Console.on_metrics = slowly
-    run_hard(tiny_runs.on_one_device(model), output)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +262,3 @@ def test_skips_a_damaged_checkpoint_with_a_warning(
     assert f"skipped the damaged checkpoint {latest}" in tiny_runs.shown(console)
     assert "resuming after step 3" in tiny_runs.shown(console)
     assert tiny_runs.outcome(tmp_path) == tiny_runs.outcome(whole)
-
-
-if __name__ == "__main__":
-    run_slowly(*map(Path, sys.argv[1:]))
