@@ -41,10 +41,11 @@ class Engine:
     """Generates text with many prefixes over one backbone.
 
     Rows of one batch use different prefixes, of different lengths and methods, or none. A row
-    starts with the keys and values of its prefix in its KV cache and joins the batch as soon as a
-    place is free; rows neither wait for each other nor affect each other's text. Adding, replacing
-    and removing prefixes compiles nothing, except for a kind or a length of prefix, rounded to a
-    power of two, that the engine has not seen.
+    starts from the keys and values of its prefix, which it copies to its KV cache or, if they are
+    many, shares with other rows. It joins the batch as soon as a place is free; rows neither wait
+    for each other nor affect each other's text. Adding, replacing and removing prefixes compiles
+    nothing, except for a kind of prefix, a length (rounded to a power of two), or a combination of
+    lengths of shared ones, that the engine has not seen.
 
     Args:
         model: the backbone, or a path, package or hub id to load it from.

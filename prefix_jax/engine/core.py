@@ -233,12 +233,14 @@ class EngineCore:
         )
 
     def _put(self, warm: Warm) -> Warm:
+        """Replicates a prefix on the mesh; the heads of shared slots are split as in the cache."""
         mesh = self._pretrained.mesh
-        put: Warm = jax.device_put(warm, NamedSharding(mesh, PartitionSpec()))
-        if warm.shared is not None and len(warm.shared[0].k_KPH) % mesh.shape[HEAD_AXIS] == 0:
-            heads = NamedSharding(mesh, PartitionSpec(HEAD_AXIS))
-            put = dataclasses.replace(put, shared=jax.device_put(warm.shared, heads))
-        return put
+        kv_heads = self._backbone.geometry.main.kv_heads
+        heads = PartitionSpec(HEAD_AXIS if kv_heads % mesh.shape[HEAD_AXIS] == 0 else None)
+        rest = dataclasses.replace(warm, shared=None)
+        put: Warm = jax.device_put(rest, NamedSharding(mesh, PartitionSpec()))
+        shared = jax.device_put(warm.shared, NamedSharding(mesh, heads))
+        return dataclasses.replace(put, shared=shared)
 
     def _prefix_of(self, request: Request) -> tuple[Slots, Sequence[int]]:
         """The slots of a request's prefix, and the tokens that end its text."""

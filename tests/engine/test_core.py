@@ -358,5 +358,7 @@ def test_rows_and_heads_are_split_over_a_mesh() -> None:
     finish(core, *handles)
     k_BKSH = core._cache.layers[0].own.columns.k_BKSH
     assert k_BKSH.addressable_shards[0].data.shape[:2] == (2, 1)
+    (kv, *_) = core.bank.use("kv").shared
+    assert kv.k_KPH.addressable_shards[0].data.shape == (1, 8, 8)
     for handle, kind, ids in zip(handles, (None, *kinds), texts, strict=True):
         assert_equal(handle.generation, alone("llama", kind, [ids], GREEDY)[0])
