@@ -11,6 +11,7 @@ second one ends them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 
@@ -169,13 +170,17 @@ def run(args: argparse.Namespace) -> int:
         drain_seconds=args.drain_timeout,
     )
 
-    def ready(url: str, count: int) -> None:
-        status.stop()
-        console.print(f"serving {options.name} and {count} prefixes at {url}/v1")
-        if not api_keys and args.host not in ("127.0.0.1", "localhost", "::1"):
-            console.print("anyone who reaches this address may use it; set --api-key to prevent it")
+    def say(text: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not end a server
+            console.print(text)
 
-    with listen(args.host, args.port) as sock, console.status("loading") as status:
+    def ready(url: str, count: int) -> None:
+        say(f"serving {options.name} and {count} prefixes at {url}/v1")
+        if not api_keys and args.host not in ("127.0.0.1", "localhost", "::1"):
+            say("anyone who reaches this address may use it; set --api-key to prevent it")
+
+    with listen(args.host, args.port) as sock:
+        say(f"loading {args.model}")
         engine = Engine(
             load(args.model, dtype=args.dtype),
             rows=args.rows,
@@ -187,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
             allow_other_weights=args.allow_other_weights,
         )
         serve(engine, options, sock, ready)
-    console.print("stopped")
+    say("stopped")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -48,13 +49,21 @@ def test_a_used_port_is_reported_before_the_model_is_loaded(run_in, tmp_path: Pa
     assert (ran.code, f"cannot listen on 127.0.0.1 port {port}" in ran.err) == (2, True)
 
 
-def test_serves_until_it_is_terminated(tmp_path: Path) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model, and a directory with a prefix."""
     model = serving.write_model(tmp_path / "model")
     serving.tune(model, 1).save(tmp_path / "prefixes" / "alpha", "safetensors")
-    command = [sys.executable, "-m", "prefix_jax.cli.main", "serve", "model", "--port", "0"]
+    return tmp_path
+
+
+COMMAND = [sys.executable, "-m", "prefix_jax.cli.main", "serve", "model", "--prefix-dir"]
+
+
+def test_serves_until_it_is_terminated(folder: Path) -> None:
     with subprocess.Popen(
-        [*command, "--prefix-dir", "prefixes", "--prefix", "beta=prefixes/alpha"],
-        cwd=tmp_path,
+        [*COMMAND, "prefixes", "--prefix", "beta=prefixes/alpha", "--port", "0"],
+        cwd=folder,
         env={**os.environ, "PREFIX_JAX_API_KEY": "secret"},
         stderr=subprocess.PIPE,
         text=True,
@@ -76,3 +85,28 @@ def test_serves_until_it_is_terminated(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.stderr.read().splitlines()[-1] == "stopped"
         assert process.wait() == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_its_log_does_not_end_it(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    (folder / "prefixes" / "damaged").mkdir()
+    (folder / "prefixes" / "damaged" / "prefix.json").write_text("x")
+    with (
+        Path("/dev/full").open("w") as full,
+        subprocess.Popen(
+            [*COMMAND, "prefixes", "--port", str(port)], cwd=folder, stderr=full
+        ) as process,
+    ):
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(OSError):
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models") as response:
+                        names = [model["id"] for model in json.load(response)["data"]]
+                    break
+            assert names == ["model", "alpha"]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait() == 0
+        finally:
+            process.kill()
