@@ -35,7 +35,7 @@ def add(core: EngineCore, name: str, produced: Produced) -> None:
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
-        ("llama", (None, "kv", "long", "bias", "layers", "position", "adapter")),
+        ("llama", (None, "bias", "long", "layers", "position", "kv", "adapter")),
         # Rows outgrow the window of some layers, so prefixes leave it unless they are pinned.
         ("gemma3", (None, "long", "pinned")),
     ],
@@ -49,9 +49,11 @@ def test_shared_and_copied_prefixes_mix(name, kinds) -> None:
     handles = [
         mixed.submit(Request(ids, kind, GREEDY)) for ids, kind in zip(texts, kinds, strict=True)
     ]
-    mixed.step()
-    assert len(mixed._schedule.share()) == 2
-    finish(mixed, *handles)
+    most = 0
+    while not mixed.idle:
+        mixed.step()
+        most = max(most, len(mixed._schedule.share()))
+    assert most == 2
     for handle, kind, ids in zip(handles, kinds, texts, strict=True):
         assert_equal(handle.generation, alone(name, kind, [ids], GREEDY)[0])
 
@@ -141,10 +143,9 @@ def test_evicted_prefix_stays_with_its_rows_and_is_not_loaded_twice() -> None:
 def test_broken_shared_prefix_fails_its_own_rows_only() -> None:
     shared = core(kinds=["kv"], rows=3)
     add(shared, "broken", jax.tree.map(lambda x: x * jnp.nan, slots(7)))
-    bad, good, bare = (
-        shared.submit(Request([1, 2], name, GREEDY)) for name in ("broken", "kv", None)
-    )
+    # Prompts of one token, so that all rows decode in the first step.
+    bad, good, bare = (shared.submit(Request([1], name, GREEDY)) for name in ("broken", "kv", None))
     finish(shared, bad, good, bare)
     assert isinstance(bad.error, NonFiniteError)
     for handle in (good, bare):
-        assert_equal(handle.generation, alone("llama", handle.request.prefix, [[1, 2]], GREEDY)[0])
+        assert_equal(handle.generation, alone("llama", handle.request.prefix, [[1]], GREEDY)[0])
