@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["prefix_jax.cli.train", "prefix_jax.runs.run", "pytest"])
+_CONTEXT.set_forkserver_preload(
+    ["prefix_jax.cli.train", "prefix_jax.runs.run", "pytest", "matplotlib.backends.backend_agg"]
+)
 
 
 class ForkedProcess:

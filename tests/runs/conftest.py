@@ -35,3 +35,11 @@ def warned() -> list[str]:
 def checkpoints(tmp_path: Path, warned: list[str]) -> Iterator[Checkpoints]:
     with Checkpoints(tmp_path / "checkpoints", keep=2, warn=warned.append) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def without_plot() -> Iterator[None]:
+    """Runs draw no loss curve, which costs 0.15 s of CPU time and a second for the import."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prefix_jax.runs.run.plot_run", lambda *_, **__: None)
+        yield

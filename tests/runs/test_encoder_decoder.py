@@ -15,6 +15,8 @@ from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.cli.main import main
 from prefix_jax.errors import CheckpointError, ConfigError, PrefixError
 
+pytestmark = pytest.mark.usefixtures("without_plot")
+
 WORDS = ("oak", "elm", "fir", "ash")
 RECORDS = [{"word": word} for word in WORDS]
 COPY = {"input": "{word}", "target": "{word}"}

@@ -24,6 +24,8 @@ from prefix_jax.evaluate.predictions import read_predictions
 from prefix_jax.runs.finish import RunResult
 from prefix_jax.runs.run import run as run_config
 
+pytestmark = pytest.mark.usefixtures("without_plot")
+
 
 def _review(seed: int) -> dict[str, str]:
     """Returns three words, of which one determines the label."""

@@ -20,6 +20,8 @@ from prefix_jax.methods.prefix import PrefixTuning
 from prefix_jax.prefix import Embeds
 from prefix_jax.runs.mixture import split_mixture
 
+pytestmark = pytest.mark.usefixtures("without_plot")
+
 # Two datasets with the same inputs but different targets, so that only their prompts differ.
 RECORDS = [
     {"sum": record["sum"], "total": total, "kind": kind}

@@ -15,6 +15,8 @@ from prefix_jax.errors import (
     NonFiniteError,
 )
 
+pytestmark = pytest.mark.usefixtures("without_plot")
+
 
 def test_nonfinite_loss_stops_in_the_state_before_it_and_names_the_batch(
     pretrained: Pretrained, whole: Path, tmp_path: Path, monkeypatch

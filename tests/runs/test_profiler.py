@@ -11,6 +11,8 @@ import tiny_runs
 from prefix_jax.errors import NonFiniteError
 from prefix_jax.runs.profiler import Profiler
 
+pytestmark = pytest.mark.usefixtures("without_plot")
+
 
 def no_trace_is_running(tmp_path: Path) -> bool:
     """JAX refuses to start a second trace."""

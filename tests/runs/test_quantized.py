@@ -16,6 +16,8 @@ from prefix_jax.errors import ConfigError, PrefixError
 from prefix_jax.mesh import make_mesh
 from prefix_jax.runs.build import build_run
 
+pytestmark = pytest.mark.usefixtures("without_plot")
+
 
 @pytest.fixture(scope="module")
 def pretrained(tiny_model_dir: Path) -> Pretrained:

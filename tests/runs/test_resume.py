@@ -21,6 +21,8 @@ from prefix_jax.evaluate.predictor import Predictor
 from prefix_jax.mesh import make_mesh
 from prefix_jax.runs.console import Console
 
+pytestmark = pytest.mark.usefixtures("without_plot")
+
 # A run that is hard to resume: dropout, micro-batches, a grouped order whose epochs end within a
 # step, and evaluations whose best step must be remembered.
 HARD = (
