@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from prefix_jax.engine.request import Guide
 from prefix_jax.errors import DataError
-from prefix_jax.untrusted.tokenizer import decode
+from prefix_jax.untrusted.tokenizer import decode, failures
 
 # The form of `json.dumps`. If white space were free, small models would continue it forever.
 _FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -47,45 +48,45 @@ class Vocabulary:
         Raises:
             DataError: the schema is invalid or not supported.
         """
-        try:
+        with failures("response_format: the JSON schema is not supported", DataError):
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_FORM)
-            error = LLMatcher.validate_grammar(grammar)
-        except Exception as failure:  # of its Rust code, which has no class of its own
-            error = str(failure)
-        if error:
-            raise DataError(f"response_format: the JSON schema is not supported: {error:.500}")
+            if error := LLMatcher.validate_grammar(grammar):
+                raise ValueError(error)
         return lambda eos: _JsonGuide(self._tokens(tuple(eos)), grammar, self._vocab)
 
     def _read(self, eos: tuple[int, ...]) -> LLTokenizer:
-        try:
+        with failures("response_format: the model's tokenizer is not supported", DataError):
             return llguidance.hf.from_tokenizer(
                 self._tokenizer, n_vocab=self._vocab, eos_token=list(eos) or None
             )
-        except Exception as failure:  # of its Rust code, which has no class of its own
-            raise DataError(
-                f"response_format: the model's tokenizer is not supported: {failure!s:.500}"
-            ) from None
 
 
 class _JsonGuide:
     """Follows one text."""
 
     def __init__(self, tokens: LLTokenizer, grammar: str, vocab: int):
-        self._matcher = LLMatcher(tokens, grammar)
+        with _checked():
+            self._matcher = LLMatcher(tokens, grammar)
         self._words_1W = np.zeros((1, -(-vocab // 32)), np.int32)
         self._check()
 
     def allowed(self) -> np.ndarray:
         """Returns the allowed tokens as bits."""
-        llguidance.numpy.fill_next_token_bitmask(self._matcher, self._words_1W)
+        with _checked():
+            llguidance.numpy.fill_next_token_bitmask(self._matcher, self._words_1W)
         self._check()
         return self._words_1W[0].view(np.uint32)
 
     def accept(self, token: int) -> None:
         """Advances by a token."""
-        self._matcher.consume_token(token)
+        with _checked():
+            self._matcher.consume_token(token)
         self._check()
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise DataError(f"response_format: {self._matcher.get_error():.500}")
+            raise DataError(f"response_format: {self._matcher.get_error():.300}")
+
+
+def _checked() -> contextlib.AbstractContextManager[None]:
+    return failures("response_format: the JSON schema cannot be followed", DataError)
