@@ -71,8 +71,10 @@ def prepare(directory: Path) -> list[str]:
         k, v = 0.3 * rng.normal(size=size).astype(np.float32)
         np.savez(directory / f"{number:02}.npz", k_LPKH=k, v_LPKH=v)
         prefix = Prefix(Site(KVPrefix(jnp.asarray(k), jnp.asarray(v))), text_position=length)
-        made = artifact.make_card(prefix, model.backbone.geometry, card)
-        pj.Tuned(model, prefix, made).save(directory / "prefixes" / f"{number:02}", "safetensors")
+        of_prefix = artifact.make_card(prefix, model.backbone.geometry, card)
+        pj.Tuned(model, prefix, of_prefix).save(
+            directory / "prefixes" / f"{number:02}", "safetensors"
+        )
     with common.e2e("dev.csv").open(encoding="utf-8", newline="") as file:
         records = list(dict.fromkeys(record["mr"] for record in csv.DictReader(file)))
     prompts = [common.INPUT.format(mr=mr) for mr in records[: max(REQUESTS.values())]]
@@ -169,13 +171,13 @@ def main() -> None:
         with server(ours, ports[0]) as url, server(peer, ports[1]) as peer_url:
             urls = {"prefix-jax serve": url, "transformers + PEFT": peer_url}
             for number in (0, 5, 7):
-                texts = [text(one, f"{number:02}", prompts[number]) for one in urls.values()]
+                texts = [text(base, f"{number:02}", prompts[number]) for base in urls.values()]
                 assert texts[0] == texts[1], texts
             results: dict[tuple[str, int], list[dict[str, Any]]] = {}
             for turn in range(args.rounds + 1):
                 for clients in REQUESTS:
-                    for name, one in urls.items():
-                        result = load(one, directory, clients)
+                    for name, base in urls.items():
+                        result = load(base, directory, clients)
                         print(f"{name}, {clients}: {result['output_throughput']:.1f} tokens/s")
                         if turn:  # the first round compiles
                             results.setdefault((name, clients), []).append(result)
