@@ -43,7 +43,7 @@ def load_prefix(
     produced, card = artifact.load(path)
     head = None if card.head is None else artifact.load_head(path)
     pretrained = backbone_of(card, model, allow_other_weights=allow_other_weights)
-    tuned = Tuned(pretrained, produced, card, head=head)
+    tuned = Tuned(pretrained, produced, card, head=head, ngrams=artifact.load_ngrams(path))
     _ = tuned.task  # raises an error for a damaged card
     return tuned
 

@@ -111,7 +111,14 @@ def fit(
     }
     run_config = config.parse(values, overrides)
     result = run(run_config, pretrained=loaded, records=records, console=console, quiet=quiet)
-    return Tuned(result.pretrained, result.produced, result.card, result, result.head)
+    return Tuned(
+        result.pretrained,
+        result.produced,
+        result.card,
+        result,
+        result.head,
+        result.ngrams.get(""),
+    )
 
 
 def _generation_task(input: str | None, target: str | None, messages: str | None) -> Task:

@@ -19,6 +19,7 @@ from prefix_jax.backbones.loading.pretrained import Pretrained
 from prefix_jax.config import DecodeConfig, EvaluateConfig
 from prefix_jax.data.batch import Examples
 from prefix_jax.data.mixture import select_dataset
+from prefix_jax.data.ngrams import NgramTable
 from prefix_jax.data.source import Record, read_records
 from prefix_jax.decode.continuation import Generation
 from prefix_jax.decode.generate import Generator, OnText
@@ -49,6 +50,7 @@ class Tuned:
         card: the metadata of the prefix.
         run: the training run; None if the prefix was loaded.
         head: the weights of the head trained together with it; None for text generation.
+        ngrams: an n-gram table of the training targets, for `Engine`; None without one.
 
     Examples:
         >>> import prefix_jax as pj
@@ -66,6 +68,7 @@ class Tuned:
     card: Card | None
     run: RunResult | None = dataclasses.field(default=None, repr=False)
     head: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
+    ngrams: NgramTable | None = dataclasses.field(default=None, repr=False)
 
     @functools.cached_property
     def prefix(self) -> Prefix | None:
@@ -98,10 +101,13 @@ class Tuned:
     @property
     def datasets(self) -> dict[str, Tuned]:
         """The result for each dataset of a mixture, by name; otherwise empty."""
-        trained = {} if self.run is None else self.run.datasets
+        if self.run is None:
+            return {}
         return {
-            name: dataclasses.replace(self, produced=produced, card=card, run=None)
-            for name, (produced, card) in trained.items()
+            name: dataclasses.replace(
+                self, produced=produced, card=card, run=None, ngrams=self.run.ngrams.get(name)
+            )
+            for name, (produced, card) in self.run.datasets.items()
         }
 
     def without_prefix(self) -> Tuned:
@@ -273,7 +279,7 @@ class Tuned:
         if format == "peft":
             peft.write(path, *peft.to_peft(produced, card, self.head))
         else:
-            artifact.save(path, produced, card, format, self.head)
+            artifact.save(path, produced, card, format, self.head, self.ngrams)
 
     def examples(self, data: Source, *, references: bool = True) -> Examples:
         """Reads held-out examples: rendered, truncated and tokenised as in training.

@@ -3,6 +3,7 @@
     prefix.json            the `Card`: describes the prefix and the backbone it belongs to
     arrays/                the arrays in Orbax's format (the default), or
     prefix.safetensors     the arrays in safetensors format
+    ngrams.safetensors     optional: an n-gram table of the training targets, for faster decoding
 
 The arrays are the output of the method without dropout, so the method is not needed to use them:
 an MLP that computes keys and values in training is not stored. If the task has a head, its arrays
@@ -28,6 +29,7 @@ from prefix_jax.artifact.store import (
     find,
     load,
     load_head,
+    load_ngrams,
     refuse_existing,
     save,
     stored_bytes,
@@ -48,6 +50,7 @@ __all__ = [
     "find",
     "load",
     "load_head",
+    "load_ngrams",
     "make_card",
     "prefix_spec",
     "refuse_existing",

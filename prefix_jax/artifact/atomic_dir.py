@@ -14,7 +14,8 @@ from pathlib import Path
 SYSTEM_FILES = re.compile(r"\.DS_Store|\._.*|\.nfs.*")
 # Files that this package writes into such directories.
 _WRITTEN = re.compile(
-    r"prefix\.(json|safetensors)|arrays(\.orbax-checkpoint-tmp.*)?|adapter_(config|model)\.\w+"
+    r"prefix\.json|(prefix|ngrams)\.safetensors|arrays(\.orbax-checkpoint-tmp.*)?"
+    r"|adapter_(config|model)\.\w+"
 )
 
 

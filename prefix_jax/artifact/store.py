@@ -22,11 +22,12 @@ from prefix_jax.artifact.arrays import ArraySpec, from_arrays, prefix_spec, prob
 from prefix_jax.artifact.atomic_dir import SYSTEM_FILES, atomic_replace, backup_path
 from prefix_jax.artifact.card import FORMAT_VERSION, Card
 from prefix_jax.artifact.upgrade import upgrade
+from prefix_jax.data.ngrams import NgramTable, shape_problems
 from prefix_jax.errors import CheckpointError, ConfigError, PrefixError
 from prefix_jax.prefix import Produced
 from prefix_jax.untrusted.json import read_json
 from prefix_jax.untrusted.paths import expand
-from prefix_jax.untrusted.safetensors import read_header, read_tensors
+from prefix_jax.untrusted.safetensors import map_array, read_header, read_tensors
 from prefix_jax.validation import build
 
 Container = Literal["orbax", "safetensors"]
@@ -42,10 +43,12 @@ _MAX_EXPANDED, _MAX_RATIO = 2**28, 100
 _MAX_FILES = 10_000
 _HEAD = "head."
 _CONTAINERS: dict[Container, str] = {"orbax": "arrays", "safetensors": "prefix.safetensors"}
+_NGRAMS = "ngrams.safetensors"
 # In a run directory: the prefix, or the folder with one prefix per dataset.
 _IN_RUN = "prefix"
 PREFIXES = "prefixes"
 _REMEDY = "copy it again from its source, or train it again"
+_NGRAMS_REMEDY = "copy it again from its source, or delete it and decode without its drafts"
 
 
 def save(
@@ -54,6 +57,7 @@ def save(
     card: Card,
     arrays: Container | None = None,
     head: Mapping[str, Any] | None = None,
+    ngrams: NgramTable | None = None,
 ) -> None:
     """Saves a prefix, atomically replacing a prefix that already exists at `path`.
 
@@ -67,6 +71,7 @@ def save(
         arrays: the storage format. The default is "orbax", or "safetensors" with several
             processes: those can use Orbax only on a shared disk.
         head: the arrays of the head, if the card has one.
+        ngrams: an n-gram table of the training targets, for speculative decoding.
 
     Raises:
         PrefixError: the prefix does not match its card or contains NaN, the card contains invalid
@@ -98,18 +103,24 @@ def save(
         if path.exists() and not _replaceable(path):
             failure = PrefixError(f"{path} exists and is not a prefix; choose another path")
         else:
-            failure = _write(path, text, content, arrays)
+            failure = _write(path, text, content, arrays, ngrams)
     if multihost_utils.broadcast_one_to_all(np.bool_(failure is not None)):
         raise failure or CheckpointError(f"process 0 could not write the prefix to {path}")
 
 
 def _write(
-    path: Path, text: str, content: dict[str, np.ndarray], arrays: Container
+    path: Path,
+    text: str,
+    content: dict[str, np.ndarray],
+    arrays: Container,
+    ngrams: NgramTable | None,
 ) -> CheckpointError | None:
     try:
         with atomic_replace(path) as new:
             _write_arrays(new / _CONTAINERS[arrays], content, arrays)
             (new / _CARD).write_text(text, encoding="utf-8")
+            if ngrams is not None:
+                (new / _NGRAMS).write_bytes(_ngrams_to_bytes(ngrams))
     # A full disk raises OSError, but Orbax and TensorStore turn it into others, such as ValueError.
     except Exception as error:
         state = "the existing prefix is unchanged" if path.exists() else "nothing was written"
@@ -158,6 +169,53 @@ def load_head(path: str | Path) -> dict[str, jax.Array]:
         PrefixError: there is no prefix, or it is damaged or has a newer format.
     """
     return _load(path)[1]
+
+
+def load_ngrams(path: str | Path) -> NgramTable | None:
+    """Loads the n-gram table stored with a prefix; None if it has none.
+
+    Args:
+        path: the directory of a prefix, or of a run.
+
+    Raises:
+        PrefixError: there is no prefix, or the table is damaged.
+    """
+    path = find(path)
+    file = path / _NGRAMS
+    if not file.exists():
+        return None
+    card, _ = _read_card(path / _CARD)
+    header = read_header(file, PrefixError)
+    dtypes = {name: x.dtype for name, x in header.items()}
+    messages = []
+    if dtypes != {"entry_G2W": "U32", "sha256": "U8"} or header["sha256"].shape != (32,):
+        messages = [f"it contains {dtypes}"]
+    else:
+        messages = shape_problems(header["entry_G2W"].shape)
+    if not messages:
+        entry_G2W, digest = (
+            np.array(map_array(file, dtype, header[name].offset, header[name].shape, PrefixError))
+            for name, dtype in (("entry_G2W", np.dtype("<u4")), ("sha256", np.dtype("u1")))
+        )
+        ngrams = NgramTable(entry_G2W.astype(np.uint32))
+        if _sha256_of_ngrams(ngrams) != digest.tobytes():
+            messages = ["its content does not match its digest"]
+        elif (largest := ngrams.token_GW.max()) >= card.geometry.vocab:
+            messages = [
+                f"token id {largest} is outside the vocabulary (size {card.geometry.vocab})"
+            ]
+    if messages:
+        raise PrefixError(f"{file} is damaged: {'; '.join(messages)}; {_NGRAMS_REMEDY}")
+    return ngrams
+
+
+def _ngrams_to_bytes(ngrams: NgramTable) -> bytes:
+    digest = np.frombuffer(_sha256_of_ngrams(ngrams), np.uint8)
+    return safetensors.numpy.save({"entry_G2W": ngrams.entry_G2W, "sha256": digest})
+
+
+def _sha256_of_ngrams(ngrams: NgramTable) -> bytes:
+    return hashlib.sha256(ngrams.entry_G2W.astype("<u4").tobytes()).digest()
 
 
 def _load(path: str | Path) -> tuple[Produced, dict[str, jax.Array], Card]:
@@ -363,7 +421,7 @@ def _replaceable(path: Path) -> bool:
     if not path.is_dir():
         return False
     names = {entry.name for entry in path.iterdir() if not SYSTEM_FILES.fullmatch(entry.name)}
-    return not names or (_CARD in names and names <= {_CARD, *_CONTAINERS.values()})
+    return not names or (_CARD in names and names <= {_CARD, _NGRAMS, *_CONTAINERS.values()})
 
 
 def _sha256(x: np.ndarray) -> str:

@@ -177,6 +177,9 @@ class TrainConfig:
             stops early.
         log_every: optimizer steps between lines of metrics.
         profile_steps: number of steps to trace for XProf, starting with the third; None is off.
+        speculative_ngrams: store an n-gram table of the training targets with a prefix that
+            generates text, at most 256 KiB of hashed contexts and token ids, from which the engine
+            drafts tokens for speculative decoding.
     """
 
     steps: PositiveInt | None = None
@@ -188,6 +191,7 @@ class TrainConfig:
     patience: PositiveInt | None = None
     log_every: PositiveInt = 10
     profile_steps: PositiveInt | None = None
+    speculative_ngrams: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -51,7 +51,7 @@ def export(
         pretrained = backbone_of(card, model, allow_other_weights=allow_other_weights)
         produced, card = baked(produced, card, pretrained)
     head = None if card.head is None else artifact.load_head(source)
-    artifact.save(output, produced, card, to, head)
+    artifact.save(output, produced, card, to, head, artifact.load_ngrams(source))
     return card
 
 

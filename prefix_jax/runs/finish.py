@@ -15,6 +15,7 @@ from prefix_jax import artifact
 from prefix_jax.artifact import PREFIXES, Card
 from prefix_jax.backbones.fingerprint import fingerprint
 from prefix_jax.backbones.loading.pretrained import Pretrained
+from prefix_jax.data.ngrams import NgramTable
 from prefix_jax.errors import DamagedCheckpointError
 from prefix_jax.evaluate.evaluator import Evaluation
 from prefix_jax.evaluate.report import metrics_of
@@ -22,6 +23,7 @@ from prefix_jax.prefix import Embeds, Prefix, Produced
 from prefix_jax.runs.build import Run
 from prefix_jax.runs.mixture import save_factors
 from prefix_jax.runs.session import Session
+from prefix_jax.tasks import ChatTask, TextTask
 from prefix_jax.train.step import TrainState
 
 # Prefixes and their cards by dataset; without a mixture, one under an empty name.
@@ -42,6 +44,8 @@ class RunResult:
         evaluations: on the test split: "after" training, and "before" if requested.
         head: the weights of a task's head; None if the task generates text.
         datasets: for a mixture, the prefix and the card of each dataset, by name.
+        ngrams: n-gram tables of the training targets, for speculative decoding: by dataset, or
+            without a mixture, under an empty name.
         interrupted: the signal that ended the run early, if any; the same config resumes it.
     """
 
@@ -55,6 +59,7 @@ class RunResult:
     datasets: Mapping[str, tuple[Produced, Card]] = dataclasses.field(
         default_factory=dict, repr=False
     )
+    ngrams: Mapping[str, NgramTable] = dataclasses.field(default_factory=dict, repr=False)
     interrupted: signal.Signals | None = None
 
     @classmethod
@@ -66,7 +71,9 @@ class RunResult:
         )
 
 
-def finish(session: Session, *, compare_baseline: bool = False) -> RunResult:
+def finish(
+    session: Session, *, compare_baseline: bool = False, speculative_ngrams: bool = True
+) -> RunResult:
     """Stores the prefix of the best step, and measures it on the test split.
 
     The prefix is stored before it is measured, and again with its metrics, so that a run that is
@@ -75,6 +82,7 @@ def finish(session: Session, *, compare_baseline: bool = False) -> RunResult:
     Args:
         session: a run that has trained its last step.
         compare_baseline: also measure without the prefix.
+        speculative_ngrams: store n-gram tables of the training targets with the prefixes.
     """
     run, directory = session.run, session.output.directory
     state, step = _best_state(session)
@@ -88,7 +96,8 @@ def finish(session: Session, *, compare_baseline: bool = False) -> RunResult:
         pretrained.params = params["backbone"]
         pretrained.fingerprint = fingerprint(pretrained.params)
     trained = _with_cards(run, produced, step)
-    _save(directory, trained, head)
+    ngrams = _count_ngrams(run) if speculative_ngrams and trained else {}
+    _save(directory, trained, head, ngrams)
     datasets = run.model.method.dataset_names if run.model.method else ()
     if datasets and jax.process_index() == 0:
         save_factors(directory, params["prefix"])
@@ -100,7 +109,7 @@ def finish(session: Session, *, compare_baseline: bool = False) -> RunResult:
         for writer in session.writers:
             writer.write(step, "test", metrics)
         trained = _with_metrics(trained, metrics)
-        _save(directory, trained, head)
+        _save(directory, trained, head, ngrams)
     return RunResult(
         directory,
         pretrained,
@@ -110,6 +119,7 @@ def finish(session: Session, *, compare_baseline: bool = False) -> RunResult:
         evaluations,
         head,
         trained if datasets else {},
+        ngrams,
     )
 
 
@@ -140,6 +150,21 @@ def _with_cards(run: Run, produced: Produced | None, step: int) -> _Trained:
         name: (part, run.make_card(part, step, name))
         for name, part in zip(names, parts, strict=True)
     }
+
+
+def _count_ngrams(run: Run) -> dict[str, NgramTable]:
+    """Makes the n-gram tables of prefixes that generate text."""
+    if not isinstance(run.model.task, TextTask | ChatTask):
+        return {}
+    assert run.model.method is not None
+    names, examples = run.model.method.dataset_names, run.splits["train"]
+    tables = {
+        name: NgramTable.of(
+            example for example in examples if not names or example.dataset == index
+        )
+        for index, name in enumerate(names or ("",))
+    }
+    return {name: table for name, table in tables.items() if table is not None}
 
 
 def _with_metrics(trained: _Trained, metrics: Mapping[str, float]) -> _Trained:
@@ -175,8 +200,13 @@ def _measure(
     return evaluations
 
 
-def _save(directory: Path, trained: _Trained, head: Mapping[str, Any] | None) -> None:
+def _save(
+    directory: Path,
+    trained: _Trained,
+    head: Mapping[str, Any] | None,
+    ngrams: Mapping[str, NgramTable],
+) -> None:
     """Stores the prefix of a run, or one per dataset."""
     for name, (produced, card) in trained.items():
         path = directory / PREFIXES / name if name else directory / "prefix"
-        artifact.save(path, produced, card, head=head)
+        artifact.save(path, produced, card, head=head, ngrams=ngrams.get(name))

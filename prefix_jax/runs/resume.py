@@ -32,6 +32,7 @@ _MAY_CHANGE = (
     "train.keep_checkpoints",
     "train.log_every",
     "train.profile_steps",
+    "train.speculative_ngrams",
 )
 
 # Settings of the length of a run. A run that has finished can only be continued by a new run.

@@ -64,7 +64,11 @@ def run(
                 plot_run(output.directory, display.warning, reduction=config.data.reduction)
             if interrupted is not None:
                 return RunResult.stopped(session, interrupted)
-            result = finish(session, compare_baseline=config.evaluate.compare_baseline)
+            result = finish(
+                session,
+                compare_baseline=config.evaluate.compare_baseline,
+                speculative_ngrams=config.train.speculative_ngrams,
+            )
             if first:
                 results = Results(result.step, result.evaluations)
                 save_results(output.directory, config_digest(config), results)

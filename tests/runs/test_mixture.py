@@ -77,6 +77,9 @@ def test_stores_one_prefix_per_dataset_with_its_own_metrics(run) -> None:
         assert tiny_runs.bits(produced) == tiny_runs.bits(run.datasets[name][0])
         assert card.metrics["test_loss"] == pytest.approx(results[f"{name}.loss"])
         assert (card.dataset.name, card.dataset.field) == (name, "kind")
+        ngrams = artifact.load_ngrams(run.directory / "prefixes" / name)
+        assert ngrams is not None
+        assert (ngrams.entry_G2W == run.ngrams[name].entry_G2W).all()
     (_, dev) = (line for line in tiny_runs.metrics(run.directory) if line["kind"] == "dev")
     assert dev["loss"] == pytest.approx((dev["first.loss"] + dev["sum.loss"]) / 2)
 
