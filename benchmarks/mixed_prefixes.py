@@ -63,7 +63,7 @@ class Bench:
         from prefix_jax.artifact import BackboneCard, make_card
         from prefix_jax.engine import EngineCore
 
-        core = EngineCore(self.model, **{"rows": ROWS, **options})
+        core = EngineCore(self.model, **{"rows": ROWS, "num_speculative_tokens": 0, **options})
         backbone = BackboneCard(
             source=common.MODEL, model_type="llama", fingerprint="", dtype="float32"
         )

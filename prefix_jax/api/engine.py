@@ -14,11 +14,12 @@ from prefix_jax.api.tuned import Prompt, Source, Tuned
 from prefix_jax.artifact import Card
 from prefix_jax.backbones.loading.pretrained import Pretrained, load
 from prefix_jax.config import DecodeConfig
+from prefix_jax.data.ngrams import NgramTable
 from prefix_jax.data.source import Record, read_records
 from prefix_jax.decode.continuation import Generation
 from prefix_jax.decode.generate import OnText
 from prefix_jax.decode.prompts import encode_prompts
-from prefix_jax.engine import EngineCore, Event, Handle, Request
+from prefix_jax.engine import DecodingStats, EngineCore, Event, Handle, Request
 from prefix_jax.engine.bank import Banked
 from prefix_jax.errors import ConfigError, DataError, PrefixError
 from prefix_jax.model import reader_of
@@ -56,7 +57,13 @@ class Engine:
             longest row.
         chunk: the number of prompt tokens that are read between two tokens of the running rows,
             rounded up to a power of two.
-        decode_steps: the maximum number of tokens per row between two events.
+        decode_steps: the maximum number of decoding steps between two events. A step generates one
+            token per row, and with speculative decoding up to `num_speculative_tokens` more.
+        num_speculative_tokens: the maximum number of tokens per row that are drafted, from the
+            n-gram table of the row's prefix and the row's own text, and verified in one step.
+            Drafts change the speed and never the text: greedy tokens and samples are those of plain
+            decoding. None chooses a number by `rows` and the kind of device; 0 decodes without
+            drafts.
         share_slots: rows share a prefix with more slots than this instead of copying it, so that it
             is in device memory once; None copies all. Prefixes of encoder-decoders are copied.
         max_shared: the maximum number of prefixes that running rows share at once; further ones are
@@ -101,6 +108,7 @@ class Engine:
         decode_steps: int = 8,
         share_slots: int | None = 256,
         max_shared: int = 4,
+        num_speculative_tokens: int | None = None,
         device_bytes: int = 2**30,
         host_bytes: int = 2**33,
         allow_other_weights: bool = False,
@@ -115,6 +123,7 @@ class Engine:
             decode_steps=decode_steps,
             share_slots=share_slots,
             max_shared=max_shared,
+            num_speculative_tokens=num_speculative_tokens,
             device_bytes=device_bytes,
             host_bytes=host_bytes,
         )
@@ -151,7 +160,7 @@ class Engine:
             raise PrefixError(
                 f"there is already a prefix {name!r}; choose another name, or pass replace=True"
             )
-        produced, card, directory = _resolve(name, prefix)
+        produced, card, directory, ngrams = _resolve(name, prefix)
         artifact.check(
             card,
             self._pretrained.backbone.geometry,
@@ -165,7 +174,7 @@ class Engine:
                 "Tuned.predict (prefix-jax predict)"
             )
         ends = _task_of(card).ends(self._reader)
-        self._core.bank.add(name, produced, card, ends, directory)
+        self._core.bank.add(name, produced, card, ends, directory, ngrams)
 
     def replace(self, name: str, prefix: Servable) -> None:
         """Replaces a prefix; see `add`.
@@ -386,6 +395,11 @@ class Engine:
         return self._core.running
 
     @property
+    def stats(self) -> DecodingStats:
+        """Counts of decoding steps, and of generated, drafted and accepted tokens."""
+        return self._core.stats
+
+    @property
     def waiting(self) -> int:
         """The number of continuations that wait for a row."""
         return self._core.waiting
@@ -452,11 +466,12 @@ def _is_chat(prompt: Prompt | Chat | Sequence[int]) -> TypeGuard[Chat]:
     )
 
 
-def _resolve(name: str, prefix: Servable) -> tuple[Produced, Card, Path | None]:
-    """The output of a prefix's method, its card, and the directory that contains it."""
+def _resolve(name: str, prefix: Servable) -> tuple[Produced, Card, Path | None, NgramTable | None]:
+    """The output of a prefix's method, its card, the directory that contains it, and its n-gram
+    table."""
     if isinstance(prefix, str | Path):
         directory = artifact.find(prefix)
-        return *artifact.load(directory), directory
+        return *artifact.load(directory), directory, artifact.load_ngrams(directory)
     if isinstance(prefix, Tuned):
         if prefix.card is None:
             raise PrefixError(
@@ -464,9 +479,9 @@ def _resolve(name: str, prefix: Servable) -> tuple[Produced, Card, Path | None]:
                 "model"
             )
         # The bare model, with the task and the decoding options of its card.
-        return prefix.produced or Prefix(), prefix.card, None
+        return prefix.produced or Prefix(), prefix.card, None, prefix.ngrams
     if isinstance(prefix, tuple) and len(prefix) == 2 and isinstance(prefix[1], Card):
-        return *prefix, None
+        return *prefix, None, None
     raise PrefixError(
         f"prefix {name!r} must be a directory, a Tuned, or the output of a method with its card, "
         f"got {type(prefix).__name__}"

@@ -90,6 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prefixes that rows share at once; further ones are copied (default: %(default)s)",
     )
     engine.add_argument(
+        "--num-speculative-tokens",
+        metavar="N",
+        type=int,
+        help="most tokens to draft per row and step; 0 is off (default: by rows and device)",
+    )
+    engine.add_argument(
         "--device-bytes",
         metavar="N",
         type=int,
@@ -187,6 +193,7 @@ def run(args: argparse.Namespace) -> int:
             max_length=args.max_length,
             share_slots=args.share_slots,
             max_shared=args.max_shared,
+            num_speculative_tokens=args.num_speculative_tokens,
             device_bytes=args.device_bytes,
             host_bytes=args.host_bytes,
             allow_other_weights=args.allow_other_weights,

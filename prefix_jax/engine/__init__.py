@@ -3,6 +3,7 @@
     warm.py       a prefix as arrays to copy into a row
     bank.py       prefixes by name, within byte budgets
     cache.py      the KV cache, whose rows have a prefix, a length and positions of their own
+    drafts.py     drafts for speculative decoding
     sampling.py   the next token of every row, each with settings of its own
     programs.py   the compiled programs
     request.py    requests, handles and events
@@ -12,7 +13,7 @@
 `prefix_jax.Engine` adds what needs a person's input: names, directories, templates.
 """
 
-from prefix_jax.engine.core import EngineCore
+from prefix_jax.engine.core import DecodingStats, EngineCore
 from prefix_jax.engine.request import Event, Handle, Request
 
-__all__ = ["EngineCore", "Event", "Handle", "Request"]
+__all__ = ["DecodingStats", "EngineCore", "Event", "Handle", "Request"]

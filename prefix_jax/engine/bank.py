@@ -20,6 +20,7 @@ import jax
 
 from prefix_jax import artifact
 from prefix_jax.artifact import Card
+from prefix_jax.data.ngrams import NgramTable
 from prefix_jax.engine.warm import Slots, Warm
 from prefix_jax.errors import PrefixError
 from prefix_jax.prefix import Produced
@@ -92,13 +93,23 @@ class Bank:
         card: Card,
         eos: tuple[int, ...],
         directory: Path | None,
+        ngrams: NgramTable | None = None,
     ) -> None:
         """Adds a prefix, or replaces the one with this name.
+
+        Args:
+            name: its name.
+            produced: the prefix in its method's form.
+            card: its metadata.
+            eos: the tokens that end a text.
+            directory: where it can be read again; None if it exists only in memory.
+            ngrams: an n-gram table of its training targets.
 
         Raises:
             PrefixError: it does not fit the model or the budget. The bank is unchanged.
         """
         warm, slots = self._make(produced)
+        warm = _with_ngrams(warm, ngrams)
         banked = Banked(card, artifact.digest(produced), slots, eos, directory, warm.bytes, "host")
         if banked.bytes > self._budget["device"]:
             raise PrefixError(
@@ -162,7 +173,7 @@ class Bank:
                 f"{banked.directory}: its prefix has sha256 {digest}, but {banked.digest} was "
                 f"added as {name!r}; add it again (replace)"
             )
-        return self._make(produced)[0]
+        return _with_ngrams(self._make(produced)[0], artifact.load_ngrams(banked.directory))
 
     def _evict(self, latest: str) -> None:
         """Moves the least recently used prefixes out of full memories, except the latest one."""
@@ -188,3 +199,7 @@ class Bank:
                 names.append(name)
                 excess -= banked.bytes
         return names
+
+
+def _with_ngrams(warm: Warm, ngrams: NgramTable | None) -> Warm:
+    return warm if ngrams is None else dataclasses.replace(warm, ngrams_G2W=ngrams.entry_G2W)

@@ -29,7 +29,7 @@ from prefix_jax.decode.options import banned_sequences
 from prefix_jax.decode.prompts import check_prompt
 from prefix_jax.decode.sizes import bucket, prompt_bucket
 from prefix_jax.decode.text import TextStream
-from prefix_jax.engine import programs
+from prefix_jax.engine import drafts, programs
 from prefix_jax.engine.bank import Bank
 from prefix_jax.engine.request import (
     MAX_TOP_LOGPROBS,
@@ -60,6 +60,34 @@ _MIN_WIDTH, _MIN_CHUNK = 64, 32
 _EOS = 8
 
 
+@dataclasses.dataclass
+class DecodingStats:
+    """Counts of an engine since it was made.
+
+    Attributes:
+        steps: forward passes that generated tokens.
+        row_steps: the same, counted once per running row; `generated_tokens / row_steps` is the
+            mean number of tokens per row and step.
+        generated_tokens: tokens that they generated, in all rows.
+        drafted_tokens: tokens that were drafted and verified.
+        accepted_tokens: drafted tokens that became part of a text.
+    """
+
+    steps: int = 0
+    row_steps: int = 0
+    generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+    def add(self, burst: programs.Burst) -> None:
+        """Adds the counts of a call of the decoding program."""
+        self.steps += int(burst.steps)
+        self.row_steps += int(burst.steps_B.sum())
+        self.generated_tokens += int(burst.count_B.sum())
+        self.drafted_tokens += int(burst.drafted_B.sum())
+        self.accepted_tokens += int(burst.accepted_B.sum())
+
+
 class EngineCore:
     """Generates text in rows that join and leave independently.
 
@@ -67,6 +95,7 @@ class EngineCore:
 
     Attributes:
         bank: the prefixes.
+        stats: counts of decoding steps and drafted tokens.
     """
 
     def __init__(
@@ -79,6 +108,7 @@ class EngineCore:
         decode_steps: int = 8,
         share_slots: int | None = 256,
         max_shared: int = 4,
+        num_speculative_tokens: int | None = None,
         device_bytes: int = 2**30,
         host_bytes: int = 2**33,
     ):
@@ -101,6 +131,10 @@ class EngineCore:
         for name, value in limits.items():
             if value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value}")
+        if num_speculative_tokens is not None and num_speculative_tokens < 0:
+            raise ConfigError(
+                f"num_speculative_tokens must be at least 0, got {num_speculative_tokens}"
+            )
         arch = pretrained.backbone.arch
         if not arch.causal:
             raise BackboneError(
@@ -110,11 +144,18 @@ class EngineCore:
         self._pretrained, self._backbone = pretrained, pretrained.backbone
         self._max_length, self._decode_steps = max_length, decode_steps
         self._share_slots, self._max_shared = share_slots, max_shared
+        platform = next(iter(pretrained.mesh.devices.flat)).platform
+        if num_speculative_tokens is None:
+            num_speculative_tokens = drafts.best_length(platform, rows)
+        self._num_drafted = num_speculative_tokens
+        self._relative_cost = drafts.relative_cost(platform, rows, num_speculative_tokens)
         self._chunk = bucket(chunk, _MIN_CHUNK)
         self._eos = end_tokens(pretrained.tokenizer, arch.end_ids)
         self._top = min(MAX_TOP_LOGPROBS, arch.vocab)
         self._lift = jax.jit(self._backbone.lift)
         self.bank = Bank(self._make, self._put, device_bytes, host_bytes)
+        self.stats = DecodingStats()
+        self._tables: drafts.Tables | None = None
         self._schedule = Schedule(rows, _MIN_WIDTH, _EOS)
         params = pretrained.unstacked()
         with on_mesh_of(params):
@@ -301,6 +342,8 @@ class EngineCore:
     ) -> None:
         """Starts a row with a prefix; with an encoder, also reads the prompt."""
         schedule, ids = self._schedule, sample.handle.request.ids
+        if self._num_drafted:
+            self._start_table(row, None if warm is None else warm.ngrams_G2W)
         copied = None
         if warm is not None and slots.shared and not schedule.can_share(warm, self._max_shared):
             slots, copied = dataclasses.replace(slots, shared=False), warm.shared
@@ -315,6 +358,8 @@ class EngineCore:
         if (width, cross_width) != (self._cache.width, self._cache.cross_width):
             self._cache = programs.resize(self._cache, width=width, cross_width=cross_width)
             schedule.resize(width)
+        if warm is not None:  # programs are compiled for what they use
+            warm = dataclasses.replace(warm, ngrams_G2W=None)
         if warm is not None and not self._cache.fits(warm):
             self._cache = programs.add_outside(self._cache, warm)
         decoder = None if warm is None else warm.decoder
@@ -332,12 +377,27 @@ class EngineCore:
                 np.int32(len(ids)),
             )
 
+    def _start_table(self, row: int, entry_G2W: jax.Array | None) -> None:
+        """Gives a row an n-gram table, or none."""
+        if self._tables is None and entry_G2W is None:
+            return
+        if entry_G2W is not None:
+            buckets, _, ways = entry_G2W.shape
+            if self._tables is None or buckets > self._tables.entry_BG2W.shape[1]:
+                self._tables = programs.resize_tables(
+                    self._tables, rows=self.rows, buckets=buckets, ways=ways
+                )
+        assert self._tables is not None
+        self._tables = programs.start_table(self._tables, np.int32(row), entry_G2W)
+
     def _columns(self, sample: Sample, slots: Slots) -> int:
         """The number of columns that a row needs, including the padding of its last chunk."""
         unread = sample.unread
         full = unread - unread % self._chunk
         padded = full + self._chunk_size(unread - full)
         tokens = len(sample.prompt) + sample.handle.request.config.max_new_tokens
+        # Drafts are as long as ever at the end of a text.
+        tokens += self._num_drafted
         # The padded slots of a prefix are copied together.
         return max(bucket(slots.columns), slots.columns + max(padded, tokens))
 
@@ -401,6 +461,7 @@ class EngineCore:
         # Prompts that are not read wait for one token only, and so do guides.
         single = bool(schedule.unread) or allowed_BW is not None
         shared = tuple(warm.shared for warm in schedule.share() if warm.shared is not None)
+        num_drafted = 0 if allowed_BW is not None else self._num_drafted
         self._cache, burst = programs.decode(
             self._backbone,
             params,
@@ -410,13 +471,19 @@ class EngineCore:
             schedule.settings,
             schedule.ids_BS,
             running_B,
+            schedule.acceptance_B,
+            self._tables if num_drafted else None,
             np.int32(1 if single else self._decode_steps),
             np.bool_(bool(schedule.queue)),
             allowed_BW,
             capacity=self._decode_steps,
             top=self._top if top else 0,
+            num_drafted=num_drafted,
+            relative_cost=self._relative_cost if num_drafted else 1.0,
         )
         burst = jax.device_get(burst)
+        schedule.acceptance_B = np.array(burst.acceptance_B)
+        self.stats.add(burst)
         for row in np.flatnonzero(running_B):
             sample = schedule.rows[row]
             if sample is None:  # its guide, or another of its samples, has failed

@@ -2,6 +2,7 @@
 
     empty, resize, add_outside    make the cache, and change its size
     start     copies a prefix into a row
+    resize_tables, start_table    the same for n-gram tables
     encode    reads the prompt of a row with an encoder, if there is one
     extend    reads a chunk of the prompts of some rows
     decode    generates tokens in all rows
@@ -29,6 +30,7 @@ from prefix_jax.backbones.backbone import Backbone
 from prefix_jax.backbones.layer import Layer
 from prefix_jax.backbones.stacking import Params
 from prefix_jax.engine.cache import Layout, RowCache, RowLayer, RowSite, put_rows, take_rows
+from prefix_jax.engine.drafts import Tables, expected_tokens, propose, update_acceptance
 from prefix_jax.engine.sampling import Settings, choose, top_logprobs
 from prefix_jax.engine.warm import Warm, WarmSite
 from prefix_jax.mesh import constrain_tokens
@@ -87,6 +89,18 @@ def start(
             )
         layers.append(dataclasses.replace(layer, own=layer.own.start(row, site)))
     return RowCache(tuple(layers)).constrained()
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "buckets", "ways"))
+def resize_tables(tables: Tables | None, *, rows: int, buckets: int, ways: int) -> Tables:
+    """Makes n-gram tables, or room for larger ones."""
+    return Tables.empty(rows, buckets, ways) if tables is None else tables.resize(buckets)
+
+
+@functools.partial(jax.jit, donate_argnames="tables")
+def start_table(tables: Tables, row: jax.Array, entry_G2W: jax.Array | None) -> Tables:
+    """Replaces the n-gram table of a row. Donates `tables`."""
+    return tables.start(row, entry_G2W)
 
 
 @functools.partial(jax.jit, static_argnames="backbone", donate_argnames="cache")
@@ -250,6 +264,10 @@ class Burst:
         running_B: whether the continuation has not ended.
         invalid_B: whether the model gave NaN or infinite logits, which ends the continuation.
         top_id_BUX, top_logprob_BUX: the most probable tokens in the place of each.
+        acceptance_B: the estimated probability that a drafted token is accepted.
+        steps: the number of forward passes.
+        steps_B: the number of them in which the row was running.
+        drafted_B, accepted_B: the numbers of drafted tokens that were verified and accepted.
     """
 
     token_BU: Any
@@ -259,10 +277,33 @@ class Burst:
     invalid_B: Any
     top_id_BUX: Any
     top_logprob_BUX: Any
+    acceptance_B: Any
+    steps: Any
+    steps_B: Any
+    drafted_B: Any
+    accepted_B: Any
+
+
+@flax.struct.dataclass
+class Choice:
+    """The tokens that were chosen in one forward pass, one after each token that it read.
+
+    Attributes:
+        token_BT, logprob_BT, invalid_BT: see `choose`.
+        top_id_BTX, top_logprob_BTX: the most probable tokens in the place of each.
+    """
+
+    token_BT: jax.Array
+    logprob_BT: jax.Array
+    invalid_BT: jax.Array
+    top_id_BTX: jax.Array
+    top_logprob_BTX: jax.Array
 
 
 @functools.partial(
-    jax.jit, static_argnames=("backbone", "capacity", "top"), donate_argnames="cache"
+    jax.jit,
+    static_argnames=("backbone", "capacity", "top", "num_drafted", "relative_cost"),
+    donate_argnames="cache",
 )
 def decode(
     backbone: Backbone,
@@ -273,17 +314,25 @@ def decode(
     settings: Settings,
     ids_BS: jax.Array,
     running_B: jax.Array,
+    acceptance_B: jax.Array,
+    tables: Tables | None,
     steps: jax.Array,
     stop_early: jax.Array,
     allowed_BW: jax.Array | None,
     *,
     capacity: int,
     top: int,
+    num_drafted: int = 0,
+    relative_cost: float = 1.0,
 ) -> tuple[RowCache, Burst]:
-    """Generates up to `steps` tokens in every running row. Donates `cache`.
+    """Generates tokens in every running row, in up to `steps` forward passes. Donates `cache`.
 
-    Every step computes all rows. A row that is not running writes to the column after its last,
-    which nothing reads before it is overwritten.
+    Every step computes all rows. A row that is not running writes to the columns after its last,
+    which nothing reads before they are overwritten; so do drafted tokens that turn out wrong.
+
+    A step with a draft reads the last token of each row and up to K drafted ones, and generates as
+    many tokens as it would without them one at a time. It is run if the rows are expected to gain
+    more tokens than it costs time; otherwise a step reads one token per row.
 
     Args:
         backbone: the model without its weights.
@@ -294,68 +343,159 @@ def decode(
         settings: their settings.
         ids_BS: their prompts and generated tokens, from column 0.
         running_B: the rows to generate in.
-        steps: the maximum number of tokens per row.
+        acceptance_B: the estimated probability that a drafted token is accepted.
+        tables: the n-gram tables that drafts are looked up in; None if no row has one.
+        steps: the maximum number of steps.
         stop_early: whether to return as soon as a row ends, because a request waits for it.
         allowed_BW: the tokens that guides allow in the first step, as bits of uint32 words; None
-            for all. With guides, `steps` is 1.
-        capacity: U, the largest value of `steps`.
+            for all. With guides, `steps` is 1 and there are no drafts.
+        capacity: the largest value of `steps`.
         top: X, the number of most probable tokens to report.
+        num_drafted: K, the maximum number of drafted tokens per row and step.
+        relative_cost: the time of a step with a draft, relative to one without.
     """
-    B = len(running_B)
+    B, K = len(running_B), num_drafted
+    U = capacity * (K + 1)
     first = jnp.asarray(running_B)
+    no_tokens_B = jnp.zeros(B, jnp.int32)
     burst = Burst(
-        token_BU=jnp.zeros((B, capacity), jnp.int32),
-        logprob_BU=jnp.zeros((B, capacity)),
-        count_B=jnp.zeros(B, jnp.int32),
+        token_BU=jnp.zeros((B, U), jnp.int32),
+        logprob_BU=jnp.zeros((B, U)),
+        count_B=no_tokens_B,
         running_B=first,
         invalid_B=jnp.zeros(B, bool),
-        top_id_BUX=jnp.zeros((B, capacity, top), jnp.int32),
-        top_logprob_BUX=jnp.zeros((B, capacity, top)),
+        top_id_BUX=jnp.zeros((B, U, top), jnp.int32),
+        top_logprob_BUX=jnp.zeros((B, U, top)),
+        acceptance_B=jnp.asarray(acceptance_B),
+        steps=jnp.int32(0),
+        steps_B=no_tokens_B,
+        drafted_B=no_tokens_B,
+        accepted_B=no_tokens_B,
     )
+    rows_B1, offset_T = jnp.arange(B)[:, None], jnp.arange(K + 1)
 
     def unfinished(carry: Any) -> jax.Array:
-        step, _, _, _, burst = carry
+        _, _, _, burst = carry
         ended = (burst.running_B != first).any() & stop_early
-        return (step < steps) & burst.running_B.any() & ~ended
+        return (burst.steps < steps) & burst.running_B.any() & ~ended
 
-    def body(carry: Any) -> Any:
-        step, cache, layout, ids_BS, burst = carry
-        running_B = burst.running_B
+    def forward(
+        cache: RowCache,
+        layout: Layout,
+        ids_BS: jax.Array,
+        draft_BK: jax.Array,
+        offered_B: jax.Array,
+        running_B: jax.Array,
+    ) -> tuple[RowCache, Choice]:
+        """Reads the last token and a draft of every row, and chooses the token after each."""
+        T = draft_BK.shape[1] + 1
         # Tokens of text in the cache, without the last one.
         text_B = layout.length_B - layout.slots_B
         last_B1 = jnp.take_along_axis(ids_BS, text_B[:, None], axis=1)
-        h_B1D, cache = hidden(
-            backbone, params, cache, shared, None, layout, last_B1, running_B[:, None]
+        ids_BT = jnp.concatenate([last_B1, draft_BK], axis=1)
+        real_BT = running_B[:, None] & (offset_T[:T] <= offered_B[:, None])
+        h_BTD, cache = hidden(backbone, params, cache, shared, None, layout, ids_BT, real_BT)
+        logits_BTV = backbone.unembed(params, h_BTD)
+        ids_BS = ids_BS.at[rows_B1, text_B[:, None] + 1 + offset_T[: T - 1]].set(
+            draft_BK, mode="drop"
         )
-        logits_BV = backbone.unembed(params, h_B1D)[:, 0]
-        a = backbone.arch
-        token_B, logprob_B, invalid_B = choose(
-            logits_BV, ids_BS, text_B + 1, settings, allowed_BW, a.first_id, a.last_id
+
+        def repeat(x: Any) -> jax.Array:
+            return jnp.repeat(x, T, axis=0)
+
+        a, V = backbone.arch, logits_BTV.shape[-1]
+        chosen = choose(
+            logits_BTV.reshape(-1, V),
+            repeat(ids_BS),
+            (text_B[:, None] + 1 + offset_T[:T]).reshape(-1),
+            jax.tree.map(repeat, settings),
+            allowed_BW,
+            a.first_id,
+            a.last_id,
         )
-        top_id_BUX, top_logprob_BUX = burst.top_id_BUX, burst.top_logprob_BUX
-        if top:
-            top_id_BX, top_logprob_BX = top_logprobs(logits_BV, top)
-            top_id_BUX = top_id_BUX.at[:, step].set(top_id_BX)
-            top_logprob_BUX = top_logprob_BUX.at[:, step].set(top_logprob_BX)
-        here_BS = jnp.arange(ids_BS.shape[1]) == (text_B + 1)[:, None]
-        ids_BS = jnp.where(here_BS & running_B[:, None], token_B[:, None], ids_BS)
-        ended_B = (token_B[:, None] == settings.eos_BE).any(axis=1) | invalid_B
-        ended_B |= text_B + 2 - settings.prompt_B >= settings.max_new_B
+        tops = top_logprobs(logits_BTV.reshape(-1, V), top) if top else ()
+        if not top:
+            tops = (jnp.zeros((B * T, 0), jnp.int32), jnp.zeros((B * T, 0)))
+        choice = Choice(*(x.reshape(B, T, *x.shape[1:]) for x in (*chosen, *tops)))
+        # Without a draft, the tokens are padded to those of a step with one.
+        more = K + 1 - T
+        choice = jax.tree.map(
+            lambda x: jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)), choice
+        )
+        return cache.constrained(), choice
+
+    def body(carry: Any) -> Any:
+        cache, layout, ids_BS, burst = carry
+        running_B = burst.running_B
+        text_B = layout.length_B - layout.slots_B
+        # The number of generated tokens, and of those that may follow.
+        generated_B = text_B + 1 - settings.prompt_B
+        room_B = settings.max_new_B - generated_B
+        if K:
+            draft_BK, offered_B = propose(tables, ids_BS, text_B + 1, K)
+            offered_B = jnp.where(running_B, jnp.minimum(offered_B, room_B - 1), 0)
+            gain_B = expected_tokens(burst.acceptance_B, offered_B)
+            verify = gain_B.sum() > (relative_cost - 1) * running_B.sum()
+            cache, choice = jax.lax.cond(
+                verify,
+                forward,
+                lambda cache, layout, ids_BS, draft_BK, offered_B, running_B: forward(
+                    cache, layout, ids_BS, draft_BK[:, :0], jnp.zeros_like(offered_B), running_B
+                ),
+                cache,
+                layout,
+                ids_BS,
+                draft_BK,
+                offered_B,
+                running_B,
+            )
+            # The first drafted token can be judged without having been read.
+            judged_B = jnp.where(verify, offered_B, jnp.minimum(offered_B, 1))
+            same_BK = (choice.token_BT[:, :K] == draft_BK) & (offset_T[:K] < judged_B[:, None])
+            right_B = jnp.cumprod(same_BK, axis=1).sum(axis=1)
+            acceptance_B = update_acceptance(
+                burst.acceptance_B, right_B, jnp.minimum(right_B + 1, judged_B)
+            )
+            drafted_B = jnp.where(verify, offered_B, 0)
+            accepted_B = jnp.where(verify, right_B, 0)
+        else:
+            draft_BK = jnp.zeros((B, 0), jnp.int32)
+            cache, choice = forward(cache, layout, ids_BS, draft_BK, no_tokens_B, running_B)
+            acceptance_B, drafted_B, accepted_B = burst.acceptance_B, no_tokens_B, no_tokens_B
+
+        # Tokens after the first that ends the text do not count.
+        ended_BT = (choice.token_BT[:, :, None] == settings.eos_BE[:, None]).any(axis=2)
+        ended_BT |= choice.invalid_BT | (offset_T + 1 >= room_B[:, None])
+        open_BT = jnp.cumsum(ended_BT, axis=1) - ended_BT == 0
+        new_BT = running_B[:, None] & open_BT & (offset_T <= accepted_B[:, None])
+        count_B = new_BT.sum(axis=1)
+
+        def append(x_BS: jax.Array, start_B: jax.Array, new: jax.Array) -> jax.Array:
+            """Writes the new tokens of each row, or values of theirs, from a column."""
+            column_BT = jnp.where(new_BT, start_B[:, None] + offset_T, x_BS.shape[1])
+            return x_BS.at[rows_B1, column_BT].set(new, mode="drop")
+
         burst = Burst(
-            token_BU=burst.token_BU.at[:, step].set(token_B),
-            logprob_BU=burst.logprob_BU.at[:, step].set(logprob_B),
-            count_B=burst.count_B + running_B,
-            running_B=running_B & ~ended_B,
-            invalid_B=burst.invalid_B | (invalid_B & running_B),
-            top_id_BUX=top_id_BUX,
-            top_logprob_BUX=top_logprob_BUX,
+            token_BU=append(burst.token_BU, burst.count_B, choice.token_BT),
+            logprob_BU=append(burst.logprob_BU, burst.count_B, choice.logprob_BT),
+            count_B=burst.count_B + count_B,
+            running_B=running_B & ~(ended_BT & new_BT).any(axis=1),
+            invalid_B=burst.invalid_B | (choice.invalid_BT & new_BT).any(axis=1),
+            top_id_BUX=append(burst.top_id_BUX, burst.count_B, choice.top_id_BTX),
+            top_logprob_BUX=append(burst.top_logprob_BUX, burst.count_B, choice.top_logprob_BTX),
+            acceptance_B=acceptance_B,
+            steps=burst.steps + 1,
+            steps_B=burst.steps_B + running_B,
+            drafted_B=burst.drafted_B + drafted_B,
+            accepted_B=burst.accepted_B + jnp.maximum(count_B - 1, 0),
         )
-        layout = dataclasses.replace(layout, length_B=layout.length_B + running_B)
-        return step + 1, cache.constrained(), layout, ids_BS, burst
+        ids_BS = append(ids_BS, text_B + 1, choice.token_BT)
+        layout = dataclasses.replace(layout, length_B=layout.length_B + count_B)
+        return cache, layout, ids_BS, burst
 
     layout, ids_BS = jax.tree.map(jnp.asarray, (layout, ids_BS))
-    carry = (jnp.int32(0), cache.constrained(), layout, ids_BS, burst)
-    _, cache, _, _, burst = jax.lax.while_loop(unfinished, body, carry)
+    carry = (cache.constrained(), layout, ids_BS, burst)
+    cache, _, _, burst = jax.lax.while_loop(unfinished, body, carry)
     return cache, burst
 
 

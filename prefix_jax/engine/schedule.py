@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
+from prefix_jax.engine import drafts
 from prefix_jax.engine.cache import Layout
 from prefix_jax.engine.request import Handle, Sample
 from prefix_jax.engine.sampling import Settings, keys_of
@@ -24,6 +25,7 @@ class Schedule:
         shared: the prefix of each row if rows share it; None for other rows.
         layout, settings: of all rows, as NumPy arrays that are changed in place.
         ids_BS: the prompts and generated tokens of all rows.
+        acceptance_B: the estimated probability that a drafted token of a row is accepted.
     """
 
     def __init__(self, rows: int, width: int, eos: int):
@@ -33,6 +35,7 @@ class Schedule:
         self.layout = Layout.empty(rows)
         self.settings = Settings.empty(rows, eos)
         self.ids_BS = np.zeros((rows, width), np.int32)
+        self.acceptance_B = np.full(rows, drafts.PRIOR, np.float32)
         # Rows whose prompt is not read, in the order of their admission.
         self._reading: list[int] = []
         self._columns: dict[int, tuple[int, int]] = {}
@@ -102,6 +105,7 @@ class Schedule:
         self.settings = self.settings.with_room(eos, banned)
         key = keys_of(request.config, request.index)[sample.number]
         self.settings.set_row(row, request.config, len(sample.prompt), key, eos, banned)
+        self.acceptance_B[row] = drafts.PRIOR
         self.ids_BS[row] = 0
         self.ids_BS[row, : len(sample.prompt)] = sample.prompt
 

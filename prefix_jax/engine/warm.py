@@ -90,6 +90,7 @@ class Warm:
         soft_tokens: int32 scalar, the number of soft tokens without padding.
         encoder_position: int32 scalar, the position of the encoder's first token, soft tokens
             included.
+        ngrams_G2W: the n-gram table that drafts are looked up in; None without one.
     """
 
     decoder: WarmSite | None = None
@@ -99,6 +100,7 @@ class Warm:
     embeds_PD: Any = None
     soft_tokens: Any = 0
     encoder_position: Any = 0
+    ngrams_G2W: Any = None
 
     @property
     def shared_size(self) -> int:

@@ -29,6 +29,7 @@ import serving
         (["--host", "no such host"], "cannot listen on no such host"),
         (["--rows", "0"], "rows must be a positive integer, got 0"),
         (["--max-shared", "0"], "max_shared must be a positive integer, got 0"),
+        (["--num-speculative-tokens", "-1"], "num_speculative_tokens must be at least 0, got -1"),
         (["--prefix", "a=nothing", "--port", "0"], "no directory nothing"),
         (["--port", "0", "--served-model-name", "a", "--prefix", "a=x"], "the model has this name"),
     ],

@@ -33,7 +33,7 @@ ALL = (None, *prefixes("llama"))
 @functools.cache
 def shared(name: str) -> EngineCore:
     """An engine that several tests use, one after the other."""
-    return engines.core(name)
+    return engines.core(name, num_speculative_tokens=3)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,8 @@ class TestJoiningAndLeaving:
 
     def test_random_joins_leaves_and_replacements_change_no_answer(self) -> None:
         rng = random.Random(0)
-        core = engines.core("llama", rows=3, device_bytes=40_000, host_bytes=0)
+        options = {"device_bytes": 40_000, "host_bytes": 0, "num_speculative_tokens": 2}
+        core = engines.core("llama", rows=3, **options)
         config = DecodeConfig(max_new_tokens=7)
         names = [name for name in ALL if name != "long"]
         texts = prompts(6, 12, seed=2)
