@@ -181,7 +181,8 @@ def run(args: argparse.Namespace) -> int:
             console.print(text)
 
     def ready(url: str, count: int) -> None:
-        say(f"serving {options.name} and {count} prefixes at {url}/v1")
+        found = "1 prefix" if count == 1 else f"{count} prefixes"
+        say(f"serving {options.name} and {found} at {url}/v1")
         if not api_keys and args.host not in ("127.0.0.1", "localhost", "::1"):
             say("anyone who reaches this address may use it; set --api-key to prevent it")
 
