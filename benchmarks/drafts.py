@@ -173,7 +173,9 @@ def line(name: str, rows: int, mine: dict[str, Any], theirs: dict[str, Any]) -> 
     plain, drafts = speed(mine["plain"]), speed(mine["drafts"])
     assert plain is not None
     assert drafts is not None
-    other = [speed(theirs.get(kind)) for kind in ("peft", "lookup")]
+    other = [speed(theirs["peft"]), speed(theirs.get("lookup"))]
+    if "error" in theirs.get("lookup", {}):
+        print(f"PEFT with prompt lookup: {theirs['lookup']['error']}")
     same = sum(a == b for a, b in zip(texts, mine["drafts"]["ids"], strict=True))
     equal = sum(
         row[: len(text)] == text for text, row in zip(texts, theirs["peft"]["ids"], strict=True)
