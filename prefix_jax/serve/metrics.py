@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import (
     CollectorRegistry,
@@ -13,6 +13,8 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from prefix_jax.api.engine import Engine
 from prefix_jax.engine import Event
@@ -40,6 +42,7 @@ class Metrics:
         }
         for name, (text, value) in gauges.items():
             Gauge(f"vllm:{name}", text, registry=self.registry).set_function(value)
+        self.registry.register(_Drafts(engine))
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts.")
         self._generated = self._counter("generation_tokens", "Generated tokens.")
         self._success = self._counter(
@@ -81,6 +84,25 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(
             f"vllm:{name}", text, ("model_name",), registry=self.registry, buckets=buckets
+        )
+
+
+class _Drafts(Collector):
+    """Counts of speculative decoding, which the engine keeps."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """Reads the counts."""
+        stats = self._engine.stats
+        yield CounterMetricFamily(
+            "vllm:spec_decode_num_draft_tokens", "Drafted tokens.", stats.drafted_tokens
+        )
+        yield CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens",
+            "Drafted tokens that became part of a text.",
+            stats.accepted_tokens,
         )
 
 

@@ -93,12 +93,15 @@ def test_metrics_have_the_names_of_vllm(server) -> None:
         "e2e_request_latency_seconds_count",
     )
     before = [value(f"vllm:{name}{label}") for name in counters]
-    server.complete("beta", "abc", max_tokens=5, ignore_eos=True)
+    server.complete("beta", "abc", max_tokens=60, ignore_eos=True)
     after = [value(f"vllm:{name}{label}") for name in counters]
-    assert [b - a for a, b in zip(before, after, strict=True)] == [3, 5, 1]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [3, 60, 1]
     assert value("vllm:num_requests_running") == value("vllm:num_requests_waiting") == 0
     for name in ("time_to_first_token_seconds", "inter_token_latency_seconds"):
         assert value(f"vllm:{name}_count{label}") > 0
+    stats = server.engine.stats
+    assert value("vllm:spec_decode_num_draft_tokens_total") == stats.drafted_tokens
+    assert value("vllm:spec_decode_num_accepted_tokens_total") == stats.accepted_tokens
     success = 'vllm:request_success_total{finished_reason="length",model_name="beta"}'
     assert value(success) > 0
 
