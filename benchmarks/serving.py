@@ -174,13 +174,15 @@ def main() -> None:
                 texts = [text(base, f"{number:02}", prompts[number]) for base in urls.values()]
                 assert texts[0] == texts[1], texts
             results: dict[tuple[str, int], list[dict[str, Any]]] = {}
-            for turn in range(args.rounds + 1):
+            for clients in REQUESTS:
+                load(url, directory, clients)  # compiles; PyTorch does not
+            for _ in range(args.rounds):
                 for clients in REQUESTS:
                     for name, base in urls.items():
                         result = load(base, directory, clients)
-                        print(f"{name}, {clients}: {result['output_throughput']:.1f} tokens/s")
-                        if turn:  # the first round compiles
-                            results.setdefault((name, clients), []).append(result)
+                        speed = result["output_throughput"]
+                        print(f"{name}, {clients}: {speed:.1f} tokens/s", flush=True)
+                        results.setdefault((name, clients), []).append(result)
     write(args.output, results)
 
 
