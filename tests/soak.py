@@ -1,4 +1,4 @@
-"""Keeps a server under random load, and checks every answer against the prefix used alone.
+"""Keeps a server under random load, and checks every answer against the row decoded by itself.
 
     make soak MINUTES=10
 
@@ -79,7 +79,7 @@ class Name:
 
 
 class Soak:
-    """A server, its clients, and what they expect.
+    """A server, its clients, and the expected answers.
 
     Args:
         directory: an empty directory.
@@ -100,7 +100,7 @@ class Soak:
         ]
         for number, prefix in enumerate(tuned):
             prefix.save(directory / "versions" / str(number), "safetensors")
-        # The text of every prefix, prompt and setting, each alone.
+        # The text of every prefix, prompt and setting, decoded one at a time.
         engine = pj.Engine(
             model, {str(number): prefix for number, prefix in enumerate(tuned)}, rows=1
         )

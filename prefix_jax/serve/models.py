@@ -19,7 +19,7 @@ from pathlib import Path
 from prefix_jax import artifact
 from prefix_jax.engine.bank import Banked
 from prefix_jax.errors import PrefixError, PrefixJaxError
-from prefix_jax.serve.engine_thread import EngineThread
+from prefix_jax.serve.engine_thread import EngineStoppedError, EngineThread
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,12 @@ class Models:
         """Reads new and changed prefixes now and then, so that requests need not wait for it."""
         while True:
             await asyncio.sleep(seconds)
-            await self._refresh()
+            try:
+                await self._refresh()
+            except EngineStoppedError:
+                return
+            except Exception:  # it must not be the last time
+                logger.exception("cannot look for changed prefixes")
 
     @property
     def errors(self) -> Mapping[str, str]:
@@ -180,7 +185,7 @@ class Models:
             source.unloaded = True
 
     async def _refresh(self) -> list[str]:
-        """Reads what is new or has changed; returns all names."""
+        """Reads new and changed prefixes; returns all names."""
 
         def changed(known: dict[str, _Source], names: set[str]) -> list[str]:
             """The names whose directories are not as they were: one thread looks at all."""
@@ -224,7 +229,7 @@ class Models:
             await self._remove(name)
         else:
             logger.info("loaded prefix %r", name)
-        # Not before: requests that find the same stamp use what is in the engine.
+        # Only now, because requests that find the same stamp use the engine's prefix.
         self._sources[name] = source
         return source
 
@@ -275,7 +280,7 @@ def _stamp(directory: Path) -> _Stamp:
     except PrefixJaxError:
         target = directory
     files = []
-    # What is removed meanwhile makes a stamp that the next one differs from.
+    # If files are removed meanwhile, the next stamp differs from this one.
     with contextlib.suppress(OSError):
         for path in itertools.islice(target.rglob("*"), _MAX_FILES):
             stat = path.stat()

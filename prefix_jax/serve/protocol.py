@@ -60,7 +60,7 @@ class ResponseFormat(_Model):
 class Generate(_Model):
     """The fields that completions and chats share.
 
-    None stands for the setting stored with the prefix, and then for OpenAI's default.
+    None means the setting stored with the prefix, or else OpenAI's default.
     """
 
     model: str

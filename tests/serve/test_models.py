@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import serving
 
 import prefix_jax as pj
 from prefix_jax.errors import ConfigError, PrefixError
+from prefix_jax.serve import server as server_module
 from prefix_jax.serve.app import Limits
 
 
@@ -191,3 +194,26 @@ def test_a_file_that_changes_in_place_is_read_again(watching, directory, texts) 
         os.utime(watched / "v" / path.name, ns=(1, 2))
     assert text_of(server, "v") == texts["beta"]
     shutil.rmtree(watched / "v")
+
+
+def test_watching_survives_an_unexpected_error(
+    model, directory, texts, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(server_module, "_WATCH_SECONDS", 0.01)
+    engine = serving.make_engine(model)
+    with serving.running(engine, prefix_dir=tmp_path) as server:
+        add, failed = engine.add, threading.Event()
+
+        def fail(*args, **options):
+            monkeypatch.setattr(engine, "add", add)
+            failed.set()
+            raise RuntimeError("unexpected")
+
+        monkeypatch.setattr(engine, "add", fail)
+        replace(directory / "alpha", tmp_path / "x")
+        assert failed.wait(10)
+        deadline = time.monotonic() + 10
+        while "x" not in engine.prefixes:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert text_of(server, "x") == texts["alpha"]
