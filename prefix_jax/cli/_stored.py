@@ -1,4 +1,4 @@
-"""Arguments and loading for the commands that use a stored prefix."""
+"""Arguments that several commands share, and loading of stored prefixes."""
 
 from __future__ import annotations
 
@@ -35,6 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
         "--allow-other-weights",
         action="store_true",
         help="accept a backbone with the same shapes but other weights, such as a quantised copy",
+    )
+
+
+def add_backbone(parser: argparse.ArgumentParser) -> None:
+    """Adds a backbone and its dtype, for commands that begin without a prefix."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="the backbone: a directory, a .gguf file or a hub id"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the backbone's weights (default: %(default)s)",
     )
 
 

@@ -12,22 +12,16 @@ from __future__ import annotations
 
 import argparse
 
+from prefix_jax.cli import _stored
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the backbone, the text and the output."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="the backbone: a directory, a .gguf file or a hub id"
-    )
+    _stored.add_backbone(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", metavar="TEXT", help="the text")
     source.add_argument("--file", metavar="FILE", help="a file with the text, in UTF-8")
     parser.add_argument("--output", metavar="DIR", required=True, help="directory to write")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of the backbone's weights (default: %(default)s)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:

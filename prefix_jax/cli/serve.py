@@ -15,15 +15,14 @@ import contextlib
 import os
 from pathlib import Path
 
+from prefix_jax.cli import _stored
 from prefix_jax.cli._usage import named_directories
 from prefix_jax.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the backbone, the prefixes, the address and the limits."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="the backbone: a directory, a .gguf file or a hub id"
-    )
+    _stored.add_backbone(parser)
     parser.add_argument(
         "--prefix",
         metavar="NAME=DIR",
@@ -42,12 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     parser.add_argument(
         "--port", type=int, default=8000, help="0 is any free one (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of the backbone's weights (default: %(default)s)",
     )
     parser.add_argument(
         "--allow-other-weights",

@@ -100,13 +100,7 @@ def _attend_shared(
     shared_max_KBGT1 = functools.reduce(
         jnp.maximum, [logits_KBGTP.max(axis=-1, keepdims=True) for _, _, logits_KBGTP in parts]
     )
-    tokens = _by_platform(
-        masking,
-        q_BKGTH,
-        k_BSKH,
-        functools.partial(splash.forward, softcap),
-        functools.partial(dense.forward, softcap),
-    )
+    tokens = _token_attention(softcap, q_BKGTH, k_BSKH, masking)
     out_BKGTH, denominator_BKGT1, max_BKGT1 = tokens(
         q_BKGTH, k_BSKH, v_BSKH, masking, shared_max_KBGT1.swapaxes(0, 1)
     )
@@ -172,6 +166,19 @@ def _attend_gated(
     return (out_BTKGH.reshape(B, T, N, H) * gate_BTNH).astype(dtype)
 
 
+def _token_attention(
+    softcap: float | None, q_BKGTH: jax.Array, k_BSKH: jax.Array, masking: MaskAndBias
+) -> Callable[..., Any]:
+    """Selects the forward pass of the token part."""
+    return _by_platform(
+        masking,
+        q_BKGTH,
+        k_BSKH,
+        functools.partial(splash.forward, softcap),
+        functools.partial(dense.forward, softcap),
+    )
+
+
 def _by_platform(
     masking: MaskAndBias,
     q_BKGTH: jax.Array,
@@ -217,13 +224,7 @@ def _forward(
         prefix_BKGTP = _prefix_logits(softcap, q_BKGTH, masking, inside)
         prefix_max_BKGT1 = prefix_BKGTP.max(axis=-1, keepdims=True)
 
-    tokens = _by_platform(
-        masking,
-        q_BKGTH,
-        k_BSKH,
-        functools.partial(splash.forward, softcap),
-        functools.partial(dense.forward, softcap),
-    )
+    tokens = _token_attention(softcap, q_BKGTH, k_BSKH, masking)
     out_BKGTH, denominator_BKGT1, max_BKGT1 = tokens(
         q_BKGTH, k_BSKH, v_BSKH, masking, prefix_max_BKGT1
     )
